@@ -1,0 +1,9 @@
+"""Typed errors for mistakes a user can mend; `scripts/` print them as one line and exit with status 2."""
+
+
+class TesseraError(Exception):
+    """A mistake in input or configuration. The message is one line: what was found, where, what was expected."""
+
+
+class ConfigError(TesseraError):
+    """A configuration key has a value that cannot work, or a key is not known."""
