@@ -1,0 +1,8 @@
+// Schemas of all compiled ops. The implementations register themselves for CPU in their own files; shapes for
+// tracing (fake kernels) are registered in Python beside the public functions.
+#include <torch/library.h>
+
+TORCH_LIBRARY(tessera, m) {
+  m.def("xxh64(Tensor data, Tensor offsets) -> Tensor");
+  m.def("hex_to_int64(Tensor data, Tensor offsets) -> (Tensor, Tensor)");
+}

@@ -1,0 +1,88 @@
+"""Compile the C++ kernels while installing. Everything else about the package is in pyproject.toml.
+
+Without torch, without a compiler, or when the compilation fails, the installation goes on: the kernels then
+run as plain torch, and `kernels/_build.json` keeps the reason for `scripts/doctor.py`. TESSERA_BUILD=0
+skips the compilation, TESSERA_BUILD=require makes its failure an error.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+from kernels import build_record  # noqa: E402
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    torch = None
+
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "kernels" / "csrc").glob("*.cpp"))
+# No fused multiply-add: the same sources give the same bits on every x86-64 machine, whichever clone runs.
+# OpenMP is compiled in but not linked: the symbols come from the one OpenMP library that torch has loaded.
+COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-g0"]
+if sys.platform == "linux":
+    COMPILE_ARGS.append("-fopenmp")
+
+
+def compiler_version() -> str:
+    """First line of `$CXX --version`. Raises OSError or CalledProcessError when it does not run."""
+    command = [*shlex.split(os.environ.get("CXX", "c++")), "--version"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    return (found.stdout.splitlines() or ["unknown"])[0]
+
+
+def kernel_extension() -> Extension:
+    if torch is None:
+        return Extension("kernels._C", SOURCES)
+    return CppExtension(
+        "kernels._C", SOURCES, extra_compile_args=COMPILE_ARGS, extra_link_args=["-s"], py_limited_api=True
+    )
+
+
+class BuildKernels(build_ext if torch is None else BuildExtension):
+    def run(self) -> None:
+        mode = os.environ.get("TESSERA_BUILD", "auto")
+        folder = Path(self.get_ext_fullpath("kernels._C")).parent
+        reason = "TESSERA_BUILD=0" if mode == "0" else self._compile(folder)
+        if reason is None:
+            return
+        self.extensions = []
+        build_record.write(folder, library=None, reason=reason)
+        if mode == "require":
+            raise SystemExit(f"TESSERA_BUILD=require, but the kernels were not compiled: {reason}")
+        print(f"tessera: kernels not compiled, plain torch is used instead: {reason}", file=sys.stderr)
+
+    def _compile(self, folder: Path) -> str | None:
+        """Compile and write the record. Returns the reason when that fails."""
+        if torch is None:
+            return "torch is not installed"
+        try:
+            compiler = compiler_version()
+        except (OSError, ValueError, subprocess.SubprocessError):
+            return f"no working C++ compiler ({os.environ.get('CXX', 'c++')} --version fails)"
+        self.force = True  # setuptools would keep a library whose time stamp is newer than the sources
+        self.build_temp = str(Path(self.build_temp) / f"torch-{torch.__version__}")
+        try:
+            super().run()
+        except Exception as error:  # setuptools, ninja and torch each raise their own kinds
+            return f"the compilation failed with {compiler}: {str(error).splitlines()[0]}"
+        library = Path(self.get_ext_fullpath("kernels._C")).name
+        build_record.write(
+            folder,
+            library=library,
+            sources=build_record.source_hash(),
+            torch=torch.__version__,
+            compiler=compiler,
+        )
+        return None
+
+
+setup(ext_modules=[kernel_extension()], cmdclass={"build_ext": BuildKernels})
