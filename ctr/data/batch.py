@@ -1,0 +1,53 @@
+"""One batch: what the reader hands to the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+
+@dataclass
+class Batch(Pipelineable):
+    """B rows of one rank, of which the first `rows` are real.
+
+    The others pad the batch so that every rank takes a step of the same size: their weight is 0, their bags
+    are empty, their numeric values and labels are 0.
+    """
+
+    numeric: Tensor  # [B, n] float32
+    ids: KeyedJaggedTensor  # keys Schema.id_names, int64 values, int32 lengths, weights if Schema.weighted
+    labels: Tensor  # [B, L] float32, 0 or 1
+    weight: Tensor  # [B] float32 sample weight
+    group: Tensor | None  # [B] int64
+    time: Tensor | None  # [B] int64, seconds
+    rows: int
+    # Rows of the epoch, over all ranks, up to and including this batch. A loop that reads ahead asks the reader
+    # for the state after the batch it trained last: reader.state(batch).
+    position: int = 0
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        return self._map(lambda t: t.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        return self._map(lambda t: t.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for tensor in (self.numeric, self.ids, self.labels, self.weight, self.group, self.time):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+    def _map(self, move) -> Batch:
+        return Batch(
+            numeric=move(self.numeric),
+            ids=move(self.ids),
+            labels=move(self.labels),
+            weight=move(self.weight),
+            group=None if self.group is None else move(self.group),
+            time=None if self.time is None else move(self.time),
+            rows=self.rows,
+            position=self.position,
+        )

@@ -1,0 +1,236 @@
+"""What the columns of a data set mean: labels, numeric features and categorical features.
+
+`SchemaConfig` is the form users write in `conf/data/*.yaml`; `Schema` is the same after the defaults are
+filled in and the contradictions are refused. Nothing here opens a file: `ctr.data.files` compares footers with
+the schema.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ctr.data.errors import SchemaError
+
+KINDS = ("numeric", "id", "ids", "sequence")
+DTYPES = ("int", "hex", "string")
+POOLINGS = ("mean", "sum")
+TRANSFORMS = ("none", "log1p", "log2_square", "standardise", "min_max", "bucketise")
+
+
+@dataclass
+class FeatureConfig:
+    """One feature. Two features may read one column, and two categorical features may share a table."""
+
+    name: str = MISSING
+    # numeric | id (one per row) | ids (any number per row) | sequence (ordered, newest last)
+    kind: str = "id"
+    column: str | None = None  # default: the name
+    # How ids are stored. int: integers of any width, the 64 bits are kept; hex: at most 16 hex digits;
+    # string: XXH64 with seed 0 of the bytes.
+    dtype: str = "int"
+    delimiter: str | None = None  # ids and sequence stored as one string: what stands between the items
+    weights: str | None = None  # ids: a list column of as many weights
+    max_length: int | None = None  # ids: the first so many are kept; sequence: the last so many
+    pooling: str = "mean"  # mean | sum, for the model; the reader does not pool
+    missing: float = 0.0  # numeric null: the value the model sees, after the transform
+    missing_id: int | None = None  # categorical null: this id; None gives an empty bag
+    indicator: bool = False  # numeric: one more numeric column <name>_missing, 1 where the value was null
+    # none | log1p: sign(x) ln(1+|x|) | log2_square: ln(x)^2 where x > 2 | standardise: (x-mean)/std
+    # | min_max: (x-min)/(max-min) | bucketise: the number of boundaries <= x, as a categorical id
+    transform: str = "none"
+    mean: float = 0.0
+    std: float = 1.0
+    min: float = 0.0
+    max: float = 1.0
+    boundaries: list[float] = field(default_factory=list)
+    table: str | None = None  # embedding table; default: the name
+
+
+@dataclass
+class SchemaConfig:
+    """The columns of a data set."""
+
+    labels: list[str] = field(default_factory=lambda: ["label"])  # each 0 or 1 in every row
+    weight: str | None = None  # sample weight
+    group: str | None = None  # group of GAUC, an integer or a string
+    time: str | None = None  # event time: integer seconds or a timestamp
+    features: list[FeatureConfig] = field(default_factory=list)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The tail of an error message: which known word is meant, or which words there are."""
+    known = list(known)
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if match:
+        return f"did you mean {match[0]!r}?"
+    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+    return f"known: {shown or 'none'}"
+
+
+class Schema:
+    """A validated schema.
+
+    Attributes:
+        labels, weight, group, time: column names (labels a list, the others None where absent)
+        numeric: the numeric features in order, without bucketised ones
+        categorical: the features that give ids, in order, bucketised numerics among them
+        numeric_names: columns of `Batch.numeric`; an indicator follows its feature
+        id_names: keys of `Batch.ids`
+        tables: embedding table -> names of the categorical features that look into it
+        pooling: categorical feature -> 'sum' | 'mean'
+        weighted: whether `Batch.ids` carries weights
+    """
+
+    def __init__(self, config: SchemaConfig):
+        """Raises SchemaError, one line, for a schema that contradicts itself."""
+        self.labels = list(config.labels)
+        self.weight, self.group, self.time = config.weight, config.group, config.time
+        features = [_resolved(feature) for feature in config.features]
+        if not self.labels:
+            raise SchemaError("schema.labels: found an empty list, expected at least one label column")
+        if not features:
+            raise SchemaError("schema.features: found none, expected at least one feature")
+        self.numeric = [f for f in features if f.kind == "numeric" and f.transform != "bucketise"]
+        self.categorical = [f for f in features if f.kind != "numeric" or f.transform == "bucketise"]
+        self.numeric_names: list[str] = []
+        for feature in self.numeric:
+            self.numeric_names += [feature.name] + [f"{feature.name}_missing"] * feature.indicator
+        self.id_names = [f.name for f in self.categorical]
+        self.tables: dict[str, list[str]] = {}
+        for feature in self.categorical:
+            self.tables.setdefault(feature.table, []).append(feature.name)
+        self.pooling = {f.name: f.pooling for f in self.categorical}
+        self.weighted = any(f.weights for f in self.categorical)
+        _refuse_duplicates("labels", self.labels)
+        _refuse_duplicates("features", self.numeric_names + self.id_names)
+        for feature in features:
+            for column in (feature.column, feature.weights):
+                if column in self.labels:
+                    raise SchemaError(
+                        f"schema.features: {feature.name!r} reads {column!r}, which is a label; "
+                        "a model that sees its label learns nothing else"
+                    )
+
+    @classmethod
+    def from_config(cls, config: Any) -> Schema:
+        """From a `SchemaConfig`, a mapping or an OmegaConf node. An unknown key is a SchemaError."""
+        if isinstance(config, SchemaConfig):
+            return cls(config)
+        plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+        _refuse_unknown_keys(plain)
+        try:
+            merged = OmegaConf.merge(OmegaConf.structured(SchemaConfig), plain)
+            return cls(OmegaConf.to_object(merged))
+        except OmegaConfBaseException as error:
+            where = error.full_key or "schema"
+            raise SchemaError(f"schema key {where}: {str(error).splitlines()[0]}") from None
+
+
+def _refuse_unknown_keys(plain: Any) -> None:
+    _refuse_unknown(plain, SchemaConfig, "schema")
+    features = plain.get("features") or []
+    if not isinstance(features, (list, tuple)):
+        raise SchemaError(f"schema.features: found {type(features).__name__}, expected a list")
+    for i, feature in enumerate(features):
+        if not isinstance(feature, FeatureConfig):
+            _refuse_unknown(feature, FeatureConfig, f"schema.features[{i}]")
+            if not feature.get("name"):
+                raise SchemaError(f"schema.features[{i}]: name is missing")
+
+
+def _refuse_unknown(mapping: Any, config: type, where: str) -> None:
+    if not isinstance(mapping, dict):
+        raise SchemaError(f"{where}: found {type(mapping).__name__}, expected keys and values")
+    known = [f.name for f in fields(config)]
+    for key in mapping:
+        if key not in known:
+            raise SchemaError(f"{where}: unknown key {key!r}; {nearest(str(key), known)}")
+
+
+def _refuse_duplicates(where: str, names: list[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise SchemaError(f"schema.{where}: {name!r} stands twice; names must differ")
+        seen.add(name)
+
+
+def _resolved(feature: FeatureConfig) -> FeatureConfig:
+    """The feature with column, table and the signed form of missing_id filled in."""
+    where = f"schema.features: {feature.name!r}"
+    for key, known in (("kind", KINDS), ("dtype", DTYPES), ("pooling", POOLINGS), ("transform", TRANSFORMS)):
+        value = getattr(feature, key)
+        if value not in known:
+            raise SchemaError(f"{where}: unknown {key} {value!r}; {nearest(str(value), known)}")
+    if feature.kind == "numeric":
+        _check_numeric(where, feature)
+    else:
+        _check_categorical(where, feature)
+    categorical = feature.kind != "numeric" or feature.transform == "bucketise"
+    missing_id = feature.missing_id
+    if missing_id is not None:
+        if not -(2**63) <= missing_id < 2**64:
+            raise SchemaError(f"{where}: missing_id {missing_id} does not fit 64 bits")
+        missing_id = missing_id - 2**64 if missing_id >= 2**63 else missing_id
+    return replace(
+        feature,
+        column=feature.column or feature.name,
+        table=(feature.table or feature.name) if categorical else None,
+        missing_id=missing_id,
+        boundaries=list(feature.boundaries),
+    )
+
+
+def _refuse_set_keys(where: str, feature: FeatureConfig, keys: str, why: str) -> None:
+    """Raises when one of the keys differs from its default: it would have no effect, and the user not know."""
+    default = FeatureConfig()
+    for key in keys.split():
+        if getattr(feature, key) != getattr(default, key):
+            raise SchemaError(f"{where}: {key} is set, but {why}")
+
+
+def _check_numeric(where: str, feature: FeatureConfig) -> None:
+    _refuse_set_keys(where, feature, "dtype delimiter weights max_length", "a numeric feature has none")
+    if feature.transform == "bucketise":
+        why = "a bucketised null takes missing_id or an empty bag"
+        _refuse_set_keys(where, feature, "indicator missing", why)
+        rising = all(a < b for a, b in zip(feature.boundaries, feature.boundaries[1:], strict=False))
+        if not feature.boundaries or not rising or not all(map(math.isfinite, feature.boundaries)):
+            raise SchemaError(f"{where}: boundaries {feature.boundaries}, expected finite rising numbers")
+    else:
+        why = "only categorical features and bucketised ones have a table"
+        _refuse_set_keys(where, feature, "table missing_id pooling", why)
+        _refuse_set_keys(where, feature, "boundaries", "only transform: bucketise reads it")
+    if feature.transform != "standardise":
+        _refuse_set_keys(where, feature, "mean std", "only transform: standardise reads it")
+    if feature.transform != "min_max":
+        _refuse_set_keys(where, feature, "min max", "only transform: min_max reads it")
+    for key in ("missing", "mean", "std", "min", "max"):
+        if not math.isfinite(getattr(feature, key)):
+            raise SchemaError(f"{where}: {key} {getattr(feature, key)}, expected a finite number")
+    if feature.std <= 0:
+        raise SchemaError(f"{where}: std {feature.std}, expected more than 0")
+    if feature.min >= feature.max:
+        raise SchemaError(f"{where}: min {feature.min} and max {feature.max}, expected min < max")
+
+
+def _check_categorical(where: str, feature: FeatureConfig) -> None:
+    why = f"a feature of kind {feature.kind} is not numeric"
+    _refuse_set_keys(where, feature, "transform missing indicator mean std min max boundaries", why)
+    if feature.kind != "ids":
+        _refuse_set_keys(where, feature, "weights", f"only kind ids has weights; kind is {feature.kind}")
+    if feature.kind == "id":
+        _refuse_set_keys(where, feature, "delimiter max_length", "kind id is one id; use ids or sequence")
+    if feature.delimiter == "":
+        raise SchemaError(f"{where}: delimiter is empty, expected at least one character")
+    if feature.delimiter is not None and feature.weights is not None:
+        raise SchemaError(f"{where}: weights need a list column, but a delimiter is given")
+    if feature.max_length is not None and feature.max_length < 1:
+        raise SchemaError(f"{where}: max_length {feature.max_length}, expected at least 1")
