@@ -5,4 +5,8 @@
 TORCH_LIBRARY(tessera, m) {
   m.def("xxh64(Tensor data, Tensor offsets) -> Tensor");
   m.def("hex_to_int64(Tensor data, Tensor offsets) -> (Tensor, Tensor)");
+  m.def("mix64(Tensor x) -> Tensor");
+  m.def("unmix64(Tensor x) -> Tensor");
+  m.def("uniform(int stream, Tensor ids, int dim) -> Tensor");
+  m.def("normal(int stream, Tensor ids, int dim) -> Tensor");
 }

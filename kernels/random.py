@@ -1,0 +1,64 @@
+"""Random numbers that are a function of what they are for: (seed, table, id, column, step).
+
+Nothing is drawn from a sequence, so a number does not depend on when, where, in which order or beside which
+other ids it is asked for: a table's row starts from the same values on any rank of any number of ranks.
+
+All arithmetic is on unsigned 64-bit numbers; mix is mix64 (`mix.py`) and G = 0x9E3779B97F4A7C15:
+
+    stream           = mix(mix(mix(seed + G) + table + G) + step + G)
+    row(id)          = mix(mix(id + G) ^ stream)
+    bits(id, column) = mix(row(id) + (column + 1) * G)             splitmix64 started at row(id)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import backend
+from kernels.reference import random as reference
+
+
+def uniform(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1), multiples of 2**-24: the upper 24 of the 64 bits.
+
+    seed, table (any 64-bit key of the table, for example a hash of its name), step: integers, taken modulo
+    2**64; ids: int64 [n]. Returns float32 [n, dim]. Bit-identical on every backend, machine and number of
+    threads; column c does not depend on dim. Raises ValueError for wrong dtypes or shapes.
+    """
+    _check(ids, dim)
+    stream = reference.stream(seed, table, step)
+    if backend.compiled_for(ids):
+        return torch.ops.tessera.uniform(stream, ids, dim)
+    return reference.uniform(stream, ids, dim)
+
+
+def normal(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:
+    """Standard normal numbers: the Box-Muller transform of columns (0, 1), (2, 3), ...; arguments as above.
+
+    Computed in float64 and rounded to float32 [n, dim], so |x| < 8.6. Backends and machines may differ by
+    one unit in the last place, because their logarithm and sine do; thread count and order change nothing.
+    """
+    _check(ids, dim)
+    stream = reference.stream(seed, table, step)
+    if backend.compiled_for(ids):
+        return torch.ops.tessera.normal(stream, ids, dim)
+    return reference.normal(stream, ids, dim)
+
+
+def _check(ids: Tensor, dim: int) -> None:
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        raise ValueError(f"ids: expected int64 [n], found {ids.dtype} {list(ids.shape)}")
+    if dim < 1:
+        raise ValueError(f"dim: expected at least 1, found {dim}")
+
+
+if "cpp" in backend.available_backends():
+
+    @torch.library.register_fake("tessera::uniform")
+    def _uniform_fake(stream: int, ids: Tensor, dim: int) -> Tensor:
+        return ids.new_empty((ids.shape[0], dim), dtype=torch.float32)
+
+    @torch.library.register_fake("tessera::normal")
+    def _normal_fake(stream: int, ids: Tensor, dim: int) -> Tensor:
+        return ids.new_empty((ids.shape[0], dim), dtype=torch.float32)

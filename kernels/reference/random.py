@@ -1,0 +1,41 @@
+"""The counter-based generator in torch; formulas in `kernels/random.py`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.reference.bits import shift_right, signed
+from kernels.reference.mix import mix64, mix64_number
+
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio: the increment of splitmix64
+
+
+def stream(seed: int, table: int, step: int) -> int:
+    """The int64 key that all rows of one table at one step share."""
+    key = mix64_number(seed + GOLDEN)
+    key = mix64_number(key + table + GOLDEN)
+    return signed(mix64_number(key + step + GOLDEN))
+
+
+def bits(stream: int, ids: Tensor, dim: int) -> Tensor:
+    """64 random bits for every id and column: int64 [n] to int64 [n, dim]."""
+    row = mix64(mix64(ids + signed(GOLDEN)) ^ stream)
+    column = torch.arange(1, dim + 1, device=ids.device) * signed(GOLDEN)
+    return mix64(row[:, None] + column)
+
+
+def uniform(stream: int, ids: Tensor, dim: int) -> Tensor:
+    return shift_right(bits(stream, ids, dim), 40).to(torch.float32) * 2.0**-24
+
+
+def normal(stream: int, ids: Tensor, dim: int) -> Tensor:
+    pairs = (dim + 1) // 2
+    # 53 bits fit a float64; the radius takes (0, 1], the angle [0, 1).
+    fractions = shift_right(bits(stream, ids, 2 * pairs), 11).to(torch.float64) * 2.0**-53
+    radius = torch.sqrt(-2.0 * torch.log(fractions[:, 0::2] + 2.0**-53))
+    angle = fractions[:, 1::2] * (2.0 * math.pi)
+    both = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=2)
+    return both.to(torch.float32).view(ids.numel(), 2 * pairs)[:, :dim].contiguous()
