@@ -18,11 +18,14 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from embedding.errors import ConfigError, TesseraError
+
+T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 1.0
 STALE_SECONDS = 5.0  # a rank silent for this long is taken for dead
@@ -98,16 +101,21 @@ def stop(process: Process) -> None:
     dist.destroy_process_group()
 
 
-def run(main: Callable[[Process], None], device: str = "auto", timeout_seconds: float = 300.0) -> int:
+def run(load: Callable[[], tuple[T, str, float]], main: Callable[[T, Process], None]) -> int:
     """Run `main` on this rank and return the exit status: 0, 2 for a user's mistake, 1 for anything else.
 
     A failure is said once for the whole job, by the first rank that reports it.
+
+    Args:
+        load: gives the configuration, the device ("auto", "cpu", "cuda") and the longest wait for another rank in
+            seconds. It runs before the ranks meet, so it must fail on all of them or on none.
     """
     process = None
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
+        config, device, timeout_seconds = load()
         process = start(device, timeout_seconds)
-        main(process)
+        main(config, process)
         stop(process)
         return 0
     except KeyboardInterrupt:
@@ -136,15 +144,22 @@ def say(line: str) -> None:
     message = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
     with open(error_file, "w") as file:  # torchrun shows it as the root cause
         json.dump({"message": message}, file)
-    wait_then_print = (
-        "import os, sys, time\n"
-        "end = time.time() + 40\n"
-        "while time.time() < end:\n"
-        "    try: os.kill(int(sys.argv[1]), 0)\n"
-        "    except OSError: break\n"
-        "    time.sleep(0.05)\n"
-        "print(sys.argv[2], file=sys.stderr)\n"
-    )
+    # The launcher may stay a zombie until its own parent has read all output, ours included: that counts as gone.
+    wait_then_print = """
+import os, sys, time
+def running(pid):
+    try:
+        os.kill(pid, 0)
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return sys.platform != "linux"
+    except OSError:
+        return False
+end = time.time() + 40
+while running(int(sys.argv[1])) and time.time() < end:
+    time.sleep(0.05)
+print(sys.argv[2], file=sys.stderr)
+"""
     command = [sys.executable, "-I", "-S", "-c", wait_then_print, str(os.getppid()), line]
     subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
 

@@ -1,0 +1,225 @@
+"""The configuration of a job: hydra composes `conf/` with the command line, the dataclasses below give it types."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import conf
+from ctr.data.schema import SchemaConfig
+from embedding.errors import ConfigError
+
+
+@dataclass
+class DataConfig:
+    """conf/data/*.yaml. `path` is a folder or URI; `train`, `valid`, `test` are below it (null: that split is absent)."""
+
+    name: str = MISSING
+    path: str = MISSING
+    train: str | None = "train"
+    valid: str | None = "valid"
+    test: str | None = "test"
+    days: list[str] | None = None
+    lanes: int = 16
+    window_rows: int = 32768
+    threads: int = 1
+    bad_rows: str = "raise"
+    schema: SchemaConfig = field(default_factory=SchemaConfig)
+
+
+@dataclass
+class EmbeddingConfig:
+    """conf/embedding/*.yaml."""
+
+    rows: int = MISSING
+    init_std: float = MISSING
+    l2: float = 0.0
+
+
+@dataclass
+class SideConfig:
+    """One optimizer: that of the dense tower or that of the tables."""
+
+    name: str = MISSING
+    lr: float = MISSING
+    eps: float = MISSING
+    warmup_steps: int = 0
+
+
+@dataclass
+class DenseConfig(SideConfig):
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+
+
+@dataclass
+class OptimizerConfig:
+    """conf/optimizer/*.yaml."""
+
+    dense: DenseConfig = field(default_factory=DenseConfig)
+    sparse: SideConfig = field(default_factory=SideConfig)
+
+
+@dataclass
+class EarlyStopConfig:
+    metric: str = "auc"
+    patience: int | None = None
+
+
+@dataclass
+class TrainerConfig:
+    """conf/trainer/*.yaml. `batch_size` is the global one, over all ranks."""
+
+    run_dir: str | None = None
+    seed: int = MISSING
+    batch_size: int = MISSING
+    epochs: int = MISSING
+    max_steps: int | None = None
+    shuffle: bool = True
+    device: str = "auto"
+    threads: int | None = None
+    amp: bool = False
+    log_every: int = MISSING
+    eval_every: int | None = None
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
+    timeout_seconds: float = MISSING
+
+
+@dataclass
+class Config:
+    """Everything a run depends on; saved resolved as `config.yaml` in the run folder."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: dict[str, Any] = field(default_factory=dict)
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def load_config(arguments: Sequence[str], description: str) -> Config:
+    """Compose the configuration from command line arguments: hydra overrides, `--config-dir`, `--cfg`.
+
+    Raises:
+        ConfigError: an unknown key or group (with the nearest known one), or a value of the wrong type.
+        SystemExit: after `--help` or `--cfg`, which only print.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("overrides", nargs="*", help="hydra overrides: model=deepfm data.path=/data trainer.epochs=2")
+    parser.add_argument("--config-dir", action="append", default=[], help="a folder of your own yaml, laid out as conf/")
+    parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and leave")
+    options = parser.parse_args(arguments)
+    for folder in options.config_dir:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"--config-dir {folder} is not a folder")
+    composed = _compose(options.overrides, [Path(folder).resolve() for folder in options.config_dir])
+    config = typed(composed)
+    if options.cfg:
+        print(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+        raise SystemExit(0)
+    return config
+
+
+def _compose(overrides: Sequence[str], folders: Iterable[Path]) -> DictConfig:
+    search_path = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(Path(conf.__file__).parent.resolve()), version_base="1.3"):
+        try:
+            return compose("config", overrides=search_path + list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            defaults = compose("config")
+            raise ConfigError(_explain_override(error, overrides, defaults)) from None
+
+
+def _explain_override(error: Exception, overrides: Sequence[str], defaults: DictConfig) -> str:
+    """One line for hydra's several; the nearest known key where an override names one that does not exist."""
+    known = list(_keys(defaults))
+    for override in overrides:
+        key = override.lstrip("+~").split("=")[0].split("@")[0]
+        if f"'{key}'" in str(error) and key not in known:
+            near = get_close_matches(key, known, 1)
+            return f"unknown key {key!r} in override {override!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return " ".join(str(error).split())
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterable[str]:
+    for name, value in node.items_ex(resolve=False):
+        yield f"{prefix}{name}"
+        if isinstance(value, DictConfig):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def typed(composed: DictConfig) -> Config:
+    """Give a composed configuration its types and check values that no dataclass can.
+
+    Raises:
+        ConfigError: naming the key, what was found and what is expected.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain_type(error, composed)) from None
+    assert isinstance(config, Config)
+    _check(config)
+    return config
+
+
+def _explain_type(error: OmegaConfBaseException, composed: DictConfig) -> str:
+    first_line = str(error).splitlines()[0]
+    key = error.full_key or ""
+    unknown = re.match(r"Key '(\w+)' not in '(\w+)'", first_line)
+    if unknown:
+        dataclass_type = next((t for t in _dataclasses() if t.__name__ == unknown[2]), None)
+        names = list(dataclass_type.__dataclass_fields__) if dataclass_type else []
+        near = get_close_matches(unknown[1], names, 1)
+        return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}")
+    if "Missing mandatory value" in first_line:
+        return f"{key} is not set"
+    return f"{key}: {first_line}"
+
+
+def _dataclasses() -> Iterable[type]:
+    from ctr.data import schema
+
+    own = [value for value in globals().values() if isinstance(value, type)]
+    return [t for t in own + [schema.FeatureConfig] if hasattr(t, "__dataclass_fields__")]
+
+
+def _check(config: Config) -> None:
+    trainer, optimizer = config.trainer, config.optimizer
+    at_least = {
+        "trainer.batch_size": (trainer.batch_size, 1),
+        "trainer.epochs": (trainer.epochs, 1),
+        "trainer.log_every": (trainer.log_every, 1),
+        "trainer.max_steps": (trainer.max_steps, 1),
+        "trainer.eval_every": (trainer.eval_every, 1),
+        "trainer.threads": (trainer.threads, 1),
+        "trainer.early_stop.patience": (trainer.early_stop.patience, 1),
+        "embedding.rows": (config.embedding.rows, 1),
+        "embedding.l2": (config.embedding.l2, 0),
+        "optimizer.dense.warmup_steps": (optimizer.dense.warmup_steps, 0),
+        "optimizer.sparse.warmup_steps": (optimizer.sparse.warmup_steps, 0),
+        "data.lanes": (config.data.lanes, 1),
+        "data.window_rows": (config.data.window_rows, 1),
+        "data.threads": (config.data.threads, 1),
+    }
+    for key, (value, least) in at_least.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{key} is {value}; expected at least {least}")
+    for key, value in {"dense": optimizer.dense.lr, "sparse": optimizer.sparse.lr}.items():
+        if not value > 0:
+            raise ConfigError(f"optimizer.{key}.lr is {value}; expected a number above 0")
+    if optimizer.dense.name not in ("adam", "sgd", "adagrad"):
+        raise ConfigError(f"optimizer.dense.name is {optimizer.dense.name!r}; expected adam, sgd or adagrad")
+    if trainer.early_stop.metric not in ("auc", "logloss"):
+        raise ConfigError(f"trainer.early_stop.metric is {trainer.early_stop.metric!r}; expected auc or logloss")

@@ -1,0 +1,28 @@
+"""What a model is to the rest of the system: embedded fields in, one logit out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields a tower sees, in the order of its input tensors."""
+
+    numeric: tuple[str, ...]
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.numeric) + len(self.ids)
+
+
+class Tower(nn.Module):
+    """Base of every model. `embedding_dims` names the groups of embeddings it wants for each id field, with dims."""
+
+    embedding_dims: dict[str, int]
+
+    def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
+        """numeric_bn: [B, numeric fields] float32; embeddings: group -> [B, id fields, dim]. Returns logits [B]."""
+        raise NotImplementedError

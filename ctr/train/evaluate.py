@@ -1,0 +1,103 @@
+"""Score a split: streaming metrics over all ranks, and each rank's predictions as parquet on request."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ctr.config import Config
+from ctr.data.batch import Batch
+from ctr.data.reader import ParquetReader
+from ctr.data.schema import Schema
+from ctr.metrics.streaming import StreamingMetrics
+from distributed.process import Process
+
+
+def read_split(config: Config, schema: Schema, process: Process, split: str) -> ParquetReader | None:
+    """The reader of `train`, `valid` or `test` below data.path, or None where the configuration has no such split."""
+    data, trainer = config.data, config.trainer
+    folder = getattr(data, split)
+    if folder is None:
+        return None
+    rooted = "://" in folder or os.path.isabs(folder)
+    return ParquetReader(
+        folder if rooted else os.path.join(data.path, folder),
+        schema,
+        batch_size=trainer.batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        seed=trainer.seed,
+        shuffle=trainer.shuffle and split == "train",
+        lanes=data.lanes,
+        window_rows=data.window_rows,
+        threads=data.threads,
+        bad_rows=data.bad_rows,
+        days=data.days,
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, reader: ParquetReader, process: Process, predictions: Path | None = None, split: str = "valid"
+) -> dict[str, float | None]:
+    """Metrics of the whole split, the same on every rank.
+
+    Args:
+        predictions: a folder; this rank's rows go to `<split>-<rank>.parquet` in it (written under another name
+            and renamed when complete).
+    """
+    was_training = model.training
+    model.eval()
+    metrics = StreamingMetrics().to(process.device)
+    writer = _PredictionWriter(predictions, split, process.rank) if predictions else None
+    for number, batch in enumerate(reader.epoch(0)):
+        process.stage = f"evaluation of {split}, batch {number}"
+        batch = batch.to(process.device)
+        logits, _ = model(batch)
+        metrics.update(logits, batch.labels[:, 0], batch.weight)
+        if writer:
+            writer.write(logits, batch)
+    if writer:
+        writer.close()
+    metrics.all_reduce(dist.group.WORLD)
+    model.train(was_training)
+    return metrics.compute()
+
+
+class _PredictionWriter:
+    """Appends rows to one parquet file that appears under its name only when complete."""
+
+    def __init__(self, folder: Path, split: str, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._split = split
+        self._final = folder / f"{split}-{rank:05d}.parquet"
+        self._partial = self._final.with_suffix(".partial")
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, logits: Tensor, batch: Batch) -> None:
+        columns = {
+            "prediction": torch.sigmoid(logits),
+            "label": batch.labels[:, 0],
+            "weight": batch.weight,
+        }
+        if batch.group is not None:
+            columns["group"] = batch.group
+        arrays = {name: pa.array(values[: batch.rows].cpu().numpy()) for name, values in columns.items()}
+        arrays["split"] = pa.DictionaryArray.from_arrays(
+            pa.array([0] * batch.rows, pa.int8()), pa.array([self._split])
+        )
+        table = pa.table(arrays)
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._partial, table.schema)
+        self._writer.write_table(table)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            os.replace(self._partial, self._final)

@@ -1,0 +1,85 @@
+"""Stop before an update when the loss or a gradient is not finite, and say where it began."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ctr.data.batch import Batch
+from ctr.models.network import Network
+from embedding.errors import TesseraError
+
+
+class NonFiniteError(TesseraError):
+    """Loss or gradient is NaN or infinite. Nothing was updated with it and nothing saved was touched."""
+
+
+def check_loss(loss: Tensor, network: Network, batch: Batch, embeddings: dict[str, Tensor], step: int) -> None:
+    """Raise NonFiniteError before the backward pass. On a GPU the check is queued, so that the host need not wait."""
+    if loss.is_cuda:
+        torch._assert_async(torch.isfinite(loss))
+    elif not torch.isfinite(loss):
+        culprit = _first_culprit(network, batch.numeric, embeddings)
+        raise NonFiniteError(f"the loss of step {step} is {loss.item()}: {culprit}")
+
+
+@torch.no_grad()
+def _first_culprit(network: Network, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> str:
+    """Run the tower once more on the inputs that it had and name the first module that made a non-finite value.
+
+    The tower alone: looking the rows up again would need the other ranks.
+    """
+    for group, emb_bfd in embeddings.items():
+        if not emb_bfd.isfinite().all():
+            field = int((~emb_bfd.isfinite()).any(2).any(0).nonzero()[0])
+            return f"rows of id field {network.id_names[field]!r}, group {group!r}, are not finite"
+    culprits: list[str] = []
+
+    def watch(name: str):
+        def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all() and not culprits:
+                culprits.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name or "tower")) for name, module in network.tower.named_modules()]
+    try:
+        network.tower(numeric_bn, embeddings)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, parameter in network.tower.named_parameters():
+        if not parameter.isfinite().all():
+            return f"parameter {name!r} is not finite; module {name.rpartition('.')[0] or 'tower'!r}"
+    return f"module {culprits[0]!r} made the first such value" if culprits else "the tower's outputs are finite"
+
+
+def watch_gradients(network: Network, embeddings: dict[str, Tensor]) -> None:
+    """Check the gradients that go into the tables: their update is fused into the backward pass, after these hooks."""
+    for group, emb_bfd in embeddings.items():
+        if emb_bfd.requires_grad:
+            emb_bfd.register_hook(lambda grad, group=group: _check_rows(grad, group, network))
+
+
+def _check_rows(grad_bfd: Tensor, group: str, network: Network) -> None:
+    # A sum is finite only if all terms are (overflow of a sum of finite float32 gradients is as good a reason to stop).
+    finite = torch.isfinite(grad_bfd.sum())
+    if grad_bfd.is_cuda:
+        torch._assert_async(finite)
+    elif not finite:
+        bad = (~grad_bfd.isfinite()).any(2).any(0).nonzero()
+        field = network.id_names[int(bad[0])] if len(bad) else "?"
+        raise NonFiniteError(f"the gradient of id field {field!r}, group {group!r}, is not finite")
+
+
+def check_gradients(module: nn.Module, step: int) -> None:
+    """Raise NonFiniteError before the dense update, naming the first parameter whose gradient is not finite."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    if not gradients:
+        return
+    finite = torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
+    if finite.is_cuda:
+        torch._assert_async(finite)
+    elif not finite:
+        name = next(n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+        raise NonFiniteError(f"the gradient of {name!r} is not finite in step {step}")

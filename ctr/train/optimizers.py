@@ -1,0 +1,59 @@
+"""The dense tower's optimizer and the tables' fused one, each with its own learning rate and warm-up."""
+
+from __future__ import annotations
+
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from ctr.config import DenseConfig, OptimizerConfig, SideConfig
+
+
+class Optimizers:
+    """Steps both. Rows of tables are updated inside the backward pass; here only their learning rate is set."""
+
+    def __init__(self, config: OptimizerConfig, model: DistributedModelParallel) -> None:
+        self._config = config
+        self._tower = model.module.tower
+        self._dense = _dense_optimizer(config.dense, self._tower)
+        self._fused = model.fused_optimizer
+        self._steps = 0
+        self.dense_lr = self.sparse_lr = 0.0
+        self._set_learning_rates()
+
+    def zero_grad(self) -> None:
+        self._dense.zero_grad()
+
+    def step(self) -> None:
+        if self._config.dense.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._tower.parameters(), self._config.dense.clip_norm)
+        self._dense.step()
+        self._steps += 1
+        self._set_learning_rates()
+
+    def _set_learning_rates(self) -> None:
+        dense, sparse = _warm(self._config.dense, self._steps), _warm(self._config.sparse, self._steps)
+        if dense != self.dense_lr:
+            self.dense_lr = dense
+            for group in self._dense.param_groups:
+                group["lr"] = dense
+        if sparse != self.sparse_lr:
+            self.sparse_lr = sparse
+            for group in self._fused.param_groups:
+                group["lr"] = sparse
+            self._fused.step()  # hands the rate to the kernels; rows move only in the backward pass
+
+
+def _warm(side: SideConfig, steps_done: int) -> float:
+    if side.warmup_steps == 0:
+        return side.lr
+    return side.lr * min(1.0, (steps_done + 1) / side.warmup_steps)
+
+
+def _dense_optimizer(config: DenseConfig, tower: torch.nn.Module) -> torch.optim.Optimizer:
+    options = {"lr": config.lr, "weight_decay": config.weight_decay}
+    parameters = list(tower.parameters())
+    if config.name == "adam":
+        return torch.optim.Adam(parameters, eps=config.eps, fused=True, **options)
+    if config.name == "adagrad":
+        return torch.optim.Adagrad(parameters, eps=config.eps, **options)
+    return torch.optim.SGD(parameters, **options)

@@ -1,0 +1,196 @@
+"""A run's folder: resolved config, versions, plan, log, metrics.jsonl and TensorBoard events. Rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ctr.config import Config
+from ctr.data.batch import Batch
+from ctr.data.reader import ParquetReader
+from ctr.train.optimizers import Optimizers
+from distributed.process import Process
+from embedding.errors import ConfigError
+
+PACKAGES = ("tessera-ctr", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "pyarrow", "numpy", "hydra-core")
+
+
+class RunLog:
+    """Writes what happens in a run. On other ranks than 0 it only takes part in the sums."""
+
+    def __init__(self, config: Config, process: Process, plan: str) -> None:
+        self._config, self._process = config, process
+        self.folder = _create_folder(config, process)
+        self._logger = logging.getLogger("tessera")
+        self._tensorboard: SummaryWriter | None = None
+        if process.is_main:
+            self._open(plan)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=process.device)
+        self._started = self._window_started = time.perf_counter()
+        self._waited = 0.0
+        self._bar: tqdm | None = None
+
+    def _open(self, plan: str) -> None:
+        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(self._config), resolve=True))
+        (self.folder / "plan.txt").write_text(plan + "\n")
+        (self.folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+        self._logger.setLevel(logging.INFO)
+        self._logger.propagate = False
+        for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(self.folder / "train.log")):
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+            self._logger.addHandler(handler)
+        self._tensorboard = SummaryWriter(self.folder / "tensorboard")
+        self.say(plan)
+
+    def say(self, sentence: str) -> None:
+        if self._process.is_main:
+            with tqdm.external_write_mode(sys.stdout):
+                self._logger.info(sentence)
+
+    def progress(self, batches: Iterable[Batch], steps: int, epoch: int) -> Iterator[Batch]:
+        """Pass batches on, timing the wait for each; with a bar on rank 0 where stderr is a terminal."""
+        shown = self._process.is_main and sys.stderr.isatty()
+        self._bar = tqdm(total=steps, desc=f"epoch {epoch}", unit="step", disable=not shown, leave=False)
+        iterator = iter(batches)
+        with self._bar:
+            while True:
+                self._process.stage = "reading a batch"
+                began = time.perf_counter()
+                batch = next(iterator, None)
+                self._waited += time.perf_counter() - began
+                if batch is None:
+                    return
+                yield batch
+                self._bar.update()
+
+    def train(
+        self, step: int, epoch: int, rows: int, loss_sum: Tensor, weight: Tensor, optimizers: Optimizers
+    ) -> None:
+        """Add one step of this rank. Every `log_every` steps: sum over ranks, the only wait for the device."""
+        self._sums += torch.stack([loss_sum.double(), weight.double(), torch.full_like(weight, rows).double()])
+        if step % self._config.trainer.log_every:
+            return
+        if self._process.world_size > 1:
+            dist.all_reduce(self._sums)
+        total_loss, total_weight, total_rows = self._sums.tolist()
+        self._sums.zero_()
+        now = time.perf_counter()
+        seconds = now - self._window_started
+        line = {
+            "kind": "train",
+            "step": step,
+            "epoch": epoch,
+            "rows": int(total_rows),
+            "loss": total_loss / max(total_weight, 1e-12),
+            "samples_per_second": total_rows / seconds,
+            "reader_wait": min(1.0, self._waited / seconds),
+            "dense_lr": optimizers.dense_lr,
+            "sparse_lr": optimizers.sparse_lr,
+            "seconds": now - self._started,
+        }
+        self._window_started, self._waited = now, 0.0
+        self.write(line)
+        self.say(
+            f"step {step} · loss {line['loss']:.4f} · {line['samples_per_second']:,.0f} samples/s · "
+            f"reader {line['reader_wait']:.0%}"
+        )
+
+    def evaluation(self, step: int, split: str, metrics: dict, is_best: bool) -> None:
+        self.write({"kind": "eval", "split": split, "step": step, **metrics})
+        shown = " · ".join(
+            f"{name} {metrics[name]:.4f}" if metrics[name] is not None else f"{name} undefined"
+            for name in ("auc", "logloss", "normalized_entropy", "calibration")
+        )
+        self.say(f"step {step} · {split} · {shown}" + (" · best so far" if is_best else ""))
+        # Evaluation is not training time.
+        self._window_started, self._waited = time.perf_counter(), 0.0
+
+    def write(self, line: dict) -> None:
+        """Append to metrics.jsonl, and its numbers to TensorBoard."""
+        if not self._process.is_main:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        prefix = line.get("split", line["kind"])
+        for name, value in line.items():
+            if isinstance(value, int | float) and name not in ("step", "epoch"):
+                self._tensorboard.add_scalar(f"{prefix}/{name}", value, line["step"])
+
+    def bad_rows(self, readers: dict[str, ParquetReader | None]) -> None:
+        """Sum over ranks the rows that each split left out, and say how many for which reason."""
+        counts = {split: reader.bad_row_counts for split, reader in readers.items() if reader is not None}
+        gathered: list[dict | None] = [counts]
+        if self._process.world_size > 1:
+            gathered = [None] * self._process.world_size
+            dist.all_gather_object(gathered, counts)
+        for split in counts:
+            total: Counter[str] = Counter()
+            for one in gathered:
+                total.update(one[split])
+            if total:
+                self.write({"kind": "bad_rows", "split": split, "step": 0, "counts": dict(total)})
+                reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(total.items()))
+                self.say(f"{split}: left out {reasons}")
+
+    def close(self) -> None:
+        if self._tensorboard:
+            self._tensorboard.close()
+        for handler in list(self._logger.handlers):
+            self._logger.removeHandler(handler)
+            handler.close()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _create_folder(config: Config, process: Process) -> Path:
+    """Rank 0 makes the run folder; all ranks learn its name.
+
+    Raises:
+        ConfigError: it exists and is not empty: two runs never mix.
+    """
+    agreed: list[str | None] = [None]
+    if process.is_main:
+        model = config.model["target"].rpartition(".")[2].lower()
+        default = f"runs/{config.data.name}-{model}-{datetime.now():%Y%m%d-%H%M%S}"
+        agreed[0] = config.trainer.run_dir or default
+    if process.world_size > 1:
+        dist.broadcast_object_list(agreed, src=0)
+    folder = Path(agreed[0])
+    problem: list[str | None] = [None]
+    if process.is_main:
+        if folder.exists() and any(folder.iterdir()):
+            problem[0] = f"trainer.run_dir {folder} is not empty; expected a new folder, so that two runs never mix"
+        else:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                problem[0] = f"trainer.run_dir {folder} cannot be made: {error.strerror}"
+    if process.world_size > 1:
+        dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise ConfigError(problem[0])
+    return folder

@@ -1,0 +1,159 @@
+"""Training: batch, forward, loss, guard, backward, step; evaluation, log and the kept best are visible lines."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from ctr.config import Config
+from ctr.data.batch import Batch
+from ctr.data.schema import Schema
+from ctr.models.network import Network, build_tower, table_configs
+from ctr.report.report import write_report
+from ctr.train.evaluate import evaluate, read_split
+from ctr.train.guard import check_gradients, check_loss, watch_gradients
+from ctr.train.optimizers import Optimizers
+from ctr.train.run_log import RunLog
+from ctr.train.saved_model import load_model, save_model
+from distributed.process import Process
+from distributed.sharding import shard
+from distributed.static_tables import StaticTables
+from embedding.errors import ConfigError
+
+HIGHER_IS_BETTER = {"auc": True, "logloss": False}
+
+
+class Trainer:
+    """One run: a model, its data, its optimizers and its folder.
+
+    Raises (before the run folder is made):
+        ConfigError, SchemaError, DataError: what is wrong with the configuration or the files.
+    """
+
+    def __init__(self, config: Config, process: Process) -> None:
+        self.config, self.process = config, process
+        set_threads(config)
+        torch.manual_seed(config.trainer.seed)
+        self.schema = Schema(config.data.schema)
+        self.readers = {s: read_split(config, self.schema, process, s) for s in ("train", "valid", "test")}
+        if self.readers["train"] is None:
+            raise ConfigError("data.train is null; training needs it")
+        self.model, plan = build_model(config, self.schema, process)
+        self.optimizers = Optimizers(config.optimizer, self.model)
+        self.log = RunLog(config, process, plan)
+        self.step = 0
+        self.best: float | None = None
+        self.evaluations_since_best = 0
+
+    def fit(self) -> None:
+        """Train for the configured epochs or steps; evaluate, keep the best model, score it, write the report."""
+        reader, every = self.readers["train"], self.config.trainer.eval_every
+        for epoch in range(self.config.trainer.epochs):
+            for batch in self.log.progress(reader.epoch(epoch), reader.steps_per_epoch, epoch):
+                loss_sum, weight = self.train_step(batch)
+                self.log.train(self.step, epoch, batch.rows, loss_sum, weight, self.optimizers)
+                if every and self.step % every == 0:
+                    self.evaluate()
+                if self.finished:
+                    break
+            if not every or self.finished:
+                self.evaluate()
+            if self.finished:
+                break
+        self.report()
+
+    def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One update. Returns this rank's summed loss and summed sample weight, on the device, for the log."""
+        network: Network = self.model.module
+        self.process.stage = f"step {self.step}: forward"
+        batch = batch.to(self.process.device)
+        local_weight = batch.weight.sum()
+        global_weight = local_weight.clone()
+        if self.process.world_size > 1:
+            dist.all_reduce(global_weight)
+        logits, embeddings = self.model(batch)
+        loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
+        check_loss(loss_sum, network, batch, embeddings, self.step)
+        watch_gradients(network, embeddings)
+        # Ranks hold different numbers of rows and data parallel averages over ranks. With this scale the update is
+        # that of the mean over the global batch, however its rows are spread.
+        scale = self.process.world_size / global_weight.clamp_min(1e-12)
+        self.process.stage = f"step {self.step}: backward"
+        self.optimizers.zero_grad()
+        ((loss_sum + self.l2(embeddings)) * scale).backward()
+        check_gradients(network.tower, self.step)
+        self.optimizers.step()
+        self.step += 1
+        return loss_sum.detach(), local_weight
+
+    def l2(self, embeddings: dict[str, Tensor]) -> Tensor | float:
+        """l2/2 times the squares of all looked-up embeddings: rows that the batch does not touch do not decay."""
+        strength = self.config.embedding.l2
+        return 0.5 * strength * sum(emb.square().sum() for emb in embeddings.values()) if strength else 0.0
+
+    @property
+    def finished(self) -> bool:
+        trainer = self.config.trainer
+        patience = trainer.early_stop.patience
+        out_of_patience = patience is not None and self.evaluations_since_best >= patience
+        return out_of_patience or (trainer.max_steps is not None and self.step >= trainer.max_steps)
+
+    def evaluate(self) -> None:
+        """Score the valid split; keep the model if it is the best so far. All ranks see the same numbers."""
+        if self.readers["valid"] is None:
+            return
+        metrics = evaluate(self.model, self.readers["valid"], self.process)
+        name = self.config.trainer.early_stop.metric
+        value = metrics[name]
+        better = value is not None and (
+            self.best is None or (value > self.best if HIGHER_IS_BETTER[name] else value < self.best)
+        )
+        self.log.evaluation(self.step, "valid", metrics, better)
+        if better:
+            self.best, self.evaluations_since_best = value, 0
+            save_model(self.model, self.log.folder / "best", self.process)
+        else:
+            self.evaluations_since_best += 1
+
+    def report(self) -> None:
+        """Score the best model on the valid and test splits and write the report."""
+        best = self.log.folder / "best"
+        if self.best is None:
+            save_model(self.model, best, self.process)
+        else:
+            load_model(self.model, best, self.process)
+        for split in ("valid", "test"):
+            if self.readers[split] is not None:
+                metrics = evaluate(self.model, self.readers[split], self.process, self.log.folder / "predictions", split)
+                self.log.evaluation(self.step, split, metrics, is_best=False)
+        self.process.stage = "writing the report"
+        self.log.bad_rows(self.readers)
+        if self.process.world_size > 1:
+            dist.barrier()
+        if self.process.is_main:
+            report = write_report(self.log.folder)
+            self.log.say(report.summary())
+        self.log.close()
+
+
+def build_model(config: Config, schema: Schema, process: Process) -> tuple[DistributedModelParallel, str]:
+    """The sharded model, with the same initial values on any number of ranks, and its plan as text."""
+    tower = build_tower(config.model, schema)
+    groups = table_configs(schema, tower, config.embedding.init_std)
+    tables = StaticTables(groups, schema.id_names, config.embedding.rows, weighted=schema.weighted)
+    network = Network(tables, tower, schema.id_names, config.trainer.amp)
+    per_rank = -(-config.trainer.batch_size // process.world_size)
+    sparse = config.optimizer.sparse
+    return shard(network, tables, process, sparse, per_rank, config.trainer.seed)
+
+
+def set_threads(config: Config) -> None:
+    """Give each rank of a host an equal part of its cores, unless configured."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.trainer.threads or max(1, cores // local_ranks))

@@ -1,0 +1,127 @@
+"""Tables with a fixed number of rows on torchrec's stock fbgemm kernels, sharded row-wise.
+
+A raw 64-bit id is mixed and reduced to a row number, so different ids may share a row; the number of rows is the
+price. Output is the same for any number of ranks: initial rows depend on (seed, table, row) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.types import ShardingType
+
+from embedding.config import TableConfig
+from kernels.mix import mix64
+from kernels.random import normal
+
+SPARSE_OPTIMIZERS = {
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+}
+INIT_CHUNK_FLOATS = 1 << 24  # initial rows are drawn in pieces of 64 MiB, so that start-up needs no second table
+
+
+class StaticTables(nn.Module):
+    """All tables of a model as one EmbeddingBagCollection, grouped by what the tower asked for.
+
+    Args:
+        groups: name of a group (DeepFM: "v" and "w") -> its tables. Every group covers every id feature once.
+        id_names: the id features, in the order in which a group's output lists the fields.
+        rows: rows of each table.
+        weighted: ids carry weights, which scale their rows before pooling.
+    """
+
+    def __init__(
+        self, groups: dict[str, Sequence[TableConfig]], id_names: Sequence[str], rows: int, weighted: bool
+    ) -> None:
+        super().__init__()
+        self.tables = [table for tables in groups.values() for table in tables]
+        self.rows = rows
+        self.ebc = EmbeddingBagCollection(
+            device=torch.device("meta"),
+            is_weighted=weighted,
+            tables=[
+                EmbeddingBagConfig(
+                    name=table.name,
+                    embedding_dim=stored_dim(table.dim),
+                    num_embeddings=rows,
+                    feature_names=list(table.features),
+                    pooling=PoolingType.SUM if table.pooling == "sum" else PoolingType.MEAN,
+                )
+                for table in self.tables
+            ],
+        )
+        self._fields = len(id_names)
+        self._dims = [tables[0].dim for tables in groups.values()]
+        self._groups = list(groups)
+        self._output_keys = [_output_keys(tables, id_names, self.tables) for tables in groups.values()]
+
+    def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """ids: raw int64 ids, stride B. Returns group -> [B, fields, dim] float32; an empty bag gives zeros."""
+        pooled = self.ebc(self._to_rows(ids))
+        outputs = KeyedTensor.regroup([pooled], self._output_keys)
+        return {
+            group: output.unflatten(1, (self._fields, -1))[..., :dim]
+            for group, dim, output in zip(self._groups, self._dims, outputs, strict=True)
+        }
+
+    def _to_rows(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        return KeyedJaggedTensor(
+            keys=ids.keys(),
+            values=torch.remainder(mix64(ids.values()), self.rows),
+            weights=ids.weights_or_none(),
+            lengths=ids.lengths(),
+            offsets=ids.offsets(),
+            stride=ids.stride(),
+        )
+
+    def bytes_of(self, table: TableConfig) -> int:
+        return self.rows * stored_dim(table.dim) * 4
+
+
+def stored_dim(dim: int) -> int:
+    """fbgemm stores rows in units of 4 floats. The surplus never has a gradient; row-wise Adagrad averages squared
+    gradients over it too, so that a group of dim 1 learns at twice the configured rate."""
+    return -(-dim // 4) * 4
+
+
+def _output_keys(
+    tables: Sequence[TableConfig], id_names: Sequence[str], all_tables: Sequence[TableConfig]
+) -> list[str]:
+    """torchrec names a pooled output after its feature, and feature@table where several tables share the feature."""
+    owner = {feature: table for table in tables for feature in table.features}
+    assert sorted(owner) == sorted(id_names), "a group of tables covers every id feature once"
+    shared = {
+        name: sum(name in table.features for table in all_tables) > 1 for name in id_names
+    }
+    return [f"{name}@{owner[name].name}" if shared[name] else name for name in id_names]
+
+
+class RowWiseSharder(EmbeddingBagCollectionSharder):
+    """The stock sharder offers row-wise sharding on GPUs only; it works on the CPU as well."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return [ShardingType.ROW_WISE.value]
+
+
+@torch.no_grad()
+def initialise(sharded_ebc: nn.Module, tables: Sequence[TableConfig], seed: int) -> None:
+    """Fill this rank's rows. Called after sharding, which gives CPU tables values of its own."""
+    by_name = {table.name: table for table in tables}
+    for key, value in sharded_ebc.state_dict().items():
+        table = by_name[key.split(".")[-2]]
+        for shard in value.local_shards():
+            first, rows = shard.metadata.shard_offsets[0], shard.tensor.shape[0]
+            width = shard.tensor.shape[1]
+            chunk = max(1, INIT_CHUNK_FLOATS // width)
+            for start in range(0, rows, chunk):
+                stop = min(start + chunk, rows)
+                ids = torch.arange(first + start, first + stop)
+                drawn = normal(seed, table.key, ids, width)
+                shard.tensor[start:stop].copy_(drawn.mul_(table.init_std))

@@ -1,0 +1,24 @@
+"""Train a model: `torchrun --nproc-per-node 2 scripts/train.py model=deepfm data=criteo data.path=/data/criteo`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ctr.config import Config, load_config  # noqa: E402
+from distributed.process import Process, run  # noqa: E402
+
+
+def load() -> tuple[Config, str, float]:
+    config = load_config(sys.argv[1:], __doc__)
+    return config, config.trainer.device, config.trainer.timeout_seconds
+
+
+def train(config: Config, process: Process) -> None:
+    from ctr.train.trainer import Trainer
+
+    Trainer(config, process).fit()
+
+
+if __name__ == "__main__":
+    sys.exit(run(load, train))

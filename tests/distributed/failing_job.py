@@ -1,0 +1,40 @@
+"""A job that fails in the way its first argument names, in step 20; run by test_process.py."""
+
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from distributed.process import Process, run
+from embedding.errors import ConfigError
+
+
+def fail(how: str, process: Process) -> None:
+    if how == "mistake_everywhere":
+        raise ConfigError("key x is 7; expected 1")
+    if how == "mistake_on_rank_1" and process.rank == 1:
+        raise ConfigError("file f has column c twice")
+    if how == "killed" and process.rank == 1:
+        os.kill(os.getpid(), 9)
+    if how == "hung" and process.rank == 1:
+        process.stage = "step 20: reading"
+        time.sleep(600)
+    if how == "bug" and process.rank == 1:
+        raise ZeroDivisionError("a bug")
+
+
+def main(how: str, process: Process) -> None:
+    numbers = torch.ones(4)
+    for step in range(40):
+        process.stage = f"step {step}: sum"
+        if step == 20:
+            time.sleep(1.5)  # a heartbeat passes, so that the stage is known
+            fail(how, process)
+        dist.all_reduce(numbers)
+    print(f"rank {process.rank} is done")
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: (sys.argv[1], "cpu", 8.0), main))

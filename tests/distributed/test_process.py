@@ -1,0 +1,51 @@
+"""A failure is said once, after the launcher's trace, and names who failed and where; nobody hangs."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.ranks import ROOT, torchrun
+
+JOB = "tests/distributed/failing_job.py"
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+def test_success_is_status_0_and_quiet():
+    done = torchrun(2, JOB, "nothing")
+    assert done.returncode == 0
+    assert "rank 0 is done" in done.stdout and "rank 1 is done" in done.stdout
+    assert "rror" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("mistake_everywhere", "error: key x is 7; expected 1"),
+        ("mistake_on_rank_1", "error: file f has column c twice"),
+        ("bug", "error: rank 1, step 20: sum: ZeroDivisionError: a bug"),
+        ("killed", "error: rank 1 died (no heartbeat for 5 s); it was last at step 20: sum"),
+    ],
+)
+def test_the_last_line_tells_what_happened_once(how, line):
+    done = torchrun(2, JOB, how, timeout=60)
+    assert done.returncode != 0
+    assert last_line(done.stderr) == line
+    own_lines = [text for text in done.stderr.splitlines() if text.startswith("error:")]
+    assert own_lines == [line]
+
+
+def test_a_hung_rank_is_named_after_the_limit():
+    done = torchrun(2, JOB, "hung", timeout=90)
+    assert done.returncode != 0
+    assert last_line(done.stderr).startswith("error: rank 1 did not answer; it has been at step 20: reading for ")
+
+
+def test_without_torchrun_a_mistake_is_one_line_and_status_2():
+    command = [sys.executable, JOB, "mistake_everywhere"]
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "error: key x is 7; expected 1\n"

@@ -1,0 +1,61 @@
+"""Run a function on several gloo ranks of this machine, as the tests of everything distributed do."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from distributed import process as process_module
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(process, *arguments)` on `world` ranks; their results in rank order. It must be importable."""
+    port = _free_port()
+    with mp.get_context("spawn").Pool(world) as pool:
+        jobs = [pool.apply_async(_rank, (rank, world, port, function, arguments)) for rank in range(world)]
+        return [job.get(timeout=120) for job in jobs]
+
+
+def _rank(rank: int, world: int, port: int, function: Callable[..., Any], arguments: tuple) -> Any:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    process = process_module.start("cpu", timeout_seconds=60)
+    result = function(process, *arguments)
+    process_module.stop(process)
+    return result
+
+
+def torchrun(world: int, *command: str, timeout: float = 180, **environment: str) -> subprocess.CompletedProcess:
+    """`torchrun --standalone --nproc-per-node world command...` from the repository's root."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    return subprocess.run(
+        launcher + list(command),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
