@@ -1,0 +1,174 @@
+"""The streaming metrics against the exact ones, over batches, padding and ranks."""
+
+import datetime
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ctr.data.errors import DataError
+from ctr.metrics import exact
+from ctr.metrics.streaming import StreamingMetrics
+
+
+def batches(seed, sizes=(1000, 0, 1, 777), weighted=True, loc=-2.0, scale=1.5):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for size in sizes:
+        logit = torch.randn(size, generator=generator) * scale + loc
+        label = (torch.rand(size, generator=generator) < torch.sigmoid(logit)).float()
+        weight = torch.rand(size, generator=generator) * 2 if weighted else None
+        made.append((logit, label, weight))
+    return made
+
+
+def join(made):
+    columns = list(zip(*made, strict=True))
+    return [None if column[0] is None else torch.cat(column) for column in columns]
+
+
+def feed(metrics, made):
+    for batch in made:
+        metrics.update(*batch)
+    return metrics
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("bins", [16, 1000, 1 << 16])
+def test_auc_is_within_its_own_bound_of_exact(bins, weighted):
+    made = batches(bins + weighted, weighted=weighted)
+    logit, label, weight = join(made)
+    result = feed(StreamingMetrics(bins), made).compute()
+    weight = None if weight is None else weight.numpy()
+    expected = exact.auc(logit.numpy(), label.numpy(), weight)
+    assert abs(result["auc"] - expected) <= result["auc_error_bound"] + 1e-12
+    if bins == 1 << 16:
+        assert result["auc_error_bound"] < 1e-3
+
+
+def test_default_bins_state_a_small_bound_on_many_rows():
+    made = batches(11, sizes=(200_000,))
+    assert feed(StreamingMetrics(), made).compute()["auc_error_bound"] < 1e-4
+
+
+def test_the_bound_is_reached():
+    # Both rows share the only bin: AUC may be 0 or 1; the histogram says one half, give or take one half.
+    metrics = StreamingMetrics(bins=1)
+    metrics.update(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]))
+    result = metrics.compute()
+    assert (result["auc"], result["auc_error_bound"]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_agree_with_the_exact_metrics(weighted):
+    made = batches(2, weighted=weighted)
+    logit, label, weight = join(made)
+    result = feed(StreamingMetrics(), made).compute()
+    prediction = torch.sigmoid(logit.double()).numpy()
+    expected = exact.evaluate_predictions(
+        prediction, label.numpy(), None if weight is None else weight.numpy()
+    )
+    for name in ("logloss", "normalized_entropy", "calibration"):
+        assert result[name] == pytest.approx(expected[name], rel=1e-12), name
+    assert (result["rows"], result["positives"]) == (expected["rows"], expected["positives"])
+
+
+def test_the_cut_into_batches_does_not_matter():
+    made = batches(3)
+    whole = StreamingMetrics()
+    whole.update(*join(made))
+    first, second = feed(StreamingMetrics(), made).compute(), whole.compute()
+    assert first == pytest.approx(second, rel=1e-12)
+
+
+def test_padding_changes_nothing_whatever_it_holds():
+    made = batches(4)
+    plain = feed(StreamingMetrics(), made)
+    padded = StreamingMetrics()
+    junk = torch.tensor([float("nan"), float("inf"), 99.0, -99.0])
+    for logit, label, weight in made:
+        padded.update(torch.cat([logit, junk]), torch.cat([label, junk]), torch.cat([weight, torch.zeros(4)]))
+    assert torch.equal(plain._state, padded._state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_logit_that_is_not_finite_is_an_error(value):
+    metrics = StreamingMetrics()
+    metrics.update(torch.tensor([0.5, value]), torch.tensor([1.0, 0.0]))
+    with pytest.raises(DataError, match="1 rows have a logit or label that is not finite"):
+        metrics.compute()
+
+
+def test_empty_and_single_class():
+    empty = StreamingMetrics()
+    empty.update(torch.zeros(0), torch.zeros(0), torch.zeros(0))
+    result = empty.compute()
+    assert result["rows"] == 0 and all(result[name] is None for name in ("auc", "auc_error_bound", "logloss"))
+    one_class = StreamingMetrics()
+    one_class.update(torch.zeros(3), torch.zeros(3))
+    result = one_class.compute()
+    assert result["auc"] is None and result["calibration"] is None and result["normalized_entropy"] is None
+    assert result["logloss"] == pytest.approx(np.log(2))
+
+
+def test_extreme_and_half_precision_logits():
+    logit = torch.tensor([-1e30, -20.0, 20.0, 1e30])
+    label = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    for dtype in (torch.float32, torch.bfloat16):
+        metrics = StreamingMetrics()
+        metrics.update(logit.to(dtype), label)
+        result = metrics.compute()
+        assert (result["auc"], result["auc_error_bound"]) == (1, 0) and result["logloss"] < 1e-8
+
+
+def test_reset_starts_anew_and_misuse_is_caught():
+    made = batches(5)
+    metrics = feed(StreamingMetrics(), made)
+    metrics.all_reduce()
+    with pytest.raises(AssertionError, match="reset"):
+        metrics.update(*made[0])
+    with pytest.raises(AssertionError, match="reset"):
+        metrics.all_reduce()
+    first = metrics.compute()
+    metrics.reset()
+    assert feed(metrics, made).compute() == first
+
+
+def _rank(rank, world, store, out):
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout
+    )
+    # The second rank also sees an empty batch; the ranks need not take the same number of steps.
+    metrics = feed(StreamingMetrics(), batches(6, weighted=True)[rank::world])
+    calls = []
+    original = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
+    metrics.all_reduce(dist.group.WORLD)
+    dist.all_reduce = original
+    torch.save({"result": metrics.compute(), "collectives": len(calls)}, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one(tmp_path):
+    mp.spawn(_rank, args=(2, tmp_path / "store", tmp_path), nprocs=2, join=True)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    alone = feed(StreamingMetrics(), batches(6, weighted=True)).compute()
+    assert ranks[0] == ranks[1] and ranks[0]["collectives"] == 1
+    assert ranks[0]["result"] == pytest.approx(alone, rel=1e-12)
+
+
+def test_one_process_without_a_group():
+    metrics = feed(StreamingMetrics().to("cpu"), batches(7))
+    before = metrics._state.clone()
+    metrics.all_reduce(None)
+    assert torch.equal(before, metrics._state)
+
+
+def test_update_does_not_wait_for_the_device():
+    # On the meta device any read of a value raises: what passes there never needed one.
+    metrics = StreamingMetrics(64, device="meta")
+    metrics.update(*(torch.zeros(5, device="meta") for _ in range(3)))
