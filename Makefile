@@ -1,0 +1,46 @@
+# Everything runs in .venv, which `scripts/setup.sh` creates; docs/install.md lists the variables it knows.
+SHELL := /bin/bash
+VENV := $(or $(TESSERA_VENV),.venv)
+PYTHON := $(VENV)/bin/python
+RANKS ?= 2
+DEMO_ROWS ?= 400000
+
+.DEFAULT_GOAL := help
+.PHONY: help install setup demo test test-slow lint doctor bench clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: ## create .venv, install the pinned stack, compile the kernels (again)
+	@scripts/setup.sh --rebuild
+
+setup: # as install, but skips what is already done
+	@scripts/setup.sh
+
+demo: setup data/synthetic/schema.yaml ## train DeepFM on synthetic data over RANKS=2 processes, write a report
+	$(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) scripts/train.py data=synthetic model=deepfm
+
+data/synthetic/schema.yaml: | setup
+	$(PYTHON) scripts/prepare.py synthetic --rows $(DEMO_ROWS) --out data/synthetic
+
+test: setup ## run the tests (ARGS="-k name" selects some)
+	$(PYTHON) -m pytest -q $(ARGS)
+
+test-slow: setup ## run the tests that take minutes
+	$(PYTHON) -m pytest -q -m slow $(ARGS)
+
+lint: setup ## check style
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+doctor: ## check the installation: what is wrong, and its cure
+	@if [ -x $(PYTHON) ]; then $(PYTHON) scripts/doctor.py; else echo "no $(VENV) yet: run make install" >&2; exit 1; fi
+
+bench: setup ## measure reader and training step
+	$(PYTHON) scripts/bench/reader.py
+	$(PYTHON) scripts/bench/train_step.py
+
+clean: ## remove what can be built again, except the environment, data and runs
+	rm -rf build kernels/_C*.so kernels/_build.json *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f $(VENV)/.tessera-project
