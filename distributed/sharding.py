@@ -110,7 +110,7 @@ def describe(tables: StaticTables, process: Process, optimizer: str) -> str:
         total += weights + state
         lines.append(
             f"{table.name:<24}{tables.rows:>12,}{table.dim:>6}{_size(weights):>12}{_size(state):>12}"
-            f"{_size(-(-(weights + state) // world)):>12}  {', '.join(table.features)} ({table.pooling})"
+            f"{_size(-(-(weights + state) // world)):>12}  {', '.join(table.features)}"
         )
     lines.append(f"in all {_size(total)}, {_size(-(-total // world))} per rank of {_size(_memory_per_rank(process))}")
     return "\n".join(lines)

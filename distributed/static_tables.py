@@ -6,7 +6,7 @@ price. Output is the same for any number of ranks: initial rows depend on (seed,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -35,10 +35,16 @@ class StaticTables(nn.Module):
         id_names: the id features, in the order in which a group's output lists the fields.
         rows: rows of each table.
         weighted: ids carry weights, which scale their rows before pooling.
+        averaged: the features whose bags are averaged over their ids; the others are summed.
     """
 
     def __init__(
-        self, groups: dict[str, Sequence[TableConfig]], id_names: Sequence[str], rows: int, weighted: bool
+        self,
+        groups: dict[str, Sequence[TableConfig]],
+        id_names: Sequence[str],
+        rows: int,
+        weighted: bool = False,
+        averaged: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.tables = [table for tables in groups.values() for table in tables]
@@ -52,13 +58,14 @@ class StaticTables(nn.Module):
                     embedding_dim=stored_dim(table.dim),
                     num_embeddings=rows,
                     feature_names=list(table.features),
-                    pooling=PoolingType.SUM if table.pooling == "sum" else PoolingType.MEAN,
+                    pooling=PoolingType.SUM,
                 )
                 for table in self.tables
             ],
         )
         self._fields = len(id_names)
         self._dims = [tables[0].dim for tables in groups.values()]
+        self._averaged = [i for i, name in enumerate(id_names) if name in averaged]
         self._groups = list(groups)
         self._output_keys = [_output_keys(tables, id_names, self.tables) for tables in groups.values()]
 
@@ -66,10 +73,25 @@ class StaticTables(nn.Module):
         """ids: raw int64 ids, stride B. Returns group -> [B, fields, dim] float32; an empty bag gives zeros."""
         pooled = self.ebc(self._to_rows(ids))
         outputs = KeyedTensor.regroup([pooled], self._output_keys)
-        return {
+        embeddings = {
             group: output.unflatten(1, (self._fields, -1))[..., :dim]
             for group, dim, output in zip(self._groups, self._dims, outputs, strict=True)
         }
+        if not self._averaged:
+            return embeddings
+        scale_bf1 = self._scale_to_mean(ids).unsqueeze(2)
+        return {group: emb_bfd * scale_bf1 for group, emb_bfd in embeddings.items()}
+
+    def _scale_to_mean(self, ids: KeyedJaggedTensor) -> Tensor:
+        """[B, fields]: 1 / bag length for averaged features, 1 elsewhere.
+
+        Averaged here and not by torchrec: its row-wise mean divides the wrong outputs where a summed feature is
+        looked up in several tables.
+        """
+        lengths_fb = ids.lengths().view(self._fields, -1)
+        scale_fb = torch.ones_like(lengths_fb, dtype=torch.float32)
+        scale_fb[self._averaged] = 1.0 / lengths_fb[self._averaged].clamp_min(1)
+        return scale_fb.t()
 
     def _to_rows(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return KeyedJaggedTensor(
@@ -97,9 +119,7 @@ def _output_keys(
     """torchrec names a pooled output after its feature, and feature@table where several tables share the feature."""
     owner = {feature: table for table in tables for feature in table.features}
     assert sorted(owner) == sorted(id_names), "a group of tables covers every id feature once"
-    shared = {
-        name: sum(name in table.features for table in all_tables) > 1 for name in id_names
-    }
+    shared = {name: sum(name in table.features for table in all_tables) > 1 for name in id_names}
     return [f"{name}@{owner[name].name}" if shared[name] else name for name in id_names]
 
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 class TableConfig:
     """One table: rows of `dim` floats keyed by raw 64-bit ids.
 
-    `features` are the id columns looked up in it; their bags are pooled by `pooling` ("sum" or "mean").
-    Rows start at N(0, init_std), drawn from (seed, table name, row) alone.
+    `features` are the id columns looked up in it. Rows start at N(0, init_std), drawn from (seed, table name, row)
+    alone.
     """
 
     name: str
     dim: int
     features: tuple[str, ...]
-    pooling: str
     init_std: float
 
     @property

@@ -62,21 +62,10 @@ def build_tower(model: dict, schema: Schema) -> Tower:
 
 
 def table_configs(schema: Schema, tower: Tower, init_std: float) -> dict[str, list[TableConfig]]:
-    """For each group of embeddings the tower wants, one table per table name of the schema.
-
-    Raises:
-        ConfigError: features that share a table are pooled differently.
-    """
-    groups = {}
-    for group, dim in tower.embedding_dims.items():
-        tables = []
-        for table, features in schema.tables.items():
-            poolings = {schema.pooling[feature] for feature in features}
-            if len(poolings) > 1:
-                raise ConfigError(
-                    f"features {', '.join(features)} share table {table!r} but are pooled by "
-                    f"{' and '.join(sorted(poolings))}; expected one pooling per table"
-                )
-            tables.append(TableConfig(f"{table}_{group}", dim, tuple(features), poolings.pop(), init_std))
-        groups[group] = tables
-    return groups
+    """For each group of embeddings the tower wants, one table per table name of the schema."""
+    return {
+        group: [
+            TableConfig(f"{table}_{group}", dim, tuple(features), init_std) for table, features in schema.tables.items()
+        ]
+        for group, dim in tower.embedding_dims.items()
+    }

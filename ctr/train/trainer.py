@@ -145,7 +145,9 @@ def build_model(config: Config, schema: Schema, process: Process) -> tuple[Distr
     """The sharded model, with the same initial values on any number of ranks, and its plan as text."""
     tower = build_tower(config.model, schema)
     groups = table_configs(schema, tower, config.embedding.init_std)
-    tables = StaticTables(groups, schema.id_names, config.embedding.rows, weighted=schema.weighted)
+    # A bag of at most one id needs no average.
+    averaged = [f.name for f in schema.categorical if f.kind in ("ids", "sequence") and f.pooling == "mean"]
+    tables = StaticTables(groups, schema.id_names, config.embedding.rows, schema.weighted, averaged)
     network = Network(tables, tower, schema.id_names, config.trainer.amp)
     per_rank = -(-config.trainer.batch_size // process.world_size)
     sparse = config.optimizer.sparse
