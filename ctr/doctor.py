@@ -265,6 +265,17 @@ def check_space(root: Path = ROOT, shared: Path = Path("/dev/shm")) -> Iterator[
                 yield Finding("warn", name, f"{text}, {least / 2**30:.1f} are little", cure)
 
 
+def find_spec(name: str, path: Sequence[str]) -> importlib.machinery.ModuleSpec | None:
+    """What `import name` would find with this module search path, whatever has been imported here already."""
+    before, sys.path[:] = list(sys.path), list(path)
+    try:
+        # All finders: an editable installation puts its own behind the one that looks into the path.
+        specs = (finder.find_spec(name, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        return next((spec for spec in specs if spec is not None), None)
+    finally:
+        sys.path[:] = before
+
+
 def check_shadows(path: Sequence[str], root: Path = ROOT) -> Iterator[Finding]:
     """Whether `import <package>` with this module search path finds our packages.
 
@@ -273,7 +284,7 @@ def check_shadows(path: Sequence[str], root: Path = ROOT) -> Iterator[Finding]:
     """
     good, lost = True, []
     for name in PACKAGES:
-        spec = importlib.machinery.PathFinder.find_spec(name, list(path))
+        spec = find_spec(name, path)
         places = list(spec.submodule_search_locations or [spec.origin or ""]) if spec else []
         if str(root / name) in (str(Path(place).resolve()) for place in places):
             continue
@@ -281,8 +292,8 @@ def check_shadows(path: Sequence[str], root: Path = ROOT) -> Iterator[Finding]:
         if not places:
             lost.append(name)
             continue
-        owners = ", ".join(sorted(set(metadata.packages_distributions().get(name, []))))
-        cure = f"run `pip uninstall {owners}`" if owners else "take its folder from PYTHONPATH"
+        owners = " ".join(sorted(set(metadata.packages_distributions().get(name, [])) - {"tessera-ctr"}))
+        cure = f"run `pip uninstall {owners}`" if owners else "move it away, or off PYTHONPATH,"
         text = f"package {name} is {places[0]}, expected {root / name}"
         yield Finding("warn", "names", text, f"{cure} or use a fresh .venv")
     if lost:
