@@ -149,7 +149,14 @@ def _explain_override(error: Exception, overrides: Sequence[str], defaults: Dict
         if f"'{key}'" in str(error) and key not in known:
             near = get_close_matches(key, known, 1)
             return f"unknown key {key!r} in override {override!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    option = re.search(r"Could not find '(\w+)/(\S+)' Available options in '\w+': (.*?) Config search path", text)
+    if option:
+        group, choice, options = option[1], option[2], option[3].split()
+        near = get_close_matches(choice, options, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(options)}"
+        return f"no {group} {choice!r}; {hint} (a yaml of your own: --config-dir)"
+    return text
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterable[str]:

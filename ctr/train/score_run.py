@@ -1,0 +1,71 @@
+"""Score any data set with the best model of a finished run."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ctr.config import Config, typed
+from ctr.data.schema import Schema
+from ctr.report.report import write_report
+from ctr.train.evaluate import evaluate, read_split
+from ctr.train.saved_model import load_model
+from ctr.train.trainer import build_model, set_threads
+from distributed.process import Process
+from embedding.errors import ConfigError
+
+
+def run_config(run_dir: Path, overrides: list[str]) -> Config:
+    """The configuration a run was trained with, with `data.*` and `trainer.*` keys replaced by the overrides.
+
+    Raises:
+        ConfigError: no run there, an unknown key, or an override of what the saved model depends on.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is not a run folder: it holds no config.yaml")
+    for override in overrides:
+        if not override.startswith(("data.", "trainer.")) or "=" not in override or override.startswith("data.schema"):
+            raise ConfigError(
+                f"override {override!r}: a trained model is scored with its own schema, model and tables; "
+                "only data.<key>=<value> and trainer.<key>=<value> can change"
+            )
+    saved = OmegaConf.load(path)
+    OmegaConf.set_struct(saved, True)
+    try:
+        merged = OmegaConf.merge(saved, OmegaConf.from_dotlist(overrides))
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
+    return typed(merged)
+
+
+def score_run(config: Config, process: Process, run_dir: Path, split: str, output: Path | None) -> None:
+    """Write predictions and the report of one split to `output` (default: evaluations/<time> in the run folder)."""
+    set_threads(config)
+    schema = Schema(config.data.schema)
+    reader = read_split(config, schema, process, split)
+    if reader is None:
+        raise ConfigError(f"data.{split} is null; there is nothing to score")
+    model, _ = build_model(config, schema, process)
+    load_model(model, run_dir / "best", process)
+    agreed = [str(output or run_dir / "evaluations" / f"{datetime.now():%Y%m%d-%H%M%S}")]
+    if process.world_size > 1:
+        dist.broadcast_object_list(agreed, src=0)
+    folder = Path(agreed[0])
+    if process.is_main:
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"--output {folder} is not empty; expected a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+    metrics = evaluate(model, reader, process, folder / "predictions", split)
+    if process.world_size > 1:
+        dist.barrier()
+    if process.is_main:
+        with open(folder / "metrics.jsonl", "w") as file:
+            file.write(json.dumps({"kind": "eval", "split": split, "step": 0, **metrics}) + "\n")
+        print(write_report(folder).summary())

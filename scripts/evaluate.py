@@ -1,0 +1,31 @@
+"""Score a data set with a trained run: `python scripts/evaluate.py runs/mine --split test data.path=/data/new`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ctr.config import Config  # noqa: E402
+from ctr.train.score_run import run_config, score_run  # noqa: E402
+from distributed.process import Process, run  # noqa: E402
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("run_dir", type=Path)
+parser.add_argument("overrides", nargs="*", help="data.path=/data/new data.test=folder trainer.batch_size=8192")
+parser.add_argument("--split", choices=("train", "valid", "test"), default="test")
+parser.add_argument("--output", type=Path, help="default: evaluations/<time> in the run folder")
+options = parser.parse_args()
+
+
+def load() -> tuple[Config, str, float]:
+    config = run_config(options.run_dir, options.overrides)
+    return config, config.trainer.device, config.trainer.timeout_seconds
+
+
+def evaluate(config: Config, process: Process) -> None:
+    score_run(config, process, options.run_dir, options.split, options.output)
+
+
+if __name__ == "__main__":
+    sys.exit(run(load, evaluate))
