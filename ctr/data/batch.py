@@ -25,7 +25,7 @@ class Batch(Pipelineable):
     group: Tensor | None  # [B] int64
     time: Tensor | None  # [B] int64, seconds
     rows: int
-    # Rows of the epoch, over all ranks, up to and including this batch. A loop that reads ahead asks the reader
+    # Rows of the epoch, over all ranks, up to and with this batch. A loop that reads ahead asks the reader
     # for the state after the batch it trained last: reader.state(batch).
     position: int = 0
 

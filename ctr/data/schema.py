@@ -1,8 +1,8 @@
 """What the columns of a data set mean: labels, numeric features and categorical features.
 
 `SchemaConfig` is the form users write in `conf/data/*.yaml`; `Schema` is the same after the defaults are
-filled in and the contradictions are refused. Nothing here opens a file: `ctr.data.files` compares footers with
-the schema.
+filled in and the contradictions are refused. Nothing here opens a file: `ctr.data.files` compares the footers
+with the schema.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _resolved(feature: FeatureConfig) -> FeatureConfig:
 
 
 def _refuse_set_keys(where: str, feature: FeatureConfig, keys: str, why: str) -> None:
-    """Raises when one of the keys differs from its default: it would have no effect, and the user not know."""
+    """Raises when one of the keys differs from its default: it has no effect, which is easily missed."""
     default = FeatureConfig()
     for key in keys.split():
         if getattr(feature, key) != getattr(default, key):

@@ -1,0 +1,176 @@
+"""Multi-valued features: lists and delimited strings to values and offsets, in the rows' new order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import types
+
+from ctr.data import columns
+from ctr.data.schema import FeatureConfig
+
+
+@dataclass
+class Bags:
+    """One multi-valued feature of n rows: row i holds values[offsets[i]:offsets[i + 1]]."""
+
+    values: np.ndarray  # int64 [v]
+    offsets: np.ndarray  # int64 [n + 1]
+    weights: np.ndarray | None  # float32 [v]
+
+    def take(self, rows: np.ndarray) -> Bags:
+        """The bags of these rows, in their order."""
+        return _gather(self.values, self.weights, self.offsets[rows], np.diff(self.offsets)[rows])
+
+
+@dataclass
+class BagProblem:
+    """Rows that break the contract: bool [n] rows, what was found in the first of them, what was expected."""
+
+    rows: np.ndarray
+    found: str
+    expected: str
+    column: str
+
+
+def decode_bags(
+    feature: FeatureConfig, arrays: list[pa.Array], weights: list[pa.Array] | None, order: np.ndarray | None
+) -> tuple[Bags, list[BagProblem]]:
+    """Decode one feature. `order` int64 [n] permutes the rows; None leaves them.
+
+    A row with a problem gets an empty bag.
+    """
+    lists = [_lists(feature, array) for array in arrays]
+    lengths = np.concatenate([_lengths(array) for array in lists])
+    decoded = [columns.ids(_items(array), feature.dtype) for array in lists]
+    values = np.concatenate([part[0] for part in decoded]).astype(np.int64, copy=False)
+    sizes = [len(part[0]) for part in decoded]
+    keep = columns.joined([part[1] for part in decoded], sizes)
+    well_formed = columns.joined([part[2] for part in decoded], sizes)
+    problems = []
+    bad_rows = np.zeros(len(lengths), bool)
+    if well_formed is not None:
+        item = int(np.flatnonzero(~well_formed)[0])
+        bad_rows[_row_of(lengths, ~well_formed)] = True
+        found = repr(_items_of(lists, item))
+        expected = "decimal integers" if feature.dtype == "int" else "1 to 16 hexadecimal digits"
+        problems.append(BagProblem(bad_rows.copy(), found, expected, feature.column))
+    item_weights = None
+    if weights is not None:
+        item_weights, uneven = _item_weights(feature, weights, lengths, problems)
+        bad_rows |= uneven
+    # An item goes when it is null, when its delimited token is empty, or with its row.
+    dropped = np.repeat(bad_rows, lengths) if bad_rows.any() else None
+    if keep is not None:
+        dropped = ~keep if dropped is None else dropped | ~keep
+    if dropped is not None:
+        values = values[~dropped]
+        item_weights = None if item_weights is None else item_weights[~dropped]
+        lengths = lengths - np.bincount(_row_of_all(lengths)[dropped], minlength=len(lengths))
+    there = columns.joined([columns.present(array) for array in lists], [len(array) for array in lists])
+    if feature.missing_id is not None and there is not None:
+        absent = ~there & ~bad_rows
+        starts = np.cumsum(lengths) - lengths
+        values = np.insert(values, starts[absent], feature.missing_id)
+        item_weights = None if item_weights is None else np.insert(item_weights, starts[absent], 1.0)
+        lengths = lengths + absent
+    return _cut(feature, values, item_weights, lengths, order), problems
+
+
+def _cut(feature, values, weights, lengths, order) -> Bags:
+    """Keep at most max_length items per row (the first, of a sequence the last) and permute the rows."""
+    starts = np.cumsum(lengths) - lengths
+    kept = lengths
+    if feature.max_length is not None:
+        kept = np.minimum(lengths, feature.max_length)
+        if feature.kind == "sequence":
+            starts = starts + lengths - kept
+    if order is None and kept is lengths:
+        return Bags(values, _offsets(lengths), weights)
+    if order is None:
+        return _gather(values, weights, starts, kept)
+    return _gather(values, weights, starts[order], kept[order])
+
+
+def _gather(values, weights, starts, lengths) -> Bags:
+    offsets = _offsets(lengths)
+    items = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return Bags(values[items], offsets, None if weights is None else weights[items])
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def _lists(feature: FeatureConfig, array: pa.Array) -> pa.Array:
+    """The column as a list array; a delimited string is split and its empty tokens become null items."""
+    if types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if types.is_null(array.type):
+        return pa.nulls(len(array), pa.list_(pa.int64()))
+    if feature.delimiter is None:
+        return array
+    split = pc.split_pattern(array, feature.delimiter)
+    items = split.values
+    items = pc.if_else(pc.equal(pc.binary_length(items), 0), pa.scalar(None, items.type), items)
+    rebuilt = pa.LargeListArray if types.is_large_list(split.type) else pa.ListArray
+    mask = split.is_null() if split.null_count else None
+    return rebuilt.from_arrays(split.offsets, items, mask=mask)
+
+
+def _lengths(array: pa.Array) -> np.ndarray:
+    return pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _items(array: pa.Array) -> pa.Array:
+    # flatten and not values: it leaves out what lies under null lists and outside of a slice.
+    return array.flatten()
+
+
+def _items_of(lists: list[pa.Array], item: int):
+    for array in lists:
+        items = _items(array)
+        if item < len(items):
+            return items[item].as_py()
+        item -= len(items)
+    raise AssertionError("item is past the end")
+
+
+def _item_weights(feature, weights, lengths, problems) -> tuple[np.ndarray, np.ndarray]:
+    """float32 weight of every item, and bool [n] the rows whose weights are bad (0 where there are none)."""
+    arrays = [pa.nulls(len(w), pa.list_(pa.float32())) if types.is_null(w.type) else w for w in weights]
+    found = np.concatenate([_lengths(array) for array in arrays])
+    parts, finite = [], []
+    for array in arrays:
+        items = _items(array)
+        values, there = columns.floats(items)
+        values = values.astype(np.float32)
+        parts.append(values)
+        finite.append(np.isfinite(values) if there is None else np.isfinite(values) & there)
+    parts, finite = np.concatenate(parts), np.concatenate(finite)
+    uneven = found != lengths
+    if uneven.any():
+        row = int(np.flatnonzero(uneven)[0])
+        expected = f"{lengths[row]} as in column {feature.column!r}"
+        problems.append(BagProblem(uneven, f"{found[row]} weights", expected, feature.weights))
+    bad = uneven.copy()
+    if not finite.all():
+        rows = np.zeros(len(lengths), bool)
+        rows[_row_of(found, ~finite)] = True
+        value = parts[np.flatnonzero(~finite)[0]]
+        problems.append(BagProblem(rows, f"{value} or null", "finite weights", feature.weights))
+        bad |= rows
+    out = np.zeros(int(lengths.sum()), np.float32)
+    out[np.repeat(~uneven, lengths)] = parts[np.repeat(~uneven, found)]
+    return out, bad
+
+
+def _row_of_all(lengths: np.ndarray) -> np.ndarray:
+    return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def _row_of(lengths: np.ndarray, items: np.ndarray) -> np.ndarray:
+    return _row_of_all(lengths)[items]

@@ -1,0 +1,161 @@
+"""One Arrow array to numpy: numbers to float32, ids of any stored form to the 64 bits, times to seconds.
+
+Nothing here knows features or files. Values under nulls are arbitrary; the mask that comes back tells them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import types
+
+from ctr.data.footers import is_text
+
+NULL_GROUP = -(2**63)  # the group of rows whose group column is null
+TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+def present(array: pa.Array) -> np.ndarray | None:
+    """bool [n], False where null; None when nothing is null."""
+    if array.null_count == 0:
+        return None
+    bits = array.buffers()[0]
+    if bits is None:  # the type null
+        return np.zeros(len(array), bool)
+    first = array.offset // 8
+    packed = np.frombuffer(bits, np.uint8)[first : (array.offset + len(array) + 7) // 8]
+    skip = array.offset - 8 * first
+    return np.unpackbits(packed, bitorder="little")[skip : skip + len(array)].view(bool)
+
+
+def joined(masks: list[np.ndarray | None], sizes: list[int]) -> np.ndarray | None:
+    """Several masks one after the other, where None stands for all True; None when all are None."""
+    if all(mask is None for mask in masks):
+        return None
+    pairs = zip(masks, sizes, strict=True)
+    return np.concatenate([np.ones(size, bool) if mask is None else mask for mask, size in pairs])
+
+
+def fixed_width(array: pa.Array) -> np.ndarray:
+    """The values of an array of integers or floats without a copy; arbitrary where null."""
+    values = np.frombuffer(array.buffers()[1], array.type.to_pandas_dtype())
+    return values[array.offset : array.offset + len(array)]
+
+
+def floats(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
+    """A column of numbers: [n] of their type, to be cast to float32; bool [n] present, None when all are."""
+    array = _dense(array, pa.float32())
+    if types.is_decimal(array.type):
+        array = array.cast(pa.float64())
+    return fixed_width(array), present(array)
+
+
+def seconds(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
+    """int64 [n] seconds since 1970 (integers as they are); bool [n] present, None when all are."""
+    array = _dense(array, pa.int64())
+    if types.is_date32(array.type):
+        values = fixed_width(array.view(pa.int32())).astype(np.int64) * 86400
+    elif types.is_date64(array.type):
+        values = fixed_width(array.view(pa.int64())) // 1000
+    elif types.is_timestamp(array.type):
+        values = fixed_width(array.view(pa.int64())) // TICKS_PER_SECOND[array.type.unit]
+    else:
+        values = fixed_width(array).astype(np.int64)
+    return values, present(array)
+
+
+def ids(array: pa.Array, dtype: str) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Ids as stored by a feature's `dtype`: int, hex or string.
+
+    Returns [n] values, integers to be widened to int64; bool [n] present, None when all are; bool [n]
+    well-formed, None when all are. Nulls count as well-formed.
+    """
+    if types.is_dictionary(array.type):
+        return _dictionary_ids(array, dtype)
+    if types.is_null(array.type):
+        return np.zeros(len(array), np.int64), np.zeros(len(array), bool), None
+    there = present(array)
+    if not is_text(array.type):
+        return whole(array), there, None
+    if dtype == "int":  # items of a delimited string
+        values, well_formed = parse_integers(array)
+    else:
+        values, well_formed = hashed(array, dtype)
+    if well_formed is not None and there is not None:
+        well_formed = well_formed | ~there
+    return values, there, None if well_formed is None or well_formed.all() else well_formed
+
+
+def whole(array: pa.Array) -> np.ndarray:
+    """[n] of an integer type, to be widened to int64; unsigned 64-bit numbers keep their bits."""
+    values = fixed_width(_dense(array, pa.int64()))
+    return values.view(np.int64) if values.dtype == np.uint64 else values
+
+
+def hashed(array: pa.Array, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Strings to 64 bits, by XXH64 or as hex digits: int64 [n], and for hex bool [n] well-formed."""
+    # Imported late: the hash is a torch op, and processes that never decode strings need no torch here.
+    import torch
+
+    from kernels.string_hash import hex_to_int64, xxh64
+
+    _, offsets, data = array.buffers()
+    wide = types.is_large_string(array.type) or types.is_large_binary(array.type)
+    bounds = np.frombuffer(offsets, np.int64 if wide else np.int32)
+    bounds = torch.from_numpy(bounds[array.offset : array.offset + len(array) + 1].astype(np.int64))
+    size = 0 if data is None else data.size
+    # DLPack shares the bytes; torch.from_numpy would warn that Arrow's memory is read-only.
+    text = torch.from_dlpack(pa.Array.from_buffers(pa.uint8(), size, [None, data or pa.py_buffer(b"")]))
+    if dtype == "string":
+        return xxh64(text, bounds).numpy(), None
+    values, well_formed = hex_to_int64(text, bounds)
+    return values.numpy(), well_formed.numpy()
+
+
+def parse_integers(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
+    """Decimal digits to the bits of signed or unsigned integers: int64 [n]; bool [n] well-formed or None."""
+    try:
+        return fixed_width(array.cast(pa.int64())), None
+    except pa.ArrowInvalid:
+        pass
+    if not (types.is_string(array.type) or types.is_large_string(array.type)):
+        array = array.cast(pa.binary()).cast(pa.string(), safe=False)
+    # Digits without leading zeros, so that numbers of equal length compare as their strings do.
+    digits = pc.replace_substring_regex(array, r"^(-?)0+([0-9])", r"\1\2")
+    negative = pc.match_substring_regex(digits, r"^-[0-9]{1,19}$")
+    fits_negative = pc.or_(pc.less(pc.binary_length(digits), 20), pc.less_equal(digits, str(-(2**63))))
+    positive = pc.match_substring_regex(digits, r"^[0-9]{1,20}$")
+    fits_positive = pc.or_(pc.less(pc.binary_length(digits), 20), pc.less_equal(digits, str(2**64 - 1)))
+    negative, positive = pc.and_(negative, fits_negative), pc.and_(positive, fits_positive)
+    below = fixed_width(pc.if_else(negative, digits, "0").fill_null("0").cast(pa.int64()))
+    above = fixed_width(pc.if_else(positive, digits, "0").fill_null("0").cast(pa.uint64()))
+    well_formed = pc.or_(negative, positive).fill_null(True).to_numpy(zero_copy_only=False)
+    return below | above.view(np.int64), well_formed
+
+
+def _dictionary_ids(array: pa.DictionaryArray, dtype: str):
+    codes = fixed_width(array.indices)
+    there = present(array.indices)
+    if len(array.dictionary) == 0:
+        return np.zeros(len(array), np.int64), there, None
+    entries, entry_there, entry_well_formed = ids(array.dictionary, dtype)
+    # Codes under nulls are arbitrary, hence clip; it is also the faster mode.
+    values = np.take(entries, codes, mode="clip")
+    if entry_there is not None:
+        entry_there = np.take(entry_there, codes, mode="clip")
+        there = entry_there if there is None else there & entry_there
+    well_formed = None
+    if entry_well_formed is not None:
+        well_formed = np.take(entry_well_formed, codes, mode="clip")
+        well_formed = well_formed if there is None else well_formed | ~there
+    return values, there, well_formed
+
+
+def _dense(array: pa.Array, when_null: pa.DataType) -> pa.Array:
+    """Without dictionary, bit-packed booleans or the type null, which have no buffer of values to look at."""
+    if types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if types.is_null(array.type):
+        return pa.nulls(len(array), when_null)
+    return array.cast(pa.uint8()) if types.is_boolean(array.type) else array

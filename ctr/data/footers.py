@@ -1,0 +1,229 @@
+"""The footers of a data set's files: row groups, and whether every file agrees with the schema."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import types
+
+from ctr.data.errors import DataError, SchemaError
+from ctr.data.files import DataFile, one_line
+from ctr.data.schema import FeatureConfig, Schema, nearest
+
+THREADS = 16  # footers are small reads that wait for storage, not for the processor
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """All row groups of a data set, in the order of the files' names."""
+
+    files: list[DataFile]
+    file: np.ndarray  # int64 [groups], index into files
+    index: np.ndarray  # int64 [groups], number inside the file
+    rows: np.ndarray  # int64 [groups]
+    bytes: np.ndarray  # int64 [groups], decoded size of the schema's columns as the footer estimates it
+    dictionaries: list[str]  # text columns whose dictionaries are small beside their data
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the files' names below the data set's root and with the rows of each row group."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(file.name.encode() + b"\0")
+        for numbers in (self.file, self.index, self.rows):
+            digest.update(numbers.astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
+
+    def where(self, group: int) -> str:
+        return f"{self.files[self.file[group]].path} row group {self.index[group]}"
+
+
+def read_footers(files: list[DataFile], schema: Schema, drop_labels: bool = False) -> RowGroups:
+    """Read every footer and compare it with the schema.
+
+    Raises SchemaError for the first file that disagrees, DataError for one that is no parquet file or when
+    there are no rows at all.
+    """
+    wanted = _wanted(schema, drop_labels)
+    with ThreadPoolExecutor(min(THREADS, len(files)), "footer") as pool:
+        footers = list(pool.map(lambda file: _read_footer(file, wanted), files))
+    _refuse_mixed_groups(files, [footer.group_is_text for footer in footers], schema.group)
+    numbers = [np.concatenate([getattr(footer, key) for footer in footers]) for key in ("rows", "bytes")]
+    groups = [len(footer.rows) for footer in footers]
+    if not numbers[0].sum():
+        raise DataError(f"{files[0].path} and the other {len(files) - 1} files: found 0 rows, expected some")
+    small = [footer.small_dictionaries for footer in footers if len(footer.rows)]
+    return RowGroups(
+        files=files,
+        file=np.repeat(np.arange(len(files)), groups),
+        index=np.concatenate([np.arange(n) for n in groups]),
+        rows=numbers[0],
+        bytes=numbers[1],
+        dictionaries=sorted(set.intersection(*small)),
+    )
+
+
+@dataclass(frozen=True)
+class _Footer:
+    rows: np.ndarray  # of each row group
+    bytes: np.ndarray
+    small_dictionaries: set[str]
+    group_is_text: bool | None
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A column that the schema reads: who reads it, which types do, and how to say so."""
+
+    column: str
+    reader: str
+    accepts: Callable[[pa.DataType], bool]
+    expected: str
+
+
+def _read_footer(file: DataFile, wanted: list[_Wanted]) -> _Footer:
+    try:
+        with file.open() as parquet:
+            metadata, arrow = parquet.metadata, parquet.schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file.path}: no readable parquet footer: {one_line(error)}") from None
+    for want in wanted:
+        _check_column(file, arrow, want)
+    columns = {want.column for want in wanted}
+    leaves = [i for i in range(metadata.num_columns) if _top(metadata, i, columns)]
+    groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+    group = next((want.column for want in wanted if want.reader == "group"), None)
+    return _Footer(
+        rows=np.array([g.num_rows for g in groups], np.int64),
+        bytes=np.array([sum(g.column(i).total_uncompressed_size for i in leaves) for g in groups], np.int64),
+        small_dictionaries=_small_dictionaries(groups[0], leaves, arrow) if groups else set(),
+        group_is_text=None if group is None else is_text(value_type(arrow.field(group).type)),
+    )
+
+
+def _top(metadata: pq.FileMetaData, leaf: int, columns: set[str]) -> bool:
+    path = metadata.schema.column(leaf).path
+    return path in columns or path.split(".")[0] in columns
+
+
+def _check_column(file: DataFile, arrow: pa.Schema, want: _Wanted) -> None:
+    places = arrow.get_all_field_indices(want.column)
+    if len(places) != 1:
+        found = f"{len(places)} times" if places else f"nowhere; {nearest(want.column, arrow.names)}"
+        raise SchemaError(f"{file.path}: column {want.column!r} (read by {want.reader}) found {found}")
+    found = arrow.field(places[0]).type
+    if not want.accepts(found):
+        hint = ""
+        if types.is_floating(found) and want.reader.startswith("feature"):
+            hint = "; integers with missing values must be stored as nullable integers, not as floats"
+        raise SchemaError(
+            f"{file.path}: column {want.column!r} (read by {want.reader}) found {found}, "
+            f"expected {want.expected}{hint}"
+        )
+
+
+def _small_dictionaries(group: pq.RowGroupMetaData, leaves: list[int], arrow: pa.Schema) -> set[str]:
+    """Plain text columns that are quicker to decode as dictionary and codes than as one string per row.
+
+    Measured on 8-byte strings: with a dictionary page up to about half of the column's bytes this wins (one
+    hash per dictionary entry), with a larger one plain decoding does.
+    """
+    names = set()
+    for leaf in leaves:
+        chunk = group.column(leaf)
+        field = arrow.get_field_index(chunk.path_in_schema)
+        if field >= 0 and is_text(arrow.field(field).type) and chunk.has_dictionary_page:
+            dictionary = chunk.data_page_offset - chunk.dictionary_page_offset
+            if dictionary * 2 < chunk.total_compressed_size:
+                names.add(chunk.path_in_schema)
+    return names
+
+
+def _refuse_mixed_groups(files: list[DataFile], is_text: list[bool | None], column: str | None) -> None:
+    for file, text in zip(files, is_text, strict=True):
+        if text != is_text[0]:
+            kinds = ("an integer", "a string")
+            raise SchemaError(
+                f"{file.path}: column {column!r} (read by group) found {kinds[text]}, "
+                f"expected {kinds[is_text[0]]} as in {files[0].path}"
+            )
+
+
+def value_type(found: pa.DataType) -> pa.DataType:
+    return found.value_type if types.is_dictionary(found) else found
+
+
+def is_text(found: pa.DataType) -> bool:
+    return (
+        types.is_string(found)
+        or types.is_large_string(found)
+        or types.is_binary(found)
+        or types.is_large_binary(found)
+    )
+
+
+def is_list(found: pa.DataType) -> bool:
+    return types.is_list(found) or types.is_large_list(found) or types.is_fixed_size_list(found)
+
+
+def is_whole(found: pa.DataType) -> bool:
+    return types.is_integer(found) or types.is_boolean(found)
+
+
+def is_number(found: pa.DataType) -> bool:
+    return is_whole(found) or types.is_floating(found) or types.is_decimal(found)
+
+
+def is_time(found: pa.DataType) -> bool:
+    return types.is_integer(found) or types.is_timestamp(found) or types.is_date(found)
+
+
+def _or_null(accepts: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
+    # A column without a single value is often written with the type null; it reads as all missing.
+    return lambda found: types.is_null(value_type(found)) or accepts(value_type(found))
+
+
+def _listed(accepts: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
+    return _or_null(lambda found: is_list(found) and _or_null(accepts)(found.value_type))
+
+
+def _wanted(schema: Schema, drop_labels: bool) -> list[_Wanted]:
+    wanted = []
+    if not drop_labels:
+        wanted += [_Wanted(label, "labels", is_number, "a number, 0 or 1") for label in schema.labels]
+    if schema.weight:
+        wanted.append(_Wanted(schema.weight, "weight", is_number, "a number"))
+    if schema.group:
+        accepts = lambda found: is_whole(value_type(found)) or is_text(value_type(found))  # noqa: E731
+        wanted.append(_Wanted(schema.group, "group", accepts, "an integer or a string"))
+    if schema.time:
+        wanted.append(_Wanted(schema.time, "time", is_time, "integer seconds or a timestamp"))
+    for feature in schema.numeric:
+        wanted.append(_Wanted(feature.column, f"feature {feature.name!r}", _or_null(is_number), "a number"))
+    for feature in schema.categorical:
+        wanted += _wanted_ids(feature)
+    return wanted
+
+
+def _wanted_ids(feature: FeatureConfig) -> list[_Wanted]:
+    reader = f"feature {feature.name!r}"
+    if feature.kind == "numeric":
+        return [_Wanted(feature.column, reader, _or_null(is_number), "a number")]
+    if feature.delimiter is not None:
+        expected = f"a string of items between {feature.delimiter!r}"
+        return [_Wanted(feature.column, reader, _or_null(is_text), expected)]
+    accepts, item = (is_whole, "an integer") if feature.dtype == "int" else (is_text, "a string")
+    expected = f"{item} (dtype: {feature.dtype})"
+    if feature.kind == "id":
+        return [_Wanted(feature.column, reader, _or_null(accepts), expected)]
+    wanted = [_Wanted(feature.column, reader, _listed(accepts), f"a list, each item {expected}")]
+    if feature.weights:
+        reader = f"{reader} as weights"
+        wanted.append(_Wanted(feature.weights, reader, _listed(is_number), "a list of numbers"))
+    return wanted

@@ -1,0 +1,55 @@
+"""Which row is delivered when: the arithmetic of lanes, without files and without data.
+
+One epoch is one order of all rows: the row groups in a seeded order, one after the other. It is cut into a
+fixed number of lanes of equal length, and lanes are dealt to ranks in contiguous blocks. Batch k takes rows
+[k * batch_size, (k + 1) * batch_size) of the round over the lanes: row 0 of every lane, row 1 of every lane,
+and so on. Nothing of this depends on the number of ranks, and one integer, the number of rows delivered so
+far, is the exact position of all lanes, also under another batch size or another number of ranks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# First word of the seed of each random order, so that no two of them share a stream.
+ROW_GROUPS, WINDOW = 1, 2
+
+
+def seeded_order(n: int, *key: int) -> np.ndarray:
+    """A random order of range(n) as int64 [n], a function of (n, key) alone.
+
+    The raw output of a bit generator is fixed by numpy's compatibility policy, the methods of Generator are
+    not; a saved position must mean the same rows after an upgrade of numpy. So the order is that of random
+    keys, with the element itself in the low bits to make them distinct.
+    """
+    low_bits = np.uint64(max(1, (n - 1).bit_length()))
+    words = np.array([k & (2**64 - 1) for k in key], dtype=np.uint64).view(np.uint32)
+    keys = np.random.PCG64(np.random.SeedSequence(words.tolist())).random_raw(n)
+    keys >>= low_bits
+    keys <<= low_bits
+    keys |= np.arange(n, dtype=np.uint64)
+    keys.sort()
+    keys &= (np.uint64(1) << low_bits) - np.uint64(1)
+    return keys.view(np.int64)
+
+
+def lane_starts(rows: int, lanes: int) -> np.ndarray:
+    """Start of each lane in the epoch's order, int64 [lanes + 1]; the first rows % lanes are a row longer."""
+    sizes = rows // lanes + (np.arange(lanes) < rows % lanes)
+    return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def lane_offsets(position: int, lanes: int) -> np.ndarray:
+    """Rows that each lane has delivered when all together have delivered `position`; int64 [lanes]."""
+    return (position + lanes - 1 - np.arange(lanes)) // lanes
+
+
+def rank_bounds(world_size: int, lanes: int) -> np.ndarray:
+    """First lane of each rank, int64 [world_size + 1]: rank r owns lanes bounds[r] to bounds[r + 1] - 1."""
+    return np.arange(world_size + 1) * lanes // world_size
+
+
+def scheduled_rows(position: int, stop: int, lanes: int, world_size: int) -> np.ndarray:
+    """Rows that each rank delivers between two positions, int64 [world_size]."""
+    per_lane = lane_offsets(stop, lanes) - lane_offsets(position, lanes)
+    return np.diff(np.concatenate([[0], np.cumsum(per_lane)])[rank_bounds(world_size, lanes)])

@@ -1,0 +1,143 @@
+"""Parquet to batches: every row of an epoch exactly once over all ranks, in an order that is a few integers.
+
+Read on: `lanes.py` for the order, `row_groups.py` for parquet to Arrow, `decode.py` for Arrow to numpy
+windows, `read_ahead.py` for the threads that do both, `assemble.py` for windows to `Batch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ctr.data.decode import WindowDecoder
+from ctr.data.errors import DataError
+from ctr.data.files import list_files
+from ctr.data.footers import read_footers
+from ctr.data.lanes import lane_offsets, scheduled_rows
+from ctr.data.read_ahead import ReadAhead
+from ctr.data.schema import Schema, nearest
+from embedding.errors import ConfigError
+
+if TYPE_CHECKING:  # torchrec takes seconds to import, and a reader is built and checked without it
+    from ctr.data.batch import Batch
+
+
+class ParquetReader:
+    """Reads one data set for one rank.
+
+    Attributes:
+        rows: rows of the data set
+        steps_per_epoch: batches of an epoch that starts at its beginning; the same on every rank
+        bad_row_counts: rows of this rank that were due and dropped so far, by reason
+    """
+
+    def __init__(
+        self,
+        path: str | list[str],
+        schema: Schema,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        lanes: int = 16,
+        window_rows: int = 32768,
+        threads: int = 1,
+        bad_rows: str = "raise",
+        days: list[str] | None = None,
+        drop_labels: bool = False,
+    ):
+        """Lists the files and checks all footers.
+
+        path: folders, files or URIs. batch_size: rows of a step over all ranks. lanes, window_rows: shape of the
+        shuffle; an epoch can be continued only with the same. bad_rows: raise | skip. days: partitions
+        `day=YYYY-MM-DD` to read. drop_labels: for data without labels, which are then 0 in the batches.
+
+        Raises ConfigError, SchemaError or DataError, one line each.
+        """
+        _check_settings(batch_size, rank, world_size, lanes, window_rows, threads, bad_rows)
+        self.schema = schema
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.seed, self.shuffle = seed, shuffle
+        self.lanes, self.window_rows, self.threads = lanes, window_rows, threads
+        self.groups = read_footers(list_files(path, days), schema, drop_labels)
+        self.rows = int(self.groups.rows.sum())
+        self.steps_per_epoch = -(-self.rows // batch_size)
+        self.bad_row_counts: dict[str, int] = {}
+        self.decoder = WindowDecoder(schema, self.groups, bad_rows == "skip", drop_labels)
+        self._fingerprint = self.groups.fingerprint
+        self._epoch, self._position = 0, 0
+        self._resumed = False
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch, from the loaded state if there is one, else from the start.
+
+        Raises DataError when the loaded state stands inside another epoch, and for bad rows as configured.
+        """
+        if self._resumed and self._epoch != epoch and 0 < self._position < self.rows:
+            raise DataError(
+                f"reader state: found row {self._position} of {self.rows} of epoch {self._epoch}, "
+                f"expected a state of epoch {epoch}"
+            )
+        if not self._resumed or self._epoch != epoch:
+            self._epoch, self._position = epoch, 0
+        self._resumed = False
+        return self._deliver(epoch, self._position)
+
+    def state(self, batch: Batch | None = None) -> dict[str, Any]:
+        """The position behind the batch delivered last, or behind `batch`, for `load_state`.
+
+        It holds plain integers and strings, is the same on every rank, and fits any number of ranks and any
+        batch size.
+        """
+        position = self._position if batch is None else batch.position
+        return {
+            "epoch": self._epoch,
+            "lane_offsets": lane_offsets(position, self.lanes).tolist(),
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "lanes": self.lanes,
+            "window_rows": self.window_rows,
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The next call of `epoch(state["epoch"])` continues there.
+
+        Raises DataError when the order of rows would not be the one of the state.
+        """
+        for key in ("lanes", "window_rows", "seed", "shuffle", "fingerprint"):
+            here = self._fingerprint if key == "fingerprint" else getattr(self, key)
+            if state.get(key) != here:
+                what = "the files have changed: fingerprint" if key == "fingerprint" else f"data.{key}"
+                raise DataError(f"reader state: {what} found {here!r}, expected {state.get(key)!r} as saved")
+        position = int(sum(state["lane_offsets"]))
+        assert lane_offsets(position, self.lanes).tolist() == list(state["lane_offsets"]), state
+        self._epoch, self._position, self._resumed = int(state["epoch"]), position, True
+
+    def _deliver(self, epoch: int, position: int) -> Iterator[Batch]:
+        from ctr.data.assemble import assemble  # see TYPE_CHECKING above
+
+        with ReadAhead(self, epoch, position) as lanes:
+            while position < self.rows:
+                stop = min(position + self.batch_size, self.rows)
+                slices = lanes.slices(position, stop)
+                size = int(scheduled_rows(position, stop, self.lanes, self.world_size).max())
+                batch = assemble(self.schema, slices, size, stop)
+                self._position = position = stop
+                yield batch
+
+
+def _check_settings(batch_size, rank, world_size, lanes, window_rows, threads, bad_rows) -> None:
+    counts = {"batch_size": batch_size, "lanes": lanes, "window_rows": window_rows, "threads": threads}
+    for key, value in counts.items():
+        if value < 1:
+            raise ConfigError(f"{key}: found {value}, expected at least 1")
+    if bad_rows not in ("raise", "skip"):
+        raise ConfigError(f"data.bad_rows: found {bad_rows!r}; {nearest(bad_rows, ['raise', 'skip'])}")
+    if world_size > lanes:
+        raise ConfigError(
+            f"data.lanes: found {lanes} for {world_size} ranks, expected at least as many lanes as ranks; "
+            "a multiple of the ranks deals the rows evenly"
+        )
+    assert 0 <= rank < world_size, (rank, world_size)

@@ -1,0 +1,29 @@
+"""Transforms of numeric features, as `FeatureConfig.transform` names them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ctr.data.schema import FeatureConfig
+
+
+def transform(feature: FeatureConfig, x: np.ndarray) -> np.ndarray:
+    """x: numbers [n] -> numbers [n]. A value that is not finite gives one that is not finite."""
+    if feature.transform == "log1p":
+        return np.copysign(np.log1p(np.abs(x)), x)
+    if feature.transform == "log2_square":
+        large = x > 2
+        return np.where(large, np.square(np.log(np.where(large, x, 1))), x)
+    if feature.transform == "standardise":
+        return (x - feature.mean) / feature.std
+    if feature.transform == "min_max":
+        return (x - feature.min) / (feature.max - feature.min)
+    assert feature.transform == "none", feature.transform
+    return x
+
+
+def bucket(feature: FeatureConfig, x: np.ndarray) -> np.ndarray:
+    """The number of boundaries <= x, int64 [n]."""
+    # In the precision of the data, so that a stored float32 0.7 is not below the boundary 0.7.
+    kind = x.dtype if x.dtype.kind == "f" else np.float64
+    return np.searchsorted(np.array(feature.boundaries, kind), x, side="right")

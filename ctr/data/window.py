@@ -1,0 +1,63 @@
+"""A window: some thousand consecutive rows of one lane, decoded, checked, and in the order of delivery."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ctr.data.bags import Bags
+
+# Why a row is dropped. A row with several faults counts for the first one found.
+GOOD = 0
+REASONS = ("", "corrupt_row_group", "label", "weight", "time", "numeric", "id", "item_weight")
+
+
+@dataclass
+class Window:
+    """n scheduled rows of which m are good; the arrays hold the good ones only."""
+
+    numeric: np.ndarray  # float32 [columns, m]
+    ids: np.ndarray  # int64 [single-valued features, m]
+    present: np.ndarray | None  # bool, as ids; None when all are
+    bags: list[Bags]  # one per multi-valued feature
+    labels: np.ndarray  # float32 [L, m]
+    weight: np.ndarray | None  # float32 [m]
+    group: np.ndarray | None  # int64 [m]
+    time: np.ndarray | None  # int64 [m]
+    reasons: np.ndarray | None = None  # uint8 [n], index into REASONS; None when all rows are good
+    good_before: np.ndarray | None = None  # int64 [n + 1], good rows before each scheduled row
+
+    def span(self, first: int, stop: int) -> tuple[int, int]:
+        """Where the good ones of the scheduled rows [first, stop) lie in the arrays."""
+        if self.good_before is None:
+            return first, stop
+        return int(self.good_before[first]), int(self.good_before[stop])
+
+    def dropped(self, first: int, stop: int) -> dict[str, int]:
+        """How many of the scheduled rows [first, stop) were dropped, by reason."""
+        if self.reasons is None:
+            return {}
+        counts = np.bincount(self.reasons[first:stop], minlength=len(REASONS))
+        return {REASONS[i]: int(counts[i]) for i in np.flatnonzero(counts) if i != GOOD}
+
+    def take(self, rows: np.ndarray) -> Window:
+        """These rows of the arrays, in their order."""
+        along = [None if a is None else a[rows] for a in (self.weight, self.group, self.time)]
+        return Window(
+            self.numeric[:, rows],
+            self.ids[:, rows],
+            None if self.present is None else self.present[:, rows],
+            [bags.take(rows) for bags in self.bags],
+            self.labels[:, rows],
+            *along,
+        )
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The good rows [first, stop) of a window's arrays."""
+
+    window: Window
+    first: int
+    stop: int
