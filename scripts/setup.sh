@@ -123,7 +123,7 @@ main() {
   detect_stack
   ensure_environment
 
-  key=$( (echo "$stack"; cat requirements/*.txt) | hash_of)
+  key=$( (echo "$stack"; cksum requirements/*.txt) | hash_of)
   if [ "$(cat "$packages_stamp" 2>/dev/null)" != "$key" ]; then
     rm -f "$packages_stamp" "$project_stamp"
     install_packages
@@ -132,7 +132,7 @@ main() {
 
   # The folder and the compiler count too: a moved clone and a compiler installed later are both noticed.
   compiler=$(${CXX:-c++} --version 2>/dev/null || echo none)
-  key=$( (echo "$key $PWD $compiler ${TESSERA_BUILD:-}"; cat pyproject.toml setup.py kernels/csrc/*) | hash_of)
+  key=$( (echo "$key $PWD $compiler ${TESSERA_BUILD:-}"; cksum pyproject.toml setup.py kernels/csrc/*) | hash_of)
   if [ "$rebuild" = yes ] || [ "$(cat "$project_stamp" 2>/dev/null)" != "$key" ] || [ ! -e kernels/_build.json ]; then
     say "installing tessera-ctr and compiling its kernels"
     rm -f "$project_stamp"
