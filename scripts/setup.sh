@@ -106,7 +106,7 @@ install_packages() {
   if has "$wrong"; then
     say "removing $wrong"
     touch "$busy"
-    "$python" -m pip uninstall -q -y fbgemm-gpu fbgemm-gpu-cpu
+    "$python" -m pip uninstall -qq -y fbgemm-gpu fbgemm-gpu-cpu
     rm -f "$busy"
   fi
   say "installing the packages of requirements/$stack.txt"

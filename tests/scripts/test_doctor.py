@@ -115,6 +115,12 @@ def test_failed_import_names_the_step():
     assert finding.level == "FAIL" and "fails after torch: OSError: undefined symbol" in finding.text
 
 
+def test_cuda_build_without_a_driver_is_a_warning():
+    error = "OSError: libcuda.so.1: cannot open shared object file: No such file or directory"
+    (finding,) = doctor.check_loading({"torch": "2.13.0", "backend": "cpp", "error": error})
+    assert finding.level == "warn" and "TESSERA_STACK=cpu make install" in finding.cure
+
+
 def test_probe_survives_a_crashing_import(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "PROBE", "import os; os.abort()")
     assert "ended with status -6" in doctor.probe()["error"]

@@ -16,9 +16,9 @@ from kernels import build_record
 ROOT = Path(__file__).resolve().parents[2]
 LISTS = sorted((ROOT / "requirements").glob("*.txt"))
 
-# Stands for the base interpreter and for the one in the environment: creates "environments", notes what pip is
-# asked to install, and leaves a file in site-packages for fbgemm. STUB_FAIL makes pip end with an error when a
-# word of its command matches; STUB_FAIL_LATE lets it write a file before.
+# Stands for the base interpreter and for the one in the environment: creates "environments", notes what
+# pip is asked to install, leaves a file in site-packages for fbgemm. STUB_FAIL makes pip end with an error
+# when a word of its command matches; STUB_FAIL_LATE lets it write a file before.
 STUB = """#!/bin/bash
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 case "$*" in
@@ -118,7 +118,7 @@ class TestSetupScript:
         setup()
         calls = setup(TESSERA_STACK="cuda")[2]
         assert calls[0].endswith("torch==2.13.0,!=2.13.0+cpu")
-        assert calls[1] == "uninstall -q -y fbgemm-gpu fbgemm-gpu-cpu"
+        assert calls[1] == "uninstall -qq -y fbgemm-gpu fbgemm-gpu-cpu"
         assert "-r requirements/cuda.txt" in calls[3]
 
     def test_failed_download_keeps_the_environment(self, setup):
