@@ -1,0 +1,153 @@
+"""What `scripts/prepare.py` does with its options: from an argparse namespace to a converter and back to a
+line."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import fields
+from pathlib import Path
+
+from ctr.data.convert.avazu import convert_avazu
+from ctr.data.convert.criteo import convert_criteo, one_day_per_file
+from ctr.data.convert.csv import convert_csv
+from ctr.data.convert.movielens import convert_movielens
+from ctr.data.convert.output import COMPRESSIONS, Writing
+from ctr.data.convert.pipeline import Input, Options
+from ctr.data.convert.split import seconds_of
+from ctr.data.synthetic import row_group_rows_of, write_synthetic
+from ctr.data.synthetic_rows import SyntheticConfig
+from embedding.errors import ConfigError
+
+# Option of `synthetic` -> help; type and default are those of the field of SyntheticConfig.
+SYNTHETIC = {
+    "rows": "of all splits or days together",
+    "days": "0: train, valid and test; otherwise so many folders day=YYYY-MM-DD",
+    "start_date": "the first day",
+    "seed": "another seed, another data set",
+    "valid": "fraction of the rows, without days",
+    "test": "fraction of the rows, without days",
+    "new_ids": "share of the large columns' ids replaced every day",
+    "drift": "angle in radians by which the teacher's weights turn every day",
+    "zipf": "exponent of the ids' distribution",
+    "vocabulary": "factor on the large vocabularies",
+    "base_rate": "mean probability of a click",
+    "signal": "standard deviation of the true logit",
+}
+
+
+def add_kinds(parser: ArgumentParser) -> None:
+    """Add one subcommand per kind of input."""
+    files, split, text, written = _shared_options()
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    criteo = kinds.add_parser(
+        "criteo", parents=[files, split, text, written], help="Criteo's tab separated logs"
+    )
+    criteo.add_argument(
+        "--first-day", help="each --input file is one day, the first of this date (Terabyte log)"
+    )
+    kinds.add_parser("avazu", parents=[files, split, text, written], help="Avazu's click log")
+    movielens = kinds.add_parser(
+        "movielens", parents=[split, text, written], help="GroupLens or RecBole files"
+    )
+    movielens.add_argument("--input", type=Path, required=True, help="folder of the files")
+    movielens.add_argument("--threshold", type=float, default=3.0, help="above: 1, below: 0, equal: dropped")
+    csv = kinds.add_parser("csv", parents=[text, written], help="any delimited text, described by a yaml")
+    csv.add_argument("--config", type=Path, required=True, help="the yaml")
+    synthetic = kinds.add_parser("synthetic", parents=[written], help="Criteo-shaped, with a known ceiling")
+    for field in fields(SyntheticConfig):
+        if field.name in SYNTHETIC:
+            shown = f"{SYNTHETIC[field.name]} (default: {field.default})"
+            option = f"--{field.name.replace('_', '-')}"
+            synthetic.add_argument(option, type=type(field.default), default=field.default, help=shown)
+    synthetic.add_argument("--string-ids", action="store_true", help="ids as 16 hexadecimal digits")
+    synthetic.add_argument("--threads", type=int, default=1, help="the files do not depend on it")
+
+
+def _shared_options() -> tuple[ArgumentParser, ArgumentParser, ArgumentParser, ArgumentParser]:
+    files, split, text, written = (ArgumentParser(add_help=False) for _ in range(4))
+    files.add_argument(
+        "--input", type=Path, nargs="+", help="files to split; .gz .bz2 .zst .lz4 are unpacked"
+    )
+    for name in ("train", "valid", "test"):
+        files.add_argument(f"--{name}", type=Path, nargs="+", help=f"files that are the {name} split")
+    for name in ("valid", "test"):
+        files.add_argument(
+            f"--{name}-from", type=seconds_of, help="with --split time: seconds since 1970 or a date"
+        )
+    split.add_argument("--split", choices=("random", "time", "day"), default="random", help="of the --input")
+    split.add_argument("--valid-fraction", type=float, default=Input.valid)
+    split.add_argument("--test-fraction", type=float, default=Input.test)
+    split.add_argument("--seed", type=int, default=Input.seed, help="of the random split")
+    text.add_argument(
+        "--bad-rows", choices=("raise", "skip"), default="raise", help="skip: leave out and count"
+    )
+    text.add_argument("--block-bytes", type=int, default=Options.block_bytes, help="text parsed at a time")
+    written.add_argument("--output", type=Path, help="folder to make")
+    written.add_argument("--overwrite", action="store_true", help="replace a prepared data set of that name")
+    written.add_argument(
+        "--row-group-rows", type=int, help="rows decoded at a time (default: 16384 or fewer)"
+    )
+    written.add_argument("--rows-per-file", type=int, default=Writing.rows_per_file)
+    written.add_argument("--compression", choices=COMPRESSIONS, default=Writing.compression)
+    return files, split, text, written
+
+
+def prepare(options: Namespace) -> str:
+    """Do what a parser with `add_kinds` parsed; returns what was done, for people. Raises a TesseraError for
+    mistakes."""
+    if options.output is None and options.kind != "csv":
+        raise ConfigError("--output: found none, expected the folder to make")
+    if options.kind == "synthetic":
+        return _synthetic(options)
+    how = Options(options.overwrite, options.bad_rows, options.block_bytes, _writing(options, 16384))
+    if options.kind == "csv":
+        return _described(convert_csv(options.config, options.output, how))
+    if options.kind == "movielens":
+        fractions = (options.valid_fraction, options.test_fraction, options.seed)
+        return _described(
+            convert_movielens(
+                options.input, options.output, how, options.split, *fractions, options.threshold
+            )
+        )
+    convert = convert_criteo if options.kind == "criteo" else convert_avazu
+    return _described(convert(_source(options), options.output, how))
+
+
+def _writing(options: Namespace, row_group_rows: int) -> Writing:
+    rows = row_group_rows if options.row_group_rows is None else options.row_group_rows
+    return Writing(rows, options.rows_per_file, options.compression)
+
+
+def _source(options: Namespace) -> Input:
+    named = {name: getattr(options, name) for name in ("train", "valid", "test") if getattr(options, name)}
+    if bool(named) == bool(options.input):
+        found = "both" if named else "neither"
+        raise ConfigError(f"--input and --train: found {found}, expected one of them")
+    if getattr(options, "first_day", None):
+        return Input(one_day_per_file(options.input or [], options.first_day))
+    fractions = (options.valid_fraction, options.test_fraction, options.seed)
+    return Input(
+        named or {"": options.input}, options.split, *fractions, options.valid_from, options.test_from
+    )
+
+
+def _described(summary: dict) -> str:
+    rows = ", ".join(f"{name} {count:,}" for name, count in summary["rows"].items())
+    dropped = f"; dropped {summary['dropped']:,}" if summary["dropped"] else ""
+    lines = [f"{summary['kind']}: rows written: {rows}{dropped}"]
+    lines += [f"skipped {count:,} bad rows of {path}" for path, count in summary["bad_rows"].items()]
+    return "\n".join(lines)
+
+
+def _synthetic(options: Namespace) -> str:
+    config = SyntheticConfig(**{name: getattr(options, name) for name in [*SYNTHETIC, "string_ids"]})
+    writing = _writing(options, row_group_rows_of(config))
+    result = write_synthetic(config, options.output, writing, options.threads, options.overwrite)
+    lines = [f"synthetic: {config.rows:,} rows, {sum(result['distinct_ids'].values()):,} distinct ids"]
+    for name, split in result["splits"].items():
+        auc = "undefined" if split["auc"] is None else f"{split['auc']:.4f}"
+        lines.append(
+            f"{name}: {split['rows']:,} rows, base rate {split['base_rate']:.4f}; "
+            f"no model can do better than AUC {auc}, logloss {split['logloss']:.4f}"
+        )
+    return "\n".join(lines)

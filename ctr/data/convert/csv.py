@@ -1,0 +1,218 @@
+"""Any delimited text, described by a yaml file with the keys of `CsvConfig`:
+
+    input: {files: [log.tsv.gz]}
+    delimiter: "\t"
+    columns:
+      - {name: label, source: clicked, type: int8, values: [0, 1]}
+      - {name: time, source: at, type: time, format: "%Y-%m-%d %H:%M:%S"}
+      - {name: user, type: hex}
+      - {name: price, type: float32}
+      - {name: tags, type: list<string>, delimiter: "|"}
+    time: time
+    split: {how: time, valid: 0.1, test: 0.1}
+
+`columns` says what is written. `schema`, the reader's block of conf/data, is put beside the data as
+schema.yaml; where it is left out, every column but label and time becomes a feature by its type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ctr.data.convert.columns import Column, check_columns, text_types
+from ctr.data.convert.delimited import TextFormat
+from ctr.data.convert.pipeline import Conversion, Input, Options, convert
+from ctr.data.convert.split import seconds_of
+from ctr.data.errors import SchemaError
+from ctr.data.schema import Schema, nearest
+from embedding.errors import ConfigError
+
+
+@dataclass
+class ColumnConfig:
+    """One column of the output; the meaning of the keys is that of `columns.Column`."""
+
+    name: str = MISSING
+    source: str | None = None
+    type: str = "int64"
+    stored: str | None = None
+    format: str = "seconds"
+    delimiter: str = " "
+    values: list[int] | None = None
+    required: bool = False
+
+
+@dataclass
+class InputConfig:
+    """Either `files` to be split, or `train`, `valid` and `test`. Relative paths start at the yaml's
+    folder."""
+
+    files: list[str] = field(default_factory=list)
+    train: list[str] = field(default_factory=list)
+    valid: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+
+
+@dataclass
+class SplitConfig:
+    """How `input.files` are split: "random", "time" or "day"; times are seconds or ISO dates."""
+
+    how: str = "random"
+    valid: float = 0.1
+    test: float = 0.1
+    seed: int = 2026
+    valid_from: str | None = None
+    test_from: str | None = None
+
+
+@dataclass
+class CsvConfig:
+    """The whole yaml. time: the output column to split by. names: of the text's columns, where it has no
+    header."""
+
+    output: str | None = None
+    input: InputConfig = field(default_factory=InputConfig)
+    delimiter: str = ","
+    header: str = "yes"
+    names: list[str] = field(default_factory=list)
+    encoding: str = "utf8"
+    quote: str | None = '"'
+    null_values: list[str] = field(default_factory=lambda: [""])
+    columns: list[ColumnConfig] = field(default_factory=list)
+    time: str | None = None
+    split: SplitConfig = field(default_factory=SplitConfig)
+    schema: dict[str, object] = field(default_factory=dict)
+
+
+def convert_csv(config_path: Path, output: Path | None, options: Options) -> dict:
+    """Convert what the yaml describes to `output` (default: its key `output`, relative to the working
+    folder).
+
+    Returns and raises as `pipeline.convert`; ConfigError for a yaml that cannot be read or contradicts
+    itself.
+    """
+    config = _load(config_path)
+    target = output or (Path(config.output) if config.output else None)
+    if target is None:
+        raise ConfigError(f"{config_path}: no output found, expected the key output or the option --output")
+    columns = [_column(column) for column in config.columns]
+    _check(config, columns, config_path)
+    text = TextFormat(
+        config.delimiter,
+        tuple(config.names),
+        config.header,
+        config.encoding,
+        config.quote,
+        tuple(config.null_values),
+    )
+    conversion = Conversion(config_path.stem, text, columns, _schema(config, columns), time=config.time)
+    return convert(conversion, _input(config, config_path), target, options)
+
+
+def _load(path: Path) -> CsvConfig:
+    try:
+        loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{path}: found a list, expected keys such as input and columns")
+        if isinstance(loaded.get("header"), bool):
+            # yaml reads a bare yes or no as a boolean
+            loaded["header"] = "yes" if loaded["header"] else "no"
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CsvConfig), loaded))  # type: ignore
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(f"{path}: key {key}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path}: not yaml: {' '.join(str(error).split())}") from error
+        raise
+
+
+def _check(config: CsvConfig, columns: list[Column], path: Path) -> None:
+    if not columns:
+        raise ConfigError(f"{path}: key columns: found none, expected at least one column to write")
+    if config.header not in ("yes", "no", "auto"):
+        raise ConfigError(f"{path}: key header: found {config.header!r}, expected yes, no or auto")
+    if config.header != "yes" and not config.names:
+        raise ConfigError(
+            f"{path}: key names: found none, expected the names of the columns, as header is not yes"
+        )
+    if len(config.delimiter) < 1 or (config.quote is not None and len(config.quote) != 1):
+        raise ConfigError(
+            f"{path}: keys delimiter and quote: found {config.delimiter!r} and {config.quote!r}, "
+            "expected at least one character and exactly one (or null)"
+        )
+    check_columns(columns, str(path))
+    text_types(columns)
+    if config.time is not None and config.time not in {c.name for c in columns if c.type == "time"}:
+        raise ConfigError(f"{path}: key time: found {config.time!r}, expected a column of type time")
+    _check_schema(_schema(config, columns), columns, path)
+
+
+def _check_schema(raw: dict, columns: list[Column], path: Path) -> None:
+    """The schema holds together, and every column that it reads is written."""
+    try:
+        schema = Schema.from_config(raw)
+    except SchemaError as error:
+        raise SchemaError(f"{path}: {error}") from error
+    read = [*schema.labels, schema.weight, schema.group, schema.time]
+    for feature in schema.numeric + schema.categorical:
+        read += [feature.column, feature.weights]
+    written = [column.name for column in columns]
+    for name in read:
+        if name is not None and name not in written:
+            raise SchemaError(
+                f"{path}: the schema reads column {name!r}, which is not written; {nearest(name, written)}"
+            )
+
+
+def _column(config: ColumnConfig) -> Column:
+    values = tuple(config.values) if config.values is not None else None
+    return Column(
+        config.name,
+        config.source,
+        config.type,
+        config.stored,
+        config.format,
+        config.delimiter,
+        values,
+        config.required,
+    )
+
+
+def _input(config: CsvConfig, path: Path) -> Input:
+    split, given = config.split, config.input
+    named = {name: getattr(given, name) for name in ("train", "valid", "test") if getattr(given, name)}
+    if bool(named) == bool(given.files) or (named and "train" not in named):
+        raise ConfigError(f"{path}: key input: expected either files, or train with valid and test")
+    files = {
+        key: [path.parent / file for file in files] for key, files in (named or {"": given.files}).items()
+    }
+    times = [seconds_of(time) if time is not None else None for time in (split.valid_from, split.test_from)]
+    return Input(files, split.how, split.valid, split.test, split.seed, *times)
+
+
+def _schema(config: CsvConfig, columns: list[Column]) -> dict:
+    if config.schema:
+        return dict(config.schema)
+    features = []
+    for column in columns:
+        if column.name in ("label", config.time):
+            continue
+        if column.type in ("float32", "float64") or column.stored in ("float32", "float64"):
+            features.append({"name": column.name, "kind": "numeric"})
+        elif column.type == "list<float32>":
+            continue
+        else:
+            kind = "ids" if column.type.startswith("list") else "id"
+            dtype = "string" if "string" in column.type else "int"
+            features.append({"name": column.name, "kind": kind, "dtype": dtype})
+    schema: dict = {"labels": ["label"]}
+    if config.time:
+        schema["time"] = config.time
+    return schema | {"features": features}

@@ -1,0 +1,199 @@
+"""Parquet parts in a folder that appears at its final name only when it is complete."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from omegaconf import OmegaConf
+
+from ctr.data.errors import DataError
+from embedding.errors import ConfigError
+
+SUMMARY = "prepare.json"
+OPEN_FILES = 64
+REOPENED = 64
+COMPRESSIONS = ("snappy", "zstd", "lz4", "none")
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How parquet is written. row_group_rows: rows decoded at a time, per lane, by the reader. Raises
+    ConfigError."""
+
+    row_group_rows: int = 16384
+    rows_per_file: int = 2_000_000
+    compression: str = "snappy"
+
+    def __post_init__(self) -> None:
+        for key in ("row_group_rows", "rows_per_file"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key}: found {getattr(self, key)}, expected at least 1")
+        if self.compression not in COMPRESSIONS:
+            raise ConfigError(
+                f"compression: found {self.compression!r}, expected one of {', '.join(COMPRESSIONS)}"
+            )
+
+
+@contextmanager
+def complete_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target`, renamed to it when the block ends well and removed when it does
+    not.
+
+    With `overwrite` an existing data set is replaced in the last step, and only if it was written by a
+    converter (it holds prepare.json), so that a mistyped path destroys nothing. Raises DataError if `target`
+    is in the way.
+    """
+    target = target.absolute()
+    _check_target(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        leftover = next(target.parent.glob(f".{target.name}.preparing-*"), None)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.preparing-", dir=target.parent))
+        temporary.chmod(0o755)
+    except OSError as error:
+        raise DataError(
+            f"{target}: cannot be created: {error.strerror}, expected a folder to write in"
+        ) from error
+    if leftover is not None:
+        print(f"note: {leftover} is left from a run that was killed or still runs", file=sys.stderr)
+    try:
+        yield temporary
+        _check_target(target, overwrite)
+        _move_into_place(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_description(folder: Path, schema: dict, summary: dict) -> None:
+    """Write schema.yaml and prepare.json into a data set's root."""
+    (folder / "schema.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({"schema": schema})))
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+class PartsWriter:
+    """Rows of several folders, each as part-00000.parquet, part-00001.parquet, ... of whole row groups.
+
+    The rows and row groups of a folder depend only on the rows appended to it, not on how they were cut into
+    tables, as long as at most 64 folders are written side by side. Beyond that the file of the folder longest
+    not written to is closed, and its next rows open a new part: memory and open files stay bounded. Input
+    that goes to and fro over more folders than that would end in crumbs: DataError.
+    """
+
+    def __init__(self, root: Path, writing: Writing, dictionary_columns: list[str] | None = None) -> None:
+        self.root, self.writing = root, writing
+        self.dictionary: list[str] | bool = True if dictionary_columns is None else dictionary_columns
+        self.rows: dict[str, int] = {}
+        self._parts: dict[str, int] = {}
+        self._open: OrderedDict[str, _Part] = OrderedDict()
+        self._closed_early: set[str] = set()
+        self._reopened = 0
+
+    def append(self, folder: str, table: pa.Table) -> None:
+        """Append rows to a folder (a name under the root). All tables of a root have one schema."""
+        if not table.num_rows:
+            return
+        self.rows[folder] = self.rows.get(folder, 0) + table.num_rows
+        while table.num_rows:
+            part = self._part(folder, table.schema)
+            room = self.writing.rows_per_file - part.rows
+            part.append(table.slice(0, room))
+            if part.rows == self.writing.rows_per_file:
+                self._open.pop(folder).close()
+            table = table.slice(room)
+
+    def close(self) -> None:
+        """Write what is buffered and close all files."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _part(self, folder: str, schema: pa.Schema) -> _Part:
+        if folder not in self._open:
+            if len(self._open) == OPEN_FILES:
+                early, part = self._open.popitem(last=False)
+                part.close()
+                self._closed_early.add(early)
+            number = self._parts.get(folder, 0)
+            self._check_reopened(folder)
+            self._parts[folder] = number + 1
+            (self.root / folder).mkdir(exist_ok=True)
+            path = self.root / folder / f"part-{number:05d}.parquet"
+            self._open[folder] = _Part(path, schema, self.writing, self.dictionary)
+        self._open.move_to_end(folder)
+        return self._open[folder]
+
+    def _check_reopened(self, folder: str) -> None:
+        if folder in self._closed_early:
+            self._closed_early.discard(folder)
+            self._reopened += 1
+            if self._reopened > REOPENED:
+                raise DataError(
+                    f"{folder}: rows found in turn for more than {OPEN_FILES} folders, "
+                    "expected input ordered by time"
+                )
+
+
+class _Part:
+    def __init__(self, path: Path, schema: pa.Schema, writing: Writing, dictionary: list[str] | bool) -> None:
+        self.row_group_rows = writing.row_group_rows
+        self.rows = 0
+        self.waiting: list[pa.Table] = []
+        self.waiting_rows = 0
+        self.file = pq.ParquetWriter(path, schema, compression=writing.compression, use_dictionary=dictionary)
+
+    def append(self, table: pa.Table) -> None:
+        self.waiting.append(table)
+        self.waiting_rows += table.num_rows
+        self.rows += table.num_rows
+        if self.waiting_rows >= self.row_group_rows:
+            self._write(self.waiting_rows // self.row_group_rows * self.row_group_rows)
+
+    def close(self) -> None:
+        self._write(self.waiting_rows)
+        self.file.close()
+
+    def _write(self, rows: int) -> None:
+        if rows:
+            table = pa.concat_tables(self.waiting)
+            self.file.write_table(table.slice(0, rows), row_group_size=self.row_group_rows)
+            # A slice would keep the whole table alive; a copy of the short rest does not.
+            rest = table.slice(rows)
+            self.waiting = [rest.take(pa.array(np.arange(rest.num_rows)))]
+            self.waiting_rows -= rows
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise DataError(f"{target}: found a file, expected a free name for the output folder")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise DataError(
+            f"{target}: found a folder that is not empty, expected none (--overwrite replaces a data set)"
+        )
+    if not (target / SUMMARY).exists():
+        raise DataError(
+            f"{target}: found a folder without {SUMMARY}, expected a prepared data set to overwrite"
+        )
+
+
+def _move_into_place(temporary: Path, target: Path) -> None:
+    replaced = None
+    if target.exists() and any(target.iterdir()):
+        replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
+        target.rename(replaced)
+    temporary.rename(target)
+    if replaced is not None:
+        shutil.rmtree(replaced)
