@@ -180,12 +180,11 @@ def probe() -> dict:
 
 def check_loading(found: Mapping) -> Iterator[Finding]:
     fresh = f"remove .venv and {REINSTALL}"
-    if "libcuda.so" in found.get("error", ""):
+    if any(library in found.get("error", "") for library in ("libcuda.so", "libnvidia-ml.so")):
         # No failure: images with the CUDA stack are built on machines without a GPU.
         cure = "run where a driver is or, without a GPU, `TESSERA_STACK=cpu make install`"
-        yield Finding(
-            "warn", "import", "fbgemm-gpu (CUDA) loads only beside an NVIDIA driver, none found", cure
-        )
+        text = "fbgemm-gpu (CUDA) loads only beside an NVIDIA driver, none is here"
+        yield Finding("warn", "import", text, cure)
     elif "error" in found:
         last = [name for name in ("torch", "fbgemm", "torchrec") if name in found]
         text = f"importing torch, kernels, fbgemm and torchrec fails after {last[-1] if last else 'nothing'}"

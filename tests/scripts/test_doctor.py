@@ -115,8 +115,9 @@ def test_failed_import_names_the_step():
     assert finding.level == "FAIL" and "fails after torch: OSError: undefined symbol" in finding.text
 
 
-def test_cuda_build_without_a_driver_is_a_warning():
-    error = "OSError: libcuda.so.1: cannot open shared object file: No such file or directory"
+@pytest.mark.parametrize("library", ["libcuda.so.1", "libnvidia-ml.so.1"])
+def test_cuda_build_without_a_driver_is_a_warning(library):
+    error = f"OSError: {library}: cannot open shared object file: No such file or directory"
     (finding,) = doctor.check_loading({"torch": "2.13.0", "backend": "cpp", "error": error})
     assert finding.level == "warn" and "TESSERA_STACK=cpu make install" in finding.cure
 
