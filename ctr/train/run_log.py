@@ -13,6 +13,7 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
+import fsspec
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
@@ -55,7 +56,15 @@ class RunLog:
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
             self._logger.addHandler(handler)
         self._tensorboard = SummaryWriter(self.folder / "tensorboard")
-        self.say(plan)
+        header, *tables, total = plan.splitlines()
+        self.say(f"{header}; {total} (plan.txt)")
+        self._copy_teacher()
+
+    def _copy_teacher(self) -> None:
+        """Synthetic data says how good a model can be (teacher.json): the report shows it beside the result."""
+        source, path = fsspec.core.url_to_fs(f"{self._config.data.path}/teacher.json")
+        if source.exists(path):
+            (self.folder / "teacher.json").write_bytes(source.cat_file(path))
 
     def say(self, sentence: str) -> None:
         if self._process.is_main:

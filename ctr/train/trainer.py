@@ -49,6 +49,7 @@ class Trainer:
         self.step = 0
         self.best: float | None = None
         self.evaluations_since_best = 0
+        self.evaluated_step = -1
 
     def fit(self) -> None:
         """Train for the configured epochs or steps; evaluate, keep the best model, score it, write the report."""
@@ -61,10 +62,11 @@ class Trainer:
                     self.evaluate()
                 if self.finished:
                     break
-            if not every or self.finished:
+            if not every:
                 self.evaluate()
             if self.finished:
                 break
+        self.evaluate()
         self.report()
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -105,8 +107,9 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Score the valid split; keep the model if it is the best so far. All ranks see the same numbers."""
-        if self.readers["valid"] is None:
+        if self.readers["valid"] is None or self.evaluated_step == self.step:
             return
+        self.evaluated_step = self.step
         metrics = evaluate(self.model, self.readers["valid"], self.process)
         name = self.config.trainer.early_stop.metric
         value = metrics[name]
