@@ -18,10 +18,11 @@ setup: # as install, but skips what is already done
 	@scripts/setup.sh
 
 demo: setup data/synthetic/schema.yaml ## train DeepFM on synthetic data over RANKS=2 processes, write a report
-	$(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) scripts/train.py data=synthetic model=deepfm
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) \
+		scripts/train.py experiment=demo $(ARGS)
 
 data/synthetic/schema.yaml: | setup
-	$(PYTHON) scripts/prepare.py synthetic --rows $(DEMO_ROWS) --out data/synthetic
+	$(PYTHON) scripts/prepare.py synthetic --rows $(DEMO_ROWS) --output data/synthetic
 
 test: setup ## run the tests (ARGS="-k name" selects some)
 	$(PYTHON) -m pytest -q $(ARGS)

@@ -136,6 +136,8 @@ main() {
   if [ "$rebuild" = yes ] || [ "$(cat "$project_stamp" 2>/dev/null)" != "$key" ] || [ ! -e kernels/_build.json ]; then
     say "installing tessera-ctr and compiling its kernels"
     rm -f "$project_stamp"
+    # Remains of a killed installation have no list of files, and pip would refuse to replace them.
+    rm -rf "$venv"/lib/python*/site-packages/{tessera_ctr-*.dist-info,__editable__*tessera_ctr*}
     # pip shows what a build says only when it fails; the doctor below tells whether the kernels were compiled.
     "$python" -m pip install -q --no-build-isolation --no-deps -e . || die "pip install -e . failed; see docs/install.md"
     "$python" scripts/doctor.py --quick
