@@ -49,8 +49,8 @@ class ParquetReader:
     ):
         """Lists the files and checks all footers.
 
-        path: folders, files or URIs. batch_size: rows of a step over all ranks. lanes, window_rows: shape of the
-        shuffle; an epoch can be continued only with the same. bad_rows: raise | skip. days: partitions
+        path: folders, files or URIs. batch_size: rows of all ranks' step. lanes, window_rows: shape of the
+        shuffle; an epoch is continued only with the same. bad_rows: raise | skip. days: partitions
         `day=YYYY-MM-DD` to read. drop_labels: for data without labels, which are then 0 in the batches.
 
         Raises ConfigError, SchemaError or DataError, one line each.
