@@ -1,0 +1,77 @@
+"""What happened during a run: its `metrics.jsonl` as series over steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ctr.data.errors import DataError
+
+TRAIN = ("step", "loss", "dense_lr", "sparse_lr", "samples_per_second", "reader_wait")
+EVALUATION = ("step", "auc", "logloss", "normalized_entropy", "calibration")
+
+
+@dataclass
+class History:
+    """Series by name, float64, NaN where a line lacks the value; the series of one source are of one length.
+
+    train: names of TRAIN. evaluations: split -> names of EVALUATION. left_out: split -> reason -> rows.
+    """
+
+    train: dict[str, np.ndarray] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def read_history(path: Path) -> History:
+    """Read the log; no file is an empty history. A last line without its end (a crash) is passed over.
+
+    A run that went back to a checkpoint has logged some steps twice: the later line of training counts. Of
+    evaluations the first counts: the last one of a run scores the best model, not the model of that step.
+
+    Raises:
+        DataError: a line that is not a JSON object with a kind and a step; names the file and line.
+    """
+    if not path.is_file():
+        return History()
+    *lines, tail = path.read_text(encoding="utf-8").split("\n")
+    train: dict[int, dict] = {}
+    evaluations: dict[str, dict[int, dict]] = {}
+    history = History()
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        line = _parse(path, number, text)
+        if line["kind"] == "train":
+            train[line["step"]] = line
+        elif line["kind"] == "eval":
+            evaluations.setdefault(str(line.get("split", "valid")), {}).setdefault(line["step"], line)
+        elif line["kind"] == "bad_rows":
+            history.left_out[str(line.get("split"))] = dict(line.get("counts") or {})
+    history.train = _series(train, TRAIN)
+    history.evaluations = {split: _series(lines, EVALUATION) for split, lines in evaluations.items()}
+    return history
+
+
+def _parse(path: Path, number: int, text: str) -> dict:
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError:
+        line = None
+    if not isinstance(line, dict) or "kind" not in line or not isinstance(line.get("step"), int):
+        raise DataError(
+            f'{path}: line {number} is {text[:60]!r}; expected a JSON object with "kind" and "step"'
+        )
+    return line
+
+
+def _series(lines: dict[int, dict], names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    ordered = [lines[step] for step in sorted(lines)]
+    return {name: np.array([_number(line.get(name)) for line in ordered], dtype=np.float64) for name in names}
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")

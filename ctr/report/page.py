@@ -1,0 +1,109 @@
+"""The HTML page of a report, from numbers and plots that are ready."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ctr.report.definitions import DEFINITIONS, Definition
+from ctr.report.history import History
+from ctr.report.plot import Plot, Table
+
+
+@dataclass(frozen=True)
+class Card:
+    """`value` is None where the metric is undefined; `detail` then says why."""
+
+    definition: Definition
+    value: str | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Text:
+    title: str
+    body: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the template shows. `splits`: metrics of each split, the first is the one of the cards."""
+
+    title: str
+    subtitle: str
+    splits: dict[str, dict[str, Any]]
+    ceiling: dict[str, float] | None
+    quality_plots: list[Plot]
+    training_plots: list[Plot]
+    history: History
+    texts: list[Text]
+    versions: dict[str, str]
+
+    def html(self) -> str:
+        split, metrics = next(iter(self.splits.items()))
+        loader = jinja2.FileSystemLoader(Path(__file__).parent)
+        environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+        return environment.get_template("template.html").render(
+            title=self.title,
+            subtitle=self.subtitle,
+            lead=lead(split, metrics, self.ceiling),
+            left_out=_left_out(self.history),
+            split=split,
+            cards=[_card(definition, metrics, self.ceiling) for definition in DEFINITIONS],
+            comparison=_comparison(self.splits) if len(self.splits) > 1 else None,
+            quality_plots=self.quality_plots,
+            training_plots=self.training_plots,
+            definitions=DEFINITIONS,
+            texts=self.texts,
+            versions=Table(["package", "version"], [list(item) for item in self.versions.items()])
+            if self.versions
+            else None,
+        )
+
+
+def lead(split: str, metrics: dict[str, Any], ceiling: dict[str, float] | None) -> str:
+    """The result in one sentence."""
+    parts = []
+    for name, title in (("auc", "AUC"), ("logloss", "logloss")):
+        best = f" (best possible {ceiling[name]:.4f})" if ceiling else ""
+        parts.append(f"{title} undefined" if metrics[name] is None else f"{title} {metrics[name]:.4f}{best}")
+    return f"{parts[0]} and {parts[1]} on {metrics['rows']:,} rows of {split}."
+
+
+def _card(definition: Definition, metrics: dict[str, Any], ceiling: dict[str, float] | None) -> Card:
+    key, value = definition.key, metrics[definition.key]
+    if value is None:
+        return Card(definition, None, metrics["undefined"][key])
+    detail = ""
+    if ceiling and key in ceiling:
+        detail = f"best possible {ceiling[key]:.4f} ({value - ceiling[key]:+.4f})".replace("-", "−")
+    elif key == "gauc":
+        detail = f"{metrics['groups']['scored']:,} of {metrics['groups']['total']:,} groups have both classes"
+    elif key == "positives" and metrics["rows"]:
+        detail = f"{value / metrics['rows']:.2%} of rows"
+    return Card(definition, _format(value), detail)
+
+
+def _comparison(splits: dict[str, dict[str, Any]]) -> Table:
+    """A row for each metric: few splits and many metrics fit a phone that way round."""
+    rows = [[one.title, *(_format(metrics[one.key]) for metrics in splits.values())] for one in DEFINITIONS]
+    return Table(["metric", *splits], rows)
+
+
+def _left_out(history: History) -> list[str]:
+    """A sentence for each split of which the reader left rows out."""
+    sentences = []
+    for split, counts in sorted(history.left_out.items()):
+        reasons = [f"{count:,} rows ({reason})" for reason, count in sorted(counts.items())]
+        if reasons:
+            sentences.append(f"{split}: left out {', '.join(reasons)}.")
+    return sentences
+
+
+def _format(value: float | int | None) -> str:
+    if value is None:
+        return "undefined"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

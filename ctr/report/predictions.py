@@ -1,0 +1,116 @@
+"""Read what a run predicted: `predictions/*.parquet`, checked, by split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ctr.data.errors import DataError
+from ctr.metrics.score_table import Rows, check_rows
+
+REQUIRED = ("prediction", "label", "weight")
+OPTIONAL = ("group", "split")
+DEFAULT_SPLIT = "test"
+
+
+def read_predictions(folder: Path) -> dict[str, Rows]:
+    """Rows of each split, over all files of the folder.
+
+    The files hold prediction (probability), label (0 or 1), weight, and optionally group (integer) and split
+    (string; `test` where absent).
+
+    Raises:
+        DataError: no folder, no parquet file, no rows, a missing or mistyped column, a null, NaN or value out
+            of range; names the file.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no such folder; expected parquet files with the columns {', '.join(REQUIRED)}"
+        )
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise DataError(f"{folder}: no parquet file in this folder; expected at least one")
+    parts: dict[str, list[tuple[Path, Rows]]] = {}
+    for path in files:
+        for split, rows in _read_file(path):
+            parts.setdefault(split, []).append((path, rows))
+    if not parts:
+        raise DataError(f"{folder}: {len(files)} parquet files without a row; expected at least one row")
+    # Each split's parts are let go as soon as they are joined.
+    return {split: _join(parts.pop(split)) for split in sorted(parts)}
+
+
+def _read_file(path: Path) -> list[tuple[str, Rows]]:
+    try:
+        with pq.ParquetFile(path) as file:
+            present = file.schema_arrow.names
+            for name in REQUIRED:
+                if name not in present:
+                    raise DataError(f"{path}: no column {name}; found {', '.join(present)}")
+            table = file.read([name for name in REQUIRED + OPTIONAL if name in present])
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
+    if not table.num_rows:
+        return []
+    for name in table.column_names:
+        if table[name].null_count:
+            raise DataError(f"{path}: column {name} has {table[name].null_count:,} nulls; expected none")
+    columns = {name: _numbers(path, name, table[name]) for name in table.column_names if name != "split"}
+    if "split" not in table.column_names:
+        return [(DEFAULT_SPLIT, _checked(path, columns))]
+    splits = table["split"].cast(pa.string())
+    names = pc.unique(splits).to_pylist()
+    if len(names) == 1:
+        return [(names[0], _checked(path, columns))]
+    found = []
+    for split in names:
+        mask = pc.equal(splits, split).to_numpy()
+        found.append((split, _checked(path, {name: values[mask] for name, values in columns.items()})))
+    return found
+
+
+def _numbers(path: Path, name: str, column: pa.ChunkedArray) -> np.ndarray:
+    kind = column.type
+    whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+    if not whole and (name == "group" or not pa.types.is_floating(kind)):
+        raise DataError(
+            f"{path}: column {name} is {kind}; expected {'integers' if name == 'group' else 'numbers'}"
+        )
+    return column.to_numpy()
+
+
+def _checked(path: Path, columns: dict[str, np.ndarray]) -> Rows:
+    try:
+        rows = check_rows(**columns)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    prediction = rows.prediction
+    if prediction.size and (prediction.min() < 0 or prediction.max() > 1):
+        found = f"{prediction.min():g} to {prediction.max():g}"
+        raise DataError(
+            f"{path}: column prediction has values from {found}; expected probabilities in [0, 1]"
+        )
+    return rows
+
+
+def _join(parts: list[tuple[Path, Rows]]) -> Rows:
+    """Rows of several files as one. A weight of None stands for ones."""
+    (first_path, first), all_rows = parts[0], [rows for _, rows in parts]
+    for path, rows in parts:
+        if (rows.group is None) != (first.group is None):
+            having, lacking = (path, first_path) if first.group is None else (first_path, path)
+            raise DataError(f"{lacking}: no column group, which {having} has; expected all files alike")
+    weight = None
+    if any(rows.weight is not None for rows in all_rows):
+        weights = [np.ones(len(r.prediction), np.float32) if r.weight is None else r.weight for r in all_rows]
+        weight = np.concatenate(weights)
+    return Rows(
+        prediction=np.concatenate([rows.prediction for rows in all_rows]),
+        positive=np.concatenate([rows.positive for rows in all_rows]),
+        weight=weight,
+        group=None if first.group is None else np.concatenate([rows.group for rows in all_rows]),
+    )

@@ -1,0 +1,171 @@
+"""Write report.json and report.html of a run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ctr.data.errors import DataError
+from ctr.metrics.exact import group_auc, summarise
+from ctr.metrics.score_table import Rows, score_table
+from ctr.report.history import read_history
+from ctr.report.page import Page, Text, lead
+from ctr.report.predictions import read_predictions
+from ctr.report.quality import SplitCurves, calibration_plot, pr_plot, prediction_plot, roc_plot, split_curves
+from ctr.report.training import training_plots
+
+# The first of these that was scored is the one at the top of report.json and on the cards.
+PREFERRED_SPLITS = ("test", "valid", "train")
+PACKAGES = ("torch", "torchrec", "pyarrow", "numpy", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Report:
+    """A written report. `values` is the content of report.json."""
+
+    folder: Path
+    values: dict[str, Any]
+
+    def summary(self) -> str:
+        """The result and where the page is, in one line."""
+        sentence = lead(self.values["split"], self.values, self.values.get("ceiling"))
+        return f"{sentence} Report: {self.folder / 'report.html'}"
+
+
+def write_report(run_dir: str | Path, teacher: dict[str, Any] | None = None) -> Report:
+    """Measure a run's predictions and write report.json and report.html into its folder, each whole or not.
+
+    Reads predictions/*.parquet, and where present metrics.jsonl, config.yaml, plan.txt, versions.json and
+    teacher.json.
+
+    Args:
+        teacher: auc and logloss of the best possible predictions, {"auc": .., "logloss": ..}, or by split,
+            {"splits": {"test": {"auc": .., "logloss": ..}}}. None: teacher.json, of the same form.
+
+    Raises:
+        DataError: the predictions or one of the other files cannot be used; one line that names the file.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected a run folder with predictions")
+    rows_by_split = read_predictions(folder / "predictions")
+    history = read_history(folder / "metrics.jsonl")
+    names = [name for name in PREFERRED_SPLITS if name in rows_by_split]
+    names += [name for name in rows_by_split if name not in names]
+    ceilings = _ceilings(folder / "teacher.json", teacher, [*names, *history.evaluations])
+    config = _text(folder / "config.yaml")
+    # Rows are let go split by split: only the curves stay.
+    measured = [_measure(name, rows_by_split.pop(name)) for name in names]
+    first, ceiling = measured[0], ceilings.get(names[0])
+    # The split that training was steered by has the most evaluations; its own ceiling belongs beside it.
+    watched = max(
+        history.evaluations, key=lambda split: len(history.evaluations[split]["step"]), default=names[0]
+    )
+    plots = [roc_plot(measured), pr_plot(measured), calibration_plot(first), prediction_plot(first)]
+    texts = [("Sharding plan", _text(folder / "plan.txt")), ("Resolved configuration", config)]
+    page = Page(
+        title=folder.resolve().name,
+        subtitle=_subtitle(folder / "config.yaml", config),
+        splits={one.split: one.metrics for one in measured},
+        ceiling=ceiling,
+        quality_plots=[plot for plot in plots if plot is not None],
+        training_plots=training_plots(history, watched, ceilings.get(watched)),
+        history=history,
+        texts=[Text(title, body) for title, body in texts if body],
+        versions=_versions(folder / "versions.json"),
+    )
+    values = {"split": first.split, **first.metrics}
+    if len(measured) > 1:
+        values["splits"] = {one.split: one.metrics for one in measured}
+    if ceiling:
+        values["ceiling"] = ceiling
+    content = {
+        "report.json": json.dumps(values, indent=2, allow_nan=False) + "\n",
+        "report.html": page.html(),
+    }
+    for name, text in content.items():
+        _write(folder / name, text)
+    return Report(folder, values)
+
+
+def _measure(split: str, rows: Rows) -> SplitCurves:
+    groups = None if rows.group is None else group_auc(rows)
+    table = score_table(rows)
+    return split_curves(split, table, summarise(table, groups))
+
+
+def _ceilings(path: Path, teacher: dict[str, Any] | None, splits: list[str]) -> dict[str, dict[str, float]]:
+    """AUC and logloss of the best possible predictions, for each split of which they are known."""
+    if teacher is None:
+        text = _text(path)
+        if not text:
+            return {}
+        try:
+            teacher = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: not JSON: {error}") from None
+    try:
+        entries = teacher["splits"] if "splits" in teacher else dict.fromkeys(splits, teacher)
+        known = {split: entry for split, entry in entries.items() if entry["auc"] is not None}
+        return {
+            split: {name: float(one[name]) for name in ("auc", "logloss")} for split, one in known.items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        expected = 'expected numbers "auc" and "logloss", or these for each split under "splits"'
+        raise DataError(f"{path}: found {str(teacher)[:80]}; {expected}") from None
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def _subtitle(path: Path, config: str) -> str:
+    """`deepfm on criteo`, as far as the configuration tells."""
+    try:
+        loaded = yaml.safe_load(config)
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
+
+    def key(group: str, name: str) -> str:
+        section = loaded.get(group) if isinstance(loaded, dict) else None
+        return str(section.get(name) or "") if isinstance(section, dict) else ""
+
+    model = key("model", "name") or key("model", "target").rpartition(".")[2]
+    return " on ".join(name for name in (model, key("data", "name")) if name)
+
+
+def _versions(path: Path) -> dict[str, str]:
+    """As the run recorded them, else those of this environment."""
+    text = _text(path)
+    if text:
+        try:
+            return {str(name): str(version) for name, version in json.loads(text).items()}
+        except (json.JSONDecodeError, AttributeError):
+            raise DataError(f"{path}: expected a JSON object of package and version") from None
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
