@@ -23,7 +23,7 @@ from embedding.errors import ConfigError
 
 @dataclass
 class DataConfig:
-    """conf/data/*.yaml. `path` is a folder or URI; `train`, `valid`, `test` are below it (null: that split is absent)."""
+    """conf/data/*.yaml. `path` is a folder or URI; `train`, `valid`, `test` lie below it (null: no such split)."""
 
     name: str = MISSING
     path: str = MISSING
@@ -116,7 +116,9 @@ def load_config(arguments: Sequence[str], description: str) -> Config:
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("overrides", nargs="*", help="hydra overrides: model=deepfm data.path=/data trainer.epochs=2")
-    parser.add_argument("--config-dir", action="append", default=[], help="a folder of your own yaml, laid out as conf/")
+    parser.add_argument(
+        "--config-dir", action="append", default=[], help="a folder of your own yaml, laid out as conf/"
+    )
     parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and leave")
     options = parser.parse_args(arguments)
     for folder in options.config_dir:

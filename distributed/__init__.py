@@ -5,5 +5,8 @@ import warnings
 
 # torchrec 1.8 still calls collectives by names that torch 2.13 announces to rename; users can do nothing about it.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-for noisy in ("torchrec", "torch.fx._symbolic_trace"):  # planner advice and deprecations, none of which a user can follow
+for noisy in (
+    "torchrec",
+    "torch.fx._symbolic_trace",
+):  # planner advice and deprecations, none of which a user can follow
     logging.getLogger(noisy).setLevel(logging.ERROR)

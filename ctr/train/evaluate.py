@@ -89,9 +89,7 @@ class _PredictionWriter:
         if batch.group is not None:
             columns["group"] = batch.group
         arrays = {name: pa.array(values[: batch.rows].cpu().numpy()) for name, values in columns.items()}
-        arrays["split"] = pa.DictionaryArray.from_arrays(
-            pa.array([0] * batch.rows, pa.int8()), pa.array([self._split])
-        )
+        arrays["split"] = pa.DictionaryArray.from_arrays(pa.array([0] * batch.rows, pa.int8()), pa.array([self._split]))
         table = pa.table(arrays)
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._partial, table.schema)

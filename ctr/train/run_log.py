@@ -36,7 +36,9 @@ class RunLog:
 
     def __init__(self, config: Config, process: Process, plan: str) -> None:
         self._config, self._process = config, process
-        self.folder = _create_folder(config, process)
+        model = config.model["target"].rpartition(".")[2].lower()
+        default = f"runs/{config.data.name}-{model}-{datetime.now():%Y%m%d-%H%M%S}"
+        self.folder = create_folder(config.trainer.run_dir or default, "trainer.run_dir", process)
         self._logger = logging.getLogger("tessera")
         self._tensorboard: SummaryWriter | None = None
         if process.is_main:
@@ -87,9 +89,7 @@ class RunLog:
                 yield batch
                 self._bar.update()
 
-    def train(
-        self, step: int, epoch: int, rows: int, loss_sum: Tensor, weight: Tensor, optimizers: Optimizers
-    ) -> None:
+    def train(self, step: int, epoch: int, rows: int, loss_sum: Tensor, weight: Tensor, optimizers: Optimizers) -> None:
         """Add one step of this rank. Every `log_every` steps: sum over ranks, the only wait for the device."""
         self._sums += torch.stack([loss_sum.double(), weight.double(), torch.full_like(weight, rows).double()])
         if step % self._config.trainer.log_every:
@@ -175,31 +175,23 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _create_folder(config: Config, process: Process) -> Path:
-    """Rank 0 makes the run folder; all ranks learn its name.
+def create_folder(wanted: str | Path, key: str, process: Process) -> Path:
+    """Rank 0 makes the folder; all ranks learn its name, or that it cannot be used.
 
     Raises:
-        ConfigError: it exists and is not empty: two runs never mix.
+        ConfigError: naming `key`: it exists and is not empty (two runs never mix), or cannot be made.
     """
-    agreed: list[str | None] = [None]
+    folder, problem = Path(wanted), None
     if process.is_main:
-        model = config.model["target"].rpartition(".")[2].lower()
-        default = f"runs/{config.data.name}-{model}-{datetime.now():%Y%m%d-%H%M%S}"
-        agreed[0] = config.trainer.run_dir or default
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                problem = f"{key} {folder} is not empty; expected a new folder, so that two runs never mix"
+        except OSError as error:
+            problem = f"{key} {folder} cannot be made: {error.strerror}"
+    agreed = [str(folder), problem]
     if process.world_size > 1:
         dist.broadcast_object_list(agreed, src=0)
-    folder = Path(agreed[0])
-    problem: list[str | None] = [None]
-    if process.is_main:
-        if folder.exists() and any(folder.iterdir()):
-            problem[0] = f"trainer.run_dir {folder} is not empty; expected a new folder, so that two runs never mix"
-        else:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                problem[0] = f"trainer.run_dir {folder} cannot be made: {error.strerror}"
-    if process.world_size > 1:
-        dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise ConfigError(problem[0])
-    return folder
+    if agreed[1]:
+        raise ConfigError(agreed[1])
+    return Path(agreed[0])

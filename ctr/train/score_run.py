@@ -14,6 +14,7 @@ from ctr.config import Config, typed
 from ctr.data.schema import Schema
 from ctr.report.report import write_report
 from ctr.train.evaluate import evaluate, read_split
+from ctr.train.run_log import create_folder
 from ctr.train.saved_model import load_model
 from ctr.train.trainer import build_model, set_threads
 from distributed.process import Process
@@ -53,14 +54,8 @@ def score_run(config: Config, process: Process, run_dir: Path, split: str, outpu
         raise ConfigError(f"data.{split} is null; there is nothing to score")
     model, _ = build_model(config, schema, process)
     load_model(model, run_dir / "best", process)
-    agreed = [str(output or run_dir / "evaluations" / f"{datetime.now():%Y%m%d-%H%M%S}")]
-    if process.world_size > 1:
-        dist.broadcast_object_list(agreed, src=0)
-    folder = Path(agreed[0])
+    folder = create_folder(output or run_dir / f"evaluations/{datetime.now():%Y%m%d-%H%M%S}", "--output", process)
     if process.is_main:
-        if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"--output {folder} is not empty; expected a new folder")
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
     metrics = evaluate(model, reader, process, folder / "predictions", split)
     if process.world_size > 1:

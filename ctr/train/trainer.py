@@ -132,7 +132,9 @@ class Trainer:
             load_model(self.model, best, self.process)
         for split in ("valid", "test"):
             if self.readers[split] is not None:
-                metrics = evaluate(self.model, self.readers[split], self.process, self.log.folder / "predictions", split)
+                metrics = evaluate(
+                    self.model, self.readers[split], self.process, self.log.folder / "predictions", split
+                )
                 self.log.evaluation(self.step, split, metrics, is_best=False)
         self.process.stage = "writing the report"
         self.log.bad_rows(self.readers)
