@@ -16,9 +16,7 @@ from embedding.errors import TesseraError  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_kinds(parser)
     try:
         print(prepare(parser.parse_args()))

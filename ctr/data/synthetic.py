@@ -78,9 +78,7 @@ def write_synthetic(
         schema = schema_from_conf("synthetic")
         if config.string_ids:
             schema["features"] = [_as_hex(feature) for feature in schema["features"]]
-        write_description(
-            folder, schema, {"kind": "synthetic", "rows": writer.rows, "parameters": asdict(config)}
-        )
+        write_description(folder, schema, {"kind": "synthetic", "rows": writer.rows, "parameters": asdict(config)})
     return result
 
 

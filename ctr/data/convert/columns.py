@@ -80,13 +80,10 @@ def check_columns(columns: Sequence[Column], where: str) -> None:
     for column in columns:
         known = [*PLAIN_TYPES, *MADE_TYPES]
         if column.type not in known:
-            raise SchemaError(
-                f"{where}: column {column.name!r} has type {column.type!r}, expected one of {known}"
-            )
+            raise SchemaError(f"{where}: column {column.name!r} has type {column.type!r}, expected one of {known}")
         if column.stored and column.stored not in PLAIN_TYPES:
             raise SchemaError(
-                f"{where}: column {column.name!r} has stored {column.stored!r}, "
-                f"expected one of {list(PLAIN_TYPES)}"
+                f"{where}: column {column.name!r} has stored {column.stored!r}, expected one of {list(PLAIN_TYPES)}"
             )
         if column.name in seen:
             raise SchemaError(f"{where}: column {column.name!r} found twice, expected once")

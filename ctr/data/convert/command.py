@@ -39,16 +39,10 @@ def add_kinds(parser: ArgumentParser) -> None:
     """Add one subcommand per kind of input."""
     files, split, text, written = _shared_options()
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    criteo = kinds.add_parser(
-        "criteo", parents=[files, split, text, written], help="Criteo's tab separated logs"
-    )
-    criteo.add_argument(
-        "--first-day", help="each --input file is one day, the first of this date (Terabyte log)"
-    )
+    criteo = kinds.add_parser("criteo", parents=[files, split, text, written], help="Criteo's tab separated logs")
+    criteo.add_argument("--first-day", help="each --input file is one day, the first of this date (Terabyte log)")
     kinds.add_parser("avazu", parents=[files, split, text, written], help="Avazu's click log")
-    movielens = kinds.add_parser(
-        "movielens", parents=[split, text, written], help="GroupLens or RecBole files"
-    )
+    movielens = kinds.add_parser("movielens", parents=[split, text, written], help="GroupLens or RecBole files")
     movielens.add_argument("--input", type=Path, required=True, help="folder of the files")
     movielens.add_argument("--threshold", type=float, default=3.0, help="above: 1, below: 0, equal: dropped")
     csv = kinds.add_parser("csv", parents=[text, written], help="any delimited text, described by a yaml")
@@ -65,28 +59,20 @@ def add_kinds(parser: ArgumentParser) -> None:
 
 def _shared_options() -> tuple[ArgumentParser, ArgumentParser, ArgumentParser, ArgumentParser]:
     files, split, text, written = (ArgumentParser(add_help=False) for _ in range(4))
-    files.add_argument(
-        "--input", type=Path, nargs="+", help="files to split; .gz .bz2 .zst .lz4 are unpacked"
-    )
+    files.add_argument("--input", type=Path, nargs="+", help="files to split; .gz .bz2 .zst .lz4 are unpacked")
     for name in ("train", "valid", "test"):
         files.add_argument(f"--{name}", type=Path, nargs="+", help=f"files that are the {name} split")
     for name in ("valid", "test"):
-        files.add_argument(
-            f"--{name}-from", type=seconds_of, help="with --split time: seconds since 1970 or a date"
-        )
+        files.add_argument(f"--{name}-from", help="with --split time: seconds since 1970 or a date")
     split.add_argument("--split", choices=("random", "time", "day"), default="random", help="of the --input")
     split.add_argument("--valid-fraction", type=float, default=Input.valid)
     split.add_argument("--test-fraction", type=float, default=Input.test)
     split.add_argument("--seed", type=int, default=Input.seed, help="of the random split")
-    text.add_argument(
-        "--bad-rows", choices=("raise", "skip"), default="raise", help="skip: leave out and count"
-    )
+    text.add_argument("--bad-rows", choices=("raise", "skip"), default="raise", help="skip: leave out and count")
     text.add_argument("--block-bytes", type=int, default=Options.block_bytes, help="text parsed at a time")
     written.add_argument("--output", type=Path, help="folder to make")
     written.add_argument("--overwrite", action="store_true", help="replace a prepared data set of that name")
-    written.add_argument(
-        "--row-group-rows", type=int, help="rows decoded at a time (default: 16384 or fewer)"
-    )
+    written.add_argument("--row-group-rows", type=int, help="rows decoded at a time (default: 16384 or fewer)")
     written.add_argument("--rows-per-file", type=int, default=Writing.rows_per_file)
     written.add_argument("--compression", choices=COMPRESSIONS, default=Writing.compression)
     return files, split, text, written
@@ -105,9 +91,7 @@ def prepare(options: Namespace) -> str:
     if options.kind == "movielens":
         fractions = (options.valid_fraction, options.test_fraction, options.seed)
         return _described(
-            convert_movielens(
-                options.input, options.output, how, options.split, *fractions, options.threshold
-            )
+            convert_movielens(options.input, options.output, how, options.split, *fractions, options.threshold)
         )
     convert = convert_criteo if options.kind == "criteo" else convert_avazu
     return _described(convert(_source(options), options.output, how))
@@ -126,9 +110,12 @@ def _source(options: Namespace) -> Input:
     if getattr(options, "first_day", None):
         return Input(one_day_per_file(options.input or [], options.first_day))
     fractions = (options.valid_fraction, options.test_fraction, options.seed)
-    return Input(
-        named or {"": options.input}, options.split, *fractions, options.valid_from, options.test_from
-    )
+    times = [getattr(options, f"{name}_from") for name in ("valid", "test")]
+    seconds = [
+        None if time is None else seconds_of(time, f"--{name}-from")
+        for name, time in zip(("valid", "test"), times, strict=True)
+    ]
+    return Input(named or {"": options.input}, options.split, *fractions, *seconds)
 
 
 def _described(summary: dict) -> str:

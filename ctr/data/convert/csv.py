@@ -1,4 +1,4 @@
-"""Any delimited text, described by a yaml file with the keys of `CsvConfig`:
+r"""Any delimited text, described by a yaml file with the keys of `CsvConfig`:
 
     input: {files: [log.tsv.gz]}
     delimiter: "\t"
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -85,7 +86,7 @@ class CsvConfig:
     columns: list[ColumnConfig] = field(default_factory=list)
     time: str | None = None
     split: SplitConfig = field(default_factory=SplitConfig)
-    schema: dict[str, object] = field(default_factory=dict)
+    schema: dict[str, Any] = field(default_factory=dict)
 
 
 def convert_csv(config_path: Path, output: Path | None, options: Options) -> dict:
@@ -139,9 +140,7 @@ def _check(config: CsvConfig, columns: list[Column], path: Path) -> None:
     if config.header not in ("yes", "no", "auto"):
         raise ConfigError(f"{path}: key header: found {config.header!r}, expected yes, no or auto")
     if config.header != "yes" and not config.names:
-        raise ConfigError(
-            f"{path}: key names: found none, expected the names of the columns, as header is not yes"
-        )
+        raise ConfigError(f"{path}: key names: found none, expected the names of the columns, as header is not yes")
     if len(config.delimiter) < 1 or (config.quote is not None and len(config.quote) != 1):
         raise ConfigError(
             f"{path}: keys delimiter and quote: found {config.delimiter!r} and {config.quote!r}, "
@@ -190,10 +189,11 @@ def _input(config: CsvConfig, path: Path) -> Input:
     named = {name: getattr(given, name) for name in ("train", "valid", "test") if getattr(given, name)}
     if bool(named) == bool(given.files) or (named and "train" not in named):
         raise ConfigError(f"{path}: key input: expected either files, or train with valid and test")
-    files = {
-        key: [path.parent / file for file in files] for key, files in (named or {"": given.files}).items()
-    }
-    times = [seconds_of(time) if time is not None else None for time in (split.valid_from, split.test_from)]
+    files = {key: [path.parent / file for file in files] for key, files in (named or {"": given.files}).items()}
+    times = [
+        None if getattr(split, key) is None else seconds_of(getattr(split, key), f"{path}: key split.{key}")
+        for key in ("valid_from", "test_from")
+    ]
     return Input(files, split.how, split.valid, split.test, split.seed, *times)
 
 

@@ -115,9 +115,7 @@ def _column_names(block: LineBlock, text: TextFormat) -> tuple[list[str], bool]:
     names = fields if header else list(text.columns)
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise SchemaError(
-            f"{block.path} line 1: column name {twice[0]!r} found twice in the header, expected once"
-        )
+        raise SchemaError(f"{block.path} line 1: column name {twice[0]!r} found twice in the header, expected once")
     return names, header
 
 
@@ -129,9 +127,7 @@ def _check_columns(path: Path, names: Sequence[str], types: dict[str, pa.DataTyp
 
 
 class _BlockParser:
-    def __init__(
-        self, text: TextFormat, names: list[str], types: dict[str, pa.DataType], bad_rows: BadRows
-    ) -> None:
+    def __init__(self, text: TextFormat, names: list[str], types: dict[str, pa.DataType], bad_rows: BadRows) -> None:
         self.text, self.names, self.bad_rows = text, names, bad_rows
         self.long_delimiter = text.delimiter.encode() if len(text.delimiter.encode()) > 1 else None
         self.parse_options = pa.csv.ParseOptions(
@@ -171,9 +167,7 @@ class _BlockParser:
                     spans += [(middle, last), (first, middle)]
                 continue
             if table.num_rows != last - first:
-                self._quoted_newline(
-                    block.path, data, lines[first:last], starts[first:last], stops[first:last]
-                )
+                self._quoted_newline(block.path, data, lines[first:last], starts[first:last], stops[first:last])
             self.bad_rows.rows_read += table.num_rows
             yield TextTable(block.path, table, lines[first:last])
 
@@ -195,7 +189,7 @@ class _BlockParser:
             message = f"expected {width[1]} columns separated by {self.text.delimiter!r}, "
             self.bad_rows.meet(path, line, message + f"found {width[2]}: {shorten(text)}")
             return
-        value = re.search(r"In CSV column #(\d+): CSV conversion error to (.+?): (.*)", message)
+        value = re.search(r"In CSV column #(\d+): (?:Row #\d+: )?CSV conversion error to (.+?): (.*)", message)
         if value:
             column = self.names[int(value[1])]
             found = re.search(r"invalid value '(.*)'", value[3])

@@ -73,9 +73,7 @@ def _text(
 _RATING_NAMES = ("user", "item", "rating", "time")
 _YEAR_IN_TITLE = r"\((?P<year>\d{4})\)\s*$"
 _TITLE_AND_GENRES = (Column("id"), Column("year", "title", "string"), Column("genre", type="string"))
-_DAT_MOVIES = SideFile(
-    "movies.dat", _text("::", "id", "title", "genre", encoding="latin1"), _TITLE_AND_GENRES
-)
+_DAT_MOVIES = SideFile("movies.dat", _text("::", "id", "title", "genre", encoding="latin1"), _TITLE_AND_GENRES)
 
 ML_100K = Layout(
     ratings="u.data",
@@ -162,9 +160,7 @@ def convert_movielens(
     Returns and raises as `pipeline.convert`, and DataError when the folder holds no known layout.
     """
     if how not in ("random", "time"):
-        raise ConfigError(
-            f"split: found {how!r}, expected random or time (MovieLens is not in order of time)"
-        )
+        raise ConfigError(f"split: found {how!r}, expected random or time (MovieLens is not in order of time)")
     layout = _detect(folder)
     bad_rows = BadRows(options.bad_rows)
     join = _Join(layout, folder, threshold, bad_rows)
@@ -175,9 +171,7 @@ def convert_movielens(
         Column("rating", rating, "float64", required=True),
         Column("timestamp", time, "time"),
     ]
-    conversion = Conversion(
-        "movielens", layout.text, columns, schema_from_conf("movielens"), join, "timestamp"
-    )
+    conversion = Conversion("movielens", layout.text, columns, schema_from_conf("movielens"), join, "timestamp")
     source = Input({"": [_one(folder, layout.ratings)]}, how, valid, test, seed)
     return convert(conversion, source, output, options, bad_rows)
 
@@ -189,12 +183,8 @@ def _detect(folder: Path) -> Layout:
     if next(folder.glob("*.inter"), None):
         with _one(folder, "*.item").open(encoding="utf8", errors="replace") as file:
             header = file.readline().split()
-        return _recbole(
-            next((name for name in ("class", "genres") if f"{name}:token_seq" in header), "genre")
-        )
-    raise DataError(
-        f"{folder}: no MovieLens found, expected u.data, ratings.dat, ratings.csv or *.inter in it"
-    )
+        return _recbole(next((name for name in ("class", "genres") if f"{name}:token_seq" in header), "genre"))
+    raise DataError(f"{folder}: no MovieLens found, expected u.data, ratings.dat, ratings.csv or *.inter in it")
 
 
 def _one(folder: Path, pattern: str) -> Path:
@@ -225,9 +215,7 @@ class _Join:
         movies = _read_side(folder, layout.movies, bad_rows)
         self.user_ids = users.column("id") if users else pa.chunked_array([], pa.int64())
         self.movie_ids = movies.column("id")
-        self.of_user = {
-            name: users.column(name) if users else pa.nulls(0, t) for name, t in USER_TYPES.items()
-        }
+        self.of_user = {name: users.column(name) if users else pa.nulls(0, t) for name, t in USER_TYPES.items()}
         year = pc.struct_field(pc.extract_regex(movies.column("year"), layout.year), "year")
         self.of_movie = {"release_year": year.cast(pa.int64()), "genre": _genres(movies, layout.genres)}
 
@@ -236,9 +224,7 @@ class _Join:
         kept = pa.array(np.flatnonzero(rating != self.threshold))
         table = rows.table.take(kept)
         columns: dict[str, pa.ChunkedArray] = {
-            "label": pa.chunked_array(
-                [pa.array((table.column("rating").to_numpy() > self.threshold).astype(np.int8))]
-            ),
+            "label": pa.chunked_array([pa.array((table.column("rating").to_numpy() > self.threshold).astype(np.int8))]),
             "user_id": table.column("user_id"),
             "item_id": table.column("item_id"),
         }

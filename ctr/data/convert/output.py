@@ -40,9 +40,7 @@ class Writing:
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}: found {getattr(self, key)}, expected at least 1")
         if self.compression not in COMPRESSIONS:
-            raise ConfigError(
-                f"compression: found {self.compression!r}, expected one of {', '.join(COMPRESSIONS)}"
-            )
+            raise ConfigError(f"compression: found {self.compression!r}, expected one of {', '.join(COMPRESSIONS)}")
 
 
 @contextmanager
@@ -62,9 +60,7 @@ def complete_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.preparing-", dir=target.parent))
         temporary.chmod(0o755)
     except OSError as error:
-        raise DataError(
-            f"{target}: cannot be created: {error.strerror}, expected a folder to write in"
-        ) from error
+        raise DataError(f"{target}: cannot be created: {error.strerror}, expected a folder to write in") from error
     if leftover is not None:
         print(f"note: {leftover} is left from a run that was killed or still runs", file=sys.stderr)
     try:
@@ -138,8 +134,7 @@ class PartsWriter:
             self._reopened += 1
             if self._reopened > REOPENED:
                 raise DataError(
-                    f"{folder}: rows found in turn for more than {OPEN_FILES} folders, "
-                    "expected input ordered by time"
+                    f"{folder}: rows found in turn for more than {OPEN_FILES} folders, expected input ordered by time"
                 )
 
 
@@ -180,13 +175,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise DataError(
-            f"{target}: found a folder that is not empty, expected none (--overwrite replaces a data set)"
-        )
+        raise DataError(f"{target}: found a folder that is not empty, expected none (--overwrite replaces a data set)")
     if not (target / SUMMARY).exists():
-        raise DataError(
-            f"{target}: found a folder without {SUMMARY}, expected a prepared data set to overwrite"
-        )
+        raise DataError(f"{target}: found a folder without {SUMMARY}, expected a prepared data set to overwrite")
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:

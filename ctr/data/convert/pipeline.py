@@ -69,9 +69,7 @@ class Input:
             raise ConfigError(f"valid_from: found with the split {self.how}, expected with the split time")
         for path in self.all_files:
             if not path.is_file():
-                raise DataError(
-                    f"{path}: found {'a folder' if path.is_dir() else 'nothing'}, expected a file"
-                )
+                raise DataError(f"{path}: found {'a folder' if path.is_dir() else 'nothing'}, expected a file")
 
     @property
     def all_files(self) -> list[Path]:
@@ -186,9 +184,7 @@ def _scatter(writer: PartsWriter, table: pa.Table, folders: list[str], index: np
 
 def _check_split(conversion: Conversion, source: Input) -> None:
     if "" in source.files and source.how != "random" and conversion.time is None:
-        raise ConfigError(
-            f"split: found {source.how!r}, expected random: {conversion.kind} has no time column"
-        )
+        raise ConfigError(f"split: found {source.how!r}, expected random: {conversion.kind} has no time column")
 
 
 def _in_order(folders: Iterable[str]) -> list[str]:
@@ -201,9 +197,7 @@ def _check_rows(rows: dict[str, int], source: Input) -> None:
         expected += ["train"] + ["valid"] * (source.valid > 0) + ["test"] * (source.test > 0)
     for name in expected or [""]:
         if not (rows.get(name) if name else rows):
-            raise DataError(
-                f"{name or 'output'}: no rows left after reading {_shown(source)}, expected at least one"
-            )
+            raise DataError(f"{name or 'output'}: no rows left after reading {_shown(source)}, expected at least one")
 
 
 def _shown(source: Input) -> str:

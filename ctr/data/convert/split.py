@@ -101,22 +101,20 @@ class HourCounts:
         rows = np.array([self.counts[hour] for hour in hours.tolist()])
         before = np.concatenate(([0], np.cumsum(rows))) / rows.sum()
         edges = np.append(hours, hours[-1] + 1) * SECONDS_PER_HOUR
-        valid_from, test_from = (
-            int(edges[np.abs(before - x).argmin()]) for x in (1 - valid - test, 1 - test)
-        )
+        valid_from, test_from = (int(edges[np.abs(before - x).argmin()]) for x in (1 - valid - test, 1 - test))
         return valid_from, test_from
 
 
-def seconds_of(text: str) -> int:
+def seconds_of(text: str, where: str = "time") -> int:
     """Seconds since 1970 UTC of "1414281600", "2014-10-26" or "2014-10-26T06:00:00"; ConfigError for other
-    text."""
+    text, beginning with `where` it was found."""
     if text.lstrip("-").isdigit():
         return int(text)
     try:
         moment = datetime.datetime.fromisoformat(text)
     except ValueError:
         raise ConfigError(
-            f"time: found {text!r}, expected seconds since 1970 or an ISO date such as 2014-10-26"
+            f"{where}: found {text!r}, expected seconds since 1970 or an ISO date such as 2014-10-26"
         ) from None
     return int((moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp())
 
@@ -124,8 +122,7 @@ def seconds_of(text: str) -> int:
 def _check_fractions(valid: float, test: float) -> None:
     if not (valid >= 0 and test >= 0 and valid + test < 1):
         raise ConfigError(
-            f"valid and test fractions: found {valid} and {test}, "
-            "expected both at least 0 and their sum below 1"
+            f"valid and test fractions: found {valid} and {test}, expected both at least 0 and their sum below 1"
         )
 
 
