@@ -3,8 +3,8 @@
 import logging
 import warnings
 
-# torchrec 1.8 still calls collectives by names that torch 2.13 announces to rename; users can do nothing about it.
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+# torchrec 1.8 still calls by names that torch 2.13 announces to rename, and advises on its planner; users can do nothing about it.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*|torchrec\..*")
 for noisy in (
     "torchrec",
     "torch.fx._symbolic_trace",

@@ -136,7 +136,8 @@ def run(load: Callable[[], tuple[T, str, float]], main: Callable[[T, Process], N
 
 def say(line: str) -> None:
     """Print the job's last word to stderr; under torchrun after the launcher's own trace, so that it is not buried."""
-    line = line if line.count("\n") else " ".join(line.split())
+    if "\n" not in line:  # else a traceback
+        line = " ".join("".join(letter if letter.isprintable() else " " for letter in line).split())
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not error_file:
         print(line, file=sys.stderr, flush=True)

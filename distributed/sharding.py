@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingType
 
@@ -52,6 +53,8 @@ def shard(
         topology=topology,
         batch_size=batch_size,
         constraints={table.name: constraint for table in tables.tables},
+        # What the dense side, its optimizer and batches may need beside the tables.
+        storage_reservation=FixedPercentageStorageReservation(0.2),
         debug=False,
     )
     try:
