@@ -146,6 +146,12 @@ def _check(config: CsvConfig, columns: list[Column], path: Path) -> None:
             f"{path}: keys delimiter and quote: found {config.delimiter!r} and {config.quote!r}, "
             "expected at least one character and exactly one (or null)"
         )
+    try:
+        per_byte = "\n".encode(config.encoding) == b"\n"
+    except LookupError:
+        per_byte = False
+    if not per_byte:
+        raise ConfigError(f"{path}: key encoding: found {config.encoding!r}, expected utf8, latin1 or the like")
     check_columns(columns, str(path))
     text_types(columns)
     if config.time is not None and config.time not in {c.name for c in columns if c.type == "time"}:

@@ -6,6 +6,7 @@ until the bad lines are alone, so that good input costs nothing and bad input is
 
 from __future__ import annotations
 
+import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -108,9 +109,11 @@ def shorten(found: str) -> str:
 
 def _column_names(block: LineBlock, text: TextFormat) -> tuple[list[str], bool]:
     line = block.data[: block.data.index(b"\n")].rstrip(b"\r").decode(text.encoding, "replace")
-    fields = [name.strip() for name in line.split(text.delimiter)]
-    if text.quote:
-        fields = [name.strip(text.quote) for name in fields]
+    if text.quote and len(text.delimiter) == 1:
+        fields = next(csv.reader([line], delimiter=text.delimiter, quotechar=text.quote))
+    else:
+        fields = line.split(text.delimiter)
+    fields = [name.strip() for name in fields] or [""]
     header = text.header == "yes" or (text.header == "auto" and fields[0] == text.columns[0])
     names = fields if header else list(text.columns)
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -157,61 +160,63 @@ class _BlockParser:
             if first == last:
                 continue
             piece = data[starts[first] : stops[last - 1]]
-            try:
-                table = self._read(piece)
-            except pa.ArrowInvalid as error:
-                if last - first == 1:
-                    self._bad_line(block.path, int(lines[first]), piece, error)
-                else:
-                    middle = (first + last) // 2
-                    spans += [(middle, last), (first, middle)]
-                continue
-            if table.num_rows != last - first:
-                self._quoted_newline(block.path, data, lines[first:last], starts[first:last], stops[first:last])
-            self.bad_rows.rows_read += table.num_rows
-            yield TextTable(block.path, table, lines[first:last])
+            table, message = self._read(piece)
+            if table is not None and table.num_rows != last - first:
+                self._refuse_open_quotes(block.path, data, lines[first:last], starts[first:last], stops[first:last])
+                table, message = None, f"expected one row, found {table.num_rows}: {shorten(self._decoded(piece))}"
+            if table is not None:
+                self.bad_rows.rows_read += table.num_rows
+                yield TextTable(block.path, table, lines[first:last])
+            elif last - first == 1:
+                self.bad_rows.meet(block.path, int(lines[first]), message)
+            else:
+                middle = (first + last) // 2
+                spans += [(middle, last), (first, middle)]
 
-    def _read(self, data: bytes) -> pa.Table:
+    def _read(self, data: bytes) -> tuple[pa.Table | None, str]:
+        """The lines as a table, or None and why there is none."""
         read = pa.csv.ReadOptions(
             column_names=self.names,
-            block_size=max(len(data), 1),
+            block_size=len(data),
             use_threads=False,
             encoding=self.text.encoding,
         )
-        return pa.csv.read_csv(pa.py_buffer(data), read, self.parse_options, self.convert_options)
+        try:
+            return pa.csv.read_csv(pa.py_buffer(data), read, self.parse_options, self.convert_options), ""
+        except pa.ArrowInvalid as error:
+            return None, self._explained(str(error).splitlines()[0], data)
 
-    def _bad_line(self, path: Path, line: int, data: bytes, error: pa.ArrowInvalid) -> None:
-        message = str(error).splitlines()[0]
+    def _explained(self, message: str, data: bytes) -> str:
+        """Arrow's message in the words of this file's columns."""
         width = re.search(r"Expected (\d+) columns, got (\d+)", message)
         if width:
-            text = data.decode(self.text.encoding, "replace").rstrip("\r\n")
-            text = text.replace(self.parse_options.delimiter, self.text.delimiter)
-            message = f"expected {width[1]} columns separated by {self.text.delimiter!r}, "
-            self.bad_rows.meet(path, line, message + f"found {width[2]}: {shorten(text)}")
-            return
+            return (
+                f"expected {width[1]} columns separated by {self.text.delimiter!r}, "
+                f"found {width[2]}: {shorten(self._decoded(data))}"
+            )
         value = re.search(r"In CSV column #(\d+): (?:Row #\d+: )?CSV conversion error to (.+?): (.*)", message)
         if value:
-            column = self.names[int(value[1])]
             found = re.search(r"invalid value '(.*)'", value[3])
             shown = shorten(found[1]) if found else value[3]
-            self.bad_rows.meet(path, line, f"column {column!r}: expected {value[2]}, found {shown}")
-            return
-        self.bad_rows.meet(path, line, message)
+            return f"column {self.names[int(value[1])]!r}: expected {value[2]}, found {shown}"
+        return message
 
-    def _quoted_newline(
+    def _decoded(self, data: bytes) -> str:
+        """The beginning of the lines as a person would see it."""
+        start = data[:1000].decode(self.text.encoding, "replace").rstrip("\r\n")
+        return start.replace(self.parse_options.delimiter, self.text.delimiter)
+
+    def _refuse_open_quotes(
         self, path: Path, data: bytes, lines: np.ndarray, starts: np.ndarray, stops: np.ndarray
     ) -> None:
-        """A value in quotes went over the end of its line: rows can no longer be attributed, so this always
-        ends."""
+        """A quoted value over the end of its line swallows rows that cannot be told apart, whatever the policy."""
         quote = (self.text.quote or '"').encode()
         for line, start, stop in zip(lines, starts, stops, strict=True):
             if data.count(quote, start, stop) % 2:
-                found = data[start:stop].decode(self.text.encoding, "replace").rstrip("\r\n")
+                found = shorten(self._decoded(data[start:stop]))
                 raise DataError(
-                    f"{path} line {line}: expected every quote {self.text.quote!r} closed on its line, "
-                    f"found {shorten(found)}"
+                    f"{path} line {line}: expected every quote {self.text.quote!r} closed on its line, found {found}"
                 )
-        raise AssertionError("rows and lines differ in number without an open quote")
 
 
 def _line_bounds(data: bytes) -> tuple[np.ndarray, np.ndarray]:

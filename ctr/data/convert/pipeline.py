@@ -194,7 +194,8 @@ def _in_order(folders: Iterable[str]) -> list[str]:
 def _check_rows(rows: dict[str, int], source: Input) -> None:
     expected = [name for name in source.files if name]
     if "" in source.files and source.how != "day":
-        expected += ["train"] + ["valid"] * (source.valid > 0) + ["test"] * (source.test > 0)
+        valid = source.valid > 0 if source.valid_from is None else source.valid_from < source.test_from
+        expected += ["train"] + ["valid"] * valid + ["test"] * (source.test > 0)
     for name in expected or [""]:
         if not (rows.get(name) if name else rows):
             raise DataError(f"{name or 'output'}: no rows left after reading {_shown(source)}, expected at least one")

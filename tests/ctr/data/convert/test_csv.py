@@ -98,6 +98,8 @@ split: {how: random, valid: 0, test: 0}
             "key split.valid_from: found 'soon'",
         ),
         ("how: day}", "how: day", "not yaml"),
+        ("split: {how: day}", "encoding: utf16", "key encoding: found 'utf16'"),
+        ("split: {how: day}", "encoding: none", "key encoding: found 'none'"),
         ("how: day", "valid: much", "key split.valid"),
         ("name: label", "name: Label", "the schema reads column 'label', which is not written"),
     ],

@@ -75,9 +75,17 @@ def test_quote_left_open_is_named(tmp_path):
     assert read(tmp_path, b'1,a\n2,"b\n', text)[0][1]["s"] == '"b'
 
 
+def test_carriage_return_inside_a_line(tmp_path):
+    data = b"1,a\n2,b\r3,c\n4,d\n"
+    with pytest.raises(DataError, match=r"line 2: expected one row, found 2: '2,b\\r3,c'"):
+        read(tmp_path, data)
+    found, numbers, _ = read(tmp_path, data, policy="skip")
+    assert (found, numbers) == ([{"n": 1, "s": "a"}, {"n": 4, "s": "d"}], [1, 3])
+
+
 def test_columns_are_found_by_header_in_any_order(tmp_path):
     text = TextFormat(",", header="yes")
-    found, _, _ = read(tmp_path, b"s,more,n\na,0,1\n", text)
+    found, _, _ = read(tmp_path, b's,"more, or less",n\na,0,1\n', text)
     assert found == [{"n": 1, "s": "a"}]
     with pytest.raises(SchemaError, match="column 's' not found.*'n, other'"):
         read(tmp_path, b"n,other\n1,a\n", text)
