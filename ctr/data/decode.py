@@ -14,7 +14,7 @@ from ctr.data.footers import RowGroups
 from ctr.data.row_groups import Piece
 from ctr.data.schema import FeatureConfig, Schema
 from ctr.data.transforms import bucket, transform
-from ctr.data.window import GOOD, REASONS, Window
+from ctr.data.window import GOOD, REASONS, Buffers, Window
 
 
 def is_bag(feature: FeatureConfig) -> bool:
@@ -34,10 +34,10 @@ class WindowDecoder:
             names += [feature.column, feature.weights]
         self.columns = sorted({name for name in names if name})
 
-    def decode(self, pieces: list[Piece], order: np.ndarray | None) -> Window:
+    def decode(self, pieces: list[Piece], order: np.ndarray | None, buffers: Buffers) -> Window:
         """order: int64 [n], the row of the pieces that is delivered at each place; None keeps them as stored.
 
-        Raises DataError for a bad row unless they are to be skipped.
+        The window lies in memory of `buffers`. Raises DataError for a bad row unless they are to be skipped.
         """
         rows = _Rows(self, pieces, order)
         schema = self.schema
@@ -51,10 +51,15 @@ class WindowDecoder:
             group = _group(rows, schema.group)
         if schema.time:
             time = _time(rows, schema.time)
-        numeric = _numeric(rows, schema)
-        ids, present = _single_ids(rows, [f for f in schema.categorical if not is_bag(f)])
+        numeric, numeric_buffer = buffers.take(len(schema.numeric_names), rows.decoded, np.float32)
+        _numeric(rows, schema, numeric)
+        singles = [feature for feature in schema.categorical if not is_bag(feature)]
+        ids, ids_buffer = buffers.take(len(singles), rows.decoded, np.int64)
+        present = _single_ids(rows, singles, ids)
         bags = [_bags(rows, feature) for feature in schema.categorical if is_bag(feature)]
-        return rows.without_bad_ones(Window(numeric, ids, present, bags, labels, weight, group, time))
+        window = Window(numeric, ids, present, bags, labels, weight, group, time)
+        window.buffers = (numeric_buffer, ids_buffer)
+        return rows.without_bad_ones(window)
 
 
 class _Rows:
@@ -188,9 +193,8 @@ def _time(rows: _Rows, name: str) -> np.ndarray:
     return out
 
 
-def _numeric(rows: _Rows, schema: Schema) -> np.ndarray:
-    """float32 [columns, decoded], indicators behind their features."""
-    out = np.empty((len(schema.numeric_names), rows.decoded), np.float32)
+def _numeric(rows: _Rows, schema: Schema, out: np.ndarray) -> None:
+    """To float32 [columns, decoded], indicators behind their features."""
     readers: list[FeatureConfig] = []  # of each row of out
     with np.errstate(all="ignore"):  # what lies under nulls is arbitrary, and NaN is looked for below
         for feature in schema.numeric:
@@ -207,7 +211,6 @@ def _numeric(rows: _Rows, schema: Schema) -> np.ndarray:
                 readers.append(feature)
     if not np.isfinite(out).all():
         _mark_not_finite(rows, out, readers)
-    return out
 
 
 def _mark_not_finite(rows: _Rows, out: np.ndarray, readers: list[FeatureConfig]) -> None:
@@ -223,9 +226,8 @@ def _mark_not_finite(rows: _Rows, out: np.ndarray, readers: list[FeatureConfig])
         rows.mark(bad, "numeric", feature.column, "a finite number", _finder(stored))
 
 
-def _single_ids(rows: _Rows, features: list[FeatureConfig]) -> tuple[np.ndarray, np.ndarray | None]:
-    """int64 [features, decoded] and bool of the same shape, False where null; None when nothing is."""
-    out = np.empty((len(features), rows.decoded), np.int64)
+def _single_ids(rows: _Rows, features: list[FeatureConfig], out: np.ndarray) -> np.ndarray | None:
+    """To int64 [features, decoded]. Returns bool of the same shape, False where null; None when nothing is."""
     present = None
     for i, feature in enumerate(features):
         read = _buckets if feature.kind == "numeric" else _ids
@@ -237,7 +239,7 @@ def _single_ids(rows: _Rows, features: list[FeatureConfig]) -> tuple[np.ndarray,
                 present = np.ones(out.shape, bool)
             rows.gather([there], present[i])
         rows.gather(values, out[i])
-    return out, present
+    return present
 
 
 def _ids(rows: _Rows, feature: FeatureConfig) -> tuple[list[np.ndarray], np.ndarray | None]:

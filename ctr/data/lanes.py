@@ -9,6 +9,9 @@ far, is the exact position of all lanes, also under another batch size or anothe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 
 # First word of the seed of each random order, so that no two of them share a stream.
@@ -53,3 +56,51 @@ def scheduled_rows(position: int, stop: int, lanes: int, world_size: int) -> np.
     """Rows that each rank delivers between two positions, int64 [world_size]."""
     per_lane = lane_offsets(stop, lanes) - lane_offsets(position, lanes)
     return np.diff(np.concatenate([[0], np.cumsum(per_lane)])[rank_bounds(world_size, lanes)])
+
+
+@dataclass(frozen=True)
+class Span:
+    """The rows [first, stop) of a row group."""
+
+    group: int
+    first: int
+    stop: int
+
+
+def window_step(group_rows: int, window_rows: int) -> int:
+    """Rows of the windows of a row group larger than a window: equal parts, so that none is tiny."""
+    return -(-group_rows // -(-group_rows // window_rows))
+
+
+def lane_windows(
+    order: np.ndarray, rows: np.ndarray, start: int, stop: int, window_rows: int
+) -> Iterator[list[Span]]:
+    """The windows of a lane that is the rows [start, stop) of the epoch's order.
+
+    order: int64 [groups] the permuted row groups; rows: int64 [groups] rows of each, in their own order. A window
+    has at most `window_rows` rows. It is part of one large row group or made of several small ones, so that no
+    window waits for the rest of a decoded row group. Inside a window the rows are shuffled.
+    """
+    ends = np.cumsum(rows[order])
+    place = int(np.searchsorted(ends, start, side="right"))
+    small: list[Span] = []
+    small_rows = 0
+    while start < stop:
+        group = int(order[place])
+        group_rows, end = int(rows[group]), int(ends[place])
+        begin = end - group_rows
+        first, last = start - begin, min(stop, end) - begin
+        large = group_rows > window_rows
+        if small and (large or small_rows + last - first > window_rows):
+            yield small
+            small, small_rows = [], 0
+        if large:
+            step = window_step(group_rows, window_rows)
+            for cut in range(first // step * step, last, step):
+                yield [Span(group, max(first, cut), min(last, cut + step))]
+        elif last > first:
+            small.append(Span(group, first, last))
+            small_rows += last - first
+        start, place = begin + last, place + 1
+    if small:
+        yield small

@@ -4,42 +4,81 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctr.data.lanes import ROW_GROUPS, WINDOW, lane_offsets, lane_starts, rank_bounds, seeded_order
-from ctr.data.row_groups import Piece, RowGroupReader, take_rows
+from ctr.data.lanes import (
+    ROW_GROUPS,
+    WINDOW,
+    Span,
+    lane_offsets,
+    lane_starts,
+    lane_windows,
+    rank_bounds,
+    seeded_order,
+)
+from ctr.data.row_groups import Piece, RowGroupReader, spans_of
 from ctr.data.window import Slice, Window
 
 if TYPE_CHECKING:
     from ctr.data.reader import ParquetReader
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """A window before it is decoded."""
+
+    index: int  # in the lane
+    first: int  # row of the lane
+    rows: int
+    spans: list[Span]
+
+    @property
+    def group(self) -> int | None:
+        """The row group of which this window is a part; None for a window made of several."""
+        return self.spans[0].group if len(self.spans) == 1 else None
+
+
+class _Lane:
+    def __init__(self, number: int, plan: list[_Planned]):
+        self.number = number
+        self.plan = plan  # from the window that is due first
+        self.due = iter(plan)
+        self.at: _Planned | None = None
+        self.window: Window | None = None  # of `at`
+        self.next: Future[Window | None] | None = None
+        self.decoded: Iterator[Window] = iter(())
+
+
 class ReadAhead:
-    """Memory: per lane the window that is delivered, the next one, and one record batch of its row group."""
+    """Memory: per lane the window that is delivered, the next one, and what its row group gives beyond it.
+
+    The last is another window for row groups that are decoded at once, else the open row group.
+    """
 
     def __init__(self, reader: ParquetReader, epoch: int, position: int):
         self.reader, self.epoch = reader, epoch
-        order = np.arange(len(reader.groups.rows))
+        self.order = np.arange(len(reader.groups.rows))
         if reader.shuffle:
-            order = seeded_order(len(order), ROW_GROUPS, reader.seed, epoch, 0, 0)
-        self.row_groups = RowGroupReader(reader.groups, reader.decoder.columns, order)
-        starts = lane_starts(reader.rows, reader.lanes)
+            self.order = seeded_order(len(self.order), ROW_GROUPS, reader.seed, epoch, 0, 0)
+        self.row_groups = RowGroupReader(reader.groups, reader.decoder.columns, reader.window_rows)
+        self.buffers = reader.buffers
+        self.retired: list[Window] = []
+        self.stopped = threading.Event()
         offsets = lane_offsets(position, reader.lanes)
         first, stop = rank_bounds(reader.world_size, reader.lanes)[[reader.rank, reader.rank + 1]]
-        self.lanes = [
-            _Lane(lane, int(starts[lane]), int(starts[lane + 1]), int(offsets[lane]), reader.window_rows)
-            for lane in range(first, stop)
-        ]
-        self.stopped = threading.Event()
+        self.lanes = [_Lane(lane, self._plan(lane, int(offsets[lane]))) for lane in range(first, stop)]
 
     def __enter__(self) -> ReadAhead:
         self.pool = ThreadPoolExecutor(self.reader.threads, "decode")
-        self.row_groups.share([lane.begin for lane in self.lanes if lane.begin < lane.stop])
+        self.row_groups.share([lane.plan[0].spans[0].group for lane in self.lanes if lane.plan])
         for lane in self.lanes:
-            lane.pieces = self.row_groups.lane(lane.begin, lane.stop)
+            lane.decoded = self._decode(lane)
             self._submit(lane)
         return self
 
@@ -50,8 +89,10 @@ class ReadAhead:
     def slices(self, position: int, stop: int) -> list[Slice]:
         """What this rank's lanes deliver between two positions of the epoch, lane by lane.
 
-        Waits for the threads. Raises what they raised.
+        They are valid until the next call. Waits for the threads; raises what they raised.
         """
+        while self.retired:
+            self.buffers.give_back(self.retired.pop())
         first_rows = lane_offsets(position, self.reader.lanes)
         last_rows = lane_offsets(stop, self.reader.lanes)
         counts: Counter[str] = Counter()
@@ -59,46 +100,67 @@ class ReadAhead:
         for lane in self.lanes:
             row, last = int(first_rows[lane.number]), int(last_rows[lane.number])
             while row < last:
-                window = self._window(lane, row // lane.window_rows)
-                begin = lane.index * lane.window_rows
-                until = min(last, begin + lane.window_rows)
-                slices.append(Slice(window, *window.span(row - begin, until - begin)))
-                counts.update(window.dropped(row - begin, until - begin))
+                if lane.at is None or row == lane.at.first + lane.at.rows:
+                    self._advance(lane)
+                begin = lane.at.first
+                until = min(last, begin + lane.at.rows)
+                slices.append(Slice(lane.window, *lane.window.span(row - begin, until - begin)))
+                counts.update(lane.window.dropped(row - begin, until - begin))
                 row = until
         for reason, rows in counts.items():
             self.reader.bad_row_counts[reason] = self.reader.bad_row_counts.get(reason, 0) + rows
         return slices
 
-    def _window(self, lane: _Lane, index: int) -> Window:
-        if lane.index != index:
-            assert lane.next is not None and index == lane.index + 1, (lane.number, lane.index, index)
-            lane.window = None  # before the next one is asked for: two windows are the limit
-            lane.window, lane.index = lane.next.result(), index
-            self._submit(lane)
-        return lane.window
+    def _advance(self, lane: _Lane) -> None:
+        if lane.window is not None:
+            self.retired.append(lane.window)
+        assert lane.next is not None, f"lane {lane.number} has no rows left"
+        lane.at, lane.window = next(lane.due), lane.next.result()
+        self._submit(lane)
 
     def _submit(self, lane: _Lane) -> None:
-        rows = min(lane.window_rows, lane.stop - lane.start - (lane.index + 1) * lane.window_rows)
-        lane.next = self.pool.submit(self._decode, lane, lane.index + 1, rows) if rows > 0 else None
+        # Only one window of a lane is in decoding at a time, so a lane's generators need no lock.
+        more = lane.plan and lane.at is not lane.plan[-1]
+        lane.next = self.pool.submit(self._next, lane) if more else None
 
-    def _decode(self, lane: _Lane, index: int, rows: int) -> Window | None:
-        if self.stopped.is_set():
-            return None
+    def _next(self, lane: _Lane) -> Window | None:
+        return None if self.stopped.is_set() else next(lane.decoded)
+
+    def _plan(self, lane: int, offset: int) -> list[_Planned]:
+        """The windows of a lane from the one that holds row `offset` of the lane."""
+        reader = self.reader
+        start, stop = lane_starts(reader.rows, reader.lanes)[[lane, lane + 1]].tolist()
+        plan, first = [], 0
+        windows = lane_windows(self.order, reader.groups.rows, start, stop, reader.window_rows)
+        for index, spans in enumerate(windows):
+            rows = sum(span.stop - span.first for span in spans)
+            if first + rows > offset:
+                plan.append(_Planned(index, first, rows, spans))
+            first += rows
+        return plan
+
+    def _decode(self, lane: _Lane) -> Iterator[Window]:
+        """The windows of the plan; runs in the threads of the pool."""
+        begins = True
+        # The windows of one row group follow each other and share its decoding.
+        for group, windows in groupby(lane.plan, lambda window: window.group):
+            if group is None:
+                for window in windows:
+                    pieces = []
+                    for span in window.spans:
+                        pieces += spans_of(self.row_groups.pieces(span.group, begins), span)
+                        begins = False
+                    yield self._window(lane, window, pieces)
+            else:
+                stream = self.row_groups.pieces(group, begins)
+                begins = False
+                made = (self._window(lane, w, list(spans_of(stream, w.spans[0]))) for w in windows)
+                # A row group that is decoded at once becomes windows at once: its Arrow memory is free again.
+                yield from list(made) if self.row_groups.is_whole(group) else made
+
+    def _window(self, lane: _Lane, window: _Planned, pieces: list[Piece]) -> Window:
         reader = self.reader
         order = None
         if reader.shuffle:
-            order = seeded_order(rows, WINDOW, reader.seed, self.epoch, lane.number, index)
-        return reader.decoder.decode(take_rows(lane.pieces, lane.rest, rows), order)
-
-
-class _Lane:
-    """One lane and where it stands. One window of a lane is decoded at a time, so its pieces need no lock."""
-
-    def __init__(self, number: int, start: int, stop: int, offset: int, window_rows: int):
-        self.number, self.start, self.stop, self.window_rows = number, start, stop, window_rows
-        self.index = offset // window_rows - 1  # of the window being delivered
-        self.begin = start + (self.index + 1) * window_rows  # where decoding begins, in the epoch's order
-        self.window: Window | None = None
-        self.next: Future[Window | None] | None = None
-        self.pieces = iter(())
-        self.rest: list[Piece] = []
+            order = seeded_order(window.rows, WINDOW, reader.seed, self.epoch, lane.number, window.index)
+        return reader.decoder.decode(pieces, order, self.buffers)

@@ -16,6 +16,7 @@ from ctr.data.footers import read_footers
 from ctr.data.lanes import lane_offsets, scheduled_rows
 from ctr.data.read_ahead import ReadAhead
 from ctr.data.schema import Schema, nearest
+from ctr.data.window import Buffers
 from embedding.errors import ConfigError
 
 if TYPE_CHECKING:  # torchrec takes seconds to import, and a reader is built and checked without it
@@ -65,6 +66,7 @@ class ParquetReader:
         self.steps_per_epoch = -(-self.rows // batch_size)
         self.bad_row_counts: dict[str, int] = {}
         self.decoder = WindowDecoder(schema, self.groups, bad_rows == "skip", drop_labels)
+        self.buffers = Buffers(window_rows)
         self._fingerprint = self.groups.fingerprint
         self._epoch, self._position = 0, 0
         self._resumed = False

@@ -1,8 +1,7 @@
-"""Row groups to Arrow record batches, one lane at a time, in bounded memory.
+"""Row groups to Arrow record batches, in bounded memory.
 
-A lane reads its rows in order. Parquet cannot start in the middle of a row group, so a lane that begins there
-decodes and drops what comes before; where several lanes begin in one row group (small data sets), the group
-is decoded once for all of them.
+Parquet cannot start in the middle of a row group, so a lane that begins there decodes and drops what comes
+before; where several lanes begin in one row group (small data sets), it is decoded once for all of them.
 """
 
 from __future__ import annotations
@@ -12,17 +11,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctr.data.errors import DataError
 from ctr.data.files import one_line
 from ctr.data.footers import RowGroups
+from ctr.data.lanes import Span, window_step
 
-# A constant and not the window: rows before a corrupt page are delivered in steps of this size, and which
-# rows those are must not depend on settings.
-DECODE_ROWS = 32768
+# Row groups of up to so many windows are decoded at once.
+WHOLE_WINDOWS = 2
 # Decoded bytes of row groups held for several lanes at once.
 SHARED_BYTES = 512 << 20
 # Larger compressed row groups are read through a small buffer per column instead of as a whole.
@@ -57,46 +55,33 @@ class _Shared:
 
 
 class RowGroupReader:
-    """Decodes the row groups of one epoch for one rank's lanes, which may read from different threads."""
+    """Decodes row groups for one rank's lanes, which may read from different threads."""
 
-    def __init__(self, groups: RowGroups, columns: list[str], order: np.ndarray):
-        """order: the permuted row groups, int64 [groups]."""
+    def __init__(self, groups: RowGroups, columns: list[str], window_rows: int):
         self.groups = groups
         self.columns = columns
-        self.order = order
-        self.ends = np.cumsum(groups.rows[order])
+        self.window_rows = window_rows
         self._shared: dict[int, _Shared] = {}
 
-    def share(self, starts: list[int]) -> None:
-        """Tell at which rows of the epoch's order the lanes begin, before any of them reads."""
-        begun = Counter(int(self.order[self._place(start)]) for start in starts)
+    def share(self, first_groups: list[int]) -> None:
+        """Tell with which row group each of the lanes begins, before any of them reads."""
         budget = SHARED_BYTES
-        for group, users in begun.items():
+        for group, users in Counter(first_groups).items():
             budget -= int(self.groups.bytes[group]) if users > 1 else 0
             if users > 1 and budget >= 0:
                 self._shared[group] = _Shared(users)
 
-    def lane(self, start: int, stop: int) -> Iterator[Piece]:
-        """The rows [start, stop) of the epoch's order."""
-        shared = True  # only a lane's first row group can be shared
-        while start < stop:
-            place = self._place(start)
-            group = int(self.order[place])
-            begin = int(self.ends[place] - self.groups.rows[group])
-            first, last = start - begin, min(stop, int(self.ends[place])) - begin
-            pieces = self._shared_pieces(group) if shared and group in self._shared else self._decode(group)
-            for piece in pieces:
-                cut = piece.cut(first, last)
-                if cut.rows:
-                    yield cut
-                if piece.first_row + piece.rows >= last:
-                    break
-            start, shared = begin + last, False
+    def is_whole(self, group: int) -> bool:
+        """Whether the row group is decoded at once, and not window by window."""
+        return self.groups.rows[group] <= WHOLE_WINDOWS * self.window_rows
 
-    def _place(self, row: int) -> int:
-        return int(np.searchsorted(self.ends, row, side="right"))
+    def pieces(self, group: int, begins_lane: bool) -> Iterator[Piece]:
+        """The row group from its start, in pieces no larger than a window that end where its windows end."""
+        if begins_lane and group in self._shared:
+            return iter(self._shared_pieces(group))
+        return self._decode(group)
 
-    def _shared_pieces(self, group: int) -> Iterator[Piece]:
+    def _shared_pieces(self, group: int) -> list[Piece]:
         shared = self._shared[group]
         with shared.lock:
             if shared.pieces is None:
@@ -105,17 +90,13 @@ class RowGroupReader:
             shared.users -= 1
             if not shared.users:  # the last lane to begin; from here on the lanes alone keep it alive
                 shared.pieces = None
-        yield from pieces
+        return pieces
 
     def _decode(self, group: int) -> Iterator[Piece]:
         rows, done = int(self.groups.rows[group]), 0
-        index = int(self.groups.index[group])
         try:
             with self._open(group) as parquet:
-                batches = parquet.iter_batches(
-                    DECODE_ROWS, row_groups=[index], columns=self.columns, use_threads=False
-                )
-                for batch in batches:
+                for batch in self._batches(parquet, group):
                     yield Piece(group, done, batch.num_rows, batch)
                     done += batch.num_rows
         except (pa.ArrowException, OSError) as error:
@@ -125,6 +106,17 @@ class RowGroupReader:
         if done != rows:
             error = f"found {done} rows, expected {rows} as the footer says"
             yield Piece(group, done, rows - done, None, error)
+
+    def _batches(self, parquet: pq.ParquetFile, group: int) -> Iterator[pa.RecordBatch]:
+        index = int(self.groups.index[group])
+        step = window_step(int(self.groups.rows[group]), self.window_rows)
+        if not self.is_whole(group):
+            yield from parquet.iter_batches(step, row_groups=[index], columns=self.columns, use_threads=False)
+            return
+        # Quicker than the same in batches, and it leaves no half-read file behind.
+        table = parquet.read_row_group(index, columns=self.columns, use_threads=False)
+        for first in range(0, table.num_rows, step):
+            yield from table.slice(first, step).to_batches()
 
     def _open(self, group: int) -> pq.ParquetFile:
         file = self.groups.files[self.groups.file[group]]
@@ -150,14 +142,11 @@ class RowGroupReader:
             raise DataError(f"{file.path}: cannot be read: {one_line(error)}") from None
 
 
-def take_rows(pieces: Iterator[Piece], rest: list[Piece], rows: int) -> list[Piece]:
-    """The next `rows` rows. `rest` holds what was decoded too much, before and after."""
-    taken: list[Piece] = []
-    while rows:
-        piece = rest.pop() if rest else next(pieces)
-        head = piece.cut(piece.first_row, piece.first_row + rows)
-        if head.rows < piece.rows:
-            rest.append(piece.cut(piece.first_row + head.rows, piece.first_row + piece.rows))
-        taken.append(head)
-        rows -= head.rows
-    return taken
+def spans_of(pieces: Iterator[Piece], span: Span) -> Iterator[Piece]:
+    """The pieces of a span; `pieces` is left behind the last of them, so that the next span can go on."""
+    for piece in pieces:
+        part = piece.cut(span.first, span.stop)
+        if part.rows:
+            yield part
+        if piece.first_row + piece.rows >= span.stop:
+            return

@@ -27,6 +27,7 @@ class Window:
     time: np.ndarray | None  # int64 [m]
     reasons: np.ndarray | None = None  # uint8 [n], index into REASONS; None when all rows are good
     good_before: np.ndarray | None = None  # int64 [n + 1], good rows before each scheduled row
+    buffers: tuple[np.ndarray, ...] = ()  # what the matrices lie in, to be used again
 
     def span(self, first: int, stop: int) -> tuple[int, int]:
         """Where the good ones of the scheduled rows [first, stop) lie in the arrays."""
@@ -61,3 +62,28 @@ class Slice:
     window: Window
     first: int
     stop: int
+
+
+class Buffers:
+    """Memory of matrices of finished windows for those to come.
+
+    Asking the system for it anew costs as much as filling it: every page is cleared first.
+    """
+
+    def __init__(self, window_rows: int):
+        self.window_rows = window_rows
+        self._free: dict[tuple, list[np.ndarray]] = {}
+
+    def take(self, rows: int, columns: int, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+        """A matrix [rows, columns] of arbitrary content, and the buffer to give back. Any thread may call."""
+        free = self._free.setdefault((rows, np.dtype(dtype)), [])
+        try:
+            buffer = free.pop()
+        except IndexError:
+            buffer = np.empty(rows * self.window_rows, dtype)
+        return buffer[: rows * columns].reshape(rows, columns), buffer
+
+    def give_back(self, window: Window) -> None:
+        """The window must not be read after this."""
+        for buffer, matrix in zip(window.buffers, (window.numeric, window.ids), strict=False):
+            self._free[len(matrix), buffer.dtype].append(buffer)
