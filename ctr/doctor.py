@@ -114,9 +114,7 @@ def check_versions(found: Mapping[str, metadata.Distribution], pins: Mapping[str
     skip = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "setuptools")
     others = [name for name in sorted(pins) if name not in skip]
     missing = [name for name in others if name not in found]
-    different = [
-        f"{n} {found[n].version} ({pins[n]})" for n in others if n in found and found[n].version != pins[n]
-    ]
+    different = [f"{n} {found[n].version} ({pins[n]})" for n in others if n in found and found[n].version != pins[n]]
     if missing:
         yield Finding("FAIL", "packages", f"not installed: {some(missing)}", REINSTALL)
     if different:

@@ -14,9 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check the installation.")
-    parser.add_argument(
-        "--quick", action="store_true", help="only what an installation can get wrong, problems only"
-    )
+    parser.add_argument("--quick", action="store_true", help="only what an installation can get wrong, problems only")
     quick = parser.parse_args().quick
     path = list(sys.path)  # as the other scripts have it, before our folder is put first for the import below
     sys.path.insert(0, str(ROOT))

@@ -70,9 +70,7 @@ def test_wrong_and_missing_versions(tmp_path):
     assert any(line.startswith("FAIL  torch     2.12.0, expected 2.13.0; cure: ") for line in lines)
     assert any(line.startswith("FAIL  torchrec  is not installed; cure: ") for line in lines)
     assert any(line.startswith("FAIL  packages  not installed: ") for line in lines)
-    assert any(
-        line.startswith("warn  packages ") and f"numpy 1.26.4 ({PINS['numpy']})" in line for line in lines
-    )
+    assert any(line.startswith("warn  packages ") and f"numpy 1.26.4 ({PINS['numpy']})" in line for line in lines)
 
 
 class TestFbgemm:
@@ -132,9 +130,7 @@ def test_kernels_compiled_or_the_reason(monkeypatch):
     monkeypatch.setattr(build_record, "read", lambda: record)
     (good,) = doctor.check_kernels({"backend": "cpp", "problem": None})
     assert good.level == "ok" and "g++ 12" in good.text
-    (stale,) = doctor.check_kernels(
-        {"backend": "reference", "problem": "_C.so is missing; run `make install`"}
-    )
+    (stale,) = doctor.check_kernels({"backend": "reference", "problem": "_C.so is missing; run `make install`"})
     assert str(stale).endswith("_C.so is missing; cure: run `make install`")
     (bare,) = doctor.check_kernels({"backend": "reference", "problem": "no working C++ compiler"})
     assert bare.level == "warn" and "install a C++ compiler" in bare.cure

@@ -85,8 +85,7 @@ class TestSetupScript:
             "venv",
             "install -c requirements/base.txt torch==2.13.0",
             "install --no-deps -r requirements/build.txt",
-            "install --no-deps --no-build-isolation --use-pep517 -r requirements/cpu.txt"
-            " -r requirements/test.txt",
+            "install --no-deps --no-build-isolation --use-pep517 -r requirements/cpu.txt -r requirements/test.txt",
             "install --no-build-isolation --no-deps -e .",
         ]
 
@@ -192,9 +191,7 @@ class TestBuild:
 
     def test_required(self, project):
         done, _ = build(project, TESSERA_BUILD="require", CXX="/bin/false")
-        assert (
-            done.returncode != 0 and "TESSERA_BUILD=require, but the kernels were not compiled" in done.stderr
-        )
+        assert done.returncode != 0 and "TESSERA_BUILD=require, but the kernels were not compiled" in done.stderr
 
     @pytest.mark.slow
     @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
