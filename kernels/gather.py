@@ -1,0 +1,111 @@
+"""Read rows of a table: one per id, or pooled over bags of ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels import backend
+from kernels.chunks import check_chunks, check_index
+from kernels.reference import gather as reference
+
+
+def gather(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    dim: int,
+    inverse: Tensor | None = None,
+    default: Tensor | None = None,
+    begin: int = 0,
+) -> Tensor:
+    """Columns [begin, begin + dim) of rows, in the dtype of the chunks.
+
+    chunks: as `kernels/chunks.py` says, of any dtype (float32 if there is none yet); rows: int64 [u], -1
+    reads `default` ([dim], the chunks' dtype) or zeros; inverse: int64 [n], 0 <= inverse < u. Returns
+    [u, dim], or with `inverse` [n, dim], row i being that of rows[inverse[i]]. Raises ValueError for wrong
+    dtypes or shapes, IndexError for a row or inverse out of range.
+    """
+    _check(chunks, rows, dim, default, begin)
+    if inverse is not None:
+        check_index("inverse", inverse)
+    if backend.compiled_for(rows):
+        return torch.ops.tessera.gather(chunks, rows, dim, inverse, default, begin)
+    return reference.gather(chunks, rows, dim, inverse, default, begin)
+
+
+def gather_pooled(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    dim: int,
+    weights: Tensor | None = None,
+    mean: bool = False,
+    default: Tensor | None = None,
+) -> Tensor:
+    """Sum or mean over bags of the first `dim` columns of rows (float32).
+
+    rows: int64 [u], -1 reads `default` (float32 [dim]) or zeros; inverse: int64 [n]; offsets: int64 [B + 1],
+    not decreasing, bag b is positions offsets[b] to offsets[b + 1] of `inverse`; weights: float32 [n] or
+    None. The mean divides the (weighted) sum by the number of ids in the bag; an empty bag gives zeros.
+    Positions are summed in order. Returns float32 [B, dim]. Raises as `gather`.
+    """
+    _check(chunks, rows, dim, default, 0, torch.float32)
+    check_index("inverse", inverse)
+    check_index("offsets", offsets)
+    if offsets.numel() == 0:
+        raise ValueError("offsets: expected int64 [B + 1], found no element")
+    if weights is not None and (weights.dtype != torch.float32 or weights.shape != inverse.shape):
+        found = f"{weights.dtype} {list(weights.shape)}"
+        raise ValueError(f"weights: expected float32 [{inverse.numel()}], found {found}")
+    if backend.compiled_for(rows):
+        return torch.ops.tessera.gather_pooled(chunks, rows, inverse, offsets, dim, weights, mean, default)
+    return reference.gather_pooled(chunks, rows, inverse, offsets, dim, weights, mean, default)
+
+
+def _check(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    dim: int,
+    default: Tensor | None,
+    begin: int,
+    dtype: torch.dtype | None = None,
+) -> None:
+    check_index("rows", rows)
+    if dim < 1 or begin < 0:
+        raise ValueError(f"expected dim >= 1 and begin >= 0, found dim {dim}, begin {begin}")
+    check_chunks(chunks, begin + dim, dtype)
+    of_rows = chunks[0].dtype if chunks else torch.float32
+    if default is not None and (default.dtype != of_rows or default.shape != (dim,)):
+        raise ValueError(f"default: expected {of_rows} [{dim}], found {default.dtype} {list(default.shape)}")
+
+
+if "cpp" in backend.available_backends():
+
+    @torch.library.register_fake("tessera::gather")
+    def _gather_fake(
+        chunks: Sequence[Tensor],
+        rows: Tensor,
+        dim: int,
+        inverse: Tensor | None,
+        default: Tensor | None,
+        begin: int,
+    ) -> Tensor:
+        dtype = chunks[0].dtype if chunks else torch.float32
+        count = rows.shape[0] if inverse is None else inverse.shape[0]
+        return rows.new_empty((count, dim), dtype=dtype)
+
+    @torch.library.register_fake("tessera::gather_pooled")
+    def _gather_pooled_fake(
+        chunks: Sequence[Tensor],
+        rows: Tensor,
+        inverse: Tensor,
+        offsets: Tensor,
+        dim: int,
+        weights: Tensor | None,
+        mean: bool,
+        default: Tensor | None,
+    ) -> Tensor:
+        return rows.new_empty((offsets.shape[0] - 1, dim), dtype=torch.float32)

@@ -1,0 +1,159 @@
+"""From raw 64-bit ids to row numbers: exact, and growing without ever moving more than one small block.
+
+Extendible hashing. h = mix64(id + 0x9E3779B97F4A7C15), a bijection, stands for the id everywhere inside. (The
+plain mix64(id) mod ranks decides which rank owns an id, so its bits are not evenly spread on one rank.) The
+`directory` maps the upper bits of h to a segment: a block of SLOTS pairs (h, row), probed linearly from the
+lower bits of h; row -1 marks an empty slot. A segment that reaches its limit is split in two by one more
+upper bit: one block of SLOTS pairs is dealt out again, all others stay. The limits are staggered over the
+hash space (`split_limit`), so splits come one by one instead of all at once whenever the number of ids
+doubles. Segments live in chunks of memory that are never moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels import backend
+from kernels.chunks import check_index
+from kernels.reference import id_map as reference
+from kernels.reference.id_map import SEGMENTS_PER_CHUNK, SLOTS, split_limit
+
+_DIRECTORY_PER_SEGMENT = 64  # a directory much larger than its segments means ids made to collide
+
+
+class IdMap:
+    """A map from int64 ids (any bit pattern) to row numbers >= 0. Both backends work on the same state."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all ids and give the memory back."""
+        device = self.device
+        #: int32 [2^g]: the segment of every combination of the g upper bits.
+        self._directory = torch.zeros(1, dtype=torch.int32, device=device)
+        #: int64 [SEGMENTS_PER_CHUNK, SLOTS, 2]; only segments in use hold anything but uninitialised memory.
+        self._chunks: list[Tensor] = []
+        #: int32 [segments, 3]: number of upper bits that all ids of the segment share, ids, limit.
+        self._segments = torch.zeros((0, 3), dtype=torch.int32, device=device)
+        #: int64 [3]: segments in use, ids, ids done by the last insertion.
+        self._counters = torch.zeros(3, dtype=torch.int64)
+        self._add_chunk()
+        self._chunks[0][0, :, 1] = -1
+        self._segments[0] = torch.tensor([0, 0, split_limit(0, 0)])
+        self._counters[0] = 1
+
+    def __len__(self) -> int:
+        return int(self._counters[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use; the rest of the last chunk is reserved but has not been touched."""
+        return int(self._counters[0]) * SLOTS * 16 + self._segments.numel() * 4 + self._directory.numel() * 4
+
+    def find(self, ids: Tensor) -> Tensor:
+        """ids: int64 [n], duplicates allowed. Returns rows int64 [n], -1 for unknown ids."""
+        check_index("ids", ids)
+        if backend.compiled_for(ids):
+            return torch.ops.tessera.id_map_find(self._directory, self._chunks, ids)
+        return reference.find(self._directory, self._chunks, ids)
+
+    def insert(self, ids: Tensor, rows: Tensor) -> None:
+        """Add distinct, unknown ids (int64 [n]) with their rows (int64 [n], >= 0).
+
+        Raises ValueError for wrong arguments and for an id that is already known; the map then holds the
+        ids before it.
+        """
+        check_index("ids", ids)
+        check_index("rows", rows)
+        if ids.numel() != rows.numel():
+            raise ValueError(f"rows: expected {ids.numel()}, found {rows.numel()}")
+        done = 0
+        while done < ids.numel():
+            state = self._directory, self._chunks, self._segments, self._counters
+            if backend.compiled_for(ids):
+                torch.ops.tessera.id_map_insert(*state, ids[done:], rows[done:])
+            else:
+                reference.insert(*state, ids[done:], rows[done:])
+            done += int(self._counters[2])
+            if done < ids.numel():
+                self._grow()
+
+    def find_or_insert(self, ids: Tensor, new_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """ids: int64 [n], distinct; new_rows: int64 [m], one for each unknown id or more.
+
+        The k-th unknown id, in order of position, takes new_rows[k]. Returns (rows int64 [n], positions of
+        the new ids int64 [k], ascending). Raises ValueError for wrong arguments and too few new rows.
+        """
+        rows = self.find(ids)
+        new = (rows < 0).nonzero().flatten()
+        if new.numel() > new_rows.numel():
+            raise ValueError(f"new_rows: expected {new.numel()} or more, found {new_rows.numel()}")
+        if new.numel():
+            taken = new_rows[: new.numel()]
+            self.insert(ids[new], taken)
+            rows[new] = taken
+        return rows, new
+
+    def erase(self, ids: Tensor) -> Tensor:
+        """ids: int64 [n], distinct. Returns the rows they had, int64 [n], -1 for unknown ids."""
+        check_index("ids", ids)
+        state = self._directory, self._chunks, self._segments, self._counters
+        if backend.compiled_for(ids):
+            return torch.ops.tessera.id_map_erase(*state, ids)
+        return reference.erase(*state, ids)
+
+    def items(self, batch: int = 1 << 20) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (ids int64 [k], rows int64 [k]), at most max(batch, SLOTS) at a time, in no useful order.
+
+        The map must not change meanwhile.
+        """
+        in_use = int(self._counters[0])
+        step = max(1, min(batch // SLOTS, SEGMENTS_PER_CHUNK))
+        for begin in range(0, in_use, SEGMENTS_PER_CHUNK):
+            chunk = self._chunks[begin // SEGMENTS_PER_CHUNK][: in_use - begin]
+            for block in chunk.split(step):
+                slots = block.reshape(-1, 2)
+                slots = slots[slots[:, 1] >= 0]
+                yield reference.id_of(slots[:, 0]), slots[:, 1].contiguous()
+
+    def _grow(self) -> None:
+        """Provide what the last insertion stopped for: a chunk, or one more bit in the directory."""
+        if int(self._counters[0]) == self._segments.shape[0]:
+            self._add_chunk()
+            return
+        if self._directory.numel() >= _DIRECTORY_PER_SEGMENT * self._segments.shape[0]:
+            raise RuntimeError(
+                f"id map: {self._directory.numel()} directory entries for {int(self._counters[0])} segments; "
+                "the ids were made to collide under mix64"
+            )
+        self._directory = self._directory.repeat_interleave(2)
+
+    def _add_chunk(self) -> None:
+        shape = (SEGMENTS_PER_CHUNK, SLOTS, 2)
+        self._chunks.append(torch.empty(shape, dtype=torch.int64, device=self.device))
+        more = self._segments.new_zeros((SEGMENTS_PER_CHUNK, 3))
+        self._segments = torch.cat([self._segments, more])
+
+
+if "cpp" in backend.available_backends():
+
+    @torch.library.register_fake("tessera::id_map_find")
+    def _find_fake(directory: Tensor, chunks: list[Tensor], ids: Tensor) -> Tensor:
+        return ids.new_empty(ids.shape)
+
+    @torch.library.register_fake("tessera::id_map_insert")
+    def _insert_fake(
+        directory: Tensor, chunks: list[Tensor], segments: Tensor, counters: Tensor, ids: Tensor, rows: Tensor
+    ) -> None:
+        return None
+
+    @torch.library.register_fake("tessera::id_map_erase")
+    def _erase_fake(
+        directory: Tensor, chunks: list[Tensor], segments: Tensor, counters: Tensor, ids: Tensor
+    ) -> Tensor:
+        return ids.new_empty(ids.shape)

@@ -1,0 +1,176 @@
+"""The id map in torch, on the state that `kernels/id_map.py` describes.
+
+Where an id sits inside its segment may differ from the compiled version; what is found may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.reference.bits import shift_right, signed
+from kernels.reference.mix import mix64, unmix64
+from kernels.reference.random import GOLDEN
+
+SLOTS = 4096  # per segment, a power of two
+SEGMENTS_PER_CHUNK = 256
+# A segment is split at LIMIT * SLOTS ids at the lower end of the hash space, at 2^-SPREAD times that at its
+# upper end. SPREAD = 1 would spread the splits evenly over each doubling, 0 would make them coincide.
+LIMIT = 0.85
+SPREAD = 0.5
+
+
+def split_limit(prefix: int, depth: int) -> int:
+    """Most ids that the segment with the `depth` upper bits `prefix` holds."""
+    return int(SLOTS * LIMIT * 2.0 ** (-SPREAD * prefix / 2**depth))
+
+
+def hash_of(ids: Tensor) -> Tensor:
+    return mix64(ids + signed(GOLDEN))
+
+
+def id_of(hashes: Tensor) -> Tensor:
+    return unmix64(hashes) - signed(GOLDEN)
+
+
+def find(directory: Tensor, chunks: Sequence[Tensor], ids: Tensor) -> Tensor:
+    hashes = hash_of(ids)
+    rows = torch.full_like(ids, -1)
+    for slots, positions, start in _by_chunk(chunks, _segment_of(directory, hashes)):
+        rows[positions] = _probe(slots, start, hashes[positions])[1]
+    return rows
+
+
+def insert(
+    directory: Tensor,
+    chunks: Sequence[Tensor],
+    segments: Tensor,
+    counters: Tensor,
+    ids: Tensor,
+    rows: Tensor,
+) -> None:
+    """Insert all ids, or none where memory or a bit of the directory is missing; counters[2] tells."""
+    counters[2] = 0
+    if bool((find(directory, chunks, ids) >= 0).any()) or ids.unique().numel() < ids.numel():
+        raise ValueError("ids: expected distinct, unknown ids, found one that is already known")
+    if bool((rows < 0).any()):
+        raise ValueError("rows: expected 0 or more")
+    hashes = hash_of(ids)
+    while True:
+        segment = _segment_of(directory, hashes)
+        wanted = segments[:, 1] + torch.bincount(segment, minlength=segments.shape[0])
+        full = (wanted > segments[:, 2]) & (wanted > segments[:, 1])
+        full = full.nonzero().flatten()[: segments.shape[0] - int(counters[0])]
+        if full.numel() == 0:
+            break
+        if bool((2 ** segments[full, 0].long() == directory.numel()).any()):
+            return
+        _split(directory, chunks, segments, counters, full)
+    if bool((wanted > segments[:, 2]).any()):
+        return
+    _place(chunks, segment, hashes, rows)
+    segments[:, 1] = wanted
+    counters[1] += ids.numel()
+    counters[2] = ids.numel()
+
+
+def erase(
+    directory: Tensor, chunks: Sequence[Tensor], segments: Tensor, counters: Tensor, ids: Tensor
+) -> Tensor:
+    hashes = hash_of(ids)
+    segment = _segment_of(directory, hashes)
+    rows = torch.full_like(ids, -1)
+    for slots, positions, start in _by_chunk(chunks, segment):
+        slot, found = _probe(slots, start, hashes[positions])
+        slots[slot[found >= 0], 1] = -1
+        rows[positions] = found
+    known = rows >= 0
+    # A hole would end the probing of ids behind it: the others of these segments are placed again.
+    _place(chunks, *_take_out(chunks, segment[known].unique()))
+    segments[:, 1] -= torch.bincount(segment[known], minlength=segments.shape[0])
+    counters[1] -= known.sum().to(counters.device)
+    return rows
+
+
+def _segment_of(directory: Tensor, hashes: Tensor) -> Tensor:
+    """The segment of every hash: int64 [n]."""
+    bits = directory.numel().bit_length() - 1
+    entry = shift_right(hashes, 64 - bits) if bits else torch.zeros_like(hashes)
+    return directory[entry].long()
+
+
+def _by_chunk(chunks: Sequence[Tensor], segment: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (slots [k, 2] of a chunk, positions in `segment`, first slot of each one's segment)."""
+    number = segment // SEGMENTS_PER_CHUNK
+    for chunk in number.unique().tolist():
+        positions = (number == chunk).nonzero().flatten()
+        yield chunks[chunk].view(-1, 2), positions, (segment[positions] % SEGMENTS_PER_CHUNK) * SLOTS
+
+
+def _probe(slots: Tensor, start: Tensor, hashes: Tensor) -> tuple[Tensor, Tensor]:
+    """(slot, row) of every hash in the segment that begins at `start`; row -1 with the empty slot met."""
+    slot = start + (hashes & (SLOTS - 1))
+    row = torch.full_like(hashes, -1)
+    active = torch.arange(hashes.numel(), device=hashes.device)
+    while active.numel():
+        entry = slots[slot[active]]
+        row[active] = torch.where(entry[:, 0] == hashes[active], entry[:, 1], -1)
+        active = active[(entry[:, 0] != hashes[active]) & (entry[:, 1] >= 0)]
+        slot[active] = start[active] + (slot[active] + 1 & SLOTS - 1)
+    return slot, row
+
+
+def _place(chunks: Sequence[Tensor], segment: Tensor, hashes: Tensor, rows: Tensor) -> None:
+    """Write new pairs into the first empty slots of their segments; one of those that meet wins and stays."""
+    for slots, positions, start in _by_chunk(chunks, segment):
+        while positions.numel():
+            slot = _probe(slots, start, hashes[positions])[0]
+            slots[slot, 0] = hashes[positions]
+            won = slots[slot, 0] == hashes[positions]
+            slots[slot[won], 1] = rows[positions[won]]
+            positions, start = positions[~won], start[~won]
+
+
+def _take_out(chunks: Sequence[Tensor], of: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty the segments `of`. Returns what they held: (segment, hash, row)."""
+    held = [(of.new_empty(0), of.new_empty(0), of.new_empty(0))]
+    for slots, positions, start in _by_chunk(chunks, of):
+        slot = start[:, None] + torch.arange(SLOTS, device=of.device)
+        pairs = slots[slot]
+        used = pairs[:, :, 1] >= 0
+        owner = of[positions][:, None].expand_as(used)
+        held.append((owner[used], pairs[:, :, 0][used], pairs[:, :, 1][used]))
+        slots[slot.flatten(), 1] = -1
+    segment, hashes, rows = (torch.cat(parts) for parts in zip(*held, strict=True))
+    return segment, hashes, rows
+
+
+def _split(
+    directory: Tensor, chunks: Sequence[Tensor], segments: Tensor, counters: Tensor, full: Tensor
+) -> None:
+    """Deal each of the segments `full` out to itself (next upper bit 0) and a new segment (1)."""
+    first = int(counters[0])
+    new = torch.arange(first, first + full.numel(), device=full.device)
+    counters[0] += full.numel()
+    for slots, _, start in _by_chunk(chunks, new):
+        slots[(start[:, None] + torch.arange(SLOTS, device=full.device)).flatten(), 1] = -1
+    bits = directory.numel().bit_length() - 1
+    depth = segments[full, 0].long() + 1
+    sibling = torch.full((segments.shape[0],), -1, device=full.device).scatter_(0, full, new)
+    entry = torch.arange(directory.numel(), device=full.device)
+    upper = (entry >> (bits - segments[directory.long(), 0].long() - 1).clamp(min=0)) & 1
+    moves = (sibling[directory.long()] >= 0) & (upper == 1)
+    directory[moves] = sibling[directory[moves].long()].to(directory.dtype)
+
+    _, hashes, rows = _take_out(chunks, full)
+    segments[full, 0] += 1
+    segments[new, 0] = depth.to(segments.dtype)
+    both = torch.cat([full, new])
+    for one in both.tolist():
+        prefix = int((directory == one).nonzero()[0]) >> (bits - int(segments[one, 0]))
+        segments[one, 2] = split_limit(prefix, int(segments[one, 0]))
+    segment = _segment_of(directory, hashes)
+    _place(chunks, segment, hashes, rows)
+    segments[both, 1] = torch.bincount(segment, minlength=segments.shape[0])[both].to(segments.dtype)

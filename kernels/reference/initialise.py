@@ -1,0 +1,30 @@
+"""First content of new rows in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kernels.reference.chunks import by_chunk
+from kernels.reference.random import normal, uniform
+
+
+def init_rows(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    ids: Tensor,
+    dim: int,
+    bell: bool,
+    offset: float,
+    scale: float,
+    stream: int,
+    state: float,
+) -> None:
+    draw = normal if bell else uniform
+    for chunk, positions, local in by_chunk(chunks, rows):
+        block = chunk.new_full((local.numel(), chunk.shape[1]), state)
+        block[:, :dim] = offset
+        if scale != 0:
+            block[:, :dim] += scale * draw(stream, ids[positions], dim)
+        chunk[local] = block

@@ -1,0 +1,38 @@
+"""Write rows of a table as they are: import, reset, clearing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels import backend
+from kernels.chunks import check_chunks, check_index
+from kernels.reference import scatter as reference
+
+
+def scatter(chunks: Sequence[Tensor], rows: Tensor, values: Tensor, begin: int = 0) -> None:
+    """Write values into columns [begin, begin + k) of rows, in place.
+
+    chunks: as `kernels/chunks.py` says, of any dtype; rows: int64 [n], distinct, -1 is skipped; values:
+    [n, k] of the chunks' dtype, or [1, k] for all rows alike. Raises ValueError for wrong dtypes or shapes,
+    IndexError for a row out of range.
+    """
+    check_index("rows", rows)
+    dtype = chunks[0].dtype if chunks else values.dtype
+    if values.dim() != 2 or values.shape[0] not in (1, rows.numel()) or values.dtype != dtype or begin < 0:
+        found = f"{values.dtype} {list(values.shape)}, begin {begin}"
+        raise ValueError(f"values: expected {dtype} [{rows.numel()} or 1, k], begin >= 0, found {found}")
+    check_chunks(chunks, begin + values.shape[1])
+    if backend.compiled_for(rows):
+        torch.ops.tessera.scatter(chunks, rows, values, begin)
+    else:
+        reference.scatter(chunks, rows, values, begin)
+
+
+if "cpp" in backend.available_backends():
+
+    @torch.library.register_fake("tessera::scatter")
+    def _scatter_fake(chunks: Sequence[Tensor], rows: Tensor, values: Tensor, begin: int) -> None:
+        return None
