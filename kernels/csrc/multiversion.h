@@ -8,3 +8,10 @@
 #else
 #define TESSERA_SIMD
 #endif
+
+// For what a TESSERA_SIMD function calls in its loops: it becomes part of each of the three versions.
+#if defined(__GNUC__)
+#define TESSERA_INLINE inline __attribute__((always_inline))
+#else
+#define TESSERA_INLINE inline
+#endif

@@ -1,0 +1,183 @@
+// Reading and writing rows in chunks. Rows are moved as bytes: any type, any width.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+
+#include "chunks.h"
+
+namespace {
+
+using tessera::check_range;
+using tessera::kAhead;
+using tessera::Rows;
+
+constexpr int64_t kGrain = 1 << 15;  // bytes per thread below which another thread does not pay
+
+int64_t grain_of(int64_t row_bytes) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, row_bytes)); }
+
+// What row -1 reads: the given default or zeros.
+at::Tensor default_row(const std::optional<at::Tensor>& given, int64_t dim, at::TensorOptions options) {
+  if (!given.has_value()) return at::zeros({dim}, options);
+  TORCH_CHECK_VALUE(given->dim() == 1 && given->numel() == dim && given->dtype() == options.dtype(),
+                    "default: expected [", dim, "] of the chunks' dtype");
+  return given->contiguous();
+}
+
+struct Source {
+  const Rows<char>& table;
+  const int64_t* rows;
+  const int64_t* inverse;  // null: position i reads rows[i]
+  const char* fallback;
+  int64_t begin;  // in bytes, as size
+  int64_t size;
+
+  TESSERA_INLINE int64_t row(int64_t i) const { return rows[inverse == nullptr ? i : inverse[i]]; }
+  TESSERA_INLINE const char* at(int64_t i) const {
+    const int64_t r = row(i);
+    return r < 0 ? fallback : table[r] + begin;
+  }
+};
+
+// Size is known while compiling for the usual widths, which turns the copy into a few moves.
+template <int64_t Size>
+void copy_rows(const Source& source, int64_t begin, int64_t end, char* out) {
+  const int64_t size = Size > 0 ? Size : source.size;
+  const int64_t lines = std::min<int64_t>(8, (size + 127) / 64);
+  for (int64_t i = begin; i < end; ++i) {
+    if (i + kAhead < end) {
+      const int64_t next = source.row(i + kAhead);
+      if (next >= 0) {
+        const char* const at = source.table[next] + source.begin;
+        for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + 64 * line);
+      }
+    }
+    std::memcpy(out + i * size, source.at(i), size);
+  }
+}
+
+void copy_rows_of(const Source& source, int64_t begin, int64_t end, char* out) {
+  switch (source.size) {
+    case 4: return copy_rows<4>(source, begin, end, out);
+    case 32: return copy_rows<32>(source, begin, end, out);
+    case 64: return copy_rows<64>(source, begin, end, out);
+    case 128: return copy_rows<128>(source, begin, end, out);
+    case 256: return copy_rows<256>(source, begin, end, out);
+    default: return copy_rows<0>(source, begin, end, out);
+  }
+}
+
+at::Tensor gather(at::TensorList chunks, const at::Tensor& rows_, int64_t dim,
+                  const std::optional<at::Tensor>& inverse_, const std::optional<at::Tensor>& fallback_,
+                  int64_t begin) {
+  const Rows<char> table(chunks, begin + dim);
+  const at::Tensor rows = rows_.contiguous();
+  const at::Tensor inverse = inverse_.has_value() ? inverse_->contiguous() : at::Tensor();
+  const auto options = chunks.empty() ? rows.options().dtype(at::kFloat) : chunks[0].options();
+  const at::Tensor fallback = default_row(fallback_, dim, options);
+  const int64_t count = inverse.defined() ? inverse.numel() : rows.numel();
+  check_range("rows", rows.const_data_ptr<int64_t>(), rows.numel(), -1, table.count);
+  if (inverse.defined()) check_range("inverse", inverse.const_data_ptr<int64_t>(), count, 0, rows.numel());
+  at::Tensor result = at::empty({count, dim}, options);
+  const int64_t item = result.element_size();
+  const Source source{table,
+                      rows.const_data_ptr<int64_t>(),
+                      inverse.defined() ? inverse.const_data_ptr<int64_t>() : nullptr,
+                      static_cast<const char*>(fallback.const_data_ptr()),
+                      begin * item,
+                      dim * item};
+  char* out = static_cast<char*>(result.mutable_data_ptr());
+  at::parallel_for(0, count, grain_of(source.size),
+                   [&](int64_t first, int64_t last) { copy_rows_of(source, first, last, out); });
+  return result;
+}
+
+struct Bags {
+  const Rows<float>& table;
+  const int64_t* rows;
+  const int64_t* inverse;
+  const int64_t* offsets;
+  const float* weights;  // null: 1
+  const float* fallback;
+  int64_t dim;
+  bool mean;
+};
+
+TESSERA_SIMD void pool_bags(const Bags& bags, int64_t begin, int64_t end, float* __restrict out) {
+  const int64_t lines = std::min<int64_t>(8, (bags.dim * 4 + 127) / 64);
+  const int64_t last = bags.offsets[end];
+  for (int64_t b = begin; b < end; ++b) {
+    float* __restrict const sum = out + b * bags.dim;
+    for (int64_t c = 0; c < bags.dim; ++c) sum[c] = 0;
+    for (int64_t i = bags.offsets[b]; i < bags.offsets[b + 1]; ++i) {
+      if (i + kAhead < last) bags.table.prefetch(bags.rows[bags.inverse[i + kAhead]], lines);
+      const int64_t row = bags.rows[bags.inverse[i]];
+      const float* __restrict const values = row < 0 ? bags.fallback : bags.table[row];
+      const float weight = bags.weights == nullptr ? 1.0f : bags.weights[i];
+      for (int64_t c = 0; c < bags.dim; ++c) sum[c] += values[c] * weight;
+    }
+    const auto length = static_cast<float>(std::max<int64_t>(1, bags.offsets[b + 1] - bags.offsets[b]));
+    if (bags.mean)
+      for (int64_t c = 0; c < bags.dim; ++c) sum[c] /= length;
+  }
+}
+
+at::Tensor gather_pooled(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& inverse_,
+                         const at::Tensor& offsets_, int64_t dim, const std::optional<at::Tensor>& weights_, bool mean,
+                         const std::optional<at::Tensor>& fallback_) {
+  const Rows<float> table(chunks, dim);
+  const at::Tensor rows = rows_.contiguous(), inverse = inverse_.contiguous(), offsets = offsets_.contiguous();
+  const at::Tensor weights = weights_.has_value() ? weights_->contiguous() : at::Tensor();
+  const at::Tensor fallback = default_row(fallback_, dim, rows.options().dtype(at::kFloat));
+  const int64_t bag_count = offsets.numel() - 1;
+  const int64_t* const at = offsets.const_data_ptr<int64_t>();
+  bool good = at[0] >= 0 && at[bag_count] <= inverse.numel();
+  for (int64_t b = 0; b < bag_count; ++b) good &= at[b] <= at[b + 1];
+  TORCH_CHECK_INDEX(good, "offsets must not decrease and must stay inside the ", inverse.numel(), " positions");
+  check_range("rows", rows.const_data_ptr<int64_t>(), rows.numel(), -1, table.count);
+  check_range("inverse", inverse.const_data_ptr<int64_t>() + at[0], at[bag_count] - at[0], 0, rows.numel());
+  at::Tensor result = at::empty({bag_count, dim}, fallback.options());
+  const Bags bags{table,
+                  rows.const_data_ptr<int64_t>(),
+                  inverse.const_data_ptr<int64_t>(),
+                  at,
+                  weights.defined() ? weights.const_data_ptr<float>() : nullptr,
+                  fallback.const_data_ptr<float>(),
+                  dim,
+                  mean};
+  float* out = result.mutable_data_ptr<float>();
+  at::parallel_for(0, bag_count, grain_of(4 * dim), [&](int64_t first, int64_t last) { pool_bags(bags, first, last, out); });
+  return result;
+}
+
+void scatter(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& values_, int64_t begin) {
+  const Rows<char> table(chunks, begin + values_.size(1));
+  const at::Tensor rows = rows_.contiguous(), values = values_.contiguous();
+  const int64_t* in = rows.const_data_ptr<int64_t>();
+  check_range("rows", in, rows.numel(), -1, table.count);
+  const int64_t size = values.size(1) * values.element_size();
+  const int64_t step = values.size(0) == 1 ? 0 : size;
+  const int64_t offset = begin * values.element_size();
+  const int64_t lines = std::min<int64_t>(8, (size + 127) / 64);
+  const char* from = static_cast<const char*>(values.const_data_ptr());
+  at::parallel_for(0, rows.numel(), grain_of(size), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      if (i + kAhead < last) table.prefetch(in[i + kAhead], lines);
+      if (in[i] >= 0) std::memcpy(table[in[i]] + offset, from + i * step, size);
+    }
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tessera, CPU, m) {
+  m.impl("gather", &gather);
+  m.impl("gather_pooled", &gather_pooled);
+  m.impl("scatter", &scatter);
+}

@@ -1,0 +1,125 @@
+// Merge the gradients of a batch by row, then one fused optimizer step per row, in place.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <string>
+
+#include "chunks.h"
+#include "optimizers.h"
+
+namespace {
+
+using tessera::Hyper;
+using tessera::kAhead;
+using tessera::Rows;
+using tessera::Steps;
+
+constexpr int64_t kGrain = 1 << 13;  // gradient elements per thread below which another thread does not pay
+
+// Sum gradients into merged[inverse[i] - begin] for the rows [begin, end), in order of position. Every thread reads
+// the whole inverse and takes its own rows from it: no locks, and the same order of summation for any number.
+template <int64_t Dim>
+TESSERA_INLINE void merge_rows(const float* grads, const int64_t* inverse, int64_t n, int64_t begin, int64_t end,
+                               int64_t dim_, float* merged) {
+  const int64_t dim = Dim > 0 ? Dim : dim_;
+  int64_t fresh = begin;  // rows from here on have not been written: the usual order is that of first occurrence
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t row = inverse[i];
+    if (row < begin || row >= end) continue;
+    float* __restrict const sum = merged + (row - begin) * dim;
+    const float* __restrict const grad = grads + i * dim;
+    if (row >= fresh) {
+      std::memset(merged + (fresh - begin) * dim, 0, (row - fresh) * dim * sizeof(float));
+      std::memcpy(sum, grad, dim * sizeof(float));
+      fresh = row + 1;
+    } else {
+      for (int64_t c = 0; c < dim; ++c) sum[c] += grad[c];
+    }
+  }
+  std::memset(merged + (fresh - begin) * dim, 0, (end - fresh) * dim * sizeof(float));
+}
+
+TESSERA_SIMD void merge(const float* grads, const int64_t* inverse, int64_t n, int64_t begin, int64_t end, int64_t dim,
+                        float* merged) {
+  switch (dim) {
+    case 8: return merge_rows<8>(grads, inverse, n, begin, end, dim, merged);
+    case 16: return merge_rows<16>(grads, inverse, n, begin, end, dim, merged);
+    case 32: return merge_rows<32>(grads, inverse, n, begin, end, dim, merged);
+    default: return merge_rows<0>(grads, inverse, n, begin, end, dim, merged);
+  }
+}
+
+// Optimizers as functions over a range of rows; grads[i] belongs to rows[i].
+using StepRows = void (*)(const Steps&, int64_t, int64_t);
+
+TESSERA_SIMD void sgd(const Steps& steps, int64_t begin, int64_t end) { tessera::step_rows<tessera::Sgd>(steps, begin, end); }
+
+TESSERA_SIMD void adagrad(const Steps& steps, int64_t begin, int64_t end) {
+  tessera::step_rows<tessera::Adagrad>(steps, begin, end);
+}
+
+TESSERA_SIMD void rowwise_adagrad(const Steps& steps, int64_t begin, int64_t end) {
+  tessera::step_rows<tessera::RowwiseAdagrad>(steps, begin, end);
+}
+
+TESSERA_SIMD void adam(const Steps& steps, int64_t begin, int64_t end) {
+  tessera::step_rows<tessera::Adam>(steps, begin, end);
+}
+
+TESSERA_SIMD void ftrl(const Steps& steps, int64_t begin, int64_t end) {
+  tessera::step_rows<tessera::Ftrl>(steps, begin, end);
+}
+
+struct Optimizer {
+  const char* name;
+  StepRows step;
+  int64_t per_dim;  // columns of state: per_dim * dim + more
+  int64_t more;
+};
+
+constexpr Optimizer kOptimizers[] = {
+    {"sgd", sgd, 0, 0}, {"adagrad", adagrad, 1, 0}, {"rowwise_adagrad", rowwise_adagrad, 0, 1},
+    {"adam", adam, 2, 1}, {"ftrl", ftrl, 2, 0},
+};
+
+const Optimizer& optimizer_of(c10::string_view name) {
+  for (const Optimizer& one : kOptimizers)
+    if (name == one.name) return one;
+  TORCH_CHECK_VALUE(false, "optimizer: unknown name ", std::string(name));
+}
+
+void update(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& grads_,
+            const std::optional<at::Tensor>& inverse_, c10::string_view name, double learning_rate, double weight_decay,
+            double eps, double beta1, double beta2, double beta, double l1, double l2) {
+  const Optimizer& optimizer = optimizer_of(name);
+  TORCH_CHECK_VALUE(grads_.dim() == 2 && rows_.dim() == 1, "expected grads [n, dim] and rows [u]");
+  const int64_t dim = grads_.size(1);
+  const Rows<float> table(chunks, dim + optimizer.per_dim * dim + optimizer.more);
+  const at::Tensor rows = rows_.contiguous(), grads = grads_.contiguous();
+  const at::Tensor inverse = inverse_.has_value() ? inverse_->contiguous() : at::Tensor();
+  const int64_t count = rows.numel(), n = grads.size(0);
+  TORCH_CHECK_VALUE(n == (inverse.defined() ? inverse.numel() : count), "grads: expected as many as positions");
+  const int64_t* row = rows.const_data_ptr<int64_t>();
+  const int64_t* at = inverse.defined() ? inverse.const_data_ptr<int64_t>() : nullptr;
+  tessera::check_range("rows", row, count, -1, table.count);
+  if (at != nullptr) tessera::check_range("inverse", at, n, 0, count);
+  const Hyper hyper(learning_rate, weight_decay, eps, beta1, beta2, beta, l1, l2, optimizer.step == adam);
+  const at::Tensor merged = at == nullptr ? grads : at::empty({count, dim}, grads.options());
+  const float* given = grads.const_data_ptr<float>();
+  float* sums = const_cast<float*>(merged.const_data_ptr<float>());
+  const Steps steps{table, row, sums, dim, hyper};
+  at::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, dim)), [&](int64_t begin, int64_t end) {
+    if (at != nullptr) merge(given, at, n, begin, end, dim, sums + begin * dim);
+    optimizer.step(steps, begin, end);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tessera, CPU, m) { m.impl("update", &update); }
