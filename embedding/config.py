@@ -3,7 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from embedding.errors import ConfigError
+from kernels.update import OPTIMIZERS, state_width
+
+ADMISSIONS = ("none", "exact", "sliding", "probabilistic")
+EVICTIONS = ("lru", "lfu", "raise")
+SLIDING_MAX = 15  # the counters of the sliding filter have 4 bits
+META_BYTES = 32  # time, count, id and mark of a row
+# The id map takes 16 bytes a slot. A segment that has just been split is 30 % full in the worst case.
+MAP_BYTES_PER_ROW = 54
+
+
+def key_of(name: str) -> int:
+    """A signed 64-bit number that stands for a name in the counter-based generator."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 @dataclass(frozen=True)
@@ -22,5 +41,179 @@ class TableConfig:
     @property
     def key(self) -> int:
         """A signed 64-bit number that stands for the name in the counter-based generator."""
-        digest = hashlib.blake2b(self.name.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little", signed=True)
+        return key_of(self.name)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Columns of a row that are one embedding: `dim` floats that start at N(0, init_std)."""
+
+    name: str
+    dim: int
+    init_std: float
+
+
+@dataclass(frozen=True)
+class RowOptimizer:
+    """How rows are updated; formulas in `kernels/update.py`. `weight_decay` is L2 on the rows of a batch.
+
+    `initial_accumulator` is the first value of the sum of squares (adagrad and rowwise_adagrad only).
+    """
+
+    name: str = "rowwise_adagrad"
+    lr: float = 0.01
+    eps: float = 1e-8
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    initial_accumulator: float = 0.0
+    beta: float = 1.0
+    l1: float = 0.0
+    l2: float = 0.0
+
+
+@dataclass(frozen=True)
+class Admission:
+    """When an unknown id gets a row; `embedding/admission.py` tells how.
+
+    kind: none (at once), exact (seen `threshold` times), sliding (the same by a filter of fixed size, which errs
+    towards admission and forgets), probabilistic (no memory at all: after `threshold` times with probability 95 %).
+    capacity: ids that the sliding filter remembers at least; splits: the parts in which it forgets them.
+    """
+
+    kind: str = "none"
+    threshold: int = 1
+    capacity: int = 1 << 20
+    splits: int = 7
+
+
+@dataclass(frozen=True)
+class DynamicTableConfig:
+    """One table that gives every id a row of its own.
+
+    features: the id columns looked up in it. groups: the embeddings that one id has here. seed: with the table's and
+    the group's name and the id it fixes a row's first values. ttl_seconds: a row not seen for so long expires (None:
+    never). max_rows, max_bytes: the limit of one rank's part of the table (None: memory). eviction: what a full table
+    does: give up the least recently (lru) or least frequently (lfu) used rows, or raise TableFull. chunk_rows: rows
+    by which memory is reserved, a power of two.
+
+    Raises ConfigError, one line, for values that cannot work.
+    """
+
+    name: str
+    features: tuple[str, ...]
+    groups: tuple[Group, ...]
+    optimizer: RowOptimizer = field(default_factory=RowOptimizer)
+    seed: int = 0
+    admission: Admission = field(default_factory=Admission)
+    ttl_seconds: int | None = None
+    max_rows: int | None = None
+    max_bytes: int | None = None
+    eviction: str = "raise"
+    chunk_rows: int = 1 << 16
+
+    def __post_init__(self) -> None:
+        self._check_groups()
+        self._check_optimizer()
+        self._check_admission()
+        self._check_limits()
+
+    @property
+    def width(self) -> int:
+        """Floats of one row that a look-up returns: those of all groups."""
+        return sum(group.dim for group in self.groups)
+
+    @property
+    def state_width(self) -> int:
+        """Floats of optimizer state of one row."""
+        return sum(state_width(self.optimizer.name, group.dim) for group in self.groups)
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes that one more row needs at most: values, state, time, count, id and its place in the id map."""
+        return 4 * (self.width + self.state_width) + META_BYTES + MAP_BYTES_PER_ROW
+
+    @property
+    def row_limit(self) -> int | None:
+        """Most rows, by whichever limit is tighter; None without a limit."""
+        limits = [] if self.max_rows is None else [self.max_rows]
+        if self.max_bytes is not None:
+            limits.append(self.max_bytes // self.bytes_per_row)
+        return min(limits, default=None)
+
+    def key(self, group: Group) -> int:
+        """The table key of a group's first values, the same as that of a static table `<table>_<group>`."""
+        return key_of(f"{self.name}_{group.name}")
+
+    def check_batch(self, rows_per_batch: int) -> None:
+        """Raise ConfigError unless all distinct ids of the largest batch fit the limit at once."""
+        limit = self.row_limit
+        if limit is not None and limit < rows_per_batch:
+            key, value = self._tighter_limit()
+            raise ConfigError(
+                f"table {self.name}: {key} {value:,} is a limit of {limit:,} rows; "
+                f"expected at least {rows_per_batch:,}, which one batch can bring"
+            )
+
+    def _tighter_limit(self) -> tuple[str, int]:
+        if self.max_bytes is not None and self.row_limit != self.max_rows:
+            return "max_bytes", self.max_bytes
+        assert self.max_rows is not None
+        return "max_rows", self.max_rows
+
+    def _fail(self, key: str, found: object, expected: str) -> None:
+        raise ConfigError(f"table {self.name}: {key} is {found!r}; expected {expected}")
+
+    def _check_choice(self, key: str, found: str, known: Sequence[str]) -> None:
+        if found not in known:
+            near = get_close_matches(str(found), known, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            self._fail(key, found, f"one of {', '.join(known)}{hint}")
+
+    def _check_groups(self) -> None:
+        names = [group.name for group in self.groups]
+        if not names or len(set(names)) < len(names):
+            self._fail("groups", names, "one or more groups with different names")
+        for group in self.groups:
+            if not group.dim >= 1:
+                self._fail(f"groups.{group.name}.dim", group.dim, "at least 1")
+            if not 0 <= group.init_std < math.inf:
+                self._fail(f"groups.{group.name}.init_std", group.init_std, "a finite number, 0 or above")
+
+    def _check_optimizer(self) -> None:
+        optimizer = self.optimizer
+        self._check_choice("optimizer.name", optimizer.name, OPTIMIZERS)
+        if not 0 < optimizer.lr < math.inf:
+            self._fail("optimizer.lr", optimizer.lr, "a finite number above 0")
+        for key in ("eps", "weight_decay", "initial_accumulator", "beta", "l1", "l2"):
+            if not 0 <= getattr(optimizer, key) < math.inf:
+                self._fail(f"optimizer.{key}", getattr(optimizer, key), "a finite number, 0 or above")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(optimizer, key) < 1:
+                self._fail(f"optimizer.{key}", getattr(optimizer, key), "0 or above and below 1")
+        if optimizer.initial_accumulator and optimizer.name not in ("adagrad", "rowwise_adagrad"):
+            self._fail("optimizer.initial_accumulator", optimizer.initial_accumulator, f"0 for {optimizer.name}")
+
+    def _check_admission(self) -> None:
+        admission = self.admission
+        self._check_choice("admission.kind", admission.kind, ADMISSIONS)
+        if admission.threshold < 1:
+            self._fail("admission.threshold", admission.threshold, "at least 1")
+        if admission.kind == "sliding":
+            if admission.threshold > SLIDING_MAX:
+                self._fail("admission.threshold", admission.threshold, f"at most {SLIDING_MAX} for the sliding filter")
+            if admission.capacity < 1:
+                self._fail("admission.capacity", admission.capacity, "at least 1")
+            if admission.splits < 4:
+                self._fail("admission.splits", admission.splits, "at least 4")
+
+    def _check_limits(self) -> None:
+        self._check_choice("eviction", self.eviction, EVICTIONS)
+        if self.ttl_seconds is not None and not self.ttl_seconds > 0:
+            self._fail("ttl_seconds", self.ttl_seconds, "a number of seconds above 0, or null")
+        if self.max_rows is not None and self.max_rows < 1:
+            self._fail("max_rows", self.max_rows, "at least 1, or null")
+        if self.max_bytes is not None and self.max_bytes < self.bytes_per_row:
+            self._fail("max_bytes", self.max_bytes, f"at least the {self.bytes_per_row} bytes of one row, or null")
+        if self.chunk_rows < 1 or self.chunk_rows & (self.chunk_rows - 1):
+            self._fail("chunk_rows", self.chunk_rows, "a power of two")

@@ -7,3 +7,7 @@ class TesseraError(Exception):
 
 class ConfigError(TesseraError):
     """A configuration key has a value that cannot work, or a key is not known."""
+
+
+class TableFull(TesseraError):
+    """A table is at its limit and may not, or cannot, give up enough rows for the ids of one batch."""

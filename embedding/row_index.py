@@ -1,0 +1,136 @@
+"""Who lives in which row, since when, and how often it was seen.
+
+An `IdMap` leads from an id to its row. Beside the rows lie chunks of int64 [chunk_rows, 4]: time last seen, count
+(0: the row is free), id, and the mark under which the row last changed. Rows are numbered from 0; a freed row is
+taken again before a new one, the last freed first, so the same calls always give the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.gather import gather
+from kernels.id_map import IdMap
+from kernels.scatter import scatter
+from kernels.touch import COUNT, LAST_SEEN, expired, touch
+
+ID, MARK = 2, 3
+COLUMNS = 4
+SCAN_ROWS = 1 << 18  # rows looked at in one piece, which bounds the temporary memory of a walk
+
+
+class RowIndex:
+    def __init__(self, chunk_rows: int, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.map = IdMap(device)
+        self.meta: list[Tensor] = []
+        #: Rows ever taken: all rows in use are below.
+        self.end = 0
+        self._chunk_rows = chunk_rows
+        self._free = torch.empty(0, dtype=torch.int64, device=device)  # a stack: the first `_free_count` count
+        self._free_count = 0
+        self._cursor = 0
+
+    def __len__(self) -> int:
+        return len(self.map)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use; what is reserved beyond `end` has not been touched."""
+        return self.map.nbytes + self.end * COLUMNS * 8 + self._free.numel() * 8
+
+    def find(self, ids: Tensor) -> Tensor:
+        """Rows int64 [n] of ids int64 [n]; -1 where unknown."""
+        return self.map.find(ids)
+
+    def add(self, ids: Tensor, mark: int) -> Tensor:
+        """Give rows to distinct, unknown ids. Their time and count are left to `touch`. Returns rows int64 [n]."""
+        rows = self._take_rows(ids.numel())
+        self.map.insert(ids, rows)
+        scatter(self.meta, rows, torch.stack([ids, torch.full_like(ids, mark)], dim=1), begin=ID)
+        return rows
+
+    def remove(self, rows: Tensor) -> Tensor:
+        """Free rows in use (int64 [n], distinct). Returns their ids."""
+        ids = gather(self.meta, rows, 1, begin=ID).flatten()
+        self.map.erase(ids)
+        scatter(self.meta, rows, rows.new_zeros((1, COLUMNS)))
+        self._give_back(rows)
+        return ids
+
+    def touch(self, rows: Tensor, now: int | Tensor, counts: Tensor | None) -> None:
+        """Rows (distinct, -1 skipped) were seen at `now`, each counts[i] times (None: once)."""
+        touch(self.meta, rows, now, counts)
+
+    def set_mark(self, rows: Tensor, mark: int) -> None:
+        """Note that rows (-1 skipped) changed under this mark."""
+        scatter(self.meta, rows, torch.full((1, 1), mark, dtype=torch.int64, device=self.device), begin=MARK)
+
+    def read(self, rows: Tensor) -> Tensor:
+        """int64 [n, 4]: time, count, id, mark of rows."""
+        return gather(self.meta, rows, COLUMNS)
+
+    def write(self, rows: Tensor, last_seen: Tensor, count: Tensor, ids: Tensor, mark: int) -> None:
+        """Set all that is known of rows that have been taken (all int64 [n])."""
+        scatter(self.meta, rows, torch.stack([last_seen, count, ids, torch.full_like(ids, mark)], dim=1))
+
+    def expired(self, now: int, ttl: int, budget_rows: int | None = None) -> Iterator[Tensor]:
+        """Yield rows with now - last seen >= ttl, piece by piece, from where the last walk stopped.
+
+        Looks at `budget_rows` rows (None: at all). The caller may remove what it is given before it goes on.
+        """
+        left = self.end if budget_rows is None else min(budget_rows, self.end)
+        while left > 0:
+            if self._cursor >= self.end:
+                self._cursor = 0
+            begin = self._cursor
+            self._cursor = min(begin + min(left, SCAN_ROWS), self.end)
+            left -= self._cursor - begin
+            yield expired(self.meta, now, ttl, begin, self._cursor)
+
+    def walk(self, batch_rows: int, since: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (rows int64 [k], what `read` gives of them) of rows in use, ascending, at most `batch_rows` at once.
+
+        since: only rows that changed under this mark or a later one.
+        """
+        for begin in range(0, self.end, batch_rows):
+            rows = torch.arange(begin, min(begin + batch_rows, self.end), device=self.device)
+            meta = self.read(rows)
+            chosen = meta[:, COUNT] > 0
+            if since is not None:
+                chosen &= meta[:, MARK] >= since
+            chosen = chosen.nonzero().flatten()
+            if chosen.numel():
+                yield rows[chosen], meta[chosen]
+
+    def reserve(self, end: int) -> None:
+        """Have memory for rows [0, end)."""
+        while len(self.meta) * self._chunk_rows < end:
+            shape = (self._chunk_rows, COLUMNS)
+            self.meta.append(torch.zeros(shape, dtype=torch.int64, device=self.device))
+        self.end = max(self.end, end)
+
+    def _take_rows(self, wanted: int) -> Tensor:
+        reused = min(wanted, self._free_count)
+        self._free_count -= reused
+        rows = self._free[self._free_count : self._free_count + reused].flip(0)
+        if reused < wanted:
+            begin = self.end
+            self.reserve(begin + wanted - reused)
+            rows = torch.cat([rows, torch.arange(begin, self.end, device=self.device)])
+        return rows
+
+    def _give_back(self, rows: Tensor) -> None:
+        count = self._free_count + rows.numel()
+        if count > self._free.numel():
+            grown = self._free.new_empty(max(count, 2 * self._free.numel()))
+            grown[: self._free_count] = self._free[: self._free_count]
+            self._free = grown
+        self._free[self._free_count : count] = rows
+        self._free_count = count
+
+
+__all__ = ["COUNT", "ID", "LAST_SEEN", "MARK", "RowIndex"]
