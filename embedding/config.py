@@ -94,8 +94,8 @@ class DynamicTableConfig:
     features: the id columns looked up in it. groups: the embeddings that one id has here. seed: with the table's and
     the group's name and the id it fixes a row's first values. ttl_seconds: a row not seen for so long expires (None:
     never). max_rows, max_bytes: the limit of one rank's part of the table (None: memory). eviction: what a full table
-    does: give up the least recently (lru) or least frequently (lfu) used rows, or raise TableFull. chunk_rows: rows
-    by which memory is reserved, a power of two.
+    does: give up the least recently (lru) or least frequently (lfu) used rows, or raise TableFull. evicted_kept: ids
+    given up that are kept for `take_evicted`. chunk_rows: rows by which memory is reserved, a power of two.
 
     Raises ConfigError, one line, for values that cannot work.
     """
@@ -110,6 +110,7 @@ class DynamicTableConfig:
     max_rows: int | None = None
     max_bytes: int | None = None
     eviction: str = "raise"
+    evicted_kept: int = 1 << 20
     chunk_rows: int = 1 << 16
 
     def __post_init__(self) -> None:
@@ -215,5 +216,7 @@ class DynamicTableConfig:
             self._fail("max_rows", self.max_rows, "at least 1, or null")
         if self.max_bytes is not None and self.max_bytes < self.bytes_per_row:
             self._fail("max_bytes", self.max_bytes, f"at least the {self.bytes_per_row} bytes of one row, or null")
+        if self.evicted_kept < 0:
+            self._fail("evicted_kept", self.evicted_kept, "0 or above")
         if self.chunk_rows < 1 or self.chunk_rows & (self.chunk_rows - 1):
             self._fail("chunk_rows", self.chunk_rows, "a power of two")

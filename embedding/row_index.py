@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.gather import gather
 from kernels.id_map import IdMap
 from kernels.scatter import scatter
-from kernels.touch import COUNT, LAST_SEEN, expired, touch
+from kernels.touch import COUNT, expired, touch
 
 ID, MARK = 2, 3
 COLUMNS = 4
@@ -113,6 +113,23 @@ class RowIndex:
             self.meta.append(torch.zeros(shape, dtype=torch.int64, device=self.device))
         self.end = max(self.end, end)
 
+    def place(self, ids: Tensor, rows: Tensor) -> None:
+        """Give distinct, unknown ids the rows they had in the index whose state is imported."""
+        if rows.numel():
+            self.reserve(int(rows.max()) + 1)
+        self.map.insert(ids, rows)
+
+    def export_state(self) -> dict[str, Tensor]:
+        """What decides which rows are taken and looked at next: free int64 [k], end and cursor int64 []."""
+        free = self._free[: self._free_count].clone()
+        return {"free": free, "end": torch.tensor(self.end), "cursor": torch.tensor(self._cursor)}
+
+    def import_state(self, state: dict[str, Tensor]) -> None:
+        self.reserve(int(state["end"]))
+        self._free = state["free"].to(self.device, copy=True)
+        self._free_count = self._free.numel()
+        self._cursor = int(state["cursor"])
+
     def _take_rows(self, wanted: int) -> Tensor:
         reused = min(wanted, self._free_count)
         self._free_count -= reused
@@ -131,6 +148,3 @@ class RowIndex:
             self._free = grown
         self._free[self._free_count : count] = rows
         self._free_count = count
-
-
-__all__ = ["COUNT", "ID", "LAST_SEEN", "MARK", "RowIndex"]

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embedding.config import DynamicTableConfig
-from embedding.row_index import COUNT, ID, LAST_SEEN, RowIndex
+from embedding.admission import admission_filter
+from embedding.cold_rows import ColdRows
+from embedding.config import DynamicTableConfig, key_of
+from embedding.errors import TableFull
+from embedding.evicted import EvictedIds
+from embedding.row_index import ID, RowIndex
 from embedding.row_store import RowStore
+from kernels.touch import COUNT, LAST_SEEN
 
 COUNTERS = ("new", "admitted", "rejected", "expired", "evicted")
 
@@ -19,8 +24,8 @@ COUNTERS = ("new", "admitted", "rejected", "expired", "evicted")
 class RowBatch:
     """Rows on their way out of a table or into one.
 
-    ids, last_seen (seconds), count: int64 [n]; values: float32 [n, width]; state: float32 [n, state_width], the state
-    of one group after the other. rows: int64 [n], the row numbers they had, or None.
+    ids, last_seen (seconds), count (1 or more): int64 [n]; values: float32 [n, width]; state: float32
+    [n, state_width], the state of one group after the other. rows: int64 [n], the row numbers they had, or None.
     """
 
     ids: Tensor
@@ -32,12 +37,20 @@ class RowBatch:
 
 
 class DynamicTable:
+    """All tensors that go in and out live on `device`. Row numbers are good until the next call that may free rows:
+    `lookup` in training at a limit, `expire`, `import_rows`."""
+
     def __init__(self, config: DynamicTableConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.device = torch.device(device)
         self._index = RowIndex(config.chunk_rows, device)
         self._store = RowStore(config, device)
-        self._mark = 1
+        self._filter = admission_filter(config.admission, config.seed, key_of(config.name), config.ttl_seconds, device)
+        self._limit = config.row_limit
+        self._cold = None if config.eviction == "raise" else ColdRows(self._index, config.eviction)
+        self._evicted = EvictedIds(config.evicted_kept, device)
+        self._mark = 0  # no marks are written before the first one is asked for
+        self._step = 0
         self._total = dict.fromkeys(COUNTERS, 0)
         self._at_interval = dict(self._total)
 
@@ -45,30 +58,63 @@ class DynamicTable:
         """Rows in use."""
         return len(self._index)
 
-    def lookup(
-        self, ids: Tensor, now: int | Tensor, counts: Tensor | None = None, training: bool = True
-    ) -> Tensor:
+    def lookup(self, ids: Tensor, now: int | Tensor, counts: Tensor | None = None, training: bool = True) -> Tensor:
         """The rows of a batch's ids: int64 [u], -1 for an id that has none.
 
         ids: int64 [u], distinct; now: seconds, one number or int64 [u]; counts: int64 [u], how often each id is in
         the batch, 1 or more (None: once). In training an unknown id is counted by the admission filter and gets a row
-        if it passes, and all rows are touched. Otherwise nothing changes: `now` and `counts` are not used.
+        if it passes, and all rows are touched; call it on every step, without ids too. Otherwise nothing changes:
+        `now` and `counts` are not used.
+
+        Raises TableFull at the limit if the policy is to raise, or if the batch alone needs more rows.
         """
         rows = self._index.find(ids)
         if not training:
             return rows
         unknown = (rows < 0).nonzero().flatten()
         if unknown.numel():
-            new_ids = ids[unknown]
-            self._count(new=new_ids.numel(), admitted=new_ids.numel())
-            rows[unknown] = self._add(new_ids)
+            passed = self._admit(ids, unknown, now, counts)
+            if passed.numel():
+                self._make_room(passed.numel(), keep=rows)
+                rows[passed] = self._add(ids[passed])
+        self._step += 1
         self._index.touch(rows, now, counts)
         return rows
 
+    def _admit(self, ids: Tensor, unknown: Tensor, now: int | Tensor, counts: Tensor | None) -> Tensor:
+        """Positions of those of the unknown ids that get a row now."""
+        if counts is not None and int(counts[unknown].min()) < 1:
+            raise ValueError(f"table {self.config.name}: counts must be 1 or more")
+        passed = unknown
+        if self._filter is not None:
+            often = torch.ones_like(unknown) if counts is None else counts[unknown]
+            times = now[unknown] if isinstance(now, Tensor) else now
+            passed = unknown[self._filter.admit(ids[unknown], often, times, self._step)]
+        rejected = unknown.numel() - passed.numel()
+        self._count(new=unknown.numel(), admitted=passed.numel(), rejected=rejected)
+        return passed
+
+    def _make_room(self, wanted: int, keep: Tensor) -> None:
+        """Give up the coldest rows, none of `keep`, until `wanted` more fit the limit."""
+        missing = 0 if self._limit is None else len(self) + wanted - self._limit
+        if missing <= 0:
+            return
+        full = f"table {self.config.name}: limit of {self._limit:,} rows, {len(self):,} in use, {wanted:,} more wanted"
+        if self._cold is None:
+            raise TableFull(f"{full}; raise max_rows or max_bytes, set ttl_seconds, or choose eviction lru or lfu")
+        rows = self._cold.take(missing, keep) if missing <= len(self) else None
+        if rows is None:
+            raise TableFull(f"{full} by one batch; raise max_rows or max_bytes, or make the batch smaller")
+        self._free(rows)
+        self._count(evicted=rows.numel())
+
     def _add(self, ids: Tensor) -> Tensor:
+        """Rows of new ids, with their first values: from (seed, table, group, id) alone."""
         rows = self._index.add(ids, self._mark)
         self._store.reserve(self._index.end)
         self._store.initialise(rows, ids)
+        if self._cold is not None:
+            self._cold.add(rows)
         return rows
 
     def gather(self, rows: Tensor, inverse: Tensor | None = None) -> Tensor:
@@ -78,9 +124,7 @@ class DynamicTable:
         """
         return self._store.gather(rows, inverse)
 
-    def update(
-        self, rows: Tensor, grads: Tensor, inverse: Tensor | None = None, lr: float | None = None
-    ) -> None:
+    def update(self, rows: Tensor, grads: Tensor, inverse: Tensor | None = None, lr: float | None = None) -> None:
         """One optimizer step on the rows of a batch.
 
         rows: int64 [u], distinct but for -1, which is skipped; grads: float32 [n, width], where n == u, or
@@ -88,11 +132,55 @@ class DynamicTable:
         lr: instead of the configured learning rate.
         """
         self._store.update(rows, grads, inverse, lr)
-        self._index.set_mark(rows, self._mark)
+        if self._mark:
+            self._index.set_mark(rows, self._mark)
 
-    def export_rows(self, batch_rows: int = 1 << 16) -> Iterator[RowBatch]:
-        """All rows in order of their numbers, at most `batch_rows` at once. The table must not change meanwhile."""
-        for rows, meta in self._index.walk(batch_rows):
+    def expire(self, now: int, budget_rows: int | None = None) -> int:
+        """Give up rows with now - last seen >= ttl_seconds. Returns how many.
+
+        budget_rows: look at so many rows only, those after the ones looked at last time (None: at all). The ids that
+        the exact admission filter counts expire by the same rule. Without ttl_seconds nothing expires.
+        """
+        if self.config.ttl_seconds is None:
+            return 0
+        before = self._total["expired"]
+        for rows in self._index.expired(now, self.config.ttl_seconds, budget_rows):
+            if rows.numel():
+                self._free(rows)
+                self._count(expired=rows.numel())
+        if self._filter is not None:
+            self._filter.expire(now, budget_rows)
+        return self._total["expired"] - before
+
+    def _free(self, rows: Tensor) -> None:
+        """Clear rows; other ids may take them."""
+        self._store.clear(rows)
+        self._evicted.add(self._index.remove(rows))
+
+    def take_evicted(self) -> Tensor:
+        """Ids given up (expired or evicted) since the last call that have no row now: int64 [k], distinct.
+
+        Of more than `evicted_kept` only the last are known.
+        """
+        ids = self._evicted.take()
+        return ids[self._index.find(ids) < 0]
+
+    def mark(self) -> int:
+        """A point in time to ask `touched_since` about. Until the first one, changes are not noted."""
+        self._mark += 1
+        return self._mark
+
+    def touched_since(self, mark: int, batch_rows: int = 1 << 18) -> Iterator[Tensor]:
+        """Yield ids (int64 [k]) of rows that were added, updated or imported since `mark`; walks the table."""
+        for _, meta in self._index.walk(batch_rows, since=mark):
+            yield meta[:, ID].contiguous()
+
+    def export_rows(self, batch_rows: int = 1 << 16, since: int | None = None) -> Iterator[RowBatch]:
+        """Rows in order of their numbers, at most `batch_rows` at once: all, or those touched since a mark.
+
+        The table must not change meanwhile.
+        """
+        for rows, meta in self._index.walk(batch_rows, since):
             yield RowBatch(
                 ids=meta[:, ID].contiguous(),
                 values=self._store.gather(rows),
@@ -103,22 +191,74 @@ class DynamicTable:
             )
 
     def import_rows(self, batch: RowBatch) -> None:
-        """Take rows in as they are; an id that is known already is replaced. batch.ids must be distinct."""
-        rows = self._index.find(batch.ids)
-        unknown = (rows < 0).nonzero().flatten()
-        if unknown.numel():
-            rows[unknown] = self._index.add(batch.ids[unknown], self._mark)
-            self._store.reserve(self._index.end)
+        """Take rows in as they are; a known id is replaced. Raises TableFull as `lookup`.
+
+        batch.ids must be distinct. If batch.rows is given, every id must be unknown and gets the row it had: then the
+        `rows/` part of the exported state must be imported too.
+        """
+        if batch.ids.numel() == 0:
+            return
+        if int(batch.count.min()) < 1:
+            raise ValueError(f"table {self.config.name}: counts of imported rows must be 1 or more")
+        if batch.rows is not None:
+            rows = batch.rows
+            self._index.place(batch.ids, rows)
+        else:
+            rows = self._index.find(batch.ids)
+            unknown = (rows < 0).nonzero().flatten()
+            if unknown.numel():
+                self._make_room(unknown.numel(), keep=rows)
+                rows[unknown] = self._index.add(batch.ids[unknown], self._mark)
+        self._store.reserve(self._index.end)
         self._index.write(rows, batch.last_seen, batch.count, batch.ids, self._mark)
         self._store.write(rows, batch.values, batch.state)
+        if self._cold is not None:
+            self._cold.reset()
+
+    def export_state(self) -> dict[str, Tensor]:
+        """All that a table is besides its rows: `step`, `counters`, `rows/...` and `admission/...`.
+
+        With it and the rows with their numbers, a new table goes on exactly as this one would.
+        """
+        state = {"step": torch.tensor(self._step), "counters": torch.tensor(list(self._total.values()))}
+        state |= {f"rows/{name}": value for name, value in self._index.export_state().items()}
+        if self._filter is not None:
+            state |= {f"admission/{name}": value for name, value in self._filter.export_state().items()}
+        return state
+
+    def import_state(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` holds. Leave `rows/` out where rows are imported without their numbers.
+
+        The state of an exact filter may be cut by id (`admission/ids`, `counts`, `last_seen`) and imported in parts.
+        """
+        if "step" in state:
+            self._step = int(state["step"])
+        if "counters" in state:
+            self._total = dict(zip(COUNTERS, state["counters"].tolist(), strict=True))
+            self.reset_interval()
+        parts = {"rows": {}, "admission": {}}
+        for name, value in state.items():
+            part, _, name_inside = name.partition("/")
+            if name_inside:
+                parts[part][name_inside] = value
+        if parts["rows"]:
+            self._index.import_state(parts["rows"])
+            self._store.reserve(self._index.end)
+        if parts["admission"] and self._filter is not None:
+            self._filter.import_state(parts["admission"])
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use: rows, their times and counts, the id map."""
-        return self._index.nbytes + self._index.end * self._store.bytes_per_row
+        """Bytes in use: rows, times and counts, id map, admission filter; not what is reserved but untouched."""
+        rows = self._index.nbytes + self._index.end * self._store.bytes_per_row
+        return rows + (0 if self._filter is None else self._filter.nbytes) + self._evicted.nbytes
 
     def stats(self, interval: bool = False) -> dict[str, float]:
-        """rows, bytes, bytes_per_row now; new (= admitted + rejected), expired, evicted since start or interval."""
+        """What the table holds now, and what happened since start or (interval) since `reset_interval`.
+
+        rows, bytes, bytes_per_row; new: unknown ids in training batches, of which admitted got a row and rejected did
+        not; expired: rows given up by age; evicted: rows given up at the limit.
+        """
         counters = {name: self._total[name] - interval * self._at_interval[name] for name in COUNTERS}
         rows = len(self)
         return {"rows": rows, "bytes": self.nbytes, "bytes_per_row": self.nbytes / max(1, rows), **counters}

@@ -1,0 +1,112 @@
+"""Which unknown ids get a row: filters that see the ids of one batch that the table does not know.
+
+`admit(ids int64 [u] distinct, counts int64 [u], now, step)` returns bool [u]. Counts are added first: an id passes
+in the batch in which it reaches the threshold. The answer depends on the ids, their counts and what the filter has
+seen before, neither on their order in the batch nor (exact and probabilistic filter) on the other ids.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from embedding.config import Admission
+from embedding.row_index import ID, RowIndex
+from embedding.sliding import SlidingHashFilter
+from kernels.gather import gather
+from kernels.random import uniform
+from kernels.touch import COUNT, LAST_SEEN
+
+COUNTER_CHUNK_ROWS = 1 << 16
+SURE = 0.95  # with this probability the probabilistic filter has let an id pass that was seen `threshold` times
+
+
+def admission_filter(
+    admission: Admission, seed: int, key: int, ttl_seconds: int | None, device: torch.device | str
+) -> ExactCounter | SlidingHashFilter | ProbabilisticFilter | None:
+    """The configured filter; None where every id passes."""
+    if admission.kind == "none" or admission.threshold == 1:
+        return None
+    if admission.kind == "exact":
+        return ExactCounter(admission.threshold, ttl_seconds, device)
+    if admission.kind == "sliding":
+        return SlidingHashFilter(admission.threshold, admission.capacity, admission.splits, device)
+    return ProbabilisticFilter(admission.threshold, seed, key)
+
+
+class ExactCounter:
+    """Counts every id that has no row yet, and forgets it when it passes.
+
+    About 60 bytes per pending id; ids that do not come back within `ttl_seconds` are dropped by `expire`, the only
+    bound of the memory. An evicted id begins at zero.
+    """
+
+    def __init__(self, threshold: int, ttl_seconds: int | None = None, device: torch.device | str = "cpu") -> None:
+        self._threshold = threshold
+        self._ttl_seconds = ttl_seconds
+        self._index = RowIndex(COUNTER_CHUNK_ROWS, device)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def nbytes(self) -> int:
+        return self._index.nbytes
+
+    def admit(self, ids: Tensor, counts: Tensor, now: int | Tensor, step: int) -> Tensor:
+        rows = self._index.find(ids)
+        seen = gather(self._index.meta, rows, 1, begin=COUNT).flatten() if self._index.meta else 0
+        passed = seen + counts >= self._threshold
+        pending = ~passed
+        first = pending & (rows < 0)
+        rows[first] = self._index.add(ids[first], mark=0)
+        times = now[pending] if isinstance(now, Tensor) else now
+        self._index.touch(rows[pending], times, counts[pending])
+        self._index.remove(rows[passed & (rows >= 0)])
+        return passed
+
+    def expire(self, now: int, budget_rows: int | None = None) -> None:
+        """Drop ids not seen for ttl_seconds; looks at `budget_rows` of them (None: at all)."""
+        if self._ttl_seconds is not None:
+            for rows in self._index.expired(now, self._ttl_seconds, budget_rows):
+                self._index.remove(rows)
+
+    def export_state(self) -> dict[str, Tensor]:
+        """ids, counts, last_seen: int64 [k]. May be cut by id, as rows may."""
+        parts = [torch.empty((0, 4), dtype=torch.int64)] + [meta for _, meta in self._index.walk(COUNTER_CHUNK_ROWS)]
+        meta = torch.cat([part.to(parts[-1].device) for part in parts])
+        names = {"ids": ID, "counts": COUNT, "last_seen": LAST_SEEN}
+        return {name: meta[:, column].contiguous() for name, column in names.items()}
+
+    def import_state(self, state: dict[str, Tensor]) -> None:
+        """Add what another counter knew of ids that this one does not know."""
+        rows = self._index.add(state["ids"], mark=0)
+        self._index.write(rows, state["last_seen"], state["counts"], state["ids"], mark=0)
+
+
+class ProbabilisticFilter:
+    """Draws lots with chance 1 - (1 - p)^count, where (1 - p)^threshold = 5 %; remembers nothing.
+
+    The lot is a function of (seed, table, id, step), so that neither order nor rank matters.
+    """
+
+    nbytes = 0
+
+    def __init__(self, threshold: int, seed: int, key: int) -> None:
+        self._miss = (1 - SURE) ** (1 / threshold)
+        self._seed = seed
+        self._key = key
+
+    def admit(self, ids: Tensor, counts: Tensor, now: int | Tensor, step: int) -> Tensor:
+        # step + 1: at step 0 the same numbers make the first values of a row.
+        lot = uniform(self._seed, self._key, ids, 1, step + 1).flatten()
+        return lot < 1 - self._miss ** counts.to(torch.float64)
+
+    def expire(self, now: int, budget_rows: int | None = None) -> None:
+        """Nothing to forget."""
+
+    def export_state(self) -> dict[str, Tensor]:
+        return {}
+
+    def import_state(self, state: dict[str, Tensor]) -> None:
+        """Nothing to restore."""
