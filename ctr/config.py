@@ -39,28 +39,53 @@ class DataConfig:
 
 
 @dataclass
+class AdmissionConfig:
+    kind: str = "none"
+    threshold: int = 1
+    capacity: int = 1 << 20
+    splits: int = 7
+
+
+@dataclass
 class EmbeddingConfig:
     """conf/embedding/*.yaml."""
 
+    kind: str = MISSING
     rows: int = MISSING
     init_std: float = MISSING
     l2: float = 0.0
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    ttl_days: float | None = None
+    clock: str = "event"
+    max_rows: int | None = None
+    max_bytes: int | None = None
+    eviction: str = "raise"
 
 
 @dataclass
 class SideConfig:
-    """One optimizer: that of the dense tower or that of the tables."""
+    """What both optimizers have: that of the dense tower and that of the tables."""
 
     name: str = MISSING
     lr: float = MISSING
     eps: float = MISSING
+    weight_decay: float = 0.0
     warmup_steps: int = 0
 
 
 @dataclass
 class DenseConfig(SideConfig):
-    weight_decay: float = 0.0
     clip_norm: float | None = None
+
+
+@dataclass
+class SparseConfig(SideConfig):
+    beta1: float = 0.9
+    beta2: float = 0.999
+    initial_accumulator: float = 0.0
+    beta: float = 1.0
+    l1: float = 0.0
+    l2: float = 0.0
 
 
 @dataclass
@@ -68,7 +93,7 @@ class OptimizerConfig:
     """conf/optimizer/*.yaml."""
 
     dense: DenseConfig = field(default_factory=DenseConfig)
-    sparse: SideConfig = field(default_factory=SideConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
 
 
 @dataclass
@@ -230,5 +255,12 @@ def _check(config: Config) -> None:
             raise ConfigError(f"optimizer.{key}.lr is {value}; expected a number above 0")
     if optimizer.dense.name not in ("adam", "sgd", "adagrad"):
         raise ConfigError(f"optimizer.dense.name is {optimizer.dense.name!r}; expected adam, sgd or adagrad")
+    if config.embedding.clock not in ("event", "wall"):
+        raise ConfigError(f"embedding.clock is {config.embedding.clock!r}; expected event or wall")
+    if config.embedding.ttl_days is not None and config.embedding.clock == "event" and config.data.schema.time is None:
+        raise ConfigError(
+            "embedding.ttl_days is set, but data.schema.time names no column and embedding.clock is event; "
+            "name the column of event times, or set embedding.clock=wall"
+        )
     if trainer.early_stop.metric not in ("auc", "logloss"):
         raise ConfigError(f"trainer.early_stop.metric is {trainer.early_stop.metric!r}; expected auc or logloss")

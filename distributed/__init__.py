@@ -3,10 +3,8 @@
 import logging
 import warnings
 
-# torchrec 1.8 still calls by names that torch 2.13 announces to rename, and advises on its planner; users can do nothing about it.
+# torchrec 1.8 calls by names that torch 2.13 will rename, and advises on its planner; users can do nothing about it.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*|torchrec\..*")
-for noisy in (
-    "torchrec",
-    "torch.fx._symbolic_trace",
-):  # planner advice and deprecations, none of which a user can follow
+# Planner advice and deprecations, none of which a user can follow.
+for noisy in ("torchrec", "torch.fx._symbolic_trace"):
     logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -1,70 +1,56 @@
-"""Shard a model's tables over the ranks by torchrec's planner, and say the plan in plain words."""
+"""Shard a model's tables over the ranks by torchrec's planner."""
 
 from __future__ import annotations
 
 import os
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.estimator.estimator import EmbeddingPerfEstimator
+from torchrec.distributed.planner.estimator.types import HardwarePerfConfig
+from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingType
 
+from distributed.dynamic_tables import DynamicTables
+from distributed.plan import describe, size
 from distributed.process import Process
-from distributed.static_tables import SPARSE_OPTIMIZERS, RowWiseSharder, StaticTables, initialise
+from distributed.static_tables import StaticTables
 from embedding.errors import ConfigError
 
-
-class SparseOptimizer(Protocol):
-    """How rows are updated: see `shard`."""
-
-    name: str
-    lr: float
-    eps: float
+Tables = StaticTables | DynamicTables
+RESERVED = 0.2  # share of memory left for the dense side, its optimizer and batches
 
 
 def shard(
-    network: nn.Module, tables: StaticTables, process: Process, optimizer: SparseOptimizer, batch_size: int, seed: int
+    network: nn.Module, tables: Tables, process: Process, batch_size: int
 ) -> tuple[DistributedModelParallel, str]:
     """Wrap `network` (which holds `tables`) for this job: tables row-wise over the ranks, the rest data parallel.
 
     Args:
-        optimizer: the update of rows: `name` (sgd, adagrad, rowwise_adagrad), `lr`, `eps`.
         batch_size: rows per rank and step, for the planner's estimates.
 
     Returns:
         the sharded model and the plan as text.
 
     Raises:
-        ConfigError: unknown optimizer, or the tables do not fit the ranks' memory.
+        ConfigError: the tables do not fit the ranks' memory.
     """
-    if optimizer.name not in SPARSE_OPTIMIZERS:
-        expected = ", ".join(SPARSE_OPTIMIZERS)
-        raise ConfigError(f"optimizer.sparse.name is {optimizer.name!r}; expected one of {expected}")
-    fused = {"optimizer": SPARSE_OPTIMIZERS[optimizer.name], "learning_rate": optimizer.lr, "eps": optimizer.eps}
-    sharder = RowWiseSharder(fused_params=fused)
-    topology = _topology(process)
-    constraint = ParameterConstraints(sharding_types=[ShardingType.ROW_WISE.value], compute_kernels=["fused"])
-    planner = EmbeddingShardingPlanner(
-        topology=topology,
-        batch_size=batch_size,
-        constraints={table.name: constraint for table in tables.tables},
-        # What the dense side, its optimizer and batches may need beside the tables.
-        storage_reservation=FixedPercentageStorageReservation(0.2),
-        debug=False,
-    )
+    sizes, memory = tables.sizes(), _memory_per_rank(process)
+    sharder = tables.sharder()
     try:
-        plan = planner.collective_plan(network, [sharder], dist.group.WORLD)
-    except PlannerError as error:
-        need = sum(map(tables.bytes_of, tables.tables))
+        plan = _planner(tables, process, batch_size).collective_plan(network, [sharder], dist.group.WORLD)
+    except PlannerError:
+        need = sum(table.bytes for table in sizes)
         raise ConfigError(
-            f"the tables do not fit: {_size(need)} of rows over {process.world_size} ranks, "
-            f"{_size(_memory_per_rank(process))} each; lower embedding.rows or add ranks "
-            f"(planner: {str(error).splitlines()[0]})"
+            f"the tables do not fit: {size(need)} over {process.world_size} rank(s) of {size(memory)}, of which "
+            f"{RESERVED:.0%} is kept for the rest; lower embedding.rows or add ranks"
         ) from None
     sharded = DistributedModelParallel(
         network,
@@ -73,17 +59,45 @@ def shard(
         sharders=[sharder],
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
-    initialise(tables.ebc, tables.tables, seed)
-    return sharded, describe(tables, process, optimizer.name)
+    tables.fill()
+    return sharded, describe(sizes, process.world_size, process.device.type, memory)
+
+
+def _planner(tables: Tables, process: Process, batch_size: int) -> EmbeddingShardingPlanner:
+    topology = _topology(process)
+    one = ParameterConstraints(sharding_types=[ShardingType.ROW_WISE.value], compute_kernels=[tables.compute_kernel])
+    constraints = {table.name: one for table in tables.sizes()}
+
+    class Hardware(HardwarePerfConfig):
+        """The stock estimator knows no bandwidth for kernels that are not torchrec's and raises without one."""
+
+        kernel_device_bandwidths = {
+            ("cpu", EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value): topology.ddr_mem_bw,
+            ("cuda", EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value): topology.hbm_mem_bw,
+        }
+
+    estimators = [
+        EmbeddingPerfEstimator(topology=topology, constraints=constraints, config=Hardware()),
+        EmbeddingStorageEstimator(topology=topology, constraints=constraints),
+    ]
+    return EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size,
+        constraints=constraints,
+        enumerator=EmbeddingEnumerator(
+            topology=topology, constraints=constraints, batch_size=batch_size, estimator=estimators
+        ),
+        storage_reservation=FixedPercentageStorageReservation(RESERVED),
+        debug=False,
+    )
 
 
 def _topology(process: Process) -> Topology:
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     memory = _memory_per_rank(process)
     on_gpu = process.device.type == "cuda"
     return Topology(
         world_size=process.world_size,
-        local_world_size=local,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         compute_device=process.device.type,
         hbm_cap=memory if on_gpu else None,
         ddr_cap=None if on_gpu else memory,
@@ -96,32 +110,3 @@ def _memory_per_rank(process: Process) -> int:
         return torch.cuda.get_device_properties(process.device).total_memory
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return host // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def describe(tables: StaticTables, process: Process, optimizer: str) -> str:
-    """The plan as text: what each table takes, on which ranks, and why."""
-    world = process.world_size
-    state_floats = {"sgd": lambda dim: 0, "adagrad": lambda dim: dim, "rowwise_adagrad": lambda dim: 1}[optimizer]
-    lines = [
-        f"{len(tables.tables)} tables, row-wise over {world} rank{'s' if world > 1 else ''} on {process.device.type}: "
-        "rows are spread evenly by a mixed id, so no rank is a hot spot",
-        f"{'table':<24}{'rows':>12}{'dim':>6}{'weights':>12}{'state':>12}{'per rank':>12}  features",
-    ]
-    total = 0
-    for table in tables.tables:
-        weights, state = tables.bytes_of(table), tables.rows * state_floats(table.dim) * 4
-        total += weights + state
-        lines.append(
-            f"{table.name:<24}{tables.rows:>12,}{table.dim:>6}{_size(weights):>12}{_size(state):>12}"
-            f"{_size(-(-(weights + state) // world)):>12}  {', '.join(table.features)}"
-        )
-    lines.append(f"in all {_size(total)}, {_size(-(-total // world))} per rank of {_size(_memory_per_rank(process))}")
-    return "\n".join(lines)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError

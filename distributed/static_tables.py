@@ -7,15 +7,21 @@ price. Output is the same for any number of ranks: initial rows depend on (seed,
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ShardingType
 
-from embedding.config import TableConfig
+from distributed.plan import TableSize
+from distributed.process import Process
+from embedding.config import RowOptimizer, TableConfig
+from embedding.errors import ConfigError
 from kernels.mix import mix64
 from kernels.random import normal
 
@@ -24,6 +30,7 @@ SPARSE_OPTIMIZERS = {
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
 }
+STATE_FLOATS = {"sgd": lambda dim: 0, "adagrad": lambda dim: dim, "rowwise_adagrad": lambda dim: 1}
 INIT_CHUNK_FLOATS = 1 << 24  # initial rows are drawn in pieces of 64 MiB, so that start-up needs no second table
 
 
@@ -34,21 +41,34 @@ class StaticTables(nn.Module):
         groups: name of a group (DeepFM: "v" and "w") -> its tables. Every group covers every id feature once.
         id_names: the id features, in the order in which a group's output lists the fields.
         rows: rows of each table.
+        optimizer: how rows are updated: sgd, adagrad or rowwise_adagrad.
+        seed: with the table and the row it fixes a row's first values.
         weighted: ids carry weights, which scale their rows before pooling.
         averaged: the features whose bags are averaged over their ids; the others are summed.
+
+    Raises:
+        ConfigError: an optimizer that the stock kernels do not have.
     """
+
+    compute_kernel = EmbeddingComputeKernel.FUSED.value
 
     def __init__(
         self,
         groups: dict[str, Sequence[TableConfig]],
         id_names: Sequence[str],
         rows: int,
+        optimizer: RowOptimizer,
+        seed: int,
         weighted: bool = False,
         averaged: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.tables = [table for tables in groups.values() for table in tables]
-        self.rows = rows
+        self.rows, self.optimizer, self.seed = rows, optimizer, seed
+        if optimizer.name not in SPARSE_OPTIMIZERS:
+            expected = ", ".join(SPARSE_OPTIMIZERS)
+            found = f"optimizer.sparse.name is {optimizer.name!r}"
+            raise ConfigError(f"{found}; static tables have {expected} (embedding=dynamic has more)")
         self.ebc = EmbeddingBagCollection(
             device=torch.device("meta"),
             is_weighted=weighted,
@@ -103,8 +123,50 @@ class StaticTables(nn.Module):
             stride=ids.stride(),
         )
 
-    def bytes_of(self, table: TableConfig) -> int:
-        return self.rows * stored_dim(table.dim) * 4
+    def sharder(self) -> RowWiseSharder:
+        optimizer = self.optimizer
+        kind = SPARSE_OPTIMIZERS[optimizer.name]
+        return RowWiseSharder({"optimizer": kind, "learning_rate": optimizer.lr, "eps": optimizer.eps})
+
+    def sizes(self) -> list[TableSize]:
+        state = STATE_FLOATS[self.optimizer.name]
+        return [
+            TableSize(table.name, table.features, self.rows, table.dim, 4 * (width + state(width)))
+            for table in self.tables
+            for width in [stored_dim(table.dim)]
+        ]
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Draw this rank's first rows. Called after sharding, which gives CPU tables values of its own."""
+        by_name = {table.name: table for table in self.tables}
+        for key, value in self.ebc.state_dict().items():
+            table = by_name[key.split(".")[-2]]
+            for shard in value.local_shards():
+                _fill(shard.tensor, shard.metadata.shard_offsets[0], table, self.seed)
+
+    def begin_step(self, now: int) -> None:
+        """Nothing: static rows have no age."""
+
+    def expire(self, now: int) -> None:
+        """Nothing: static rows never expire."""
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        """Nothing to count."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What torch.distributed.checkpoint saves and loads of the tables."""
+        return self.ebc.state_dict()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.ebc.load_state_dict(state)
+
+    def save_rows(self, folder: Path, process: Process) -> None:
+        """Nothing beside `state`."""
+
+    def load_rows(self, folder: Path, process: Process) -> None:
+        """Nothing beside `state`."""
 
 
 def stored_dim(dim: int) -> int:
@@ -130,18 +192,10 @@ class RowWiseSharder(EmbeddingBagCollectionSharder):
         return [ShardingType.ROW_WISE.value]
 
 
-@torch.no_grad()
-def initialise(sharded_ebc: nn.Module, tables: Sequence[TableConfig], seed: int) -> None:
-    """Fill this rank's rows. Called after sharding, which gives CPU tables values of its own."""
-    by_name = {table.name: table for table in tables}
-    for key, value in sharded_ebc.state_dict().items():
-        table = by_name[key.split(".")[-2]]
-        for shard in value.local_shards():
-            first, rows = shard.metadata.shard_offsets[0], shard.tensor.shape[0]
-            width = shard.tensor.shape[1]
-            chunk = max(1, INIT_CHUNK_FLOATS // width)
-            for start in range(0, rows, chunk):
-                stop = min(start + chunk, rows)
-                ids = torch.arange(first + start, first + stop)
-                drawn = normal(seed, table.key, ids, width)
-                shard.tensor[start:stop].copy_(drawn.mul_(table.init_std))
+def _fill(rows: Tensor, first: int, table: TableConfig, seed: int) -> None:
+    count, width = rows.shape
+    chunk = max(1, INIT_CHUNK_FLOATS // width)
+    for start in range(0, count, chunk):
+        stop = min(start + chunk, count)
+        ids = torch.arange(first + start, first + stop)
+        rows[start:stop].copy_(normal(seed, table.key, ids, width).mul_(table.init_std))

@@ -39,8 +39,8 @@ def joined(masks: list[np.ndarray | None], sizes: list[int]) -> np.ndarray | Non
 
 def fixed_width(array: pa.Array) -> np.ndarray:
     """The values of an array of integers or floats without a copy; arbitrary where null."""
-    values = np.frombuffer(array.buffers()[1], array.type.to_pandas_dtype())
-    return values[array.offset : array.offset + len(array)]
+    plain = pa.Array.from_buffers(array.type, len(array), [None, array.buffers()[1]], offset=array.offset)
+    return plain.to_numpy(zero_copy_only=True)
 
 
 def floats(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:

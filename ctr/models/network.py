@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
 
+from ctr.config import Config
 from ctr.data.batch import Batch
 from ctr.data.schema import Schema
 from ctr.models.tower import Fields, Tower
+from distributed.dynamic_tables import DynamicTables
+from distributed.sharding import Tables
 from distributed.static_tables import StaticTables
-from embedding.config import TableConfig
+from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, TableConfig
 from embedding.errors import ConfigError
 
 
 class Network(nn.Module):
     """Tables -> tower -> logit. With `amp` the tower runs in bfloat16; tables and logits stay float32."""
 
-    def __init__(self, tables: StaticTables, tower: Tower, id_names: Sequence[str], amp: bool) -> None:
+    def __init__(self, tables: Tables, tower: Tower, id_names: Sequence[str], amp: bool) -> None:
         super().__init__()
         self.tables = tables
         self.tower = tower
@@ -61,11 +65,59 @@ def build_tower(model: dict, schema: Schema) -> Tower:
     return tower_class(Fields(tuple(schema.numeric_names), tuple(schema.id_names)), **arguments)
 
 
-def table_configs(schema: Schema, tower: Tower, init_std: float) -> dict[str, list[TableConfig]]:
-    """For each group of embeddings the tower wants, one table per table name of the schema."""
-    return {
-        group: [
-            TableConfig(f"{table}_{group}", dim, tuple(features), init_std) for table, features in schema.tables.items()
-        ]
-        for group, dim in tower.embedding_dims.items()
-    }
+def build_tables(config: Config, schema: Schema, tower: Tower) -> Tables:
+    """The tables that the tower wants, static or dynamic as `embedding.kind` says.
+
+    Raises:
+        ConfigError: unknown kind, or a key that this kind cannot serve.
+    """
+    embedding, sparse = config.embedding, config.optimizer.sparse
+    optimizer = RowOptimizer(
+        sparse.name,
+        lr=sparse.lr,
+        eps=sparse.eps,
+        beta1=sparse.beta1,
+        beta2=sparse.beta2,
+        weight_decay=sparse.weight_decay,
+        initial_accumulator=sparse.initial_accumulator,
+        beta=sparse.beta,
+        l1=sparse.l1,
+        l2=sparse.l2,
+    )
+    # A bag of at most one id needs no average.
+    averaged = [f.name for f in schema.categorical if f.kind in ("ids", "sequence") and f.pooling == "mean"]
+    if embedding.kind == "static":
+        groups = {
+            group: [
+                TableConfig(f"{table}_{group}", dim, tuple(features), embedding.init_std)
+                for table, features in schema.tables.items()
+            ]
+            for group, dim in tower.embedding_dims.items()
+        }
+        seed = config.trainer.seed
+        return StaticTables(groups, schema.id_names, embedding.rows, optimizer, seed, schema.weighted, averaged)
+    if embedding.kind == "dynamic":
+        tables = [_dynamic_table(config, tower, optimizer, t, tuple(f)) for t, f in schema.tables.items()]
+        return DynamicTables(tables, schema.id_names, embedding.rows, averaged)
+    raise ConfigError(f"embedding.kind is {embedding.kind!r}; expected dynamic or static")
+
+
+def _dynamic_table(
+    config: Config, tower: Tower, optimizer: RowOptimizer, name: str, features: tuple[str, ...]
+) -> DynamicTableConfig:
+    embedding = config.embedding
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    table = DynamicTableConfig(
+        name=name,
+        features=features,
+        groups=tuple(Group(group, dim, embedding.init_std) for group, dim in tower.embedding_dims.items()),
+        optimizer=optimizer,
+        seed=config.trainer.seed,
+        admission=Admission(**vars(embedding.admission)),
+        ttl_seconds=None if embedding.ttl_days is None else int(embedding.ttl_days * 86400),
+        max_rows=None if embedding.max_rows is None else -(-embedding.max_rows // ranks),
+        max_bytes=None if embedding.max_bytes is None else embedding.max_bytes // ranks,
+        eviction=embedding.eviction,
+    )
+    table.check_batch(-(-config.trainer.batch_size * len(features) // ranks))
+    return table

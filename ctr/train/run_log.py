@@ -25,6 +25,7 @@ from ctr.config import Config
 from ctr.data.batch import Batch
 from ctr.data.reader import ParquetReader
 from ctr.train.optimizers import Optimizers
+from distributed.plan import size
 from distributed.process import Process
 from embedding.errors import ConfigError
 
@@ -47,6 +48,7 @@ class RunLog:
         self._started = self._window_started = time.perf_counter()
         self._waited = 0.0
         self._bar: tqdm | None = None
+        self._tables_before = {"admitted": 0, "expired": 0, "evicted": 0}
 
     def _open(self, plan: str) -> None:
         (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(self._config), resolve=True))
@@ -93,7 +95,7 @@ class RunLog:
         """Add one step of this rank. Every `log_every` steps: sum over ranks, the only wait for the device."""
         self._sums += torch.stack([loss_sum.double(), weight.double(), torch.full_like(weight, rows).double()])
         if step % self._config.trainer.log_every:
-            return
+            return False
         if self._process.world_size > 1:
             dist.all_reduce(self._sums)
         total_loss, total_weight, total_rows = self._sums.tolist()
@@ -117,6 +119,29 @@ class RunLog:
         self.say(
             f"step {step} · loss {line['loss']:.4f} · {line['samples_per_second']:,.0f} samples/s · "
             f"reader {line['reader_wait']:.0%}"
+        )
+        return True
+
+    def tables(self, step: int, stats: dict[str, dict[str, float]]) -> None:
+        """Sum the counts of dynamic tables over ranks; write them by table and say them in all."""
+        if not stats:
+            return
+        names, keys = list(stats), ("rows", "bytes", "new", "admitted", "rejected", "expired", "evicted")
+        counts = torch.tensor([[stats[name][key] for key in keys] for name in names], dtype=torch.float64)
+        if self._process.world_size > 1:
+            dist.all_reduce(counts)
+        by_table = {name: dict(zip(keys, map(int, row), strict=True)) for name, row in zip(names, counts, strict=True)}
+        total = dict(zip(keys, map(int, counts.sum(0)), strict=True))
+        before, self._tables_before = self._tables_before, total
+        self.write({"kind": "tables", "step": step, **total, "tables": by_table})
+        if self._tensorboard:
+            for name, table in by_table.items():
+                for key in ("rows", "bytes", "rejected", "expired", "evicted"):
+                    self._tensorboard.add_scalar(f"tables/{name}/{key}", table[key], step)
+        gone = total["expired"] + total["evicted"] - before["expired"] - before["evicted"]
+        self.say(
+            f"step {step} · rows {total['rows']:,} (+{total['admitted'] - before['admitted']:,}, "
+            f"−{gone:,} expired or evicted) · {size(total['bytes'])}"
         )
 
     def evaluation(self, step: int, split: str, metrics: dict, is_best: bool) -> None:

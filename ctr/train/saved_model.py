@@ -20,7 +20,10 @@ def save_model(model: DistributedModelParallel, folder: Path, process: Process) 
     if process.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
     dist.barrier()
-    dcp.save({"model": model.state_dict()}, checkpoint_id=temporary)
+    network = model.module
+    dcp.save({"tower": network.tower.state_dict(), "tables": network.tables.state()}, checkpoint_id=temporary)
+    network.tables.save_rows(temporary / "rows", process)
+    dist.barrier()
     if process.is_main:
         shutil.rmtree(previous, ignore_errors=True)
         if folder.exists():
@@ -41,7 +44,10 @@ def load_model(model: DistributedModelParallel, folder: Path, process: Process) 
     if not (source / ".metadata").exists():
         raise TesseraError(f"{folder} holds no saved model; train the run first")
     process.stage = f"loading {folder.name}"
-    state = model.state_dict()
-    dcp.load({"model": state}, checkpoint_id=source)
-    model.load_state_dict(state)
+    network = model.module
+    tower, tables = network.tower.state_dict(), network.tables.state()
+    dcp.load({"tower": tower, "tables": tables}, checkpoint_id=source)
+    network.tower.load_state_dict(tower)
+    network.tables.load_state(tables)
+    network.tables.load_rows(source / "rows", process)
     dist.barrier()

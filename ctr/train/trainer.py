@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from ctr.config import Config
 from ctr.data.batch import Batch
 from ctr.data.schema import Schema
-from ctr.models.network import Network, build_tower, table_configs
+from ctr.models.network import Network, build_tables, build_tower
 from ctr.report.report import write_report
 from ctr.train.evaluate import evaluate, read_split
 from ctr.train.guard import check_gradients, check_loss, watch_gradients
@@ -22,7 +23,6 @@ from ctr.train.run_log import RunLog
 from ctr.train.saved_model import load_model, save_model
 from distributed.process import Process
 from distributed.sharding import shard
-from distributed.static_tables import StaticTables
 from embedding.errors import ConfigError
 
 HIGHER_IS_BETTER = {"auc": True, "logloss": False}
@@ -44,9 +44,10 @@ class Trainer:
         if self.readers["train"] is None:
             raise ConfigError("data.train is null; training needs it")
         self.model, plan = build_model(config, self.schema, process)
+        self.tables = self.model.module.tables
         self.optimizers = Optimizers(config.optimizer, self.model)
         self.log = RunLog(config, process, plan)
-        self.step = 0
+        self.step = self.now = 0
         self.best: float | None = None
         self.evaluations_since_best = 0
         self.evaluated_step = -1
@@ -57,7 +58,9 @@ class Trainer:
         for epoch in range(self.config.trainer.epochs):
             for batch in self.log.progress(reader.epoch(epoch), reader.steps_per_epoch, epoch):
                 loss_sum, weight = self.train_step(batch)
-                self.log.train(self.step, epoch, batch.rows, loss_sum, weight, self.optimizers)
+                if self.log.train(self.step, epoch, batch.rows, loss_sum, weight, self.optimizers):
+                    self.tables.expire(self.now)
+                    self.log.tables(self.step, self.tables.stats())
                 if every and self.step % every == 0:
                     self.evaluate()
                 if self.finished:
@@ -73,25 +76,36 @@ class Trainer:
         """One update. Returns this rank's summed loss and summed sample weight, on the device, for the log."""
         network: Network = self.model.module
         self.process.stage = f"step {self.step}: forward"
+        global_weight, self.now = self.agree(batch)  # before it goes to the device: these are numbers for the host
         batch = batch.to(self.process.device)
-        local_weight = batch.weight.sum()
-        global_weight = local_weight.clone()
-        if self.process.world_size > 1:
-            dist.all_reduce(global_weight)
+        self.tables.begin_step(self.now)
         logits, embeddings = self.model(batch)
         loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
         check_loss(loss_sum, network, batch, embeddings, self.step)
         watch_gradients(network, embeddings)
         # Ranks hold different numbers of rows and data parallel averages over ranks. With this scale the update is
         # that of the mean over the global batch, however its rows are spread.
-        scale = self.process.world_size / global_weight.clamp_min(1e-12)
+        scale = self.process.world_size / max(global_weight, 1e-12)
         self.process.stage = f"step {self.step}: backward"
         self.optimizers.zero_grad()
         ((loss_sum + self.l2(embeddings)) * scale).backward()
         check_gradients(network.tower, self.step)
         self.optimizers.step()
         self.step += 1
-        return loss_sum.detach(), local_weight
+        return loss_sum.detach(), batch.weight.sum()
+
+    def agree(self, batch: Batch) -> tuple[float, int]:
+        """Summed weight and the time (seconds) of the global batch, the same on every rank."""
+        if self.config.embedding.clock == "wall" or batch.time is None:
+            now = int(time.time())
+        else:
+            now = int(batch.time[: batch.rows].max()) if batch.rows else 0
+        mine = torch.tensor([float(batch.weight.sum()), now], dtype=torch.float64)
+        if self.process.world_size == 1:
+            return mine[0].item(), now
+        everyone = mine.new_empty(self.process.world_size, 2)
+        dist.all_gather_into_tensor(everyone, mine)
+        return everyone[:, 0].sum().item(), int(everyone[:, 1].max())
 
     def l2(self, embeddings: dict[str, Tensor]) -> Tensor | float:
         """l2/2 times the squares of all looked-up embeddings: rows that the batch does not touch do not decay."""
@@ -149,14 +163,8 @@ class Trainer:
 def build_model(config: Config, schema: Schema, process: Process) -> tuple[DistributedModelParallel, str]:
     """The sharded model, with the same initial values on any number of ranks, and its plan as text."""
     tower = build_tower(config.model, schema)
-    groups = table_configs(schema, tower, config.embedding.init_std)
-    # A bag of at most one id needs no average.
-    averaged = [f.name for f in schema.categorical if f.kind in ("ids", "sequence") and f.pooling == "mean"]
-    tables = StaticTables(groups, schema.id_names, config.embedding.rows, schema.weighted, averaged)
-    network = Network(tables, tower, schema.id_names, config.trainer.amp)
-    per_rank = -(-config.trainer.batch_size // process.world_size)
-    sparse = config.optimizer.sparse
-    return shard(network, tables, process, sparse, per_rank, config.trainer.seed)
+    network = Network(build_tables(config, schema, tower), tower, schema.id_names, config.trainer.amp)
+    return shard(network, network.tables, process, -(-config.trainer.batch_size // process.world_size))
 
 
 def set_threads(config: Config) -> None:

@@ -18,10 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import ctr.config  # noqa: E402, F401  (sets OpenMP's wait policy before torch loads)
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+import ctr.config  # noqa: E402, F401  (sets OpenMP's wait policy before torch loads)
 from ctr.config import Config, load_config  # noqa: E402
 from ctr.data.synthetic import write_synthetic  # noqa: E402
 from ctr.data.synthetic_rows import SyntheticConfig  # noqa: E402

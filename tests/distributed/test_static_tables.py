@@ -6,7 +6,7 @@ from torchrec import KeyedJaggedTensor
 
 from distributed.sharding import shard
 from distributed.static_tables import StaticTables, stored_dim
-from embedding.config import TableConfig
+from embedding.config import RowOptimizer, TableConfig
 from embedding.errors import ConfigError
 from kernels.mix import mix64
 from kernels.random import normal
@@ -14,10 +14,6 @@ from tests.ranks import on_ranks
 
 ROWS, SEED, LR, EPS, BATCH = 50, 3, 0.1, 1e-8, 8
 IDS = ["a", "b", "c"]
-
-
-class Optimizer:
-    name, lr, eps = "rowwise_adagrad", LR, EPS
 
 
 class Model(torch.nn.Module):
@@ -32,7 +28,8 @@ class Model(torch.nn.Module):
             ]
             for group, dim in {"v": 4, "w": 1}.items()
         }
-        self.tables = StaticTables(self.groups, IDS, ROWS, averaged=["b"])
+        optimizer = RowOptimizer("rowwise_adagrad", lr=LR, eps=EPS)
+        self.tables = StaticTables(self.groups, IDS, ROWS, optimizer, SEED, averaged=["b"])
         generator = torch.Generator().manual_seed(0)
         self.mix = torch.nn.Parameter(torch.randn(3 * 5, generator=generator))
 
@@ -55,7 +52,7 @@ def draw_bags(step: int) -> list[list[list[int]]]:
 
 def train(process, steps: int):
     model = Model()
-    sharded, plan = shard(model, model.tables, process, Optimizer, BATCH // process.world_size, SEED)
+    sharded, plan = shard(model, model.tables, process, BATCH // process.world_size)
     outputs = []
     for step in range(steps):
         share = BATCH // process.world_size
@@ -120,20 +117,16 @@ def test_the_plan_names_every_table_and_its_bytes():
 
 
 def shard_with(process, name, rows):
-    class Unknown:
-        lr, eps = 0.1, 1e-8
-
-    Unknown.name = name
     model = Model()
-    model.tables = StaticTables(model.groups, IDS, rows)
     try:
-        shard(model, model.tables, process, Unknown, 8, SEED)
+        model.tables = StaticTables(model.groups, IDS, rows, RowOptimizer(name), SEED)
+        shard(model, model.tables, process, 8)
     except ConfigError as error:
         return str(error)
 
 
 def test_mistakes_are_one_line():
     (unknown,) = on_ranks(1, shard_with, "adamm", ROWS)
-    assert unknown == "optimizer.sparse.name is 'adamm'; expected one of sgd, adagrad, rowwise_adagrad"
+    assert unknown.startswith("optimizer.sparse.name is 'adamm'; static tables have sgd, adagrad, rowwise_adagrad")
     (too_big,) = on_ranks(1, shard_with, "sgd", 10**12)
     assert too_big.startswith("the tables do not fit: ") and "embedding.rows" in too_big and "\n" not in too_big

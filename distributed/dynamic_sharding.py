@@ -1,0 +1,94 @@
+"""Dynamic tables under torchrec's row-wise sharding: the few places where its classes let a kernel of one's own in.
+
+torchrec moves raw 64-bit ids unchanged when each table claims as many rows as there are ranks (block size 1): the
+owner of a value is then the value modulo the ranks. We send mixed ids, so owners are balanced whatever the ids are.
+`tests/distributed/test_torchrec_contract.py` fails when a torchrec release moves one of these places.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec import EmbeddingCollection
+from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
+from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
+from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
+from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
+
+from distributed.table_kernel import DynamicTableKernel
+
+DYNAMIC = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
+
+
+class DynamicLookup(GroupedEmbeddingsLookup):
+    def _create_embedding_kernel(self, config: GroupedEmbeddingConfig, pg, device, env=None) -> nn.Module:
+        assert config.compute_kernel is DYNAMIC, config.compute_kernel
+        return DynamicTableKernel(config, pg, device)
+
+
+class DynamicSharding(RwSequenceEmbeddingSharding):
+    def create_input_dist(self, device: torch.device | None = None) -> RwSparseFeaturesDist:
+        features = self._get_num_features()
+        return RwSparseFeaturesDist(
+            pg=self._pg,
+            num_features=features,
+            feature_hash_sizes=[self._pg.size()] * features,
+            device=device or self._device,
+            is_sequence=True,
+            has_feature_processor=self._has_feature_processor,
+            need_pos=False,
+            keep_original_indices=True,
+        )
+
+    def create_lookup(self, device=None, fused_params=None, feature_processor=None) -> DynamicLookup:
+        return DynamicLookup(self._grouped_embedding_configs, self._pg, device or self._device, self._env)
+
+
+class ShardedDynamicCollection(ShardedEmbeddingCollection):
+    @classmethod
+    def create_embedding_sharding(
+        cls, sharding_type, sharding_infos, env, device=None, qcomm_codecs_registry=None
+    ) -> DynamicSharding:
+        assert sharding_type == ShardingType.ROW_WISE.value, sharding_type
+        return DynamicSharding(
+            sharding_infos=sharding_infos, env=env, device=device, qcomm_codecs_registry=qcomm_codecs_registry
+        )
+
+    def kernels(self) -> list[DynamicTableKernel]:
+        return [kernel for lookup in self._lookups for kernel in lookup._emb_modules]
+
+
+class DynamicSharder(EmbeddingCollectionSharder):
+    """Shards an EmbeddingCollection of dynamic tables. `fused_params`: `table_configs` by name, `learning_rate`."""
+
+    def shard(
+        self,
+        module: EmbeddingCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedDynamicCollection:
+        return ShardedDynamicCollection(
+            module,
+            params,
+            env,
+            self.fused_params,
+            device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+        )
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return [ShardingType.ROW_WISE.value]
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return [DYNAMIC.value]
+
+    @property
+    def sharded_module_type(self) -> Any:
+        return ShardedDynamicCollection

@@ -1,0 +1,172 @@
+"""The asking side of dynamic tables: ids in, embeddings out, the same on any number of ranks.
+
+Each rank sends an id once per table and batch, however often it occurs and however many groups of embeddings the tower
+wants of it: one row of the table holds the values of all groups (DeepFM: v and w). The owners send rows back, and
+repeating, pooling and, in the backward pass, summing over repetitions happen here, where the repetitions are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+
+from distributed.dynamic_sharding import DYNAMIC, DynamicSharder
+from distributed.plan import TableSize
+from distributed.process import Process
+from distributed.table_files import load_tables, save_tables
+from embedding.config import DynamicTableConfig
+from embedding.table import DynamicTable
+from kernels.mix import mix64
+from kernels.unique import unique_inverse
+
+EXPIRE_ROWS = 1 << 18  # rows of each table that one call of `expire` looks at: about a millisecond
+
+
+class DynamicTables(nn.Module):
+    """All tables of a model as one EmbeddingCollection.
+
+    Args:
+        tables: every id feature belongs to exactly one; all have the same groups.
+        id_names: the id features, in the order in which a group's output lists the fields.
+        expected_rows: rows per table that the planner counts with; tables grow beyond it.
+        averaged: the features whose bags are averaged over their ids; the others are summed.
+    """
+
+    compute_kernel = DYNAMIC.value
+
+    def __init__(
+        self,
+        tables: Sequence[DynamicTableConfig],
+        id_names: Sequence[str],
+        expected_rows: int,
+        averaged: Collection[str] = (),
+    ) -> None:
+        super().__init__()
+        self.tables, self.expected_rows = list(tables), expected_rows
+        self.groups = {group.name: group.dim for group in tables[0].groups}
+        self.collection = EmbeddingCollection(
+            device=torch.device("meta"),
+            tables=[
+                EmbeddingConfig(
+                    name=table.name,
+                    embedding_dim=table.width,
+                    # The planner counts rows * dim * 4 bytes; a dynamic row has state and bookkeeping as well.
+                    num_embeddings=-(-expected_rows * table.bytes_per_row // (4 * table.width)),
+                    feature_names=[table.name],
+                )
+                for table in tables
+            ],
+        )
+        self._names = [table.name for table in tables]
+        self._fields = [[id_names.index(feature) for feature in table.features] for table in tables]
+        self._field_count = len(id_names)
+        self._averaged = [i for i, name in enumerate(id_names) if name in averaged]
+
+    def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """ids: raw int64 ids, stride B. Returns group -> [B, fields, dim] float32; an empty bag gives zeros."""
+        asked, index = self._distinct(ids)
+        answered = self.collection(asked)
+        rows = torch.cat([answered[name].values() for name in self._names])
+        pooled_fbd = self._pool(rows, index, ids).unflatten(0, (self._field_count, -1))
+        return dict(zip(self.groups, pooled_fbd.transpose(0, 1).split(list(self.groups.values()), 2), strict=True))
+
+    def sharder(self) -> DynamicSharder:
+        fused = {"table_configs": tuple(self.tables), "learning_rate": self.tables[0].optimizer.lr}
+        return DynamicSharder(fused)
+
+    def sizes(self) -> list[TableSize]:
+        return [
+            TableSize(table.name, table.features, self.expected_rows, table.width, table.bytes_per_row)
+            for table in self.tables
+        ]
+
+    def fill(self) -> None:
+        """Nothing: rows come to be when their ids are seen."""
+
+    def owned(self) -> dict[str, DynamicTable]:
+        """This rank's part of each table, after sharding."""
+        return {
+            name: table
+            for kernel in self.collection.kernels()
+            for name, table in zip(kernel.names, kernel.tables, strict=True)
+        }
+
+    def begin_step(self, now: int) -> None:
+        """Set the time that rows of the coming training step are touched with, in seconds."""
+        for kernel in self.collection.kernels():
+            kernel.now = now
+
+    def expire(self, now: int) -> None:
+        """Give up rows not seen for their table's TTL; scans a part of each table, the next part the next time."""
+        for table in self.owned().values():
+            if table.config.ttl_seconds is not None:
+                table.expire(now, budget_rows=EXPIRE_ROWS)
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        """This rank's counts by table: rows, bytes, new, admitted, rejected, expired, evicted."""
+        return {name: table.stats() for name, table in self.owned().items()}
+
+    def state(self) -> dict[str, Any]:
+        """Nothing for torch.distributed.checkpoint: rows are saved by id, see `save_rows`."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass
+
+    def save_rows(self, folder: Path, process: Process) -> None:
+        save_tables(self.owned(), folder, process)
+
+    def load_rows(self, folder: Path, process: Process) -> None:
+        for kernel in self.collection.kernels():
+            kernel.clear()
+        load_tables(self.owned(), folder, process)
+
+    @torch.no_grad()
+    def _distinct(self, ids: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Tensor]:
+        """The distinct ids per table, mixed, with their counts; and for each value of `ids` its place among them."""
+        values, bounds = ids.values(), ids.offset_per_key()
+        index = torch.empty_like(values)
+        distinct, counts, lengths, first = [], [], [], 0
+        for fields in self._fields:
+            spans = [slice(bounds[field], bounds[field + 1]) for field in fields]
+            one = values[spans[0]] if len(spans) == 1 else torch.cat([values[span] for span in spans])
+            unique, inverse, count = unique_inverse(one)
+            inverse += first
+            begin = 0
+            for span in spans:
+                width = span.stop - span.start
+                index[span] = inverse[begin : begin + width]
+                begin += width
+            distinct.append(unique)
+            counts.append(count)
+            lengths.append(unique.numel())
+            first += unique.numel()
+        asked = KeyedJaggedTensor(
+            keys=self._names,
+            values=mix64(torch.cat(distinct)),
+            # Counts ride along as weights. float32 holds them exactly up to 2^24 of one id in one batch.
+            weights=torch.cat(counts).float(),
+            lengths=torch.tensor(lengths, dtype=torch.int32, device=values.device),
+            stride=1,
+        )
+        return asked, index
+
+    def _pool(self, rows: Tensor, index: Tensor, ids: KeyedJaggedTensor) -> Tensor:
+        """Sum or mean over each bag. rows: [distinct, width]; index: [values]. Returns [fields * B, width]."""
+        bags, weights = ids.lengths().numel(), ids.weights_or_none()
+        if weights is None and not self._averaged and index.numel() == bags and bool((ids.lengths() == 1).all()):
+            return F.embedding(index, rows)  # every bag holds one id: nothing to pool
+        offsets = ids.offsets().long()
+        pooled = F.embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+        if not self._averaged:
+            return pooled
+        lengths_fb = ids.lengths().view(self._field_count, -1)
+        scale_fb = torch.ones_like(lengths_fb, dtype=torch.float32)
+        scale_fb[self._averaged] = 1.0 / lengths_fb[self._averaged].clamp_min(1)
+        return pooled * scale_fb.view(-1, 1)

@@ -1,0 +1,129 @@
+"""The compute kernel that torchrec runs on the owner of rows: dynamic tables instead of fbgemm's static ones.
+
+It receives, per table, the ids that every rank asks for with their counts, and gives their rows; in the backward pass
+it receives the rows' gradients and updates the tables at once, so that no gradient leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding
+from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
+from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embedding.table import DynamicTable
+from kernels.mix import unmix64
+from kernels.unique import unique_inverse
+
+
+class RowLearningRate(FusedOptimizer):
+    """Carries the learning rate of the tables where torchrec looks for it. Rows move in the backward pass only."""
+
+    def __init__(self, lr: float) -> None:
+        super().__init__({}, {}, [{"params": [], "lr": lr}])
+
+    @property
+    def lr(self) -> float:
+        return self.param_groups[0]["lr"]
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        pass
+
+    def step(self, closure: Any = None) -> None:
+        pass
+
+
+class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
+    """All dynamic tables of one model, those parts of them that this rank owns.
+
+    Attributes:
+        tables: in the order of torchrec's grouped config.
+        now: time of the batch in seconds, set by the caller before each training step.
+    """
+
+    def __init__(self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None):
+        super().__init__(config, pg, device)
+        fused = config.fused_params or {}
+        configs = {table.name: table for table in fused["table_configs"]}
+        self.tables = [DynamicTable(configs[table.name], device) for table in config.embedding_tables]
+        self.names = [table.name for table in config.embedding_tables]
+        self.ranks = pg.size() if pg is not None else 1
+        self.now = 0
+        self._optim = RowLearningRate(fused["learning_rate"])
+        # Autograd runs a function's backward only if some input wants a gradient; rows are no tensor it knows of.
+        self._handle = torch.zeros((), requires_grad=True)
+        for table in config.embedding_tables:
+            placeholder = nn.Parameter(torch.empty(0, table.local_cols))
+            placeholder._in_backward_optimizers = [EmptyFusedOptimizer()]
+            self._param_per_table[table.name] = placeholder
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        """features: one key per table, stride = ranks, values mixed ids, weights their counts. Returns [n, width]."""
+        return _LookUp.apply(self._handle, self, features.values(), features.weights(), features.offsets())
+
+    def look_up(self, mixed: Tensor, counts: Tensor, bounds: list[int]) -> tuple[Tensor, list[tuple]]:
+        """Rows of all tables one after the other, and what `update` needs per table: row numbers and inverse."""
+        parts, context = [], []
+        for table, begin, end in zip(self.tables, bounds, bounds[1:], strict=False):
+            ids, count = unmix64(mixed[begin:end]), counts[begin:end].long()
+            inverse = None
+            if self.ranks > 1:  # each rank has sent its ids once; two ranks may have sent the same one
+                ids, inverse, _ = unique_inverse(ids)
+                count = torch.zeros_like(ids).index_add_(0, inverse, count)
+            rows = table.lookup(ids, self.now, count, self.training)
+            parts.append(table.gather(rows, inverse))
+            context.append((rows, inverse))
+        return torch.cat(parts), context
+
+    def update(self, grads: Tensor, context: list[tuple], bounds: list[int]) -> None:
+        for table, (rows, inverse), begin, end in zip(self.tables, context, bounds, bounds[1:], strict=False):
+            if end > begin:
+                table.update(rows, grads[begin:end], inverse, lr=self._optim.lr)
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.tables = [DynamicTable(table.config, table.device) for table in self.tables]
+
+    # What torchrec asks of a kernel.
+
+    @property
+    def emb_module(self) -> DynamicTableKernel:
+        return self
+
+    @property
+    def fused_optimizer(self) -> FusedOptimizer:
+        return self._optim
+
+    def split_embedding_weights(self) -> list[Tensor]:
+        return [self._param_per_table[name] for name in self.names]
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator:
+        yield from ()
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator:
+        yield from ()
+
+    def state_dict(self, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict:
+        """Empty: rows are saved by `distributed/table_files.py`, by id, so that any number of ranks can load them."""
+        return destination if destination is not None else {}
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, handle: Tensor, kernel: DynamicTableKernel, mixed: Tensor, counts: Tensor, offsets: Tensor):
+        stride = (offsets.numel() - 1) // len(kernel.tables)
+        bounds = offsets[::stride].tolist()
+        rows, ctx.context = kernel.look_up(mixed, counts, bounds)
+        ctx.kernel, ctx.bounds = kernel, bounds
+        return rows
+
+    @staticmethod
+    def backward(ctx, grads: Tensor):
+        ctx.kernel.update(grads.contiguous(), ctx.context, ctx.bounds)
+        return None, None, None, None, None
