@@ -21,17 +21,14 @@ def assemble(schema: Schema, slices: list[Slice], size: int, position: int) -> B
     weight = np.ones(size, np.float32)
     group = np.zeros(size, np.int64) if schema.group else None
     time = np.zeros(size, np.int64) if schema.time else None
-    start = 0
-    for part in slices:
-        stop = start + part.stop - part.first
-        _copy(numeric[start:stop], part.window.numeric, part)
-        if len(part.window.labels):
-            _copy(labels[start:stop], part.window.labels, part)
+    if slices:
+        # Side by side first and transposed as a whole: lane by lane the transposed pieces are small.
+        numeric[:rows] = _beside([p.window.numeric[:, p.first : p.stop] for p in slices]).T
+        if len(slices[0].window.labels):
+            labels[:rows] = _beside([p.window.labels[:, p.first : p.stop] for p in slices]).T
         for name, out in (("weight", weight), ("group", group), ("time", time)):
-            values = getattr(part.window, name)
-            if values is not None:
-                out[start:stop] = values[part.first : part.stop]
-        start = stop
+            if out is not None and getattr(slices[0].window, name) is not None:
+                np.concatenate([getattr(p.window, name)[p.first : p.stop] for p in slices], out=out[:rows])
     numeric[rows:] = 0
     weight[rows:] = 0
     return Batch(
@@ -46,9 +43,8 @@ def assemble(schema: Schema, slices: list[Slice], size: int, position: int) -> B
     )
 
 
-def _copy(out: np.ndarray, values: np.ndarray, part: Slice) -> None:
-    """values [columns, m] to out [rows of the part, columns]"""
-    out[:] = values[:, part.first : part.stop].T
+def _beside(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
 def _keyed_jagged(schema: Schema, slices: list[Slice], rows: int, size: int) -> KeyedJaggedTensor:
@@ -97,14 +93,15 @@ def _one(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 def _single(slices: list[Slice], singles: int, rows: int) -> tuple[np.ndarray, np.ndarray | None]:
     """int64 [singles, rows], and bool of the same shape where any is null."""
     matrix = np.empty((singles, rows), np.int64)
-    present = None
+    if slices:
+        np.concatenate([part.window.ids[:, part.first : part.stop] for part in slices], axis=1, out=matrix)
+    if all(part.window.present is None for part in slices):
+        return matrix, None
+    present = np.ones((singles, rows), bool)
     start = 0
     for part in slices:
         stop = start + part.stop - part.first
-        matrix[:, start:stop] = part.window.ids[:, part.first : part.stop]
         if part.window.present is not None:
-            if present is None:
-                present = np.ones((singles, rows), bool)
             present[:, start:stop] = part.window.present[:, part.first : part.stop]
         start = stop
     return matrix, present

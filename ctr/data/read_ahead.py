@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ctr.data.decode import Source
 from ctr.data.lanes import (
     ROW_GROUPS,
     WINDOW,
@@ -22,7 +23,7 @@ from ctr.data.lanes import (
     rank_bounds,
     seeded_order,
 )
-from ctr.data.row_groups import Piece, RowGroupReader, spans_of
+from ctr.data.row_groups import RowGroupReader
 from ctr.data.window import Slice, Window
 
 if TYPE_CHECKING:
@@ -141,26 +142,29 @@ class ReadAhead:
 
     def _decode(self, lane: _Lane) -> Iterator[Window]:
         """The windows of the plan; runs in the threads of the pool."""
-        begins = True
-        # The windows of one row group follow each other and share its decoding.
+        row_groups = self.row_groups
+        first = lane.plan[0].spans[0]
+        # The windows of one row group follow each other; a row group read as a whole becomes all of them at once.
         for group, windows in groupby(lane.plan, lambda window: window.group):
             if group is None:
                 for window in windows:
-                    pieces = []
-                    for span in window.spans:
-                        pieces += spans_of(self.row_groups.pieces(span.group, begins), span)
-                        begins = False
-                    yield self._window(lane, window, pieces)
+                    sources = [Source(s, row_groups.open(s.group, s is first)) for s in window.spans]
+                    yield from self._decoded(lane, [(window, sources)])
+                continue
+            opened = row_groups.open(group, group == first.group)
+            pairs = [(window, [Source(window.spans[0], opened)]) for window in windows]
+            if row_groups.is_whole(group):
+                yield from self._decoded(lane, pairs)
             else:
-                stream = self.row_groups.pieces(group, begins)
-                begins = False
-                made = (self._window(lane, w, list(spans_of(stream, w.spans[0]))) for w in windows)
-                # A row group that is decoded at once becomes windows at once: its Arrow memory is free again.
-                yield from list(made) if self.row_groups.is_whole(group) else made
+                for pair in pairs:
+                    yield from self._decoded(lane, [pair])
 
-    def _window(self, lane: _Lane, window: _Planned, pieces: list[Piece]) -> Window:
+    def _decoded(self, lane: _Lane, windows: list[tuple[_Planned, list[Source]]]) -> list[Window]:
         reader = self.reader
-        order = None
-        if reader.shuffle:
-            order = seeded_order(window.rows, WINDOW, reader.seed, self.epoch, lane.number, window.index)
-        return reader.decoder.decode(pieces, order, self.buffers)
+        pairs = []
+        for window, sources in windows:
+            order = None
+            if reader.shuffle:
+                order = seeded_order(window.rows, WINDOW, reader.seed, self.epoch, lane.number, window.index)
+            pairs.append((sources, order))
+        return reader.decoder.decode(pairs, reader.buffers)

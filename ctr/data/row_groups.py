@@ -1,4 +1,8 @@
-"""Row groups to Arrow record batches, in bounded memory.
+"""Row groups to Arrow arrays, column by column, in bounded memory.
+
+A column is decoded, used and dropped before the next one is decoded: its 8 bytes times some ten thousand rows
+stay in the processor's cache, and the allocator hands out the same memory again and again. Decoding all columns
+of a row group first costs half as much time again, which goes to main memory.
 
 Parquet cannot start in the middle of a row group, so a lane that begins there decodes and drops what comes
 before; where several lanes begin in one row group (small data sets), it is decoded once for all of them.
@@ -9,7 +13,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,51 +20,31 @@ import pyarrow.parquet as pq
 from ctr.data.errors import DataError
 from ctr.data.files import one_line
 from ctr.data.footers import RowGroups
-from ctr.data.lanes import Span, window_step
+from ctr.data.lanes import window_step
 
-# Row groups of up to so many windows are decoded at once.
+# Row groups of up to so many windows are decoded at once, larger ones window by window.
 WHOLE_WINDOWS = 2
+# Parsed footers kept: parsing takes as long as decoding a thousand rows.
+FOOTERS_KEPT = 64
 # Decoded bytes of row groups held for several lanes at once.
 SHARED_BYTES = 512 << 20
-# Larger compressed row groups are read through a small buffer per column instead of as a whole.
+# Larger row groups are read through a small buffer per column instead of a column as a whole.
 WHOLE_READ_BYTES, READ_BUFFER_BYTES = 64 << 20, 256 << 10
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive rows of one row group. Where they cannot be read, batch is None and error says why."""
-
-    group: int
-    first_row: int  # inside the row group
-    rows: int
-    batch: pa.RecordBatch | None
-    error: str = ""
-
-    def cut(self, first: int, stop: int) -> Piece:
-        """The part between two row numbers of the row group; may have 0 rows."""
-        first, stop = max(first, self.first_row), min(stop, self.first_row + self.rows)
-        rows = max(0, stop - first)
-        batch = self.batch
-        if batch is not None and rows != self.rows:
-            batch = batch.slice(first - self.first_row, rows)
-        return replace(self, first_row=first, rows=rows, batch=batch)
-
-
-class _Shared:
-    def __init__(self, users: int):
-        self.users = users
-        self.lock = threading.Lock()
-        self.pieces: list[Piece] | None = None
+class Unreadable(Exception):
+    """A page of a row group cannot be decoded."""
 
 
 class RowGroupReader:
-    """Decodes row groups for one rank's lanes, which may read from different threads."""
+    """Opens row groups for one rank's lanes, which may read from different threads."""
 
     def __init__(self, groups: RowGroups, columns: list[str], window_rows: int):
         self.groups = groups
         self.columns = columns
         self.window_rows = window_rows
         self._shared: dict[int, _Shared] = {}
+        self._footers: dict[int, pq.FileMetaData] = {}  # of the files opened last
 
     def share(self, first_groups: list[int]) -> None:
         """Tell with which row group each of the lanes begins, before any of them reads."""
@@ -73,56 +56,23 @@ class RowGroupReader:
 
     def is_whole(self, group: int) -> bool:
         """Whether the row group is decoded at once, and not window by window."""
-        return self.groups.rows[group] <= WHOLE_WINDOWS * self.window_rows
+        return bool(self.groups.rows[group] <= WHOLE_WINDOWS * self.window_rows)
 
-    def pieces(self, group: int, begins_lane: bool) -> Iterator[Piece]:
-        """The row group from its start, in pieces no larger than a window that end where its windows end."""
-        if begins_lane and group in self._shared:
-            return iter(self._shared_pieces(group))
-        return self._decode(group)
+    def open(self, group: int, begins_lane: bool) -> RowGroup:
+        """begins_lane: the group is the first of its lane. Raises DataError when the file is gone."""
+        shared = self._shared.get(group) if begins_lane else None
+        opened = RowGroup(self, group)
+        if shared is not None:
+            shared.give(opened)
+        return opened
 
-    def _shared_pieces(self, group: int) -> list[Piece]:
-        shared = self._shared[group]
-        with shared.lock:
-            if shared.pieces is None:
-                shared.pieces = list(self._decode(group))
-            pieces = shared.pieces
-            shared.users -= 1
-            if not shared.users:  # the last lane to begin; from here on the lanes alone keep it alive
-                shared.pieces = None
-        return pieces
-
-    def _decode(self, group: int) -> Iterator[Piece]:
-        rows, done = int(self.groups.rows[group]), 0
-        try:
-            with self._open(group) as parquet:
-                for batch in self._batches(parquet, group):
-                    yield Piece(group, done, batch.num_rows, batch)
-                    done += batch.num_rows
-        except (pa.ArrowException, OSError) as error:
-            self._refuse_unreachable(group)
-            yield Piece(group, done, rows - done, None, one_line(error))
-            return
-        if done != rows:
-            error = f"found {done} rows, expected {rows} as the footer says"
-            yield Piece(group, done, rows - done, None, error)
-
-    def _batches(self, parquet: pq.ParquetFile, group: int) -> Iterator[pa.RecordBatch]:
-        index = int(self.groups.index[group])
-        step = window_step(int(self.groups.rows[group]), self.window_rows)
-        if not self.is_whole(group):
-            yield from parquet.iter_batches(step, row_groups=[index], columns=self.columns, use_threads=False)
-            return
-        # Quicker than the same in batches, and it leaves no half-read file behind.
-        table = parquet.read_row_group(index, columns=self.columns, use_threads=False)
-        for first in range(0, table.num_rows, step):
-            yield from table.slice(first, step).to_batches()
-
-    def _open(self, group: int) -> pq.ParquetFile:
-        file = self.groups.files[self.groups.file[group]]
+    def parquet(self, group: int) -> pq.ParquetFile:
+        number = int(self.groups.file[group])
+        file = self.groups.files[number]
         large = self.groups.bytes[group] > WHOLE_READ_BYTES
         try:
-            return file.open(
+            parquet = file.open(
+                metadata=self._footers.get(number),
                 read_dictionary=self.groups.dictionaries,
                 pre_buffer=file.remote,  # one request for neighbouring columns instead of one for each
                 buffer_size=READ_BUFFER_BYTES if large and not file.remote else 0,
@@ -130,10 +80,106 @@ class RowGroupReader:
             )
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file.path}: cannot be opened any more: {one_line(error)}") from None
+        if len(self._footers) >= FOOTERS_KEPT:
+            self._footers.clear()
+        self._footers[number] = parquet.metadata
+        return parquet
 
-    def _refuse_unreachable(self, group: int) -> None:
+
+class RowGroup:
+    """One row group on its way through one lane; not for several threads at once."""
+
+    def __init__(self, reader: RowGroupReader, group: int):
+        self.reader, self.group = reader, group
+        self.index = int(reader.groups.index[group])
+        self.rows = int(reader.groups.rows[group])
+        self.step = window_step(self.rows, reader.window_rows)
+        self.whole = reader.is_whole(group)
+        # Over a network one request for all columns is quicker than one after the other.
+        self.together = reader.groups.files[reader.groups.file[group]].remote
+        self.error: str | None = None  # where and why it cannot be decoded
+        self._parquet: pq.ParquetFile | None = None
+        self._key: tuple[str, ...] = ()  # columns of _chunk
+        self._chunk: pa.Table | pa.RecordBatch | None = None
+        self._streams: dict[tuple[str, ...], Iterator[tuple[int, pa.RecordBatch]]] = {}
+        self._chunk_first = 0
+
+    def read(self, columns: tuple[str, ...], first: int, stop: int) -> list[list[pa.Array]]:
+        """The rows [first, stop) of some columns, each as one or several arrays.
+
+        In a row group that is not whole, rows must not go back, and not go over the end of a window. Raises
+        Unreadable for a page that cannot be decoded, DataError when the file cannot be read any more.
+        """
+        key = tuple(self.reader.columns) if self.together else columns
+        try:
+            if self.whole:
+                self._load_whole(key)
+            else:
+                self._load_until(key, stop)
+        except (pa.ArrowException, OSError) as error:
+            self._refuse_unreachable()
+            column = "" if self.together else f" column {columns[0]!r}"
+            self.error = f"{self.reader.groups.where(self.group)}{column}: cannot be decoded: {one_line(error)}"
+            raise Unreadable from None
+        part = self._chunk.slice(first - self._chunk_first, stop - first)
+        arrays = [part.column(name) for name in columns]
+        return [a.chunks if isinstance(a, pa.ChunkedArray) else [a] for a in arrays]
+
+    def load_all(self) -> pa.Table:
+        """The whole row group with all columns."""
+        self.together = self.whole = True
+        self._load_whole(tuple(self.reader.columns))
+        return self._chunk
+
+    def hold(self, table: pa.Table) -> None:
+        """Read from this table, which is the row group."""
+        self.together = self.whole = True
+        self._key, self._chunk = tuple(self.reader.columns), table
+
+    def _opened(self) -> pq.ParquetFile:
+        if self._parquet is None:
+            self._parquet = self.reader.parquet(self.group)
+        return self._parquet
+
+    def _load_whole(self, key: tuple[str, ...]) -> None:
+        if self._key != key:
+            self._chunk = None  # first, so that its memory serves for the next
+            self._chunk = self._opened().read_row_group(self.index, columns=list(key), use_threads=False)
+            self._key = key
+            self._check_rows(self._chunk.num_rows)
+
+    def _load_until(self, key: tuple[str, ...], stop: int) -> None:
+        loaded = self._key == key and self._chunk is not None
+        if loaded and self._chunk_first + self._chunk.num_rows >= stop:
+            return
+        stream = self._streams.get(key)
+        if stream is None:
+            stream = self._streams[key] = self._batches(key)
+        self._chunk = None
+        first = batch = None
+        while batch is None or first + batch.num_rows < stop:
+            first, batch = next(stream, (self.rows, None))
+            if batch is None:
+                self._check_rows(0)
+        self._key, self._chunk, self._chunk_first = key, batch, first
+
+    def _batches(self, key: tuple[str, ...]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        first = 0
+        batches = self._opened().iter_batches(
+            self.step, row_groups=[self.index], columns=list(key), use_threads=False
+        )
+        for batch in batches:
+            yield first, batch
+            first += batch.num_rows
+
+    def _check_rows(self, found: int) -> None:
+        if found != self.rows:
+            raise pa.ArrowInvalid(f"found fewer rows than the {self.rows} of the footer")
+
+    def _refuse_unreachable(self) -> None:
         """A page that cannot be decoded is bad data; bytes that cannot be read are no reason to drop rows."""
-        file = self.groups.files[self.groups.file[group]]
+        groups = self.reader.groups
+        file = groups.files[groups.file[self.group]]
         try:
             with file.filesystem.open_input_file(file.location) as stored:
                 while stored.read(8 << 20):
@@ -142,11 +188,24 @@ class RowGroupReader:
             raise DataError(f"{file.path}: cannot be read: {one_line(error)}") from None
 
 
-def spans_of(pieces: Iterator[Piece], span: Span) -> Iterator[Piece]:
-    """The pieces of a span; `pieces` is left behind the last of them, so that the next span can go on."""
-    for piece in pieces:
-        part = piece.cut(span.first, span.stop)
-        if part.rows:
-            yield part
-        if piece.first_row + piece.rows >= span.stop:
-            return
+class _Shared:
+    """A row group in which several lanes begin: decoded by the first of them, kept until the last has begun."""
+
+    def __init__(self, users: int):
+        self.users = users
+        self.lock = threading.Lock()
+        self.table: pa.Table | None = None
+        self.broken = False
+
+    def give(self, group: RowGroup) -> None:
+        with self.lock:
+            if self.table is None and not self.broken:
+                try:
+                    self.table = group.load_all()
+                except (pa.ArrowException, OSError):
+                    self.broken = True  # each lane finds out for itself, and says so
+            if self.table is not None:
+                group.hold(self.table)
+            self.users -= 1
+            if not self.users:
+                self.table = None

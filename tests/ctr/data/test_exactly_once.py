@@ -217,8 +217,8 @@ def test_leaving_early_ends_the_threads(tmp_path, leave):
 
 def test_lanes_that_begin_in_one_row_group_decode_it_once(tmp_path, monkeypatch):
     decoded = []
-    decode = RowGroupReader._decode
-    monkeypatch.setattr(RowGroupReader, "_decode", lambda self, g: decoded.append(g) or decode(self, g))
+    decode = RowGroupReader.parquet
+    monkeypatch.setattr(RowGroupReader, "parquet", lambda self, g: decoded.append(g) or decode(self, g))
     path = build(tmp_path / "d", [1000], 1000)
     reader = ParquetReader(path, SCHEMA, 100, lanes=16, threads=4)
     assert sum(batch.rows for batch in reader.epoch(0)) == 1000

@@ -151,7 +151,7 @@ def test_a_corrupt_page_is_named_or_its_row_group_dropped(tmp_path, world_size, 
     corrupt(f"{path}/part-1.parquet", "number", 1)
     schema = features("user", "number")
     message = message_of(DataError, path, schema, lanes=4)
-    assert "part-1.parquet row group 1 row 0: cannot be decoded" in message
+    assert "part-1.parquet row group 1 column 'number': cannot be decoded" in message
     numbers = []
     dropped = 0
     for rank in range(world_size):
