@@ -176,12 +176,17 @@ def _explain(error: BaseException, process: Process | None) -> tuple[int, str]:
     if process is not None and process.world_size > 1:
         blamed = _find_failed_rank(process, _is_broken_collective(error) or isinstance(error, Terminated))
         if blamed:
-            return 1, f"error: {blamed}"
+            seen = f" (rank {process.rank} saw: {_first_line(error)})" if "did not answer" in blamed else ""
+            return 1, f"error: {blamed}{seen}"
     if isinstance(error, Terminated):
         where = f" during {process.stage}" if process else ""
         return 143, f"stopped by SIGTERM{where}"
     where = f"rank {process.rank}, {process.stage}: " if process else ""
     return 1, f"{traceback.format_exc()}error: {where}{type(error).__name__}: {error}"
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
 
 
 def _is_broken_collective(error: BaseException) -> bool:

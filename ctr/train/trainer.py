@@ -103,9 +103,9 @@ class Trainer:
         mine = torch.tensor([float(batch.weight.sum()), now], dtype=torch.float64)
         if self.process.world_size == 1:
             return mine[0].item(), now
-        everyone = mine.new_empty(self.process.world_size, 2)
+        everyone = mine.new_empty(2 * self.process.world_size)
         dist.all_gather_into_tensor(everyone, mine)
-        return everyone[:, 0].sum().item(), int(everyone[:, 1].max())
+        return everyone[::2].sum().item(), int(everyone[1::2].max())
 
     def l2(self, embeddings: dict[str, Tensor]) -> Tensor | float:
         """l2/2 times the squares of all looked-up embeddings: rows that the batch does not touch do not decay."""
