@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -12,76 +14,118 @@ from ctr.data.schema import Schema
 from ctr.data.window import Slice
 
 
-def assemble(schema: Schema, slices: list[Slice], size: int, position: int) -> Batch:
-    """slices: what the rank delivers in this step, at most `size` rows. Returns a batch of `size` rows."""
-    rows = sum(part.stop - part.first for part in slices)
-    assert rows <= size, (rows, size)
-    numeric = np.empty((size, len(schema.numeric_names)), np.float32)
-    labels = np.zeros((size, len(schema.labels)), np.float32)
-    weight = np.ones(size, np.float32)
-    group = np.zeros(size, np.int64) if schema.group else None
-    time = np.zeros(size, np.int64) if schema.time else None
-    if slices:
-        # Side by side first and transposed as a whole: lane by lane the transposed pieces are small.
-        numeric[:rows] = _beside([p.window.numeric[:, p.first : p.stop] for p in slices]).T
-        if len(slices[0].window.labels):
-            labels[:rows] = _beside([p.window.labels[:, p.first : p.stop] for p in slices]).T
-        for name, out in (("weight", weight), ("group", group), ("time", time)):
-            if out is not None and getattr(slices[0].window, name) is not None:
-                np.concatenate([getattr(p.window, name)[p.first : p.stop] for p in slices], out=out[:rows])
-    numeric[rows:] = 0
-    weight[rows:] = 0
-    return Batch(
-        numeric=torch.from_numpy(numeric),
-        ids=_keyed_jagged(schema, slices, rows, size),
-        labels=torch.from_numpy(labels),
-        weight=torch.from_numpy(weight),
-        group=None if group is None else torch.from_numpy(group),
-        time=None if time is None else torch.from_numpy(time),
-        rows=rows,
-        position=position,
-    )
+class Assembler:
+    """Makes the batches of one epoch."""
 
+    def __init__(self, schema: Schema):
+        self.schema = schema
+        self.singles = sum(not is_bag(feature) for feature in schema.categorical)
+        self.parts = self._parts()
 
-def _beside(parts: list[np.ndarray]) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-
-
-def _keyed_jagged(schema: Schema, slices: list[Slice], rows: int, size: int) -> KeyedJaggedTensor:
-    """Keys of one value per row lie in one matrix per window, so runs of them are copied at once."""
-    features = schema.categorical
-    singles = sum(not is_bag(feature) for feature in features)
-    matrix, present = _single(slices, singles, rows)
-    lengths = np.zeros((len(features), size), np.int32)
-    parts: list[np.ndarray] = []
-    weights: list[np.ndarray] = []
-    single = bag = 0
-    i = 0
-    while i < len(features):
-        if is_bag(features[i]):
-            values, item_weights = _bag(slices, bag, lengths[i], features[i].weights is not None)
-            bag, i = bag + 1, i + 1
-        else:
-            run = i
-            while run < len(features) and not is_bag(features[run]):
-                run += 1
-            chosen = slice(single, single + run - i)
-            if present is None:
-                values, lengths[i:run, :rows] = matrix[chosen].reshape(-1), 1
+    def batch(self, slices: list[Slice], size: int, position: int) -> Batch:
+        """slices: what the rank delivers in this step, at most `size` rows. Returns a batch of `size` rows."""
+        schema = self.schema
+        rows = sum([stop - first for _, first, stop in slices])
+        assert rows <= size, (rows, size)
+        numeric = np.empty((size, len(schema.numeric_names)), np.float32)
+        labels = np.empty((size, len(schema.labels)), np.float32)
+        weight = np.ones(size, np.float32)
+        group = np.zeros(size, np.int64) if schema.group else None
+        time = np.zeros(size, np.int64) if schema.time else None
+        if slices:
+            # Side by side first and transposed as a whole: lane by lane the transposed pieces are small.
+            numeric[:rows] = np.concatenate([w.numeric[:, a:b] for w, a, b in slices], axis=1).T
+            if len(slices[0].window.labels):
+                labels[:rows] = np.concatenate([w.labels[:, a:b] for w, a, b in slices], axis=1).T
             else:
-                values, lengths[i:run, :rows] = matrix[chosen][present[chosen]], present[chosen]
+                labels[:rows] = 0
+            if schema.weight:
+                np.concatenate([w.weight[a:b] for w, a, b in slices], out=weight[:rows])
+            if schema.group:
+                np.concatenate([w.group[a:b] for w, a, b in slices], out=group[:rows])
+            if schema.time:
+                np.concatenate([w.time[a:b] for w, a, b in slices], out=time[:rows])
+        numeric[rows:] = labels[rows:] = 0
+        weight[rows:] = 0
+        return Batch(
+            numeric=torch.from_numpy(numeric),
+            ids=self._keyed_jagged(slices, rows, size),
+            labels=torch.from_numpy(labels),
+            weight=torch.from_numpy(weight),
+            group=None if group is None else torch.from_numpy(group),
+            time=None if time is None else torch.from_numpy(time),
+            rows=rows,
+            position=position,
+        )
+
+    def _parts(self) -> list[tuple[slice, slice | int]]:
+        """Keys, and where their values lie: the rows of the matrix of single ids, which are copied at once, or the
+        number of a multi-valued feature."""
+        parts: list[tuple[slice, slice | int]] = []
+        key = single = bag = 0
+        for many, features in groupby(self.schema.categorical, is_bag):
+            count = len(list(features))
+            if many:
+                parts += [(slice(key + i, key + i + 1), bag + i) for i in range(count)]
+                bag += count
+            else:
+                parts.append((slice(key, key + count), slice(single, single + count)))
+                single += count
+            key += count
+        return parts
+
+    def _keyed_jagged(self, slices: list[Slice], rows: int, size: int) -> KeyedJaggedTensor:
+        schema = self.schema
+        matrix, present = self._single(slices, rows)
+        if present is None and self.parts == [(slice(0, self.singles),) * 2]:  # one id everywhere
+            lengths, values, weights = _ones(self.singles, rows, size), [matrix.reshape(-1)], []
+        else:
+            lengths = np.zeros((len(schema.id_names), size), np.int32)
+            values, weights = self._mixed(slices, rows, matrix, present, lengths)
+        return KeyedJaggedTensor(
+            keys=schema.id_names,
+            values=torch.from_numpy(_one(values, np.int64)),
+            weights=torch.from_numpy(_one(weights, np.float32)) if schema.weighted else None,
+            lengths=torch.from_numpy(lengths.reshape(-1)),
+            stride=size,
+        )
+
+    def _mixed(self, slices, rows, matrix, present, lengths) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Values and weights of all keys in pieces; lengths go to `lengths` int32 [keys, size]."""
+        values, weights = [], []
+        for keys, place in self.parts:
             item_weights = None
-            single, i = single + run - i, run
-        parts.append(values)
-        if schema.weighted:
-            weights.append(np.ones(len(values), np.float32) if item_weights is None else item_weights)
-    return KeyedJaggedTensor(
-        keys=schema.id_names,
-        values=torch.from_numpy(_one(parts, np.int64)),
-        weights=torch.from_numpy(_one(weights, np.float32)) if schema.weighted else None,
-        lengths=torch.from_numpy(lengths.reshape(-1)),
-        stride=size,
-    )
+            if isinstance(place, int):
+                items, item_weights = _bag(slices, place, lengths[keys.start])
+            elif present is None:
+                items, lengths[keys, :rows] = matrix[place].reshape(-1), 1
+            else:
+                items, lengths[keys, :rows] = matrix[place][present[place]], present[place]
+            values.append(items)
+            if self.schema.weighted:
+                weights.append(np.ones(len(items), np.float32) if item_weights is None else item_weights)
+        return values, weights
+
+    def _single(self, slices: list[Slice], rows: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """int64 [singles, rows], and bool of the same shape where any is null."""
+        if not slices:
+            return np.empty((self.singles, 0), np.int64), None
+        matrix = np.concatenate([w.ids[:, a:b] for w, a, b in slices], axis=1)
+        if all([w.present is None for w, _, _ in slices]):
+            return matrix, None
+        present = np.ones((self.singles, rows), bool)
+        start = 0
+        for window, first, stop in slices:
+            if window.present is not None:
+                present[:, start : start + stop - first] = window.present[:, first:stop]
+            start += stop - first
+        return matrix, present
+
+
+def _ones(keys: int, rows: int, size: int) -> np.ndarray:
+    lengths = np.ones((keys, size), np.int32)
+    lengths[:, rows:] = 0
+    return lengths
 
 
 def _one(parts: list[np.ndarray], dtype: type) -> np.ndarray:
@@ -90,34 +134,16 @@ def _one(parts: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype)
 
 
-def _single(slices: list[Slice], singles: int, rows: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """int64 [singles, rows], and bool of the same shape where any is null."""
-    matrix = np.empty((singles, rows), np.int64)
-    if slices:
-        np.concatenate([part.window.ids[:, part.first : part.stop] for part in slices], axis=1, out=matrix)
-    if all(part.window.present is None for part in slices):
-        return matrix, None
-    present = np.ones((singles, rows), bool)
-    start = 0
-    for part in slices:
-        stop = start + part.stop - part.first
-        if part.window.present is not None:
-            present[:, start:stop] = part.window.present[:, part.first : part.stop]
-        start = stop
-    return matrix, present
-
-
-def _bag(slices: list[Slice], bag: int, lengths: np.ndarray, weighted: bool):
+def _bag(slices: list[Slice], bag: int, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Values and weights of one multi-valued feature; its lengths are written to `lengths` [size]."""
     values, weights = [], []
     start = 0
-    for part in slices:
-        bags = part.window.bags[bag]
-        offsets = bags.offsets[part.first : part.stop + 1]
-        stop = start + len(offsets) - 1
-        np.subtract(offsets[1:], offsets[:-1], out=lengths[start:stop], casting="same_kind")
+    for window, first, stop in slices:
+        bags = window.bags[bag]
+        offsets = bags.offsets[first : stop + 1]
+        np.subtract(offsets[1:], offsets[:-1], out=lengths[start : start + stop - first], casting="same_kind")
         values.append(bags.values[offsets[0] : offsets[-1]])
-        if weighted:
+        if bags.weights is not None:
             weights.append(bags.weights[offsets[0] : offsets[-1]])
-        start = stop
-    return _one(values, np.int64), _one(weights, np.float32) if weighted else None
+        start += stop - first
+    return _one(values, np.int64), _one(weights, np.float32) if weights else None

@@ -306,7 +306,7 @@ def _buckets(rows: _Rows, arrays: Arrays, feature: FeatureConfig) -> tuple[list[
 
 
 def _no_bags(rows: int) -> Bags:
-    return Bags(np.zeros(0, np.int64), np.zeros(rows + 1, np.int64), np.zeros(0, np.float32))
+    return Bags(np.zeros(0, np.int64), np.zeros(rows + 1, np.int64), None)
 
 
 def _bags(rows: _Rows, arrays: tuple[Arrays, ...], i: int, feature: FeatureConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,12 +46,12 @@ class _Planned:
 
 
 class _Lane:
-    def __init__(self, number: int, plan: list[_Planned]):
+    def __init__(self, number: int, plan: list[_Planned], offset: int):
         self.number = number
         self.plan = plan  # from the window that is due first
-        self.due = iter(plan)
-        self.at: _Planned | None = None
-        self.window: Window | None = None  # of `at`
+        self.due = deque(plan)  # windows that are not yet in delivery
+        self.window: Window | None = None  # in delivery
+        self.first = self.stop = offset  # rows of the lane in that window
         self.next: Future[Window | None] | None = None
         self.decoded: Iterator[Window] = iter(())
 
@@ -71,9 +71,9 @@ class ReadAhead:
         self.buffers = reader.buffers
         self.retired: list[Window] = []
         self.stopped = threading.Event()
-        offsets = lane_offsets(position, reader.lanes)
+        offsets = lane_offsets(position, reader.lanes).tolist()
         first, stop = rank_bounds(reader.world_size, reader.lanes)[[reader.rank, reader.rank + 1]]
-        self.lanes = [_Lane(lane, self._plan(lane, int(offsets[lane]))) for lane in range(first, stop)]
+        self.lanes = [_Lane(i, self._plan(i, offsets[i]), offsets[i]) for i in range(first, stop)]
 
     def __enter__(self) -> ReadAhead:
         self.pool = ThreadPoolExecutor(self.reader.threads, "decode")
@@ -94,35 +94,41 @@ class ReadAhead:
         """
         while self.retired:
             self.buffers.give_back(self.retired.pop())
-        first_rows = lane_offsets(position, self.reader.lanes)
-        last_rows = lane_offsets(stop, self.reader.lanes)
-        counts: Counter[str] = Counter()
+        rows = lane_offsets(position, self.reader.lanes).tolist()
+        last_rows = lane_offsets(stop, self.reader.lanes).tolist()
         slices = []
         for lane in self.lanes:
-            row, last = int(first_rows[lane.number]), int(last_rows[lane.number])
+            row, last = rows[lane.number], last_rows[lane.number]
             while row < last:
-                if lane.at is None or row == lane.at.first + lane.at.rows:
+                if row == lane.stop:
                     self._advance(lane)
-                begin = lane.at.first
-                until = min(last, begin + lane.at.rows)
-                slices.append(Slice(lane.window, *lane.window.span(row - begin, until - begin)))
-                counts.update(lane.window.dropped(row - begin, until - begin))
+                until = min(last, lane.stop)
+                window = lane.window
+                first, end = row - lane.first, until - lane.first
+                if window.reasons is not None:
+                    self._count(window.dropped(first, end))
+                    first, end = window.span(first, end)
+                slices.append(Slice(window, first, end))
                 row = until
-        for reason, rows in counts.items():
-            self.reader.bad_row_counts[reason] = self.reader.bad_row_counts.get(reason, 0) + rows
         return slices
+
+    def _count(self, dropped: dict[str, int]) -> None:
+        counts = self.reader.bad_row_counts
+        for reason, rows in dropped.items():
+            counts[reason] = counts.get(reason, 0) + rows
 
     def _advance(self, lane: _Lane) -> None:
         if lane.window is not None:
             self.retired.append(lane.window)
         assert lane.next is not None, f"lane {lane.number} has no rows left"
-        lane.at, lane.window = next(lane.due), lane.next.result()
+        lane.window = lane.next.result()
+        planned = lane.due.popleft()
+        lane.first, lane.stop = planned.first, planned.first + planned.rows
         self._submit(lane)
 
     def _submit(self, lane: _Lane) -> None:
         # Only one window of a lane is in decoding at a time, so a lane's generators need no lock.
-        more = lane.plan and lane.at is not lane.plan[-1]
-        lane.next = self.pool.submit(self._next, lane) if more else None
+        lane.next = self.pool.submit(self._next, lane) if lane.due else None
 
     def _next(self, lane: _Lane) -> Window | None:
         return None if self.stopped.is_set() else next(lane.decoded)
@@ -148,10 +154,11 @@ class ReadAhead:
         for group, windows in groupby(lane.plan, lambda window: window.group):
             if group is None:
                 for window in windows:
-                    sources = [Source(s, row_groups.open(s.group, s is first)) for s in window.spans]
+                    sources = [Source(s, row_groups.open(s.group, s.stop, s is first)) for s in window.spans]
                     yield from self._decoded(lane, [(window, sources)])
                 continue
-            opened = row_groups.open(group, group == first.group)
+            windows = list(windows)
+            opened = row_groups.open(group, windows[-1].spans[0].stop, group == first.group)
             pairs = [(window, [Source(window.spans[0], opened)]) for window in windows]
             if row_groups.is_whole(group):
                 yield from self._decoded(lane, pairs)

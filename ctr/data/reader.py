@@ -118,14 +118,15 @@ class ParquetReader:
         self._epoch, self._position, self._resumed = int(state["epoch"]), position, True
 
     def _deliver(self, epoch: int, position: int) -> Iterator[Batch]:
-        from ctr.data.assemble import assemble  # see TYPE_CHECKING above
+        from ctr.data.assemble import Assembler  # see TYPE_CHECKING above
 
+        assembler = Assembler(self.schema)
         with ReadAhead(self, epoch, position) as lanes:
             while position < self.rows:
                 stop = min(position + self.batch_size, self.rows)
                 slices = lanes.slices(position, stop)
                 size = int(scheduled_rows(position, stop, self.lanes, self.world_size).max())
-                batch = assemble(self.schema, slices, size, stop)
+                batch = assembler.batch(slices, size, stop)
                 self._position = position = stop
                 yield batch
 

@@ -58,10 +58,10 @@ class RowGroupReader:
         """Whether the row group is decoded at once, and not window by window."""
         return bool(self.groups.rows[group] <= WHOLE_WINDOWS * self.window_rows)
 
-    def open(self, group: int, begins_lane: bool) -> RowGroup:
-        """begins_lane: the group is the first of its lane. Raises DataError when the file is gone."""
+    def open(self, group: int, stop: int, begins_lane: bool) -> RowGroup:
+        """stop: where the lane leaves the group. begins_lane: the group is the first of its lane."""
         shared = self._shared.get(group) if begins_lane else None
-        opened = RowGroup(self, group)
+        opened = RowGroup(self, group, stop)
         if shared is not None:
             shared.give(opened)
         return opened
@@ -89,8 +89,8 @@ class RowGroupReader:
 class RowGroup:
     """One row group on its way through one lane; not for several threads at once."""
 
-    def __init__(self, reader: RowGroupReader, group: int):
-        self.reader, self.group = reader, group
+    def __init__(self, reader: RowGroupReader, group: int, stop: int):
+        self.reader, self.group, self.stop = reader, group, stop
         self.index = int(reader.groups.index[group])
         self.rows = int(reader.groups.rows[group])
         self.step = window_step(self.rows, reader.window_rows)
@@ -127,12 +127,14 @@ class RowGroup:
 
     def load_all(self) -> pa.Table:
         """The whole row group with all columns."""
+        self.stop = self.rows
         self.together = self.whole = True
         self._load_whole(tuple(self.reader.columns))
         return self._chunk
 
     def hold(self, table: pa.Table) -> None:
         """Read from this table, which is the row group."""
+        self.stop = self.rows
         self.together = self.whole = True
         self._key, self._chunk = tuple(self.reader.columns), table
 
@@ -144,9 +146,13 @@ class RowGroup:
     def _load_whole(self, key: tuple[str, ...]) -> None:
         if self._key != key:
             self._chunk = None  # first, so that its memory serves for the next
-            self._chunk = self._opened().read_row_group(self.index, columns=list(key), use_threads=False)
+            parquet, where = self._opened(), {"columns": list(key), "use_threads": False}
+            if self.stop < self.rows:
+                self._chunk = next(parquet.iter_batches(self.stop, row_groups=[self.index], **where), None)
+            else:
+                self._chunk = parquet.read_row_group(self.index, **where)
             self._key = key
-            self._check_rows(self._chunk.num_rows)
+            self._check_rows(0 if self._chunk is None else self._chunk.num_rows, self.stop)
 
     def _load_until(self, key: tuple[str, ...], stop: int) -> None:
         loaded = self._key == key and self._chunk is not None
@@ -160,7 +166,7 @@ class RowGroup:
         while batch is None or first + batch.num_rows < stop:
             first, batch = next(stream, (self.rows, None))
             if batch is None:
-                self._check_rows(0)
+                self._check_rows(0, self.rows)
         self._key, self._chunk, self._chunk_first = key, batch, first
 
     def _batches(self, key: tuple[str, ...]) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -172,8 +178,8 @@ class RowGroup:
             yield first, batch
             first += batch.num_rows
 
-    def _check_rows(self, found: int) -> None:
-        if found != self.rows:
+    def _check_rows(self, found: int, expected: int) -> None:
+        if found != expected:
             raise pa.ArrowInvalid(f"found fewer rows than the {self.rows} of the footer")
 
     def _refuse_unreachable(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,15 +31,11 @@ class Window:
     buffers: tuple[np.ndarray, ...] = ()  # what the matrices lie in, to be used again
 
     def span(self, first: int, stop: int) -> tuple[int, int]:
-        """Where the good ones of the scheduled rows [first, stop) lie in the arrays."""
-        if self.good_before is None:
-            return first, stop
+        """Where the good ones of the scheduled rows [first, stop) lie in the arrays, if not all are good."""
         return int(self.good_before[first]), int(self.good_before[stop])
 
     def dropped(self, first: int, stop: int) -> dict[str, int]:
-        """How many of the scheduled rows [first, stop) were dropped, by reason."""
-        if self.reasons is None:
-            return {}
+        """How many of the scheduled rows [first, stop) were dropped, by reason, if not all are good."""
         counts = np.bincount(self.reasons[first:stop], minlength=len(REASONS))
         return {REASONS[i]: int(counts[i]) for i in np.flatnonzero(counts) if i != GOOD}
 
@@ -55,8 +52,7 @@ class Window:
         )
 
 
-@dataclass(frozen=True)
-class Slice:
+class Slice(NamedTuple):
     """The good rows [first, stop) of a window's arrays."""
 
     window: Window
