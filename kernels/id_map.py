@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.chunks import check_index
+from kernels.chunks import allocate_chunk, check_index
 from kernels.reference import id_map as reference
 from kernels.reference.id_map import SEGMENTS_PER_CHUNK, SLOTS, split_limit
 
@@ -135,7 +135,7 @@ class IdMap:
 
     def _add_chunk(self) -> None:
         shape = (SEGMENTS_PER_CHUNK, SLOTS, 2)
-        self._chunks.append(torch.empty(shape, dtype=torch.int64, device=self.device))
+        self._chunks.append(allocate_chunk(shape, torch.int64, self.device))
         more = self._segments.new_zeros((SEGMENTS_PER_CHUNK, 3))
         self._segments = torch.cat([self._segments, more])
 

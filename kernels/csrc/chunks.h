@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -13,6 +14,10 @@
 namespace tessera {
 
 constexpr int64_t kAhead = 16;  // rows between the request for a cache line and its use
+constexpr int64_t kMostAhead = 512;  // bytes of a row requested: the processor sees for itself where a long row goes on
+
+// Raise IndexError for a number that is not below `end`.
+[[noreturn]] void out_of_range(const char* name, int64_t found, int64_t end);
 
 // T is the element type, or char to move rows of any type as bytes (width is then in bytes).
 template <typename T>
@@ -46,15 +51,19 @@ struct Rows {
 
   TESSERA_INLINE T* operator[](int64_t row) const { return chunks[row >> shift] + (row & mask) * width; }
 
-  // Ask for `lines` cache lines of a row that is needed soon; row -1 has none.
-  TESSERA_INLINE void prefetch(int64_t row, int64_t lines) const {
-    if (row < 0) return;
+  // The row as it is, or IndexError when it lies beyond the last chunk.
+  TESSERA_INLINE int64_t checked(int64_t row) const {
+    if (__builtin_expect(row >= count, 0)) out_of_range("rows", row, count);
+    return row;
+  }
+
+  // Ask for the first `bytes` of a row that is needed soon. Rows that do not exist are left to `checked`.
+  TESSERA_INLINE void prefetch(int64_t row, int64_t bytes) const {
+    if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(count)) return;
     const char* const at = reinterpret_cast<const char*>((*this)[row]);
-    for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + 64 * line);
+    for (int64_t offset = 0; offset < std::min(bytes, kMostAhead); offset += 64) __builtin_prefetch(at + offset);
+    __builtin_prefetch(at + bytes - 1);
   }
 };
-
-// Raise IndexError unless all numbers are in [lowest, end).
-void check_range(const char* name, const int64_t* numbers, int64_t n, int64_t lowest, int64_t end);
 
 }  // namespace tessera

@@ -14,13 +14,32 @@
 
 namespace {
 
-using tessera::check_range;
 using tessera::kAhead;
 using tessera::Rows;
 
 constexpr int64_t kGrain = 1 << 15;  // bytes per thread below which another thread does not pay
 
 int64_t grain_of(int64_t row_bytes) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, row_bytes)); }
+
+// The rows of a batch: position i reads rows[inverse[i]], or rows[i] without an inverse.
+struct Positions {
+  const int64_t* rows;
+  const int64_t* inverse;  // null: none
+  int64_t count;           // of rows
+
+  // Row of a position that will be needed soon; -1 for one that does not exist.
+  TESSERA_INLINE int64_t peek(int64_t i) const {
+    if (inverse == nullptr) return rows[i];
+    return static_cast<uint64_t>(inverse[i]) < static_cast<uint64_t>(count) ? rows[inverse[i]] : -1;
+  }
+  TESSERA_INLINE int64_t operator[](int64_t i) const {
+    if (inverse == nullptr) return rows[i];
+    const int64_t at = inverse[i];
+    if (__builtin_expect(static_cast<uint64_t>(at) >= static_cast<uint64_t>(count), 0))
+      tessera::out_of_range("inverse", at, count);
+    return rows[at];
+  }
+};
 
 // What row -1 reads: the given default or zeros.
 at::Tensor default_row(const std::optional<at::Tensor>& given, int64_t dim, at::TensorOptions options) {
@@ -30,35 +49,26 @@ at::Tensor default_row(const std::optional<at::Tensor>& given, int64_t dim, at::
   return given->contiguous();
 }
 
+Positions positions_of(const at::Tensor& rows, const at::Tensor& inverse) {
+  return {rows.const_data_ptr<int64_t>(), inverse.defined() ? inverse.const_data_ptr<int64_t>() : nullptr, rows.numel()};
+}
+
 struct Source {
   const Rows<char>& table;
-  const int64_t* rows;
-  const int64_t* inverse;  // null: position i reads rows[i]
+  Positions positions;
   const char* fallback;
   int64_t begin;  // in bytes, as size
   int64_t size;
-
-  TESSERA_INLINE int64_t row(int64_t i) const { return rows[inverse == nullptr ? i : inverse[i]]; }
-  TESSERA_INLINE const char* at(int64_t i) const {
-    const int64_t r = row(i);
-    return r < 0 ? fallback : table[r] + begin;
-  }
 };
 
 // Size is known while compiling for the usual widths, which turns the copy into a few moves.
 template <int64_t Size>
 void copy_rows(const Source& source, int64_t begin, int64_t end, char* out) {
   const int64_t size = Size > 0 ? Size : source.size;
-  const int64_t lines = std::min<int64_t>(8, (size + 127) / 64);
   for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < end) {
-      const int64_t next = source.row(i + kAhead);
-      if (next >= 0) {
-        const char* const at = source.table[next] + source.begin;
-        for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + 64 * line);
-      }
-    }
-    std::memcpy(out + i * size, source.at(i), size);
+    if (i + kAhead < end) source.table.prefetch(source.positions.peek(i + kAhead), source.begin + size);
+    const int64_t row = source.table.checked(source.positions[i]);
+    std::memcpy(out + i * size, row < 0 ? source.fallback : source.table[row] + source.begin, size);
   }
 }
 
@@ -82,13 +92,9 @@ at::Tensor gather(at::TensorList chunks, const at::Tensor& rows_, int64_t dim,
   const auto options = chunks.empty() ? rows.options().dtype(at::kFloat) : chunks[0].options();
   const at::Tensor fallback = default_row(fallback_, dim, options);
   const int64_t count = inverse.defined() ? inverse.numel() : rows.numel();
-  check_range("rows", rows.const_data_ptr<int64_t>(), rows.numel(), -1, table.count);
-  if (inverse.defined()) check_range("inverse", inverse.const_data_ptr<int64_t>(), count, 0, rows.numel());
   at::Tensor result = at::empty({count, dim}, options);
   const int64_t item = result.element_size();
-  const Source source{table,
-                      rows.const_data_ptr<int64_t>(),
-                      inverse.defined() ? inverse.const_data_ptr<int64_t>() : nullptr,
+  const Source source{table, positions_of(rows, inverse),
                       static_cast<const char*>(fallback.const_data_ptr()),
                       begin * item,
                       dim * item};
@@ -100,8 +106,7 @@ at::Tensor gather(at::TensorList chunks, const at::Tensor& rows_, int64_t dim,
 
 struct Bags {
   const Rows<float>& table;
-  const int64_t* rows;
-  const int64_t* inverse;
+  Positions positions;
   const int64_t* offsets;
   const float* weights;  // null: 1
   const float* fallback;
@@ -110,14 +115,13 @@ struct Bags {
 };
 
 TESSERA_SIMD void pool_bags(const Bags& bags, int64_t begin, int64_t end, float* __restrict out) {
-  const int64_t lines = std::min<int64_t>(8, (bags.dim * 4 + 127) / 64);
   const int64_t last = bags.offsets[end];
   for (int64_t b = begin; b < end; ++b) {
     float* __restrict const sum = out + b * bags.dim;
     for (int64_t c = 0; c < bags.dim; ++c) sum[c] = 0;
     for (int64_t i = bags.offsets[b]; i < bags.offsets[b + 1]; ++i) {
-      if (i + kAhead < last) bags.table.prefetch(bags.rows[bags.inverse[i + kAhead]], lines);
-      const int64_t row = bags.rows[bags.inverse[i]];
+      if (i + kAhead < last) bags.table.prefetch(bags.positions.peek(i + kAhead), bags.dim * 4);
+      const int64_t row = bags.table.checked(bags.positions[i]);
       const float* __restrict const values = row < 0 ? bags.fallback : bags.table[row];
       const float weight = bags.weights == nullptr ? 1.0f : bags.weights[i];
       for (int64_t c = 0; c < bags.dim; ++c) sum[c] += values[c] * weight;
@@ -140,12 +144,9 @@ at::Tensor gather_pooled(at::TensorList chunks, const at::Tensor& rows_, const a
   bool good = at[0] >= 0 && at[bag_count] <= inverse.numel();
   for (int64_t b = 0; b < bag_count; ++b) good &= at[b] <= at[b + 1];
   TORCH_CHECK_INDEX(good, "offsets must not decrease and must stay inside the ", inverse.numel(), " positions");
-  check_range("rows", rows.const_data_ptr<int64_t>(), rows.numel(), -1, table.count);
-  check_range("inverse", inverse.const_data_ptr<int64_t>() + at[0], at[bag_count] - at[0], 0, rows.numel());
   at::Tensor result = at::empty({bag_count, dim}, fallback.options());
   const Bags bags{table,
-                  rows.const_data_ptr<int64_t>(),
-                  inverse.const_data_ptr<int64_t>(),
+                  positions_of(rows, inverse),
                   at,
                   weights.defined() ? weights.const_data_ptr<float>() : nullptr,
                   fallback.const_data_ptr<float>(),
@@ -160,16 +161,14 @@ void scatter(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& v
   const Rows<char> table(chunks, begin + values_.size(1));
   const at::Tensor rows = rows_.contiguous(), values = values_.contiguous();
   const int64_t* in = rows.const_data_ptr<int64_t>();
-  check_range("rows", in, rows.numel(), -1, table.count);
   const int64_t size = values.size(1) * values.element_size();
   const int64_t step = values.size(0) == 1 ? 0 : size;
   const int64_t offset = begin * values.element_size();
-  const int64_t lines = std::min<int64_t>(8, (size + 127) / 64);
   const char* from = static_cast<const char*>(values.const_data_ptr());
   at::parallel_for(0, rows.numel(), grain_of(size), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      if (i + kAhead < last) table.prefetch(in[i + kAhead], lines);
-      if (in[i] >= 0) std::memcpy(table[in[i]] + offset, from + i * step, size);
+      if (i + kAhead < last) table.prefetch(in[i + kAhead], offset + size);
+      if (table.checked(in[i]) >= 0) std::memcpy(table[in[i]] + offset, from + i * step, size);
     }
   });
 }

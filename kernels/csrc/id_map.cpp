@@ -18,8 +18,9 @@ namespace {
 // As in kernels/reference/id_map.py.
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ULL;
 constexpr int64_t kSlots = 4096;
-constexpr int64_t kSegmentsPerChunk = 256;
-constexpr double kLimit = 0.85;
+constexpr int64_t kLine = 4;
+constexpr uint32_t kSegmentsPerChunk = 256;
+constexpr double kLimit = 0.8;
 constexpr double kSpread = 0.5;
 
 constexpr int64_t kGrain = 1 << 13;  // ids per thread below which another thread does not pay
@@ -40,18 +41,40 @@ TESSERA_SIMD void hash_ids(const int64_t* ids, int64_t n, uint64_t* hashes) {
   for (int64_t i = 0; i < n; ++i) hashes[i] = tessera::mix64(static_cast<uint64_t>(ids[i]) + kGolden);
 }
 
-// Where an id is looked for first, and the segment in which the search goes round.
+// A hash is looked for from the beginning of a cache line on, so that most searches see one line.
+TESSERA_INLINE int64_t home_of(uint64_t hash) { return static_cast<int64_t>(hash & (kSlots - kLine)); }
+
+// Where an id is looked for, and the segment in which the search goes round.
 struct Place {
   Slot* segment;
   uint64_t hash;
 
-  int64_t home() const { return static_cast<int64_t>(hash & (kSlots - 1)); }
+  void prefetch() const { __builtin_prefetch(segment + home_of(hash), 1); }
 
-  // The slot of the hash, or the empty slot that ends its probing.
-  Slot* find() const {
-    int64_t at = home();
-    while (segment[at].hash != hash && segment[at].row >= 0) at = (at + 1) & (kSlots - 1);
-    return segment + at;
+  // The row of the hash or -1. Lines fill from their beginning, so one with an empty last slot ends the search. The
+  // slots of a line are compared without a branch that could be guessed wrong: all other slots, and emptied ones that
+  // still show the hash, contribute -1 to the conjunction, which is all ones.
+  int64_t row() const {
+    for (int64_t at = home_of(hash);; at = (at + kLine) & (kSlots - 1)) {
+      const Slot* const line = segment + at;
+      int64_t found = -1;
+      for (int64_t i = 0; i < kLine; ++i) found &= line[i].row | -static_cast<int64_t>(line[i].hash != hash);
+      if (found >= 0 || line[kLine - 1].row < 0) return found;
+    }
+  }
+
+  // The slot of the hash, or the empty slot that ends its search: as many of a line are used as come before it.
+  Slot* slot() const {
+    for (int64_t at = home_of(hash);; at = (at + kLine) & (kSlots - 1)) {
+      Slot* const line = segment + at;
+      int64_t used = 0, found = -1;
+      for (int64_t i = 0; i < kLine; ++i) {
+        used += line[i].row >= 0;
+        found &= i | -static_cast<int64_t>((line[i].hash != hash) | (line[i].row < 0));
+      }
+      if (found >= 0) return line + found;
+      if (used < kLine) return line + used;
+    }
   }
 };
 
@@ -72,7 +95,7 @@ class Map {
 
   int64_t bits() const { return bits_; }
   int32_t segment_of(uint64_t hash) const { return directory_[(hash >> 1) >> (63 - bits_)]; }
-  Slot* slots_of(int32_t segment) const {
+  Slot* slots_of(uint32_t segment) const {
     return chunks_[segment / kSegmentsPerChunk] + (segment % kSegmentsPerChunk) * kSlots;
   }
   Place place(uint64_t hash) const { return {slots_of(segment_of(hash)), hash}; }
@@ -92,11 +115,10 @@ void find_range(const Map& map, const int64_t* ids, int64_t n, int64_t* rows) {
     hash_ids(ids + begin, block, hashes);
     for (int64_t i = 0; i < block; ++i) {
       places[i] = map.place(hashes[i]);
-      __builtin_prefetch(places[i].segment + places[i].home());
+      places[i].prefetch();
     }
     for (int64_t i = 0; i < block; ++i) {
-      const Slot* const slot = places[i].find();
-      rows[begin + i] = slot->row;
+      rows[begin + i] = places[i].row();
     }
   }
 }
@@ -111,12 +133,6 @@ at::Tensor id_map_find(const at::Tensor& directory, at::TensorList chunks, const
     find_range(map, in + begin, end - begin, out + begin);
   });
   return rows;
-}
-
-void put(Slot* segment, uint64_t hash, int64_t row) {
-  int64_t at = static_cast<int64_t>(hash & (kSlots - 1));
-  while (segment[at].row >= 0) at = (at + 1) & (kSlots - 1);
-  segment[at] = {hash, row};
 }
 
 int32_t split_limit(uint64_t prefix, int32_t depth) {
@@ -145,8 +161,7 @@ class Insertion {
       const int64_t block = std::min(kBlock, n - begin);
       hash_ids(ids + begin, block, hashes);
       for (int64_t i = 0; i < block; ++i) {
-        const Place place = map_.place(hashes[i]);
-        __builtin_prefetch(place.segment + place.home(), 1);
+        map_.place(hashes[i]).prefetch();
       }
       for (int64_t i = 0; i < block; ++i) {
         TORCH_CHECK_VALUE(rows[begin + i] >= 0, "rows: expected 0 or more, found ", rows[begin + i]);
@@ -160,7 +175,7 @@ class Insertion {
  private:
   void add(int64_t id, uint64_t hash, int64_t row) {
     const int32_t segment = map_.segment_of(hash);
-    Slot* const slot = Place{map_.slots_of(segment), hash}.find();
+    Slot* const slot = Place{map_.slots_of(segment), hash}.slot();
     TORCH_CHECK_VALUE(slot->row < 0, "ids: expected distinct, unknown ids, found ", id, " which is already known");
     *slot = {hash, row};
     ++segments_[segment].ids;
@@ -186,20 +201,34 @@ class Insertion {
     std::fill_n(directory_ + (prefix + 1) * entries, entries, sibling);
 
     Slot held[kSlots];
-    Slot* const low = map_.slots_of(segment);
-    Slot* const high = map_.slots_of(sibling);
-    std::memcpy(held, low, sizeof(held));
-    std::fill_n(low, kSlots, Slot{0, -1});
-    std::fill_n(high, kSlots, Slot{0, -1});
-    int32_t moved = 0;
-    for (const Slot& slot : held) {
-      if (slot.row < 0) continue;
-      const bool upper = (slot.hash >> (64 - depth)) & 1;
-      put(upper ? high : low, slot.hash, slot.row);
-      moved += upper;
-    }
+    Slot* const halves[2] = {map_.slots_of(segment), map_.slots_of(sibling)};
+    std::memcpy(held, halves[0], sizeof(held));
+    std::fill_n(halves[0], kSlots, Slot{0, -1});
+    std::fill_n(halves[1], kSlots, Slot{0, -1});
+    const int32_t moved = deal(held, halves, 64 - depth);
     segments_[sibling] = {depth, moved, split_limit(prefix + 1, depth)};
     segments_[segment] = {depth, segments_[segment].ids - moved, split_limit(prefix, depth)};
+  }
+
+  // Put every pair of a full segment into the first free slot of its line in the half that bit `shift` names. The few
+  // that find their line full wait until all others have their place. Returns how many went to the upper half.
+  static int32_t deal(const Slot* held, Slot* const* halves, int shift) {
+    uint8_t used[2][kSlots / kLine] = {};
+    Slot late[kSlots];
+    int64_t waiting = 0, upper = 0;
+    for (int64_t i = 0; i < kSlots; ++i) {
+      const Slot slot = held[i];
+      const int64_t half = (slot.hash >> shift) & 1, home = home_of(slot.hash);
+      uint8_t& count = used[half][home / kLine];
+      const bool taken = slot.row >= 0, fits = count < kLine;
+      if (taken & fits) halves[half][home + count] = slot;
+      late[waiting] = slot;
+      waiting += taken & !fits;
+      count += taken & fits;
+      upper += taken & (half == 1);
+    }
+    for (int64_t i = 0; i < waiting; ++i) *Place{halves[(late[i].hash >> shift) & 1], late[i].hash}.slot() = late[i];
+    return static_cast<int32_t>(upper);
   }
 
   Map map_;
@@ -221,7 +250,7 @@ void id_map_insert(const at::Tensor& directory, at::TensorList chunks, const at:
 // Close the hole at `hole` by moving back every later pair of its run that may stand there.
 void close_hole(Slot* segment, int64_t hole) {
   for (int64_t at = (hole + 1) & (kSlots - 1); segment[at].row >= 0; at = (at + 1) & (kSlots - 1)) {
-    const auto home = static_cast<int64_t>(segment[at].hash & (kSlots - 1));
+    const int64_t home = home_of(segment[at].hash);
     if (((at - home) & (kSlots - 1)) >= ((at - hole) & (kSlots - 1))) {
       segment[hole] = segment[at];
       hole = at;
@@ -244,13 +273,12 @@ at::Tensor id_map_erase(const at::Tensor& directory, at::TensorList chunks, cons
     const int64_t block = std::min(kBlock, n - begin);
     hash_ids(in + begin, block, hashes);
     for (int64_t i = 0; i < block; ++i) {
-      const Place place = map.place(hashes[i]);
-      __builtin_prefetch(place.segment + place.home(), 1);
+      map.place(hashes[i]).prefetch();
     }
     for (int64_t i = 0; i < block; ++i) {
       const int32_t segment = map.segment_of(hashes[i]);
       const Place place{map.slots_of(segment), hashes[i]};
-      const Slot* const slot = place.find();
+      const Slot* const slot = place.slot();
       out[begin + i] = slot->row;
       if (slot->row < 0) continue;
       close_hole(place.segment, slot - place.segment);

@@ -29,10 +29,9 @@ struct Start {
 };
 
 TESSERA_SIMD void write_rows(const Start& start, int64_t begin, int64_t end) {
-  const int64_t lines = std::min<int64_t>(8, (start.table.width * 4 + 127) / 64);
   for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < end) start.table.prefetch(start.rows[i + kAhead], lines);
-    if (start.rows[i] < 0) continue;
+    if (i + kAhead < end) start.table.prefetch(start.rows[i + kAhead], start.table.width * 4);
+    if (start.table.checked(start.rows[i]) < 0) continue;
     float* __restrict const row = start.table[start.rows[i]];
     for (int64_t c = start.dim; c < start.table.width; ++c) row[c] = start.state;
     if (start.scale == 0) {
@@ -62,7 +61,6 @@ void init_rows(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor&
                     static_cast<float>(scale),
                     static_cast<uint64_t>(stream),
                     static_cast<float>(state)};
-  tessera::check_range("rows", start.rows, rows.numel(), -1, table.count);
   at::parallel_for(0, rows.numel(), std::max<int64_t>(1, kGrain / dim),
                    [&](int64_t begin, int64_t end) { write_rows(start, begin, end); });
 }

@@ -154,10 +154,9 @@ struct Ftrl {
 template <typename Step, int64_t Dim>
 TESSERA_INLINE void step_rows_of(const Steps& steps, int64_t begin, int64_t end) {
   const int64_t dim = Dim > 0 ? Dim : steps.dim;
-  const int64_t lines = std::min<int64_t>(8, (steps.table.width * 4 + 127) / 64);
   for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < end) steps.table.prefetch(steps.rows[i + kAhead], lines);
-    if (steps.rows[i] < 0) continue;
+    if (i + kAhead < end) steps.table.prefetch(steps.rows[i + kAhead], steps.table.width * 4);
+    if (steps.table.checked(steps.rows[i]) < 0) continue;
     float* const row = steps.table[steps.rows[i]];
     Step::template step<Dim>(row, row + dim, steps.grads + i * dim, dim, steps.hyper);
   }

@@ -15,7 +15,6 @@
 
 namespace {
 
-using tessera::check_range;
 using tessera::kAhead;
 using tessera::Rows;
 
@@ -31,11 +30,10 @@ void touch(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& now
   const int64_t* time = now.const_data_ptr<int64_t>();
   const int64_t* more = counts.defined() ? counts.const_data_ptr<int64_t>() : nullptr;
   const int64_t time_step = now.numel() == 1 ? 0 : 1;
-  check_range("rows", in, rows.numel(), -1, table.count);
   at::parallel_for(0, rows.numel(), kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if (i + kAhead < end) table.prefetch(in[i + kAhead], 1);
-      if (in[i] < 0) continue;
+      if (i + kAhead < end) table.prefetch(in[i + kAhead], 16);
+      if (table.checked(in[i]) < 0) continue;
       int64_t* const row = table[in[i]];
       const int64_t seen = time[i * time_step];
       row[0] = row[1] == 0 ? seen : std::max(row[0], seen);

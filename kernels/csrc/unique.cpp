@@ -22,18 +22,18 @@ TESSERA_SIMD void hash_block(const int64_t* ids, int64_t n, uint64_t mask, uint6
 }
 
 struct Distinct {
-  int64_t* ids;
-  int64_t* counts;
+  int64_t* ids;     // the distinct ids begin at entry 1
+  int64_t* counts;  // likewise
   int64_t* inverse;
 };
 
-// Index counts distinct ids; the table holds 1 + index, so that 0 is empty.
-template <typename Index>
+// The table holds the place of an id in the list of distinct ids.
+template <typename Place>
 int64_t merge(const int64_t* ids, int64_t n, const Distinct& out) {
   uint64_t size = 16;
   while (size < 2 * static_cast<uint64_t>(n)) size *= 2;
-  std::vector<Index> table(size);
-  int64_t distinct = 0;
+  std::vector<Place> table(size);
+  Place last = 0;
   uint64_t slots[kBlock];
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t block = std::min(kBlock, n - begin);
@@ -42,33 +42,33 @@ int64_t merge(const int64_t* ids, int64_t n, const Distinct& out) {
     for (int64_t i = 0; i < block; ++i) {
       const int64_t id = ids[begin + i];
       uint64_t slot = slots[i];
-      while (table[slot] != 0 && out.ids[table[slot] - 1] != id) slot = (slot + 1) & (size - 1);
-      if (table[slot] == 0) {
-        out.ids[distinct] = id;
-        out.counts[distinct] = 0;
-        table[slot] = static_cast<Index>(++distinct);
+      Place place;
+      while ((place = table[slot]) != 0 && out.ids[place] != id) slot = (slot + 1) & (size - 1);
+      if (place == 0) {
+        table[slot] = place = ++last;
+        out.ids[place] = id;
+        out.counts[place] = 0;
       }
-      const int64_t index = static_cast<int64_t>(table[slot]) - 1;
-      ++out.counts[index];
-      out.inverse[begin + i] = index;
+      ++out.counts[place];
+      out.inverse[begin + i] = static_cast<int64_t>(place) - 1;
     }
   }
-  return distinct;
+  return static_cast<int64_t>(last);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> unique_inverse(const at::Tensor& ids_) {
   TORCH_CHECK_VALUE(ids_.dim() == 1, "expected ids int64 [n]");
   const at::Tensor ids = ids_.contiguous();
   const int64_t n = ids.numel();
-  at::Tensor unique = at::empty({n}, ids.options());
-  at::Tensor counts = at::empty({n}, ids.options());
+  const at::Tensor unique = at::empty({n + 1}, ids.options());
+  const at::Tensor counts = at::empty({n + 1}, ids.options());
   at::Tensor inverse = at::empty({n}, ids.options());
   const Distinct out{unique.mutable_data_ptr<int64_t>(), counts.mutable_data_ptr<int64_t>(),
                      inverse.mutable_data_ptr<int64_t>()};
   const int64_t* in = ids.const_data_ptr<int64_t>();
   const int64_t distinct =
       n < std::numeric_limits<uint32_t>::max() ? merge<uint32_t>(in, n, out) : merge<uint64_t>(in, n, out);
-  return {unique.resize_({distinct}), inverse, counts.resize_({distinct})};
+  return {unique.narrow(0, 1, distinct), inverse, counts.narrow(0, 1, distinct)};
 }
 
 }  // namespace

@@ -22,36 +22,44 @@ using tessera::Steps;
 
 constexpr int64_t kGrain = 1 << 13;  // gradient elements per thread below which another thread does not pay
 
+struct Gradients {
+  const float* grads;
+  const int64_t* inverse;
+  int64_t n;     // gradients
+  int64_t rows;  // distinct rows, the range of inverse
+  int64_t dim;
+};
+
 // Sum gradients into merged[inverse[i] - begin] for the rows [begin, end), in order of position. Every thread reads
 // the whole inverse and takes its own rows from it: no locks, and the same order of summation for any number.
 template <int64_t Dim>
-TESSERA_INLINE void merge_rows(const float* grads, const int64_t* inverse, int64_t n, int64_t begin, int64_t end,
-                               int64_t dim_, float* merged) {
-  const int64_t dim = Dim > 0 ? Dim : dim_;
+TESSERA_INLINE void merge_rows(const Gradients& given, int64_t begin, int64_t end, float* merged) {
+  const int64_t dim = Dim > 0 ? Dim : given.dim;
   int64_t fresh = begin;  // rows from here on have not been written: the usual order is that of first occurrence
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t row = inverse[i];
+  for (int64_t i = 0; i < given.n; ++i) {
+    const int64_t row = given.inverse[i];
+    if (__builtin_expect(static_cast<uint64_t>(row) >= static_cast<uint64_t>(given.rows), 0))
+      tessera::out_of_range("inverse", row, given.rows);
     if (row < begin || row >= end) continue;
     float* __restrict const sum = merged + (row - begin) * dim;
-    const float* __restrict const grad = grads + i * dim;
-    if (row >= fresh) {
-      std::memset(merged + (fresh - begin) * dim, 0, (row - fresh) * dim * sizeof(float));
-      std::memcpy(sum, grad, dim * sizeof(float));
-      fresh = row + 1;
-    } else {
+    const float* __restrict const grad = given.grads + i * dim;
+    if (row < fresh) {
       for (int64_t c = 0; c < dim; ++c) sum[c] += grad[c];
+      continue;
     }
+    if (row > fresh) std::memset(merged + (fresh - begin) * dim, 0, (row - fresh) * dim * sizeof(float));
+    for (int64_t c = 0; c < dim; ++c) sum[c] = grad[c];
+    fresh = row + 1;
   }
   std::memset(merged + (fresh - begin) * dim, 0, (end - fresh) * dim * sizeof(float));
 }
 
-TESSERA_SIMD void merge(const float* grads, const int64_t* inverse, int64_t n, int64_t begin, int64_t end, int64_t dim,
-                        float* merged) {
-  switch (dim) {
-    case 8: return merge_rows<8>(grads, inverse, n, begin, end, dim, merged);
-    case 16: return merge_rows<16>(grads, inverse, n, begin, end, dim, merged);
-    case 32: return merge_rows<32>(grads, inverse, n, begin, end, dim, merged);
-    default: return merge_rows<0>(grads, inverse, n, begin, end, dim, merged);
+TESSERA_SIMD void merge(const Gradients& given, int64_t begin, int64_t end, float* merged) {
+  switch (given.dim) {
+    case 8: return merge_rows<8>(given, begin, end, merged);
+    case 16: return merge_rows<16>(given, begin, end, merged);
+    case 32: return merge_rows<32>(given, begin, end, merged);
+    default: return merge_rows<0>(given, begin, end, merged);
   }
 }
 
@@ -107,15 +115,13 @@ void update(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& gr
   TORCH_CHECK_VALUE(n == (inverse.defined() ? inverse.numel() : count), "grads: expected as many as positions");
   const int64_t* row = rows.const_data_ptr<int64_t>();
   const int64_t* at = inverse.defined() ? inverse.const_data_ptr<int64_t>() : nullptr;
-  tessera::check_range("rows", row, count, -1, table.count);
-  if (at != nullptr) tessera::check_range("inverse", at, n, 0, count);
   const Hyper hyper(learning_rate, weight_decay, eps, beta1, beta2, beta, l1, l2, optimizer.step == adam);
   const at::Tensor merged = at == nullptr ? grads : at::empty({count, dim}, grads.options());
-  const float* given = grads.const_data_ptr<float>();
+  const Gradients given{grads.const_data_ptr<float>(), at, n, count, dim};
   float* sums = const_cast<float*>(merged.const_data_ptr<float>());
   const Steps steps{table, row, sums, dim, hyper};
   at::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, dim)), [&](int64_t begin, int64_t end) {
-    if (at != nullptr) merge(given, at, n, begin, end, dim, sums + begin * dim);
+    if (at != nullptr) merge(given, begin, end, sums + begin * dim);
     optimizer.step(steps, begin, end);
   });
 }

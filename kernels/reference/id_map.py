@@ -15,10 +15,11 @@ from kernels.reference.mix import mix64, unmix64
 from kernels.reference.random import GOLDEN
 
 SLOTS = 4096  # per segment, a power of two
+LINE = 4  # slots; a search begins at a multiple of this: the slots of one cache line
 SEGMENTS_PER_CHUNK = 256
 # A segment is split at LIMIT * SLOTS ids at the lower end of the hash space, at 2^-SPREAD times that at its
 # upper end. SPREAD = 1 would spread the splits evenly over each doubling, 0 would make them coincide.
-LIMIT = 0.85
+LIMIT = 0.8
 SPREAD = 0.5
 
 
@@ -111,7 +112,7 @@ def _by_chunk(chunks: Sequence[Tensor], segment: Tensor) -> Iterator[tuple[Tenso
 
 def _probe(slots: Tensor, start: Tensor, hashes: Tensor) -> tuple[Tensor, Tensor]:
     """(slot, row) of every hash in the segment that begins at `start`; row -1 with the empty slot met."""
-    slot = start + (hashes & (SLOTS - 1))
+    slot = start + (hashes & (SLOTS - LINE))
     row = torch.full_like(hashes, -1)
     active = torch.arange(hashes.numel(), device=hashes.device)
     while active.numel():
