@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kernels import backend
 
-
 _LARGE_PAGE = 2 << 20  # bytes; a chunk begins at a multiple
 
 
