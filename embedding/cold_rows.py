@@ -161,13 +161,13 @@ def _heat_of(index: RowIndex, column: int, rows: Tensor) -> Tensor:
 
 def _kth_coldest(heat: Tensor, rows: Tensor, k: int) -> tuple[int, int, int]:
     """(value, other, row) of the k-th coldest of distinct rows, k from 1."""
-    bound = []
-    for key in (heat[:, 0], heat[:, 1], rows):
-        kth = key.kthvalue(k).values
-        bound.append(int(kth))
+    keys, bound = torch.cat([heat, rows[:, None]], dim=1), []
+    for column in range(3):
+        key = keys[:, column]
+        kth = int(key.kthvalue(k).values)
+        bound.append(kth)
         k -= int((key < kth).sum())
-        ties = key == kth
-        heat, rows = heat[ties], rows[ties]
+        keys = keys[key == kth]
     value, other, row = bound
     return value, other, row
 

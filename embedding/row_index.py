@@ -55,6 +55,8 @@ class RowIndex:
 
     def remove(self, rows: Tensor) -> Tensor:
         """Free rows in use (int64 [n], distinct). Returns their ids."""
+        if rows.numel() == 0:
+            return rows
         ids = gather(self.meta, rows, 1, begin=ID).flatten()
         self.map.erase(ids)
         scatter(self.meta, rows, rows.new_zeros((1, COLUMNS)))

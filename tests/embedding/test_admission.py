@@ -1,0 +1,206 @@
+"""The admission filters against slow versions of the same definitions, and what they promise."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from embedding import sliding
+from embedding.admission import ExactCounter, ProbabilisticFilter
+from embedding.config import Admission, DynamicTableConfig, Group
+from embedding.sliding import SlidingHashFilter
+from embedding.table import DynamicTable
+from kernels.reference.mix import mix64_number
+
+
+class SlowSliding:
+    """One id at a time, buckets as lists of [signature, counter]."""
+
+    def __init__(self, threshold, capacity, splits):
+        self.threshold, self.splits = threshold, splits
+        self.buckets = math.ceil(capacity * 1.2 / (splits - 3) / 16)
+        self.parts = [[[] for _ in range(self.buckets)] for _ in range(splits)]
+        self.used, self.head = [0] * splits, 0
+
+    def place_of(self, i):
+        h = mix64_number((i + 0x243F6A8885A308D3) % 2**64)
+        return (h & (2**40 - 1)) % self.buckets, (h >> 40) % 4095 + 1
+
+    def admit(self, ids, counts):
+        if self.used[self.head] * 1.2 >= self.buckets * 16:
+            self.head = (self.head + 1) % self.splits
+            self.parts[(self.head + 2) % self.splits] = [[] for _ in range(self.buckets)]
+            self.used[(self.head + 2) % self.splits] = 0
+        merged = {}
+        for i, count in zip(ids, counts, strict=True):
+            merged[self.place_of(i)] = merged.get(self.place_of(i), 0) + count
+        news, homeless = {}, []
+        for place, count in merged.items():
+            cell, age = self.find(*place)
+            news[place] = min(15, (cell[1] if cell else 0) + count)
+            if cell and age <= 2:
+                cell[1] = news[place]
+            else:
+                homeless.append(place)
+        passed = {place: new >= self.threshold for place, new in news.items()}
+        for ahead in range(3):
+            part = (self.head + ahead) % self.splits
+            for place in list(homeless):
+                if len(self.parts[part][place[0]]) < 16:
+                    self.parts[part][place[0]].append([place[1], news[place]])
+                    self.used[part] += 1
+                    homeless.remove(place)
+        for place in homeless:
+            passed[place] = True
+        return [passed[self.place_of(i)] for i in ids]
+
+    def find(self, bucket, signature):
+        for age in range(self.splits):
+            for cell in self.parts[(self.head + 2 - age) % self.splits][bucket]:
+                if cell[0] == signature:
+                    return cell, age
+        return None, None
+
+
+@pytest.mark.parametrize("capacity", [40, 1, 400])
+def test_sliding_filter_equals_the_slow_one(backend, capacity):
+    draw = random.Random(capacity)
+    fast, slow = SlidingHashFilter(4, capacity), SlowSliding(4, capacity, 7)
+    pool = [draw.getrandbits(64) - 2**63 for _ in range(400)] + [0, -1, 2**63 - 1, -(2**63)]
+    slid = 0
+    for step in range(150):
+        ids = draw.sample(pool, draw.randint(1, 60))
+        counts = [draw.choice([1, 1, 1, 2, 30]) for _ in ids]
+        if step % 50 == 49:  # a filter made from the state goes on in the same way
+            state = {name: value.clone() for name, value in fast.export_state().items()}
+            fast = SlidingHashFilter(4, capacity)
+            fast.import_state(state)
+        passed = fast.admit(torch.tensor(ids), torch.tensor(counts), step, step)
+        assert passed.tolist() == slow.admit(ids, counts)
+        slid += slow.head != 0
+        cells = fast._cells.view(7, -1, 16).tolist()
+        for part in range(7):
+            for bucket, slow_cells in enumerate(slow.parts[part]):
+                expected = [s << 4 | n for s, n in slow_cells] + [0] * (16 - len(slow_cells))
+                assert [cell % 2**16 for cell in cells[part][bucket]] == expected
+        assert (fast._used, fast._head) == (slow.used, slow.head)
+    assert slid > 0
+
+
+def test_sliding_filter_counts_exactly_while_it_has_room():
+    ids = torch.randperm(1000) * 977 + 5
+    filter_ = SlidingHashFilter(3, capacity=100_000)
+    passed = [filter_.admit(ids, torch.ones_like(ids), 0, step) for step in range(3)]
+    assert [int(p.sum()) for p in passed] == [0, 0, 1000]
+
+
+def test_sliding_filter_forgets_what_does_not_come_back_and_carries_over_what_does():
+    capacity = 2000
+    filter_ = SlidingHashFilter(3, capacity)
+    kept, gone = torch.tensor([11]), torch.tensor([12])
+    filter_.admit(torch.cat([kept, gone]), torch.ones(2, dtype=torch.int64), 0, 0)
+    for step in range(1, 41):  # 20 times what it can hold
+        ids = torch.arange(step * 1000, step * 1000 + 1000)
+        filter_.admit(ids, torch.ones_like(ids), 0, step)
+        if step == 2:
+            assert not filter_.admit(kept, torch.tensor([1]), 0, 0)
+        elif step == 4:
+            assert filter_.admit(kept, torch.tensor([1]), 0, 0)
+    assert filter_.nbytes == filter_._cells.numel() * 2 < 2 * 2 * capacity * 1.2 * 2
+    assert not filter_.admit(gone, torch.tensor([2]), 0, 0)
+
+
+def test_sliding_filter_remembers_its_capacity():
+    capacity = 8000
+    filter_ = SlidingHashFilter(2, capacity)
+    for begin in range(0, capacity, 500):
+        ids = torch.arange(begin, begin + 500)
+        filter_.admit(ids, torch.ones_like(ids), 0, 0)
+    ids = torch.arange(0, 500)
+    assert bool(filter_.admit(ids, torch.ones_like(ids), 0, 0).all())
+
+
+def test_sliding_filter_errs_by_the_stated_share():
+    filter_ = SlidingHashFilter(2, 200_000)
+    early = 0
+    for begin in range(0, 100_000, 10_000):
+        ids = torch.arange(begin, begin + 10_000)
+        early += int(filter_.admit(ids, torch.ones_like(ids), 0, 0).sum())
+    parts = 100_000 * 1.2 / (filter_._buckets * sliding.WAYS)
+    assert early / 100_000 < 13 * parts / 4095
+
+
+def test_exact_counter_forgets_admitted_and_old_ids(backend):
+    counter = ExactCounter(3, ttl_seconds=10)
+    ids, ones = torch.tensor([5, -1, 2**63 - 1]), torch.ones(3, dtype=torch.int64)
+    assert not counter.admit(ids, ones, 100, 0).any() and len(counter) == 3
+    assert counter.admit(ids, torch.tensor([2, 1, 5]), 105, 0).tolist() == [True, False, True] and len(counter) == 1
+    counter.expire(114)
+    assert len(counter) == 1
+    counter.expire(115)
+    assert len(counter) == 0
+    assert not counter.admit(ids, ones * 2, torch.tensor([120, 121, 122]), 0).any()
+    counter.expire(131)
+    assert counter.export_state()["ids"].tolist() == [2**63 - 1]
+
+
+def test_exact_counts_can_be_cut_by_id(backend):
+    counter, ids = ExactCounter(5), torch.arange(-10, 10)
+    counter.admit(ids, torch.arange(20) % 4 + 1, 7, 0)
+    state = counter.export_state()
+    parts = [ExactCounter(5), ExactCounter(5)]
+    for part, other in enumerate(parts):
+        mine = state["ids"] % 2 == part
+        other.import_state({name: value[mine] for name, value in state.items()})
+        passed = other.admit(ids[ids % 2 == part], torch.full((10,), 2), 8, 0)
+        assert passed.tolist() == [(i + 10) % 4 + 1 + 2 >= 5 for i in range(-10, 10) if i % 2 == part]
+
+
+def lots(threshold, ids, count, step=0, seed=1):
+    filter_ = ProbabilisticFilter(threshold, seed, key=11)
+    return filter_.admit(ids, torch.full_like(ids, count), 0, step)
+
+
+def test_probabilistic_filter_admits_95_percent_after_threshold_occurrences(backend):
+    n, threshold = 20_000, 8
+    ids = torch.arange(n)
+    sigma = math.sqrt(n * 0.95 * 0.05)
+    at_once = int(lots(threshold, ids, threshold).sum())
+    assert abs(at_once - 0.95 * n) < 4 * sigma
+    one_by_one = torch.stack([lots(threshold, ids, 1, step) for step in range(threshold)])
+    assert abs(int(one_by_one.any(dim=0).sum()) - 0.95 * n) < 4 * sigma
+    once = 1 - 0.05 ** (1 / threshold)
+    for passed in one_by_one:
+        assert abs(int(passed.sum()) - once * n) < 4 * math.sqrt(n * once * (1 - once))
+
+
+def test_probabilistic_filter_depends_on_seed_id_and_step_alone(backend):
+    ids = torch.arange(1000)
+    order = torch.randperm(1000)
+    assert torch.equal(lots(4, ids[order], 1), lots(4, ids, 1)[order])
+    assert not torch.equal(lots(4, ids, 1), lots(4, ids, 1, step=1))
+    assert not torch.equal(lots(4, ids, 1), lots(4, ids, 1, seed=2))
+
+
+@pytest.mark.parametrize("kind", ["exact", "sliding", "probabilistic"])
+def test_table_rejects_counts_and_goes_on_from_its_state(backend, kind):
+    config = DynamicTableConfig("t", ("f",), (Group("v", 2, 1.0),), admission=Admission(kind, 3, capacity=1000))
+    table, ids = DynamicTable(config), torch.arange(500)
+    for step in range(6):
+        if step == 3:
+            moved = DynamicTable(config)
+            moved.import_state(table.export_state())
+            for batch in table.export_rows():
+                moved.import_rows(batch)
+        if step >= 3:
+            assert torch.equal(moved.lookup(ids, step), table.lookup(ids, step))
+            continue
+        rows = table.lookup(ids, step)
+        rejected = rows < 0
+        assert torch.equal(table.gather(rows)[rejected], torch.zeros(int(rejected.sum()), 2))
+        if kind != "probabilistic":
+            assert int((~rejected).sum()) == (500 if step == 2 else 0)
+    stats = table.stats()
+    assert stats["new"] == stats["admitted"] + stats["rejected"] and stats["admitted"] == stats["rows"] > 0
+    assert moved.stats() | {"bytes": 0, "bytes_per_row": 0} == stats | {"bytes": 0, "bytes_per_row": 0}
