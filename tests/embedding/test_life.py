@@ -9,14 +9,13 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
 
 from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
 from embedding.errors import TableFull
-from embedding.table import DynamicTable
+from embedding.table import DynamicTable, RowBatch
 from kernels.backend import available_backends, use_backend
 from kernels.unique import unique_inverse
 from tests.embedding.model import Full, ModelTable
@@ -104,12 +103,34 @@ class Life(RuleBasedStateMachine):
         self.model.mark += 1
         assert self.marks[-1] == self.model.mark
 
-    @precondition(lambda self: self.marks)
-    @rule(data=st.data())
-    def touched_since(self, data):
-        mark = data.draw(st.sampled_from(self.marks))
-        found = [i for ids in self.table.touched_since(mark, 3) for i in ids.tolist()]
-        assert sorted(found) == sorted(i for i, row in self.model.rows.items() if row.mark >= mark)
+    @rule(ids=st.lists(st.sampled_from(POOL), max_size=4, unique=True), age=st.integers(0, 60), count=st.integers(1, 5))
+    def take_in(self, ids, age, count):
+        """Rows from elsewhere: of unknown ids, or instead of those of known ids, which may get older by it."""
+        k, last_seen = len(ids), self.now - age
+        values, state = torch.full((k, 4), 0.5), torch.rand((k, 4), generator=torch.Generator().manual_seed(age))
+        columns = (
+            torch.tensor(ids, dtype=torch.int64),
+            values,
+            state,
+            torch.full((k,), last_seen),
+            torch.full((k,), count),
+        )
+        try:
+            self.model.make_room(sum(i not in self.model.rows for i in ids), keep=ids)
+        except Full:
+            with pytest.raises(TableFull):
+                self.table.import_rows(RowBatch(*columns))
+            return
+        self.table.import_rows(RowBatch(*columns))
+        for i, value, more in zip(ids, values.numpy(), state.numpy(), strict=True):
+            row = self.model.rows.get(i) or self.model.add(i, None, None)
+            row.values, row.state, row.last_seen, row.count, row.mark = value, more, last_seen, count, self.model.mark
+
+    @invariant()
+    def same_touched_rows(self):
+        for mark in self.marks[-2:] if hasattr(self, "marks") else []:
+            found = [i for ids in self.table.touched_since(mark, 3) for i in ids.tolist()]
+            assert sorted(found) == sorted(i for i, row in self.model.rows.items() if row.mark >= mark)
 
     @rule(numbered=st.booleans(), batch_rows=st.sampled_from([1, 3, 1000]))
     def move(self, numbered, batch_rows):
@@ -150,9 +171,9 @@ class Life(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("name", available_backends())
 def test_life_of_rows(name):
-    examples = 120 if name == "cpp" else 25
+    examples = 250 if name == "cpp" else 40
     limits = settings(
-        max_examples=examples, stateful_step_count=30, deadline=None, derandomize=True,
+        max_examples=examples, stateful_step_count=40, deadline=None, derandomize=True,
         suppress_health_check=list(HealthCheck), phases=[Phase.generate],
     )  # fmt: skip
     with use_backend(name):

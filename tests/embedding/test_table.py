@@ -101,10 +101,39 @@ def test_expiry_looks_at_no_more_rows_than_its_budget(backend):
     table = DynamicTable(config_of(ttl_seconds=10))
     table.lookup(torch.arange(100), 0)
     table.lookup(torch.arange(50), 15)
-    found = [table.expire(10, budget_rows=30) for _ in range(4)]
-    assert found == [0, 10, 30, 10] and len(table) == 50
+    found = [table.expire(10, budget_rows=budget) for budget in (33, 33, 33, 1)]
+    assert found == [0, 16, 33, 1] and len(table) == 50
     assert table.expire(25) == 50 and len(table) == 0 and table.expire(99) == 0
     assert DynamicTable(config_of()).expire(10**9) == 0, "nothing expires without ttl_seconds"
+
+
+def test_the_walk_of_expiry_goes_on_in_a_table_made_from_the_state(backend):
+    table, twin = (DynamicTable(config_of(ttl_seconds=10)) for _ in range(2))
+    table.lookup(torch.arange(100), 0)
+    table.expire(5, budget_rows=40)
+    twin.import_state(table.export_state())
+    for batch in table.export_rows():
+        twin.import_rows(batch)
+    for one in (table, twin):
+        assert one.expire(10, budget_rows=10) == 10
+        assert sorted(one.take_evicted().tolist()) == list(range(40, 50))
+
+
+def test_touched_rows_since_a_mark(backend):
+    table, ids = DynamicTable(config_of()), torch.arange(10)
+    rows = table.lookup(ids, 0)
+    first = table.mark()
+    table.update(rows[:3], torch.ones(3, 5))
+    table.lookup(torch.arange(5, 12), 0)  # a look-up alone changes no values, but 10 and 11 are new
+    second = table.mark()
+    table.update(rows[2:5], torch.ones(3, 5))
+
+    def touched(mark):
+        return sorted(i for ids in table.touched_since(mark) for i in ids.tolist())
+
+    assert touched(first) == [0, 1, 2, 3, 4, 10, 11] and touched(second) == [2, 3, 4]
+    assert [batch.ids.tolist() for batch in table.export_rows(2, since=second)] == [[2, 3], [4]]
+    assert touched(table.mark()) == []
 
 
 def test_cleared_rows_are_used_again_and_start_afresh(backend):
