@@ -111,7 +111,7 @@ class DynamicTableConfig:
     max_bytes: int | None = None
     eviction: str = "raise"
     evicted_kept: int = 1 << 20
-    chunk_rows: int = 1 << 16
+    chunk_rows: int = 1 << 18
 
     def __post_init__(self) -> None:
         self._check_groups()

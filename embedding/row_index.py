@@ -50,7 +50,7 @@ class RowIndex:
         """Give rows to distinct, unknown ids. Their time and count are left to `touch`. Returns rows int64 [n]."""
         rows = self._take_rows(ids.numel())
         self.map.insert(ids, rows)
-        scatter(self.meta, rows, torch.stack([ids, torch.full_like(ids, mark)], dim=1), begin=ID)
+        self.write(rows, 0, 0, ids, mark)
         return rows
 
     def remove(self, rows: Tensor) -> Tensor:
@@ -75,9 +75,12 @@ class RowIndex:
         """int64 [n, 4]: time, count, id, mark of rows."""
         return gather(self.meta, rows, COLUMNS)
 
-    def write(self, rows: Tensor, last_seen: Tensor, count: Tensor, ids: Tensor, mark: int) -> None:
-        """Set all that is known of rows that have been taken (all int64 [n])."""
-        scatter(self.meta, rows, torch.stack([last_seen, count, ids, torch.full_like(ids, mark)], dim=1))
+    def write(self, rows: Tensor, last_seen: Tensor | int, count: Tensor | int, ids: Tensor, mark: int) -> None:
+        """Set all that is known of rows that have been taken (tensors int64 [n])."""
+        meta = torch.empty((rows.numel(), COLUMNS), dtype=torch.int64, device=self.device)
+        for column, value in enumerate((last_seen, count, ids, mark)):
+            meta[:, column] = value
+        scatter(self.meta, rows, meta)
 
     def expired(self, now: int, ttl: int, budget_rows: int | None = None) -> Iterator[Tensor]:
         """Yield rows with now - last seen >= ttl, piece by piece, from where the last walk stopped.
@@ -92,6 +95,11 @@ class RowIndex:
             self._cursor = min(begin + min(left, SCAN_ROWS), self.end)
             left -= self._cursor - begin
             yield expired(self.meta, now, ttl, begin, self._cursor)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first row, what is known of it and those after it: int64 [k, 4]) for all rows ever taken."""
+        for begin, chunk in zip(range(0, self.end, self._chunk_rows), self.meta, strict=True):
+            yield begin, chunk[: self.end - begin]
 
     def walk(self, batch_rows: int, since: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (rows int64 [k], what `read` gives of them) of rows in use, ascending, at most `batch_rows` at once.
@@ -109,11 +117,14 @@ class RowIndex:
                 yield rows[chosen], meta[chosen]
 
     def reserve(self, end: int) -> None:
-        """Have memory for rows [0, end)."""
+        """Have memory for rows [0, end), the new ones free. Memory beyond is not touched."""
+        begin, self.end = self.end, max(self.end, end)
         while len(self.meta) * self._chunk_rows < end:
-            shape = (self._chunk_rows, COLUMNS)
-            self.meta.append(torch.zeros(shape, dtype=torch.int64, device=self.device))
-        self.end = max(self.end, end)
+            self.meta.append(torch.empty((self._chunk_rows, COLUMNS), dtype=torch.int64, device=self.device))
+        while begin < end:
+            chunk, row = divmod(begin, self._chunk_rows)
+            self.meta[chunk][row : row + end - begin] = 0
+            begin = (chunk + 1) * self._chunk_rows
 
     def place(self, ids: Tensor, rows: Tensor) -> None:
         """Give distinct, unknown ids the rows they had in the index whose state is imported."""
