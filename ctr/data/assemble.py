@@ -21,6 +21,7 @@ class Assembler:
         self.schema = schema
         self.singles = sum(not is_bag(feature) for feature in schema.categorical)
         self.parts = self._parts()
+        self.full = torch.ones(self.singles, 0, dtype=torch.int32)
 
     def batch(self, slices: list[Slice], size: int, position: int) -> Batch:
         """slices: what the rank delivers in this step, at most `size` rows. Returns a batch of `size` rows."""
@@ -78,15 +79,15 @@ class Assembler:
         schema = self.schema
         matrix, present = self._single(slices, rows)
         if present is None and self.parts == [(slice(0, self.singles),) * 2]:  # one id everywhere
-            lengths, values, weights = _ones(self.singles, rows, size), [matrix.reshape(-1)], []
+            lengths, values, weights = self._ones(rows, size), [matrix.reshape(-1)], []
         else:
-            lengths = np.zeros((len(schema.id_names), size), np.int32)
-            values, weights = self._mixed(slices, rows, matrix, present, lengths)
+            lengths = torch.zeros(len(schema.id_names), size, dtype=torch.int32)
+            values, weights = self._mixed(slices, rows, matrix, present, lengths.numpy())
         return KeyedJaggedTensor(
             keys=schema.id_names,
             values=torch.from_numpy(_one(values, np.int64)),
             weights=torch.from_numpy(_one(weights, np.float32)) if schema.weighted else None,
-            lengths=torch.from_numpy(lengths.reshape(-1)),
+            lengths=lengths.view(-1),
             stride=size,
         )
 
@@ -106,6 +107,16 @@ class Assembler:
                 weights.append(np.ones(len(items), np.float32) if item_weights is None else item_weights)
         return values, weights
 
+    def _ones(self, rows: int, size: int) -> torch.Tensor:
+        """One id per row but for the padding. Nobody writes to lengths, so full batches share theirs."""
+        if rows == size == self.full.shape[1]:
+            return self.full
+        lengths = torch.ones(self.singles, size, dtype=torch.int32)
+        lengths[:, rows:] = 0
+        if rows == size:
+            self.full = lengths
+        return lengths
+
     def _single(self, slices: list[Slice], rows: int) -> tuple[np.ndarray, np.ndarray | None]:
         """int64 [singles, rows], and bool of the same shape where any is null."""
         if not slices:
@@ -120,12 +131,6 @@ class Assembler:
                 present[:, start : start + stop - first] = window.present[:, first:stop]
             start += stop - first
         return matrix, present
-
-
-def _ones(keys: int, rows: int, size: int) -> np.ndarray:
-    lengths = np.ones((keys, size), np.int32)
-    lengths[:, rows:] = 0
-    return lengths
 
 
 def _one(parts: list[np.ndarray], dtype: type) -> np.ndarray:

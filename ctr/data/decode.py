@@ -257,17 +257,13 @@ def _numeric(rows: _Rows, arrays: Arrays, row: int, feature: FeatureConfig) -> N
     """One feature, and its indicator in the row behind."""
     parts = [columns.floats(array) for array in arrays]
     stored, there = _concatenated([part[0] for part in parts]), _joined(parts)
-    out = rows.numeric[row]
     with np.errstate(all="ignore"):  # what lies under nulls is arbitrary, and NaN is looked for below
-        values = transform(feature, stored)
-        if there is not None:
-            values = np.where(there, values, np.float32(feature.missing))
-        rows.gather([values], out)
-    if not np.isfinite(out).all():
-        bad = ~np.isfinite(out)
-        if rows.order is not None:
-            bad[rows.order] = bad.copy()
-        rows.mark(bad, "numeric", feature.column, "a finite number", _finder(stored))
+        values = transform(feature, stored).astype(np.float32, copy=there is not None)
+    if there is not None:
+        np.copyto(values, np.float32(feature.missing), where=~there)
+    if not np.isfinite(values).all():
+        rows.mark(~np.isfinite(values), "numeric", feature.column, "a finite number", _finder(stored))
+    rows.gather([values], rows.numeric[row])
     if feature.indicator:
         rows.numeric[row + 1] = 0
         if there is not None:

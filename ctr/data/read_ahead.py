@@ -93,7 +93,7 @@ class ReadAhead:
         They are valid until the next call. Waits for the threads; raises what they raised.
         """
         while self.retired:
-            self.buffers.give_back(self.retired.pop())
+            self.buffers.give_back(*self.retired.pop().buffers)
         rows = lane_offsets(position, self.reader.lanes).tolist()
         last_rows = lane_offsets(stop, self.reader.lanes).tolist()
         slices = []
@@ -150,7 +150,7 @@ class ReadAhead:
         """The windows of the plan; runs in the threads of the pool."""
         row_groups = self.row_groups
         first = lane.plan[0].spans[0]
-        # The windows of one row group follow each other; a row group read as a whole becomes all of them at once.
+        # The windows of one row group follow each other; those of one chunk of it are decoded together.
         for group, windows in groupby(lane.plan, lambda window: window.group):
             if group is None:
                 for window in windows:
@@ -159,12 +159,10 @@ class ReadAhead:
                 continue
             windows = list(windows)
             opened = row_groups.open(group, windows[-1].spans[0].stop, group == first.group)
-            pairs = [(window, [Source(window.spans[0], opened)]) for window in windows]
-            if row_groups.is_whole(group):
+            rows = opened.chunk_rows
+            for _, chunk in groupby(windows, lambda window, rows=rows: window.spans[0].first // rows):
+                pairs = [(window, [Source(window.spans[0], opened)]) for window in chunk]
                 yield from self._decoded(lane, pairs)
-            else:
-                for pair in pairs:
-                    yield from self._decoded(lane, [pair])
 
     def _decoded(self, lane: _Lane, windows: list[tuple[_Planned, list[Source]]]) -> list[Window]:
         reader = self.reader

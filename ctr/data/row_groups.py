@@ -22,8 +22,8 @@ from ctr.data.files import one_line
 from ctr.data.footers import RowGroups
 from ctr.data.lanes import window_step
 
-# Row groups of up to so many windows are decoded at once, larger ones window by window.
-WHOLE_WINDOWS = 2
+# Rows decoded at once: enough to hide the cost of a call per column, few enough for a column to stay in the cache.
+CHUNK_ROWS = 65536
 # Parsed footers kept: parsing takes as long as decoding a thousand rows.
 FOOTERS_KEPT = 64
 # Decoded bytes of row groups held for several lanes at once.
@@ -53,10 +53,6 @@ class RowGroupReader:
             budget -= int(self.groups.bytes[group]) if users > 1 else 0
             if users > 1 and budget >= 0:
                 self._shared[group] = _Shared(users)
-
-    def is_whole(self, group: int) -> bool:
-        """Whether the row group is decoded at once, and not window by window."""
-        return bool(self.groups.rows[group] <= WHOLE_WINDOWS * self.window_rows)
 
     def open(self, group: int, stop: int, begins_lane: bool) -> RowGroup:
         """stop: where the lane leaves the group. begins_lane: the group is the first of its lane."""
@@ -93,8 +89,10 @@ class RowGroup:
         self.reader, self.group, self.stop = reader, group, stop
         self.index = int(reader.groups.index[group])
         self.rows = int(reader.groups.rows[group])
-        self.step = window_step(self.rows, reader.window_rows)
-        self.whole = reader.is_whole(group)
+        # Rows of a chunk: whole windows.
+        step = window_step(self.rows, reader.window_rows)
+        self.chunk_rows = step * max(1, CHUNK_ROWS // step)
+        self.whole = self.rows <= self.chunk_rows
         # Over a network one request for all columns is quicker than one after the other.
         self.together = reader.groups.files[reader.groups.file[group]].remote
         self.error: str | None = None  # where and why it cannot be decoded
@@ -107,7 +105,7 @@ class RowGroup:
     def read(self, columns: tuple[str, ...], first: int, stop: int) -> list[list[pa.Array]]:
         """The rows [first, stop) of some columns, each as one or several arrays.
 
-        In a row group that is not whole, rows must not go back, and not go over the end of a window. Raises
+        In a row group that is not whole, rows must not go back, and not go over the end of a chunk. Raises
         Unreadable for a page that cannot be decoded, DataError when the file cannot be read any more.
         """
         key = tuple(self.reader.columns) if self.together else columns
@@ -172,7 +170,7 @@ class RowGroup:
     def _batches(self, key: tuple[str, ...]) -> Iterator[tuple[int, pa.RecordBatch]]:
         first = 0
         batches = self._opened().iter_batches(
-            self.step, row_groups=[self.index], columns=list(key), use_threads=False
+            self.chunk_rows, row_groups=[self.index], columns=list(key), use_threads=False
         )
         for batch in batches:
             yield first, batch

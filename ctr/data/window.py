@@ -79,7 +79,7 @@ class Buffers:
             buffer = np.empty(rows * self.window_rows, dtype)
         return buffer[: rows * columns].reshape(rows, columns), buffer
 
-    def give_back(self, window: Window) -> None:
-        """The window must not be read after this."""
-        for buffer, matrix in zip(window.buffers, (window.numeric, window.ids), strict=False):
-            self._free[len(matrix), buffer.dtype].append(buffer)
+    def give_back(self, *buffers: np.ndarray) -> None:
+        """The matrices in them must not be read after this."""
+        for buffer in buffers:
+            self._free[buffer.size // self.window_rows, buffer.dtype].append(buffer)
