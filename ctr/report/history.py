@@ -62,9 +62,7 @@ def _parse(path: Path, number: int, text: str) -> dict:
     except json.JSONDecodeError:
         line = None
     if not isinstance(line, dict) or "kind" not in line or not isinstance(line.get("step"), int):
-        raise DataError(
-            f'{path}: line {number} is {text[:60]!r}; expected a JSON object with "kind" and "step"'
-        )
+        raise DataError(f'{path}: line {number} is {text[:60]!r}; expected a JSON object with "kind" and "step"')
     return line
 
 

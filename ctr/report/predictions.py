@@ -28,9 +28,7 @@ def read_predictions(folder: Path) -> dict[str, Rows]:
             of range; names the file.
     """
     if not folder.is_dir():
-        raise DataError(
-            f"{folder}: no such folder; expected parquet files with the columns {', '.join(REQUIRED)}"
-        )
+        raise DataError(f"{folder}: no such folder; expected parquet files with the columns {', '.join(REQUIRED)}")
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise DataError(f"{folder}: no parquet file in this folder; expected at least one")
@@ -77,9 +75,7 @@ def _numbers(path: Path, name: str, column: pa.ChunkedArray) -> np.ndarray:
     kind = column.type
     whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
     if not whole and (name == "group" or not pa.types.is_floating(kind)):
-        raise DataError(
-            f"{path}: column {name} is {kind}; expected {'integers' if name == 'group' else 'numbers'}"
-        )
+        raise DataError(f"{path}: column {name} is {kind}; expected {'integers' if name == 'group' else 'numbers'}")
     return column.to_numpy()
 
 
@@ -91,9 +87,7 @@ def _checked(path: Path, columns: dict[str, np.ndarray]) -> Rows:
     prediction = rows.prediction
     if prediction.size and (prediction.min() < 0 or prediction.max() > 1):
         found = f"{prediction.min():g} to {prediction.max():g}"
-        raise DataError(
-            f"{path}: column prediction has values from {found}; expected probabilities in [0, 1]"
-        )
+        raise DataError(f"{path}: column prediction has values from {found}; expected probabilities in [0, 1]")
     return rows
 
 

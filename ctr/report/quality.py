@@ -134,10 +134,7 @@ def pr_plot(splits: list[SplitCurves]) -> Plot | None:
         inline_svg(figure, "pr", f"Precision over recall. Area: {areas}; a random order reaches {base:.4f}."),
         Table(
             ["recall", *(f"precision, {one.split}" for one in shown)],
-            [
-                [f"{recall:g}", *(f"{one.pr_at[at]:.4f}" for one in shown)]
-                for at, recall in enumerate(RECALLS)
-            ],
+            [[f"{recall:g}", *(f"{one.pr_at[at]:.4f}" for one in shown)] for at, recall in enumerate(RECALLS)],
         ),
     )
 
@@ -150,9 +147,7 @@ def calibration_plot(one: SplitCurves) -> Plot | None:
     with canvas(2, 3.4, height_ratios=[4, 1]) as (figure, [axes, below]):
         _draw_calibration(axes, one, lower, upper)
         colour = split_styles([one.split])[one.split]["color"]
-        below.stairs(
-            one.spread.negative + one.spread.positive, one.spread.edges, fill=True, color=colour, alpha=0.5
-        )
+        below.stairs(one.spread.negative + one.spread.positive, one.spread.edges, fill=True, color=colour, alpha=0.5)
         below.set(xlabel="mean predicted rate", ylabel="weight")
         below.yaxis.set_major_locator(MaxNLocator(2))
         below.yaxis.set_major_formatter(FuncFormatter(short_number))
@@ -191,9 +186,7 @@ def _draw_calibration(axes: Axes, one: SplitCurves, lower: np.ndarray, upper: np
             axis.set_minor_locator(NullLocator())
     axes.plot([low, high], [low, high], color=INK, linewidth=1, linestyle=":", label="perfect")
     error = np.stack([bins.observed - lower, upper - bins.observed]).clip(0)
-    style = dict(
-        color=split_styles([one.split])[one.split]["color"], marker="o", linewidth=1, label=one.split
-    )
+    style = dict(color=split_styles([one.split])[one.split]["color"], marker="o", linewidth=1, label=one.split)
     axes.errorbar(bins.mean_prediction, bins.observed, yerr=error, **style)
     axes.set(ylabel="observed rate", xlim=(low, high), ylim=(low, high))
     axes.legend(loc="upper left")

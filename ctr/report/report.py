@@ -65,9 +65,7 @@ def write_report(run_dir: str | Path, teacher: dict[str, Any] | None = None) -> 
     measured = [_measure(name, rows_by_split.pop(name)) for name in names]
     first, ceiling = measured[0], ceilings.get(names[0])
     # The split that training was steered by has the most evaluations; its own ceiling belongs beside it.
-    watched = max(
-        history.evaluations, key=lambda split: len(history.evaluations[split]["step"]), default=names[0]
-    )
+    watched = max(history.evaluations, key=lambda split: len(history.evaluations[split]["step"]), default=names[0])
     plots = [roc_plot(measured), pr_plot(measured), calibration_plot(first), prediction_plot(first)]
     texts = [("Sharding plan", _text(folder / "plan.txt")), ("Resolved configuration", config)]
     page = Page(
@@ -114,9 +112,7 @@ def _ceilings(path: Path, teacher: dict[str, Any] | None, splits: list[str]) -> 
     try:
         entries = teacher["splits"] if "splits" in teacher else dict.fromkeys(splits, teacher)
         known = {split: entry for split, entry in entries.items() if entry["auc"] is not None}
-        return {
-            split: {name: float(one[name]) for name in ("auc", "logloss")} for split, one in known.items()
-        }
+        return {split: {name: float(one[name]) for name in ("auc", "logloss")} for split, one in known.items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         expected = 'expected numbers "auc" and "logloss", or these for each split under "splits"'
         raise DataError(f"{path}: found {str(teacher)[:80]}; {expected}") from None

@@ -125,9 +125,7 @@ def _speed_plot(history: History) -> Plot | None:
         below.set(ylim=(0, 1))
         below.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _finish_steps(below, "reader wait")
-    waited = (
-        "" if wait is None else f" Waiting for the reader: {np.median(wait.y):.0%} of the time at the median."
-    )
+    waited = "" if wait is None else f" Waiting for the reader: {np.median(wait.y):.0%} of the time at the median."
     return Plot(
         "speed",
         "Speed",

@@ -58,9 +58,7 @@ def test_a_long_series_becomes_means_and_a_short_one_stays():
     x, y = np.arange(12345.0), np.sin(np.arange(12345) / 900)
     thin = thin_series(x, y)
     assert len(thin.x) == POINTS and np.abs(thin.y - np.sin(thin.x / 900)).max() < 1e-3
-    assert np.average(thin.y, weights=np.diff(np.arange(POINTS + 1) * 12345 // POINTS)) == pytest.approx(
-        y.mean()
-    )
+    assert np.average(thin.y, weights=np.diff(np.arange(POINTS + 1) * 12345 // POINTS)) == pytest.approx(y.mean())
     gaps = thin_series(x[:5], np.array([1, np.nan, 2, np.inf, 3]))
     assert gaps.x.tolist() == [0, 2, 4] and gaps.y.tolist() == [1, 2, 3]
 

@@ -29,9 +29,7 @@ METRICS = (
     "pr_auc",
     "expected_calibration_error",
 )
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -153,9 +151,7 @@ def test_predictions_alone_are_enough(tmp_path):
     del values["group"]
     write_predictions(tmp_path / "predictions", "a.parquet", values, "valid")
     report = write_report(tmp_path)
-    assert (
-        report.values["split"] == "valid" and "splits" not in report.values and "ceiling" not in report.values
-    )
+    assert report.values["split"] == "valid" and "splits" not in report.values and "ceiling" not in report.values
     assert report.values["gauc"] is None and report.values["undefined"] == {"gauc": "no group column"}
     html = (tmp_path / "report.html").read_text()
     Page(html)
@@ -262,10 +258,7 @@ def test_the_script(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("AUC ") and (tmp_path / "report.html").is_file()
     done = script(tmp_path / "absent")
     assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr
-        == f"error: {tmp_path / 'absent'}: no such folder; expected a run folder with predictions\n"
-    )
+    assert done.stderr == f"error: {tmp_path / 'absent'}: no such folder; expected a run folder with predictions\n"
 
 
 @pytest.fixture(scope="module")
