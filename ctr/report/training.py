@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from ctr.report.curves import Curve, thin_series
 from ctr.report.history import History
 from ctr.report.plot import DASHES, INK, SERIES, Plot, Table, canvas, inline_svg, short_number, split_styles
-
-TABLE_ROWS = 12
+from ctr.report.steps import evenly, finish_steps, four_digits, marker, series_table
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,14 @@ def _loss_plot(history: History, bound: Bound | None) -> Plot | None:
             )
         _draw_evaluations(axes, history, "logloss")
         _draw_bound(axes, bound, "logloss")
-        _finish_steps(axes, "logloss")
+        finish_steps(axes, "logloss")
     last = "" if train is None else f" Training loss from {train.y[0]:.4f} to {train.y[-1]:.4f}."
     return Plot(
         "loss",
         "Loss",
         "Training loss between two log lines, and logloss of each evaluation.",
         inline_svg(figure, "loss", f"Loss over training steps.{last}"),
-        _series_table(history.train, ("loss",)),
+        series_table(history.train, ("loss",)),
     )
 
 
@@ -71,13 +70,13 @@ def _auc_plot(history: History, bound: Bound | None) -> Plot | None:
     with canvas() as (figure, [axes]):
         _draw_evaluations(axes, history, "auc")
         _draw_bound(axes, bound, "auc")
-        _finish_steps(axes, "AUC")
+        finish_steps(axes, "AUC")
     best = ", ".join(f"{split} {curve.y.max():.4f}" for split, curve in evaluations)
     rows = []
     for split, series in history.evaluations.items():
-        for at in _evenly(len(series["step"])):
+        for at in evenly(len(series["step"])):
             values = [series[name][at] for name in ("auc", "logloss", "normalized_entropy", "calibration")]
-            rows.append([f"{series['step'][at]:,.0f}", split, *(_four_digits(value) for value in values)])
+            rows.append([f"{series['step'][at]:,.0f}", split, *(four_digits(value) for value in values)])
     return Plot(
         "auc",
         "AUC of the evaluations",
@@ -95,20 +94,20 @@ def _learning_rate_plot(history: History) -> Plot | None:
     values = np.concatenate([curve.y for _, curve in shown])
     with canvas(height_inches=2.7) as (figure, [axes]):
         for (label, curve), colour, dashes in zip(shown, SERIES, DASHES, strict=False):
-            axes.plot(curve.x, curve.y, color=colour, linestyle=dashes, marker=_marker(curve), label=label)
+            axes.plot(curve.x, curve.y, color=colour, linestyle=dashes, marker=marker(curve), label=label)
         if values.min() > 0 and values.max() > 10 * values.min():
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(short_number))
         else:
             axes.set_ylim(0, None)
-        _finish_steps(axes, "learning rate")
+        finish_steps(axes, "learning rate")
     ends = ", ".join(f"{label} from {curve.y[0]:g} to {curve.y[-1]:g}" for label, curve in shown)
     return Plot(
         "learning-rate",
         "Learning rates",
         "Of dense weights and of embedding rows.",
         inline_svg(figure, "learning-rate", f"Learning rates over training steps: {ends}."),
-        _series_table(history.train, ("dense_lr", "sparse_lr")),
+        series_table(history.train, ("dense_lr", "sparse_lr")),
     )
 
 
@@ -117,21 +116,21 @@ def _speed_plot(history: History) -> Plot | None:
     if speed is None:
         return None
     with canvas(2, 2.7, height_ratios=[2, 1]) as (figure, [axes, below]):
-        axes.plot(speed.x, speed.y, color=SERIES[0], marker=_marker(speed), linewidth=1)
+        axes.plot(speed.x, speed.y, color=SERIES[0], marker=marker(speed), linewidth=1)
         axes.set(ylabel="samples/s", ylim=(0, None))
         axes.yaxis.set_major_formatter(FuncFormatter(short_number))
         if wait is not None:
-            below.plot(wait.x, wait.y, color=SERIES[1], marker=_marker(wait), linewidth=1)
+            below.plot(wait.x, wait.y, color=SERIES[1], marker=marker(wait), linewidth=1)
         below.set(ylim=(0, 1))
         below.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        _finish_steps(below, "reader wait")
+        finish_steps(below, "reader wait")
     waited = "" if wait is None else f" Waiting for the reader: {np.median(wait.y):.0%} of the time at the median."
     return Plot(
         "speed",
         "Speed",
         "Samples per second over all ranks, and the share of time that training waited for the reader.",
         inline_svg(figure, "speed", f"Samples per second: {np.median(speed.y):,.0f} at the median.{waited}"),
-        _series_table(history.train, ("samples_per_second", "reader_wait")),
+        series_table(history.train, ("samples_per_second", "reader_wait")),
     )
 
 
@@ -149,7 +148,7 @@ def _evaluations(history: History, name: str) -> list[tuple[str, Curve]]:
 def _draw_evaluations(axes: Axes, history: History, name: str) -> None:
     curves = dict(_evaluations(history, name))
     for split, style in split_styles(curves).items():
-        axes.plot(curves[split].x, curves[split].y, **style, marker=_marker(curves[split]), label=split)
+        axes.plot(curves[split].x, curves[split].y, **style, marker=marker(curves[split]), label=split)
 
 
 def _draw_bound(axes: Axes, bound: Bound | None, name: str) -> None:
@@ -157,36 +156,3 @@ def _draw_bound(axes: Axes, bound: Bound | None, name: str) -> None:
         value = bound.values[name]
         label = f"best possible on {bound.split}, {value:.4f}"
         axes.axhline(value, color=INK, linewidth=1, linestyle=":", label=label)
-
-
-def _finish_steps(axes: Axes, label: str) -> None:
-    axes.set(xlabel="step", ylabel=label)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(short_number))
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best")
-
-
-def _marker(curve: Curve) -> str | None:
-    """A line through few points hides where they are, and a line through one shows nothing."""
-    return "o" if len(curve.x) <= 40 else None
-
-
-def _series_table(series: dict[str, np.ndarray], names: tuple[str, ...]) -> Table:
-    columns = ["step", *(name.replace("_", " ") for name in names)]
-    rows = [
-        [f"{series['step'][at]:,.0f}", *(_four_digits(series[name][at]) for name in names)]
-        for at in _evenly(len(series.get("step", ())))
-    ]
-    return Table(columns, rows)
-
-
-def _evenly(length: int) -> list[int]:
-    """At most TABLE_ROWS positions, with the first and the last."""
-    return sorted({round(at) for at in np.linspace(0, length - 1, min(length, TABLE_ROWS))}) if length else []
-
-
-def _four_digits(value: float) -> str:
-    if not np.isfinite(value):
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
