@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,16 @@ from ctr.data.errors import DataError
 
 TRAIN = ("step", "loss", "dense_lr", "sparse_lr", "samples_per_second", "reader_wait")
 EVALUATION = ("step", "auc", "logloss", "normalized_entropy", "calibration")
+TABLE_COUNTS = ("rows", "bytes", "new", "admitted", "rejected", "expired", "evicted")
+
+
+@dataclass(frozen=True)
+class TableCounts:
+    """What dynamic tables held at a step, and what had happened in them by then: TABLE_COUNTS, as logged."""
+
+    step: int
+    total: dict[str, int]
+    by_table: dict[str, dict[str, int]]
 
 
 @dataclass
@@ -19,27 +30,34 @@ class History:
     """Series by name, float64, NaN where a line lacks the value; the series of one source are of one length.
 
     train: names of TRAIN. evaluations: split -> names of EVALUATION. left_out: split -> reason -> rows.
+    tables: "step" and names of TABLE_COUNTS, over all tables; last_tables: None without dynamic tables.
     """
 
     train: dict[str, np.ndarray] = field(default_factory=dict)
     evaluations: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    tables: dict[str, np.ndarray] = field(default_factory=dict)
+    last_tables: TableCounts | None = None
 
 
 def read_history(path: Path) -> History:
     """Read the log; no file is an empty history. A last line without its end (a crash) is passed over.
 
     A run that went back to a checkpoint has logged some steps twice: the later line of training counts. Of
-    evaluations the first counts: the last one of a run scores the best model, not the model of that step.
+    evaluations the first counts: the last one of a run scores the best model, not the model of that step. Of
+    tables, which have a state, what was logged of the same and later steps is undone.
 
     Raises:
-        DataError: a line that is not a JSON object with a kind and a step; names the file and line.
+        DataError: a line that is not a JSON object with a kind and a step, or a last line of tables without its
+            counts; names the file and line.
     """
     if not path.is_file():
         return History()
     *lines, tail = path.read_text(encoding="utf-8").split("\n")
     train: dict[int, dict] = {}
     evaluations: dict[str, dict[int, dict]] = {}
+    tables: dict[int, dict] = {}
+    last_tables = 0
     history = History()
     for number, text in enumerate(lines, start=1):
         if not text.strip():
@@ -49,10 +67,18 @@ def read_history(path: Path) -> History:
             train[line["step"]] = line
         elif line["kind"] == "eval":
             evaluations.setdefault(str(line.get("split", "valid")), {}).setdefault(line["step"], line)
+        elif line["kind"] == "tables":
+            while tables and next(reversed(tables)) >= line["step"]:
+                tables.popitem()
+            tables[line["step"]] = line
+            last_tables = number
         elif line["kind"] == "bad_rows":
             history.left_out[str(line.get("split"))] = dict(line.get("counts") or {})
     history.train = _series(train, TRAIN)
     history.evaluations = {split: _series(lines, EVALUATION) for split, lines in evaluations.items()}
+    if tables:
+        history.tables = _series(tables, ("step", *TABLE_COUNTS))
+        history.last_tables = _table_counts(path, last_tables, next(reversed(tables.values())))
     return history
 
 
@@ -64,6 +90,17 @@ def _parse(path: Path, number: int, text: str) -> dict:
     if not isinstance(line, dict) or "kind" not in line or not isinstance(line.get("step"), int):
         raise DataError(f'{path}: line {number} is {text[:60]!r}; expected a JSON object with "kind" and "step"')
     return line
+
+
+def _table_counts(path: Path, number: int, line: dict) -> TableCounts:
+    try:
+        total, *by_table = (
+            {key: operator.index(one[key]) for key in TABLE_COUNTS} for one in (line, *line["tables"].values())
+        )
+    except (KeyError, TypeError, AttributeError):
+        expected = f'whole numbers {", ".join(TABLE_COUNTS)}, in all and for each of "tables"'
+        raise DataError(f"{path}: line {number} is {json.dumps(line)[:60]!r}; expected {expected}") from None
+    return TableCounts(line["step"], total, dict(zip(line["tables"], by_table, strict=True)))
 
 
 def _series(lines: dict[int, dict], names: tuple[str, ...]) -> dict[str, np.ndarray]:

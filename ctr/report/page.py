@@ -11,6 +11,7 @@ import jinja2
 from ctr.report.definitions import DEFINITIONS, Definition
 from ctr.report.history import History
 from ctr.report.plot import Plot, Table
+from ctr.report.tables import numbers_by_table
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ class Page:
     ceiling: dict[str, float] | None
     quality_plots: list[Plot]
     training_plots: list[Plot]
+    table_plots: list[Plot]
     history: History
     texts: list[Text]
     versions: dict[str, str]
 
     def html(self) -> str:
         split, metrics = next(iter(self.splits.items()))
+        tables = self.history.last_tables
         loader = jinja2.FileSystemLoader(Path(__file__).parent)
         environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
         return environment.get_template("template.html").render(
@@ -56,6 +59,9 @@ class Page:
             comparison=_comparison(self.splits) if len(self.splits) > 1 else None,
             quality_plots=self.quality_plots,
             training_plots=self.training_plots,
+            table_plots=self.table_plots,
+            last_tables=tables,
+            by_table=numbers_by_table(tables) if tables else None,
             definitions=DEFINITIONS,
             texts=self.texts,
             versions=Table(["package", "version"], [list(item) for item in self.versions.items()])

@@ -55,8 +55,11 @@ WIDTH_INCHES = 4.2
 
 @dataclass(frozen=True)
 class Table:
+    """Cells as text, the first of a row names it. `total`: a last row that adds the others up."""
+
     columns: list[str]
     rows: list[list[str]]
+    total: list[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import yaml
 from ctr.data.errors import DataError
 from ctr.metrics.exact import group_auc, summarise
 from ctr.metrics.score_table import Rows, score_table
-from ctr.report.history import read_history
+from ctr.report.history import History, read_history
 from ctr.report.page import Page, Text, lead
 from ctr.report.predictions import read_predictions
 from ctr.report.quality import SplitCurves, calibration_plot, pr_plot, prediction_plot, roc_plot, split_curves
+from ctr.report.tables import json_values, table_plots
 from ctr.report.training import training_plots
 
 # The first of these that was scored is the one at the top of report.json and on the cards.
@@ -75,15 +76,12 @@ def write_report(run_dir: str | Path, teacher: dict[str, Any] | None = None) -> 
         ceiling=ceiling,
         quality_plots=[plot for plot in plots if plot is not None],
         training_plots=training_plots(history, watched, ceilings.get(watched)),
+        table_plots=table_plots(history),
         history=history,
         texts=[Text(title, body) for title, body in texts if body],
         versions=_versions(folder / "versions.json"),
     )
-    values = {"split": first.split, **first.metrics}
-    if len(measured) > 1:
-        values["splits"] = {one.split: one.metrics for one in measured}
-    if ceiling:
-        values["ceiling"] = ceiling
+    values = _values(measured, ceiling, history)
     content = {
         "report.json": json.dumps(values, indent=2, allow_nan=False) + "\n",
         "report.html": page.html(),
@@ -91,6 +89,18 @@ def write_report(run_dir: str | Path, teacher: dict[str, Any] | None = None) -> 
     for name, text in content.items():
         _write(folder / name, text)
     return Report(folder, values)
+
+
+def _values(measured: list[SplitCurves], ceiling: dict[str, float] | None, history: History) -> dict[str, Any]:
+    """The content of report.json: the metrics of the first split, and what else there is."""
+    values = {"split": measured[0].split, **measured[0].metrics}
+    if len(measured) > 1:
+        values["splits"] = {one.split: one.metrics for one in measured}
+    if ceiling:
+        values["ceiling"] = ceiling
+    if history.last_tables:
+        values["tables"] = json_values(history.last_tables)
+    return values
 
 
 def _measure(split: str, rows: Rows) -> SplitCurves:

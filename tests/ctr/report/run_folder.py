@@ -80,6 +80,37 @@ def metrics_lines(steps: int = 2000) -> list[dict]:
     return lines
 
 
+def table_line(step: int, tables: dict[str, dict[str, int]]) -> dict:
+    """A line of dynamic tables with the totals that belong to it."""
+    keys = ("rows", "bytes", "new", "admitted", "rejected", "expired", "evicted")
+    total = {key: sum(one[key] for one in tables.values()) for key in keys}
+    return {"kind": "tables", "step": step, **total, "tables": tables}
+
+
+def table_lines(steps: int = 2000) -> list[dict]:
+    """Three tables that grow, of which one has a TTL and one a limit; `hour` is small and soon complete."""
+    lines = []
+    for step in range(10, steps + 1, 10):
+        users, items = int(900 * step**0.8), int(60_000 * (1 - np.exp(-step / 700)))
+        expired, evicted = max(0, 12 * (step - 600)), max(0, items - 40_000)
+        lines.append(
+            table_line(
+                step,
+                {
+                    "hour": counts(24, 4_096, 24),
+                    "user & <id>": counts(users - expired, 152 * users, users, rejected=3 * users, expired=expired),
+                    "item_id": counts(items - evicted, 152 * (items - evicted), items, evicted=evicted),
+                },
+            )
+        )
+    return lines
+
+
+def counts(rows: int, size: int, admitted: int, rejected: int = 0, expired: int = 0, evicted: int = 0) -> dict:
+    came = {"new": admitted + rejected, "admitted": admitted, "rejected": rejected}
+    return {"rows": rows, "bytes": size, **came, "expired": expired, "evicted": evicted}
+
+
 def make_run(folder: Path, rows: int = 20000) -> Path:
     """A complete run folder with splits valid and test, the latter over two files."""
     predictions = folder / "predictions"
@@ -88,7 +119,7 @@ def make_run(folder: Path, rows: int = 20000) -> Path:
     half = rows // 2
     write_predictions(predictions, "test-00000.parquet", {k: v[:half] for k, v in test.items()}, "test")
     write_predictions(predictions, "test-00001.parquet", {k: v[half:] for k, v in test.items()}, "test")
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics_lines()))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics_lines() + table_lines()))
     (folder / "config.yaml").write_text(CONFIG)
     (folder / "plan.txt").write_text(PLAN)
     (folder / "versions.json").write_text(json.dumps({"python": "3.11.2", "torch": "2.13.0"}))

@@ -102,7 +102,7 @@ def test_every_plot_is_described_and_has_its_numbers(run):
     html = (run[0] / "report.html").read_text()
     page = Page(html)
     plots = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(plots) == 8
+    assert len(plots) == 10
     assert all(one["role"] == "img" and len(one["aria-label"]) > 20 and one["viewbox"] for one in plots)
     for figure in re.findall("<figure>.*?</figure>", html, re.DOTALL):
         assert "<figcaption>" in figure and "<table>" in figure and figure.count('scope="row"') > 1
