@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from embedding.errors import ConfigError
+from kernels.reference.id_map import LIMIT, SPREAD
 from kernels.update import OPTIMIZERS, state_width
 
 ADMISSIONS = ("none", "exact", "sliding", "probabilistic")
 EVICTIONS = ("lru", "lfu", "raise")
 SLIDING_MAX = 15  # the counters of the sliding filter have 4 bits
 META_BYTES = 32  # time, count, id and mark of a row
-# The id map takes 16 bytes a slot. A segment that has just been split is 30 % full in the worst case.
-MAP_BYTES_PER_ROW = 54
+# The id map takes 16 bytes a slot; a segment with the lowest limit that has just been split is half that full.
+MAP_BYTES_PER_ROW = math.ceil(16 / (LIMIT * 2**-SPREAD / 2))
 
 
 def key_of(name: str) -> int:

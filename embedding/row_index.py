@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.chunks import allocate_chunk
 from kernels.gather import gather
 from kernels.id_map import IdMap
 from kernels.scatter import scatter
@@ -120,7 +121,7 @@ class RowIndex:
         """Have memory for rows [0, end), the new ones free. Memory beyond is not touched."""
         begin, self.end = self.end, max(self.end, end)
         while len(self.meta) * self._chunk_rows < end:
-            self.meta.append(torch.empty((self._chunk_rows, COLUMNS), dtype=torch.int64, device=self.device))
+            self.meta.append(allocate_chunk((self._chunk_rows, COLUMNS), torch.int64, self.device))
         while begin < end:
             chunk, row = divmod(begin, self._chunk_rows)
             self.meta[chunk][row : row + end - begin] = 0

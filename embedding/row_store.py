@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from embedding.config import DynamicTableConfig
+from kernels.chunks import allocate_chunk
 from kernels.gather import gather
 from kernels.initialise import init_rows
 from kernels.scatter import scatter
@@ -36,7 +37,7 @@ class RowStore:
         """Have memory for rows [0, end). A new chunk is not touched before its rows are."""
         while len(self._groups[0]) * self._chunk_rows < end:
             for chunks, dim, state in zip(self._groups, self._dims, self._state_widths, strict=True):
-                chunks.append(torch.empty((self._chunk_rows, dim + state), device=self.device))
+                chunks.append(allocate_chunk((self._chunk_rows, dim + state), torch.float32, self.device))
 
     def initialise(self, rows: Tensor, ids: Tensor) -> None:
         """First values, from (seed, table, group, id) alone, and first state."""
