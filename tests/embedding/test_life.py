@@ -171,7 +171,7 @@ class Life(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("name", available_backends())
 def test_life_of_rows(name):
-    examples = 250 if name == "cpp" else 40
+    examples = 150 if name == "cpp" else 25
     limits = settings(
         max_examples=examples, stateful_step_count=40, deadline=None, derandomize=True,
         suppress_health_check=list(HealthCheck), phases=[Phase.generate],

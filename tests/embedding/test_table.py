@@ -119,6 +119,17 @@ def test_the_walk_of_expiry_goes_on_in_a_table_made_from_the_state(backend):
         assert sorted(one.take_evicted().tolist()) == list(range(40, 50))
 
 
+def test_every_id_may_bring_its_own_time(backend):
+    table, ids = DynamicTable(config_of(ttl_seconds=10, admission=Admission("exact", 2))), torch.arange(6)
+    table.lookup(ids, torch.arange(6), torch.tensor([2, 2, 2, 2, 1, 1]))
+    assert len(table) == 4
+    table.lookup(ids, torch.tensor([8, 0, 0, 0, 3, 9]))
+    assert table.expire(11) == 1 and table.take_evicted().tolist() == [1]
+    out = next(table.export_rows())
+    last_seen = dict(zip(out.ids.tolist(), out.last_seen.tolist(), strict=True))
+    assert last_seen == {0: 8, 2: 2, 3: 3, 4: 3, 5: 9}
+
+
 def test_touched_rows_since_a_mark(backend):
     table, ids = DynamicTable(config_of()), torch.arange(10)
     rows = table.lookup(ids, 0)
