@@ -59,6 +59,7 @@ class ColdRows:
 
         -1 in `keep` is ignored. The rows taken must be freed before the next call.
         """
+        keep = keep[keep >= 0]
         if self._queue is not None:
             chosen = self._choose(wanted, keep)
             if chosen is not None:
