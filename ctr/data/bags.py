@@ -1,4 +1,4 @@
-"""Multi-valued features: lists and delimited strings to values and offsets, in the rows' new order."""
+"""Multi-valued features: lists and delimited strings to values and offsets."""
 
 from __future__ import annotations
 
@@ -37,12 +37,9 @@ class BagProblem:
 
 
 def decode_bags(
-    feature: FeatureConfig, arrays: list[pa.Array], weights: list[pa.Array] | None, order: np.ndarray | None
+    feature: FeatureConfig, arrays: list[pa.Array], weights: list[pa.Array] | None
 ) -> tuple[Bags, list[BagProblem]]:
-    """Decode one feature. `order` int64 [n] permutes the rows; None leaves them.
-
-    A row with a problem gets an empty bag.
-    """
+    """Decode one feature. A row with a problem gets an empty bag."""
     lists = [_lists(feature, array) for array in arrays]
     lengths = np.concatenate([_lengths(array) for array in lists])
     decoded = [columns.ids(_items(array), feature.dtype) for array in lists]
@@ -77,22 +74,11 @@ def decode_bags(
         values = np.insert(values, starts[absent], feature.missing_id)
         item_weights = None if item_weights is None else np.insert(item_weights, starts[absent], 1.0)
         lengths = lengths + absent
-    return _cut(feature, values, item_weights, lengths, order), problems
-
-
-def _cut(feature, values, weights, lengths, order) -> Bags:
-    """Keep at most max_length items per row (the first, of a sequence the last) and permute the rows."""
-    starts = np.cumsum(lengths) - lengths
-    kept = lengths
-    if feature.max_length is not None:
-        kept = np.minimum(lengths, feature.max_length)
-        if feature.kind == "sequence":
-            starts = starts + lengths - kept
-    if order is None and kept is lengths:
-        return Bags(values, _offsets(lengths), weights)
-    if order is None:
-        return _gather(values, weights, starts, kept)
-    return _gather(values, weights, starts[order], kept[order])
+    if feature.max_length is None or lengths.max(initial=0) <= feature.max_length:
+        return Bags(values, _offsets(lengths), item_weights), problems
+    kept = np.minimum(lengths, feature.max_length)
+    starts = np.cumsum(lengths) - (kept if feature.kind == "sequence" else lengths)
+    return _gather(values, item_weights, starts, kept), problems
 
 
 def _gather(values, weights, starts, lengths) -> Bags:

@@ -47,6 +47,20 @@ def fixed_width(array: pa.Array) -> np.ndarray:
     return plain.to_numpy(zero_copy_only=True)
 
 
+def filled(values: np.ndarray, there: np.ndarray, missing: float) -> np.ndarray:
+    """values [n] of 4 or 8 bytes, with `missing` where `there` is False.
+
+    By bits, because where() and masked copies branch on each element: with a fifth of them missing at random they
+    take ten times as long.
+    """
+    whole = np.int32 if values.itemsize == 4 else np.int64
+    mask = np.subtract(0, there.view(np.int8), dtype=whole)  # all bits where there
+    bits = values.view(whole) & mask
+    if missing != 0:
+        bits |= values.dtype.type(missing).view(whole) & ~mask
+    return bits.view(values.dtype)
+
+
 def floats(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
     """A column of numbers: [n] of their type, to be cast to float32; bool [n] present, None when all are."""
     array = _dense(array, pa.float32())

@@ -45,24 +45,25 @@ class WindowDecoder:
         self.steps = self._steps()
         self.columns = sorted({name for names, _ in self.steps for name in names})
 
-    def decode(self, windows: list[tuple[list[Source], np.ndarray | None]], buffers: Buffers) -> list[Window]:
-        """Windows that share their row groups, together: each column is decoded once for all of them.
+    def decode(
+        self, sources: list[Source], windows: list[tuple[int, np.ndarray | None]], buffers: Buffers
+    ) -> list[Window]:
+        """A chunk: some spans of row groups, cut into windows.
 
-        Each is given by its sources and by its order, int64 [n]: the row that is delivered at each place; None
-        keeps the rows as stored. Windows lie in memory of `buffers`. Raises DataError for a bad row unless they
-        are to be skipped.
+        Each window is given by its rows and by its order, int64 [rows]: the row of the window that is delivered
+        at each place; None keeps the rows as stored. Windows lie in memory of `buffers`. Raises DataError for a
+        bad row unless they are to be skipped.
         """
         while True:
-            rows = [_Rows(self, sources, order, buffers) for sources, order in windows]
+            chunk = _Chunk(self, sources, windows, buffers)
             try:
                 for names, steps in self.steps:
-                    for one in rows:
-                        arrays = one.read(names)
-                        for step in steps:
-                            step(one, *arrays)
-            except Unreadable:  # the row group is known for it now, and left out by the next attempt
+                    arrays = chunk.read(names)
+                    for step in steps:
+                        step(chunk, *arrays)
+            except Unreadable:  # its row group is marked as such now, and left out by the next attempt
                 continue
-            return [one.window() for one in rows]
+            return chunk.finished()
 
     def _steps(self) -> list[tuple[tuple[str, ...], list[Callable]]]:
         """What is done with which columns. All that one column gives is done while it is in the cache."""
@@ -73,7 +74,7 @@ class WindowDecoder:
             steps.setdefault(names, []).append(step)
 
         for i, name in enumerate(self.labels):
-            add((name,), lambda rows, arrays, i=i, name=name: _label(rows, arrays, i, name))
+            add((name,), lambda chunk, arrays, i=i, name=name: _label(chunk, arrays, i, name))
         if schema.weight:
             add((schema.weight,), _weight)
         if schema.group:
@@ -82,43 +83,67 @@ class WindowDecoder:
             add((schema.time,), _time)
         row = 0
         for feature in schema.numeric:
-            add((feature.column,), lambda rows, arrays, row=row, f=feature: _numeric(rows, arrays, row, f))
+            add((feature.column,), lambda chunk, arrays, row=row, f=feature: _numeric(chunk, arrays, row, f))
             row += 1 + feature.indicator
         for row, feature in enumerate(self.singles):
-            add((feature.column,), lambda rows, arrays, row=row, f=feature: _single(rows, arrays, row, f))
+            add((feature.column,), lambda chunk, arrays, row=row, f=feature: _single(chunk, arrays, row, f))
         bags = [feature for feature in schema.categorical if is_bag(feature)]
         for i, feature in enumerate(bags):
             names = (feature.column, feature.weights) if feature.weights else (feature.column,)
-            add(names, lambda rows, *arrays, i=i, f=feature: _bags(rows, arrays, i, f))
+            add(names, lambda chunk, *arrays, i=i, f=feature: _bags(chunk, arrays, i, f))
         return list(steps.items())
 
 
-class _Rows:
-    """The rows of one window while they are decoded: where they come from, their order, which are bad.
+class _Delivery:
+    """A window while it is filled."""
 
-    Three numberings: scheduled (as the sources list them), decoded (without the row groups that cannot be
-    read), and delivered (decoded, permuted by `order`).
-    """
-
-    def __init__(self, decoder: WindowDecoder, sources: list[Source], order: np.ndarray | None, buffers: Buffers):
-        self.decoder, self.sources = decoder, sources
-        self.scheduled_order = self.order = order
-        self.scheduled = sum(source.span.stop - source.span.first for source in sources)
-        self.reasons: np.ndarray | None = None  # uint8 [scheduled]
-        self.readable: np.ndarray | None = None  # int64 [decoded], scheduled numbers; None for all
-        self.decoded = self.scheduled
-        if any(source.group.error is not None for source in sources):
-            self._leave_out_unreadable()
-        n, schema = self.decoded, decoder.schema
-        self.numeric, numeric_buffer = buffers.take(len(schema.numeric_names), n, np.float32)
-        self.ids, ids_buffer = buffers.take(len(decoder.singles), n, np.int64)
+    def __init__(self, decoder: WindowDecoder, rows: int, order: np.ndarray | None, buffers: Buffers):
+        schema = decoder.schema
+        self.order = order
+        self.numeric, numeric_buffer = buffers.take(len(schema.numeric_names), rows, np.float32)
+        self.ids, ids_buffer = buffers.take(len(decoder.singles), rows, np.int64)
         self.buffers = (numeric_buffer, ids_buffer)
         self.present: np.ndarray | None = None
-        self.bags = [_no_bags(n) for feature in schema.categorical if is_bag(feature)]
-        self.labels = np.empty((len(decoder.labels), n), np.float32)
-        self.weight = np.empty(n, np.float32) if schema.weight else None
-        self.group = np.empty(n, np.int64) if schema.group else None
-        self.time = np.empty(n, np.int64) if schema.time else None
+        self.bags = [_no_bags(rows) for feature in schema.categorical if is_bag(feature)]
+        self.labels = np.empty((len(decoder.labels), rows), np.float32)
+        self.weight = np.empty(rows, np.float32) if schema.weight else None
+        self.group = np.empty(rows, np.int64) if schema.group else None
+        self.time = np.empty(rows, np.int64) if schema.time else None
+
+    def window(self) -> Window:
+        fields = (self.numeric, self.ids, self.present, self.bags, self.labels)
+        window = Window(*fields, self.weight, self.group, self.time)
+        window.buffers = self.buffers
+        return window
+
+
+class _Chunk:
+    """The rows of some windows while they are decoded: where they come from and which are bad.
+
+    Rows are numbered as scheduled (as the sources list them) or as decoded (without row groups that cannot be
+    read); each window puts its decoded rows into the order of delivery.
+    """
+
+    def __init__(self, decoder: WindowDecoder, sources: list[Source], windows: list, buffers: Buffers):
+        self.decoder, self.sources = decoder, sources
+        self.reasons: np.ndarray | None = None  # uint8 [scheduled], index into REASONS
+        self.scheduled = sum(source.span.stop - source.span.first for source in sources)
+        assert self.scheduled == sum(rows for rows, _ in windows)
+        readable = self._readable()
+        self.numbers = None if readable is None else np.flatnonzero(readable)  # decoded -> scheduled
+        # Of each window: scheduled rows, scheduled order, decoded rows, and what is filled.
+        self.windows: list[tuple[slice, np.ndarray | None, slice, _Delivery]] = []
+        first = decoded = 0
+        for rows, order in windows:
+            here = slice(first, first + rows)
+            kept, kept_order = rows, order
+            if readable is not None:
+                kept = int(readable[here].sum())
+                if order is not None:
+                    kept_order = (np.cumsum(readable[here]) - 1)[order[readable[here][order]]]
+            delivery = _Delivery(decoder, kept, kept_order, buffers)
+            self.windows.append((here, order, slice(decoded, decoded + kept), delivery))
+            first, decoded = first + rows, decoded + kept
 
     def read(self, names: tuple[str, ...]) -> list[Arrays]:
         """The decoded rows of some columns, each as arrays one after the other."""
@@ -130,18 +155,18 @@ class _Rows:
                     column += part
         return arrays
 
-    def gather(self, parts: list[np.ndarray], out: np.ndarray) -> None:
-        """Concatenate decoded values and permute them into `out` [decoded]."""
-        if not parts:
-            return
-        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if self.order is None:
-            out[:] = values
-        elif values.dtype == out.dtype:
-            # clip only to spare the buffering of mode 'raise'; it also releases the interpreter's lock
-            np.take(values, self.order, out=out, mode="clip")
-        else:
-            out[:] = values[self.order]
+    def deliver(self, values: np.ndarray, name: str, row: int | None = None) -> None:
+        """Decoded values to a row of the windows' arrays of this name, each window in its order."""
+        for _, _, here, delivery in self.windows:
+            out = getattr(delivery, name)
+            out = out if row is None else out[row]
+            if delivery.order is None:
+                out[:] = values[here]
+            elif values.dtype == out.dtype:
+                # clip only to spare the buffering of mode 'raise'; it also releases the interpreter's lock
+                values[here].take(delivery.order, out=out, mode="clip")
+            else:
+                out[:] = values[here][delivery.order]
 
     def mark(self, bad: np.ndarray, reason: str, column: str, expected: str, found: Callable[[int], object]):
         """bad: bool [decoded]. Raises for the first of them, or notes why they are dropped.
@@ -149,46 +174,40 @@ class _Rows:
         found: decoded row number -> what stands there.
         """
         rows = np.flatnonzero(bad)
-        scheduled = rows if self.readable is None else self.readable[rows]
+        scheduled = rows if self.numbers is None else self.numbers[rows]
         if not self.decoder.skip_bad_rows:
             where = self._where(int(scheduled[0]))
             raise DataError(f"{where}: column {column!r} found {found(int(rows[0]))}, expected {expected}")
-        reasons = self._reasons()
-        fresh = scheduled[reasons[scheduled] == GOOD]
-        reasons[fresh] = REASONS.index(reason)
+        if self.reasons is None:
+            self.reasons = np.zeros(self.scheduled, np.uint8)
+        fresh = scheduled[self.reasons[scheduled] == GOOD]
+        self.reasons[fresh] = REASONS.index(reason)
 
-    def window(self) -> Window:
-        """The delivered rows without those marked."""
-        window = Window(
-            self.numeric, self.ids, self.present, self.bags, self.labels, self.weight, self.group, self.time
-        )
-        window.buffers = self.buffers
+    def finished(self) -> list[Window]:
+        """The windows without the rows that are marked."""
+        return [self._finished(here, order, delivery) for here, order, _, delivery in self.windows]
+
+    def _finished(self, here: slice, order: np.ndarray | None, delivery: _Delivery) -> Window:
+        window = delivery.window()
         if self.reasons is None:
             return window
-        order = self.scheduled_order
-        reasons = self.reasons if order is None else self.reasons[order]
+        reasons = self.reasons[here] if order is None else self.reasons[here][order]
         decoded = reasons != REASONS.index("corrupt_row_group")
         good = window.take(np.flatnonzero(reasons[decoded] == GOOD))
         good.reasons = reasons
         good.good_before = np.concatenate([[0], np.cumsum(reasons == GOOD)])
         return good
 
-    def _reasons(self) -> np.ndarray:
-        if self.reasons is None:
-            self.reasons = np.zeros(self.scheduled, np.uint8)
-        return self.reasons
-
-    def _leave_out_unreadable(self) -> None:
-        if not self.decoder.skip_bad_rows:
-            raise DataError(next(s.group.error for s in self.sources if s.group.error is not None))
+    def _readable(self) -> np.ndarray | None:
+        """bool [scheduled]; None when all can be read. Those that cannot are marked."""
         fine = [source.group.error is None for source in self.sources]
+        if all(fine):
+            return None
+        if not self.decoder.skip_bad_rows:
+            raise DataError(self.sources[fine.index(False)].group.error)
         readable = np.repeat(fine, [source.span.stop - source.span.first for source in self.sources])
-        self._reasons()[~readable] = REASONS.index("corrupt_row_group")
-        self.readable = np.flatnonzero(readable)
-        self.decoded = len(self.readable)
-        if self.order is not None:
-            number = np.cumsum(readable) - 1
-            self.order = number[self.order[readable[self.order]]]
+        self.reasons = np.where(readable, GOOD, REASONS.index("corrupt_row_group")).astype(np.uint8)
+        return readable
 
     def _where(self, row: int) -> str:
         for source in self.sources:
@@ -196,7 +215,7 @@ class _Rows:
             if row < rows:
                 return f"{self.decoder.groups.where(source.span.group)} row {source.span.first + row}"
             row -= rows
-        raise AssertionError("row is past the window")
+        raise AssertionError("row is past the chunk")
 
 
 def _concatenated(parts: list[np.ndarray]) -> np.ndarray:
@@ -205,111 +224,111 @@ def _concatenated(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
-def _joined(parts: list[tuple]) -> np.ndarray | None:
-    """The masks of (values, mask, ...) parts as one."""
+def _values(parts: list[tuple]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Values and masks of (values, mask, ...) parts as one; None for a mask without False."""
     if len(parts) == 1:
-        return parts[0][1]
-    return columns.joined([part[1] for part in parts], [len(part[0]) for part in parts])
+        return parts[0][:2]
+    masks = columns.joined([part[1] for part in parts], [len(part[0]) for part in parts])
+    return _concatenated([part[0] for part in parts]), masks
 
 
 def _finder(values: np.ndarray, there: np.ndarray | None = None) -> Callable[[int], object]:
     return lambda row: "null" if there is not None and not there[row] else values[row]
 
 
-def _label(rows: _Rows, arrays: Arrays, i: int, name: str) -> None:
-    parts = [columns.floats(array) for array in arrays]
-    values, there = _concatenated([part[0] for part in parts]), _joined(parts)
+def _label(chunk: _Chunk, arrays: Arrays, i: int, name: str) -> None:
+    values, there = _values([columns.floats(array) for array in arrays])
     fine = (values == 0) | (values == 1)
     fine = fine if there is None else fine & there
     if not fine.all():
-        rows.mark(~fine, "label", name, "0 or 1", _finder(values, there))
-    rows.gather([values], rows.labels[i])
+        chunk.mark(~fine, "label", name, "0 or 1", _finder(values, there))
+    chunk.deliver(values, "labels", i)
 
 
-def _weight(rows: _Rows, arrays: Arrays) -> None:
-    parts = [columns.floats(array) for array in arrays]
-    values, there = _concatenated([part[0] for part in parts]), _joined(parts)
+def _weight(chunk: _Chunk, arrays: Arrays) -> None:
+    values, there = _values([columns.floats(array) for array in arrays])
     fine = np.isfinite(values) & (values >= 0)
     fine = fine if there is None else fine & there
     if not fine.all():
         expected = "a finite number of at least 0"
-        rows.mark(~fine, "weight", rows.decoder.schema.weight, expected, _finder(values, there))
-    rows.gather([values], rows.weight)
+        chunk.mark(~fine, "weight", chunk.decoder.schema.weight, expected, _finder(values, there))
+    chunk.deliver(values, "weight")
 
 
-def _group(rows: _Rows, arrays: Arrays) -> None:
-    parts = []
-    for array in arrays:
-        values, there, _ = columns.ids(array, "string")
-        parts.append(values if there is None else np.where(there, values, columns.NULL_GROUP))
-    rows.gather(parts, rows.group)
-
-
-def _time(rows: _Rows, arrays: Arrays) -> None:
-    parts = [columns.seconds(array) for array in arrays]
-    there = _joined(parts)
+def _group(chunk: _Chunk, arrays: Arrays) -> None:
+    values, there = _values([columns.ids(array, "string") for array in arrays])
     if there is not None:
-        rows.mark(~there, "time", rows.decoder.schema.time, "a time", lambda row: "null")
-    rows.gather([part[0] for part in parts], rows.time)
+        values = columns.filled(values.astype(np.int64), there, columns.NULL_GROUP)
+    chunk.deliver(values, "group")
 
 
-def _numeric(rows: _Rows, arrays: Arrays, row: int, feature: FeatureConfig) -> None:
+def _time(chunk: _Chunk, arrays: Arrays) -> None:
+    values, there = _values([columns.seconds(array) for array in arrays])
+    if there is not None:
+        chunk.mark(~there, "time", chunk.decoder.schema.time, "a time", lambda row: "null")
+    chunk.deliver(values, "time")
+
+
+def _numeric(chunk: _Chunk, arrays: Arrays, row: int, feature: FeatureConfig) -> None:
     """One feature, and its indicator in the row behind."""
-    parts = [columns.floats(array) for array in arrays]
-    stored, there = _concatenated([part[0] for part in parts]), _joined(parts)
-    with np.errstate(all="ignore"):  # what lies under nulls is arbitrary, and NaN is looked for below
-        values = transform(feature, stored).astype(np.float32, copy=there is not None)
+    stored, there = _values([columns.floats(array) for array in arrays])
+    values = stored
+    if feature.transform != "none" or values.dtype != np.float32:
+        with np.errstate(all="ignore"):  # what lies under nulls is arbitrary, and NaN is looked for below
+            values = transform(feature, stored).astype(np.float32)
     if there is not None:
-        np.copyto(values, np.float32(feature.missing), where=~there)
-    if not np.isfinite(values).all():
-        rows.mark(~np.isfinite(values), "numeric", feature.column, "a finite number", _finder(stored))
-    rows.gather([values], rows.numeric[row])
+        values = columns.filled(values, there, feature.missing)
+    finite = np.isfinite(values)
+    if not finite.all():
+        chunk.mark(~finite, "numeric", feature.column, "a finite number", _finder(stored))
+    chunk.deliver(values, "numeric", row)
     if feature.indicator:
-        rows.numeric[row + 1] = 0
-        if there is not None:
-            rows.gather([~there], rows.numeric[row + 1])
+        absent = np.zeros(len(values), np.float32) if there is None else (~there).astype(np.float32)
+        chunk.deliver(absent, "numeric", row + 1)
 
 
-def _single(rows: _Rows, arrays: Arrays, row: int, feature: FeatureConfig) -> None:
+def _single(chunk: _Chunk, arrays: Arrays, row: int, feature: FeatureConfig) -> None:
     """One id per row; `present` is False where it is null."""
-    values, there = (_buckets if feature.kind == "numeric" else _ids)(rows, arrays, feature)
+    values, there = (_buckets if feature.kind == "numeric" else _ids)(chunk, arrays, feature)
     if there is not None and feature.missing_id is not None:
-        values = [np.where(there, _concatenated(values), np.int64(feature.missing_id))]
+        values = columns.filled(values.astype(np.int64), there, feature.missing_id)
     elif there is not None:
-        if rows.present is None:
-            rows.present = np.ones(rows.ids.shape, bool)
-        rows.gather([there], rows.present[row])
-    rows.gather(values, rows.ids[row])
+        for _, _, _, delivery in chunk.windows:
+            if delivery.present is None:
+                delivery.present = np.ones(delivery.ids.shape, bool)
+        chunk.deliver(there, "present", row)
+    chunk.deliver(values, "ids", row)
 
 
-def _ids(rows: _Rows, arrays: Arrays, feature: FeatureConfig) -> tuple[list[np.ndarray], np.ndarray | None]:
+def _ids(chunk: _Chunk, arrays: Arrays, feature: FeatureConfig) -> tuple[np.ndarray, np.ndarray | None]:
     parts = [columns.ids(array, feature.dtype) for array in arrays]
     well_formed = columns.joined([part[2] for part in parts], [len(part[0]) for part in parts])
     if well_formed is not None:
         column = pa.chunked_array(arrays)
         found = lambda row: repr(column[row].as_py())  # noqa: E731
-        rows.mark(~well_formed, "id", feature.column, "1 to 16 hexadecimal digits", found)
-    return [part[0] for part in parts], _joined(parts)
+        chunk.mark(~well_formed, "id", feature.column, "1 to 16 hexadecimal digits", found)
+    return _values(parts)
 
 
-def _buckets(rows: _Rows, arrays: Arrays, feature: FeatureConfig) -> tuple[list[np.ndarray], np.ndarray | None]:
-    parts = [columns.floats(array) for array in arrays]
-    values, there = _concatenated([part[0] for part in parts]), _joined(parts)
+def _buckets(chunk: _Chunk, arrays: Arrays, feature: FeatureConfig) -> tuple[np.ndarray, np.ndarray | None]:
+    values, there = _values([columns.floats(array) for array in arrays])
     finite = np.isfinite(values) if there is None else np.isfinite(values) | ~there
     if not finite.all():
-        rows.mark(~finite, "numeric", feature.column, "a finite number", _finder(values))
-    return [bucket(feature, values)], there
+        chunk.mark(~finite, "numeric", feature.column, "a finite number", _finder(values))
+    return bucket(feature, values), there
 
 
 def _no_bags(rows: int) -> Bags:
     return Bags(np.zeros(0, np.int64), np.zeros(rows + 1, np.int64), None)
 
 
-def _bags(rows: _Rows, arrays: tuple[Arrays, ...], i: int, feature: FeatureConfig) -> None:
+def _bags(chunk: _Chunk, arrays: tuple[Arrays, ...], i: int, feature: FeatureConfig) -> None:
     if not arrays[0]:
         return
-    weights = arrays[1] if feature.weights else None
-    rows.bags[i], problems = decode_bags(feature, arrays[0], weights, rows.order)
+    bags, problems = decode_bags(feature, arrays[0], arrays[1] if feature.weights else None)
     for problem in problems:
         reason = "item_weight" if problem.column == feature.weights else "id"
-        rows.mark(problem.rows, reason, problem.column, problem.expected, lambda row, p=problem: p.found)
+        chunk.mark(problem.rows, reason, problem.column, problem.expected, lambda row, p=problem: p.found)
+    for _, _, here, delivery in chunk.windows:
+        rows = np.arange(here.stop - here.start) if delivery.order is None else delivery.order
+        delivery.bags[i] = bags.take(here.start + rows)

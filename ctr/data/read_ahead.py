@@ -155,21 +155,20 @@ class ReadAhead:
             if group is None:
                 for window in windows:
                     sources = [Source(s, row_groups.open(s.group, s.stop, s is first)) for s in window.spans]
-                    yield from self._decoded(lane, [(window, sources)])
+                    yield from self._decoded(lane, sources, [window])
                 continue
             windows = list(windows)
             opened = row_groups.open(group, windows[-1].spans[0].stop, group == first.group)
             rows = opened.chunk_rows
             for _, chunk in groupby(windows, lambda window, rows=rows: window.spans[0].first // rows):
-                pairs = [(window, [Source(window.spans[0], opened)]) for window in chunk]
-                yield from self._decoded(lane, pairs)
+                chunk = list(chunk)
+                span = Span(group, chunk[0].spans[0].first, chunk[-1].spans[0].stop)
+                yield from self._decoded(lane, [Source(span, opened)], chunk)
 
-    def _decoded(self, lane: _Lane, windows: list[tuple[_Planned, list[Source]]]) -> list[Window]:
+    def _decoded(self, lane: _Lane, sources: list[Source], windows: list[_Planned]) -> list[Window]:
         reader = self.reader
-        pairs = []
-        for window, sources in windows:
-            order = None
-            if reader.shuffle:
-                order = seeded_order(window.rows, WINDOW, reader.seed, self.epoch, lane.number, window.index)
-            pairs.append((sources, order))
-        return reader.decoder.decode(pairs, reader.buffers)
+        orders: list[tuple[int, np.ndarray | None]] = []
+        for window in windows:
+            key = (WINDOW, reader.seed, self.epoch, lane.number, window.index)
+            orders.append((window.rows, seeded_order(window.rows, *key) if reader.shuffle else None))
+        return reader.decoder.decode(sources, orders, reader.buffers)

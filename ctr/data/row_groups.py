@@ -119,8 +119,8 @@ class RowGroup:
             column = "" if self.together else f" column {columns[0]!r}"
             self.error = f"{self.reader.groups.where(self.group)}{column}: cannot be decoded: {one_line(error)}"
             raise Unreadable from None
-        part = self._chunk.slice(first - self._chunk_first, stop - first)
-        arrays = [part.column(name) for name in columns]
+        first, rows = first - self._chunk_first, stop - first
+        arrays = [self._chunk.column(name).slice(first, rows) for name in columns]
         return [a.chunks if isinstance(a, pa.ChunkedArray) else [a] for a in arrays]
 
     def load_all(self) -> pa.Table:
