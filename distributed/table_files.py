@@ -68,7 +68,7 @@ def load_tables(tables: dict[str, DynamicTable], folder: Path, process: Process)
 
 
 def _import(table: DynamicTable, batch: pa.RecordBatch, process: Process) -> None:
-    ids = torch.from_numpy(batch.column("id").to_numpy())
+    ids = _numbers(batch, "id")
     mine = owner_of(mix64(ids), process.world_size) == process.rank
     width, state_width = table.config.width, table.config.state_width
     table.import_rows(
@@ -76,8 +76,8 @@ def _import(table: DynamicTable, batch: pa.RecordBatch, process: Process) -> Non
             ids=ids[mine],
             values=_matrix(batch.column("values"), width)[mine],
             state=_matrix(batch.column("state"), state_width)[mine],
-            last_seen=torch.from_numpy(batch.column("last_seen").to_numpy())[mine],
-            count=torch.from_numpy(batch.column("count").to_numpy())[mine],
+            last_seen=_numbers(batch, "last_seen")[mine],
+            count=_numbers(batch, "count")[mine],
         )
     )
 
@@ -98,6 +98,11 @@ def _lists(matrix: Tensor, width: int) -> pa.Array:
 def _empty_lists(rows: int) -> pa.Array:
     """Arrow cannot infer how many lists of length 0 there are from their values."""
     return pa.array([[]] * rows, pa.list_(pa.float32(), 0))
+
+
+def _numbers(batch: pa.RecordBatch, column: str) -> Tensor:
+    """int64 [n], copied: Arrow's memory is read-only, which torch warns about."""
+    return torch.from_numpy(batch.column(column).to_numpy().copy())
 
 
 def _matrix(lists: pa.Array, width: int) -> Tensor:
