@@ -28,12 +28,13 @@ def touch(chunks: Sequence[Tensor], rows: Tensor, now: int | Tensor, counts: Ten
     check_index("rows", rows)
     check_chunks(chunks, 2, torch.int64)
     times = torch.full((1,), now, dtype=torch.int64, device=rows.device) if isinstance(now, int) else now
-    for name, value in (("now", times), ("counts", counts)):
-        if value is None:
-            continue
-        check_index(name, value)
-        if value.numel() != rows.numel() and value is not times or times.numel() not in (1, rows.numel()):
-            raise ValueError(f"{name}: expected {rows.numel()} elements, found {value.numel()}")
+    check_index("now", times)
+    if times.numel() not in (1, rows.numel()):
+        raise ValueError(f"now: expected one or {rows.numel()} elements, found {times.numel()}")
+    if counts is not None:
+        check_index("counts", counts)
+        if counts.numel() != rows.numel():
+            raise ValueError(f"counts: expected {rows.numel()} elements, found {counts.numel()}")
     if backend.compiled_for(rows):
         torch.ops.tessera.touch(chunks, rows, times, counts)
     else:

@@ -16,8 +16,16 @@ namespace tessera {
 constexpr int64_t kAhead = 16;  // rows between the request for a cache line and its use
 constexpr int64_t kMostAhead = 512;  // bytes of a row requested: the processor sees for itself where a long row goes on
 
-// Raise IndexError for a number that is not below `end`.
-[[noreturn]] void out_of_range(const char* name, int64_t found, int64_t end);
+// A number that is not in [0, end). TESSERA_SIMD functions return it instead of throwing: gcc takes calls of such
+// functions for calls that never throw, and an exception would end the process.
+struct Fault {
+  const char* name = nullptr;
+  int64_t found = 0;
+  int64_t end = 0;
+
+  // Raise IndexError if there is a fault.
+  void raise() const { TORCH_CHECK_INDEX(name == nullptr, name, ": expected below ", end, ", found ", found); }
+};
 
 // T is the element type, or char to move rows of any type as bytes (width is then in bytes).
 template <typename T>
@@ -51,13 +59,10 @@ struct Rows {
 
   TESSERA_INLINE T* operator[](int64_t row) const { return chunks[row >> shift] + (row & mask) * width; }
 
-  // The row as it is, or IndexError when it lies beyond the last chunk.
-  TESSERA_INLINE int64_t checked(int64_t row) const {
-    if (__builtin_expect(row >= count, 0)) out_of_range("rows", row, count);
-    return row;
-  }
+  TESSERA_INLINE bool beyond(int64_t row) const { return __builtin_expect(row >= count, 0); }
+  Fault fault(int64_t row) const { return {"rows", row, count}; }
 
-  // Ask for the first `bytes` of a row that is needed soon. Rows that do not exist are left to `checked`.
+  // Ask for the first `bytes` of a row that is needed soon, if there is such a row.
   TESSERA_INLINE void prefetch(int64_t row, int64_t bytes) const {
     if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(count)) return;
     const char* const at = reinterpret_cast<const char*>((*this)[row]);

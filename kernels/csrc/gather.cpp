@@ -14,6 +14,7 @@
 
 namespace {
 
+using tessera::Fault;
 using tessera::kAhead;
 using tessera::Rows;
 
@@ -27,18 +28,14 @@ struct Positions {
   const int64_t* inverse;  // null: none
   int64_t count;           // of rows
 
-  // Row of a position that will be needed soon; -1 for one that does not exist.
-  TESSERA_INLINE int64_t peek(int64_t i) const {
-    if (inverse == nullptr) return rows[i];
-    return static_cast<uint64_t>(inverse[i]) < static_cast<uint64_t>(count) ? rows[inverse[i]] : -1;
+  TESSERA_INLINE bool wrong(int64_t i) const {
+    return inverse != nullptr &&
+           __builtin_expect(static_cast<uint64_t>(inverse[i]) >= static_cast<uint64_t>(count), 0);
   }
-  TESSERA_INLINE int64_t operator[](int64_t i) const {
-    if (inverse == nullptr) return rows[i];
-    const int64_t at = inverse[i];
-    if (__builtin_expect(static_cast<uint64_t>(at) >= static_cast<uint64_t>(count), 0))
-      tessera::out_of_range("inverse", at, count);
-    return rows[at];
-  }
+  TESSERA_INLINE int64_t operator[](int64_t i) const { return rows[inverse == nullptr ? i : inverse[i]]; }
+  // The row of a position that will be needed soon; -1 where there is none.
+  TESSERA_INLINE int64_t peek(int64_t i) const { return wrong(i) ? -1 : (*this)[i]; }
+  Fault fault(int64_t i) const { return {"inverse", inverse[i], count}; }
 };
 
 // What row -1 reads: the given default or zeros.
@@ -63,16 +60,19 @@ struct Source {
 
 // Size is known while compiling for the usual widths, which turns the copy into a few moves.
 template <int64_t Size>
-void copy_rows(const Source& source, int64_t begin, int64_t end, char* out) {
+Fault copy_rows(const Source& source, int64_t begin, int64_t end, char* out) {
   const int64_t size = Size > 0 ? Size : source.size;
   for (int64_t i = begin; i < end; ++i) {
     if (i + kAhead < end) source.table.prefetch(source.positions.peek(i + kAhead), source.begin + size);
-    const int64_t row = source.table.checked(source.positions[i]);
+    if (source.positions.wrong(i)) return source.positions.fault(i);
+    const int64_t row = source.positions[i];
+    if (source.table.beyond(row)) return source.table.fault(row);
     std::memcpy(out + i * size, row < 0 ? source.fallback : source.table[row] + source.begin, size);
   }
+  return {};
 }
 
-void copy_rows_of(const Source& source, int64_t begin, int64_t end, char* out) {
+Fault copy_rows_of(const Source& source, int64_t begin, int64_t end, char* out) {
   switch (source.size) {
     case 4: return copy_rows<4>(source, begin, end, out);
     case 32: return copy_rows<32>(source, begin, end, out);
@@ -100,7 +100,7 @@ at::Tensor gather(at::TensorList chunks, const at::Tensor& rows_, int64_t dim,
                       dim * item};
   char* out = static_cast<char*>(result.mutable_data_ptr());
   at::parallel_for(0, count, grain_of(source.size),
-                   [&](int64_t first, int64_t last) { copy_rows_of(source, first, last, out); });
+                   [&](int64_t first, int64_t last) { copy_rows_of(source, first, last, out).raise(); });
   return result;
 }
 
@@ -114,14 +114,16 @@ struct Bags {
   bool mean;
 };
 
-TESSERA_SIMD void pool_bags(const Bags& bags, int64_t begin, int64_t end, float* __restrict out) {
+TESSERA_SIMD Fault pool_bags(const Bags& bags, int64_t begin, int64_t end, float* __restrict out) {
   const int64_t last = bags.offsets[end];
   for (int64_t b = begin; b < end; ++b) {
     float* __restrict const sum = out + b * bags.dim;
     for (int64_t c = 0; c < bags.dim; ++c) sum[c] = 0;
     for (int64_t i = bags.offsets[b]; i < bags.offsets[b + 1]; ++i) {
       if (i + kAhead < last) bags.table.prefetch(bags.positions.peek(i + kAhead), bags.dim * 4);
-      const int64_t row = bags.table.checked(bags.positions[i]);
+      if (bags.positions.wrong(i)) return bags.positions.fault(i);
+      const int64_t row = bags.positions[i];
+      if (bags.table.beyond(row)) return bags.table.fault(row);
       const float* __restrict const values = row < 0 ? bags.fallback : bags.table[row];
       const float weight = bags.weights == nullptr ? 1.0f : bags.weights[i];
       for (int64_t c = 0; c < bags.dim; ++c) sum[c] += values[c] * weight;
@@ -130,6 +132,7 @@ TESSERA_SIMD void pool_bags(const Bags& bags, int64_t begin, int64_t end, float*
     if (bags.mean)
       for (int64_t c = 0; c < bags.dim; ++c) sum[c] /= length;
   }
+  return {};
 }
 
 at::Tensor gather_pooled(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& inverse_,
@@ -153,7 +156,7 @@ at::Tensor gather_pooled(at::TensorList chunks, const at::Tensor& rows_, const a
                   dim,
                   mean};
   float* out = result.mutable_data_ptr<float>();
-  at::parallel_for(0, bag_count, grain_of(4 * dim), [&](int64_t first, int64_t last) { pool_bags(bags, first, last, out); });
+  at::parallel_for(0, bag_count, grain_of(4 * dim), [&](int64_t first, int64_t last) { pool_bags(bags, first, last, out).raise(); });
   return result;
 }
 
@@ -168,7 +171,8 @@ void scatter(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& v
   at::parallel_for(0, rows.numel(), grain_of(size), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       if (i + kAhead < last) table.prefetch(in[i + kAhead], offset + size);
-      if (table.checked(in[i]) >= 0) std::memcpy(table[in[i]] + offset, from + i * step, size);
+      if (table.beyond(in[i])) table.fault(in[i]).raise();
+      if (in[i] >= 0) std::memcpy(table[in[i]] + offset, from + i * step, size);
     }
   });
 }

@@ -28,10 +28,11 @@ struct Start {
   float state;
 };
 
-TESSERA_SIMD void write_rows(const Start& start, int64_t begin, int64_t end) {
+TESSERA_SIMD tessera::Fault write_rows(const Start& start, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     if (i + kAhead < end) start.table.prefetch(start.rows[i + kAhead], start.table.width * 4);
-    if (start.table.checked(start.rows[i]) < 0) continue;
+    if (start.table.beyond(start.rows[i])) return start.table.fault(start.rows[i]);
+    if (start.rows[i] < 0) continue;
     float* __restrict const row = start.table[start.rows[i]];
     for (int64_t c = start.dim; c < start.table.width; ++c) row[c] = start.state;
     if (start.scale == 0) {
@@ -45,6 +46,7 @@ TESSERA_SIMD void write_rows(const Start& start, int64_t begin, int64_t end) {
       tessera::uniform_row(key, start.dim, row);
     for (int64_t c = 0; c < start.dim; ++c) row[c] = start.offset + start.scale * row[c];
   }
+  return {};
 }
 
 void init_rows(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& ids_, int64_t dim, bool bell,
@@ -62,7 +64,7 @@ void init_rows(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor&
                     static_cast<uint64_t>(stream),
                     static_cast<float>(state)};
   at::parallel_for(0, rows.numel(), std::max<int64_t>(1, kGrain / dim),
-                   [&](int64_t begin, int64_t end) { write_rows(start, begin, end); });
+                   [&](int64_t begin, int64_t end) { write_rows(start, begin, end).raise(); });
 }
 
 }  // namespace

@@ -152,19 +152,21 @@ struct Ftrl {
 };
 
 template <typename Step, int64_t Dim>
-TESSERA_INLINE void step_rows_of(const Steps& steps, int64_t begin, int64_t end) {
+TESSERA_INLINE Fault step_rows_of(const Steps& steps, int64_t begin, int64_t end) {
   const int64_t dim = Dim > 0 ? Dim : steps.dim;
   for (int64_t i = begin; i < end; ++i) {
     if (i + kAhead < end) steps.table.prefetch(steps.rows[i + kAhead], steps.table.width * 4);
-    if (steps.table.checked(steps.rows[i]) < 0) continue;
+    if (steps.table.beyond(steps.rows[i])) return steps.table.fault(steps.rows[i]);
+    if (steps.rows[i] < 0) continue;
     float* const row = steps.table[steps.rows[i]];
     Step::template step<Dim>(row, row + dim, steps.grads + i * dim, dim, steps.hyper);
   }
+  return {};
 }
 
 // Widths known while compiling are unrolled into a few vector instructions.
 template <typename Step>
-TESSERA_INLINE void step_rows(const Steps& steps, int64_t begin, int64_t end) {
+TESSERA_INLINE Fault step_rows(const Steps& steps, int64_t begin, int64_t end) {
   switch (steps.dim) {
     case 8: return step_rows_of<Step, 8>(steps, begin, end);
     case 16: return step_rows_of<Step, 16>(steps, begin, end);

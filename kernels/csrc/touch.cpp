@@ -33,7 +33,8 @@ void touch(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& now
   at::parallel_for(0, rows.numel(), kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kAhead < end) table.prefetch(in[i + kAhead], 16);
-      if (table.checked(in[i]) < 0) continue;
+      if (table.beyond(in[i])) table.fault(in[i]).raise();
+      if (in[i] < 0) continue;
       int64_t* const row = table[in[i]];
       const int64_t seen = time[i * time_step];
       row[0] = row[1] == 0 ? seen : std::max(row[0], seen);

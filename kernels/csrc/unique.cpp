@@ -22,12 +22,12 @@ TESSERA_SIMD void hash_block(const int64_t* ids, int64_t n, uint64_t mask, uint6
 }
 
 struct Distinct {
-  int64_t* ids;     // the distinct ids begin at entry 1
-  int64_t* counts;  // likewise
+  int64_t* ids;
+  int64_t* counts;
   int64_t* inverse;
 };
 
-// The table holds the place of an id in the list of distinct ids.
+// The table holds the place of an id among the distinct ones, counted from 1; 0 is an empty slot.
 template <typename Place>
 int64_t merge(const int64_t* ids, int64_t n, const Distinct& out) {
   uint64_t size = 16;
@@ -43,13 +43,13 @@ int64_t merge(const int64_t* ids, int64_t n, const Distinct& out) {
       const int64_t id = ids[begin + i];
       uint64_t slot = slots[i];
       Place place;
-      while ((place = table[slot]) != 0 && out.ids[place] != id) slot = (slot + 1) & (size - 1);
+      while ((place = table[slot]) != 0 && out.ids[place - 1] != id) slot = (slot + 1) & (size - 1);
       if (place == 0) {
         table[slot] = place = ++last;
-        out.ids[place] = id;
-        out.counts[place] = 0;
+        out.ids[place - 1] = id;
+        out.counts[place - 1] = 0;
       }
-      ++out.counts[place];
+      ++out.counts[place - 1];
       out.inverse[begin + i] = static_cast<int64_t>(place) - 1;
     }
   }
@@ -60,15 +60,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> unique_inverse(const at::Tensor& 
   TORCH_CHECK_VALUE(ids_.dim() == 1, "expected ids int64 [n]");
   const at::Tensor ids = ids_.contiguous();
   const int64_t n = ids.numel();
-  const at::Tensor unique = at::empty({n + 1}, ids.options());
-  const at::Tensor counts = at::empty({n + 1}, ids.options());
+  at::Tensor unique = at::empty({n}, ids.options());
+  at::Tensor counts = at::empty({n}, ids.options());
   at::Tensor inverse = at::empty({n}, ids.options());
   const Distinct out{unique.mutable_data_ptr<int64_t>(), counts.mutable_data_ptr<int64_t>(),
                      inverse.mutable_data_ptr<int64_t>()};
   const int64_t* in = ids.const_data_ptr<int64_t>();
   const int64_t distinct =
       n < std::numeric_limits<uint32_t>::max() ? merge<uint32_t>(in, n, out) : merge<uint64_t>(in, n, out);
-  return {unique.narrow(0, 1, distinct), inverse, counts.narrow(0, 1, distinct)};
+  return {unique.resize_({distinct}), inverse, counts.resize_({distinct})};
 }
 
 }  // namespace

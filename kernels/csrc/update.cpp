@@ -15,6 +15,7 @@
 
 namespace {
 
+using tessera::Fault;
 using tessera::Hyper;
 using tessera::kAhead;
 using tessera::Rows;
@@ -33,13 +34,13 @@ struct Gradients {
 // Sum gradients into merged[inverse[i] - begin] for the rows [begin, end), in order of position. Every thread reads
 // the whole inverse and takes its own rows from it: no locks, and the same order of summation for any number.
 template <int64_t Dim>
-TESSERA_INLINE void merge_rows(const Gradients& given, int64_t begin, int64_t end, float* merged) {
+TESSERA_INLINE Fault merge_rows(const Gradients& given, int64_t begin, int64_t end, float* merged) {
   const int64_t dim = Dim > 0 ? Dim : given.dim;
   int64_t fresh = begin;  // rows from here on have not been written: the usual order is that of first occurrence
   for (int64_t i = 0; i < given.n; ++i) {
     const int64_t row = given.inverse[i];
     if (__builtin_expect(static_cast<uint64_t>(row) >= static_cast<uint64_t>(given.rows), 0))
-      tessera::out_of_range("inverse", row, given.rows);
+      return {"inverse", row, given.rows};
     if (row < begin || row >= end) continue;
     float* __restrict const sum = merged + (row - begin) * dim;
     const float* __restrict const grad = given.grads + i * dim;
@@ -52,9 +53,10 @@ TESSERA_INLINE void merge_rows(const Gradients& given, int64_t begin, int64_t en
     fresh = row + 1;
   }
   std::memset(merged + (fresh - begin) * dim, 0, (end - fresh) * dim * sizeof(float));
+  return {};
 }
 
-TESSERA_SIMD void merge(const Gradients& given, int64_t begin, int64_t end, float* merged) {
+TESSERA_SIMD Fault merge(const Gradients& given, int64_t begin, int64_t end, float* merged) {
   switch (given.dim) {
     case 8: return merge_rows<8>(given, begin, end, merged);
     case 16: return merge_rows<16>(given, begin, end, merged);
@@ -64,24 +66,24 @@ TESSERA_SIMD void merge(const Gradients& given, int64_t begin, int64_t end, floa
 }
 
 // Optimizers as functions over a range of rows; grads[i] belongs to rows[i].
-using StepRows = void (*)(const Steps&, int64_t, int64_t);
+using StepRows = Fault (*)(const Steps&, int64_t, int64_t);
 
-TESSERA_SIMD void sgd(const Steps& steps, int64_t begin, int64_t end) { tessera::step_rows<tessera::Sgd>(steps, begin, end); }
+TESSERA_SIMD Fault sgd(const Steps& steps, int64_t begin, int64_t end) { return tessera::step_rows<tessera::Sgd>(steps, begin, end); }
 
-TESSERA_SIMD void adagrad(const Steps& steps, int64_t begin, int64_t end) {
-  tessera::step_rows<tessera::Adagrad>(steps, begin, end);
+TESSERA_SIMD Fault adagrad(const Steps& steps, int64_t begin, int64_t end) {
+  return tessera::step_rows<tessera::Adagrad>(steps, begin, end);
 }
 
-TESSERA_SIMD void rowwise_adagrad(const Steps& steps, int64_t begin, int64_t end) {
-  tessera::step_rows<tessera::RowwiseAdagrad>(steps, begin, end);
+TESSERA_SIMD Fault rowwise_adagrad(const Steps& steps, int64_t begin, int64_t end) {
+  return tessera::step_rows<tessera::RowwiseAdagrad>(steps, begin, end);
 }
 
-TESSERA_SIMD void adam(const Steps& steps, int64_t begin, int64_t end) {
-  tessera::step_rows<tessera::Adam>(steps, begin, end);
+TESSERA_SIMD Fault adam(const Steps& steps, int64_t begin, int64_t end) {
+  return tessera::step_rows<tessera::Adam>(steps, begin, end);
 }
 
-TESSERA_SIMD void ftrl(const Steps& steps, int64_t begin, int64_t end) {
-  tessera::step_rows<tessera::Ftrl>(steps, begin, end);
+TESSERA_SIMD Fault ftrl(const Steps& steps, int64_t begin, int64_t end) {
+  return tessera::step_rows<tessera::Ftrl>(steps, begin, end);
 }
 
 struct Optimizer {
@@ -121,8 +123,8 @@ void update(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& gr
   float* sums = const_cast<float*>(merged.const_data_ptr<float>());
   const Steps steps{table, row, sums, dim, hyper};
   at::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, dim)), [&](int64_t begin, int64_t end) {
-    if (at != nullptr) merge(given, begin, end, sums + begin * dim);
-    optimizer.step(steps, begin, end);
+    if (at != nullptr) merge(given, begin, end, sums + begin * dim).raise();
+    optimizer.step(steps, begin, end).raise();
   });
 }
 

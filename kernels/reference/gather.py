@@ -51,5 +51,7 @@ def gather_pooled(
 
 def checked(inverse: Tensor, rows: Tensor) -> Tensor:
     if inverse.numel() and (int(inverse.min()) < 0 or int(inverse.max()) >= rows.numel()):
-        raise IndexError(f"inverse: expected 0 to {rows.numel() - 1}")
+        raise IndexError(
+            f"inverse: expected below {rows.numel()}, found {int(inverse.min())} to {int(inverse.max())}"
+        )
     return inverse

@@ -40,7 +40,8 @@ def find(directory: Tensor, chunks: Sequence[Tensor], ids: Tensor) -> Tensor:
     hashes = hash_of(ids)
     rows = torch.full_like(ids, -1)
     for slots, positions, start in _by_chunk(chunks, _segment_of(directory, hashes)):
-        rows[positions] = _probe(slots, start, hashes[positions])[1]
+        wanted = hashes[positions]
+        rows[positions] = _probe(slots, start, wanted, _home(start, wanted))[1]
     return rows
 
 
@@ -84,7 +85,8 @@ def erase(
     segment = _segment_of(directory, hashes)
     rows = torch.full_like(ids, -1)
     for slots, positions, start in _by_chunk(chunks, segment):
-        slot, found = _probe(slots, start, hashes[positions])
+        wanted = hashes[positions]
+        slot, found = _probe(slots, start, wanted, _home(start, wanted))
         slots[slot[found >= 0], 1] = -1
         rows[positions] = found
     known = rows >= 0
@@ -110,9 +112,14 @@ def _by_chunk(chunks: Sequence[Tensor], segment: Tensor) -> Iterator[tuple[Tenso
         yield chunks[chunk].view(-1, 2), positions, (segment[positions] % SEGMENTS_PER_CHUNK) * SLOTS
 
 
-def _probe(slots: Tensor, start: Tensor, hashes: Tensor) -> tuple[Tensor, Tensor]:
-    """(slot, row) of every hash in the segment that begins at `start`; row -1 with the empty slot met."""
-    slot = start + (hashes & (SLOTS - LINE))
+def _home(start: Tensor, hashes: Tensor) -> Tensor:
+    """The slot from which on a hash is looked for in the segment that begins at `start`."""
+    return start + (hashes & (SLOTS - LINE))
+
+
+def _probe(slots: Tensor, start: Tensor, hashes: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    """(slot, row) of every hash, from `slot` on in its segment; row -1 with the empty slot met."""
+    slot = slot.clone()
     row = torch.full_like(hashes, -1)
     active = torch.arange(hashes.numel(), device=hashes.device)
     while active.numel():
@@ -126,12 +133,13 @@ def _probe(slots: Tensor, start: Tensor, hashes: Tensor) -> tuple[Tensor, Tensor
 def _place(chunks: Sequence[Tensor], segment: Tensor, hashes: Tensor, rows: Tensor) -> None:
     """Write new pairs into the first empty slots of their segments; one of those that meet wins and stays."""
     for slots, positions, start in _by_chunk(chunks, segment):
+        slot = _home(start, hashes[positions])
         while positions.numel():
-            slot = _probe(slots, start, hashes[positions])[0]
+            slot = _probe(slots, start, hashes[positions], slot)[0]
             slots[slot, 0] = hashes[positions]
             won = slots[slot, 0] == hashes[positions]
             slots[slot[won], 1] = rows[positions[won]]
-            positions, start = positions[~won], start[~won]
+            positions, start, slot = positions[~won], start[~won], slot[~won]
 
 
 def _take_out(chunks: Sequence[Tensor], of: Tensor) -> tuple[Tensor, Tensor, Tensor]:

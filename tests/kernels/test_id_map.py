@@ -1,0 +1,194 @@
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kernels.backend import available_backends, use_backend
+from kernels.id_map import IdMap
+from kernels.reference.id_map import SLOTS, hash_of, id_of
+
+EXTREMES = [0, 1, -1, 2**63 - 1, -(2**63)]
+# Ids whose search begins in the same line of the same segment: the last one, so that it goes round.
+MEETING = id_of((torch.arange(12) << 20) + SLOTS - 1).tolist()
+
+
+def tensor(numbers):
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def random_ids(n, seed=0):
+    return torch.randint(-(2**63), 2**63 - 1, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def content(id_map, batch=5_000):
+    found = {}
+    for ids, rows in id_map.items(batch):
+        assert ids.numel() == rows.numel() <= batch
+        found.update(zip(ids.tolist(), rows.tolist(), strict=True))
+    return found
+
+
+def filled(ids):
+    id_map = IdMap()
+    id_map.insert(ids, torch.arange(ids.numel()))
+    return id_map
+
+
+def test_hash_is_a_bijection():
+    ids = torch.cat([tensor(EXTREMES), random_ids(1_000)])
+    assert id_of(hash_of(ids)).equal(ids)
+
+
+step = st.tuples(
+    st.sampled_from(["find", "insert", "erase"]),
+    st.lists(
+        st.one_of(
+            st.sampled_from(EXTREMES + MEETING), st.integers(0, 9_999), st.integers(-(2**63), 2**63 - 1)
+        ),
+        max_size=30,
+    ),
+    st.sampled_from(available_backends()),
+)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(step, max_size=15), start=st.sampled_from([0, 10, 3_200, 10_000]))
+def test_life_of_a_map_against_a_dict(steps, start):
+    """Any backend may carry out any step on the same map."""
+    id_map, expected = filled(torch.arange(start)), {id_: id_ for id_ in range(start)}
+    next_row = start
+    for action, ids, backend in steps:
+        with use_backend(backend):
+            if action == "find":
+                assert id_map.find(tensor(ids)).tolist() == [expected.get(id_, -1) for id_ in ids]
+                continue
+            ids = list(dict.fromkeys(ids))
+            if action == "erase":
+                assert id_map.erase(tensor(ids)).tolist() == [expected.pop(id_, -1) for id_ in ids]
+            else:
+                unknown = [k for k, id_ in enumerate(ids) if id_ not in expected]
+                new_rows = torch.arange(next_row, next_row + len(unknown) + 2) * 3
+                rows, new = id_map.find_or_insert(tensor(ids), new_rows)
+                expected.update((ids[k], row) for k, row in zip(unknown, new_rows.tolist(), strict=False))
+                next_row += len(unknown)
+                assert rows.tolist() == [expected[id_] for id_ in ids]
+                assert new.tolist() == unknown
+        assert len(id_map) == len(expected)
+    assert content(id_map) == expected
+
+
+def test_growth_by_many_splits(backend):
+    id_map, ids = IdMap(), random_ids(60_000)
+    for begin in range(0, ids.numel(), 20_000):
+        rows, new = id_map.find_or_insert(ids[begin : begin + 20_000], torch.arange(begin, begin + 20_000))
+        assert rows.equal(torch.arange(begin, begin + 20_000)) and new.numel() == 20_000
+        assert id_map.find(ids).equal(
+            torch.where(torch.arange(60_000) < begin + 20_000, torch.arange(60_000), -1)
+        )
+    assert len(id_map) == 60_000 and len(content(id_map)) == 60_000
+    assert 16 * 60_000 < id_map.nbytes < 64 * 60_000
+    assert id_map.find(random_ids(1_000, seed=1)).eq(-1).all()
+
+
+def test_erase_and_regrow(backend):
+    ids = random_ids(20_000)
+    id_map = filled(ids)
+    size = id_map.nbytes
+    for turn in range(4):
+        gone = ids[turn::4]
+        assert id_map.erase(gone).tolist() == list(range(turn, 20_000, 4))
+        assert id_map.find(gone).eq(-1).all() and len(id_map) == 15_000
+        assert id_map.erase(gone[:100]).eq(-1).all()
+        others = torch.ones(20_000, dtype=torch.bool)
+        others[turn::4] = False
+        assert id_map.find(ids[others]).equal(torch.arange(20_000)[others])
+        id_map.insert(gone, torch.arange(turn, 20_000, 4))
+    assert id_map.nbytes == size
+    id_map.erase(ids)
+    assert len(id_map) == 0 and content(id_map) == {}
+    id_map.clear()
+    assert id_map.nbytes < size and id_map.find(ids[:5]).eq(-1).all()
+
+
+@pytest.mark.parametrize("first", available_backends())
+@pytest.mark.parametrize("second", available_backends())
+def test_long_runs_in_one_line(first, second):
+    """Segments filled from one line on, around their end, then thinned out."""
+    generator = torch.Generator().manual_seed(0)
+    lines = torch.randint(0, 3, (200,), generator=generator) * 4 + SLOTS - 8 & SLOTS - 1
+    ids = id_of((torch.arange(200) << 20) + lines)
+    with use_backend(first):
+        id_map = filled(ids)
+    with use_backend(second):
+        gone = torch.randperm(200, generator=generator)[:150]
+        id_map.erase(ids[gone])
+    kept = torch.arange(200)
+    kept[gone] = -1
+    with use_backend(first):
+        assert id_map.find(ids).equal(kept)
+
+
+def test_large_row_numbers(backend):
+    id_map = IdMap()
+    id_map.insert(tensor([5, 6]), tensor([2**31 + 1, 2**62]))
+    assert id_map.find(tensor([6, 5, 6])).tolist() == [2**62, 2**31 + 1, 2**62]
+
+
+def test_ids_made_to_collide_are_refused(backend):
+    upper = id_of(torch.arange(6_000) << 12)  # the upper 39 bits are zero: no directory tells them apart
+    with pytest.raises(RuntimeError, match="the ids were made to collide"):
+        IdMap().insert(upper, torch.arange(6_000))
+
+
+def test_refused_arguments(backend):
+    id_map = filled(tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match="already known"):
+        id_map.insert(tensor([9, 2]), tensor([3, 4]))
+    with pytest.raises(ValueError, match="already known"):
+        IdMap().insert(tensor([7, 7]), tensor([3, 4]))
+    with pytest.raises(ValueError, match="rows: expected 0 or more"):
+        IdMap().insert(tensor([7]), tensor([-1]))
+    with pytest.raises(ValueError, match="rows: expected 2, found 1"):
+        id_map.insert(tensor([7, 8]), tensor([3]))
+    with pytest.raises(ValueError, match="new_rows: expected 2 or more, found 1"):
+        id_map.find_or_insert(tensor([7, 1, 8]), tensor([3]))
+    with pytest.raises(ValueError, match="ids: expected int64"):
+        id_map.find(torch.zeros(2))
+
+
+def test_empty_batches(backend):
+    id_map, none = IdMap(), tensor([])
+    assert id_map.find(none).shape == id_map.erase(none).shape == (0,)
+    rows, new = id_map.find_or_insert(none, none)
+    assert rows.shape == new.shape == (0,) and content(id_map) == {}
+    assert filled(tensor([4])).find(none).shape == (0,)
+
+
+@pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
+def test_backends_hand_out_the_same_rows():
+    maps = {name: IdMap() for name in available_backends()}
+    for batch in range(5):
+        ids = torch.unique(random_ids(20_000, seed=batch) % 40_000)
+        new_rows = torch.arange(20_000) + 20_000 * batch
+        found = []
+        for name, id_map in maps.items():
+            with use_backend(name):
+                found.append([*id_map.find_or_insert(ids, new_rows), id_map.erase(ids[::7])])
+        assert all(a.equal(b) for a, b in zip(*found, strict=True))
+    assert content(maps["cpp"]) == content(maps["reference"])
+
+
+@pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
+def test_threads_change_nothing(on_threads):
+    ids = random_ids(100_000)
+    id_map = filled(ids[::2])
+    assert on_threads(1, lambda: id_map.find(ids)).equal(on_threads(2, lambda: id_map.find(ids)))
+
+
+@pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
+def test_schemas_and_fake_kernels():
+    id_map = filled(torch.arange(10))
+    state = id_map._directory, id_map._chunks, id_map._segments, id_map._counters
+    torch.library.opcheck(torch.ops.tessera.id_map_find.default, (*state[:2], tensor([3, 99])))
+    torch.library.opcheck(torch.ops.tessera.id_map_insert.default, (*state, tensor([20, 21]), tensor([1, 2])))
+    torch.library.opcheck(torch.ops.tessera.id_map_erase.default, (*state, tensor([3, 20])))
