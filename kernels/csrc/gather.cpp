@@ -47,7 +47,8 @@ at::Tensor default_row(const std::optional<at::Tensor>& given, int64_t dim, at::
 }
 
 Positions positions_of(const at::Tensor& rows, const at::Tensor& inverse) {
-  return {rows.const_data_ptr<int64_t>(), inverse.defined() ? inverse.const_data_ptr<int64_t>() : nullptr, rows.numel()};
+  const int64_t* const at = inverse.defined() ? inverse.const_data_ptr<int64_t>() : nullptr;
+  return {rows.const_data_ptr<int64_t>(), at, rows.numel()};
 }
 
 struct Source {
@@ -156,7 +157,8 @@ at::Tensor gather_pooled(at::TensorList chunks, const at::Tensor& rows_, const a
                   dim,
                   mean};
   float* out = result.mutable_data_ptr<float>();
-  at::parallel_for(0, bag_count, grain_of(4 * dim), [&](int64_t first, int64_t last) { pool_bags(bags, first, last, out).raise(); });
+  at::parallel_for(0, bag_count, grain_of(4 * dim),
+                   [&](int64_t first, int64_t last) { pool_bags(bags, first, last, out).raise(); });
   return result;
 }
 

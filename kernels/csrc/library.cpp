@@ -22,15 +22,15 @@ TORCH_LIBRARY(tessera, m) {
 
   m.def("gather(Tensor[] chunks, Tensor rows, int dim, Tensor? inverse, Tensor? default, int begin) -> Tensor");
   m.def(
-      "gather_pooled(Tensor[] chunks, Tensor rows, Tensor inverse, Tensor offsets, int dim, Tensor? weights, bool mean, "
-      "Tensor? default) -> Tensor");
+      "gather_pooled(Tensor[] chunks, Tensor rows, Tensor inverse, Tensor offsets, int dim, Tensor? weights, "
+      "bool mean, Tensor? default) -> Tensor");
   m.def("scatter(Tensor(a!)[] chunks, Tensor rows, Tensor values, int begin) -> ()");
   m.def(
-      "init_rows(Tensor(a!)[] chunks, Tensor rows, Tensor ids, int dim, bool bell, float offset, float scale, int stream, "
-      "float state) -> ()");
+      "init_rows(Tensor(a!)[] chunks, Tensor rows, Tensor ids, int dim, bool bell, float offset, float scale, "
+      "int stream, float state) -> ()");
   m.def(
-      "update(Tensor(a!)[] chunks, Tensor rows, Tensor grads, Tensor? inverse, str optimizer, float learning_rate, float "
-      "weight_decay, float eps, float beta1, float beta2, float beta, float l1, float l2) -> ()");
+      "update(Tensor(a!)[] chunks, Tensor rows, Tensor grads, Tensor? inverse, str optimizer, float learning_rate, "
+      "float weight_decay, float eps, float beta1, float beta2, float beta, float l1, float l2) -> ()");
 
   m.def("touch(Tensor(a!)[] chunks, Tensor rows, Tensor now, Tensor? counts) -> ()");
   m.def("expired(Tensor[] chunks, int limit, int begin, int end) -> Tensor");

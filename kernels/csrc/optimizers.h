@@ -11,20 +11,50 @@
 
 namespace tessera {
 
-struct Hyper {
-  float learning_rate, weight_decay, eps, beta1, beta2, rest1, rest2, l1;
-  float start;   // ftrl: beta / learning_rate + l2
-  float offset;  // ftrl: beta
-  float l2;
-  double exact_rate, exact_beta1, exact_beta2;
-  struct Correction {
-    float rate;  // learning_rate / (1 - beta1^t)
-    float root;  // sqrt(1 - beta2^t)
+// Bias corrections of Adam for the steps t = 1, 2, ... of a row, kept from call to call: computing the powers for
+// every row would take longer than its update.
+class Corrections {
+ public:
+  struct Factors {
+    double rest1;  // 1 - beta1^t
+    float root2;   // sqrt(1 - beta2^t)
   };
-  std::vector<Correction> corrections;  // adam: of the steps t = 1, 2, ...
+
+  static const Corrections& of(double beta1, double beta2) {
+    thread_local Corrections last;
+    if (last.table_.empty() || last.beta1_ != beta1 || last.beta2_ != beta2) last = Corrections(beta1, beta2);
+    return last;
+  }
+
+  Factors at(float t) const {
+    if (t >= 1 && t <= static_cast<float>(table_.size())) return table_[static_cast<size_t>(t) - 1];
+    return factors(std::pow(beta1_, t), std::pow(beta2_, t));
+  }
+
+ private:
+  Corrections() = default;
+  Corrections(double beta1, double beta2) : beta1_(beta1), beta2_(beta2) {
+    constexpr int kMost = 1 << 15;
+    double power1 = 1, power2 = 1;
+    for (int t = 1; t <= kMost; ++t) table_.push_back(factors(power1 *= beta1, power2 *= beta2));
+  }
+
+  static Factors factors(double power1, double power2) {
+    return {1 - power1, static_cast<float>(std::sqrt(1 - power2))};
+  }
+
+  double beta1_ = 0, beta2_ = 0;
+  std::vector<Factors> table_;
+};
+
+struct Hyper {
+  float learning_rate, weight_decay, eps, beta1, beta2, rest1, rest2, beta, l1, l2;
+  float start;        // ftrl: -z / w of an element without gradients so far
+  double exact_rate;  // learning_rate in float64
+  const Corrections& corrections;
 
   Hyper(double learning_rate, double weight_decay, double eps, double beta1, double beta2, double beta, double l1,
-        double l2, bool corrected)
+        double l2)
       : learning_rate(static_cast<float>(learning_rate)),
         weight_decay(static_cast<float>(weight_decay)),
         eps(static_cast<float>(eps)),
@@ -32,32 +62,12 @@ struct Hyper {
         beta2(static_cast<float>(beta2)),
         rest1(static_cast<float>(1 - beta1)),
         rest2(static_cast<float>(1 - beta2)),
+        beta(static_cast<float>(beta)),
         l1(static_cast<float>(l1)),
-        start(static_cast<float>(beta / learning_rate + l2)),
-        offset(static_cast<float>(beta)),
         l2(static_cast<float>(l2)),
+        start(static_cast<float>(beta / learning_rate + l2)),
         exact_rate(learning_rate),
-        exact_beta1(beta1),
-        exact_beta2(beta2) {
-    if (!corrected) return;
-    constexpr int kMost = 1 << 12;
-    corrections.reserve(kMost);
-    double power1 = 1, power2 = 1;
-    for (int t = 1; t <= kMost; ++t) {
-      power1 *= beta1;
-      power2 *= beta2;
-      corrections.push_back(correction(power1, power2));
-    }
-  }
-
-  Correction correction(double power1, double power2) const {
-    return {static_cast<float>(exact_rate / (1 - power1)), static_cast<float>(std::sqrt(1 - power2))};
-  }
-
-  Correction correction_of(float t) const {
-    if (t <= static_cast<float>(corrections.size())) return corrections[static_cast<size_t>(t) - 1];
-    return correction(std::pow(exact_beta1, t), std::pow(exact_beta2, t));
-  }
+        corrections(Corrections::of(beta1, beta2)) {}
 };
 
 struct Steps {
@@ -119,12 +129,13 @@ struct Adam {
     float* __restrict const m = s;
     float* __restrict const v = s + dim;
     s[2 * dim] += 1;
-    const Hyper::Correction now = h.correction_of(s[2 * dim]);
+    const Corrections::Factors now = h.corrections.at(s[2 * dim]);
+    const auto rate = static_cast<float>(h.exact_rate / now.rest1);
     for (int64_t c = 0; c < dim; ++c) {
       const float grad = g[c] + h.weight_decay * w[c];
       m[c] += h.rest1 * (grad - m[c]);
       v[c] = v[c] * h.beta2 + h.rest2 * grad * grad;
-      w[c] -= now.rate * m[c] / (std::sqrt(v[c]) / now.root + h.eps);
+      w[c] -= rate * m[c] / (std::sqrt(v[c]) / now.root2 + h.eps);
     }
   }
 };
@@ -143,7 +154,7 @@ struct Ftrl {
       const float sigma = (std::sqrt(grown) - std::sqrt(n[c])) / h.learning_rate;
       const float next = (n[c] == 0 ? start : z[c]) + (grad - sigma * w[c]);
       const float shrunk = next - std::copysign(h.l1, next);
-      const float solved = -shrunk / ((h.offset + std::sqrt(grown)) / h.learning_rate + h.l2);
+      const float solved = -shrunk / ((h.beta + std::sqrt(grown)) / h.learning_rate + h.l2);
       z[c] = next;
       n[c] = grown;
       w[c] = std::fabs(next) <= h.l1 ? 0.0f : solved;

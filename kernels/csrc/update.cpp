@@ -68,7 +68,9 @@ TESSERA_SIMD Fault merge(const Gradients& given, int64_t begin, int64_t end, flo
 // Optimizers as functions over a range of rows; grads[i] belongs to rows[i].
 using StepRows = Fault (*)(const Steps&, int64_t, int64_t);
 
-TESSERA_SIMD Fault sgd(const Steps& steps, int64_t begin, int64_t end) { return tessera::step_rows<tessera::Sgd>(steps, begin, end); }
+TESSERA_SIMD Fault sgd(const Steps& steps, int64_t begin, int64_t end) {
+  return tessera::step_rows<tessera::Sgd>(steps, begin, end);
+}
 
 TESSERA_SIMD Fault adagrad(const Steps& steps, int64_t begin, int64_t end) {
   return tessera::step_rows<tessera::Adagrad>(steps, begin, end);
@@ -117,7 +119,7 @@ void update(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& gr
   TORCH_CHECK_VALUE(n == (inverse.defined() ? inverse.numel() : count), "grads: expected as many as positions");
   const int64_t* row = rows.const_data_ptr<int64_t>();
   const int64_t* at = inverse.defined() ? inverse.const_data_ptr<int64_t>() : nullptr;
-  const Hyper hyper(learning_rate, weight_decay, eps, beta1, beta2, beta, l1, l2, optimizer.step == adam);
+  const Hyper hyper(learning_rate, weight_decay, eps, beta1, beta2, beta, l1, l2);
   const at::Tensor merged = at == nullptr ? grads : at::empty({count, dim}, grads.options());
   const Gradients given{grads.const_data_ptr<float>(), at, n, count, dim};
   float* sums = const_cast<float*>(merged.const_data_ptr<float>());
