@@ -67,19 +67,31 @@ class Span:
     stop: int
 
 
+# Rows of a row group that are decoded at once, at least one window: enough to hide the cost of a call per column,
+# few enough for a column to stay in the cache.
+CHUNK_ROWS = 65536
+
+
 def window_step(group_rows: int, window_rows: int) -> int:
     """Rows of the windows of a row group larger than a window: equal parts, so that none is tiny."""
     return -(-group_rows // -(-group_rows // window_rows))
 
 
-def lane_windows(
+def chunk_rows(group_rows: int, window_rows: int) -> int:
+    """Rows of the chunks of a row group: whole windows."""
+    step = window_step(group_rows, window_rows)
+    return step * max(1, CHUNK_ROWS // step)
+
+
+def lane_chunks(
     order: np.ndarray, rows: np.ndarray, start: int, stop: int, window_rows: int
-) -> Iterator[list[Span]]:
-    """The windows of a lane that is the rows [start, stop) of the epoch's order.
+) -> Iterator[list[list[Span]]]:
+    """The windows of a lane that is the rows [start, stop) of the epoch's order, in chunks to be decoded together.
 
     order: int64 [groups] the permuted row groups; rows: int64 [groups] rows of each, in their own order. A window
-    has at most `window_rows` rows. It is part of one large row group or made of several small ones, so that no
-    window waits for the rest of a decoded row group. Inside a window the rows are shuffled.
+    has at most `window_rows` rows and is given by its spans. It is part of one large row group, and the chunk then
+    has its neighbours, or it is made of several small ones, and is a chunk by itself; so no window waits for the
+    rest of a decoded row group. Rows are shuffled inside windows.
     """
     ends = np.cumsum(rows[order])
     place = int(np.searchsorted(ends, start, side="right"))
@@ -92,15 +104,23 @@ def lane_windows(
         first, last = start - begin, min(stop, end) - begin
         large = group_rows > window_rows
         if small and (large or small_rows + last - first > window_rows):
-            yield small
+            yield [small]
             small, small_rows = [], 0
         if large:
-            step = window_step(group_rows, window_rows)
-            for cut in range(first // step * step, last, step):
-                yield [Span(group, max(first, cut), min(last, cut + step))]
+            yield from _large_chunks(group, first, last, group_rows, window_rows)
         elif last > first:
             small.append(Span(group, first, last))
             small_rows += last - first
         start, place = begin + last, place + 1
     if small:
-        yield small
+        yield [small]
+
+
+def _large_chunks(
+    group: int, first: int, stop: int, group_rows: int, window_rows: int
+) -> Iterator[list[list[Span]]]:
+    step, chunk = window_step(group_rows, window_rows), chunk_rows(group_rows, window_rows)
+    for begin in range(first // chunk * chunk, stop, chunk):
+        cuts = range(begin, min(begin + chunk, stop), step)
+        spans = [Span(group, max(first, cut), min(stop, cut + step)) for cut in cuts if cut + step > first]
+        yield [[span] for span in spans]

@@ -17,9 +17,9 @@ from ctr.data.lanes import (
     ROW_GROUPS,
     WINDOW,
     Span,
+    lane_chunks,
     lane_offsets,
     lane_starts,
-    lane_windows,
     rank_bounds,
     seeded_order,
 )
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class _Planned:
     """A window before it is decoded."""
 
-    index: int  # in the lane
+    chunk: int  # number in the lane of the chunk that it is decoded with
     first: int  # row of the lane
     rows: int
     spans: list[Span]
@@ -138,37 +138,41 @@ class ReadAhead:
         reader = self.reader
         start, stop = lane_starts(reader.rows, reader.lanes)[[lane, lane + 1]].tolist()
         plan, first = [], 0
-        windows = lane_windows(self.order, reader.groups.rows, start, stop, reader.window_rows)
-        for index, spans in enumerate(windows):
-            rows = sum(span.stop - span.first for span in spans)
-            if first + rows > offset:
-                plan.append(_Planned(index, first, rows, spans))
-            first += rows
+        chunks = lane_chunks(self.order, reader.groups.rows, start, stop, reader.window_rows)
+        for chunk, windows in enumerate(chunks):
+            for spans in windows:
+                rows = sum(span.stop - span.first for span in spans)
+                if first + rows > offset:
+                    plan.append(_Planned(chunk, first, rows, spans))
+                first += rows
         return plan
 
     def _decode(self, lane: _Lane) -> Iterator[Window]:
         """The windows of the plan; runs in the threads of the pool."""
         row_groups = self.row_groups
         first = lane.plan[0].spans[0]
-        # The windows of one row group follow each other; those of one chunk of it are decoded together.
+        # The chunks of one row group follow each other.
         for group, windows in groupby(lane.plan, lambda window: window.group):
+            windows = list(windows)
             if group is None:
                 for window in windows:
                     sources = [Source(s, row_groups.open(s.group, s.stop, s is first)) for s in window.spans]
                     yield from self._decoded(lane, sources, [window])
                 continue
-            windows = list(windows)
             opened = row_groups.open(group, windows[-1].spans[0].stop, group == first.group)
-            rows = opened.chunk_rows
-            for _, chunk in groupby(windows, lambda window, rows=rows: window.spans[0].first // rows):
+            for _, chunk in groupby(windows, lambda window: window.chunk):
                 chunk = list(chunk)
                 span = Span(group, chunk[0].spans[0].first, chunk[-1].spans[0].stop)
                 yield from self._decoded(lane, [Source(span, opened)], chunk)
 
     def _decoded(self, lane: _Lane, sources: list[Source], windows: list[_Planned]) -> list[Window]:
         reader = self.reader
-        orders: list[tuple[int, np.ndarray | None]] = []
+        # Windows of one chunk that are as long as each other share their order: it stays in the cache with the
+        # column that it permutes, and they are delivered one after the other.
+        orders: dict[int, np.ndarray | None] = {}
         for window in windows:
-            key = (WINDOW, reader.seed, self.epoch, lane.number, window.index)
-            orders.append((window.rows, seeded_order(window.rows, *key) if reader.shuffle else None))
-        return reader.decoder.decode(sources, orders, reader.buffers)
+            if window.rows not in orders:
+                key = (WINDOW, reader.seed, self.epoch, lane.number, window.chunk)
+                orders[window.rows] = seeded_order(window.rows, *key) if reader.shuffle else None
+        pairs = [(window.rows, orders[window.rows]) for window in windows]
+        return reader.decoder.decode(sources, pairs, reader.buffers)

@@ -20,10 +20,8 @@ import pyarrow.parquet as pq
 from ctr.data.errors import DataError
 from ctr.data.files import one_line
 from ctr.data.footers import RowGroups
-from ctr.data.lanes import window_step
+from ctr.data.lanes import chunk_rows
 
-# Rows decoded at once: enough to hide the cost of a call per column, few enough for a column to stay in the cache.
-CHUNK_ROWS = 65536
 # Parsed footers kept: parsing takes as long as decoding a thousand rows.
 FOOTERS_KEPT = 64
 # Decoded bytes of row groups held for several lanes at once.
@@ -89,9 +87,7 @@ class RowGroup:
         self.reader, self.group, self.stop = reader, group, stop
         self.index = int(reader.groups.index[group])
         self.rows = int(reader.groups.rows[group])
-        # Rows of a chunk: whole windows.
-        step = window_step(self.rows, reader.window_rows)
-        self.chunk_rows = step * max(1, CHUNK_ROWS // step)
+        self.chunk_rows = chunk_rows(self.rows, reader.window_rows)
         self.whole = self.rows <= self.chunk_rows
         # Over a network one request for all columns is quicker than one after the other.
         self.together = reader.groups.files[reader.groups.file[group]].remote
