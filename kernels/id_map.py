@@ -153,7 +153,5 @@ if "cpp" in backend.available_backends():
         return None
 
     @torch.library.register_fake("tessera::id_map_erase")
-    def _erase_fake(
-        directory: Tensor, chunks: list[Tensor], segments: Tensor, counters: Tensor, ids: Tensor
-    ) -> Tensor:
+    def _erase_fake(directory: Tensor, chunks: list[Tensor], segments: Tensor, counters: Tensor, ids: Tensor) -> Tensor:
         return ids.new_empty(ids.shape)

@@ -38,9 +38,7 @@ def init_rows(
     check_index("rows", rows)
     check_index("ids", ids)
     if ids.numel() != rows.numel() or dim < 1:
-        raise ValueError(
-            f"ids: expected {rows.numel()} as there are rows and dim >= 1, found {ids.numel()}, dim {dim}"
-        )
+        raise ValueError(f"ids: expected {rows.numel()} as there are rows and dim >= 1, found {ids.numel()}, dim {dim}")
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution: expected one of {', '.join(DISTRIBUTIONS)}, found {distribution!r}")
     check_chunks(chunks, dim, torch.float32)

@@ -55,9 +55,7 @@ def expired(chunks: Sequence[Tensor], now: int, ttl: int, begin: int, end: int) 
     return reference.expired(chunks, now - ttl, begin, end)
 
 
-def coldest(
-    chunks: Sequence[Tensor], column: int, k: int, begin: int, end: int, keep: Tensor | None = None
-) -> Tensor:
+def coldest(chunks: Sequence[Tensor], column: int, k: int, begin: int, end: int, keep: Tensor | None = None) -> Tensor:
     """The k rows in use of [begin, end) with the smallest value in `column`: int64 [<= k], coldest first.
 
     column LAST_SEEN gives the least recently used rows, COUNT the least frequently used; ties are broken by

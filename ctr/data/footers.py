@@ -123,8 +123,7 @@ def _check_column(file: DataFile, arrow: pa.Schema, want: _Wanted) -> None:
         if types.is_floating(found) and want.reader.startswith("feature"):
             hint = "; integers with missing values must be stored as nullable integers, not as floats"
         raise SchemaError(
-            f"{file.path}: column {want.column!r} (read by {want.reader}) found {found}, "
-            f"expected {want.expected}{hint}"
+            f"{file.path}: column {want.column!r} (read by {want.reader}) found {found}, expected {want.expected}{hint}"
         )
 
 
@@ -161,10 +160,7 @@ def value_type(found: pa.DataType) -> pa.DataType:
 
 def is_text(found: pa.DataType) -> bool:
     return (
-        types.is_string(found)
-        or types.is_large_string(found)
-        or types.is_binary(found)
-        or types.is_large_binary(found)
+        types.is_string(found) or types.is_large_string(found) or types.is_binary(found) or types.is_large_binary(found)
     )
 
 

@@ -156,9 +156,7 @@ def check_rows(prediction, label, weight=None, group=None) -> Rows:
     columns = {"prediction": prediction, "label": label, "weight": weight, "group": group}
     for name, column in columns.items():
         if column is not None and column.shape != (prediction.size,):
-            raise DataError(
-                f"{name}: found shape {column.shape}; expected ({prediction.size},), one value a row"
-            )
+            raise DataError(f"{name}: found shape {column.shape}; expected ({prediction.size},), one value a row")
     if not np.issubdtype(prediction.dtype, np.floating):
         prediction = prediction.astype(np.float64)
     _check_finite("prediction", prediction)

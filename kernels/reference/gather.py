@@ -51,7 +51,5 @@ def gather_pooled(
 
 def checked(inverse: Tensor, rows: Tensor) -> Tensor:
     if inverse.numel() and (int(inverse.min()) < 0 or int(inverse.max()) >= rows.numel()):
-        raise IndexError(
-            f"inverse: expected below {rows.numel()}, found {int(inverse.min())} to {int(inverse.max())}"
-        )
+        raise IndexError(f"inverse: expected below {rows.numel()}, found {int(inverse.min())} to {int(inverse.max())}")
     return inverse

@@ -78,9 +78,7 @@ def insert(
     counters[2] = ids.numel()
 
 
-def erase(
-    directory: Tensor, chunks: Sequence[Tensor], segments: Tensor, counters: Tensor, ids: Tensor
-) -> Tensor:
+def erase(directory: Tensor, chunks: Sequence[Tensor], segments: Tensor, counters: Tensor, ids: Tensor) -> Tensor:
     hashes = hash_of(ids)
     segment = _segment_of(directory, hashes)
     rows = torch.full_like(ids, -1)
@@ -156,9 +154,7 @@ def _take_out(chunks: Sequence[Tensor], of: Tensor) -> tuple[Tensor, Tensor, Ten
     return segment, hashes, rows
 
 
-def _split(
-    directory: Tensor, chunks: Sequence[Tensor], segments: Tensor, counters: Tensor, full: Tensor
-) -> None:
+def _split(directory: Tensor, chunks: Sequence[Tensor], segments: Tensor, counters: Tensor, full: Tensor) -> None:
     """Deal each of the segments `full` out to itself (next upper bit 0) and a new segment (1)."""
     first = int(counters[0])
     new = torch.arange(first, first + full.numel(), device=full.device)

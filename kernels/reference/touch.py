@@ -27,9 +27,7 @@ def expired(chunks: Sequence[Tensor], limit: int, begin: int, end: int) -> Tenso
     return torch.cat(found)
 
 
-def coldest(
-    chunks: Sequence[Tensor], column: int, k: int, begin: int, end: int, keep: Tensor | None
-) -> Tensor:
+def coldest(chunks: Sequence[Tensor], column: int, k: int, begin: int, end: int, keep: Tensor | None) -> Tensor:
     rows = torch.arange(begin, end, device=chunks[0].device)
     blocks = [block[:, :2] for _, block in _slices(chunks, begin, end)]
     both = torch.cat(blocks) if blocks else chunks[0].new_empty((0, 2))

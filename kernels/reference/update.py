@@ -60,9 +60,7 @@ def rowwise_adagrad(w: Tensor, s: Tensor, g: Tensor, learning_rate: float, eps: 
     w -= learning_rate / (s.sqrt() + eps) * g
 
 
-def adam(
-    w: Tensor, state: Tensor, g: Tensor, learning_rate: float, eps: float, beta1: float, beta2: float
-) -> None:
+def adam(w: Tensor, state: Tensor, g: Tensor, learning_rate: float, eps: float, beta1: float, beta2: float) -> None:
     dim = g.shape[1]
     m, v, t = state[:, :dim], state[:, dim : 2 * dim], state[:, 2 * dim : 2 * dim + 1]
     m += (1 - beta1) * (g - m)
@@ -75,9 +73,7 @@ def adam(
     w -= step_size * m / (v.sqrt() / root + eps)
 
 
-def ftrl(
-    w: Tensor, state: Tensor, g: Tensor, learning_rate: float, beta: float, l1: float, l2: float
-) -> None:
+def ftrl(w: Tensor, state: Tensor, g: Tensor, learning_rate: float, beta: float, l1: float, l2: float) -> None:
     dim = g.shape[1]
     z, n = state[:, :dim], state[:, dim : 2 * dim]
     fresh = n == 0

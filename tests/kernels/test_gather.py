@@ -7,9 +7,7 @@ from kernels.scatter import scatter
 from tests.kernels.tables import some_rows, table
 
 NO_ROWS = torch.zeros(0, dtype=torch.int64)
-needs_cpp = pytest.mark.skipif(
-    "cpp" not in available_backends(), reason="the compiled kernels are not available"
-)
+needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
 
 
 def read(dense, rows, default):
@@ -151,7 +149,5 @@ def test_schemas_and_fake_kernels():
     ops = torch.ops.tessera
     torch.library.opcheck(ops.gather.default, (chunks, rows, 3, inverse, torch.ones(3), 1))
     torch.library.opcheck(ops.gather.default, (chunks, rows, 3, None, None, 0))
-    torch.library.opcheck(
-        ops.gather_pooled.default, (chunks, rows, inverse, offsets, 3, torch.ones(3), True, None)
-    )
+    torch.library.opcheck(ops.gather_pooled.default, (chunks, rows, inverse, offsets, 3, torch.ones(3), True, None))
     torch.library.opcheck(ops.scatter.default, (chunks, rows, torch.ones(3, 2), 1))

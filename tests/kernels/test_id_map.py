@@ -42,9 +42,7 @@ def test_hash_is_a_bijection():
 step = st.tuples(
     st.sampled_from(["find", "insert", "erase"]),
     st.lists(
-        st.one_of(
-            st.sampled_from(EXTREMES + MEETING), st.integers(0, 9_999), st.integers(-(2**63), 2**63 - 1)
-        ),
+        st.one_of(st.sampled_from(EXTREMES + MEETING), st.integers(0, 9_999), st.integers(-(2**63), 2**63 - 1)),
         max_size=30,
     ),
     st.sampled_from(available_backends()),
@@ -82,9 +80,7 @@ def test_growth_by_many_splits(backend):
     for begin in range(0, ids.numel(), 20_000):
         rows, new = id_map.find_or_insert(ids[begin : begin + 20_000], torch.arange(begin, begin + 20_000))
         assert rows.equal(torch.arange(begin, begin + 20_000)) and new.numel() == 20_000
-        assert id_map.find(ids).equal(
-            torch.where(torch.arange(60_000) < begin + 20_000, torch.arange(60_000), -1)
-        )
+        assert id_map.find(ids).equal(torch.where(torch.arange(60_000) < begin + 20_000, torch.arange(60_000), -1))
     assert len(id_map) == 60_000 and len(content(id_map)) == 60_000
     assert 16 * 60_000 < id_map.nbytes < 64 * 60_000
     assert id_map.find(random_ids(1_000, seed=1)).eq(-1).all()

@@ -6,9 +6,7 @@ from kernels.initialise import init_rows
 from kernels.random import normal, uniform
 from tests.kernels.tables import EXTREMES, some_rows, table
 
-needs_cpp = pytest.mark.skipif(
-    "cpp" not in available_backends(), reason="the compiled kernels are not available"
-)
+needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
 
 
 @pytest.mark.parametrize(("distribution", "draw"), [("uniform", uniform), ("normal", normal)])
@@ -86,6 +84,4 @@ def test_compiled_equals_the_definition_on_any_number_of_threads(on_threads, dis
 def test_schema_and_fake_kernel():
     chunks, _ = table(8, 3)
     rows = torch.tensor([1, -1])
-    torch.library.opcheck(
-        torch.ops.tessera.init_rows.default, (chunks, rows, rows, 2, True, 0.0, 1.0, 77, 0.0)
-    )
+    torch.library.opcheck(torch.ops.tessera.init_rows.default, (chunks, rows, rows, 2, True, 0.0, 1.0, 77, 0.0))

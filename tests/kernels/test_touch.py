@@ -7,9 +7,7 @@ from kernels.backend import available_backends
 from kernels.touch import COUNT, LAST_SEEN, coldest, expired, touch
 from tests.kernels.tables import some_rows
 
-needs_cpp = pytest.mark.skipif(
-    "cpp" not in available_backends(), reason="the compiled kernels are not available"
-)
+needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 meta = st.lists(st.tuples(st.integers(-5, 30), st.integers(0, 3)), min_size=1, max_size=40)
 
@@ -47,9 +45,7 @@ def test_expired_against_a_loop(backend, pairs, ttl, now, data):
     chunks = chunks_of(pairs)
     begin = data.draw(st.integers(0, 8 * len(chunks)))
     end = data.draw(st.integers(begin, 8 * len(chunks)))
-    expected = [
-        r for r, (seen, count) in enumerate(pairs) if count and now - seen >= ttl and begin <= r < end
-    ]
+    expected = [r for r, (seen, count) in enumerate(pairs) if count and now - seen >= ttl and begin <= r < end]
     assert expired(chunks, now, ttl, begin, end).tolist() == expected
 
 

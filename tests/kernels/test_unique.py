@@ -22,9 +22,7 @@ def by_dict(ids):
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    ids=st.lists(st.one_of(st.integers(-3, 3), st.sampled_from(EXTREMES), st.integers(-(2**63), 2**63 - 1)))
-)
+@given(ids=st.lists(st.one_of(st.integers(-3, 3), st.sampled_from(EXTREMES), st.integers(-(2**63), 2**63 - 1))))
 def test_against_a_dict(backend, ids):
     found = unique_inverse(torch.tensor(ids, dtype=torch.int64))
     assert [part.tolist() for part in found] == list(by_dict(ids))

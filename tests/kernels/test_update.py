@@ -8,9 +8,7 @@ from kernels.update import OPTIMIZERS, state_width, update
 from tests.kernels.tables import some_rows, table
 
 LR = 0.05
-needs_cpp = pytest.mark.skipif(
-    "cpp" not in available_backends(), reason="the compiled kernels are not available"
-)
+needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
 
 
 def fresh_table(optimizer, rows, dim, more=0, state=0.0):
@@ -25,9 +23,7 @@ def batches(steps, rows, dim, distinct=12, n=60):
     generator = torch.Generator().manual_seed(5)
     for step in range(steps):
         chosen = some_rows(distinct, rows, seed=step, missing=0.1, distinct=True)
-        inverse = torch.cat(
-            [torch.arange(distinct), torch.randint(0, distinct, (n - distinct,), generator=generator)]
-        )
+        inverse = torch.cat([torch.arange(distinct), torch.randint(0, distinct, (n - distinct,), generator=generator)])
         inverse = inverse[torch.randperm(n, generator=generator)]
         yield chosen, inverse, torch.randn((n, dim), generator=generator)
 
@@ -226,6 +222,4 @@ def test_threads_change_no_bit(on_threads, optimizer):
 def test_schema_and_fake_kernel(optimizer):
     arguments = (torch.tensor([3, -1]), torch.ones(3, 2), torch.tensor([0, 1, 0]), optimizer, LR, 0.0)
     hyper = (1e-8, 0.9, 0.999, 1.0, 0.0, 0.0)
-    torch.library.opcheck(
-        torch.ops.tessera.update.default, (fresh_table(optimizer, 16, 2), *arguments, *hyper)
-    )
+    torch.library.opcheck(torch.ops.tessera.update.default, (fresh_table(optimizer, 16, 2), *arguments, *hyper))

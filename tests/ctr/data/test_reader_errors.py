@@ -131,9 +131,7 @@ def test_an_infinite_bucketised_number_is_bad(tmp_path):
 def corrupt(file: str, column: str, group: int) -> None:
     """Overwrite the stored bytes of one column of one row group."""
     metadata = pq.ParquetFile(file).metadata.row_group(group)
-    chunk = next(
-        metadata.column(i) for i in range(metadata.num_columns) if metadata.column(i).path_in_schema == column
-    )
+    chunk = next(metadata.column(i) for i in range(metadata.num_columns) if metadata.column(i).path_in_schema == column)
     with open(file, "r+b") as stored:
         stored.seek(chunk.data_page_offset)
         stored.write(b"\xff" * chunk.total_compressed_size)

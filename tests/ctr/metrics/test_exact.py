@@ -28,9 +28,7 @@ def rows(seed, count=3000, ties=False, weighted=True, dtype=np.float32):
 
 
 CASES = [
-    pytest.param(
-        dict(seed=seed, ties=ties, weighted=weighted, dtype=dtype), id=f"{ties=}-{weighted=}-{dtype.__name__}"
-    )
+    pytest.param(dict(seed=seed, ties=ties, weighted=weighted, dtype=dtype), id=f"{ties=}-{weighted=}-{dtype.__name__}")
     for seed, (ties, weighted, dtype) in enumerate(
         (ties, weighted, dtype)
         for ties in (False, True)
@@ -119,9 +117,7 @@ def test_integer_weights_are_repeated_rows():
     plain = exact.evaluate_predictions(repeated[0], repeated[1], None, repeated[2])
     for name in (*METRICS, "gauc"):
         assert weighted[name] == pytest.approx(plain[name], rel=1e-12), name
-    assert (
-        weighted["rows"] == (times > 0).sum() and weighted["positives"] == ((times > 0) & (label == 1)).sum()
-    )
+    assert weighted["rows"] == (times > 0).sum() and weighted["positives"] == ((times > 0) & (label == 1)).sum()
 
 
 def test_the_order_of_rows_does_not_matter():

@@ -67,9 +67,7 @@ def test_sums_agree_with_the_exact_metrics(weighted):
     logit, label, weight = join(made)
     result = feed(StreamingMetrics(), made).compute()
     prediction = torch.sigmoid(logit.double()).numpy()
-    expected = exact.evaluate_predictions(
-        prediction, label.numpy(), None if weight is None else weight.numpy()
-    )
+    expected = exact.evaluate_predictions(prediction, label.numpy(), None if weight is None else weight.numpy())
     for name in ("logloss", "normalized_entropy", "calibration"):
         assert result[name] == pytest.approx(expected[name], rel=1e-12), name
     assert (result["rows"], result["positives"]) == (expected["rows"], expected["positives"])
@@ -139,9 +137,7 @@ def test_reset_starts_anew_and_misuse_is_caught():
 def _rank(rank, world, store, out):
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout
-    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     # The second rank also sees an empty batch; the ranks need not take the same number of steps.
     metrics = feed(StreamingMetrics(), batches(6, weighted=True)[rank::world])
     calls = []
