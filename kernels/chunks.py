@@ -7,34 +7,35 @@ one row of float32: columns [0, dim) are the values, the state follows.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kernels import backend
-
-_LARGE_PAGE = 2 << 20  # bytes; a chunk begins at a multiple
+_LARGE_PAGE = 2 << 20  # bytes; memory of that size or more begins at a multiple
 
 
 def allocate_chunk(
     shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Uninitialised memory for one chunk, in large pages where the system offers them.
+    """Zeros for one chunk, in large pages where the system offers them.
 
     Rows of a large table are read at random: with pages of 4 KiB nearly every one costs a walk through the
-    page tables. Memory is committed when it is first written, so a chunk that is hardly used costs little.
+    page tables. Only fresh memory can become large pages, so it does not come from torch's allocator. It is
+    committed when it is first written: a chunk that is hardly used costs little, and zeros cost nothing.
     """
     size = math.prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or size < _LARGE_PAGE:
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
-    memory = torch.empty(size + _LARGE_PAGE, dtype=torch.uint8)
-    begin = -memory.data_ptr() % _LARGE_PAGE
-    chunk = memory[begin : begin + size].view(dtype).view(tuple(shape))
-    if backend.compiled_for(chunk):
-        torch.ops.tessera.advise_large_pages(chunk, _LARGE_PAGE)
-    return chunk
+    if torch.device(device).type != "cpu" or size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    everything = torch.frombuffer(memory, dtype=torch.uint8)
+    begin = -everything.data_ptr() % _LARGE_PAGE
+    with contextlib.suppress(OSError):  # a system without large pages refuses the advice
+        memory.madvise(mmap.MADV_HUGEPAGE, begin, size // _LARGE_PAGE * _LARGE_PAGE)
+    return everything[begin : begin + size].view(dtype).view(tuple(shape))
 
 
 def check_chunks(chunks: Sequence[Tensor], columns: int, dtype: torch.dtype | None = None) -> None:
@@ -52,10 +53,3 @@ def check_index(name: str, index: Tensor) -> None:
     """Raise ValueError unless `index` is int64 [n]."""
     if index.dtype != torch.int64 or index.dim() != 1:
         raise ValueError(f"{name}: expected int64 [n], found {index.dtype} {list(index.shape)}")
-
-
-if "cpp" in backend.available_backends():
-
-    @torch.library.register_fake("tessera::advise_large_pages")
-    def _advise_large_pages_fake(memory: Tensor, page: int) -> None:
-        return None

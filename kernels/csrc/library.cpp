@@ -10,7 +10,6 @@ TORCH_LIBRARY(tessera, m) {
   m.def("uniform(int stream, Tensor ids, int dim) -> Tensor");
   m.def("normal(int stream, Tensor ids, int dim) -> Tensor");
 
-  m.def("advise_large_pages(Tensor memory, int page) -> ()");
   m.def("unique_inverse(Tensor ids) -> (Tensor, Tensor, Tensor)");
   m.def("id_map_find(Tensor directory, Tensor[] chunks, Tensor ids) -> Tensor");
   m.def(
