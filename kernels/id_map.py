@@ -3,10 +3,10 @@
 Extendible hashing. h = mix64(id + 0x9E3779B97F4A7C15), a bijection, stands for the id everywhere inside. (The
 plain mix64(id) mod ranks decides which rank owns an id, so its bits are not evenly spread on one rank.) The
 `directory` maps the upper bits of h to a segment: a block of SLOTS pairs (h, row), probed linearly from the
-lower bits of h; row -1 marks an empty slot. A segment that reaches its limit is split in two by one more
-upper bit: one block of SLOTS pairs is dealt out again, all others stay. The limits are staggered over the
-hash space (`split_limit`), so splits come one by one instead of all at once whenever the number of ids
-doubles. Segments live in chunks of memory that are never moved.
+beginning of the cache line that the lower bits of h name; row -1 marks an empty slot. A segment that reaches
+its limit is split in two by one more upper bit: one block of SLOTS pairs is dealt out again, all others stay.
+The limits are staggered over the hash space (`split_limit`), so splits come one by one instead of all at once
+whenever the number of ids doubles. Segments live in chunks of memory that are never moved.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class IdMap:
         device = self.device
         #: int32 [2^g]: the segment of every combination of the g upper bits.
         self._directory = torch.zeros(1, dtype=torch.int32, device=device)
-        #: int64 [SEGMENTS_PER_CHUNK, SLOTS, 2]; only segments in use hold anything but uninitialised memory.
+        #: int64 [SEGMENTS_PER_CHUNK, SLOTS, 2]; only segments in use have been written.
         self._chunks: list[Tensor] = []
         #: int32 [segments, 3]: number of upper bits that all ids of the segment share, ids, limit.
         self._segments = torch.zeros((0, 3), dtype=torch.int32, device=device)
@@ -65,8 +65,8 @@ class IdMap:
     def insert(self, ids: Tensor, rows: Tensor) -> None:
         """Add distinct, unknown ids (int64 [n]) with their rows (int64 [n], >= 0).
 
-        Raises ValueError for wrong arguments and for an id that is already known; the map then holds the
-        ids before it.
+        Raises ValueError for wrong arguments and for an id that is already known; which of the others went
+        in is then not defined.
         """
         check_index("ids", ids)
         check_index("rows", rows)

@@ -13,7 +13,7 @@
 
 namespace tessera {
 
-constexpr int64_t kAhead = 16;  // rows between the request for a cache line and its use
+constexpr int64_t kAhead = 32;  // rows between the request for a cache line and its use
 constexpr int64_t kMostAhead = 512;  // bytes of a row requested: the processor sees for itself where a long row goes on
 
 // A number that is not in [0, end). TESSERA_SIMD functions return it instead of throwing: gcc takes calls of such

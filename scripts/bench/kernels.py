@@ -32,7 +32,7 @@ from kernels.update import state_width, update  # noqa: E402
 FEATURES, BATCH, DIM = 26, 4096, 16
 IDS = FEATURES * BATCH  # 106,496 ids per step
 ROWS = FEATURES * 50_000
-CHUNK_ROWS = 65_536
+CHUNK_ROWS = 1 << 18
 MILLION = 1_000_000
 
 
@@ -76,7 +76,7 @@ def zipf_steps(steps: int) -> list[torch.Tensor]:
 
 def empty_table(rows: int, width: int) -> list[torch.Tensor]:
     count = -(-rows // CHUNK_ROWS)
-    return [allocate_chunk((CHUNK_ROWS, width)).zero_() for _ in range(count)]
+    return [allocate_chunk((CHUNK_ROWS, width)).fill_(0.5) for _ in range(count)]
 
 
 def bench_id_map(entries: int, repeat: int) -> None:
@@ -244,7 +244,7 @@ class GrowingTable:
         rows, new = self.id_map.find_or_insert(unique, torch.arange(known, known + unique.numel()))
         while len(self.values) * CHUNK_ROWS < len(self.id_map):
             self.values.append(allocate_chunk((CHUNK_ROWS, DIM + 1)))
-            self.meta.append(allocate_chunk((CHUNK_ROWS, 2), torch.int64).zero_())
+            self.meta.append(allocate_chunk((CHUNK_ROWS, 2), torch.int64))
         if new.numel():
             init_rows(
                 self.values,
