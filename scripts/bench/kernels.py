@@ -83,9 +83,7 @@ def bench_id_map(entries: int, repeat: int) -> None:
     count, asked = int(entries * MILLION), 1_000_000
     ids, rows = distinct_ids(count), torch.arange(count)
     id_map, dictionary = IdMap(), {}
-    insert = seconds(
-        lambda: [id_map.insert(i, r) for i, r in zip(ids.split(IDS), rows.split(IDS), strict=True)]
-    )
+    insert = seconds(lambda: [id_map.insert(i, r) for i, r in zip(ids.split(IDS), rows.split(IDS), strict=True)])
     keys = ids.tolist()
     insert_dict = seconds(lambda: dictionary.update(zip(keys, range(count), strict=True)))
     chosen = torch.randint(0, count, (asked,))
@@ -150,9 +148,7 @@ def bench_rows(repeat: int) -> None:
         repeat,
         plain=lambda: torch.index_select(dense, 0, rows, out=out),
         gather=lambda: gather(tables["rowwise_adagrad"], rows, DIM),
-        rowwise_adagrad=lambda: update(
-            "rowwise_adagrad", tables["rowwise_adagrad"], rows, grads, learning_rate=0.1
-        ),
+        rowwise_adagrad=lambda: update("rowwise_adagrad", tables["rowwise_adagrad"], rows, grads, learning_rate=0.1),
         adam=lambda: update("adam", tables["adam"], rows, grads, learning_rate=0.1),
     )
     plain = IDS * DIM * 4 / found["plain"] / 1e9
@@ -306,19 +302,13 @@ def bench_growth(top: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the table kernels on one thread.")
     parts = ("id_map", "unique", "rows", "step", "growth")
-    parser.add_argument(
-        "--entries", type=float, nargs="+", default=[1.0], help="sizes of the id map in millions"
-    )
+    parser.add_argument("--entries", type=float, nargs="+", default=[1.0], help="sizes of the id map in millions")
     parser.add_argument("--repeat", type=int, default=30, help="repetitions of every measurement")
-    parser.add_argument(
-        "--growth", type=float, default=5.0, help="rows at the end of the growth run in millions"
-    )
+    parser.add_argument("--growth", type=float, default=5.0, help="rows at the end of the growth run in millions")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to run")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        f"backend {backend()}, torch {torch.__version__}, 1 thread, {arguments.repeat} repetitions, medians"
-    )
+    print(f"backend {backend()}, torch {torch.__version__}, 1 thread, {arguments.repeat} repetitions, medians")
     if "id_map" in arguments.only:
         for entries in arguments.entries:
             bench_id_map(entries, arguments.repeat)
