@@ -11,32 +11,19 @@
 #include <optional>
 
 #include "chunks.h"
+#include "positions.h"
 
 namespace {
 
 using tessera::Fault;
 using tessera::kAhead;
+using tessera::Positions;
+using tessera::positions_of;
 using tessera::Rows;
 
 constexpr int64_t kGrain = 1 << 15;  // bytes per thread below which another thread does not pay
 
 int64_t grain_of(int64_t row_bytes) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, row_bytes)); }
-
-// The rows of a batch: position i reads rows[inverse[i]], or rows[i] without an inverse.
-struct Positions {
-  const int64_t* rows;
-  const int64_t* inverse;  // null: none
-  int64_t count;           // of rows
-
-  TESSERA_INLINE bool wrong(int64_t i) const {
-    return inverse != nullptr &&
-           __builtin_expect(static_cast<uint64_t>(inverse[i]) >= static_cast<uint64_t>(count), 0);
-  }
-  TESSERA_INLINE int64_t operator[](int64_t i) const { return rows[inverse == nullptr ? i : inverse[i]]; }
-  // The row of a position that will be needed soon; -1 where there is none.
-  TESSERA_INLINE int64_t peek(int64_t i) const { return wrong(i) ? -1 : (*this)[i]; }
-  Fault fault(int64_t i) const { return {"inverse", inverse[i], count}; }
-};
 
 // What row -1 reads: the given default or zeros.
 at::Tensor default_row(const std::optional<at::Tensor>& given, int64_t dim, at::TensorOptions options) {
@@ -44,11 +31,6 @@ at::Tensor default_row(const std::optional<at::Tensor>& given, int64_t dim, at::
   TORCH_CHECK_VALUE(given->dim() == 1 && given->numel() == dim && given->dtype() == options.dtype(),
                     "default: expected [", dim, "] of the chunks' dtype");
   return given->contiguous();
-}
-
-Positions positions_of(const at::Tensor& rows, const at::Tensor& inverse) {
-  const int64_t* const at = inverse.defined() ? inverse.const_data_ptr<int64_t>() : nullptr;
-  return {rows.const_data_ptr<int64_t>(), at, rows.numel()};
 }
 
 struct Source {

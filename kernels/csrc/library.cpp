@@ -31,6 +31,18 @@ TORCH_LIBRARY(tessera, m) {
       "update(Tensor(a!)[] chunks, Tensor rows, Tensor grads, Tensor? inverse, str optimizer, float learning_rate, "
       "float weight_decay, float eps, float beta1, float beta2, float beta, float l1, float l2) -> ()");
 
+  m.def("quantise(Tensor values, Tensor? steps, int format, bool nearest, Tensor ids, int stream) -> Tensor");
+  m.def("dequantise(Tensor stored, Tensor? steps, int format, int dim) -> Tensor");
+  m.def("packed_gather(Tensor[] chunks, Tensor rows, int[] layout, Tensor? inverse) -> Tensor");
+  m.def(
+      "packed_update(Tensor(a!)[] chunks, Tensor rows, Tensor grads, Tensor? inverse, Tensor ids, int[] layout, "
+      "str optimizer, float[] hyper, int stream, bool nearest, Tensor(b!)? held) -> ()");
+  m.def(
+      "packed_look_ahead(Tensor[] chunks, Tensor rows, Tensor held, int[] layout, Tensor? inverse) -> Tensor");
+  m.def(
+      "packed_learn_steps(Tensor(a!)[] chunks, Tensor rows, Tensor held, Tensor grads, Tensor? inverse, Tensor ids, "
+      "int[] layout, str optimizer, float gradient_scale, float[] hyper, int stream, bool nearest) -> ()");
+
   m.def("touch(Tensor(a!)[] chunks, Tensor rows, Tensor now, Tensor? counts) -> ()");
   m.def("expired(Tensor[] chunks, int limit, int begin, int end) -> Tensor");
   m.def("coldest(Tensor[] chunks, int column, int k, int begin, int end, Tensor? keep) -> Tensor");

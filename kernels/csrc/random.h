@@ -15,9 +15,10 @@ TESSERA_INLINE uint64_t random_row(uint64_t stream, int64_t id) {
   return mix64(mix64(static_cast<uint64_t>(id) + kGolden) ^ stream);
 }
 
-TESSERA_INLINE void uniform_row(uint64_t row, int64_t dim, float* __restrict out) {
+// Columns [first, first + dim).
+TESSERA_INLINE void uniform_row(uint64_t row, int64_t dim, float* __restrict out, int64_t first = 0) {
   for (int64_t c = 0; c < dim; ++c) {
-    const uint64_t bits = mix64(row + static_cast<uint64_t>(c + 1) * kGolden);
+    const uint64_t bits = mix64(row + static_cast<uint64_t>(first + c + 1) * kGolden);
     out[c] = static_cast<float>(static_cast<int32_t>(bits >> 40)) * 0x1p-24f;
   }
 }

@@ -30,24 +30,30 @@ def update(
         merged = grads.new_zeros((rows.numel(), grads.shape[1]))
         grads = merged.index_add_(0, checked(inverse, rows), grads)
     dim = grads.shape[1]
+    hyper = (learning_rate, weight_decay, eps, beta1, beta2, beta, l1, l2)
     for chunk, positions, local in by_chunk(chunks, rows):
         block = chunk[local]
-        w, state = block[:, :dim], block[:, dim:]
-        g = grads[positions]
-        if weight_decay != 0:
-            g = g + weight_decay * w
-        if optimizer == "sgd":
-            w -= learning_rate * g
-        elif optimizer == "adagrad":
-            adagrad(w, state[:, :dim], g, learning_rate, eps)
-        elif optimizer == "rowwise_adagrad":
-            rowwise_adagrad(w, state[:, :1], g, learning_rate, eps)
-        elif optimizer == "adam":
-            adam(w, state, g, learning_rate, eps, beta1, beta2)
-        else:
-            assert optimizer == "ftrl", optimizer
-            ftrl(w, state, g, learning_rate, beta, l1, l2)
+        step(optimizer, block[:, :dim], block[:, dim:], grads[positions], hyper)
         chunk[local] = block
+
+
+def step(optimizer: str, w: Tensor, state: Tensor, g: Tensor, hyper: Sequence[float]) -> None:
+    """One step on values w [n, dim] and their state, in place; hyper in the order of `update`'s arguments."""
+    learning_rate, weight_decay, eps, beta1, beta2, beta, l1, l2 = hyper
+    dim = w.shape[1]
+    if weight_decay != 0:
+        g = g + weight_decay * w
+    if optimizer == "sgd":
+        w -= learning_rate * g
+    elif optimizer == "adagrad":
+        adagrad(w, state[:, :dim], g, learning_rate, eps)
+    elif optimizer == "rowwise_adagrad":
+        rowwise_adagrad(w, state[:, :1], g, learning_rate, eps)
+    elif optimizer == "adam":
+        adam(w, state, g, learning_rate, eps, beta1, beta2)
+    else:
+        assert optimizer == "ftrl", optimizer
+        ftrl(w, state, g, learning_rate, beta, l1, l2)
 
 
 def adagrad(w: Tensor, s: Tensor, g: Tensor, learning_rate: float, eps: float) -> None:

@@ -1,0 +1,339 @@
+// Reading packed rows, and the fused optimizer step on them: dequantise, update, quantise. A range of rows is worked
+// on block by block, so that its bytes stay in the cache from reading to writing.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <string>
+
+#include "merge.h"
+#include "optimizers.h"
+#include "packed.h"
+#include "positions.h"
+
+namespace {
+
+using tessera::Batch;
+using tessera::Fault;
+using tessera::Format;
+using tessera::Gradients;
+using tessera::Hyper;
+using tessera::Layout;
+using tessera::Positions;
+using tessera::Rows;
+
+constexpr int64_t kGrain = 1 << 13;  // numbers per thread below which another thread does not pay
+constexpr int64_t kBlock = 32;       // rows
+
+TESSERA_SIMD Fault read(const Rows<char>& table, const Layout& layout, const Positions& where, int64_t begin,
+                        int64_t end, int64_t last, float* out) {
+  return tessera::read_rows(table, layout, where, begin, end, last, out);
+}
+
+TESSERA_SIMD void write(const Batch& batch, int64_t begin, int64_t end, const float* values, float* lots) {
+  tessera::write_rows(batch, begin, end, values, lots);
+}
+
+// bf16 moments of rows [begin, end) as float32, one row of state (m, v, count) after the other; and back.
+TESSERA_SIMD void read_moments(const Batch& batch, int64_t begin, int64_t end, float* state) {
+  const Layout& layout = batch.layout;
+  for (int64_t i = begin; i < end; ++i, state += layout.moments + 1) {
+    if (batch.rows[i] < 0) continue;
+    char* const row = batch.table[batch.rows[i]];
+    tessera::decode<Format::kBf16>(reinterpret_cast<uint8_t*>(row) + layout.moments_at, 1, layout.moments, state);
+    state[layout.moments] = *layout.state_of(row);
+  }
+}
+
+TESSERA_SIMD void write_moments(const Batch& batch, int64_t begin, int64_t end, const float* state, float* lots) {
+  const Layout& layout = batch.layout;
+  for (int64_t i = begin; i < end; ++i, state += layout.moments + 1) {
+    if (batch.rows[i] < 0) continue;
+    char* const row = batch.table[batch.rows[i]];
+    // Always stochastic: in a step v changes by less than half a unit of bf16. The values have the first dim lots.
+    tessera::uniform_row(tessera::random_row(batch.stream, batch.ids[i]), layout.moments, lots, layout.dim);
+    tessera::encode<Format::kBf16, false>(state, 1, lots, layout.moments,
+                                          reinterpret_cast<uint8_t*>(row) + layout.moments_at);
+    *layout.state_of(row) = state[layout.moments];
+  }
+}
+
+struct StepBlock {
+  const Batch& batch;
+  const Hyper& hyper;
+  const float* grads;  // of row `begin` and those after it, as values and state are
+  float* values;
+  float* state;  // null: the state is float32 in the rows
+};
+
+template <typename Step, int64_t Dim>
+TESSERA_INLINE void step_rows_of(const StepBlock& block, int64_t begin, int64_t end) {
+  const Layout& layout = block.batch.layout;
+  const int64_t dim = Dim > 0 ? Dim : layout.dim;
+  for (int64_t i = begin; i < end; ++i) {
+    if (block.batch.rows[i] < 0) continue;
+    const int64_t k = i - begin;
+    float* const state = block.state == nullptr ? layout.state_of(block.batch.table[block.batch.rows[i]])
+                                                : block.state + k * (layout.moments + 1);
+    Step::template step<Dim>(block.values + k * dim, state, block.grads + k * dim, dim, block.hyper);
+  }
+}
+
+template <typename Step>
+TESSERA_INLINE void step_rows(const StepBlock& block, int64_t begin, int64_t end) {
+  switch (block.batch.layout.dim) {
+    case 16: return step_rows_of<Step, 16>(block, begin, end);
+    case 32: return step_rows_of<Step, 32>(block, begin, end);
+    case 64: return step_rows_of<Step, 64>(block, begin, end);
+    default: return step_rows_of<Step, 0>(block, begin, end);
+  }
+}
+
+enum class Kind { kSgd, kAdagrad, kRowwiseAdagrad, kAdam, kFtrl };
+
+Kind kind_of(c10::string_view name) {
+  constexpr const char* kNames[] = {"sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl"};
+  for (int i = 0; i < 5; ++i)
+    if (name == kNames[i]) return static_cast<Kind>(i);
+  TORCH_CHECK_VALUE(false, "optimizer: unknown name ", std::string(name));
+}
+
+TESSERA_SIMD void step(Kind kind, const StepBlock& block, int64_t begin, int64_t end) {
+  switch (kind) {
+    case Kind::kSgd: return step_rows<tessera::Sgd>(block, begin, end);
+    case Kind::kAdagrad: return step_rows<tessera::Adagrad>(block, begin, end);
+    case Kind::kRowwiseAdagrad: return step_rows<tessera::RowwiseAdagrad>(block, begin, end);
+    case Kind::kAdam: return step_rows<tessera::Adam>(block, begin, end);
+    default: return step_rows<tessera::Ftrl>(block, begin, end);
+  }
+}
+
+// What values become in their rows by nearest rounding, if the step size stays. out may be values.
+template <Format F>
+TESSERA_INLINE void look_ahead_row(const float* values, float step, int64_t dim, float* out) {
+  for (int64_t c = 0; c < dim; ++c)
+    out[c] = step * static_cast<float>(tessera::to_code<F>(tessera::round_to_integer<true>(values[c] / step, 0)));
+}
+
+TESSERA_SIMD Fault look_ahead(const Rows<char>& table, const Layout& layout, const Positions& where, const float* held,
+                              int64_t begin, int64_t end, float* out) {
+  const int64_t dim = layout.dim;
+  for (int64_t i = begin; i < end; ++i) {
+    if (i + tessera::kAhead < end) table.prefetch(where.peek(i + tessera::kAhead), 4);
+    if (where.wrong(i)) return where.fault(i);
+    const int64_t row = where[i];
+    if (table.beyond(row)) return table.fault(row);
+    if (row < 0) {
+      std::fill_n(out + i * dim, dim, 0.0f);
+      continue;
+    }
+    const float* const values = held + (where.inverse == nullptr ? i : where.inverse[i]) * dim;
+    const float size = layout.step_of(table[row]);
+    switch (layout.format) {
+      case Format::kInt8: look_ahead_row<Format::kInt8>(values, size, dim, out + i * dim); break;
+      case Format::kInt4: look_ahead_row<Format::kInt4>(values, size, dim, out + i * dim); break;
+      default: look_ahead_row<Format::kInt2>(values, size, dim, out + i * dim);
+    }
+  }
+  return {};
+}
+
+// dw^/dD of one value, at x = w / D.
+TESSERA_INLINE float slope(float x, float low, float high) {
+  return x <= low ? low : x >= high ? high : std::nearbyint(x) - x;
+}
+
+// sum_c dL/dw^_c dw^_c/dD of one row.
+TESSERA_INLINE float step_gradient(const float* __restrict w, const float* __restrict g, float size, float low,
+                                   float high, int64_t dim) {
+  constexpr int64_t kLanes = 8;  // as in RowwiseAdagrad
+  float lanes[kLanes] = {};
+  int64_t c = 0;
+  for (; c + kLanes <= dim; c += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += g[c + lane] * slope(w[c + lane] / size, low, high);
+  for (; c < dim; ++c) lanes[c % kLanes] += g[c] * slope(w[c] / size, low, high);
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+// One optimizer step on the step sizes of rows; arguments as for `step`, values are the new ones of the rows.
+template <typename Step>
+TESSERA_INLINE void learn_rows(const StepBlock& block, float scale, bool adam, int64_t begin, int64_t end) {
+  constexpr float kLeastShrink = 0.5f;  // a step size stays above zero
+  const Layout& layout = block.batch.layout;
+  const auto half = static_cast<float>(1 << (tessera::bits_of(layout.format) - 1));
+  for (int64_t i = begin; i < end; ++i) {
+    if (block.batch.rows[i] < 0) continue;
+    const int64_t k = i - begin;
+    char* const row = block.batch.table[block.batch.rows[i]];
+    auto* const size = reinterpret_cast<float*>(row);
+    const float g =
+        scale * step_gradient(block.values + k * layout.dim, block.grads + k * layout.dim, *size, -half, half - 1,
+                              layout.dim);
+    float state[3] = {};
+    std::memcpy(state, row + 4, 4 * layout.step_state);
+    // The row's count of steps, the last of its state, has grown already; the step on its step size adds the same 1.
+    if (adam) state[2] = layout.state_of(row)[layout.state_floats - 1] - 1;
+    float next = *size;
+    Step::template step<0>(&next, state, &g, 1, block.hyper);
+    std::memcpy(row + 4, state, 4 * layout.step_state);
+    *size = std::max(next, kLeastShrink * *size);
+  }
+}
+
+TESSERA_SIMD void learn(Kind kind, const StepBlock& block, float scale, int64_t begin, int64_t end) {
+  switch (kind) {
+    case Kind::kSgd: return learn_rows<tessera::Sgd>(block, scale, false, begin, end);
+    case Kind::kAdagrad: return learn_rows<tessera::Adagrad>(block, scale, false, begin, end);
+    case Kind::kRowwiseAdagrad: return learn_rows<tessera::RowwiseAdagrad>(block, scale, false, begin, end);
+    default: return learn_rows<tessera::Adam>(block, scale, true, begin, end);
+  }
+}
+
+at::Tensor contiguous(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() ? tensor->contiguous() : at::Tensor();
+}
+
+at::Tensor packed_gather(at::TensorList chunks, const at::Tensor& rows_, at::IntArrayRef numbers,
+                         const std::optional<at::Tensor>& inverse_) {
+  const Layout layout(numbers);
+  const Rows<char> table(chunks, layout.bytes);
+  const at::Tensor rows = rows_.contiguous(), inverse = contiguous(inverse_);
+  const int64_t count = inverse.defined() ? inverse.numel() : rows.numel();
+  at::Tensor result = at::empty({count, layout.dim}, rows.options().dtype(at::kFloat));
+  const Positions where = tessera::positions_of(rows, inverse);
+  float* out = result.mutable_data_ptr<float>();
+  at::parallel_for(0, count, std::max<int64_t>(1, kGrain / layout.dim), [&](int64_t begin, int64_t end) {
+    read(table, layout, where, begin, end, end, out + begin * layout.dim).raise();
+  });
+  return result;
+}
+
+at::Tensor packed_look_ahead(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& held,
+                             at::IntArrayRef numbers, const std::optional<at::Tensor>& inverse_) {
+  const Layout layout(numbers);
+  const Rows<char> table(chunks, layout.bytes);
+  const at::Tensor rows = rows_.contiguous(), inverse = contiguous(inverse_);
+  TORCH_CHECK_VALUE(held.is_contiguous() && held.numel() == rows.numel() * layout.dim && tessera::is_int(layout.format),
+                    "held: expected contiguous [", rows.numel(), ", ", layout.dim, "]");
+  const int64_t count = inverse.defined() ? inverse.numel() : rows.numel();
+  at::Tensor result = at::empty({count, layout.dim}, held.options());
+  const Positions where = tessera::positions_of(rows, inverse);
+  const float* in = held.const_data_ptr<float>();
+  float* out = result.mutable_data_ptr<float>();
+  at::parallel_for(0, count, std::max<int64_t>(1, kGrain / layout.dim), [&](int64_t begin, int64_t end) {
+    look_ahead(table, layout, where, in, begin, end, out).raise();
+  });
+  return result;
+}
+
+Hyper hyper_of(at::ArrayRef<double> h) {
+  TORCH_CHECK_VALUE(h.size() == 8, "hyper: expected 8 numbers, found ", h.size());
+  return {h[0], h[1], h[2], h[3], h[4], h[5], h[6], h[7]};
+}
+
+// Tensors of an update that stay alive while it runs; merged gradients are made by the threads that use them.
+struct Arguments {
+  at::Tensor rows, ids, grads, inverse, sums;
+  Gradients given;
+
+  Arguments(const at::Tensor& rows_, const at::Tensor& ids_, const at::Tensor& grads_,
+            const std::optional<at::Tensor>& inverse_, int64_t dim)
+      : rows(rows_.contiguous()),
+        ids(ids_.contiguous()),
+        grads(grads_.contiguous()),
+        inverse(contiguous(inverse_)),
+        sums(inverse.defined() ? at::empty({rows.numel(), dim}, grads.options()) : grads),
+        given{grads.const_data_ptr<float>(), inverse.defined() ? inverse.const_data_ptr<int64_t>() : nullptr,
+              grads.size(0), rows.numel(), dim} {
+    TORCH_CHECK_VALUE(grads.dim() == 2 && grads.size(1) == dim && ids.numel() == rows.numel(),
+                      "expected grads [n, ", dim, "] and as many ids as rows");
+    TORCH_CHECK_VALUE(grads.size(0) == (inverse.defined() ? inverse.numel() : rows.numel()),
+                      "grads: expected as many as positions");
+  }
+
+  // Merged gradients of the rows [begin, end), as a pointer to that of row 0.
+  const float* merge(int64_t begin, int64_t end) const {
+    auto* const to = const_cast<float*>(sums.const_data_ptr<float>());
+    if (given.inverse != nullptr) tessera::merge(given, begin, end, to + begin * given.dim).raise();
+    return to;
+  }
+};
+
+void packed_update(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& grads_,
+                   const std::optional<at::Tensor>& inverse_, const at::Tensor& ids_, at::IntArrayRef numbers,
+                   c10::string_view optimizer, at::ArrayRef<double> hyper_, int64_t stream, bool nearest,
+                   const std::optional<at::Tensor>& held) {
+  const Layout layout(numbers);
+  const Kind kind = kind_of(optimizer);
+  const Rows<char> table(chunks, layout.bytes);
+  const Arguments given(rows_, ids_, grads_, inverse_, layout.dim);
+  const Hyper hyper = hyper_of(hyper_);
+  const int64_t count = given.rows.numel(), dim = layout.dim, width = layout.moments > 0 ? layout.moments + 1 : 0;
+  TORCH_CHECK_VALUE(!held.has_value() || (held->is_contiguous() && held->numel() == count * dim),
+                    "held: expected contiguous [", count, ", ", dim, "]");
+  float* const into = held.has_value() ? held->mutable_data_ptr<float>() : nullptr;
+  const Batch batch{table, layout, given.rows.const_data_ptr<int64_t>(), given.ids.const_data_ptr<int64_t>(),
+                    static_cast<uint64_t>(stream), nearest};
+  const Positions where{batch.rows, nullptr, count};
+  at::parallel_for(0, count, std::max<int64_t>(1, kGrain / dim), [&](int64_t first, int64_t last) {
+    const float* const grads = given.merge(first, last);
+    const at::Tensor scratch = at::empty({kBlock * (dim + width) + std::max(dim, layout.moments)}, given.grads.options());
+    float* const memory = scratch.mutable_data_ptr<float>();
+    float* const state = memory + kBlock * dim;
+    float* const lots = state + kBlock * width;
+    for (int64_t begin = first; begin < last; begin += kBlock) {
+      const int64_t end = std::min(last, begin + kBlock);
+      float* const values = into == nullptr ? memory : into + begin * dim;
+      read(table, layout, where, begin, end, last, values).raise();
+      if (width > 0) read_moments(batch, begin, end, state);
+      step(kind, {batch, hyper, grads + begin * dim, values, width > 0 ? state : nullptr}, begin, end);
+      if (into == nullptr) write(batch, begin, end, values, lots);
+      if (width > 0) write_moments(batch, begin, end, state, lots);
+    }
+  });
+}
+
+void packed_learn_steps(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& held, const at::Tensor& grads_,
+                        const std::optional<at::Tensor>& inverse_, const at::Tensor& ids_, at::IntArrayRef numbers,
+                        c10::string_view optimizer, double gradient_scale, at::ArrayRef<double> hyper_, int64_t stream,
+                        bool nearest) {
+  const Layout layout(numbers);
+  const Kind kind = kind_of(optimizer);
+  const Rows<char> table(chunks, layout.bytes);
+  const Arguments given(rows_, ids_, grads_, inverse_, layout.dim);
+  const Hyper hyper = hyper_of(hyper_);
+  const int64_t count = given.rows.numel(), dim = layout.dim;
+  TORCH_CHECK_VALUE(held.is_contiguous() && held.numel() == count * dim && tessera::is_int(layout.format) &&
+                        layout.step_state <= 2 && kind != Kind::kFtrl,
+                    "held: expected contiguous [", count, ", ", dim, "] and a layout with a learned step size");
+  auto* const values = const_cast<float*>(held.const_data_ptr<float>());
+  const Batch batch{table, layout, given.rows.const_data_ptr<int64_t>(), given.ids.const_data_ptr<int64_t>(),
+                    static_cast<uint64_t>(stream), nearest};
+  for (int64_t i = 0; i < count; ++i)
+    if (table.beyond(batch.rows[i])) table.fault(batch.rows[i]).raise();
+  at::parallel_for(0, count, std::max<int64_t>(1, kGrain / dim), [&](int64_t first, int64_t last) {
+    const float* const grads = given.merge(first, last);
+    const at::Tensor lots = at::empty({dim}, given.grads.options());
+    for (int64_t begin = first; begin < last; begin += kBlock) {
+      const int64_t end = std::min(last, begin + kBlock);
+      for (int64_t i = end; i < std::min(last, end + kBlock); ++i) table.prefetch(batch.rows[i], layout.bytes);
+      learn(kind, {batch, hyper, grads + begin * dim, values + begin * dim, nullptr},
+            static_cast<float>(gradient_scale), begin, end);
+      write(batch, begin, end, values + begin * dim, lots.mutable_data_ptr<float>());
+    }
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tessera, CPU, m) {
+  m.impl("packed_gather", &packed_gather);
+  m.impl("packed_look_ahead", &packed_look_ahead);
+  m.impl("packed_update", &packed_update);
+  m.impl("packed_learn_steps", &packed_learn_steps);
+}

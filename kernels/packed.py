@@ -1,0 +1,186 @@
+"""Packed rows of low precision (`kernels/formats.py`): read, updated and, with a learned step size, updated twice.
+
+The values of a row are dequantised where it is read or updated; nothing holds the table, or a chunk, in float32.
+
+LPT and ALPT (Li et al., AAAI 2023, arXiv 2212.05735). With a fixed step size D a step is one `packed_update`:
+
+    w = D Q;  w_new = optimizer(w, gradient);  Q = quantise(w_new / D)
+
+With a learned one it has two passes over the same batch:
+
+    packed_update with `held`   w_new as above goes to `held` (float32, the rows of the batch alone); Q stays
+    packed_look_ahead           w^ = D clamp(nearest(w_new / D)), for the second forward pass
+    packed_learn_steps          dL/dD = scale sum_c dL/dw^_c  { nearest(x) - x  inside the range,  x = w_new_c / D
+                                                              { the end of the range that x is at or beyond
+                                D_new = optimizer(D, dL/dD), and D / 2 or more;  Q = quantise(w_new / D_new)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels import backend
+from kernels.chunks import check_chunks, check_index
+from kernels.formats import ROUNDINGS, PackedLayout, check_format, is_int
+from kernels.reference import packed as reference
+
+# learning_rate, weight_decay, eps, beta1, beta2, beta, l1, l2: as `kernels/update.py`
+Hyper = tuple[float, float, float, float, float, float, float, float]
+
+
+def packed_gather(
+    chunks: Sequence[Tensor], rows: Tensor, layout: PackedLayout, inverse: Tensor | None = None
+) -> Tensor:
+    """Values of rows: float32 [u, dim], or [n, dim] with `inverse`; row -1 gives zeros.
+
+    chunks: uint8 [chunk_rows, layout.bytes]; rows: int64 [u]; inverse: int64 [n], 0 <= inverse < u. Raises
+    ValueError for wrong dtypes or shapes, IndexError for a row or inverse out of range.
+    """
+    _check(chunks, rows, layout, inverse)
+    if backend.compiled_for(rows):
+        return torch.ops.tessera.packed_gather(chunks, rows, layout.numbers, inverse)
+    return reference.packed_gather(chunks, rows, layout, inverse)
+
+
+def packed_update(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    grads: Tensor,
+    inverse: Tensor | None,
+    ids: Tensor,
+    layout: PackedLayout,
+    hyper: Hyper,
+    *,
+    stream: int,
+    rounding: str = "stochastic",
+    held: Tensor | None = None,
+) -> None:
+    """One optimizer step on rows in place: merge gradients, dequantise, update, quantise.
+
+    rows: int64 [u], distinct, -1 is skipped; grads: float32 [n, dim], inverse as in `kernels/update.py`; ids: int64
+    [u] of the rows and stream (`kernels.reference.random.stream` of seed, table and step) draw the lots of stochastic
+    rounding; held: float32 [u, dim], takes the new values instead of the rows, whose state is updated all the same.
+    bf16 moments are rounded stochastically always. Raises as `packed_gather`.
+    """
+    _check(chunks, rows, layout, inverse)
+    _check_update(rows, grads, inverse, ids, layout, held, rounding)
+    nearest = rounding == "nearest"
+    if backend.compiled_for(rows):
+        numbers, optimizer = layout.numbers, layout.optimizer
+        torch.ops.tessera.packed_update(
+            chunks, rows, grads, inverse, ids, numbers, optimizer, hyper, stream, nearest, held
+        )
+    else:
+        reference.packed_update(chunks, rows, grads, inverse, ids, layout, hyper, stream, nearest, held)
+
+
+def packed_look_ahead(
+    chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: PackedLayout, inverse: Tensor | None = None
+) -> Tensor:
+    """The values `held` (float32 [u, dim]) as their rows would hold them, by nearest rounding; else `packed_gather`."""
+    _check(chunks, rows, layout, inverse)
+    _check_held(rows, layout, held)
+    if backend.compiled_for(rows):
+        return torch.ops.tessera.packed_look_ahead(chunks, rows, held, layout.numbers, inverse)
+    return reference.packed_look_ahead(chunks, rows, held, layout, inverse)
+
+
+def packed_learn_steps(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    held: Tensor,
+    grads: Tensor,
+    inverse: Tensor | None,
+    ids: Tensor,
+    layout: PackedLayout,
+    hyper: Hyper,
+    *,
+    gradient_scale: float,
+    stream: int,
+    rounding: str = "stochastic",
+) -> None:
+    """Update the step sizes of rows by the gradients of what `packed_look_ahead` gave, and store `held` with them.
+
+    hyper is that of the step size's own optimizer, of the same kind as the values'. Other arguments as
+    `packed_update`. Raises as `packed_gather`.
+    """
+    _check(chunks, rows, layout, inverse)
+    _check_held(rows, layout, held)
+    _check_update(rows, grads, inverse, ids, layout, None, rounding)
+    if not layout.learned:
+        raise ValueError("layout: expected one with a learned step size")
+    nearest = rounding == "nearest"
+    if backend.compiled_for(rows):
+        numbers, optimizer = layout.numbers, layout.optimizer
+        torch.ops.tessera.packed_learn_steps(
+            chunks, rows, held, grads, inverse, ids, numbers, optimizer, gradient_scale, hyper, stream, nearest
+        )
+    else:
+        reference.packed_learn_steps(
+            chunks, rows, held, grads, inverse, ids, layout, gradient_scale, hyper, stream, nearest
+        )
+
+
+def _check(chunks: Sequence[Tensor], rows: Tensor, layout: PackedLayout, inverse: Tensor | None) -> None:
+    check_index("rows", rows)
+    if inverse is not None:
+        check_index("inverse", inverse)
+    check_chunks(chunks, layout.bytes, torch.uint8)
+    if chunks and chunks[0].shape[1] != layout.bytes:
+        raise ValueError(f"chunks: expected rows of {layout.bytes} bytes, found {chunks[0].shape[1]}")
+
+
+def _check_update(
+    rows: Tensor,
+    grads: Tensor,
+    inverse: Tensor | None,
+    ids: Tensor,
+    layout: PackedLayout,
+    held: Tensor | None,
+    rounding: str,
+) -> None:
+    check_format(rounding, ROUNDINGS, "rounding")
+    check_index("ids", ids)
+    if ids.numel() != rows.numel():
+        raise ValueError(f"ids: expected {rows.numel()} as there are rows, found {ids.numel()}")
+    count = (rows if inverse is None else inverse).numel()
+    if grads.dtype != torch.float32 or grads.shape != (count, layout.dim):
+        raise ValueError(f"grads: expected float32 [{count}, {layout.dim}], found {grads.dtype} {list(grads.shape)}")
+    if held is not None:
+        _check_held(rows, layout, held)
+
+
+def _check_held(rows: Tensor, layout: PackedLayout, held: Tensor) -> None:
+    if not is_int(layout.format):
+        raise ValueError(f"held: expected a layout with a step size, found {layout.format}")
+    shape = (rows.numel(), layout.dim)
+    if held.dtype != torch.float32 or held.shape != shape or not held.is_contiguous():
+        raise ValueError(f"held: expected contiguous float32 {list(shape)}, found {held.dtype} {list(held.shape)}")
+
+
+if "cpp" in backend.available_backends():
+
+    @torch.library.register_fake("tessera::packed_gather")
+    def _gather_fake(chunks: Sequence[Tensor], rows: Tensor, layout: list[int], inverse: Tensor | None) -> Tensor:
+        count = rows.shape[0] if inverse is None else inverse.shape[0]
+        return rows.new_empty((count, layout[1]), dtype=torch.float32)
+
+    @torch.library.register_fake("tessera::packed_look_ahead")
+    def _look_ahead_fake(
+        chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: list[int], inverse: Tensor | None
+    ) -> Tensor:
+        count = rows.shape[0] if inverse is None else inverse.shape[0]
+        return rows.new_empty((count, layout[1]), dtype=torch.float32)
+
+    @torch.library.register_fake("tessera::packed_update")
+    def _update_fake(chunks, rows, grads, inverse, ids, layout, optimizer, hyper, stream, nearest, held) -> None:
+        return None
+
+    @torch.library.register_fake("tessera::packed_learn_steps")
+    def _learn_steps_fake(
+        chunks, rows, held, grads, inverse, ids, layout, optimizer, gradient_scale, hyper, stream, nearest
+    ) -> None:
+        return None

@@ -1,0 +1,83 @@
+"""Rounding to formats of low precision, in torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.formats import BITS, DTYPES, code_range, is_int
+from kernels.reference.random import uniform
+
+# A float format is a grid whose spacing is a power of two for values of one exponent: mantissa bits, the exponent
+# below which the spacing stays, and the largest value.
+GRIDS = {"fp16": (10, -14, 65504.0), "bf16": (7, -113, float(torch.finfo(torch.bfloat16).max))}
+
+
+def round_to_integer(x: Tensor, lots: Tensor | None) -> Tensor:
+    """To nearest, ties to even; or with lots in [0, 1) up with the chance that is the fraction of x, else down."""
+    if lots is None:
+        return x.round()
+    below = x.floor()
+    return below + (lots < x - below).to(x.dtype)
+
+
+def to_codes(values: Tensor, steps: Tensor, format: str, lots: Tensor | None) -> Tensor:
+    """int32 [n, dim] codes of values [n, dim] with steps [n]."""
+    low, high = code_range(format)
+    return round_to_integer(values / steps[:, None], lots).clamp(low, high).to(torch.int32)
+
+
+def to_grid(values: Tensor, format: str, lots: Tensor | None) -> Tensor:
+    """Values [n, dim] that a float format holds exactly, still float32."""
+    mantissa, lowest, most = GRIDS[format]
+    exponent = (torch.frexp(values)[1] - 1).clamp(min=lowest)
+    spacing = ((exponent - mantissa + 127) << 23).view(torch.float32)
+    return (round_to_integer(values / spacing, lots) * spacing).clamp(-most, most)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """int32 [n, dim] to uint8 [n, ceil(dim * bits / 8)]."""
+    per_byte = 8 // bits
+    columns = -(-codes.shape[1] // per_byte)
+    padded = codes.new_zeros((codes.shape[0], columns * per_byte))
+    padded[:, : codes.shape[1]] = codes & ((1 << bits) - 1)
+    shifts = torch.arange(per_byte, device=codes.device, dtype=torch.int32) * bits
+    return (padded.view(-1, columns, per_byte) << shifts).sum(dim=2).to(torch.uint8)
+
+
+def unpack(stored: Tensor, dim: int, bits: int) -> Tensor:
+    """uint8 [n, columns] to int32 [n, dim]."""
+    shifts = torch.arange(8 // bits, device=stored.device, dtype=torch.int32) * bits
+    codes = (stored.to(torch.int32)[:, :, None] >> shifts) & ((1 << bits) - 1)
+    half = 1 << (bits - 1)
+    return ((codes ^ half) - half).flatten(1)[:, :dim]
+
+
+def quantise(
+    values: Tensor, steps: Tensor | None, format: str, nearest: bool, ids: Tensor, stream: int, first: int
+) -> Tensor:
+    if format == "fp32":
+        return values.clone()
+    lots = None if nearest else uniform(stream, ids, first + values.shape[1])[:, first:]
+    if is_int(format):
+        return pack(to_codes(values, steps, format, lots), BITS[format])
+    return to_grid(values, format, lots).to(DTYPES[format])
+
+
+def dequantise(stored: Tensor, steps: Tensor | None, format: str, dim: int) -> Tensor:
+    if not is_int(format):
+        return stored.to(torch.float32)
+    return steps[:, None] * unpack(stored, dim, BITS[format]).to(torch.float32)
+
+
+def fake_quantise(values: Tensor, steps: Tensor, format: str) -> Tensor:
+    return steps[:, None] * to_codes(values, steps, format, None).to(torch.float32)
+
+
+def step_gradient(values: Tensor, steps: Tensor, grads: Tensor, format: str) -> Tensor:
+    """float32 [n]: the gradient of each row's step size, summed over its values."""
+    low, high = code_range(format)
+    x = values / steps[:, None]
+    inside = x.round() - x
+    slope = torch.where(x <= low, low, torch.where(x >= high, high, inside))
+    return (grads * slope).sum(dim=1)

@@ -1,0 +1,261 @@
+"""Packed rows: the fused step against unfused ops, learned step sizes against autograd of a dense definition."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from kernels.backend import available_backends, use_backend
+from kernels.formats import FORMATS, PackedLayout, code_range, is_int
+from kernels.packed import packed_gather, packed_learn_steps, packed_look_ahead, packed_update
+from kernels.quantise import dequantise, quantise
+from kernels.reference.packed import Parts
+from kernels.reference.random import stream
+from kernels.update import OPTIMIZERS, update
+from tests.kernels.tables import some_rows
+
+ROWS, CHUNK, LR, STREAM = 24, 8, 0.05, stream(1, 2, 3)
+HYPER = (LR, 0.01, 1e-8, 0.8, 0.95, 1.0, 0.01, 0.02)
+INTS = ("int8", "int4", "int2")
+needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
+LAYOUTS = [
+    *(PackedLayout(format, 5, optimizer) for format, optimizer in itertools.product(FORMATS, OPTIMIZERS)),
+    *(PackedLayout(format, 16, "rowwise_adagrad") for format in FORMATS),
+    *(PackedLayout(format, 6, "adam", state_format="bf16") for format in FORMATS),
+]
+LEARNED = [PackedLayout(f, d, o, True) for f, d, o in itertools.product(INTS, (3, 16, 33), OPTIMIZERS[:4])]
+LEARNED.append(PackedLayout("int4", 8, "adam", True, "bf16"))
+
+
+def packed_table(layout, rows=ROWS, chunk=CHUNK, scale=1.0):
+    """Chunks of packed rows with random values, positive state and step sizes of about 0.1."""
+    generator = torch.Generator().manual_seed(layout.dim)
+    n = -(-rows // chunk) * chunk
+    parts = Parts(torch.zeros((n, layout.bytes), dtype=torch.uint8), layout)
+    parts.steps = torch.rand(n, generator=generator) * 0.1 + 0.05 if is_int(layout.format) else None
+    values = torch.randn((n, layout.dim), generator=generator) * 0.3 * scale
+    parts.codes = quantise(values, parts.steps, layout.format, rounding="nearest")
+    parts.state = torch.rand(parts.state.shape, generator=generator).bfloat16().float()
+    parts.step_state = torch.rand(parts.step_state.shape, generator=generator)
+    if layout.optimizer == "adam":
+        parts.state[:, -1] = torch.arange(n) % 5
+    return [part.clone() for part in parts.bytes(layout).split(chunk)]
+
+
+def batch(layout, seed=0, distinct=12, n=40, rows=ROWS):
+    """(rows [u] with -1 in it, ids, inverse [n], gradients [n, dim])."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = some_rows(distinct, rows, seed=seed, missing=0.1, distinct=True)
+    inverse = torch.cat([torch.arange(distinct), torch.randint(0, distinct, (n - distinct,), generator=generator)])
+    grads = torch.randn((n, layout.dim), generator=generator)
+    return chosen, chosen * 7919 - 3, inverse[torch.randperm(n, generator=generator)], grads
+
+
+def parts_of(chunks, layout):
+    return Parts(torch.cat(list(chunks)), layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS + LEARNED, ids=str)
+def test_rows_have_the_documented_bytes(layout):
+    per_value = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "int2": 2}[layout.format]
+    state = {"sgd": 0, "adagrad": layout.dim, "rowwise_adagrad": 1, "adam": 2 * layout.dim + 1, "ftrl": 2 * layout.dim}
+    expected = 4 * is_int(layout.format) + math.ceil(layout.dim * per_value / 8)
+    expected += 4 * state[layout.optimizer] if layout.state_format == "fp32" else 4 * layout.dim + 4
+    if layout.learned:
+        expected += 4 * {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2}[layout.optimizer]
+    assert expected <= layout.bytes < expected + 4 and layout.bytes % 4 == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_gather_dequantises(backend, layout):
+    chunks, rows = packed_table(layout), some_rows(30, ROWS)
+    parts = parts_of(chunks, layout)
+    dense = dequantise(parts.codes, parts.steps, layout.format, layout.dim)
+    expected = torch.where(rows[:, None] >= 0, dense[rows], 0)
+    assert torch.equal(packed_gather(chunks, rows, layout), expected)
+    inverse = torch.randint(0, 30, (50,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(packed_gather(chunks, rows, layout, inverse), expected[inverse])
+    assert packed_gather([], rows[rows < 0], layout).eq(0).all()
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_update_is_dequantise_then_optimizer_then_quantise(backend, layout, rounding):
+    chunks = packed_table(layout)
+    before = parts_of(chunks, layout)
+    chosen, ids, inverse, grads = batch(layout)
+    packed_update(chunks, chosen, grads, inverse, ids, layout, HYPER, stream=STREAM, rounding=rounding)
+    found = parts_of(chunks, layout)
+
+    w = dequantise(before.codes, before.steps, layout.format, layout.dim)
+    dense = [torch.cat([w, before.state], dim=1)]
+    padded = torch.zeros((32, dense[0].shape[1]))
+    padded[:ROWS] = dense[0]
+    names = ("learning_rate", "weight_decay", "eps", "beta1", "beta2", "beta", "l1", "l2")
+    update(layout.optimizer, [padded], chosen, grads, inverse, **dict(zip(names, HYPER, strict=True)))
+    known = chosen >= 0
+    rows, w, state = chosen[known], padded[:, : layout.dim], padded[:, layout.dim :]
+    steps = None if before.steps is None else before.steps[rows]
+    key = {"ids": ids[known], "seed": 1, "table": 2, "step": 3}
+    codes = quantise(w[rows].contiguous(), steps, layout.format, rounding=rounding, **key)
+    assert torch.equal(found.codes[rows], codes)
+    tolerance = 0.008 if layout.moments else 1e-6  # bf16 moments: a unit in their last place
+    torch.testing.assert_close(found.state[rows], state[rows], rtol=tolerance, atol=1e-6)
+    others = torch.ones(ROWS, dtype=torch.bool)
+    others[rows] = False
+    assert torch.equal(found.bytes(layout)[others], before.bytes(layout)[others])
+    if before.steps is not None:
+        assert torch.equal(found.steps, before.steps)
+
+
+def test_bf16_moments_keep_their_expectation(backend):
+    """Both fall by a tenth of a unit in their last place: nearest rounding would hold them for ever."""
+    layout = PackedLayout("fp32", 16, "adam", state_format="bf16")
+    rows = 2048
+    chunks = packed_table(layout, rows, rows)
+    parts = parts_of(chunks, layout)
+    parts.state[:, :-1] = 1.0
+    chunks = [parts.bytes(layout)]
+    grads, every = torch.zeros((rows, 16)), torch.arange(rows)
+    for step in range(20):
+        hyper = (0.0, 0.0, 1e-8, 0.9999, 0.9999, 0, 0, 0)
+        packed_update(chunks, every, grads, None, every, layout, hyper, stream=stream(0, 0, step))
+    moments = parts_of(chunks, layout).state[:, :32].view(rows, 2, 16).mean(dim=(0, 2))
+    assert moments.tolist() == pytest.approx([0.9999**20] * 2, abs=1e-4)
+
+
+def dense_steps(w_new, steps, grads, format):
+    """Autograd through w^ = D clamp(round(w / D)), rounding straight through; the clamp is that of the quotient."""
+    low, high = code_range(format)
+    d = steps.double().clone().requires_grad_()
+    x = w_new.double() / d[:, None]
+    rounded = x + (x.round() - x).detach()
+    inside = (x > low) & (x < high)
+    ahead = d[:, None] * torch.where(inside, rounded, x.detach().clamp(low, high).round())
+    (ahead * grads.double()).sum().backward()
+    return d.grad, ahead.detach()
+
+
+@pytest.mark.parametrize("layout", LEARNED, ids=str)
+def test_learned_step_sizes_follow_the_gradient_of_a_dense_definition(backend, layout):
+    """All three parts of ALPT's step: held values, the look ahead, and the step sizes with the values stored."""
+    chunks = packed_table(layout, scale=2.0)
+    before = parts_of(chunks, layout)
+    chosen, ids, inverse, grads = batch(layout)
+    held = torch.empty((len(chosen), layout.dim))
+    packed_update(chunks, chosen, grads, inverse, ids, layout, HYPER, stream=STREAM, held=held)
+    middle, known = parts_of(chunks, layout), chosen >= 0
+    rows = chosen[known]
+    assert torch.equal(middle.codes, before.codes) and torch.equal(middle.steps, before.steps)
+    assert held[~known].eq(0).all()
+
+    second = torch.randn(grads.shape, generator=torch.Generator().manual_seed(9))
+    merged = torch.zeros_like(held).index_add_(0, inverse, second)[known]
+    slope, ahead = dense_steps(held[known], before.steps[rows], merged, layout.format)
+    found = packed_look_ahead(chunks, chosen, held, layout, inverse)
+    torch.testing.assert_close(found[known[inverse]], ahead[(known.cumsum(0) - 1)[inverse[known[inverse]]]].float())
+    assert found[~known[inverse]].eq(0).all()
+
+    scale, hyper = 0.37, (0.02, 0.1, 1e-8, 0.8, 0.95, 0, 0, 0)
+    packed_learn_steps(chunks, chosen, held, second, inverse, ids, layout, hyper, gradient_scale=scale, stream=STREAM)
+    after = parts_of(chunks, layout)
+    expected = step_sizes_by_hand(layout, before, middle, rows, scale * slope, hyper)
+    torch.testing.assert_close(after.steps[rows].double(), expected, rtol=2e-5, atol=1e-6)
+    codes = quantise(held[known], after.steps[rows], layout.format, ids=ids[known], seed=1, table=2, step=3)
+    assert torch.equal(after.codes[rows], codes)
+    assert torch.equal(after.state, middle.state)
+
+
+def step_sizes_by_hand(layout, before, middle, rows, slope, hyper):
+    lr, decay, eps, beta1, beta2 = hyper[:5]
+    d = before.steps[rows].double()
+    g = slope + decay * d
+    state = before.step_state[rows].double()
+    if layout.optimizer == "sgd":
+        d = d - lr * g
+    elif layout.optimizer == "adam":
+        t = middle.state[rows, -1].double()
+        m, v = beta1 * state[:, 0] + (1 - beta1) * g, beta2 * state[:, 1] + (1 - beta2) * g * g
+        d = d - lr / (1 - beta1**t) * m / (v.sqrt() / (1 - beta2**t).sqrt() + eps)
+    else:
+        d = d - lr * g / ((state[:, 0] + g * g).sqrt() + eps)
+    return torch.maximum(d, before.steps[rows].double() / 2)
+
+
+def test_a_step_size_stays_above_zero(backend):
+    layout = PackedLayout("int8", 4, "sgd", True)
+    chunks = packed_table(layout)
+    before = parts_of(chunks, layout).steps[0].item()
+    held, rows = torch.full((1, 4), 1e9), torch.tensor([0])
+    packed_learn_steps(
+        chunks, rows, held, torch.ones(1, 4), None, rows, layout, (1.0, *HYPER[1:]), gradient_scale=1, stream=STREAM
+    )
+    assert parts_of(chunks, layout).steps[0].item() == pytest.approx(before / 2)
+
+
+@needs_cpp
+@pytest.mark.parametrize("layout", LAYOUTS + LEARNED, ids=str)
+def test_backends_and_threads_agree(on_threads, layout):
+    """Threads change no bit; backends may round sums differently, which moves few codes by one."""
+
+    def work():
+        chunks = packed_table(layout, 2048, 256)
+        for seed in range(2):
+            chosen, ids, inverse, grads = batch(layout, seed, 1500, 5000, 2048)
+            held = torch.empty((len(chosen), layout.dim)) if layout.learned else None
+            packed_update(chunks, chosen, grads, inverse, ids, layout, HYPER, stream=STREAM + seed, held=held)
+            if layout.learned:
+                packed_learn_steps(
+                    chunks, chosen, held, grads, inverse, ids, layout, HYPER, gradient_scale=0.1, stream=STREAM
+                )
+        return torch.cat(chunks), packed_gather(chunks, torch.arange(2048), layout)
+
+    with use_backend("reference"):
+        parts, values = parts_of([work()[0]], layout), work()[1]
+    one, two = on_threads(1, work), on_threads(2, work)
+    assert torch.equal(one[0], two[0])
+    torch.testing.assert_close(parts_of([one[0]], layout).state, parts.state, rtol=0.01, atol=1e-4)
+    same = torch.isclose(one[1], values, rtol=1e-4, atol=1e-5)
+    assert same.float().mean() > 0.99
+    biggest = parts.steps.max() * 1.01 if is_int(layout.format) else 0.05
+    assert (one[1] - values).abs().max() <= biggest
+
+
+def test_refused_arguments(backend):
+    layout = PackedLayout("int8", 4, "sgd")
+    chunks, rows, grads = packed_table(layout), torch.tensor([1, 2]), torch.ones(2, 4)
+    with pytest.raises(ValueError, match="chunks: expected rows of 8 bytes, found 12"):
+        packed_gather(packed_table(PackedLayout("int8", 4, "rowwise_adagrad")), rows, layout)
+    with pytest.raises(ValueError, match="ids: expected 2 as there are rows, found 1"):
+        packed_update(chunks, rows, grads, None, rows[:1], layout, HYPER, stream=1)
+    with pytest.raises(ValueError, match=r"grads: expected float32 \[2, 4\]"):
+        packed_update(chunks, rows, grads[:, :3], None, rows, layout, HYPER, stream=1)
+    with pytest.raises(ValueError, match=r"held: expected contiguous float32 \[2, 4\]"):
+        packed_update(chunks, rows, grads, None, rows, layout, HYPER, stream=1, held=torch.ones(1, 4))
+    with pytest.raises(ValueError, match="layout: expected one with a learned step size"):
+        packed_learn_steps(chunks, rows, grads, grads, None, rows, layout, HYPER, gradient_scale=1, stream=1)
+    with pytest.raises(IndexError, match=f"rows: expected below {ROWS}, found {ROWS}"):
+        packed_update(chunks, torch.tensor([1, ROWS]), grads, None, rows, layout, HYPER, stream=1)
+    with pytest.raises(IndexError, match="inverse: expected below 2, found"):
+        packed_update(chunks, rows, grads, torch.tensor([0, 2]), rows, layout, HYPER, stream=1)
+    for wrong in (("int3", 4, "sgd"), ("fp16", 4, "sgd", True), ("int8", 4, "ftrl", True)):
+        with pytest.raises(ValueError, match="expected one"):
+            PackedLayout(*wrong)
+    with pytest.raises(ValueError, match="state_format: expected fp32 for sgd, found bf16"):
+        PackedLayout("int8", 4, "sgd", state_format="bf16")
+
+
+@needs_cpp
+def test_schemas_and_fake_kernels():
+    layout = PackedLayout("int4", 4, "adam", True)
+    chunks, (rows, ids, inverse, grads) = packed_table(layout), batch(layout)
+    held, ops = torch.zeros((len(rows), 4)), torch.ops.tessera
+    numbers, hyper = layout.numbers, list(HYPER)
+    torch.library.opcheck(ops.packed_gather.default, (chunks, rows, numbers, inverse))
+    torch.library.opcheck(ops.packed_look_ahead.default, (chunks, rows, held, numbers, None))
+    update_arguments = (chunks, rows, grads, inverse, ids, numbers, "adam", hyper, 7, False)
+    torch.library.opcheck(ops.packed_update.default, (*update_arguments, None))
+    torch.library.opcheck(ops.packed_update.default, (*update_arguments, held))
+    learn_arguments = (chunks, rows, held, grads, inverse, ids, numbers, "adam", 0.5, hyper, 7, False)
+    torch.library.opcheck(ops.packed_learn_steps.default, learn_arguments)
