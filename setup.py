@@ -27,8 +27,10 @@ except ImportError:
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "kernels" / "csrc").glob("*.cpp"))
 # No fused multiply-add: the same sources give the same bits on every x86-64 machine, whichever clone runs.
 # No errno from square roots: nobody reads it, and loops with them become vector loops (Adam, FTRL).
+# No floating-point traps: nobody catches them, and a choice between two numbers becomes a vector instruction.
 # OpenMP is compiled in but not linked: the symbols come from the one OpenMP library that torch has loaded.
-COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-g0"]
+COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+COMPILE_ARGS += ["-fvisibility=hidden", "-Wall", "-g0"]
 if sys.platform == "linux":
     COMPILE_ARGS.append("-fopenmp")
 

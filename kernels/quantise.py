@@ -7,7 +7,7 @@ numbers near the value (bf16: 2^-120 for values below 2^-113). The stored number
     stochastic   floor(x) + 1 with chance x - floor(x), else floor(x): the expectation is x
 
 and then the nearest that the format has: a value out of range takes the end of the range. The lot of the stochastic
-rounding is `uniform` of `kernels/random.py` for (seed, table, id, column, step): it does not depend on ranks, threads
+rounding is `lots` of `kernels/random.py` for (seed, table, id, column, step): it does not depend on ranks, threads
 or the order of a batch. Values must not be NaN.
 """
 

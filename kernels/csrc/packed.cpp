@@ -35,8 +35,8 @@ TESSERA_SIMD Fault read(const Rows<char>& table, const Layout& layout, const Pos
   return tessera::read_rows(table, layout, where, begin, end, last, out);
 }
 
-TESSERA_SIMD void write(const Batch& batch, int64_t begin, int64_t end, const float* values, float* lots) {
-  tessera::write_rows(batch, begin, end, values, lots);
+TESSERA_SIMD void write(const Batch& batch, int64_t begin, int64_t end, const float* values) {
+  tessera::write_rows(batch, begin, end, values);
 }
 
 // bf16 moments of rows [begin, end) as float32, one row of state (m, v, count) after the other; and back.
@@ -50,15 +50,15 @@ TESSERA_SIMD void read_moments(const Batch& batch, int64_t begin, int64_t end, f
   }
 }
 
-TESSERA_SIMD void write_moments(const Batch& batch, int64_t begin, int64_t end, const float* state, float* lots) {
+TESSERA_SIMD void write_moments(const Batch& batch, int64_t begin, int64_t end, const float* state) {
   const Layout& layout = batch.layout;
   for (int64_t i = begin; i < end; ++i, state += layout.moments + 1) {
     if (batch.rows[i] < 0) continue;
     char* const row = batch.table[batch.rows[i]];
     // Always stochastic: in a step v changes by less than half a unit of bf16. The values have the first dim lots.
-    tessera::uniform_row(tessera::random_row(batch.stream, batch.ids[i]), layout.moments, lots, layout.dim);
-    tessera::encode<Format::kBf16, false>(state, 1, lots, layout.moments,
-                                          reinterpret_cast<uint8_t*>(row) + layout.moments_at);
+    const uint64_t key = tessera::random_row(batch.stream, batch.ids[i]);
+    tessera::encode<Format::kBf16, false>(state, 1, key, layout.moments,
+                                          reinterpret_cast<uint8_t*>(row) + layout.moments_at, layout.dim);
     *layout.state_of(row) = state[layout.moments];
   }
 }
@@ -282,18 +282,17 @@ void packed_update(at::TensorList chunks, const at::Tensor& rows_, const at::Ten
   const Positions where{batch.rows, nullptr, count};
   at::parallel_for(0, count, std::max<int64_t>(1, kGrain / dim), [&](int64_t first, int64_t last) {
     const float* const grads = given.merge(first, last);
-    const at::Tensor scratch = at::empty({kBlock * (dim + width) + std::max(dim, layout.moments)}, given.grads.options());
+    const at::Tensor scratch = at::empty({kBlock * (dim + width)}, given.grads.options());
     float* const memory = scratch.mutable_data_ptr<float>();
     float* const state = memory + kBlock * dim;
-    float* const lots = state + kBlock * width;
     for (int64_t begin = first; begin < last; begin += kBlock) {
       const int64_t end = std::min(last, begin + kBlock);
       float* const values = into == nullptr ? memory : into + begin * dim;
       read(table, layout, where, begin, end, last, values).raise();
       if (width > 0) read_moments(batch, begin, end, state);
       step(kind, {batch, hyper, grads + begin * dim, values, width > 0 ? state : nullptr}, begin, end);
-      if (into == nullptr) write(batch, begin, end, values, lots);
-      if (width > 0) write_moments(batch, begin, end, state, lots);
+      if (into == nullptr) write(batch, begin, end, values);
+      if (width > 0) write_moments(batch, begin, end, state);
     }
   });
 }
@@ -318,13 +317,12 @@ void packed_learn_steps(at::TensorList chunks, const at::Tensor& rows_, const at
     if (table.beyond(batch.rows[i])) table.fault(batch.rows[i]).raise();
   at::parallel_for(0, count, std::max<int64_t>(1, kGrain / dim), [&](int64_t first, int64_t last) {
     const float* const grads = given.merge(first, last);
-    const at::Tensor lots = at::empty({dim}, given.grads.options());
     for (int64_t begin = first; begin < last; begin += kBlock) {
       const int64_t end = std::min(last, begin + kBlock);
       for (int64_t i = end; i < std::min(last, end + kBlock); ++i) table.prefetch(batch.rows[i], layout.bytes);
       learn(kind, {batch, hyper, grads + begin * dim, values + begin * dim, nullptr},
             static_cast<float>(gradient_scale), begin, end);
-      write(batch, begin, end, values + begin * dim, lots.mutable_data_ptr<float>());
+      write(batch, begin, end, values + begin * dim);
     }
   });
 }

@@ -37,7 +37,7 @@ struct Layout {
   TESSERA_INLINE uint8_t* values_of(char* row) const { return reinterpret_cast<uint8_t*>(row + values_at); }
 };
 
-// A range of the rows of a batch. rows: -1 is skipped; ids and lots are for stochastic rounding.
+// A range of the rows of a batch. rows: -1 is skipped; ids and stream are for stochastic rounding.
 struct Batch {
   const Rows<char>& table;
   const Layout& layout;
@@ -92,43 +92,43 @@ TESSERA_INLINE Fault read_rows(const Rows<char>& table, const Layout& layout, co
 }
 
 template <Format F, bool Nearest, int64_t Dim>
-TESSERA_INLINE void write_rows_of(const Batch& batch, int64_t begin, int64_t end, const float* values, float* lots) {
+TESSERA_INLINE void write_rows_of(const Batch& batch, int64_t begin, int64_t end, const float* values) {
   const int64_t dim = Dim > 0 ? Dim : batch.layout.dim;
   for (int64_t i = begin; i < end; ++i, values += dim) {
     if (batch.rows[i] < 0) continue;
     char* const row = batch.table[batch.rows[i]];
-    if constexpr (!Nearest) uniform_row(random_row(batch.stream, batch.ids[i]), dim, lots);
-    encode<F, Nearest>(values, batch.layout.step_of(row), lots, dim, batch.layout.values_of(row));
+    const uint64_t key = Nearest ? 0 : random_row(batch.stream, batch.ids[i]);
+    encode<F, Nearest>(values, batch.layout.step_of(row), key, dim, batch.layout.values_of(row));
   }
 }
 
 template <Format F, bool Nearest>
-TESSERA_INLINE void write_rows_in(const Batch& batch, int64_t begin, int64_t end, const float* values, float* lots) {
+TESSERA_INLINE void write_rows_in(const Batch& batch, int64_t begin, int64_t end, const float* values) {
   switch (batch.layout.dim) {
-    case 16: return write_rows_of<F, Nearest, 16>(batch, begin, end, values, lots);
-    case 32: return write_rows_of<F, Nearest, 32>(batch, begin, end, values, lots);
-    case 64: return write_rows_of<F, Nearest, 64>(batch, begin, end, values, lots);
-    default: return write_rows_of<F, Nearest, 0>(batch, begin, end, values, lots);
+    case 16: return write_rows_of<F, Nearest, 16>(batch, begin, end, values);
+    case 32: return write_rows_of<F, Nearest, 32>(batch, begin, end, values);
+    case 64: return write_rows_of<F, Nearest, 64>(batch, begin, end, values);
+    default: return write_rows_of<F, Nearest, 0>(batch, begin, end, values);
   }
 }
 
 template <Format F>
-TESSERA_INLINE void write_rows_as(const Batch& batch, int64_t begin, int64_t end, const float* values, float* lots) {
+TESSERA_INLINE void write_rows_as(const Batch& batch, int64_t begin, int64_t end, const float* values) {
   if (batch.nearest)
-    write_rows_in<F, true>(batch, begin, end, values, lots);
+    write_rows_in<F, true>(batch, begin, end, values);
   else
-    write_rows_in<F, false>(batch, begin, end, values, lots);
+    write_rows_in<F, false>(batch, begin, end, values);
 }
 
-// Store values (one row of them after the other) in the rows at [begin, end). lots: memory for dim numbers.
-TESSERA_INLINE void write_rows(const Batch& batch, int64_t begin, int64_t end, const float* values, float* lots) {
+// Store values (one row of them after the other) in the rows at [begin, end).
+TESSERA_INLINE void write_rows(const Batch& batch, int64_t begin, int64_t end, const float* values) {
   switch (batch.layout.format) {
-    case Format::kFp32: return write_rows_in<Format::kFp32, true>(batch, begin, end, values, lots);
-    case Format::kFp16: return write_rows_as<Format::kFp16>(batch, begin, end, values, lots);
-    case Format::kBf16: return write_rows_as<Format::kBf16>(batch, begin, end, values, lots);
-    case Format::kInt8: return write_rows_as<Format::kInt8>(batch, begin, end, values, lots);
-    case Format::kInt4: return write_rows_as<Format::kInt4>(batch, begin, end, values, lots);
-    default: return write_rows_as<Format::kInt2>(batch, begin, end, values, lots);
+    case Format::kFp32: return write_rows_in<Format::kFp32, true>(batch, begin, end, values);
+    case Format::kFp16: return write_rows_as<Format::kFp16>(batch, begin, end, values);
+    case Format::kBf16: return write_rows_as<Format::kBf16>(batch, begin, end, values);
+    case Format::kInt8: return write_rows_as<Format::kInt8>(batch, begin, end, values);
+    case Format::kInt4: return write_rows_as<Format::kInt4>(batch, begin, end, values);
+    default: return write_rows_as<Format::kInt2>(batch, begin, end, values);
   }
 }
 

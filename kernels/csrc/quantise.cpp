@@ -30,32 +30,29 @@ struct Work {
 TESSERA_INLINE float step_of(const Work& work, int64_t row) { return work.steps == nullptr ? 1.0f : work.steps[row]; }
 
 template <Format F, bool Nearest>
-TESSERA_INLINE void quantise_as(const Work& work, const float* in, int64_t begin, int64_t end, float* lots,
-                                uint8_t* out) {
+TESSERA_INLINE void quantise_as(const Work& work, const float* in, int64_t begin, int64_t end, uint8_t* out) {
   for (int64_t i = begin; i < end; ++i) {
-    if constexpr (!Nearest) tessera::uniform_row(tessera::random_row(work.stream, work.ids[i]), work.dim, lots);
-    tessera::encode<F, Nearest>(in + i * work.dim, step_of(work, i), lots, work.dim, out + i * work.bytes);
+    const uint64_t key = Nearest ? 0 : tessera::random_row(work.stream, work.ids[i]);
+    tessera::encode<F, Nearest>(in + i * work.dim, step_of(work, i), key, work.dim, out + i * work.bytes);
   }
 }
 
 template <Format F>
-TESSERA_INLINE void quantise_in(const Work& work, const float* in, int64_t begin, int64_t end, float* lots,
-                                uint8_t* out) {
+TESSERA_INLINE void quantise_in(const Work& work, const float* in, int64_t begin, int64_t end, uint8_t* out) {
   if (work.nearest)
-    quantise_as<F, true>(work, in, begin, end, lots, out);
+    quantise_as<F, true>(work, in, begin, end, out);
   else
-    quantise_as<F, false>(work, in, begin, end, lots, out);
+    quantise_as<F, false>(work, in, begin, end, out);
 }
 
-TESSERA_SIMD void quantise_rows(const Work& work, const float* in, int64_t begin, int64_t end, float* lots,
-                                uint8_t* out) {
+TESSERA_SIMD void quantise_rows(const Work& work, const float* in, int64_t begin, int64_t end, uint8_t* out) {
   switch (work.format) {
-    case Format::kFp32: return quantise_as<Format::kFp32, true>(work, in, begin, end, lots, out);
-    case Format::kFp16: return quantise_in<Format::kFp16>(work, in, begin, end, lots, out);
-    case Format::kBf16: return quantise_in<Format::kBf16>(work, in, begin, end, lots, out);
-    case Format::kInt8: return quantise_in<Format::kInt8>(work, in, begin, end, lots, out);
-    case Format::kInt4: return quantise_in<Format::kInt4>(work, in, begin, end, lots, out);
-    default: return quantise_in<Format::kInt2>(work, in, begin, end, lots, out);
+    case Format::kFp32: return quantise_as<Format::kFp32, true>(work, in, begin, end, out);
+    case Format::kFp16: return quantise_in<Format::kFp16>(work, in, begin, end, out);
+    case Format::kBf16: return quantise_in<Format::kBf16>(work, in, begin, end, out);
+    case Format::kInt8: return quantise_in<Format::kInt8>(work, in, begin, end, out);
+    case Format::kInt4: return quantise_in<Format::kInt4>(work, in, begin, end, out);
+    default: return quantise_in<Format::kInt2>(work, in, begin, end, out);
   }
 }
 
@@ -100,8 +97,7 @@ at::Tensor quantise(const at::Tensor& values_, const std::optional<at::Tensor>& 
   const float* in = values.const_data_ptr<float>();
   auto* out = static_cast<uint8_t*>(result.mutable_data_ptr());
   at::parallel_for(0, n, std::max<int64_t>(1, kGrain / dim), [&](int64_t begin, int64_t end) {
-    const at::Tensor lots = at::empty({dim}, values.options());
-    quantise_rows(work, in, begin, end, lots.mutable_data_ptr<float>(), out);
+    quantise_rows(work, in, begin, end, out);
   });
   return result;
 }

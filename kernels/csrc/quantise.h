@@ -7,8 +7,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "multiversion.h"
+#include "random.h"
 
 namespace tessera {
 
@@ -80,6 +82,26 @@ TESSERA_INLINE float from_half(uint16_t half) {
   return from_bits((size < 0x400u ? to_bits(small) : normal) | static_cast<uint32_t>(half & 0x8000u) << 16);
 }
 
+// Codes of less than a byte: Lane holds those of one byte, each in a byte of its own. Shifts move all of a vector.
+template <Format F>
+struct Packing {
+  static constexpr int kBits = bits_of(F), kPerByte = 8 / kBits;
+  using Lane = std::conditional_t<kPerByte == 2, uint16_t, uint32_t>;
+
+  static TESSERA_INLINE uint8_t pack(Lane codes) {
+    uint32_t byte = codes;
+    for (int k = 1; k < kPerByte; ++k) byte |= static_cast<uint32_t>(codes) >> k * (8 - kBits);
+    return static_cast<uint8_t>(byte);
+  }
+  static TESSERA_INLINE Lane unpack(uint8_t byte) {
+    uint32_t codes = byte;
+    for (int k = 1; k < kPerByte; ++k) codes |= static_cast<uint32_t>(byte) << k * (8 - kBits);
+    return static_cast<Lane>(codes & (kPerByte == 2 ? 0x0F0Fu : 0x03030303u));
+  }
+};
+
+constexpr int64_t kTile = 64;  // codes between packing and arithmetic
+
 // Values of a row from its storage. dim is a constant wherever the caller knows one.
 template <Format F>
 TESSERA_INLINE void decode(const uint8_t* __restrict stored, float step, int64_t dim, float* __restrict out) {
@@ -92,46 +114,49 @@ TESSERA_INLINE void decode(const uint8_t* __restrict stored, float step, int64_t
   } else if constexpr (F == Format::kInt8) {
     for (int64_t c = 0; c < dim; ++c) out[c] = step * static_cast<float>(static_cast<int8_t>(stored[c]));
   } else {
-    constexpr int kBits = bits_of(F), kPerByte = 8 / kBits, kHalf = 1 << (kBits - 1), kMask = 2 * kHalf - 1;
-    const int64_t whole = dim / kPerByte;
-    for (int64_t j = 0; j < whole; ++j)
-      for (int k = 0; k < kPerByte; ++k)
-        out[j * kPerByte + k] = step * static_cast<float>(((stored[j] >> k * kBits & kMask) ^ kHalf) - kHalf);
-    for (int64_t c = whole * kPerByte; c < dim; ++c)
-      out[c] = step * static_cast<float>(((stored[whole] >> (c % kPerByte) * kBits & kMask) ^ kHalf) - kHalf);
+    constexpr int kPerByte = Packing<F>::kPerByte, kHalf = 1 << (bits_of(F) - 1);
+    typename Packing<F>::Lane lanes[kTile / kPerByte];
+    for (int64_t first = 0; first < dim; first += kTile) {
+      const int64_t count = std::min(kTile, dim - first);
+      for (int64_t j = 0; j < (count + kPerByte - 1) / kPerByte; ++j)
+        lanes[j] = Packing<F>::unpack(stored[first / kPerByte + j]);
+      uint8_t codes[kTile];
+      std::memcpy(codes, lanes, sizeof codes);
+      for (int64_t c = 0; c < count; ++c) out[first + c] = step * static_cast<float>((codes[c] ^ kHalf) - kHalf);
+    }
   }
 }
 
-// A row's values into storage; lots: one per value, for stochastic rounding.
+// A row's values into storage. key (random_row of the row) and the column, counted from `first_lot`, draw the lots.
 template <Format F, bool Nearest>
-TESSERA_INLINE void encode(const float* __restrict w, float step, const float* __restrict lots, int64_t dim,
-                           uint8_t* __restrict stored) {
-   
+TESSERA_INLINE void encode(const float* __restrict w, float step, uint64_t key, int64_t dim, uint8_t* __restrict stored,
+                           int64_t first_lot = 0) {
   if constexpr (F == Format::kFp32) {
     std::memcpy(stored, w, dim * 4);
   } else if constexpr (F == Format::kFp16 || F == Format::kBf16) {
     auto* __restrict const halves = reinterpret_cast<uint16_t*>(stored);
     for (int64_t c = 0; c < dim; ++c) {
-      const float x = to_grid<F, Nearest>(w[c], Nearest ? 0.0f : lots[c]);
+      const float x = to_grid<F, Nearest>(w[c], Nearest ? 0.0f : lot_of(key, first_lot + c));
       halves[c] = F == Format::kFp16 ? to_half(x) : static_cast<uint16_t>(to_bits(x) >> 16);
     }
   } else if constexpr (F == Format::kInt8) {
-    for (int64_t c = 0; c < dim; ++c)
-      stored[c] = static_cast<uint8_t>(to_code<F>(round_to_integer<Nearest>(w[c] / step, Nearest ? 0.0f : lots[c])));
+    for (int64_t c = 0; c < dim; ++c) {
+      const float lot = Nearest ? 0.0f : lot_of(key, first_lot + c);
+      stored[c] = static_cast<uint8_t>(to_code<F>(round_to_integer<Nearest>(w[c] / step, lot)));
+    }
   } else {
-    constexpr int kBits = bits_of(F), kPerByte = 8 / kBits, kMask = (1 << kBits) - 1;
-    constexpr int64_t kTile = 32;  // codes before they are packed
+    constexpr int kPerByte = Packing<F>::kPerByte, kMask = (1 << bits_of(F)) - 1;
     for (int64_t first = 0; first < dim; first += kTile) {
       const int64_t count = std::min(kTile, dim - first);
       uint8_t codes[kTile] = {};
-      for (int64_t c = 0; c < count; ++c)
-        codes[c] =
-            static_cast<uint8_t>(to_code<F>(round_to_integer<Nearest>(w[first + c] / step, Nearest ? 0.0f : lots[first + c])) & kMask);
-      for (int64_t j = 0; j * kPerByte < count; ++j) {
-        uint32_t byte = 0;
-        for (int k = 0; k < kPerByte; ++k) byte |= static_cast<uint32_t>(codes[j * kPerByte + k]) << k * kBits;
-        stored[first / kPerByte + j] = static_cast<uint8_t>(byte);
+      for (int64_t c = 0; c < count; ++c) {
+        const float lot = Nearest ? 0.0f : lot_of(key, first_lot + first + c);
+        codes[c] = static_cast<uint8_t>(to_code<F>(round_to_integer<Nearest>(w[first + c] / step, lot)) & kMask);
       }
+      typename Packing<F>::Lane lanes[kTile / kPerByte];
+      std::memcpy(lanes, codes, sizeof codes);
+      for (int64_t j = 0; j < (count + kPerByte - 1) / kPerByte; ++j)
+        stored[first / kPerByte + j] = Packing<F>::pack(lanes[j]);
     }
   }
 }

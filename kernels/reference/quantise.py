@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.formats import BITS, DTYPES, code_range, is_int
-from kernels.reference.random import uniform
+from kernels.reference import random
 
 # A float format is a grid whose spacing is a power of two for values of one exponent: mantissa bits, the exponent
 # below which the spacing stays, and the largest value.
@@ -58,7 +58,7 @@ def quantise(
 ) -> Tensor:
     if format == "fp32":
         return values.clone()
-    lots = None if nearest else uniform(stream, ids, first + values.shape[1])[:, first:]
+    lots = None if nearest else random.lots(stream, ids, values.shape[1], first)
     if is_int(format):
         return pack(to_codes(values, steps, format, lots), BITS[format])
     return to_grid(values, format, lots).to(DTYPES[format])

@@ -11,6 +11,8 @@ from kernels.reference.bits import shift_right, signed
 from kernels.reference.mix import mix64, mix64_number
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio: the increment of splitmix64
+GOLDEN32 = 0x9E3779B9
+LOW32 = (1 << 32) - 1
 
 
 def stream(seed: int, table: int, step: int) -> int:
@@ -20,15 +22,35 @@ def stream(seed: int, table: int, step: int) -> int:
     return signed(mix64_number(key + step + GOLDEN))
 
 
+def row_key(stream: int, ids: Tensor) -> Tensor:
+    """What all columns of an id share: int64 [n]."""
+    return mix64(mix64(ids + signed(GOLDEN)) ^ stream)
+
+
 def bits(stream: int, ids: Tensor, dim: int) -> Tensor:
     """64 random bits for every id and column: int64 [n] to int64 [n, dim]."""
-    row = mix64(mix64(ids + signed(GOLDEN)) ^ stream)
+    row = row_key(stream, ids)
     column = torch.arange(1, dim + 1, device=ids.device) * signed(GOLDEN)
     return mix64(row[:, None] + column)
 
 
 def uniform(stream: int, ids: Tensor, dim: int) -> Tensor:
     return shift_right(bits(stream, ids, dim), 40).to(torch.float32) * 2.0**-24
+
+
+def mix32(x: Tensor) -> Tensor:
+    """lowbias32 of numbers below 2**32, kept in int64."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & LOW32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & LOW32
+    return x ^ (x >> 16)
+
+
+def lots(stream: int, ids: Tensor, dim: int, first: int = 0) -> Tensor:
+    """Columns [first, first + dim) of the numbers that rounding draws: float32 [n, dim]."""
+    row = row_key(stream, ids)
+    column = torch.arange(first + 1, first + dim + 1, device=ids.device) * GOLDEN32
+    lot = mix32(((row & LOW32)[:, None] + column) & LOW32) + shift_right(row, 32)[:, None]
+    return ((lot & LOW32) >> 8).to(torch.float32) * 2.0**-24
 
 
 def normal(stream: int, ids: Tensor, dim: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from kernels.backend import available_backends, use_backend
 from kernels.formats import FORMATS, ROUNDINGS, code_range, is_int, stored_columns, stored_dtype
 from kernels.quantise import dequantise, quantise
-from kernels.random import uniform
+from kernels.random import lots as lots_of
 
 INTS = ("int8", "int4", "int2")
 FLOATS = ("fp16", "bf16")
@@ -50,7 +50,7 @@ def test_codes_equal_the_definition_in_float64(backend, format, rounding, step, 
     assert stored.dtype == stored_dtype(format) and stored.shape == (rows, stored_columns(format, dim))
     # The quotient is defined in float32; from there on float64 is exact.
     x = (values / steps[:, None]).double().numpy()
-    lots = uniform(3, 4, ids, dim, 5).double().numpy() if rounding == "stochastic" else None
+    lots = lots_of(3, 4, ids, dim, 5).double().numpy() if rounding == "stochastic" else None
     expected = np.clip(in_float64(x, lots), *code_range(format)) * steps.double().numpy()[:, None]
     found = dequantise(stored, steps, format, dim)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=0)
@@ -110,7 +110,7 @@ def test_floats_equal_the_definition_in_float64(backend, format, rounding):
     with np.errstate(divide="ignore"):
         exponent = np.maximum(np.where(np.isfinite(x), np.frexp(x)[1] - 1, 127), lowest)
     spacing = np.ldexp(1.0, exponent - mantissa)
-    lots = uniform(1, 2, ids, 1, 3).double().numpy() if rounding == "stochastic" else None
+    lots = lots_of(1, 2, ids, 1, 3).double().numpy() if rounding == "stochastic" else None
     expected = np.clip(in_float64(x / spacing, lots) * spacing, -most, most)
     assert torch.equal(found.double(), torch.tensor(expected))
 
