@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+import torch
+
 from embedding.errors import ConfigError
+from kernels.formats import BITS, FORMATS, ROUNDINGS, STATE_FORMATS, PackedLayout, is_int, stored_columns, stored_dtype
 from kernels.reference.id_map import LIMIT, SPREAD
 from kernels.update import OPTIMIZERS, state_width
 
@@ -24,6 +27,11 @@ def key_of(name: str) -> int:
     """A signed 64-bit number that stands for a name in the counter-based generator."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def step_of_range(format: str, largest: float) -> float:
+    """The step size with which codes of an int format reach from -largest to nearly largest."""
+    return largest / 2 ** (BITS[format] - 1)
 
 
 @dataclass(frozen=True)
@@ -46,19 +54,40 @@ class TableConfig:
 
 
 @dataclass(frozen=True)
+class StepOptimizer:
+    """How the step sizes of an int format are learned (ALPT): by the row's kind of optimizer, with these numbers.
+
+    gradient_scale multiplies the gradient of a step size; the paper's is 1 / sqrt(batch size * dim * largest code).
+    """
+
+    lr: float = 2e-5
+    weight_decay: float = 0.0
+    gradient_scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Group:
-    """Columns of a row that are one embedding: `dim` floats that start at N(0, init_std)."""
+    """Columns of a row that are one embedding: `dim` values that start at N(0, init_std).
+
+    format, rounding: how they are stored, see `kernels/formats.py` and `kernels/quantise.py`. step: the step size that
+    a new row of an int format has, which it keeps (LPT) unless `learned` says how it is learned (ALPT).
+    """
 
     name: str
     dim: int
     init_std: float
+    format: str = "fp32"
+    rounding: str = "stochastic"
+    step: float = 0.01
+    learned: StepOptimizer | None = None
 
 
 @dataclass(frozen=True)
 class RowOptimizer:
     """How rows are updated; formulas in `kernels/update.py`. `weight_decay` is L2 on the rows of a batch.
 
-    `initial_accumulator` is the first value of the sum of squares (adagrad and rowwise_adagrad only).
+    `initial_accumulator` is the first value of the sum of squares (adagrad and rowwise_adagrad only). `state_format`:
+    fp32, or bf16 for the moments of adam, rounded stochastically.
     """
 
     name: str = "rowwise_adagrad"
@@ -71,6 +100,7 @@ class RowOptimizer:
     beta: float = 1.0
     l1: float = 0.0
     l2: float = 0.0
+    state_format: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -117,6 +147,7 @@ class DynamicTableConfig:
     def __post_init__(self) -> None:
         self._check_groups()
         self._check_optimizer()
+        self._check_formats()
         self._check_admission()
         self._check_limits()
 
@@ -127,13 +158,51 @@ class DynamicTableConfig:
 
     @property
     def state_width(self) -> int:
-        """Floats of optimizer state of one row."""
-        return sum(state_width(self.optimizer.name, group.dim) for group in self.groups)
+        """Floats of optimizer state of one row, that of learned step sizes included."""
+        return sum(sum(self.state_widths(group)) for group in self.groups)
+
+    def state_widths(self, group: Group) -> tuple[int, int]:
+        """Floats of state of a group's values and of its learned step size."""
+        layout = self.layout(group)
+        return state_width(self.optimizer.name, group.dim), 0 if layout is None else layout.step_state
+
+    def layout(self, group: Group) -> PackedLayout | None:
+        """How a group's rows are packed; None for rows of float32 alone."""
+        if group.format == "fp32" and self.optimizer.state_format == "fp32":
+            return None
+        learned = group.learned is not None
+        return PackedLayout(group.format, group.dim, self.optimizer.name, learned, self.optimizer.state_format)
+
+    @property
+    def values_dtype(self) -> torch.dtype:
+        """dtype of values in storage form: that of all groups, or uint8 (their bytes) where they differ."""
+        found = {stored_dtype(group.format) for group in self.groups}
+        return found.pop() if len(found) == 1 else torch.uint8
+
+    def values_columns(self, group: Group) -> int:
+        """Columns of `values_dtype` that hold a group's values in storage form."""
+        columns = stored_columns(group.format, group.dim)
+        return columns * stored_dtype(group.format).itemsize // self.values_dtype.itemsize
+
+    @property
+    def has_steps(self) -> bool:
+        """True if some group has step sizes."""
+        return any(is_int(group.format) for group in self.groups)
+
+    @property
+    def learns_steps(self) -> bool:
+        return any(group.learned is not None for group in self.groups)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of values, step sizes and state of one row."""
+        layouts = [(group, self.layout(group)) for group in self.groups]
+        return sum(4 * (g.dim + self.state_widths(g)[0]) if at is None else at.bytes for g, at in layouts)
 
     @property
     def bytes_per_row(self) -> int:
         """Bytes that one more row needs at most: values, state, time, count, id and its place in the id map."""
-        return 4 * (self.width + self.state_width) + META_BYTES + MAP_BYTES_PER_ROW
+        return self.stored_bytes + META_BYTES + MAP_BYTES_PER_ROW
 
     @property
     def row_limit(self) -> int | None:
@@ -195,6 +264,32 @@ class DynamicTableConfig:
                 self._fail(f"optimizer.{key}", getattr(optimizer, key), "0 or above and below 1")
         if optimizer.initial_accumulator and optimizer.name not in ("adagrad", "rowwise_adagrad"):
             self._fail("optimizer.initial_accumulator", optimizer.initial_accumulator, f"0 for {optimizer.name}")
+
+    def _check_formats(self) -> None:
+        optimizer = self.optimizer
+        self._check_choice("optimizer.state_format", optimizer.state_format, STATE_FORMATS)
+        if optimizer.state_format != "fp32" and optimizer.name != "adam":
+            self._fail("optimizer.state_format", optimizer.state_format, f"fp32 for {optimizer.name}")
+        for group in self.groups:
+            key = f"groups.{group.name}"
+            self._check_choice(f"{key}.format", group.format, FORMATS)
+            self._check_choice(f"{key}.rounding", group.rounding, ROUNDINGS)
+            if not 0 < group.step < math.inf:
+                self._fail(f"{key}.step", group.step, "a finite number above 0")
+            if is_int(group.format) and optimizer.name == "ftrl":
+                # FTRL makes the values anew from its state: in int8 they would have a copy in full precision.
+                self._fail(f"{key}.format", group.format, "fp32, fp16 or bf16 with optimizer ftrl")
+            if group.learned is not None:
+                self._check_learned(key, group, group.learned)
+
+    def _check_learned(self, key: str, group: Group, learned: StepOptimizer) -> None:
+        if not is_int(group.format):
+            self._fail(f"{key}.format", group.format, "int8, int4 or int2 with a learned step size")
+        for name in ("lr", "gradient_scale"):
+            if not 0 < getattr(learned, name) < math.inf:
+                self._fail(f"{key}.learned.{name}", getattr(learned, name), "a finite number above 0")
+        if not 0 <= learned.weight_decay < math.inf:
+            self._fail(f"{key}.learned.weight_decay", learned.weight_decay, "a finite number, 0 or above")
 
     def _check_admission(self) -> None:
         admission = self.admission

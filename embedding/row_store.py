@@ -1,7 +1,7 @@
-"""What rows hold: for every group of columns the values and, behind them, the optimizer's state.
+"""What rows hold: for every group of columns the values and the optimizer's state.
 
-Each group has its own chunks float32 [chunk_rows, dim + state], under row numbers that all groups share: the update
-kernel wants values and state of a group side by side from column 0 of contiguous chunks.
+Each group has its own chunks, under row numbers that all groups share, in the form that its update kernel works on:
+float32 values and state side by side (`PlainRows`), or packed rows of low precision (`packed_rows.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from embedding.config import DynamicTableConfig
+from embedding.config import DynamicTableConfig, Group
+from embedding.packed_rows import PackedRows
 from kernels.chunks import allocate_chunk
 from kernels.gather import gather
 from kernels.initialise import init_rows
@@ -17,86 +18,161 @@ from kernels.scatter import scatter
 from kernels.update import state_width, update
 
 
+class PlainRows:
+    """One group in float32. The methods are those of `PackedRows`, but for what only low precision needs."""
+
+    needs_ids = False
+
+    def __init__(self, config: DynamicTableConfig, group: Group, device: torch.device) -> None:
+        self._config, self._group, self._device = config, group, device
+        self._width = group.dim + state_width(config.optimizer.name, group.dim)
+        self._chunks: list[Tensor] = []
+
+    def grow(self) -> None:
+        """Reserve one more chunk."""
+        self._chunks.append(allocate_chunk((self._config.chunk_rows, self._width), torch.float32, self._device))
+
+    def initialise(self, rows: Tensor, ids: Tensor) -> None:
+        init_rows(
+            self._chunks,
+            rows,
+            ids,
+            self._group.dim,
+            distribution="normal",
+            offset=0.0,
+            scale=self._group.init_std,
+            seed=self._config.seed,
+            table=self._config.key(self._group),
+            state=self._config.optimizer.initial_accumulator,
+        )
+
+    def gather(self, rows: Tensor, inverse: Tensor | None) -> Tensor:
+        return gather(self._chunks, rows, self._group.dim, inverse)
+
+    def update(
+        self, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float, ids: Tensor | None, step: int
+    ) -> None:
+        optimizer = self._config.optimizer
+        update(
+            optimizer.name,
+            self._chunks,
+            rows,
+            grads,
+            inverse,
+            learning_rate=lr,
+            weight_decay=optimizer.weight_decay,
+            eps=optimizer.eps,
+            beta1=optimizer.beta1,
+            beta2=optimizer.beta2,
+            beta=optimizer.beta,
+            l1=optimizer.l1,
+            l2=optimizer.l2,
+        )
+
+    def clear(self, rows: Tensor) -> None:
+        scatter(self._chunks, rows, torch.zeros((1, self._width), device=self._device))
+
+    def read(self, rows: Tensor) -> tuple[Tensor, Tensor, None]:
+        both = gather(self._chunks, rows, self._width) if self._chunks else rows.new_empty((0, self._width)).float()
+        return both[:, : self._group.dim], both[:, self._group.dim :], None
+
+    def write(self, rows: Tensor, values: Tensor, state: Tensor, steps: Tensor | None) -> None:
+        scatter(self._chunks, rows, torch.cat([values, state], dim=1))
+
+
 class RowStore:
     def __init__(self, config: DynamicTableConfig, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self._optimizer = config.optimizer
-        self._seed = config.seed
-        self._chunk_rows = config.chunk_rows
-        self._stds = [group.init_std for group in config.groups]
-        self._keys = [config.key(group) for group in config.groups]
+        self._config = config
+        self._lr = config.optimizer.lr
         self._dims = [group.dim for group in config.groups]
-        self._state_widths = [state_width(config.optimizer.name, group.dim) for group in config.groups]
-        self._groups: list[list[Tensor]] = [[] for _ in config.groups]
-
-    @property
-    def bytes_per_row(self) -> int:
-        return 4 * (sum(self._dims) + sum(self._state_widths))
+        self._state_widths = [sum(config.state_widths(group)) for group in config.groups]
+        self._columns = [config.values_columns(group) for group in config.groups]
+        self._reserved = 0
+        self.bytes_per_row = config.stored_bytes
+        self.groups: list[PlainRows | PackedRows] = []
+        for group in config.groups:
+            kind = PlainRows if config.layout(group) is None else PackedRows
+            self.groups.append(kind(config, group, torch.device(device)))
+        #: Whether updates draw lots and so must know the ids of rows.
+        self.needs_ids = any(group.needs_ids for group in self.groups)
 
     def reserve(self, end: int) -> None:
         """Have memory for rows [0, end). A new chunk is not touched before its rows are."""
-        while len(self._groups[0]) * self._chunk_rows < end:
-            for chunks, dim, state in zip(self._groups, self._dims, self._state_widths, strict=True):
-                chunks.append(allocate_chunk((self._chunk_rows, dim + state), torch.float32, self.device))
+        while self._reserved < end:
+            for group in self.groups:
+                group.grow()
+            self._reserved += self._config.chunk_rows
 
     def initialise(self, rows: Tensor, ids: Tensor) -> None:
-        """First values, from (seed, table, group, id) alone, and first state."""
-        for chunks, dim, std, key in zip(self._groups, self._dims, self._stds, self._keys, strict=True):
-            init_rows(
-                chunks,
-                rows,
-                ids,
-                dim,
-                distribution="normal",
-                offset=0.0,
-                scale=std,
-                seed=self._seed,
-                table=key,
-                state=self._optimizer.initial_accumulator,
-            )
+        """First values, from (seed, table, group, id) alone, first state and step sizes."""
+        for group in self.groups:
+            group.initialise(rows, ids)
 
     def gather(self, rows: Tensor, inverse: Tensor | None = None) -> Tensor:
         """float32 [u, width], or [n, width] with inverse int64 [n]; row -1 gives zeros."""
-        parts = [gather(chunks, rows, dim, inverse) for chunks, dim in zip(self._groups, self._dims, strict=True)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return join([group.gather(rows, inverse) for group in self.groups])
 
-    def update(self, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float | None) -> None:
-        """One optimizer step on rows (distinct, -1 skipped); grads float32 [n, width]."""
-        optimizer = self._optimizer
-        parts = [grads] if len(self._dims) == 1 else grads.split(self._dims, dim=1)
-        for chunks, part in zip(self._groups, parts, strict=True):
-            update(
-                optimizer.name,
-                chunks,
-                rows,
-                part,
-                inverse,
-                learning_rate=optimizer.lr if lr is None else lr,
-                weight_decay=optimizer.weight_decay,
-                eps=optimizer.eps,
-                beta1=optimizer.beta1,
-                beta2=optimizer.beta2,
-                beta=optimizer.beta,
-                l1=optimizer.l1,
-                l2=optimizer.l2,
-            )
+    def update(
+        self, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float | None, ids: Tensor | None, step: int
+    ) -> None:
+        """One optimizer step on rows (distinct, -1 skipped); grads float32 [n, width].
+
+        ids int64 [u] of the rows and the table's step draw the lots of rounding; ids only where `needs_ids`.
+        """
+        lr = self._lr if lr is None else lr
+        for group, part in zip(self.groups, self.split(grads), strict=True):
+            group.update(rows, part, inverse, lr, ids, step)
+
+    def split(self, matrix: Tensor) -> list[Tensor]:
+        """[n, width] cut into the columns of each group."""
+        return [matrix] if len(self._dims) == 1 else list(matrix.split(self._dims, dim=1))
 
     def clear(self, rows: Tensor) -> None:
-        """Set values and state to zero."""
-        for chunks, dim, state in zip(self._groups, self._dims, self._state_widths, strict=True):
-            scatter(chunks, rows, torch.zeros((1, dim + state), device=self.device))
+        """Set values, state and step sizes to zero."""
+        for group in self.groups:
+            group.clear(rows)
 
-    def read_state(self, rows: Tensor) -> Tensor:
-        """float32 [n, state_width]: the state of one group after the other."""
-        parts = [rows.new_empty((rows.numel(), 0), dtype=torch.float32)]
-        for chunks, dim, state in zip(self._groups, self._dims, self._state_widths, strict=True):
-            if state:
-                parts.append(gather(chunks, rows, state, begin=dim))
-        return torch.cat(parts, dim=1)
+    def read(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values in storage form, state float32 [n, state_width], step sizes float32 [n, groups] or None.
 
-    def write(self, rows: Tensor, values: Tensor, state: Tensor) -> None:
-        """Overwrite rows with values [n, width] and state [n, state_width]."""
-        values_of = values.split(self._dims, dim=1)
+        The order is that of the groups; the step size of a group without one is 0.
+        """
+        values, states, steps = zip(*(group.read(rows) for group in self.groups), strict=True)
+        dtype = self._config.values_dtype
+        values = torch.cat([value.contiguous().view(dtype) for value in values], dim=1)
+        if not self._config.has_steps:
+            return values, torch.cat(states, dim=1), None
+        steps = [torch.zeros(len(rows), device=rows.device) if step is None else step for step in steps]
+        return values, torch.cat(states, dim=1), torch.stack(steps, dim=1)
+
+    def write(self, rows: Tensor, values: Tensor, state: Tensor, steps: Tensor | None) -> None:
+        """Overwrite rows with what `read` gave. Raises ValueError for other shapes or dtypes."""
+        self._check(rows, values, state, steps)
+        values_of = values.split(self._columns, dim=1)
         state_of = state.split(self._state_widths, dim=1)
-        for chunks, value, more in zip(self._groups, values_of, state_of, strict=True):
-            scatter(chunks, rows, torch.cat([value, more], dim=1))
+        steps_of = [None] * len(self.groups) if steps is None else steps.unbind(1)
+        for group, *parts in zip(self.groups, values_of, state_of, steps_of, strict=True):
+            group.write(rows, *parts)
+
+    def _check(self, rows: Tensor, values: Tensor, state: Tensor, steps: Tensor | None) -> None:
+        name, n = self._config.name, rows.numel()
+        dtype, shape = self._config.values_dtype, (n, sum(self._columns))
+        if values.dtype != dtype or values.shape != shape:
+            found = f"{values.dtype} {list(values.shape)}"
+            raise ValueError(f"table {name}: values: expected {dtype} {list(shape)}, found {found}")
+        if state.dtype != torch.float32 or state.shape != (n, sum(self._state_widths)):
+            found = f"{state.dtype} {list(state.shape)}"
+            raise ValueError(f"table {name}: state: expected float32 [{n}, {sum(self._state_widths)}], found {found}")
+        if (steps is not None) != self._config.has_steps:
+            expected = f"float32 [{n}, {len(self.groups)}]" if self._config.has_steps else "none"
+            raise ValueError(
+                f"table {name}: step_size: expected {expected}, found {'none' if steps is None else 'some'}"
+            )
+        if steps is not None and (steps.dtype != torch.float32 or steps.shape != (n, len(self.groups))):
+            found = f"{steps.dtype} {list(steps.shape)}"
+            raise ValueError(f"table {name}: step_size: expected float32 [{n}, {len(self.groups)}], found {found}")
+
+
+def join(parts: list[Tensor]) -> Tensor:
+    """The columns of all groups side by side."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from embedding.admission import admission_filter
+from embedding.alpt import RowsAhead
 from embedding.cold_rows import ColdRows
 from embedding.config import DynamicTableConfig, key_of
 from embedding.errors import TableFull
 from embedding.evicted import EvictedIds
 from embedding.row_index import ID, RowIndex
 from embedding.row_store import RowStore
+from kernels.gather import gather
 from kernels.touch import COUNT, LAST_SEEN
 
 COUNTERS = ("new", "admitted", "rejected", "expired", "evicted")
@@ -22,10 +24,12 @@ COUNTERS = ("new", "admitted", "rejected", "expired", "evicted")
 
 @dataclass
 class RowBatch:
-    """Rows on their way out of a table or into one.
+    """Rows on their way out of a table or into one, as they are stored, so that the way is exact.
 
-    ids, last_seen (seconds), count (1 or more): int64 [n]; values: float32 [n, width]; state: float32
-    [n, state_width], the state of one group after the other. rows: int64 [n], the row numbers they had, or None.
+    ids, last_seen (seconds), count (1 or more): int64 [n]; values: [n, columns] of the config's `values_dtype`, one
+    group after the other: floats, or uint8 codes (or bytes, where groups have formats of different dtypes); state:
+    float32 [n, state_width], likewise, that of a learned step size after its group's. rows: int64 [n], the row numbers
+    they had, or None. step_size: float32 [n, groups], 0 for a group without; None if no group has step sizes.
     """
 
     ids: Tensor
@@ -34,6 +38,7 @@ class RowBatch:
     last_seen: Tensor
     count: Tensor
     rows: Tensor | None = None
+    step_size: Tensor | None = None
 
 
 class DynamicTable:
@@ -124,16 +129,44 @@ class DynamicTable:
         """
         return self._store.gather(rows, inverse)
 
-    def update(self, rows: Tensor, grads: Tensor, inverse: Tensor | None = None, lr: float | None = None) -> None:
-        """One optimizer step on the rows of a batch.
+    def update(
+        self,
+        rows: Tensor,
+        grads: Tensor,
+        inverse: Tensor | None = None,
+        lr: float | None = None,
+        ids: Tensor | None = None,
+    ) -> None:
+        """One optimizer step on the rows of a batch, after their `lookup`.
 
         rows: int64 [u], distinct but for -1, which is skipped; grads: float32 [n, width], where n == u, or
         inverse: int64 [n] names the place in `rows` that each gradient belongs to (they are summed in order);
-        lr: instead of the configured learning rate.
+        lr: instead of the configured learning rate; ids: int64 [u] of the rows, if the caller has them at hand.
         """
-        self._store.update(rows, grads, inverse, lr)
+        self._store.update(rows, grads, inverse, lr, self._ids_of(rows, ids), self._step)
         if self._mark:
             self._index.set_mark(rows, self._mark)
+
+    def update_ahead(
+        self,
+        rows: Tensor,
+        grads: Tensor,
+        inverse: Tensor | None = None,
+        lr: float | None = None,
+        ids: Tensor | None = None,
+    ) -> RowsAhead:
+        """`update` where step sizes are learned: its result looks ahead and, by a second gradient, stores the rows."""
+        ahead = RowsAhead(self._store, rows, self._ids_of(rows, ids), self._step)
+        ahead.update(grads, inverse, self.config.optimizer.lr if lr is None else lr)
+        if self._mark:
+            self._index.set_mark(rows, self._mark)
+        return ahead
+
+    def _ids_of(self, rows: Tensor, ids: Tensor | None) -> Tensor | None:
+        """What the lots of rounding are drawn by, where they are."""
+        if ids is not None or not self._store.needs_ids or not self._index.meta:
+            return ids
+        return gather(self._index.meta, rows, 1, begin=ID).flatten()
 
     def expire(self, now: int, budget_rows: int | None = None) -> int:
         """Give up rows with now - last seen >= ttl_seconds. Returns how many.
@@ -181,13 +214,15 @@ class DynamicTable:
         The table must not change meanwhile.
         """
         for rows, meta in self._index.walk(batch_rows, since):
+            values, state, step_size = self._store.read(rows)
             yield RowBatch(
                 ids=meta[:, ID].contiguous(),
-                values=self._store.gather(rows),
-                state=self._store.read_state(rows),
+                values=values,
+                state=state,
                 last_seen=meta[:, LAST_SEEN].contiguous(),
                 count=meta[:, COUNT].contiguous(),
                 rows=rows,
+                step_size=step_size,
             )
 
     def import_rows(self, batch: RowBatch) -> None:
@@ -211,7 +246,7 @@ class DynamicTable:
                 rows[unknown] = self._index.add(batch.ids[unknown], self._mark)
         self._store.reserve(self._index.end)
         self._index.write(rows, batch.last_seen, batch.count, batch.ids, self._mark)
-        self._store.write(rows, batch.values, batch.state)
+        self._store.write(rows, batch.values, batch.state, batch.step_size)
         if self._cold is not None:
             self._cold.reset()
 

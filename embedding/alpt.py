@@ -1,0 +1,51 @@
+"""The rows of one batch between the two passes of a step that learns step sizes (ALPT, arXiv 2212.05735)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from embedding.packed_rows import PackedRows
+from embedding.row_store import RowStore, join
+
+
+class RowsAhead:
+    """Rows after the optimizer step of the first pass: state is updated, new values are in float32 and not stored yet.
+
+    Only groups with a learned step size are held; the others are stored and do not take part in the second pass. Row
+    numbers are those of the batch (distinct, -1 skipped): no row may be freed meanwhile.
+    """
+
+    def __init__(self, store: RowStore, rows: Tensor, ids: Tensor | None, step: int) -> None:
+        self._store, self._rows, self._ids, self._step = store, rows, ids, step
+        self._held: list[Tensor | None] = []
+
+    def update(self, grads: Tensor, inverse: Tensor | None, lr: float) -> None:
+        """The first pass: one optimizer step by gradients float32 [n, width]."""
+        for group, part in zip(self._store.groups, self._store.split(grads), strict=True):
+            held = None
+            if isinstance(group, PackedRows) and group.learned:
+                held = torch.empty((self._rows.numel(), part.shape[1]), device=part.device)
+                group.update(self._rows, part, inverse, lr, self._ids, self._step, held)
+            else:
+                group.update(self._rows, part, inverse, lr, self._ids, self._step)
+            self._held.append(held)
+
+    def gather(self, inverse: Tensor | None = None) -> Tensor:
+        """Values for the second pass: the new ones, learned groups rounded to nearest with the old step sizes.
+
+        float32 [u, width], or [n, width] with inverse int64 [n].
+        """
+        parts = []
+        for group, held in zip(self._store.groups, self._held, strict=True):
+            if held is None:
+                parts.append(group.gather(self._rows, inverse))
+            else:
+                parts.append(group.look_ahead(self._rows, held, inverse))
+        return join(parts)
+
+    def learn(self, grads: Tensor, inverse: Tensor | None = None) -> None:
+        """The second pass: one step on the step sizes by gradients of what `gather` gave, then values are stored."""
+        for group, held, part in zip(self._store.groups, self._held, self._store.split(grads), strict=True):
+            if held is not None:
+                group.learn_steps(self._rows, held, part, inverse, self._ids, self._step)
