@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 import conf
 from ctr.data.schema import SchemaConfig
 from embedding.errors import ConfigError
+from kernels.formats import FORMATS, ROUNDINGS
 
 
 @dataclass
@@ -47,6 +48,14 @@ class AdmissionConfig:
 
 
 @dataclass
+class AlptConfig:
+    every: int | None = None
+    lr: float = 2e-5
+    weight_decay: float = 0.0
+    gradient_scale: str = "batch"
+
+
+@dataclass
 class EmbeddingConfig:
     """conf/embedding/*.yaml."""
 
@@ -60,6 +69,13 @@ class EmbeddingConfig:
     max_rows: int | None = None
     max_bytes: int | None = None
     eviction: str = "raise"
+    format: str = "fp32"
+    formats: dict[str, str] = field(default_factory=dict)
+    rounding: str = "stochastic"
+    step: float | None = None
+    range: float = 1.0
+    alpt: AlptConfig = field(default_factory=AlptConfig)
+    transport: str = "fp32"
 
 
 @dataclass
@@ -86,6 +102,7 @@ class SparseConfig(SideConfig):
     beta: float = 1.0
     l1: float = 0.0
     l2: float = 0.0
+    state_format: str = "fp32"
 
 
 @dataclass
@@ -241,6 +258,7 @@ def _check(config: Config) -> None:
         "trainer.early_stop.patience": (trainer.early_stop.patience, 1),
         "embedding.rows": (config.embedding.rows, 1),
         "embedding.l2": (config.embedding.l2, 0),
+        "embedding.alpt.every": (config.embedding.alpt.every, 1),
         "optimizer.dense.warmup_steps": (optimizer.dense.warmup_steps, 0),
         "optimizer.sparse.warmup_steps": (optimizer.sparse.warmup_steps, 0),
         "data.lanes": (config.data.lanes, 1),
@@ -257,6 +275,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"optimizer.dense.name is {optimizer.dense.name!r}; expected adam, sgd or adagrad")
     if config.embedding.clock not in ("event", "wall"):
         raise ConfigError(f"embedding.clock is {config.embedding.clock!r}; expected event or wall")
+    _check_formats(config.embedding)
     if config.embedding.ttl_days is not None and config.embedding.clock == "event" and config.data.schema.time is None:
         raise ConfigError(
             "embedding.ttl_days is set, but data.schema.time names no column and embedding.clock is event; "
@@ -264,3 +283,28 @@ def _check(config: Config) -> None:
         )
     if trainer.early_stop.metric not in ("auc", "logloss"):
         raise ConfigError(f"trainer.early_stop.metric is {trainer.early_stop.metric!r}; expected auc or logloss")
+
+
+def _check_formats(embedding: EmbeddingConfig) -> None:
+    choices = {
+        "format": (embedding.format, FORMATS),
+        **{f"formats.{key}": (value, FORMATS) for key, value in embedding.formats.items()},
+        "rounding": (embedding.rounding, ROUNDINGS),
+        "alpt.gradient_scale": (embedding.alpt.gradient_scale, ("batch", "dim", "none")),
+        "transport": (embedding.transport, ("fp32", "fp16", "bf16")),
+    }
+    for key, (value, known) in choices.items():
+        if value not in known:
+            near = get_close_matches(str(value), known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"embedding.{key} is {value!r}; expected {', '.join(known[:-1])} or {known[-1]}{hint}")
+    above_zero = {"step": embedding.step, "range": embedding.range, "alpt.lr": embedding.alpt.lr}
+    for key, value in above_zero.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"embedding.{key} is {value}; expected a number above 0")
+    if embedding.kind == "static" and (embedding.format, embedding.formats, embedding.transport) != (
+        "fp32",
+        {},
+        "fp32",
+    ):
+        raise ConfigError("embedding.format, formats and transport need embedding.kind dynamic; static rows are fp32")

@@ -7,7 +7,8 @@ repeating, pooling and, in the backward pass, summing over repetitions happen he
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from distributed.dynamic_sharding import DYNAMIC, DynamicSharder
 from distributed.plan import TableSize
 from distributed.process import Process
 from distributed.table_files import load_tables, save_tables
+from distributed.table_kernel import Pass
+from distributed.transport import codecs
 from embedding.config import DynamicTableConfig
 from embedding.table import DynamicTable
 from kernels.mix import mix64
@@ -36,6 +39,7 @@ class DynamicTables(nn.Module):
         id_names: the id features, in the order in which a group's output lists the fields.
         expected_rows: rows per table that the planner counts with; tables grow beyond it.
         averaged: the features whose bags are averaged over their ids; the others are summed.
+        transport: precision in which rows travel between ranks, see `transport.py`.
     """
 
     compute_kernel = DYNAMIC.value
@@ -46,10 +50,15 @@ class DynamicTables(nn.Module):
         id_names: Sequence[str],
         expected_rows: int,
         averaged: Collection[str] = (),
+        transport: str = "fp32",
     ) -> None:
         super().__init__()
+        self._transport = transport
+        self._asked: tuple[KeyedJaggedTensor, Tensor] | None = None  # by the pass before, for the second one
+        self._second = False
         self.tables, self.expected_rows = list(tables), expected_rows
         self.groups = {group.name: group.dim for group in tables[0].groups}
+        self.learns_steps = any(table.learns_steps for table in tables)
         self.collection = EmbeddingCollection(
             device=torch.device("meta"),
             tables=[
@@ -70,7 +79,9 @@ class DynamicTables(nn.Module):
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """ids: raw int64 ids, stride B. Returns group -> [B, fields, dim] float32; an empty bag gives zeros."""
-        asked, index = self._distinct(ids)
+        if not self._second:
+            self._asked = self._distinct(ids)
+        asked, index = self._asked
         answered = self.collection(asked)
         rows = torch.cat([answered[name].values() for name in self._names])
         pooled_fbd = self._pool(rows, index, ids).unflatten(0, (self._field_count, -1))
@@ -78,7 +89,7 @@ class DynamicTables(nn.Module):
 
     def sharder(self) -> DynamicSharder:
         fused = {"table_configs": tuple(self.tables), "learning_rate": self.tables[0].optimizer.lr}
-        return DynamicSharder(fused)
+        return DynamicSharder(fused, qcomm_codecs_registry=codecs(self._transport))
 
     def sizes(self) -> list[TableSize]:
         return [
@@ -97,10 +108,29 @@ class DynamicTables(nn.Module):
             for name, table in zip(kernel.names, kernel.tables, strict=True)
         }
 
-    def begin_step(self, now: int) -> None:
-        """Set the time that rows of the coming training step are touched with, in seconds."""
+    def begin_step(self, now: int, learn_steps: bool = False) -> None:
+        """Set the time that rows of the coming training step are touched with, in seconds.
+
+        learn_steps: the step has a second pass (`second_pass`) in which step sizes are learned. Rows are stored
+        at its end; what the first pass leaves between the two is kept in float32 for the rows of the batch.
+        """
         for kernel in self.collection.kernels():
             kernel.now = now
+            kernel.phase = Pass.FIRST if learn_steps else Pass.ONLY
+
+    @contextmanager
+    def second_pass(self) -> Iterator[None]:
+        """Forward and backward in this block are the second pass of a step, on the batch of the first.
+
+        A look-up gives the updated rows as they would be stored; gradients go to the step sizes alone.
+        """
+        self._second = True
+        for kernel in self.collection.kernels():
+            kernel.phase = Pass.SECOND
+        yield
+        self._second = False
+        for kernel in self.collection.kernels():
+            kernel.phase = Pass.ONLY
 
     def expire(self, now: int) -> None:
         """Give up rows not seen for their table's TTL; scans a part of each table, the next part the next time."""

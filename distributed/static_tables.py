@@ -51,6 +51,7 @@ class StaticTables(nn.Module):
     """
 
     compute_kernel = EmbeddingComputeKernel.FUSED.value
+    learns_steps = False
 
     def __init__(
         self,
@@ -145,8 +146,8 @@ class StaticTables(nn.Module):
             for shard in value.local_shards():
                 _fill(shard.tensor, shard.metadata.shard_offsets[0], table, self.seed)
 
-    def begin_step(self, now: int) -> None:
-        """Nothing: static rows have no age."""
+    def begin_step(self, now: int, learn_steps: bool = False) -> None:
+        """Nothing: static rows have no age, and no step sizes."""
 
     def expire(self, now: int) -> None:
         """Nothing: static rows never expire."""

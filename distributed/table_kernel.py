@@ -2,11 +2,16 @@
 
 It receives, per table, the ids that every rank asks for with their counts, and gives their rows; in the backward pass
 it receives the rows' gradients and updates the tables at once, so that no gradient leaves it.
+
+A step that learns step sizes (ALPT) has two such passes over one batch. The first updates the optimizer's state and
+keeps the new rows of the batch in float32; the second gives them as they would be stored, and its gradients update
+the step sizes, with which the rows are stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -17,9 +22,18 @@ from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embedding.alpt import RowsAhead
 from embedding.table import DynamicTable
 from kernels.mix import unmix64
 from kernels.unique import unique_inverse
+
+
+class Pass(Enum):
+    """What the next forward and backward of a training step are: all of it, or the first or second of two."""
+
+    ONLY = auto()
+    FIRST = auto()
+    SECOND = auto()
 
 
 class RowLearningRate(FusedOptimizer):
@@ -44,7 +58,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
 
     Attributes:
         tables: in the order of torchrec's grouped config.
-        now: time of the batch in seconds, set by the caller before each training step.
+        now: time of the batch in seconds, set by the caller before each training step, as phase is.
     """
 
     def __init__(self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None):
@@ -55,6 +69,8 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         self.names = [table.name for table in config.embedding_tables]
         self.ranks = pg.size() if pg is not None else 1
         self.now = 0
+        self.phase = Pass.ONLY
+        self._ahead: list[tuple[RowsAhead, Tensor | None]] = []  # per table, between the two passes
         self._optim = RowLearningRate(fused["learning_rate"])
         # Autograd runs a function's backward only if some input wants a gradient; rows are no tensor it knows of.
         self._handle = torch.zeros((), requires_grad=True)
@@ -68,7 +84,9 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         return _LookUp.apply(self._handle, self, features.values(), features.weights(), features.offsets())
 
     def look_up(self, mixed: Tensor, counts: Tensor, bounds: list[int]) -> tuple[Tensor, list[tuple]]:
-        """Rows of all tables one after the other, and what `update` needs per table: row numbers and inverse."""
+        """Rows of all tables one after the other, and what `update` needs per table: row numbers, ids and inverse."""
+        if self.phase is Pass.SECOND and self.training:
+            return torch.cat([ahead.gather(inverse) for ahead, inverse in self._ahead]), []
         parts, context = [], []
         for table, begin, end in zip(self.tables, bounds, bounds[1:], strict=False):
             ids, count = unmix64(mixed[begin:end]), counts[begin:end].long()
@@ -78,13 +96,22 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
                 count = torch.zeros_like(ids).index_add_(0, inverse, count)
             rows = table.lookup(ids, self.now, count, self.training)
             parts.append(table.gather(rows, inverse))
-            context.append((rows, inverse))
+            context.append((rows, ids, inverse))
         return torch.cat(parts), context
 
     def update(self, grads: Tensor, context: list[tuple], bounds: list[int]) -> None:
-        for table, (rows, inverse), begin, end in zip(self.tables, context, bounds, bounds[1:], strict=False):
-            if end > begin:
-                table.update(rows, grads[begin:end], inverse, lr=self._optim.lr)
+        lr = self._optim.lr
+        parts = [grads[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+        if self.phase is Pass.SECOND:
+            for (ahead, inverse), part in zip(self._ahead, parts, strict=True):
+                ahead.learn(part, inverse)
+            self._ahead = []
+            return
+        for table, (rows, ids, inverse), part in zip(self.tables, context, parts, strict=True):
+            if self.phase is Pass.FIRST:
+                self._ahead.append((table.update_ahead(rows, part, inverse, lr, ids), inverse))
+            elif part.numel():
+                table.update(rows, part, inverse, lr, ids)
 
     def clear(self) -> None:
         """Forget all rows."""

@@ -116,9 +116,7 @@ def lane_chunks(
         yield [small]
 
 
-def _large_chunks(
-    group: int, first: int, stop: int, group_rows: int, window_rows: int
-) -> Iterator[list[list[Span]]]:
+def _large_chunks(group: int, first: int, stop: int, group_rows: int, window_rows: int) -> Iterator[list[list[Span]]]:
     step, chunk = window_step(group_rows, window_rows), chunk_rows(group_rows, window_rows)
     for begin in range(first // chunk * chunk, stop, chunk):
         cuts = range(begin, min(begin + chunk, stop), step)

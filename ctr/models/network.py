@@ -18,8 +18,17 @@ from ctr.models.tower import Fields, Tower
 from distributed.dynamic_tables import DynamicTables
 from distributed.sharding import Tables
 from distributed.static_tables import StaticTables
-from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, TableConfig
+from embedding.config import (
+    Admission,
+    DynamicTableConfig,
+    Group,
+    RowOptimizer,
+    StepOptimizer,
+    TableConfig,
+    step_of_range,
+)
 from embedding.errors import ConfigError
+from kernels.formats import PackedLayout, code_range, is_int
 
 
 class Network(nn.Module):
@@ -83,6 +92,7 @@ def build_tables(config: Config, schema: Schema, tower: Tower) -> Tables:
         beta=sparse.beta,
         l1=sparse.l1,
         l2=sparse.l2,
+        state_format=sparse.state_format,
     )
     # A bag of at most one id needs no average.
     averaged = [f.name for f in schema.categorical if f.kind in ("ids", "sequence") and f.pooling == "mean"]
@@ -97,8 +107,9 @@ def build_tables(config: Config, schema: Schema, tower: Tower) -> Tables:
         seed = config.trainer.seed
         return StaticTables(groups, schema.id_names, embedding.rows, optimizer, seed, schema.weighted, averaged)
     if embedding.kind == "dynamic":
+        _check_exceptions(embedding.formats, tower, schema)
         tables = [_dynamic_table(config, tower, optimizer, t, tuple(f)) for t, f in schema.tables.items()]
-        return DynamicTables(tables, schema.id_names, embedding.rows, averaged)
+        return DynamicTables(tables, schema.id_names, embedding.rows, averaged, embedding.transport)
     raise ConfigError(f"embedding.kind is {embedding.kind!r}; expected dynamic or static")
 
 
@@ -110,7 +121,7 @@ def _dynamic_table(
     table = DynamicTableConfig(
         name=name,
         features=features,
-        groups=tuple(Group(group, dim, embedding.init_std) for group, dim in tower.embedding_dims.items()),
+        groups=tuple(_group(config, name, group, dim) for group, dim in tower.embedding_dims.items()),
         optimizer=optimizer,
         seed=config.trainer.seed,
         admission=Admission(**vars(embedding.admission)),
@@ -121,3 +132,34 @@ def _dynamic_table(
     )
     table.check_batch(-(-config.trainer.batch_size * len(features) // ranks))
     return table
+
+
+def _group(config: Config, table: str, name: str, dim: int) -> Group:
+    """One group of a table in the format that embedding.formats or, where that makes it smaller, format says."""
+    embedding = config.embedding
+    format = next(
+        (embedding.formats[key] for key in (f"{table}.{name}", table, name) if key in embedding.formats), None
+    )
+    if format is None:
+        # A row of few values would not become smaller: it has a step size beside them and fills whole words.
+        smaller = PackedLayout(embedding.format, dim, "sgd").bytes < 4 * dim
+        format = embedding.format if smaller else "fp32"
+    if not is_int(format):
+        return Group(name, dim, embedding.init_std, format, embedding.rounding)
+    step = embedding.step or step_of_range(format, embedding.range)
+    learned, alpt = None, embedding.alpt
+    if alpt.every is not None:
+        shared = {"batch": config.trainer.batch_size * dim, "dim": dim, "none": 0}[alpt.gradient_scale]
+        scale = (shared * code_range(format)[1]) ** -0.5 if shared else 1.0
+        learned = StepOptimizer(alpt.lr, alpt.weight_decay, scale)
+    return Group(name, dim, embedding.init_std, format, embedding.rounding, step, learned)
+
+
+def _check_exceptions(formats: dict[str, str], tower: Tower, schema: Schema) -> None:
+    groups, tables = list(tower.embedding_dims), list(schema.tables)
+    known = [*groups, *tables, *(f"{table}.{group}" for table in tables for group in groups)]
+    for key in formats:
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"groups are {', '.join(groups)}"
+            raise ConfigError(f"embedding.formats.{key} names no table and no group; {hint}")

@@ -47,6 +47,7 @@ class Trainer:
         self.tables = self.model.module.tables
         self.optimizers = Optimizers(config.optimizer, self.model)
         self.log = RunLog(config, process, plan)
+        self.steps_every = config.embedding.alpt.every if self.tables.learns_steps else None
         self.step = self.now = 0
         self.best: float | None = None
         self.evaluations_since_best = 0
@@ -78,7 +79,8 @@ class Trainer:
         self.process.stage = f"step {self.step}: forward"
         global_weight, self.now = self.agree(batch)  # before it goes to the device: these are numbers for the host
         batch = batch.to(self.process.device)
-        self.tables.begin_step(self.now)
+        learn_steps = self.steps_every is not None and self.step % self.steps_every == 0
+        self.tables.begin_step(self.now, learn_steps)
         logits, embeddings = self.model(batch)
         loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
         check_loss(loss_sum, network, batch, embeddings, self.step)
@@ -91,8 +93,23 @@ class Trainer:
         ((loss_sum + self.l2(embeddings)) * scale).backward()
         check_gradients(network.tower, self.step)
         self.optimizers.step()
+        if learn_steps:
+            self.learn_step_sizes(batch, scale)
         self.step += 1
         return loss_sum.detach(), batch.weight.sum()
+
+    def learn_step_sizes(self, batch: Batch, scale: float) -> None:
+        """ALPT's second pass over the batch: the gradient of the loss to the updated rows as they would be rounded,
+        and from it the step sizes with which they are stored. The tower has been updated and takes no part."""
+        network: Network = self.model.module
+        self.process.stage = f"step {self.step}: step sizes"
+        with self.tables.second_pass():
+            logits, embeddings = network(batch)
+            loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
+            check_loss(loss_sum, network, batch, embeddings, self.step)
+            watch_gradients(network, embeddings)
+            rows = list(embeddings.values())
+            torch.autograd.backward(rows, torch.autograd.grad((loss_sum + self.l2(embeddings)) * scale, rows))
 
     def agree(self, batch: Batch) -> tuple[float, int]:
         """Summed weight and the time (seconds) of the global batch, the same on every rank."""
