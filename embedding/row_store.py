@@ -77,7 +77,7 @@ class PlainRows:
         return both[:, : self._group.dim], both[:, self._group.dim :], None
 
     def write(self, rows: Tensor, values: Tensor, state: Tensor, steps: Tensor | None) -> None:
-        scatter(self._chunks, rows, torch.cat([values, state], dim=1))
+        scatter(self._chunks, rows, torch.cat([values.contiguous().view(torch.float32), state], dim=1))
 
 
 class RowStore:
