@@ -7,18 +7,56 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ctr.models.numeric import Raw, ScaledVectors
+from ctr.models.tower import Fields
+from embedding.errors import ConfigError
 
-class NumericEmbedding(nn.Module):
-    """One learned vector per numeric field, scaled by the field's value: e_i = v_i x_i (DeepFM, AutoInt 4.2)."""
 
-    def __init__(self, fields: int, dim: int, init_std: float) -> None:
+class FieldEmbedding(nn.Module):
+    """All fields of a row as vectors of one length: numeric ones first, then ids.
+
+    Attributes:
+        count: number F of vectors per row; with `numeric=raw` the id fields alone.
+        inputs: width of `flat`, F * dim and with `numeric=raw` one more per numeric field.
+    """
+
+    def __init__(self, fields: Fields, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(fields, dim))
-        nn.init.normal_(self.weight, std=init_std)
+        if dim < 1:
+            raise ConfigError(f"model.embedding_dim is {dim}; expected at least 1")
+        self.numeric = fields.embed_numeric(len(fields.numeric), dim)
+        self.raw = isinstance(self.numeric, Raw)
+        self.count = len(fields.ids) if self.raw else len(fields)
+        self.dim = dim
+        self.inputs = self.count * dim + (len(fields.numeric) if self.raw else 0)
 
-    def forward(self, numeric_bn: Tensor) -> Tensor:
-        """[B, n] float32 -> [B, n, dim]."""
-        return numeric_bn.unsqueeze(2) * self.weight
+    def forward(self, numeric_bn: Tensor, emb_bfd: Tensor) -> Tensor:
+        """[B, numeric fields], [B, id fields, dim] -> [B, F, dim]."""
+        if self.raw or not numeric_bn.shape[1]:
+            return emb_bfd
+        return torch.cat([self.numeric(numeric_bn), emb_bfd], 1)
+
+    def flat(self, numeric_bn: Tensor, emb_bfd: Tensor) -> Tensor:
+        """What dense layers read, [B, inputs]: `emb_bfd` (as `forward` returns it) side by side, and raw values."""
+        return torch.cat([emb_bfd.flatten(1), numeric_bn], 1) if self.raw else emb_bfd.flatten(1)
+
+
+class FirstOrder(nn.Module):
+    """w0 + <w, x>: the linear part of LR, FM, Wide&Deep, DeepFM. Id weights come from the group "w" of dim 1.
+
+    A numeric field's weight is its embedding of dim 1, so that bucketised values have one weight per bucket; raw
+    values have one each.
+    """
+
+    def __init__(self, fields: Fields) -> None:
+        super().__init__()
+        numeric = fields.embed_numeric(len(fields.numeric), 1)
+        self.numeric = ScaledVectors(len(fields.numeric), 1) if isinstance(numeric, Raw) else numeric
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, numeric_bn: Tensor, weight_bf1: Tensor) -> Tensor:
+        """[B, numeric fields], [B, id fields, 1] -> [B]."""
+        return self.bias + self.numeric(numeric_bn).sum((1, 2)) + weight_bf1.sum((1, 2))
 
 
 class FactorizationMachine(nn.Module):
@@ -31,24 +69,97 @@ class FactorizationMachine(nn.Module):
         return 0.5 * (square_of_sum - sum_of_square).sum(1)
 
 
+class InnerProducts(nn.Module):
+    """All pairwise inner products <e_i, e_j>, i < j, from one Gram matrix per row (PNN 3.2), in the order of `pairs`.
+
+    Attributes:
+        count: F (F - 1) / 2.
+    """
+
+    def __init__(self, fields: int) -> None:
+        super().__init__()
+        first, second = pairs(fields)
+        self.count = len(first)
+        self.register_buffer("place", first * fields + second, persistent=False)
+
+    def forward(self, emb_bfd: Tensor) -> Tensor:
+        """[B, F, D] -> [B, count]."""
+        if emb_bfd.is_cuda:
+            return torch.bmm(emb_bfd, emb_bfd.transpose(1, 2)).flatten(1).index_select(1, self.place)
+        return _UpperGram.apply(emb_bfd)
+
+
+class _UpperGram(torch.autograd.Function):
+    """The Gram matrix above its diagonal, on the CPU: copying F slices is faster than an index of F^2 / 2 places, and
+    the backward pass twice as fast as autograd's, which would add up into a zeroed matrix one place at a time."""
+
+    @staticmethod
+    def forward(ctx, emb_bfd: Tensor) -> Tensor:
+        gram_bff = torch.bmm(emb_bfd, emb_bfd.transpose(1, 2))
+        ctx.save_for_backward(emb_bfd.to(gram_bff.dtype))  # autocast is off in the backward pass
+        ctx.dtype = emb_bfd.dtype
+        return torch.cat([gram_bff[:, i, i + 1 :] for i in range(gram_bff.shape[1] - 1)], 1)
+
+    @staticmethod
+    def backward(ctx, grad_bp: Tensor) -> Tensor:
+        (emb_bfd,) = ctx.saved_tensors
+        fields = emb_bfd.shape[1]
+        grad_bff = grad_bp.new_zeros(len(grad_bp), fields, fields)
+        for i, part in enumerate(grad_bp.split(list(range(fields - 1, 0, -1)), 1)):
+            grad_bff[:, i, i + 1 :] = part
+        return torch.bmm(grad_bff, emb_bfd).baddbmm_(grad_bff.transpose(1, 2), emb_bfd).to(ctx.dtype)
+
+
 class MLP(nn.Sequential):
-    """Linear, (batch norm), ReLU, dropout per hidden layer, then one linear output of `outputs` units."""
+    """Linear, (batch norm), ReLU, dropout per hidden layer, then one linear output of `outputs` units.
+
+    With `outputs` None the last hidden layer is the output, `width` units wide.
+    """
 
     def __init__(
-        self, inputs: int, hidden: Sequence[int], dropout: float = 0.0, batch_norm: bool = False, outputs: int = 1
+        self,
+        inputs: int,
+        hidden: Sequence[int],
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+        outputs: int | None = 1,
     ) -> None:
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"model.dropout is {dropout}; expected 0 or more and less than 1")
         layers: list[nn.Module] = []
         for width in hidden:
-            layers.append(nn.Linear(inputs, width))
+            layers.append(linear(inputs, width))
             if batch_norm:
                 layers.append(nn.BatchNorm1d(width))
             layers.append(nn.ReLU())
             if dropout:
                 layers.append(nn.Dropout(dropout))
             inputs = width
-        layers.append(nn.Linear(inputs, outputs))
+        if outputs is not None:
+            layers.append(linear(inputs, outputs))
         super().__init__(*layers)
-        for layer in self:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_normal_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        self.width = inputs if outputs is None else outputs
+
+
+def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    """W x + b with W Xavier normal and b zero, as most public CTR code begins."""
+    layer = nn.Linear(inputs, outputs, bias)
+    nn.init.xavier_normal_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def pairs(fields: int) -> tuple[Tensor, Tensor]:
+    """The pairs i < j of `fields` fields, two int64 vectors of F (F - 1) / 2: (0,1), (0,2), .., (1,2), .."""
+    first, second = torch.triu_indices(fields, fields, 1)
+    return first, second
+
+
+def need_pairs(model: str, embedded: int) -> None:
+    """Raise ConfigError where a model of interactions has fewer than two embedded fields."""
+    if embedded < 2:
+        raise ConfigError(
+            f"model.target is {model}, which crosses fields, but the schema gives it {embedded} embedded field(s); "
+            "expected at least 2 (numeric=raw embeds no numeric field), or a model such as dnn"
+        )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import os
 from collections.abc import Sequence
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +11,7 @@ from torch import Tensor, nn
 from ctr.config import Config
 from ctr.data.batch import Batch
 from ctr.data.schema import Schema
+from ctr.models.instantiate import instantiate
 from ctr.models.tower import Fields, Tower
 from distributed.dynamic_tables import DynamicTables
 from distributed.sharding import Tables
@@ -49,29 +47,18 @@ class Network(nn.Module):
         return logits.float(), embeddings
 
 
-def build_tower(model: dict, schema: Schema) -> Tower:
-    """Instantiate the class that `model.target` names ("ctr.models.deepfm.DeepFM") with the other keys as arguments.
+def build_tower(config: Config, schema: Schema) -> Tower:
+    """The tower that `model` describes, over the schema's fields, with numeric ones embedded as `numeric` says.
 
     Raises:
         ConfigError: no such class, or a key that its constructor does not take, or one that it misses.
     """
-    arguments = dict(model)
-    target = arguments.pop("target")
-    module_name, _, class_name = target.rpartition(".")
-    try:
-        tower_class = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"model.target is {target!r}, which cannot be imported: {error}") from None
-    known = [name for name in inspect.signature(tower_class).parameters if name != "fields"]
-    for name in arguments:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            hint = f"; did you mean model.{near[0]}?" if near else f"; expected {', '.join(known)}"
-            raise ConfigError(f"model.{name} is not a key of {class_name}{hint}")
-    missing = [name for name in known if name not in arguments]
-    if missing:
-        raise ConfigError(f"model.{missing[0]} is missing; {class_name} needs {', '.join(known)}")
-    return tower_class(Fields(tuple(schema.numeric_names), tuple(schema.id_names)), **arguments)
+
+    def embed_numeric(fields: int, dim: int) -> nn.Module:
+        return instantiate(config.numeric, "numeric", fields, dim)
+
+    fields = Fields(tuple(schema.numeric_names), tuple(schema.id_names), embed_numeric)
+    return instantiate(config.model, "model", fields)
 
 
 def build_tables(config: Config, schema: Schema, tower: Tower) -> Tables:

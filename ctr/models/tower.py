@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ctr.models.numeric import ScaledVectors
+
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields a tower sees, in the order of its input tensors."""
+    """The fields a tower sees, in the order of its input tensors, and how numeric ones become vectors.
+
+    `embed_numeric(fields, dim)` makes a module [B, fields] -> [B, fields, dim]; the configuration's `numeric` chooses.
+    """
 
     numeric: tuple[str, ...]
     ids: tuple[str, ...]
+    embed_numeric: Callable[[int, int], nn.Module] = ScaledVectors
 
     def __len__(self) -> int:
         return len(self.numeric) + len(self.ids)

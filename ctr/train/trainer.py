@@ -179,7 +179,7 @@ class Trainer:
 
 def build_model(config: Config, schema: Schema, process: Process) -> tuple[DistributedModelParallel, str]:
     """The sharded model, with the same initial values on any number of ranks, and its plan as text."""
-    tower = build_tower(config.model, schema)
+    tower = build_tower(config, schema)
     network = Network(build_tables(config, schema, tower), tower, schema.id_names, config.trainer.amp)
     return shard(network, network.tables, process, -(-config.trainer.batch_size // process.world_size))
 

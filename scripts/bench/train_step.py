@@ -59,7 +59,7 @@ class PlainTorch(torch.nn.Module):
 
 def tower() -> DeepFM:
     names = Fields(tuple(f"I{i}" for i in range(NUMERIC)), tuple(f"C{i}" for i in range(IDS)))
-    return DeepFM(names, DIM, HIDDEN, dropout=0.0, batch_norm=False, numeric_init_std=0.01)
+    return DeepFM(names, DIM, HIDDEN, dropout=0.0, batch_norm=False)
 
 
 def plain_torch_step() -> Callable[[], None]:

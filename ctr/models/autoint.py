@@ -1,0 +1,93 @@
+"""AutoInt and AutoInt+ (Song et al., CIKM 2019, arXiv 1810.11921; authors' code featureRec/autoint)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctr.models.layers import MLP, FieldEmbedding, linear, need_pairs
+from ctr.models.tower import Fields, Tower
+from embedding.errors import ConfigError
+
+FORMS = ("paper", "code")
+
+
+class AutoInt(Tower):
+    """y = sigmoid(w^T concat_m(out_m) + b), out by a stack of interacting layers over the fields   (section 4)
+
+    AutoInt+ adds the logit of an MLP on the concatenated embeddings: `hidden` not empty.
+    """
+
+    def __init__(
+        self,
+        fields: Fields,
+        embedding_dim: int,
+        layers: int,
+        heads: int,
+        attention_dim: int,
+        form: str,
+        residual: bool,
+        attention_dropout: float,
+        hidden: Sequence[int],
+        dropout: float,
+        batch_norm: bool,
+    ) -> None:
+        super().__init__()
+        if form not in FORMS:
+            raise ConfigError(f"model.form is {form!r}; expected {' or '.join(FORMS)}")
+        if layers < 1:
+            raise ConfigError(f"model.layers is {layers}; expected at least 1 interacting layer")
+        if heads < 1 or attention_dim % heads:
+            raise ConfigError(f"model.heads is {heads}; expected a divisor of model.attention_dim, {attention_dim}")
+        self.embedding_dims = {"v": embedding_dim}
+        self.embed = FieldEmbedding(fields, embedding_dim)
+        need_pairs("AutoInt", self.embed.count)
+        widths = [embedding_dim] + [attention_dim] * (layers - 1)
+        self.interact = nn.Sequential(
+            *(InteractingLayer(width, attention_dim, heads, form, residual, attention_dropout) for width in widths)
+        )
+        raw = self.embed.inputs - self.embed.count * embedding_dim
+        self.output = linear(self.embed.count * attention_dim + raw, 1)
+        self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm) if hidden else None
+
+    def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
+        emb_bfd = self.embed(numeric_bn, embeddings["v"])
+        logit = self.output(self.embed.flat(numeric_bn, self.interact(emb_bfd)))
+        if self.mlp is not None:
+            logit = logit + self.mlp(self.embed.flat(numeric_bn, emb_bfd))
+        return logit.squeeze(1)
+
+
+class InteractingLayer(nn.Module):
+    """Multi-head self-attention over a row's fields, residual and ReLU   (eqs. 5 to 8)
+
+    form paper: Q, K, V and residual are bare matrices, scores are not scaled.
+    form code:  each is linear, bias, ReLU; scores are divided by sqrt(width of a head); layer norm after the ReLU.
+    """
+
+    def __init__(self, inputs: int, width: int, heads: int, form: str, residual: bool, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.code, self.dropout = heads, form == "code", dropout
+        self.scale = (width // heads) ** -0.5 if self.code else 1.0
+        # Query, key, value and residual in one product.
+        self.project = nn.Linear(inputs, (4 if residual else 3) * width, bias=self.code)
+        self.norm = nn.LayerNorm(width, eps=1e-8) if self.code else nn.Identity()
+        for part in self.project.weight.split(width):
+            nn.init.xavier_normal_(part)
+        if self.code:
+            nn.init.zeros_(self.project.bias)
+        self.width = width
+
+    def forward(self, emb_bfd: Tensor) -> Tensor:
+        """[B, F, inputs] -> [B, F, width]."""
+        projected = self.project(emb_bfd)
+        if self.code:
+            projected = projected.relu()
+        query, key, value, *residual = projected.split(self.width, 2)
+        by_head = [part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)]
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(*by_head, dropout_p=dropout, scale=self.scale)
+        mixed = mixed.transpose(1, 2).flatten(2)
+        return self.norm((mixed + residual[0] if residual else mixed).relu())

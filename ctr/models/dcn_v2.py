@@ -1,0 +1,64 @@
+"""DCN-V2 (Wang et al., WWW 2021, arXiv 2008.13535)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ctr.models.layers import MLP, FieldEmbedding, linear, need_pairs
+from ctr.models.tower import Fields, Tower
+from embedding.errors import ConfigError
+
+STRUCTURES = ("parallel", "stacked")
+
+
+class DCNV2(Tower):
+    """x_{l+1} = x_0 * (W_l x_l + b_l) + x_l   (eq. 1), beside a deep network (parallel) or below it (stacked)
+
+    parallel: y = sigmoid(w^T [x_L, h(x_0)]);  stacked: y = sigmoid(w^T h(x_L))   (section 3.3)
+    """
+
+    def __init__(
+        self,
+        fields: Fields,
+        embedding_dim: int,
+        cross_layers: int,
+        low_rank: int | None,
+        structure: str,
+        hidden: Sequence[int],
+        dropout: float,
+        batch_norm: bool,
+    ) -> None:
+        super().__init__()
+        if structure not in STRUCTURES:
+            raise ConfigError(f"model.structure is {structure!r}; expected {' or '.join(STRUCTURES)}")
+        if cross_layers < 1:
+            raise ConfigError(f"model.cross_layers is {cross_layers}; expected at least 1")
+        self.embedding_dims = {"v": embedding_dim}
+        self.embed = FieldEmbedding(fields, embedding_dim)
+        need_pairs("DCNV2", self.embed.count)
+        inputs = self.embed.inputs
+        self.parallel = structure == "parallel"
+        self.cross = nn.ModuleList(_cross(inputs, low_rank) for _ in range(cross_layers))
+        self.mlp = MLP(inputs, hidden, dropout, batch_norm, outputs=None)
+        self.output = linear(self.mlp.width + (inputs if self.parallel else 0), 1)
+
+    def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
+        first = self.embed.flat(numeric_bn, self.embed(numeric_bn, embeddings["v"]))
+        crossed = first
+        for layer in self.cross:
+            crossed = first * layer(crossed) + crossed
+        if self.parallel:
+            return self.output(torch.cat([crossed, self.mlp(first)], 1)).squeeze(1)
+        return self.output(self.mlp(crossed)).squeeze(1)
+
+
+def _cross(inputs: int, low_rank: int | None) -> nn.Module:
+    """W x + b, or U (V^T x) + b with `low_rank` columns (eq. 2)."""
+    if low_rank is None:
+        return linear(inputs, inputs)
+    if not 1 <= low_rank <= inputs:
+        raise ConfigError(f"model.low_rank is {low_rank}; expected null or 1 to {inputs}, the width of all fields")
+    return nn.Sequential(linear(inputs, low_rank, bias=False), linear(low_rank, inputs))

@@ -1,0 +1,116 @@
+"""FGCNN, feature generation by a convolutional network (Liu et al., WWW 2019, arXiv 1904.04447)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctr.models.instantiate import instantiate
+from ctr.models.layers import FieldEmbedding, linear, need_pairs
+from ctr.models.tower import Fields, Tower
+from embedding.errors import ConfigError
+
+
+class FGCNN(Tower):
+    """New fields, generated from embeddings of their own, join the raw ones in any other model   (section 3)
+
+    X^0 = E' (the fields in the schema's order; the convolution sees neighbours)
+    C^l = tanh(conv over h fields (X^{l-1})),  X^l = max over p fields (C^l)
+    R^l = tanh(W^l flatten(X^l) + b^l), m_r^l new fields per remaining field
+    y   = classifier(E, R^1, .., R^L)
+
+    Each id owns two rows: E' for the generation, E for the classifier. A classifier's first-order weights cover the
+    raw fields; generated ones have no ids to weigh.
+    """
+
+    def __init__(
+        self,
+        fields: Fields,
+        embedding_dim: int,
+        channels: Sequence[int],
+        kernel: int,
+        pool: int,
+        recombined: int,
+        conv_batch_norm: bool,
+        classifier: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.embed = FieldEmbedding(fields, embedding_dim)
+        need_pairs("FGCNN", self.embed.count)
+        _check(channels, kernel, pool, recombined, self.embed.count)
+        self.generate = Generation(self.embed.count, embedding_dim, channels, kernel, pool, recombined, conv_batch_norm)
+        generated = tuple(f"generated_{number}" for number in range(self.generate.count))
+        everything = Fields(fields.numeric, fields.ids + generated, fields.embed_numeric)
+        self.classifier = instantiate(classifier, "model.classifier", everything, embedding_dim=embedding_dim)
+        if self.classifier.embedding_dims.get("v") != embedding_dim or "generation" in self.classifier.embedding_dims:
+            raise ConfigError(
+                f"model.classifier.target is {classifier['target']}; expected a model that reads one group of vectors"
+            )
+        self.embedding_dims = {**self.classifier.embedding_dims, "generation": embedding_dim}
+
+    def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
+        generated_bgd = self.generate(self.embed(numeric_bn, embeddings["generation"]))
+        raw = {name: emb_bfd for name, emb_bfd in embeddings.items() if name != "generation"}
+        return self.classifier(numeric_bn, {**raw, "v": torch.cat([raw["v"], generated_bgd], 1)})
+
+
+class Generation(nn.Module):
+    """Convolution, max-pooling and recombination: [B, F, D] -> [B, count, D] (section 3.2)
+
+    Attributes:
+        count: new fields over all layers.
+    """
+
+    def __init__(
+        self,
+        fields: int,
+        dim: int,
+        channels: Sequence[int],
+        kernel: int,
+        pool: int,
+        recombined: int,
+        batch_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.pool, self.dim, self.count = pool, dim, 0
+        self.convolutions, self.norms, self.recombinations = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        inputs = 1
+        for outputs in channels:
+            self.convolutions.append(nn.Conv2d(inputs, outputs, (1, kernel), padding=(0, kernel // 2)))
+            self.norms.append(nn.BatchNorm2d(outputs) if batch_norm else nn.Identity())
+            fields = -(-fields // pool)
+            self.recombinations.append(linear(fields * dim * outputs, fields * dim * recombined))
+            self.count += fields * recombined
+            inputs = outputs
+        for convolution in self.convolutions:
+            nn.init.xavier_normal_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
+
+    def forward(self, emb_bfd: Tensor) -> Tensor:
+        # An image of one channel, coordinates by fields, with the channels innermost in memory: there the CPU's
+        # convolution and pooling are fastest and the recombination reads [D, fields, channels] as it lies.
+        image_bcdf = emb_bfd.transpose(1, 2).unsqueeze(1).contiguous(memory_format=torch.channels_last)
+        new_fields = []
+        for convolution, norm, recombine in zip(self.convolutions, self.norms, self.recombinations, strict=True):
+            image_bcdf = norm(convolution(image_bcdf))
+            # tanh rises, so that the maximum may be taken first; a last pool may hold fewer fields.
+            image_bcdf = torch.tanh(F.max_pool2d(image_bcdf, (1, self.pool), ceil_mode=True))
+            generated = torch.tanh(recombine(image_bcdf.permute(0, 2, 3, 1).flatten(1)))
+            new_fields.append(generated.unflatten(1, (-1, self.dim)))
+        return torch.cat(new_fields, 1)
+
+
+def _check(channels: Sequence[int], kernel: int, pool: int, recombined: int, fields: int) -> None:
+    if not channels:
+        raise ConfigError("model.channels is empty; expected the feature maps of each layer, for example [14, 16]")
+    if kernel < 1 or kernel % 2 == 0:
+        raise ConfigError(f"model.kernel is {kernel}; expected an odd number of fields, so that it has a middle")
+    if kernel > fields:
+        raise ConfigError(f"model.kernel is {kernel}, higher than the {fields} embedded fields; expected at most that")
+    for key, value in {"pool": pool, "recombined": recombined}.items():
+        if value < 1:
+            raise ConfigError(f"model.{key} is {value}; expected at least 1")

@@ -1,0 +1,20 @@
+"""Logistic regression."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ctr.models.layers import FirstOrder
+from ctr.models.tower import Fields, Tower
+
+
+class LR(Tower):
+    """y = sigmoid(w0 + <w, x>)"""
+
+    def __init__(self, fields: Fields) -> None:
+        super().__init__()
+        self.embedding_dims = {"w": 1}
+        self.first_order = FirstOrder(fields)
+
+    def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
+        return self.first_order(numeric_bn, embeddings["w"])

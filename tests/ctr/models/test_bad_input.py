@@ -1,0 +1,95 @@
+"""A model that cannot be built from its configuration and schema says so in one line, before anything is read."""
+
+import pytest
+
+from ctr.config import load_config
+from ctr.data.schema import Schema
+from ctr.models.network import build_tower
+from embedding.errors import ConfigError
+
+TWO = "data.schema.features=[{name: a}, {name: b}]"
+ONE = "data.schema.features=[{name: a}]"
+MIXED = "data.schema.features=[{name: a}, {name: x, kind: numeric}]"
+
+
+def refusal(*overrides: str) -> str:
+    config = load_config([*overrides, "data.schema.time=null"], "")
+    with pytest.raises(ConfigError) as error:
+        build_tower(config, Schema(config.data.schema))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+CROSSING = [
+    "fm",
+    "deepfm",
+    "deepfm_p",
+    "ipnn",
+    "opnn",
+    "kpnn",
+    "pin",
+    "autoint",
+    "autoint_plus",
+    "fgcnn",
+    "dcn_v2",
+    "xdeepfm",
+]
+
+
+@pytest.mark.parametrize("model", CROSSING)
+def test_one_field_cannot_be_crossed(model):
+    assert "1 embedded field(s); expected at least 2" in refusal(f"model={model}", ONE)
+
+
+@pytest.mark.parametrize("model", CROSSING)
+def test_raw_values_are_not_fields(model):
+    assert "expected at least 2 (numeric=raw embeds no numeric field)" in refusal(
+        f"model={model}", MIXED, "numeric=raw"
+    )
+
+
+@pytest.mark.parametrize("model", ["lr", "dnn", "wide_deep", "final_mlp"])
+def test_models_that_need_no_pair(model):
+    config = load_config([f"model={model}", ONE, "data.schema.time=null"], "")
+    build_tower(config, Schema(config.data.schema))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=fgcnn"], "model.kernel is 7, higher than the 2 embedded fields; expected at most that"),
+        (["model=fgcnn", "model.kernel=2"], "model.kernel is 2; expected an odd number of fields"),
+        (["model=fgcnn", "model.kernel=1", "model.channels=[]"], "model.channels is empty"),
+        (["model=fgcnn", "model.kernel=1", "model.pool=0"], "model.pool is 0; expected at least 1"),
+        (
+            ["model=fgcnn", "model.kernel=1", "model@model.classifier=lr"],
+            "model.classifier.target is ctr.models.lr.LR; expected a model that reads one group of vectors",
+        ),
+        (
+            ["model=fgcnn", "model.kernel=1", "+model.classifier.hiden=[3]"],
+            "model.classifier.hiden is not a key of IPNN; did you mean model.classifier.hidden?",
+        ),
+        (["model=autoint", "model.heads=3"], "model.heads is 3; expected a divisor of model.attention_dim, 64"),
+        (["model=autoint", "model.form=papre"], "model.form is 'papre'; expected paper or code"),
+        (["model=autoint", "model.layers=0"], "model.layers is 0; expected at least 1 interacting layer"),
+        (["model=kpnn", "model.kernel=matrix"], "model.kernel is 'matrix'; expected mat, vec, num"),
+        (["model=pin", "model.subnet=[]"], "model.subnet is empty"),
+        (["model=dcn_v2", "model.structure=both"], "model.structure is 'both'; expected parallel or stacked"),
+        (["model=dcn_v2", "model.low_rank=99"], "model.low_rank is 99; expected null or 1 to 32"),
+        (["model=xdeepfm", "model.maps=[]"], "model.maps is empty"),
+        (["model=final_mlp", "model.heads=7"], "model.heads is 7; expected a divisor of the last widths"),
+        (["model=final_mlp", "model.gate1_fields=[c]"], "model.gate1_fields names 'c', which is no embedded field"),
+        (["model=dnn", "model.dropout=1"], "model.dropout is 1; expected 0 or more and less than 1"),
+        (["model=dnn", "model.embedding_dim=0"], "model.embedding_dim is 0; expected at least 1"),
+        (["model=dnn", "+model.hiden=[3]"], "model.hiden is not a key of DNN; did you mean model.hidden?"),
+        (["model=dnn", "~model.hidden"], "model.hidden is missing; DNN needs embedding_dim, hidden"),
+        (["model=dnn", "model.target=ctr.models.dnn.DNM"], "model.target is 'ctr.models.dnn.DNM', which cannot be"),
+        (["numeric=autodis", "numeric.temperature=0"], "numeric.temperature is 0; expected a number above 0"),
+        (["numeric=autodis", "numeric.buckets=0"], "numeric.buckets is 0; expected at least 1"),
+        (["numeric=bucketised", "numeric.low=20"], "numeric.low is 20 and numeric.high 10.0; expected low < high"),
+        (["numeric=scaled", "+numeric.buckets=3"], "numeric.buckets is not a key of ScaledVectors"),
+    ],
+)
+def test_one_line_names_the_key(overrides, message):
+    assert message in refusal(*overrides, TWO)

@@ -1,0 +1,135 @@
+"""Each model against its slow version: logits and all gradients, in float64."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ctr.config import load_config
+from ctr.models.instantiate import instantiate
+from ctr.models.numeric import AutoDis, Bucketised, Raw, ScaledVectors
+from ctr.models.tower import Fields
+from tests.ctr.models.reference import BY_CLASS
+
+ROOT = Path(__file__).resolve().parents[3]
+MODELS = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
+ROWS, DIM = 5, 4
+NUMERIC = {
+    "scaled": partial(ScaledVectors, init_std=0.5),
+    "autodis": partial(AutoDis, buckets=3, temperature=0.7, skip=0.1, slope=0.01, init_std=0.5),
+    "bucketised": partial(Bucketised, buckets=4, low=-1.0, high=1.0, init_std=0.5),
+    "raw": Raw,
+}
+SMALL = {
+    "hidden": [6, 5],
+    "hidden1": [6, 4],
+    "hidden2": [4, 6],
+    "embedding_dim": DIM,
+    "attention_dim": 6,
+    "maps": [3, 2],
+    "channels": [2, 3],
+    "subnet": [3, 2],
+}
+VARIANTS = {
+    "kpnn": [{"kernel": "mat"}, {"kernel": "vec"}, {"kernel": "num"}],
+    "autoint": [{"form": "code"}, {"residual": False}, {"form": "code", "residual": False, "heads": 1}],
+    "dcn_v2": [{"structure": "stacked"}, {"low_rank": 2}],
+    "final_mlp": [{"heads": 2}, {"gate1_fields": ["C0"], "gate2_fields": ["C1", "C0"], "gate_hidden": [3]}],
+    "fgcnn": [{"conv_batch_norm": True, "kernel": 3}, {"pool": 3, "recombined": 1}, {"pool": 1}],
+    "dnn": [{"batch_norm": True}],
+}
+CASES = [(model, {}) for model in MODELS] + [(model, change) for model in VARIANTS for change in VARIANTS[model]]
+
+
+def make(model: str, fields: Fields, **changes):
+    """A tower with the model's own yaml, small widths, and parameters far from zero, in float64."""
+    torch.manual_seed(3)
+    config = load_config([f"model={model}"], "").model
+    config = OmegaConf.to_container(OmegaConf.create(config))
+    for key in config:
+        if key in SMALL and not (key == "hidden" and config[key] == []):
+            config[key] = SMALL[key]
+    if model == "fgcnn":
+        config["classifier"].update(hidden=SMALL["hidden"])
+        config["kernel"] = min(config["kernel"], 1 if len(fields) < 3 else 3)
+    tower = instantiate({**config, **changes}, "model", fields).double()
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return tower
+
+
+def named(numeric: int, ids: int, kind: str = "scaled") -> Fields:
+    return Fields(tuple(f"I{i}" for i in range(numeric)), tuple(f"C{i}" for i in range(ids)), NUMERIC[kind])
+
+
+def inputs(tower, fields: Fields):
+    torch.manual_seed(4)
+    numeric = torch.randn(ROWS, len(fields.numeric), dtype=torch.float64)
+    shapes = {group: (ROWS, len(fields.ids), dim) for group, dim in tower.embedding_dims.items()}
+    return numeric, {g: torch.randn(s, dtype=torch.float64, requires_grad=True) for g, s in shapes.items()}
+
+
+def check(tower, fields: Fields) -> None:
+    numeric, embeddings = inputs(tower, fields)
+    slow = BY_CLASS[type(tower).__name__](tower, numeric, embeddings)
+    fast = tower(numeric, embeddings)
+    assert fast.shape == (ROWS,)
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-10)
+    wanted = [emb for emb in embeddings.values() if emb.numel()] + [p for p in tower.parameters() if p.numel()]
+    pull = torch.randn(ROWS, dtype=torch.float64)
+    gradients = [torch.autograd.grad(out, wanted, pull, allow_unused=True) for out in (fast, slow)]
+    for ours, theirs, tensor in zip(*gradients, wanted, strict=True):
+        zero = torch.zeros_like(tensor)
+        ours, theirs = (zero if grad is None else grad for grad in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(("model", "changes"), CASES)
+@pytest.mark.parametrize(("numeric", "ids"), [(2, 3), (0, 5), (5, 0), (1, 1)])
+def test_forward_and_gradients(model, changes, numeric, ids):
+    fields = named(numeric, ids)
+    if "gate1_fields" in changes and ids < 2:
+        changes = {**changes, "gate1_fields": ["I0"], "gate2_fields": ["I0"]}
+    if model == "fgcnn" and changes.get("kernel") == 3 and numeric + ids < 3:
+        changes = {**changes, "kernel": 1}
+    check(make(model, fields, **changes), fields)
+
+
+@pytest.mark.parametrize("model", [m for m in MODELS if m not in ("fgcnn", "xdeepfm")])
+def test_60_fields(model):
+    fields = named(20, 40)
+    one_layer = {"layers": 1} if model.startswith("autoint") else {}
+    check(make(model, fields, **one_layer), fields)
+
+
+@pytest.mark.parametrize(("model", "changes"), [("fgcnn", {"kernel": 9}), ("xdeepfm", {"maps": [2]})])
+def test_60_fields_in_slow_formulas(model, changes):
+    fields = named(20, 40)
+    tower = make(model, fields, **changes)
+    if model == "fgcnn":
+        assert tower.generate.count == 2 * (30 + 15)
+    check(tower, fields)
+
+
+@pytest.mark.parametrize("kind", ["autodis", "bucketised", "raw"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_numeric_embedding(model, kind):
+    fields = named(3, 4, kind)
+    check(make(model, fields), fields)
+
+
+@pytest.mark.parametrize("model", ["dnn", "lr", "wide_deep", "final_mlp"])
+def test_raw_values_alone(model):
+    fields = named(3, 0, "raw")
+    check(make(model, fields), fields)
+
+
+@pytest.mark.parametrize("classifier", [m for m in MODELS if m not in ("fgcnn", "lr")])
+def test_fgcnn_before_any_classifier(classifier):
+    fields = named(2, 4)
+    config = OmegaConf.to_container(OmegaConf.create(load_config([f"model={classifier}"], "").model))
+    config.update({key: value for key, value in SMALL.items() if key in config and config[key] != []})
+    check(make("fgcnn", fields, classifier=config), fields)
