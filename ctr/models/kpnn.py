@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ctr.models.layers import MLP, FieldEmbedding, InnerProducts, need_pairs, pairs
+from ctr.models.layers import MLP, FieldEmbedding, InnerProducts, in_pieces, need_pairs, pairs
 from ctr.models.tower import Fields, Tower
 from embedding.errors import ConfigError
 
@@ -65,6 +65,9 @@ class KernelProducts(nn.Module):
         """[B, F, D] -> [B, F (F - 1) / 2]."""
         if self.kernel_type == "num":
             return self.inner(emb_bfd) * self.kernel
+        return in_pieces(self._products, emb_bfd)
+
+    def _products(self, emb_bfd: Tensor) -> Tensor:
         # Fields first, so that choosing pairs copies whole blocks and each pair's product is one over the batch.
         emb_fbd = emb_bfd.transpose(0, 1).contiguous()
         left_pbd, right_pbd = emb_fbd.index_select(0, self.first), emb_fbd.index_select(0, self.second)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctr.models.layers import MLP, FieldEmbedding, need_pairs, pairs
+from ctr.models.layers import MLP, FieldEmbedding, in_pieces, need_pairs, pairs
 from ctr.models.tower import Fields, Tower
 from embedding.errors import ConfigError
 
@@ -59,28 +60,34 @@ class PairNets(nn.Module):
         shapes = list(zip(sizes, widths, strict=False))
         self.weights = nn.ParameterList(_uniform(len(first), inputs, outputs) for inputs, outputs in shapes)
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(len(first), 1, outputs)) for _, outputs in shapes)
-        self.norms = nn.ModuleList(PairNorm(outputs) for _, outputs in shapes)
+        self.norms = nn.ModuleList(PairNorm(len(first), outputs) for _, outputs in shapes)
 
     def forward(self, emb_bfd: Tensor) -> Tensor:
+        return in_pieces(self._forward, emb_bfd)
+
+    def _forward(self, emb_bfd: Tensor) -> Tensor:
         emb_fbd = emb_bfd.transpose(0, 1).contiguous()
         left_pbd, right_pbd = emb_fbd.index_select(0, self.first), emb_fbd.index_select(0, self.second)
-        state = torch.cat([left_pbd, right_pbd, left_pbd * right_pbd], 2)
+        state_pbu = torch.cat([left_pbd, right_pbd, left_pbd * right_pbd], 2)
         for number, (weight, bias, norm) in enumerate(zip(self.weights, self.biases, self.norms, strict=True)):
-            state = norm(torch.baddbmm(bias, state.relu() if number else state, weight))
-        return state.transpose(0, 1).flatten(1)
+            state_pbu = state_pbu.relu() if number else state_pbu
+            state_pbu = norm(torch.baddbmm(bias, state_pbu, weight).transpose(0, 1)).transpose(0, 1)
+        return state_pbu.transpose(0, 1).flatten(1)
 
 
 class PairNorm(nn.Module):
     """Layer norm over all pairs and units of a row together; scale and shift per unit, shared by the pairs."""
 
-    def __init__(self, units: int) -> None:
+    def __init__(self, pair_count: int, units: int) -> None:
         super().__init__()
+        self.pair_count = pair_count
         self.scale = nn.Parameter(torch.ones(units))
         self.shift = nn.Parameter(torch.zeros(units))
 
-    def forward(self, state_pbu: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(state_pbu, (0, 2), correction=0, keepdim=True)
-        return (state_pbu - mean) * (variance + EPSILON).rsqrt() * self.scale + self.shift
+    def forward(self, state_bpu: Tensor) -> Tensor:
+        scale, shift = self.scale.repeat(self.pair_count), self.shift.repeat(self.pair_count)
+        normed = F.layer_norm(state_bpu.flatten(1), (len(scale),), scale, shift, EPSILON)
+        return normed.unflatten(1, (self.pair_count, -1))
 
 
 def _uniform(pair_count: int, inputs: int, outputs: int) -> nn.Parameter:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ctr.models.layers import MLP, FieldEmbedding, FirstOrder, linear, need_pairs
+from ctr.models.layers import MLP, FieldEmbedding, FirstOrder, in_pieces, linear, need_pairs
 from ctr.models.tower import Fields, Tower
 from embedding.errors import ConfigError
 
@@ -56,6 +56,9 @@ class CIN(nn.Module):
 
     def forward(self, emb_bfd: Tensor) -> Tensor:
         """[B, F, D] -> [B, sum of maps]."""
+        return in_pieces(self._pooled_maps, emb_bfd)
+
+    def _pooled_maps(self, emb_bfd: Tensor) -> Tensor:
         # Coordinates are independent: with the field axis last, a layer is one product over B * D rows.
         first_bdf = emb_bfd.transpose(1, 2).contiguous()
         state, pooled = first_bdf, []
