@@ -88,7 +88,7 @@ class InnerProducts(nn.Module):
         """[B, F, D] -> [B, count]."""
         if emb_bfd.is_cuda:
             return torch.bmm(emb_bfd, emb_bfd.transpose(1, 2)).flatten(1).index_select(1, self.place)
-        return in_pieces(_UpperGram.apply, emb_bfd)
+        return _UpperGram.apply(emb_bfd)
 
 
 class _UpperGram(torch.autograd.Function):
