@@ -106,11 +106,19 @@ class SparseConfig(SideConfig):
 
 
 @dataclass
+class PlateauConfig:
+    factor: float | None = None
+    patience: int = 1
+    floor: float = 1.0e-6
+
+
+@dataclass
 class OptimizerConfig:
     """conf/optimizer/*.yaml."""
 
     dense: DenseConfig = field(default_factory=DenseConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
+    plateau: PlateauConfig = field(default_factory=PlateauConfig)
 
 
 @dataclass
@@ -132,6 +140,7 @@ class TrainerConfig:
     device: str = "auto"
     threads: int | None = None
     amp: bool = False
+    compile: bool = False
     log_every: int = MISSING
     eval_every: int | None = None
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
@@ -262,6 +271,7 @@ def _check(config: Config) -> None:
         "embedding.alpt.every": (config.embedding.alpt.every, 1),
         "optimizer.dense.warmup_steps": (optimizer.dense.warmup_steps, 0),
         "optimizer.sparse.warmup_steps": (optimizer.sparse.warmup_steps, 0),
+        "optimizer.plateau.patience": (optimizer.plateau.patience, 1),
         "data.lanes": (config.data.lanes, 1),
         "data.window_rows": (config.data.window_rows, 1),
         "data.threads": (config.data.threads, 1),
@@ -272,6 +282,8 @@ def _check(config: Config) -> None:
     for key, value in {"dense": optimizer.dense.lr, "sparse": optimizer.sparse.lr}.items():
         if not value > 0:
             raise ConfigError(f"optimizer.{key}.lr is {value}; expected a number above 0")
+    if optimizer.plateau.factor is not None and not 0 < optimizer.plateau.factor < 1:
+        raise ConfigError(f"optimizer.plateau.factor is {optimizer.plateau.factor}; expected null or between 0 and 1")
     if optimizer.dense.name not in ("adam", "sgd", "adagrad"):
         raise ConfigError(f"optimizer.dense.name is {optimizer.dense.name!r}; expected adam, sgd or adagrad")
     if config.embedding.clock not in ("event", "wall"):

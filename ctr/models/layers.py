@@ -149,7 +149,7 @@ def in_pieces(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     Whatever is made per pair of fields is far larger than a CPU's cache; a piece of it is not, and the products over
     a piece are still long enough. A GPU wants the whole batch.
     """
-    if rows.is_cuda:
+    if rows.is_cuda or torch.compiler.is_compiling():  # which would repeat the code for every piece
         return function(rows)
     return torch.cat([function(piece) for piece in rows.split(ROWS_AT_ONCE)])
 

@@ -44,7 +44,8 @@ def _first_culprit(network: Network, numeric_bn: Tensor, embeddings: dict[str, T
 
     handles = [module.register_forward_hook(watch(name or "tower")) for name, module in network.tower.named_modules()]
     try:
-        network.tower(numeric_bn, embeddings)
+        with torch.compiler.set_stance("force_eager"):  # a compiled tower calls no hooks of its modules
+            network.tower(numeric_bn, embeddings)
     finally:
         for handle in handles:
             handle.remove()

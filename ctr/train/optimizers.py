@@ -17,6 +17,7 @@ class Optimizers:
         self._dense = _dense_optimizer(config.dense, self._tower)
         self._fused = model.fused_optimizer
         self._steps = 0
+        self._factor = 1.0
         self.dense_lr = self.sparse_lr = 0.0
         self._set_learning_rates()
 
@@ -30,8 +31,15 @@ class Optimizers:
         self._steps += 1
         self._set_learning_rates()
 
+    def after_evaluation(self, evaluations_since_best: int) -> None:
+        """Lower both learning rates on a plateau, as `optimizer.plateau` says."""
+        plateau = self._config.plateau
+        if plateau.factor is not None and evaluations_since_best and evaluations_since_best % plateau.patience == 0:
+            self._factor *= plateau.factor
+            self._set_learning_rates()
+
     def _set_learning_rates(self) -> None:
-        dense, sparse = _warm(self._config.dense, self._steps), _warm(self._config.sparse, self._steps)
+        dense, sparse = self._rate(self._config.dense), self._rate(self._config.sparse)
         if dense != self.dense_lr:
             self.dense_lr = dense
             for group in self._dense.param_groups:
@@ -42,11 +50,9 @@ class Optimizers:
                 group["lr"] = sparse
             self._fused.step()  # hands the rate to the kernels; rows move only in the backward pass
 
-
-def _warm(side: SideConfig, steps_done: int) -> float:
-    if side.warmup_steps == 0:
-        return side.lr
-    return side.lr * min(1.0, (steps_done + 1) / side.warmup_steps)
+    def _rate(self, side: SideConfig) -> float:
+        rate = side.lr * min(1.0, (self._steps + 1) / side.warmup_steps) if side.warmup_steps else side.lr
+        return rate if self._factor == 1 else max(rate * self._factor, min(rate, self._config.plateau.floor))
 
 
 def _dense_optimizer(config: DenseConfig, tower: torch.nn.Module) -> torch.optim.Optimizer:

@@ -153,6 +153,7 @@ class Trainer:
             save_model(self.model, self.log.folder / "best", self.process)
         else:
             self.evaluations_since_best += 1
+            self.optimizers.after_evaluation(self.evaluations_since_best)
 
     def report(self) -> None:
         """Score the best model on the valid and test splits and write the report."""
@@ -180,6 +181,8 @@ class Trainer:
 def build_model(config: Config, schema: Schema, process: Process) -> tuple[DistributedModelParallel, str]:
     """The sharded model, with the same initial values on any number of ranks, and its plan as text."""
     tower = build_tower(config, schema)
+    if config.trainer.compile:
+        tower.compile()
     network = Network(build_tables(config, schema, tower), tower, schema.id_names, config.trainer.amp)
     return shard(network, network.tables, process, -(-config.trainer.batch_size // process.world_size))
 
