@@ -8,14 +8,16 @@ from ctr.data.schema import Schema
 from ctr.models.network import build_tower
 
 SCHEMA = "data.schema.features=[{name: x, kind: numeric}, {name: a}, {name: b}, {name: c}]"
-SMALL = {"fgcnn": ["model.kernel=3", "model.channels=[2]", "model.classifier.hidden=[8]"], "lr": [], "fm": []}
+SMALL = {"fgcnn": ["model.kernel=3", "model.channels=[2]", "model.classifier.hidden=[8]"]}
 
 
 # Each takes half a minute to compile; the others share these layers.
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["deepfm", "ipnn", "autoint_plus", "pin", "fgcnn", "xdeepfm"])
 def test_compiled_equals_eager(model):
-    config = load_config([f"model={model}", SCHEMA, "data.schema.time=null", *SMALL.get(model, ["model.hidden=[8]"])], "")
+    config = load_config(
+        [f"model={model}", SCHEMA, "data.schema.time=null", *SMALL.get(model, ["model.hidden=[8]"])], ""
+    )
     torch.manual_seed(0)
     tower = build_tower(config, Schema(config.data.schema))
     parameters = [parameter for parameter in tower.parameters() if parameter.numel()]
