@@ -1,0 +1,123 @@
+"""Training steps per second of every model, Criteo-shaped: whole steps from parquet beside the tower alone.
+
+`python scripts/bench/models.py --models deepfm,autoint_plus,fgcnn`: batch 4096, 13 numeric and 26 id fields, dim 16,
+MLP 400x3, one process. "Tower alone" is forward, backward and Adam on one preloaded batch: the bound for the whole
+step, which also reads, looks rows up, updates them and checks. Each model takes its turn in every round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import ctr.config  # noqa: E402, F401  (sets OpenMP's wait policy before torch loads)
+from ctr.config import Config, load_config  # noqa: E402
+from ctr.data.schema import Schema  # noqa: E402
+from ctr.data.synthetic import write_synthetic  # noqa: E402
+from ctr.data.synthetic_rows import SyntheticConfig  # noqa: E402
+from ctr.models.network import build_tower  # noqa: E402
+from ctr.train.trainer import Trainer  # noqa: E402
+from distributed.process import Process, run  # noqa: E402
+
+BATCH = 4096
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--models", default="deepfm,ipnn,autoint_plus,pin,fgcnn,dcn_v2,xdeepfm,final_mlp")
+parser.add_argument("--threads", type=int, default=2)
+parser.add_argument("--rounds", type=int, default=5)
+parser.add_argument("--steps", type=int, default=3, help="steps per round")
+parser.add_argument("--data", type=Path, help="prepared synthetic data (default: 200,000 rows made for this run)")
+options = parser.parse_args()
+
+
+def tower_alone(config: Config) -> Callable[[bool], None]:
+    schema = Schema(config.data.schema)
+    tower = build_tower(config, schema)
+    optimizer = torch.optim.Adam(tower.parameters(), fused=True)
+    numeric, labels = torch.rand(BATCH, len(schema.numeric_names)), torch.randint(0, 2, (BATCH,)).float()
+    shapes = {group: (BATCH, len(schema.id_names), dim) for group, dim in tower.embedding_dims.items()}
+    embeddings = {group: torch.rand(shape, requires_grad=True) for group, shape in shapes.items()}
+
+    def step(amp: bool) -> None:
+        optimizer.zero_grad()
+        for emb in embeddings.values():
+            emb.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            logits = tower(numeric, embeddings)
+        F.binary_cross_entropy_with_logits(logits.float(), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def whole(trainer: Trainer) -> Callable[[bool], None]:
+    def endless() -> Iterator:
+        epoch = 0
+        while True:
+            yield from (batch for batch in trainer.readers["train"].epoch(epoch) if batch.rows == BATCH)
+            epoch += 1
+
+    batches = endless()
+
+    def step(amp: bool) -> None:
+        trainer.model.module.amp = amp
+        trainer.train_step(next(batches))
+
+    return step
+
+
+def measure(contenders: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Median milliseconds per step over the rounds."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for step in contenders.values():
+        step()
+    for _ in range(options.rounds):
+        for name, step in contenders.items():
+            began = time.perf_counter()
+            for _ in range(options.steps):
+                step()
+            times[name].append((time.perf_counter() - began) / options.steps * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def bench(config: Config, process: Process) -> None:
+    print(f"{'':<14}{'':>6}{'whole, ms':>11}{'samples/s':>12}{'tower, ms':>11}{'samples/s':>12}{'whole/tower':>13}")
+    for model in options.models.split(","):
+        config = load(config.data.path, model)
+        trainer = Trainer(config, process)
+        from_parquet, alone = whole(trainer), tower_alone(config)
+        contenders = {
+            (side, amp): (lambda step=step, amp=amp: step(amp))
+            for amp in (False, True)
+            for side, step in (("whole", from_parquet), ("tower", alone))
+        }
+        medians = measure(contenders)
+        trainer.log.close()
+        for amp in (False, True):
+            ours, bound = medians["whole", amp], medians["tower", amp]
+            rates = [f"{milliseconds:>11.1f}{BATCH / milliseconds * 1e3:>12,.0f}" for milliseconds in (ours, bound)]
+            print(f"{model:<14}{'bf16' if amp else 'fp32':>6}{''.join(rates)}{bound / ours:>13.2f}", flush=True)
+
+
+def load(data: str, model: str) -> Config:
+    run_dir = tempfile.mkdtemp(dir=scratch)
+    fixed = ["data=synthetic", f"data.path={data}", f"trainer.run_dir={run_dir}", f"model={model}"]
+    plus = ["trainer.log_every=1000000", f"trainer.batch_size={BATCH}", f"trainer.threads={options.threads}"]
+    return load_config([*fixed, *plus], "")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        data = options.data or Path(scratch) / "data"
+        if options.data is None:
+            write_synthetic(SyntheticConfig(rows=200_000), data)
+        sys.exit(run(lambda: (load(str(data), options.models.split(",")[0]), "cpu", 60.0), bench))
