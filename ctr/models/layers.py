@@ -26,7 +26,8 @@ class FieldEmbedding(nn.Module):
         super().__init__()
         if dim < 1:
             raise ConfigError(f"model.embedding_dim is {dim}; expected at least 1")
-        self.numeric = fields.embed_numeric(len(fields.numeric), dim)
+        # No module without numeric fields: data parallel refuses parameters that get no gradient.
+        self.numeric = fields.embed_numeric(len(fields.numeric), dim) if fields.numeric else None
         self.raw = isinstance(self.numeric, Raw)
         self.count = len(fields.ids) if self.raw else len(fields)
         self.dim = dim
@@ -34,7 +35,7 @@ class FieldEmbedding(nn.Module):
 
     def forward(self, numeric_bn: Tensor, emb_bfd: Tensor) -> Tensor:
         """[B, numeric fields], [B, id fields, dim] -> [B, F, dim]."""
-        if self.raw or not numeric_bn.shape[1]:
+        if self.raw or self.numeric is None:
             return emb_bfd
         return torch.cat([self.numeric(numeric_bn), emb_bfd], 1)
 
@@ -52,13 +53,14 @@ class FirstOrder(nn.Module):
 
     def __init__(self, fields: Fields) -> None:
         super().__init__()
-        numeric = fields.embed_numeric(len(fields.numeric), 1)
+        numeric = fields.embed_numeric(len(fields.numeric), 1) if fields.numeric else None
         self.numeric = ScaledVectors(len(fields.numeric), 1) if isinstance(numeric, Raw) else numeric
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, numeric_bn: Tensor, weight_bf1: Tensor) -> Tensor:
         """[B, numeric fields], [B, id fields, 1] -> [B]."""
-        return self.bias + self.numeric(numeric_bn).sum((1, 2)) + weight_bf1.sum((1, 2))
+        sum_of_ids = self.bias + weight_bf1.sum((1, 2))
+        return sum_of_ids if self.numeric is None else sum_of_ids + self.numeric(numeric_bn).sum((1, 2))
 
 
 class FactorizationMachine(nn.Module):

@@ -42,11 +42,14 @@ def bucketised(module, x: Tensor) -> list[Tensor]:
 NUMERIC = {"ScaledVectors": scaled, "AutoDis": autodis, "Bucketised": bucketised}
 
 
+def numeric_vectors(module, x: Tensor) -> list[Tensor]:
+    kind = type(module).__name__
+    return NUMERIC[kind](module, x) if kind in NUMERIC else []
+
+
 def vectors(embed, x: Tensor, emb: Tensor) -> list[Tensor]:
     """e_1 .. e_F, numeric fields first."""
-    kind = type(embed.numeric).__name__
-    numeric = [] if kind == "Raw" else NUMERIC[kind](embed.numeric, x)
-    return numeric + [emb[:, i] for i in range(emb.shape[1])]
+    return numeric_vectors(embed.numeric, x) + [emb[:, i] for i in range(emb.shape[1])]
 
 
 def side_by_side(embed, x: Tensor, e: list[Tensor]) -> Tensor:
@@ -54,7 +57,7 @@ def side_by_side(embed, x: Tensor, e: list[Tensor]) -> Tensor:
 
 
 def first_order(module, x: Tensor, w: Tensor) -> Tensor:
-    terms = NUMERIC[type(module.numeric).__name__](module.numeric, x) + [w[:, i] for i in range(w.shape[1])]
+    terms = numeric_vectors(module.numeric, x) + [w[:, i] for i in range(w.shape[1])]
     return module.bias + sum(term[:, 0] for term in terms)
 
 

@@ -69,6 +69,15 @@ def test_two_ranks_train_fgcnn_as_one_does(runs, data, tmp_path):
     assert [line["loss"] for line in two][:10] == pytest.approx([line["loss"] for line in one][:10], rel=1e-4)
 
 
+def test_ids_alone_train(data, tmp_path):
+    ids_alone = "data.schema.features=[" + ", ".join(f"{{name: C{i}}}" for i in range(1, 8)) + "]"
+    models = ["deepfm", "fgcnn", "lr", "pin"]
+    more = [ids_alone, "trainer.max_steps=2"]
+    on_ranks(1, train_all, [options(model, data, tmp_path / model, *more) for model in models])
+    for model in models:
+        assert (tmp_path / model / "report.json").exists()
+
+
 def test_a_plateau_lowers_both_rates(data, tmp_path):
     plateau = ["optimizer.plateau.factor=0.1", "optimizer.plateau.floor=0.0002", "trainer.eval_every=1"]
     on_ranks(1, train, options("dnn", data, tmp_path / "run", *plateau, "trainer.max_steps=30"))
