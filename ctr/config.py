@@ -70,7 +70,7 @@ class EmbeddingConfig:
     max_bytes: int | None = None
     eviction: str = "raise"
     format: str = "fp32"
-    formats: dict[str, str] = field(default_factory=dict)
+    formats: dict[str, str] | None = None
     rounding: str = "stochastic"
     step: float | None = None
     range: float = 1.0
@@ -288,7 +288,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"optimizer.dense.name is {optimizer.dense.name!r}; expected adam, sgd or adagrad")
     if config.embedding.clock not in ("event", "wall"):
         raise ConfigError(f"embedding.clock is {config.embedding.clock!r}; expected event or wall")
-    _check_formats(config.embedding)
+    _check_formats(config.embedding, optimizer.sparse.state_format)
     if config.embedding.ttl_days is not None and config.embedding.clock == "event" and config.data.schema.time is None:
         raise ConfigError(
             "embedding.ttl_days is set, but data.schema.time names no column and embedding.clock is event; "
@@ -298,10 +298,10 @@ def _check(config: Config) -> None:
         raise ConfigError(f"trainer.early_stop.metric is {trainer.early_stop.metric!r}; expected auc or logloss")
 
 
-def _check_formats(embedding: EmbeddingConfig) -> None:
+def _check_formats(embedding: EmbeddingConfig, state_format: str) -> None:
     choices = {
         "format": (embedding.format, FORMATS),
-        **{f"formats.{key}": (value, FORMATS) for key, value in embedding.formats.items()},
+        **{f"formats.{key}": (value, FORMATS) for key, value in (embedding.formats or {}).items()},
         "rounding": (embedding.rounding, ROUNDINGS),
         "alpt.gradient_scale": (embedding.alpt.gradient_scale, ("batch", "dim", "none")),
         "transport": (embedding.transport, ("fp32", "fp16", "bf16")),
@@ -315,9 +315,9 @@ def _check_formats(embedding: EmbeddingConfig) -> None:
     for key, value in above_zero.items():
         if value is not None and not value > 0:
             raise ConfigError(f"embedding.{key} is {value}; expected a number above 0")
-    if embedding.kind == "static" and (embedding.format, embedding.formats, embedding.transport) != (
-        "fp32",
-        {},
-        "fp32",
-    ):
-        raise ConfigError("embedding.format, formats and transport need embedding.kind dynamic; static rows are fp32")
+    of_dynamic = {"embedding.format": embedding.format, "embedding.transport": embedding.transport}
+    of_dynamic |= {f"embedding.formats.{key}": value for key, value in (embedding.formats or {}).items()}
+    of_dynamic["optimizer.sparse.state_format"] = state_format
+    for key, value in of_dynamic.items():
+        if embedding.kind == "static" and value != "fp32":
+            raise ConfigError(f"{key} is {value}; static tables have fp32 alone (embedding=dynamic has more)")

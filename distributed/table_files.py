@@ -1,9 +1,9 @@
 """Rows of dynamic tables as parquet files, by id: any number of ranks can load what any number has saved.
 
-One file per table and rank, `<table>/<rank>-of-<ranks>.parquet`, with columns id, values, state, last_seen and count,
-and step_size where rows have some. Values and state are lists, one group after the other: values as they are stored
-(float or halffloat; uint16 bits of bf16; uint8 codes), state in float. The schema's metadata tells the groups with
-their dims and formats (`kernels/formats.py` describes these): groups = "v 16 int8, w 1 fp32".
+One file per table and rank, `<table>/<rank>-of-<ranks>.parquet`, with columns id, values, last_seen and count, and
+state and step_size where rows have them. Values, state and step_size are lists, one group after the other: values as
+they are stored (float or halffloat; uint16 bits of bf16; uint8 codes), the others float. The schema's metadata tells
+the groups with their dims and formats (`kernels/formats.py` describes these): groups = "v 16 int8, w 1 fp32".
 """
 
 from __future__ import annotations
@@ -79,10 +79,11 @@ def rows_writer(path: Path, config: DynamicTableConfig) -> pq.ParquetWriter:
     fields = {
         "id": pa.int64(),
         "values": pa.list_(ARROW[config.values_dtype], columns),
-        "state": pa.list_(pa.float32(), config.state_width),
         "last_seen": pa.int64(),
         "count": pa.int64(),
     }
+    if config.state_width:  # Arrow does not read lists of length 0 back
+        fields["state"] = pa.list_(pa.float32(), config.state_width)
     if config.has_steps:
         fields["step_size"] = pa.list_(pa.float32(), len(config.groups))
     schema = pa.schema(fields, metadata={"groups": groups_of(config)})
@@ -99,12 +100,12 @@ def to_arrow(batch: RowBatch, schema: pa.Schema) -> pa.RecordBatch:
     columns = {
         "id": pa.array(batch.ids.numpy()),
         "values": _lists(values),
-        "state": _lists(batch.state),
         "last_seen": pa.array(batch.last_seen.numpy()),
         "count": pa.array(batch.count.numpy()),
     }
-    if batch.step_size is not None:
-        columns["step_size"] = _lists(batch.step_size)
+    for name, matrix in (("state", batch.state), ("step_size", batch.step_size)):
+        if name in schema.names:
+            columns[name] = _lists(matrix)
     return pa.record_batch([columns[name] for name in schema.names], schema=schema)
 
 
@@ -116,14 +117,15 @@ def read_rows(path: Path, config: DynamicTableConfig) -> Iterator[RowBatch]:
         raise TesseraError(
             f"{path}: rows have groups {found}; the model has {groups_of(config)} (scripts/convert_tables.py converts)"
         )
-    state_width = file.schema_arrow.field("state").type.list_size
+    has_state = "state" in file.schema_arrow.names
+    state_width = file.schema_arrow.field("state").type.list_size if has_state else 0
     if state_width != config.state_width:
         raise TesseraError(f"{path}: column state has {state_width} floats per row; the model has {config.state_width}")
     for batch in file.iter_batches(BATCH_ROWS):
         yield RowBatch(
             ids=_numbers(batch, "id"),
             values=_matrix(batch.column("values")).view(config.values_dtype),
-            state=_matrix(batch.column("state")),
+            state=_matrix(batch.column("state")) if has_state else torch.empty(batch.num_rows, 0),
             last_seen=_numbers(batch, "last_seen"),
             count=_numbers(batch, "count"),
             step_size=_matrix(batch.column("step_size")) if config.has_steps else None,
@@ -131,10 +133,7 @@ def read_rows(path: Path, config: DynamicTableConfig) -> Iterator[RowBatch]:
 
 
 def _lists(matrix: Tensor) -> pa.Array:
-    width = matrix.shape[1]
-    if width == 0:  # Arrow cannot infer how many lists of length 0 there are from their values
-        return pa.array([[]] * matrix.shape[0], pa.list_(pa.float32(), 0))
-    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.contiguous().view(-1).numpy()), width)
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.contiguous().view(-1).numpy()), matrix.shape[1])
 
 
 def _numbers(batch: pa.RecordBatch, column: str) -> Tensor:
@@ -143,7 +142,4 @@ def _numbers(batch: pa.RecordBatch, column: str) -> Tensor:
 
 
 def _matrix(lists: pa.Array) -> Tensor:
-    width = lists.type.list_size
-    if width == 0:
-        return torch.empty(len(lists), 0)
-    return torch.from_numpy(lists.flatten().to_numpy().reshape(len(lists), width).copy())
+    return torch.from_numpy(lists.flatten().to_numpy().reshape(len(lists), lists.type.list_size).copy())

@@ -1,8 +1,8 @@
 """The precision in which rows and their gradients travel between ranks.
 
 torchrec hands what it sends to a codec. fp16: rows as float16, gradients as bfloat16, because float16 loses gradients
-of a mean over a large batch (its smallest number is 6e-8). bf16: both as bfloat16. Rows that stay on their rank are
-rounded as well, so that results do not depend on how many ranks there are.
+of a mean over a large batch (its smallest number is 6e-8). bf16: both as bfloat16. With two or more ranks, rows that
+stay where they are are rounded as well: results are the same for any such number. A single rank sends nothing.
 """
 
 from __future__ import annotations

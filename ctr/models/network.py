@@ -95,8 +95,13 @@ def build_tables(config: Config, schema: Schema, tower: Tower) -> Tables:
         seed = config.trainer.seed
         return StaticTables(groups, schema.id_names, embedding.rows, optimizer, seed, schema.weighted, averaged)
     if embedding.kind == "dynamic":
-        _check_exceptions(embedding.formats, tower, schema)
+        _check_exceptions(embedding.formats or {}, tower, schema)
         tables = [_dynamic_table(config, tower, optimizer, t, tuple(f)) for t, f in schema.tables.items()]
+        if embedding.alpt.every is not None and not any(table.learns_steps for table in tables):
+            raise ConfigError(
+                f"embedding.alpt.every is {embedding.alpt.every}, but no group has a step size to learn; "
+                "set embedding.format or formats to int8, int4 or int2, or alpt.every to null"
+            )
         return DynamicTables(tables, schema.id_names, embedding.rows, averaged, embedding.transport)
     raise ConfigError(f"embedding.kind is {embedding.kind!r}; expected dynamic or static")
 
@@ -125,9 +130,8 @@ def _dynamic_table(
 def _group(config: Config, table: str, name: str, dim: int) -> Group:
     """One group of a table in the format that embedding.formats or, where that makes it smaller, format says."""
     embedding = config.embedding
-    format = next(
-        (embedding.formats[key] for key in (f"{table}.{name}", table, name) if key in embedding.formats), None
-    )
+    exceptions = embedding.formats or {}
+    format = next((exceptions[key] for key in (f"{table}.{name}", table, name) if key in exceptions), None)
     if format is None:
         # A row of few values would not become smaller: it has a step size beside them and fills whole words.
         smaller = PackedLayout(embedding.format, dim, "sgd").bytes < 4 * dim

@@ -109,6 +109,17 @@ def test_early_stopping_ends_the_run_and_the_best_model_is_scored(tmp_path, data
     assert valid["auc"] == pytest.approx(aucs[best], abs=1e-6)
 
 
+def test_learned_step_sizes_on_one_and_two_ranks(tmp_path, data):
+    """int8 rows with ALPT's second pass on every other step; rows rounded alike but for sums in another order."""
+    options = ["embedding.format=int8", "embedding.alpt.every=2", "embedding.init_std=0.05", "embedding.range=0.5"]
+    losses = []
+    for world in (1, 2):
+        done = train(tmp_path / str(world), data, *options, world=world)
+        assert done.returncode == 0, done.stderr
+        losses.append([line["loss"] for line in lines(tmp_path / str(world), "train")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 def test_amp_and_warm_up_and_limits_run(tmp_path, data):
     options = [
         "trainer.amp=true",

@@ -1,0 +1,85 @@
+"""Rows of one format to another, with the error that this makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from embedding.config import DynamicTableConfig, Group
+from embedding.table import RowBatch
+from kernels.formats import code_range, is_int, stored_dtype
+from kernels.quantise import dequantise, quantise
+
+
+@dataclass
+class ConversionError:
+    """How far the values of one group are from what they were: sums over rows."""
+
+    rows: int = 0
+    values: int = 0
+    squares: float = 0.0
+    squared_errors: float = 0.0
+    largest: float = 0.0
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Values float32 [n, dim] before and after."""
+        difference = (after.double() - before.double()).abs()
+        self.rows += before.shape[0]
+        self.values += before.numel()
+        self.squares += float(before.double().square().sum())
+        self.squared_errors += float(difference.square().sum())
+        self.largest = max(self.largest, float(difference.max()) if difference.numel() else 0.0)
+
+    def __str__(self) -> str:
+        rms, error = ((total / max(1, self.values)) ** 0.5 for total in (self.squares, self.squared_errors))
+        return f"{self.rows:,} rows · rms value {rms:.6f} · rms error {error:.2e} · largest error {self.largest:.2e}"
+
+
+def convert_rows(
+    batch: RowBatch, source: DynamicTableConfig, target: DynamicTableConfig, errors: dict[str, ConversionError]
+) -> RowBatch:
+    """Rows of `source` as `target` stores them, rounded to nearest; both have the same groups, dims and optimizer.
+
+    A row that becomes int gets the smallest step size with which all its values are in range. The state of a learned
+    step size starts at zero. errors: by group name, added to.
+    """
+    values, states, steps = [], [], []
+    columns = [source.values_columns(group) for group in source.groups]
+    widths = [sum(source.state_widths(group)) for group in source.groups]
+    pairs = zip(source.groups, target.groups, strict=True)
+    parts = zip(pairs, batch.values.split(columns, 1), batch.state.split(widths, 1), strict=True)
+    for number, ((old, new), stored, state) in enumerate(parts):
+        old_steps = None if batch.step_size is None else batch.step_size[:, number].contiguous()
+        floats = _values(stored, old, old_steps)
+        if old.format == new.format:
+            stored, size = stored.contiguous().view(stored_dtype(new.format)), old_steps
+        else:
+            size = _steps(floats, new) if is_int(new.format) else None
+            stored = quantise(floats, size, new.format, rounding="nearest")
+        errors.setdefault(new.name, ConversionError()).add(floats, _values(stored, new, size))
+        values.append(stored.view(target.values_dtype))
+        kept, more = target.state_widths(new)
+        states.append(torch.cat([state[:, :kept], state.new_zeros((len(state), more))], dim=1))
+        steps.append(torch.zeros(len(state)) if size is None else size)
+    return RowBatch(
+        ids=batch.ids,
+        values=torch.cat(values, dim=1),
+        state=torch.cat(states, dim=1),
+        last_seen=batch.last_seen,
+        count=batch.count,
+        step_size=torch.stack(steps, dim=1) if target.has_steps else None,
+    )
+
+
+def _values(stored: Tensor, group: Group, steps: Tensor | None) -> Tensor:
+    stored = stored.contiguous().view(stored_dtype(group.format))
+    return dequantise(stored, steps if is_int(group.format) else None, group.format, group.dim)
+
+
+def _steps(values: Tensor, group: Group) -> Tensor:
+    """float32 [n]; rows of zeros take the configured step size."""
+    low, high = code_range(group.format)
+    needed = torch.maximum(values.amax(dim=1) / high, values.amin(dim=1) / low)
+    return torch.where(needed > 0, needed, torch.full_like(needed, group.step))

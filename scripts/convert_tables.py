@@ -1,0 +1,36 @@
+"""Store the rows of a trained run in another format: `python scripts/convert_tables.py runs/a runs/a8 format=int8`.
+
+The new folder can be scored (`scripts/evaluate.py runs/a8`) as the old one can. The error that rounding makes is
+printed by table. Keys are those of `conf/embedding/` that tell the format: format, formats, rounding, step, range.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ctr.train.convert_run import convert_run  # noqa: E402
+from embedding.errors import TesseraError  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path, help="a finished run")
+    parser.add_argument("output", type=Path, help="the folder to make")
+    parser.add_argument("overrides", nargs="+", help="format=int8, formats.w=fp32, format=fp32")
+    options = parser.parse_args()
+    try:
+        errors = convert_run(options.run_dir, options.output, [f"embedding.{one}" for one in options.overrides])
+    except (TesseraError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for table, groups in errors.items():
+        for group, error in groups.items():
+            print(f"{table} {group}: {error}")
+    print(f"{options.output} is written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
