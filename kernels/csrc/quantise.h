@@ -68,18 +68,18 @@ TESSERA_INLINE float to_grid(float x, float lot) {
 }
 
 // fp16 of a float that fp16 holds exactly, and back; by integer arithmetic, which vectorises everywhere.
-TESSERA_INLINE uint16_t to_half(float x) {
+TESSERA_INLINE uint32_t to_half(float x) {
   const uint32_t bits = to_bits(x), size = bits & 0x7FFFFFFFu;
   const auto small = static_cast<uint32_t>(static_cast<int32_t>(from_bits(size) * 0x1p24f));
   const uint32_t normal = (size - (112u << 23)) >> 13;
-  return static_cast<uint16_t>((bits >> 16 & 0x8000u) | (size < (113u << 23) ? small : normal));
+  return (bits >> 16 & 0x8000u) | (size < (113u << 23) ? small : normal);
 }
 
-TESSERA_INLINE float from_half(uint16_t half) {
+TESSERA_INLINE float from_half(uint32_t half) {
   const uint32_t size = half & 0x7FFFu;
   const float small = static_cast<float>(static_cast<int32_t>(size)) * 0x1p-24f;
   const uint32_t normal = (size << 13) + (112u << 23);
-  return from_bits((size < 0x400u ? to_bits(small) : normal) | static_cast<uint32_t>(half & 0x8000u) << 16);
+  return from_bits((size < 0x400u ? to_bits(small) : normal) | (half & 0x8000u) << 16);
 }
 
 // Codes of less than a byte: Lane holds those of one byte, each in a byte of its own. Shifts move all of a vector.
@@ -100,30 +100,45 @@ struct Packing {
   }
 };
 
-constexpr int64_t kTile = 64;  // codes between packing and arithmetic
+constexpr int64_t kTile = 64;  // values between arithmetic and storage
+
+// Narrow numbers to the type that is stored and back, apart from the arithmetic: a loop over both would work on short
+// vectors of the wide type.
+template <typename To, typename From>
+TESSERA_INLINE void convert(const From* __restrict in, int64_t count, To* __restrict out) {
+  for (int64_t c = 0; c < count; ++c) out[c] = static_cast<To>(in[c]);
+}
 
 // Values of a row from its storage. dim is a constant wherever the caller knows one.
 template <Format F>
 TESSERA_INLINE void decode(const uint8_t* __restrict stored, float step, int64_t dim, float* __restrict out) {
   if constexpr (F == Format::kFp32) {
     std::memcpy(out, stored, dim * 4);
-  } else if constexpr (F == Format::kFp16 || F == Format::kBf16) {
-    const auto* __restrict const halves = reinterpret_cast<const uint16_t*>(stored);
-    for (int64_t c = 0; c < dim; ++c)
-      out[c] = F == Format::kFp16 ? from_half(halves[c]) : from_bits(static_cast<uint32_t>(halves[c]) << 16);
-  } else if constexpr (F == Format::kInt8) {
-    for (int64_t c = 0; c < dim; ++c) out[c] = step * static_cast<float>(static_cast<int8_t>(stored[c]));
-  } else {
-    constexpr int kPerByte = Packing<F>::kPerByte, kHalf = 1 << (bits_of(F) - 1);
-    typename Packing<F>::Lane lanes[kTile / kPerByte];
-    for (int64_t first = 0; first < dim; first += kTile) {
-      const int64_t count = std::min(kTile, dim - first);
+    return;
+  }
+  int32_t wide[kTile];
+  for (int64_t first = 0; first < dim; first += kTile) {
+    const int64_t count = std::min(kTile, dim - first);
+    if constexpr (F == Format::kFp16 || F == Format::kBf16) {
+      convert(reinterpret_cast<const uint16_t*>(stored) + first, count, wide);
+      for (int64_t c = 0; c < count; ++c)
+        out[first + c] = F == Format::kFp16 ? from_half(static_cast<uint32_t>(wide[c]))
+                                            : from_bits(static_cast<uint32_t>(wide[c]) << 16);
+      continue;
+    }
+    if constexpr (F == Format::kInt8) {
+      convert(reinterpret_cast<const int8_t*>(stored) + first, count, wide);
+    } else if constexpr (is_int(F)) {
+      constexpr int kPerByte = Packing<F>::kPerByte, kHalf = 1 << (bits_of(F) - 1);
+      typename Packing<F>::Lane lanes[kTile / kPerByte] = {};
       for (int64_t j = 0; j < (count + kPerByte - 1) / kPerByte; ++j)
         lanes[j] = Packing<F>::unpack(stored[first / kPerByte + j]);
       uint8_t codes[kTile];
       std::memcpy(codes, lanes, sizeof codes);
-      for (int64_t c = 0; c < count; ++c) out[first + c] = step * static_cast<float>((codes[c] ^ kHalf) - kHalf);
+      convert(codes, count, wide);
+      for (int64_t c = 0; c < count; ++c) wide[c] = (wide[c] ^ kHalf) - kHalf;
     }
+    for (int64_t c = 0; c < count; ++c) out[first + c] = step * static_cast<float>(wide[c]);
   }
 }
 
@@ -133,26 +148,29 @@ TESSERA_INLINE void encode(const float* __restrict w, float step, uint64_t key, 
                            int64_t first_lot = 0) {
   if constexpr (F == Format::kFp32) {
     std::memcpy(stored, w, dim * 4);
-  } else if constexpr (F == Format::kFp16 || F == Format::kBf16) {
-    auto* __restrict const halves = reinterpret_cast<uint16_t*>(stored);
-    for (int64_t c = 0; c < dim; ++c) {
-      const float x = to_grid<F, Nearest>(w[c], Nearest ? 0.0f : lot_of(key, first_lot + c));
-      halves[c] = F == Format::kFp16 ? to_half(x) : static_cast<uint16_t>(to_bits(x) >> 16);
-    }
-  } else if constexpr (F == Format::kInt8) {
-    for (int64_t c = 0; c < dim; ++c) {
-      const float lot = Nearest ? 0.0f : lot_of(key, first_lot + c);
-      stored[c] = static_cast<uint8_t>(to_code<F>(round_to_integer<Nearest>(w[c] / step, lot)));
-    }
-  } else {
-    constexpr int kPerByte = Packing<F>::kPerByte, kMask = (1 << bits_of(F)) - 1;
-    for (int64_t first = 0; first < dim; first += kTile) {
-      const int64_t count = std::min(kTile, dim - first);
-      uint8_t codes[kTile] = {};
-      for (int64_t c = 0; c < count; ++c) {
-        const float lot = Nearest ? 0.0f : lot_of(key, first_lot + first + c);
-        codes[c] = static_cast<uint8_t>(to_code<F>(round_to_integer<Nearest>(w[first + c] / step, lot)) & kMask);
+    return;
+  }
+  int32_t wide[kTile];
+  for (int64_t first = 0; first < dim; first += kTile) {
+    const int64_t count = std::min(kTile, dim - first);
+    for (int64_t c = 0; c < count; ++c) {
+      const float lot = Nearest ? 0.0f : lot_of(key, first_lot + first + c);
+      if constexpr (is_int(F)) {
+        wide[c] = to_code<F>(round_to_integer<Nearest>(w[first + c] / step, lot));
+      } else {
+        const float x = to_grid<F, Nearest>(w[first + c], lot);
+        wide[c] = static_cast<int32_t>(F == Format::kFp16 ? to_half(x) : to_bits(x) >> 16);
       }
+    }
+    if constexpr (!is_int(F)) {
+      convert(wide, count, reinterpret_cast<uint16_t*>(stored) + first);
+    } else if constexpr (F == Format::kInt8) {
+      convert(wide, count, stored + first);
+    } else {
+      constexpr int kPerByte = Packing<F>::kPerByte, kMask = (1 << bits_of(F)) - 1;
+      for (int64_t c = 0; c < count; ++c) wide[c] &= kMask;
+      uint8_t codes[kTile] = {};
+      convert(wide, count, codes);
       typename Packing<F>::Lane lanes[kTile / kPerByte];
       std::memcpy(lanes, codes, sizeof codes);
       for (int64_t j = 0; j < (count + kPerByte - 1) / kPerByte; ++j)
