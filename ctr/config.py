@@ -63,6 +63,7 @@ class EmbeddingConfig:
     rows: int = MISSING
     init_std: float = MISSING
     l2: float = 0.0
+    others: str = "zeros"
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     ttl_days: float | None = None
     clock: str = "event"
@@ -288,7 +289,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"optimizer.dense.name is {optimizer.dense.name!r}; expected adam, sgd or adagrad")
     if config.embedding.clock not in ("event", "wall"):
         raise ConfigError(f"embedding.clock is {config.embedding.clock!r}; expected event or wall")
-    _check_formats(config.embedding, optimizer.sparse.state_format)
+    _check_embedding(config.embedding, optimizer.sparse.state_format)
     if config.embedding.ttl_days is not None and config.embedding.clock == "event" and config.data.schema.time is None:
         raise ConfigError(
             "embedding.ttl_days is set, but data.schema.time names no column and embedding.clock is event; "
@@ -298,13 +299,14 @@ def _check(config: Config) -> None:
         raise ConfigError(f"trainer.early_stop.metric is {trainer.early_stop.metric!r}; expected auc or logloss")
 
 
-def _check_formats(embedding: EmbeddingConfig, state_format: str) -> None:
+def _check_embedding(embedding: EmbeddingConfig, state_format: str) -> None:
     choices = {
         "format": (embedding.format, FORMATS),
         **{f"formats.{key}": (value, FORMATS) for key, value in (embedding.formats or {}).items()},
         "rounding": (embedding.rounding, ROUNDINGS),
         "alpt.gradient_scale": (embedding.alpt.gradient_scale, ("batch", "dim", "none")),
         "transport": (embedding.transport, ("fp32", "fp16", "bf16")),
+        "others": (embedding.others, ("zeros", "learned")),
     }
     for key, (value, known) in choices.items():
         if value not in known:
@@ -321,3 +323,5 @@ def _check_formats(embedding: EmbeddingConfig, state_format: str) -> None:
     for key, value in of_dynamic.items():
         if embedding.kind == "static" and value != "fp32":
             raise ConfigError(f"{key} is {value}; static tables have fp32 alone (embedding=dynamic has more)")
+    if embedding.kind == "static" and embedding.others != "zeros":
+        raise ConfigError(f"embedding.others is {embedding.others}; it needs embedding.kind dynamic")

@@ -3,6 +3,11 @@
 Each rank sends an id once per table and batch, however often it occurs and however many groups of embeddings the tower
 wants of it: one row of the table holds the values of all groups (DeepFM: v and w). The owners send rows back, and
 repeating, pooling and, in the backward pass, summing over repetitions happen here, where the repetitions are.
+
+Ids without a row read zeros or one learned row per table. That row is a dense parameter, a copy on every rank, trained
+by the dense optimizer: nearly every batch reads it, with gradients from all ranks, as it reads a weight of the tower.
+As a row of the sharded table its owner would be asked for it by all ranks in every step, and an optimizer made for
+rare rows would drive it by the sum over thousands of ids.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ class DynamicTables(nn.Module):
         expected_rows: rows per table that the planner counts with; tables grow beyond it.
         averaged: the features whose bags are averaged over their ids; the others are summed.
         transport: precision in which rows travel between ranks, see `transport.py`.
+        others: what ids without a row read, zeros or the table's learned row (`others` [tables, width], first 0).
     """
 
     compute_kernel = DYNAMIC.value
@@ -51,6 +57,7 @@ class DynamicTables(nn.Module):
         expected_rows: int,
         averaged: Collection[str] = (),
         transport: str = "fp32",
+        others: str = "zeros",
     ) -> None:
         super().__init__()
         self._transport = transport
@@ -59,14 +66,16 @@ class DynamicTables(nn.Module):
         self.tables, self.expected_rows = list(tables), expected_rows
         self.groups = {group.name: group.dim for group in tables[0].groups}
         self.learns_steps = any(table.learns_steps for table in tables)
+        self.others = nn.Parameter(torch.zeros(len(tables), tables[0].width)) if others == "learned" else None
+        width = tables[0].width + (self.others is not None)  # of an answer
         self.collection = EmbeddingCollection(
             device=torch.device("meta"),
             tables=[
                 EmbeddingConfig(
                     name=table.name,
-                    embedding_dim=table.width,
+                    embedding_dim=width,
                     # The planner counts rows * dim * 4 bytes; a dynamic row has state and bookkeeping as well.
-                    num_embeddings=-(-expected_rows * table.bytes_per_row // (4 * table.width)),
+                    num_embeddings=-(-expected_rows * table.bytes_per_row // (4 * width)),
                     feature_names=[table.name],
                 )
                 for table in tables
@@ -83,12 +92,29 @@ class DynamicTables(nn.Module):
             self._asked = self._distinct(ids)
         asked, index = self._asked
         answered = self.collection(asked)
-        rows = torch.cat([answered[name].values() for name in self._names])
+        parts = [answered[name].values() for name in self._names]
+        if self.others is not None:
+            parts = [self._with_others(part, table) for table, part in enumerate(parts)]
+        rows = torch.cat(parts)
         pooled_fbd = self._pool(rows, index, ids).unflatten(0, (self._field_count, -1))
         return dict(zip(self.groups, pooled_fbd.transpose(0, 1).split(list(self.groups.values()), 2), strict=True))
 
+    def _with_others(self, answered: Tensor, table: int) -> Tensor:
+        """[n, width + 1] as the owners answer -> [n, width], the learned row where the id has none."""
+        # The second pass is for step sizes alone. Data parallel counts gradients: a second one would confuse it.
+        others = self.others[table].detach() if self._second else self.others[table]
+        return torch.addcmul(answered[:, :-1], answered[:, -1:].detach(), others)
+
+    def dense_parameters(self) -> dict[str, nn.Parameter]:
+        """By name, what the dense optimizer trains."""
+        return {} if self.others is None else {"tables.others": self.others}
+
     def sharder(self) -> DynamicSharder:
-        fused = {"table_configs": tuple(self.tables), "learning_rate": self.tables[0].optimizer.lr}
+        fused = {
+            "table_configs": tuple(self.tables),
+            "learning_rate": self.tables[0].optimizer.lr,
+            "tells_missing": self.others is not None,
+        }
         return DynamicSharder(fused, qcomm_codecs_registry=codecs(self._transport))
 
     def sizes(self) -> list[TableSize]:
@@ -143,11 +169,13 @@ class DynamicTables(nn.Module):
         return {name: table.stats() for name, table in self.owned().items()}
 
     def state(self) -> dict[str, Any]:
-        """Nothing for torch.distributed.checkpoint: rows are saved by id, see `save_rows`."""
-        return {}
+        """What torch.distributed.checkpoint saves and loads. Rows of ids are saved by id, see `save_rows`."""
+        return {} if self.others is None else {"others": self.others.detach()}
 
+    @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        pass
+        if self.others is not None:
+            self.others.copy_(state["others"])
 
     def save_rows(self, folder: Path, process: Process) -> None:
         save_tables(self.owned(), folder, process)

@@ -124,6 +124,10 @@ class StaticTables(nn.Module):
             stride=ids.stride(),
         )
 
+    def dense_parameters(self) -> dict[str, nn.Parameter]:
+        """None."""
+        return {}
+
     def sharder(self) -> RowWiseSharder:
         optimizer = self.optimizer
         kind = SPARSE_OPTIMIZERS[optimizer.name]

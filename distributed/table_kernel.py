@@ -6,6 +6,9 @@ it receives the rows' gradients and updates the tables at once, so that no gradi
 A step that learns step sizes (ALPT) has two such passes over one batch. The first updates the optimizer's state and
 keeps the new rows of the batch in float32; the second gives them as they would be stored, and its gradients update
 the step sizes, with which the rows are stored.
+
+Where the asking side has a learned row for ids without a row of their own, answers have one column more: 1 for such an
+id, 0 for the others. Both are exact in half precision.
 """
 
 from __future__ import annotations
@@ -68,9 +71,11 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         self.tables = [DynamicTable(configs[table.name], device) for table in config.embedding_tables]
         self.names = [table.name for table in config.embedding_tables]
         self.ranks = pg.size() if pg is not None else 1
+        self.tells_missing = fused["tells_missing"]
         self.now = 0
         self.phase = Pass.ONLY
-        self._ahead: list[tuple[RowsAhead, Tensor | None]] = []  # per table, between the two passes
+        # Per table, between the two passes: the rows, their numbers and the inverse.
+        self._ahead: list[tuple[RowsAhead, Tensor, Tensor | None]] = []
         self._optim = RowLearningRate(fused["learning_rate"])
         # Autograd runs a function's backward only if some input wants a gradient; rows are no tensor it knows of.
         self._handle = torch.zeros((), requires_grad=True)
@@ -86,7 +91,8 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     def look_up(self, mixed: Tensor, counts: Tensor, bounds: list[int]) -> tuple[Tensor, list[tuple]]:
         """Rows of all tables one after the other, and what `update` needs per table: row numbers, ids and inverse."""
         if self.phase is Pass.SECOND and self.training:
-            return torch.cat([ahead.gather(inverse) for ahead, inverse in self._ahead]), []
+            parts = [self._answer(ahead.gather(inverse), rows, inverse) for ahead, rows, inverse in self._ahead]
+            return torch.cat(parts), []
         parts, context = [], []
         for table, begin, end in zip(self.tables, bounds, bounds[1:], strict=False):
             ids, count = unmix64(mixed[begin:end]), counts[begin:end].long()
@@ -95,21 +101,30 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
                 ids, inverse, _ = unique_inverse(ids)
                 count = torch.zeros_like(ids).index_add_(0, inverse, count)
             rows = table.lookup(ids, self.now, count, self.training)
-            parts.append(table.gather(rows, inverse))
+            parts.append(self._answer(table.gather(rows, inverse), rows, inverse))
             context.append((rows, ids, inverse))
         return torch.cat(parts), context
 
+    def _answer(self, values: Tensor, rows: Tensor, inverse: Tensor | None) -> Tensor:
+        if not self.tells_missing:
+            return values
+        missing = (rows < 0).unsqueeze(1).to(values.dtype)
+        return torch.cat([values, missing if inverse is None else missing[inverse]], 1)
+
     def update(self, grads: Tensor, context: list[tuple], bounds: list[int]) -> None:
         lr = self._optim.lr
+        if self.tells_missing:
+            grads = grads[:, :-1]
+        grads = grads.contiguous()
         parts = [grads[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
         if self.phase is Pass.SECOND:
-            for (ahead, inverse), part in zip(self._ahead, parts, strict=True):
+            for (ahead, _, inverse), part in zip(self._ahead, parts, strict=True):
                 ahead.learn(part, inverse)
             self._ahead = []
             return
         for table, (rows, ids, inverse), part in zip(self.tables, context, parts, strict=True):
             if self.phase is Pass.FIRST:
-                self._ahead.append((table.update_ahead(rows, part, inverse, lr, ids), inverse))
+                self._ahead.append((table.update_ahead(rows, part, inverse, lr, ids), rows, inverse))
             elif part.numel():
                 table.update(rows, part, inverse, lr, ids)
 
@@ -152,5 +167,5 @@ class _LookUp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grads: Tensor):
-        ctx.kernel.update(grads.contiguous(), ctx.context, ctx.bounds)
+        ctx.kernel.update(grads, ctx.context, ctx.bounds)
         return None, None, None, None, None

@@ -47,6 +47,10 @@ class Network(nn.Module):
             logits = self.tower(batch.numeric, embeddings)
         return logits.float(), embeddings
 
+    def dense_parameters(self) -> dict[str, nn.Parameter]:
+        """All that the dense optimizer trains: the tower's and, by `embedding.others`, the tables' learned rows."""
+        return {**dict(self.tower.named_parameters()), **self.tables.dense_parameters()}
+
 
 def build_tower(config: Config, schema: Schema) -> Tower:
     """The tower that `model` describes, over the schema's fields, with numeric ones embedded as `numeric` says.
@@ -102,7 +106,7 @@ def build_tables(config: Config, schema: Schema, tower: Tower) -> Tables:
                 f"embedding.alpt.every is {embedding.alpt.every}, but no group has a step size to learn; "
                 "set embedding.format or formats to int8, int4 or int2, or alpt.every to null"
             )
-        return DynamicTables(tables, schema.id_names, embedding.rows, averaged, embedding.transport)
+        return DynamicTables(tables, schema.id_names, embedding.rows, averaged, embedding.transport, embedding.others)
     raise ConfigError(f"embedding.kind is {embedding.kind!r}; expected dynamic or static")
 
 

@@ -73,14 +73,14 @@ def _check_rows(grad_bfd: Tensor, group: str, network: Network) -> None:
         raise NonFiniteError(f"the gradient of id field {field!r}, group {group!r}, is not finite")
 
 
-def check_gradients(module: nn.Module, step: int) -> None:
+def check_gradients(parameters: dict[str, nn.Parameter], step: int) -> None:
     """Raise NonFiniteError before the dense update, naming the first parameter whose gradient is not finite."""
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
     if not gradients:
         return
     finite = torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
     if finite.is_cuda:
         torch._assert_async(finite)
     elif not finite:
-        name = next(n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+        name = next(n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all())
         raise NonFiniteError(f"the gradient of {name!r} is not finite in step {step}")

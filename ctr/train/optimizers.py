@@ -1,4 +1,4 @@
-"""The dense tower's optimizer and the tables' fused one, each with its own learning rate and warm-up."""
+"""The dense optimizer and the tables' fused one, each with its own learning rate and warm-up."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Optimizers:
 
     def __init__(self, config: OptimizerConfig, model: DistributedModelParallel) -> None:
         self._config = config
-        self._tower = model.module.tower
-        self._dense = _dense_optimizer(config.dense, self._tower)
+        self._parameters = list(model.module.dense_parameters().values())
+        self._dense = _dense_optimizer(config.dense, self._parameters)
         self._fused = model.fused_optimizer
         self._steps = 0
         self._factor = 1.0
@@ -26,7 +26,7 @@ class Optimizers:
 
     def step(self) -> None:
         if self._config.dense.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._tower.parameters(), self._config.dense.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._config.dense.clip_norm)
         self._dense.step()
         self._steps += 1
         self._set_learning_rates()
@@ -55,9 +55,8 @@ class Optimizers:
         return rate if self._factor == 1 else max(rate * self._factor, min(rate, self._config.plateau.floor))
 
 
-def _dense_optimizer(config: DenseConfig, tower: torch.nn.Module) -> torch.optim.Optimizer:
+def _dense_optimizer(config: DenseConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     options = {"lr": config.lr, "weight_decay": config.weight_decay}
-    parameters = list(tower.parameters())
     if config.name == "adam":
         return torch.optim.Adam(parameters, eps=config.eps, fused=True, **options)
     if config.name == "adagrad":

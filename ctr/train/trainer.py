@@ -91,7 +91,7 @@ class Trainer:
         self.process.stage = f"step {self.step}: backward"
         self.optimizers.zero_grad()
         ((loss_sum + self.l2(embeddings)) * scale).backward()
-        check_gradients(network.tower, self.step)
+        check_gradients(network.dense_parameters(), self.step)
         self.optimizers.step()
         if learn_steps:
             self.learn_step_sizes(batch, scale)
