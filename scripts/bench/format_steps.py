@@ -116,8 +116,8 @@ def bench_training(config: Config, process: Process) -> None:
     works = {}
     folder, path = Path(config.trainer.run_dir), config.data.path
     batches = None
-    for name, overrides in RUNS.items():
-        one = config_of(path, folder / name.replace(" ", ""), *overrides)
+    for number, (name, overrides) in enumerate(RUNS.items()):
+        one = config_of(path, folder / str(number), *overrides)
         trainer = Trainer(one, process)
         if batches is None:
             batches = [batch for batch in trainer.readers["train"].epoch(0) if batch.rows == BATCH]
