@@ -1,6 +1,6 @@
 """Time of a table's step and of a whole training step by row format, one thread, medians of alternating rounds.
 
-    python scripts/bench/format_steps.py [--rounds 20] [--only table training]
+    python scripts/bench/low_precision_steps.py [--rounds 20] [--only table training]
 
 table: distinct ids, look-up, gather and row-wise Adagrad update of 106,496 ids (26 features of 50,000 Zipf values).
 training: DeepFM's step on preloaded synthetic batches (4096 rows, 26 ids, dim 16, MLP 400 x 3); ALPT with k = 8 is the
