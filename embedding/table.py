@@ -214,16 +214,29 @@ class DynamicTable:
         The table must not change meanwhile.
         """
         for rows, meta in self._index.walk(batch_rows, since):
-            values, state, step_size = self._store.read(rows)
-            yield RowBatch(
-                ids=meta[:, ID].contiguous(),
-                values=values,
-                state=state,
-                last_seen=meta[:, LAST_SEEN].contiguous(),
-                count=meta[:, COUNT].contiguous(),
-                rows=rows,
-                step_size=step_size,
-            )
+            yield self._read(rows, meta)
+
+    def rows_in_use(self, since: int | None = None) -> Tensor:
+        """Numbers of all rows, or of those touched since a mark: int64 [n], ascending."""
+        found = [rows for rows, _ in self._index.walk(1 << 20, since)]
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=self.device)
+
+    def read_rows(self, rows: Tensor) -> RowBatch:
+        """What `export_rows` gives of certain rows in use: int64 [n]. Of none: empty tensors of the right kinds."""
+        self._store.reserve(1)  # a store without a chunk does not know what its rows are made of
+        return self._read(rows, self._index.read(rows).long())
+
+    def _read(self, rows: Tensor, meta: Tensor) -> RowBatch:
+        values, state, step_size = self._store.read(rows)
+        return RowBatch(
+            ids=meta[:, ID].contiguous(),
+            values=values,
+            state=state,
+            last_seen=meta[:, LAST_SEEN].contiguous(),
+            count=meta[:, COUNT].contiguous(),
+            rows=rows,
+            step_size=step_size,
+        )
 
     def import_rows(self, batch: RowBatch) -> None:
         """Take rows in as they are; a known id is replaced. Raises TableFull as `lookup`.
