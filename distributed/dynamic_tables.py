@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +23,6 @@ from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
 from distributed.dynamic_sharding import DYNAMIC, DynamicSharder
 from distributed.plan import TableSize
-from distributed.process import Process
-from distributed.table_files import load_tables, save_tables
 from distributed.table_kernel import Pass
 from distributed.transport import codecs
 from embedding.config import DynamicTableConfig
@@ -168,22 +165,14 @@ class DynamicTables(nn.Module):
         """This rank's counts by table: rows, bytes, new, admitted, rejected, expired, evicted."""
         return {name: table.stats() for name, table in self.owned().items()}
 
-    def state(self) -> dict[str, Any]:
-        """What torch.distributed.checkpoint saves and loads. Rows of ids are saved by id, see `save_rows`."""
-        return {} if self.others is None else {"others": self.others.detach()}
+    def tensors(self) -> dict[str, Any]:
+        """For torch.distributed.checkpoint. Rows of ids are saved by id, see `distributed/checkpoint_tables.py`."""
+        return {} if self.others is None else {"tables/others": self.others.detach()}
 
-    @torch.no_grad()
-    def load_state(self, state: dict[str, Any]) -> None:
-        if self.others is not None:
-            self.others.copy_(state["others"])
-
-    def save_rows(self, folder: Path, process: Process) -> None:
-        save_tables(self.owned(), folder, process)
-
-    def load_rows(self, folder: Path, process: Process) -> None:
+    def clear(self) -> None:
+        """Forget all rows."""
         for kernel in self.collection.kernels():
             kernel.clear()
-        load_tables(self.owned(), folder, process)
 
     @torch.no_grad()
     def _distinct(self, ids: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Tensor]:

@@ -7,7 +7,6 @@ price. Output is the same for any number of ranks: initial rows depend on (seed,
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ShardingType
 
 from distributed.plan import TableSize
-from distributed.process import Process
 from embedding.config import RowOptimizer, TableConfig
 from embedding.errors import ConfigError
+from embedding.table import DynamicTable
 from kernels.mix import mix64
 from kernels.random import normal
 
@@ -160,18 +159,20 @@ class StaticTables(nn.Module):
         """Nothing to count."""
         return {}
 
-    def state(self) -> dict[str, Any]:
-        """What torch.distributed.checkpoint saves and loads of the tables."""
-        return self.ebc.state_dict()
+    def owned(self) -> dict[str, DynamicTable]:
+        """No dynamic tables."""
+        return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.ebc.load_state_dict(state)
+    def tensors(self) -> dict[str, Any]:
+        """Weights and optimizer state, as live shards, for torch.distributed.checkpoint."""
+        weights = {f"tables/{name}": value for name, value in self.ebc.state_dict().items()}
+        state = self.ebc.fused_optimizer.state_dict()["state"]
+        return weights | {
+            f"tables.optimizer/{name}/{key}": value for name, one in state.items() for key, value in one.items()
+        }
 
-    def save_rows(self, folder: Path, process: Process) -> None:
-        """Nothing beside `state`."""
-
-    def load_rows(self, folder: Path, process: Process) -> None:
-        """Nothing beside `state`."""
+    def clear(self) -> None:
+        """Nothing to forget: rows are overwritten."""
 
 
 def stored_dim(dim: int) -> int:

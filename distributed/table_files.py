@@ -1,145 +1,188 @@
-"""Rows of dynamic tables as parquet files, by id: any number of ranks can load what any number has saved.
+"""Rows of dynamic tables as parquet files by id: any number of ranks can load what any number has saved.
 
-One file per table and rank, `<table>/<rank>-of-<ranks>.parquet`, with columns id, values, last_seen and count, and
-state and step_size where rows have them. Values, state and step_size are lists, one group after the other: values as
-they are stored (float or halffloat; uint16 bits of bf16; uint8 codes), the others float. The schema's metadata tells
-the groups with their dims and formats (`kernels/formats.py` describes these): groups = "v 16 int8, w 1 fp32".
+A rank writes one file per table. In it rows lie by bucket, mix64(id) modulo a number that many numbers of ranks divide,
+each bucket in row groups of its own; so a rank reads only the row groups that can hold rows it owns.
+docs/checkpoints.md describes the columns for other readers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from urllib.parse import quote
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from distributed.checkpoint_files import Storage
 from distributed.ownership import owner_of
 from distributed.process import Process
-from embedding.config import DynamicTableConfig
 from embedding.errors import TesseraError
 from embedding.table import DynamicTable, RowBatch
 from kernels.mix import mix64
 
-BATCH_ROWS = 1 << 16
-ARROW = {
-    torch.float32: pa.float32(),
-    torch.float16: pa.float16(),
-    torch.bfloat16: pa.uint16(),
-    torch.uint8: pa.uint8(),
-}
+Columns = dict[str, Tensor]
+
+BUCKETS = (1, 12, 120, 960)  # divided by 1 to 6, 8, 10, 12, 15, 16, 20, 24, 32, 64 … ranks
+BUCKET_ROWS = 1 << 13  # rows of a bucket, at least, unless there is only one bucket
+GROUP_ROWS = 1 << 17  # rows of a row group, at most: what a load holds in memory beside the tables
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in (torch.int64, torch.uint8, torch.int8)}
+COLUMN_OF_FIELD = {"ids": "id", "rows": "row"}  # of RowBatch; the other columns are called as the fields
 
 
-def save_tables(tables: dict[str, DynamicTable], folder: Path, process: Process) -> None:
-    """Write this rank's rows of each table."""
-    for name, table in tables.items():
-        path = file_of(folder, name, process.rank, process.world_size)
-        with rows_writer(path, table.config) as writer:
-            for batch in table.export_rows(BATCH_ROWS):
-                writer.write_batch(to_arrow(batch, writer.schema))
+@dataclass(frozen=True)
+class ColumnSource:
+    """Rows on their way to a file: `ids` int64 [n], and `read(positions)`, which gives the columns of some of them."""
+
+    ids: Tensor
+    read: Callable[[Tensor], Columns]
 
 
-def load_tables(tables: dict[str, DynamicTable], folder: Path, process: Process) -> None:
-    """Fill this rank's empty tables with the saved rows that it owns.
+def columns_of(batch: RowBatch) -> Columns:
+    """The tensors of a batch by the names of their columns, on the host."""
+    named = {COLUMN_OF_FIELD.get(field.name, field.name): getattr(batch, field.name) for field in fields(RowBatch)}
+    return {name: tensor.cpu() for name, tensor in named.items() if tensor is not None}
+
+
+def rows_of(table: DynamicTable, leave_out: tuple[str, ...] = ()) -> ColumnSource:
+    """All rows of a table, read while they are written: the table must not change meanwhile."""
+    rows = table.rows_in_use()
+    ids = torch.cat([rows.new_empty(0), *table.touched_since(0)])
+
+    def read(positions: Tensor) -> Columns:
+        columns = columns_of(table.read_rows(rows[positions.to(rows.device)]))
+        return {name: column for name, column in columns.items() if name not in leave_out}
+
+    return ColumnSource(ids.cpu(), read)
+
+
+def copied(columns: Columns) -> ColumnSource:
+    """Columns that nobody changes any more, one of them `id`."""
+    return ColumnSource(columns["id"], lambda rows: {name: one.index_select(0, rows) for name, one in columns.items()})
+
+
+def file_name(kind: str, table: str, rank: int, ranks: int) -> str:
+    """kind: rows, waiting (ids that the admission filter counts) or gone (ids whose rows were given up)."""
+    return f"{kind}/{quote(table, safe='')}/{rank:05d}-of-{ranks:05d}.parquet"
+
+
+def write_columns(storage: Storage, path: str, source: ColumnSource, ranks: int) -> None:
+    """Write rows by bucket. Columns are int64, or fixed-size binary: the bytes of a matrix's row."""
+    buckets = max(b for b in BUCKETS if b == 1 or source.ids.numel() * ranks >= b * BUCKET_ROWS)
+    bucket = owner_of(mix64(source.ids), buckets)
+    order = bucket.argsort(stable=True) if buckets > 1 else torch.arange(source.ids.numel())
+    ends = torch.bincount(bucket, minlength=buckets).cumsum(0).tolist()
+    schema = _schema(source.read(order[:0]), buckets)
+    group_buckets = []
+    with (
+        storage.write(path) as stream,
+        pq.ParquetWriter(stream, schema, compression="NONE", use_dictionary=False, write_statistics=False) as writer,
+    ):
+        for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            for first in range(begin, end, GROUP_ROWS):
+                columns = source.read(order[first : min(first + GROUP_ROWS, end)])
+                arrays = [_to_arrow(columns[name], schema.field(name).type) for name in schema.names]
+                writer.write_table(pa.table(arrays, schema=schema), row_group_size=GROUP_ROWS)
+                group_buckets.append(number)
+        writer.add_key_value_metadata({"tessera.bucket_of_row_group": json.dumps(group_buckets)})
+
+
+def _schema(empty: Columns, buckets: int) -> pa.Schema:
+    parts = []
+    for name, column in empty.items():
+        if column.dim() == 1:
+            assert column.dtype == torch.int64, (name, column.dtype)
+            parts.append(pa.field(name, pa.int64(), nullable=False))
+        elif column.shape[1]:
+            dtype = str(column.dtype).removeprefix("torch.")
+            shape = {"dtype": dtype, "width": str(column.shape[1])}
+            binary = pa.binary(column.shape[1] * column.element_size())
+            parts.append(pa.field(name, binary, nullable=False, metadata=shape))
+    return pa.schema(parts, metadata={"tessera.buckets": str(buckets)})
+
+
+def _to_arrow(column: Tensor, kind: pa.DataType) -> pa.Array:
+    if column.dim() == 1:
+        return pa.array(column.numpy())
+    data = pa.py_buffer(column.contiguous().view(torch.uint8).numpy())
+    return pa.FixedSizeBinaryArray.from_buffers(kind, column.shape[0], [None, data])
+
+
+def _to_tensor(array: pa.Array, field: pa.Field) -> Tensor:
+    if not pa.types.is_fixed_size_binary(field.type):
+        return torch.from_numpy(array.to_numpy().copy())  # Arrow's memory is read-only, which torch warns about
+    data = np.frombuffer(array.buffers()[1], dtype=np.uint8)
+    begin, size = array.offset * field.type.byte_width, len(array) * field.type.byte_width
+    dtype = DTYPES[field.metadata[b"dtype"].decode()]
+    flat = torch.from_numpy(data[begin : begin + size].copy()).view(dtype)
+    return flat.view(len(array), int(field.metadata[b"width"]))
+
+
+def read_columns(storage: Storage, path: str, rank: int, ranks: int) -> Iterator[Columns]:
+    """The rows of a file that `rank` of `ranks` owns, a row group at a time. Only such are read as may hold some."""
+    with storage.parquet(path) as file:
+        schema = file.schema_arrow
+        buckets = int(file.metadata.metadata[b"tessera.buckets"])
+        of_group = json.loads(file.metadata.metadata[b"tessera.bucket_of_row_group"])
+        common = math.gcd(buckets, ranks)
+        for group, bucket in enumerate(of_group):
+            if bucket % common != rank % common:
+                continue
+            table = file.read_row_group(group, use_threads=False).combine_chunks()
+            columns = {f.name: _to_tensor(table.column(f.name).chunk(0), f) for f in schema}
+            if common < ranks:
+                mine = (owner_of(mix64(columns["id"]), ranks) == rank).nonzero().flatten()
+                columns = {name: column.index_select(0, mine) for name, column in columns.items()}
+            yield columns
+
+
+def files_of(storage: Storage, kind: str, table: str, process: Process) -> list[str]:
+    """The files of a table that may hold rows of this rank. Empty if there is no such table."""
+    folder = f"{kind}/{quote(table, safe='')}"
+    chosen = []
+    for name in storage.names(folder):
+        writer, _, ranks = name.removesuffix(".parquet").partition("-of-")
+        common = math.gcd(int(ranks), process.world_size)
+        if int(writer) % common == process.rank % common:
+            chosen.append(f"{folder}/{name}")
+    return chosen
+
+
+def to_batch(columns: Columns, table: DynamicTable, path: str, with_state: bool, with_rows: bool) -> RowBatch:
+    """What `import_rows` takes. Optimizer state that the file lacks, or is not wanted, is a new row's.
 
     Raises:
-        TesseraError: a table's files are missing or not complete, or its rows have other groups or formats.
+        TesseraError: a column has another type or width than the table.
     """
-    for name, table in tables.items():
-        for path in files_of(folder, name):
-            for batch in read_rows(path, table.config):
-                mine = owner_of(mix64(batch.ids), process.world_size) == process.rank
-                columns = {key: value[mine] for key, value in vars(batch).items() if value is not None}
-                table.import_rows(RowBatch(**columns))
+    expected = columns_of(table.read_rows(torch.empty(0, dtype=torch.int64, device=table.device)))
+    state_width = expected["state"].shape[1]
+    if state_width and not (with_state and "state" in columns):
+        first = table.config.optimizer.initial_accumulator
+        columns = {**columns, "state": torch.full((columns["id"].numel(), state_width), first)}
+    parts = {}
+    for field in fields(RowBatch):
+        name = COLUMN_OF_FIELD.get(field.name, field.name)
+        if name == "row" and not with_rows or name not in expected:
+            parts[field.name] = None
+            continue
+        wanted = expected[name]
+        column = columns.get(name, wanted if wanted.dim() == 2 and not wanted.shape[1] else None)
+        if wanted.dim() == 2 and not wanted.shape[1]:
+            column = wanted.new_empty((columns["id"].numel(), 0))
+        if column is None or column.dtype != wanted.dtype or column.shape[1:] != wanted.shape[1:]:
+            raise TesseraError(f"{path}: column {name} holds {_kind(column)}; the model's table has {_kind(wanted)}")
+        parts[field.name] = column.to(table.device)
+    return RowBatch(**parts)
 
 
-def file_of(folder: Path, table: str, rank: int, ranks: int) -> Path:
-    return folder / table / f"{rank:05d}-of-{ranks:05d}.parquet"
-
-
-def files_of(folder: Path, table: str) -> list[Path]:
-    """The files of one table, one per rank that saved them. Raises TesseraError unless all are there."""
-    found = sorted((folder / table).glob("*.parquet"))
-    if not found:
-        raise TesseraError(f"{folder / table} holds no rows of table {table}; expected one file per rank")
-    ranks = int(found[0].stem.rpartition("-")[2])
-    expected = [file_of(folder, table, rank, ranks) for rank in range(ranks)]
-    if found != expected:
-        missing = next((path.name for path in expected if path not in found), "no other ones")
-        raise TesseraError(f"{folder / table} holds {len(found)} files of {ranks} ranks; expected {missing}")
-    return found
-
-
-def rows_writer(path: Path, config: DynamicTableConfig) -> pq.ParquetWriter:
-    """A writer of what `to_arrow` makes of the table's rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = sum(config.values_columns(group) for group in config.groups)
-    fields = {
-        "id": pa.int64(),
-        "values": pa.list_(ARROW[config.values_dtype], columns),
-        "last_seen": pa.int64(),
-        "count": pa.int64(),
-    }
-    if config.state_width:  # Arrow does not read lists of length 0 back
-        fields["state"] = pa.list_(pa.float32(), config.state_width)
-    if config.has_steps:
-        fields["step_size"] = pa.list_(pa.float32(), len(config.groups))
-    schema = pa.schema(fields, metadata={"groups": groups_of(config)})
-    return pq.ParquetWriter(path, schema, compression="zstd")
-
-
-def groups_of(config: DynamicTableConfig) -> str:
-    """The groups of a table with dims and formats, as files name them."""
-    return ", ".join(f"{group.name} {group.dim} {group.format}" for group in config.groups)
-
-
-def to_arrow(batch: RowBatch, schema: pa.Schema) -> pa.RecordBatch:
-    values = batch.values.view(torch.uint16) if batch.values.dtype == torch.bfloat16 else batch.values
-    columns = {
-        "id": pa.array(batch.ids.numpy()),
-        "values": _lists(values),
-        "last_seen": pa.array(batch.last_seen.numpy()),
-        "count": pa.array(batch.count.numpy()),
-    }
-    for name, matrix in (("state", batch.state), ("step_size", batch.step_size)):
-        if name in schema.names:
-            columns[name] = _lists(matrix)
-    return pa.record_batch([columns[name] for name in schema.names], schema=schema)
-
-
-def read_rows(path: Path, config: DynamicTableConfig) -> Iterator[RowBatch]:
-    """Rows of one file, as they are stored. Raises TesseraError where the table has other groups or formats."""
-    file = pq.ParquetFile(path)
-    found = (file.schema_arrow.metadata or {}).get(b"groups", b"unknown").decode()
-    if found != groups_of(config):
-        raise TesseraError(
-            f"{path}: rows have groups {found}; the model has {groups_of(config)} (scripts/convert_tables.py converts)"
-        )
-    has_state = "state" in file.schema_arrow.names
-    state_width = file.schema_arrow.field("state").type.list_size if has_state else 0
-    if state_width != config.state_width:
-        raise TesseraError(f"{path}: column state has {state_width} floats per row; the model has {config.state_width}")
-    for batch in file.iter_batches(BATCH_ROWS):
-        yield RowBatch(
-            ids=_numbers(batch, "id"),
-            values=_matrix(batch.column("values")).view(config.values_dtype),
-            state=_matrix(batch.column("state")) if has_state else torch.empty(batch.num_rows, 0),
-            last_seen=_numbers(batch, "last_seen"),
-            count=_numbers(batch, "count"),
-            step_size=_matrix(batch.column("step_size")) if config.has_steps else None,
-        )
-
-
-def _lists(matrix: Tensor) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.contiguous().view(-1).numpy()), matrix.shape[1])
-
-
-def _numbers(batch: pa.RecordBatch, column: str) -> Tensor:
-    """int64 [n], copied: Arrow's memory is read-only, which torch warns about."""
-    return torch.from_numpy(batch.column(column).to_numpy().copy())
-
-
-def _matrix(lists: pa.Array) -> Tensor:
-    return torch.from_numpy(lists.flatten().to_numpy().reshape(len(lists), lists.type.list_size).copy())
+def _kind(column: Tensor | None) -> str:
+    if column is None:
+        return "nothing"
+    width = f"{column.shape[1]} x " if column.dim() == 2 else ""
+    return width + str(column.dtype).removeprefix("torch.")

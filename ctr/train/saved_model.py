@@ -1,53 +1,123 @@
-"""Save and load a model's weights, dense and sharded, by torch.distributed.checkpoint."""
+"""A model alone, without what training needs beside it: `best/` in a run folder, in the form of a saved state."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from distributed.checkpoint import MANIFEST, CheckpointError, Saved, open_saved, read_manifest, save
+from distributed.checkpoint_dense import load_into, load_tensors, save_tensors, tensor_shapes
+from distributed.checkpoint_files import Sealed, Storage, seal
+from distributed.checkpoint_tables import TableParts, describe_tables, load_rows
 from distributed.process import Process
+from distributed.table_files import rows_of
 from embedding.errors import TesseraError
 
 
-def save_model(model: DistributedModelParallel, folder: Path, process: Process) -> None:
-    """Write to a temporary folder and rename it, so that `folder` always holds one complete model."""
-    temporary, previous = folder.with_suffix(".partial"), folder.with_suffix(".previous")
+def save_model(model: DistributedModelParallel, folder: Path, process: Process, step: int) -> None:
+    """Replace `folder` by this model, so that it always holds one complete model.
+
+    Raises CheckpointError: it cannot be written; the model before is still there.
+    """
     process.stage = f"saving {folder.name}"
-    if process.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-    dist.barrier()
     network = model.module
-    dcp.save({"tower": network.tower.state_dict(), "tables": network.tables.state()}, checkpoint_id=temporary)
-    network.tables.save_rows(temporary / "rows", process)
-    dist.barrier()
-    if process.is_main:
-        shutil.rmtree(previous, ignore_errors=True)
-        if folder.exists():
-            folder.rename(previous)
-        temporary.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
-    dist.barrier()
+    tables = network.tables.owned()
+
+    def write(storage: Storage) -> dict[str, Any]:
+        tower = {f"tower/{name}": value for name, value in network.tower.state_dict().items() if process.is_main}
+        save_tensors(storage, tower | _weights(network.tables.tensors()), None)
+        rows = {("rows", name): rows_of(table, leave_out=("state", "row")) for name, table in tables.items()}
+        TableParts(rows, {}).write(storage, process)
+        return {}
+
+    save(
+        Storage(folder.parent),
+        folder.name,
+        write,
+        lambda *_: {"tables": describe_tables(tables)},
+        process,
+        step=step,
+        kind="model",
+    )
 
 
 def load_model(model: DistributedModelParallel, folder: Path, process: Process) -> None:
     """Fill `model` from what `save_model` wrote, on any number of ranks.
 
     Raises:
-        TesseraError: no complete model there.
+        TesseraError: no complete model there, or one of another shape.
     """
-    previous = folder.with_suffix(".previous")
-    source = folder if folder.exists() or not previous.exists() else previous  # killed between the two renames
-    if not (source / ".metadata").exists():
+    replaced = folder.with_name(f".deleted-{folder.name}")
+    if not folder.exists() and replaced.exists():  # killed between two renames
+        folder = replaced
+    if not folder.exists():
         raise TesseraError(f"{folder} holds no saved model; train the run first")
     process.stage = f"loading {folder.name}"
+    fill_model(model, open_saved(Storage(folder), process), process, in_place=False)
+
+
+def fill_model(model: DistributedModelParallel, saved: Saved, process: Process, in_place: bool) -> None:
+    """Dense weights, static tables and rows of a state that fits the model exactly.
+
+    in_place: rows keep their numbers, for the same ranks to go on.
+    """
     network = model.module
-    tower, tables = network.tower.state_dict(), network.tables.state()
-    dcp.load({"tower": tower, "tables": tables}, checkpoint_id=source)
-    network.tower.load_state_dict(tower)
-    network.tables.load_state(tables)
-    network.tables.load_rows(source / "rows", process)
-    dist.barrier()
+    there, tower, shards = tensor_shapes(saved.folders[0]), network.tower.state_dict(), network.tables.tensors()
+    if saved.manifest["kind"] == "model":
+        shards = _weights(shards)
+    wanted = {f"tower/{name}": value for name, value in tower.items()} | shards
+    for name, value in wanted.items():
+        found = there.get(name, ("nothing", ""))[0]
+        if found != value.size():
+            expected = _shape(value.size())
+            raise CheckpointError(f"{saved.name}: found {_shape(found)} for {name}; the model has {expected}")
+    extra = [n for n in there if n.startswith(("tower/", "tables/")) and n not in wanted]
+    if extra:
+        hint = "trainer.warm_start takes what fits"
+        raise CheckpointError(f"{saved.name} holds {extra[0]}, which the model lacks; {hint}")
+    found = load_tensors(saved.folders[0], lambda name: name.startswith("tower/"))
+    network.tower.load_state_dict({name.removeprefix("tower/"): value for name, value in found.items()})
+    if shards:
+        load_into(saved.folders[0], shards)
+    network.tables.clear()
+    load_rows(network.tables.owned(), saved, process, in_place=in_place)
+
+
+def _weights(shards: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in shards.items() if name.startswith("tables/")}
+
+
+def _shape(size: Any) -> str:
+    return size if isinstance(size, str) else str(list(size))
+
+
+def link_model(folder: Path, new: Path) -> None:
+    """Keep the model of a folder under another name too; it takes no space where the disk can link files."""
+    shutil.rmtree(new, ignore_errors=True)
+    source, target = Storage(folder), Storage(new)
+    for path in [*read_manifest(source)["files"], MANIFEST]:
+        target.link_or_copy(source, path, path)
+
+
+def put_into(storage: Storage, below: str, folder: Path) -> None:
+    """Move what `link_model` kept into a state that is being written."""
+    source = Storage(folder)
+    manifest = read_manifest(source)
+    sealed = {path: Sealed(**one) for path, one in manifest["files"].items()}
+    sealed[MANIFEST] = seal(source.read(MANIFEST))
+    for path, one in sealed.items():
+        storage.link_or_copy(source, path, f"{below}/{path}")
+        storage.written[f"{below}/{path}"] = one
+    shutil.rmtree(folder)
+
+
+def take_out(saved: Saved, below: str, folder: Path) -> None:
+    """Put the model that a state holds in its place; if it holds none, none stays there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    state, target = saved.folders[0], Storage(folder)
+    for path in saved.manifest["files"]:
+        if path.startswith(f"{below}/"):
+            target.link_or_copy(state, path, path.removeprefix(f"{below}/"))

@@ -4,6 +4,9 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
+from distributed.checkpoint import open_saved, save
+from distributed.checkpoint_files import Storage
+from distributed.checkpoint_tables import TableSaver, load_rows
 from distributed.dynamic_tables import DynamicTables
 from distributed.ownership import owner_of
 from distributed.sharding import shard
@@ -74,6 +77,14 @@ def rows_of(tables: DynamicTables) -> dict[str, dict[int, tuple]]:
     }
 
 
+def save_rows(tables: DynamicTables, folder, process):
+    def write(storage: Storage) -> dict:
+        TableSaver(tables.owned()).take(delta=False, copy=False).write(storage, process)
+        return {}
+
+    save(Storage(folder), "state", write, lambda *_: {}, process)
+
+
 def train(process, folder=None):
     model = Model()
     sharded, plan = shard(model, model.tables, process, BATCH // process.world_size)
@@ -86,7 +97,7 @@ def train(process, folder=None):
     sharded.eval()
     unseen = sharded(share_of(process, draw_bags(99))).detach().tolist()
     if folder is not None:
-        model.tables.save_rows(folder, process)
+        save_rows(model.tables, folder, process)
     return outputs, rows_of(model.tables), unseen, plan
 
 
@@ -160,7 +171,8 @@ def test_training_equals_a_dictionary_of_rows(world):
 def load(process, folder):
     model = Model()
     shard(model, model.tables, process, BATCH)
-    model.tables.load_rows(folder, process)
+    saved = open_saved(Storage(folder / "state"), process)
+    load_rows(model.tables.owned(), saved, process)
     return rows_of(model.tables)
 
 

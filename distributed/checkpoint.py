@@ -1,0 +1,292 @@
+"""Folders that each hold one complete saved state, or are passed over.
+
+A state is written under a name that nobody takes for a state; its manifest, with the size and the checksum of every
+file, comes last; then all is synced and one rename gives it its name. Behind a URI, where a rename is not atomic, a
+folder is a state when its manifest is there. Nothing is ever changed in a finished folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from distributed.checkpoint_files import Sealed, Storage
+from distributed.process import Process
+from embedding.errors import TesseraError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TRAINING = "training.json"
+NAME = re.compile(r"step-(\d{12})")
+
+
+class CheckpointError(TesseraError):
+    """A state cannot be written, or the one asked for cannot be read."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state that verified.
+
+    folders: where it lies, newest first: one folder, or a delta and those before it down to the full one.
+    manifest: of the newest. training: what `save` was given to describe it.
+    """
+
+    folders: list[Storage]
+    manifest: dict[str, Any]
+    training: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folders[0].name
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+    @property
+    def ranks(self) -> int:
+        return self.manifest["world_size"]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file["bytes"] for file in self.manifest["files"].values())
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:012d}"
+
+
+def save(
+    root: Storage,
+    name: str,
+    write: Callable[[Storage], dict[str, Any]],
+    describe: Callable[[Storage, list[dict[str, Any]]], dict[str, Any]],
+    process: Process,
+    group: dist.ProcessGroup | None = None,
+    *,
+    step: int = 0,
+    kind: str = "full",
+    chain: list[dict[str, str]] | None = None,
+) -> dict[str, Any]:
+    """Write one state by all ranks; it is there completely, or as if nothing had happened.
+
+    Args:
+        write: puts this rank's files into the folder it is given and returns what it has to say for `describe`.
+        describe: called on rank 0 with what all ranks said, in rank order; may add files; its result is stored.
+        group: for the agreement between ranks; one of its own if the caller is not the main thread.
+        chain: name and checksum of the states that this one builds on, the full one first.
+
+    Returns:
+        the manifest.
+
+    Raises:
+        CheckpointError: on every rank, naming the rank that failed and why.
+    """
+    partial = f".partial-{name}" if root.local else name
+    folder, said, problem = root.below(partial), {}, None
+    try:
+        folder.make()
+        said = write(folder)
+    except (OSError, CheckpointException) as error:
+        problem = f"rank {process.rank}: {_reason(error)}"
+    reports = _gather((problem, said, folder.written), process, group)
+    problem = next((report[0] for report in reports if report[0]), None)
+    manifest = None
+    if process.is_main:
+        if problem is None:
+            try:
+                manifest = _commit(root, folder, partial, name, reports, describe, process, step, kind, chain or [])
+            except OSError as error:
+                problem = f"rank 0: {_reason(error)}"
+        if problem is not None:
+            _remove_quietly(root, partial)
+    problem, manifest = _broadcast((problem, manifest), process, group)
+    if problem is not None:
+        raise CheckpointError(f"{root.full(name)} cannot be written: {problem}; what was saved before is untouched")
+    return manifest
+
+
+def _commit(root, folder, partial, name, reports, describe, process, step, kind, chain) -> dict[str, Any]:
+    for _, _, written in reports:
+        folder.written.update(written)
+    training = describe(folder, [said for _, said, _ in reports])
+    with folder.write(TRAINING) as stream:
+        stream.write(json.dumps(training, indent=1).encode())
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "kind": kind,
+        "world_size": process.world_size,
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "chain": chain,
+        "files": {path: vars(sealed) for path, sealed in sorted(folder.written.items())},
+    }
+    manifest["checksum"] = _checksum(manifest)
+    folder.sync_folders()
+    with folder.write(MANIFEST) as stream:
+        stream.write(json.dumps(manifest, indent=1).encode())
+    if root.local:
+        folder.sync_folders()
+        if root.exists(name):  # it did not verify, or belongs to steps that are trained again
+            root.remove(f".deleted-{name}")
+            root.rename(name, f".deleted-{name}")
+        root.rename(partial, name)
+        root.sync_folders(below=False)
+        root.remove(f".deleted-{name}")
+    return manifest
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    text = json.dumps({key: value for key, value in manifest.items() if key != "checksum"}, sort_keys=True)
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _remove_quietly(root: Storage, path: str) -> None:
+    """After a failure: on a full disk or a read-only one this may fail too, and then the first error matters."""
+    with suppress(OSError):
+        root.remove(path)
+
+
+def _reason(error: Exception) -> str:
+    """One line; for what went wrong inside torch.distributed.checkpoint, the cause on the first rank that failed."""
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = min(error.failures.items())
+        return f"dense side of rank {rank}: {_reason(cause)}"
+    cause = error
+    while not isinstance(cause, OSError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = " ".join(str(cause).split()) or type(cause).__name__
+    return getattr(cause, "strerror", None) or text
+
+
+def read_manifest(folder: Storage) -> dict[str, Any]:
+    """Raises CheckpointError, one line: why the folder is no state that can be read."""
+    try:
+        manifest = json.loads(folder.read(MANIFEST))
+    except FileNotFoundError:
+        raise CheckpointError("it has no manifest: a save that did not end, or not a state") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"its manifest cannot be read: {_reason(error)}") from None
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"it has format {found!r}; this version reads {FORMAT}")
+    if manifest.get("checksum") != _checksum(manifest):
+        raise CheckpointError("its manifest was changed: its checksum does not match")
+    return manifest
+
+
+def _chain(folder: Storage, manifest: dict[str, Any]) -> list[tuple[Storage, dict[str, Any]]]:
+    """The folder and those it builds on, newest first."""
+    parent, _, _ = folder.name.rstrip("/").rpartition("/")
+    found = [(folder, manifest)]
+    for link in reversed(manifest["chain"]):
+        earlier = Storage(f"{parent}/{link['name']}")
+        try:
+            one = read_manifest(earlier)
+        except CheckpointError as error:
+            raise CheckpointError(f"{link['name']}, which it builds on: {error}") from None
+        if one["checksum"] != link["checksum"]:
+            raise CheckpointError(f"{link['name']}, which it builds on, is not the one that was there")
+        found.append((earlier, one))
+    return found
+
+
+def open_saved(folder: Storage, process: Process) -> Saved:
+    """Check every file of a state, an equal part on each rank.
+
+    Raises:
+        CheckpointError: on every rank; what is wrong.
+    """
+    problem, chain = None, []
+    if process.is_main:
+        try:
+            chain = [(one.name, manifest) for one, manifest in _chain(folder, read_manifest(folder))]
+        except CheckpointError as error:
+            problem = str(error)
+    problem, chain = _broadcast((problem, chain), process, None)
+    if problem is None:
+        files = [(Storage(name), path, Sealed(**s)) for name, m in chain for path, s in sorted(m["files"].items())]
+        mine = files[process.rank :: process.world_size]
+        problems = [found for one, path, sealed in mine if (found := one.problem(path, sealed))]
+        problem = next((p for part in _gather(problems, process, None) for p in part), None)
+    if problem is not None:
+        raise CheckpointError(f"{folder.name} is passed over: {problem}")
+    folders = [Storage(name) for name, _ in chain]
+    return Saved(folders, chain[0][1], json.loads(folders[0].read(TRAINING)))
+
+
+def names_of_states(root: Storage) -> list[str]:
+    """Folders that are called as states are, newest step first. The clock has no say in it."""
+    return sorted((name for name in root.names() if NAME.fullmatch(name)), reverse=True)
+
+
+def latest(root: Storage, process: Process, warn: Callable[[str], None]) -> Saved | None:
+    """The newest state that verifies, the same on all ranks; what is passed over is told to `warn`."""
+    names = _broadcast(names_of_states(root) if process.is_main else None, process, None)
+    for name in names:
+        try:
+            return open_saved(root.below(name), process)
+        except CheckpointError as error:
+            warn(str(error))
+    return None
+
+
+def retain(root: Storage, keep: int) -> None:
+    """Remove all but the newest `keep` states and those that they build on. Rank 0 calls it after a save."""
+    needed: set[str] = set()
+    names = names_of_states(root)
+    kept = 0
+    for name in names:
+        if kept == keep:
+            break
+        try:
+            manifest = read_manifest(root.below(name))
+        except CheckpointError:
+            continue  # a torn folder does not count as one of those kept
+        needed |= {name, *(link["name"] for link in manifest["chain"])}
+        kept += 1
+    for name in set(names) - needed:
+        discard(root, name)
+
+
+def discard(root: Storage, name: str) -> None:
+    """Remove a state so that a half removed one is never taken for one."""
+    if root.local:
+        root.rename(name, f".deleted-{name}")
+        root.remove(f".deleted-{name}")
+    else:
+        root.remove(f"{name}/{MANIFEST}")
+        root.remove(name)
+
+
+def clean(root: Storage) -> None:
+    """Remove what earlier jobs left half written or half removed. Only for who holds the folder's lock."""
+    for name in root.names():
+        if name.startswith((".partial-", ".deleted-")):
+            root.remove(name)
+
+
+def _gather(value: Any, process: Process, group: dist.ProcessGroup | None) -> list[Any]:
+    if process.world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * process.world_size
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def _broadcast(value: Any, process: Process, group: dist.ProcessGroup | None) -> Any:
+    if process.world_size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=group)
+    return values[0]

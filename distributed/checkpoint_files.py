@@ -1,0 +1,179 @@
+"""Files of saved states, in a local folder or behind an fsspec URI: written with checksums, made durable, read back."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """What a manifest says of a file."""
+
+    bytes: int
+    crc32: int
+
+
+def seal(content: bytes) -> Sealed:
+    return Sealed(len(content), zlib.crc32(content))
+
+
+class ChecksumStream:
+    """A writable binary stream that keeps the size and the CRC-32 of what went through it."""
+
+    closed = False  # Arrow asks
+
+    def __init__(self, inner: IO[bytes]) -> None:
+        self._inner = inner
+        self.bytes = self.crc32 = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self.crc32 = zlib.crc32(view, self.crc32)
+        self.bytes += view.nbytes
+        self._inner.write(view)
+        return view.nbytes
+
+    def tell(self) -> int:
+        return self.bytes
+
+    def flush(self) -> None:
+        self._inner.flush()
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """The file is closed by whoever opened it, after the stream's users."""
+
+
+class Storage:
+    """A folder. Paths are relative to it, with "/" between names.
+
+    Attributes:
+        written: what `write` has finished so far, path -> size and checksum.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self._fs, self._root = url_to_fs(str(root))
+        self.name = str(root)
+        #: Only here is a rename atomic, and only here can files be synced to the disk.
+        self.local = isinstance(self._fs, LocalFileSystem)
+        self.written: dict[str, Sealed] = {}
+
+    def below(self, path: str) -> Storage:
+        return Storage(f"{self.name.rstrip('/')}/{path}")
+
+    def full(self, path: str = "") -> str:
+        return f"{self._root}/{path}" if path else self._root
+
+    @contextmanager
+    def write(self, path: str) -> Iterator[ChecksumStream]:
+        """Write a file. When the block ends well its bytes are on the disk and noted in `written`."""
+        self._fs.makedirs(os.path.dirname(self.full(path)), exist_ok=True)
+        with open(self.full(path), "wb") if self.local else self._fs.open(self.full(path), "wb") as file:
+            stream = ChecksumStream(file)
+            yield stream
+            if self.local:
+                file.flush()
+                os.fsync(file.fileno())
+        self.written[path] = Sealed(stream.bytes, stream.crc32)
+
+    def open(self, path: str) -> IO[bytes]:
+        return open(self.full(path), "rb") if self.local else self._fs.open(self.full(path), "rb")
+
+    def read(self, path: str) -> bytes:
+        with self.open(path) as file:
+            return file.read()
+
+    def parquet(self, path: str) -> pq.ParquetFile:
+        """A file by Arrow's own reader where it can, which is faster than through Python."""
+        return pq.ParquetFile(pa.OSFile(self.full(path)) if self.local else self._fs.open(self.full(path), "rb"))
+
+    def problem(self, path: str, expected: Sealed) -> str | None:
+        """Read a file through; what is wrong with it, or None."""
+        try:
+            size, crc32 = 0, 0
+            with self.open(path) as file:
+                while block := file.read(READ_BYTES):
+                    size += len(block)
+                    crc32 = zlib.crc32(block, crc32)
+        except FileNotFoundError:
+            return f"{path} is missing"
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror or error}"
+        if size != expected.bytes:
+            return f"{path} has {size:,} bytes; the manifest says {expected.bytes:,}"
+        if crc32 != expected.crc32:
+            return f"{path} has the checksum {crc32:08x}; the manifest says {expected.crc32:08x}"
+        return None
+
+    def names(self, path: str = "") -> list[str]:
+        """What lies directly in a folder, sorted; nothing if it does not exist."""
+        self._fs.invalidate_cache()
+        if not self._fs.isdir(self.full(path)):
+            return []
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in self._fs.ls(self.full(path), detail=False))
+
+    def exists(self, path: str) -> bool:
+        self._fs.invalidate_cache()
+        return self._fs.exists(self.full(path))
+
+    def make(self, path: str = "") -> None:
+        self._fs.makedirs(self.full(path), exist_ok=True)
+
+    def remove(self, path: str) -> None:
+        """Remove a file or a folder with all in it, if it is there."""
+        if self._fs.exists(self.full(path)):
+            self._fs.rm(self.full(path), recursive=True)
+
+    def rename(self, path: str, new: str) -> None:
+        if self.local:
+            os.rename(self.full(path), self.full(new))
+        else:
+            self._fs.mv(self.full(path), self.full(new), recursive=True)
+
+    def link_or_copy(self, source: Storage, path: str, new: str) -> None:
+        """Have a file of another folder here too: one file under two names where the disk can, else a copy."""
+        self._fs.makedirs(os.path.dirname(self.full(new)), exist_ok=True)
+        if self.local and source.local:
+            try:
+                os.link(source.full(path), self.full(new))
+                return
+            except OSError:  # another disk, or one without links
+                pass
+        with source.open(path) as file, self.write(new) as stream:
+            while block := file.read(READ_BYTES):
+                stream.write(block)
+
+    def sync_folders(self, below: bool = True) -> None:
+        """Make the names in this folder, and in all below, durable."""
+        if self.local:
+            for folder, _, _ in os.walk(self._root, topdown=False) if below else [(self._root, [], [])]:
+                sync_folder(folder)
+
+
+def sync_folder(folder: str | Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,196 @@
+"""What saved states hold of dynamic tables: their rows, the ids that wait for admission, and everything else they are.
+
+A full state has all rows. A delta has the rows that changed since the state before it, and the ids whose rows were
+given up since then. A state is read newest folder first: a row found there, or given up, hides older ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distributed.checkpoint import Saved
+from distributed.checkpoint_files import Storage
+from distributed.process import Process
+from distributed.table_files import (
+    Columns,
+    ColumnSource,
+    columns_of,
+    copied,
+    file_name,
+    files_of,
+    read_columns,
+    rows_of,
+    to_batch,
+    write_columns,
+)
+from embedding.errors import TesseraError
+from embedding.table import DynamicTable
+
+Tables = dict[str, DynamicTable]
+ADMISSION_COLUMNS = {"admission/ids": "id", "admission/counts": "count", "admission/last_seen": "last_seen"}
+
+
+@dataclass
+class TableParts:
+    """This rank's part of all tables at one moment. files: (kind, table) -> rows; state: the rest, by name."""
+
+    files: dict[tuple[str, str], ColumnSource]
+    state: dict[str, Tensor]
+
+    def write(self, storage: Storage, process: Process) -> None:
+        for (kind, table), source in self.files.items():
+            path = file_name(kind, table, process.rank, process.world_size)
+            write_columns(storage, path, source, process.world_size)
+
+
+class TableSaver:
+    """Takes tables as they are, and remembers when, so that a delta can follow."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._marks: dict[str, int] = {}
+        self._given_up: dict[str, float] = {}
+
+    def can_follow(self) -> bool:
+        """Whether a delta would be complete: there was a state before, and the tables know all ids given up since."""
+        return self._marks.keys() == self._tables.keys() and all(
+            _given_up(table) - self._given_up[name] < table.config.evicted_kept for name, table in self._tables.items()
+        )
+
+    def take(self, delta: bool, copy: bool) -> TableParts:
+        """The tables now. copy: rows are copied, so that training may go on while they are written."""
+        parts = TableParts({}, {})
+        for name, table in self._tables.items():
+            if delta:
+                rows = table.rows_in_use(since=self._marks[name])
+                parts.files["rows", name] = copied(columns_of(table.read_rows(rows)))
+                parts.files["gone", name] = copied({"id": table.take_evicted().cpu()})
+            elif copy:
+                parts.files["rows", name] = copied(columns_of(table.read_rows(table.rows_in_use())))
+            else:
+                parts.files["rows", name] = rows_of(table)
+            state = table.export_state()
+            if "admission/ids" in state:
+                waiting = {column: state.pop(key).cpu() for key, column in ADMISSION_COLUMNS.items()}
+                parts.files["waiting", name] = copied(waiting)
+            parts.state |= {f"table/{name}/{key}": value for key, value in state.items()}
+        return parts
+
+    def follow(self, deltas: bool) -> None:
+        """From here on note changes, for a delta to what was taken last."""
+        for name, table in self._tables.items() if deltas else ():
+            if name not in self._marks:
+                table.take_evicted()
+            self._marks[name] = table.mark()
+            self._given_up[name] = _given_up(table)
+
+
+def _given_up(table: DynamicTable) -> float:
+    stats = table.stats()
+    return stats["expired"] + stats["evicted"]
+
+
+def describe_tables(tables: Tables) -> dict[str, dict]:
+    """What the rows of each table are made of, for whoever loads them into another model."""
+    described = {}
+    for name, table in tables.items():
+        columns = columns_of(table.read_rows(torch.empty(0, dtype=torch.int64, device=table.device)))
+        shapes = {key: [str(c.dtype).removeprefix("torch."), *c.shape[1:]] for key, c in columns.items()}
+        groups = [[group.name, group.dim] for group in table.config.groups]
+        described[name] = {"columns": shapes, "groups": groups, "optimizer": table.config.optimizer.name}
+    return described
+
+
+def load_rows(
+    tables: Tables,
+    saved: Saved,
+    process: Process,
+    name_there: Callable[[str], str] = str,
+    with_state: Callable[[str], bool] = lambda name: True,
+    in_place: bool = False,
+) -> int:
+    """Fill this rank's empty tables with the rows that it owns, one row group at a time. Returns bytes of rows read.
+
+    Args:
+        name_there: the name under which a table was saved. with_state: whether its optimizer state is wanted.
+        in_place: give rows the numbers that they had; the ranks must be those that saved.
+
+    Raises:
+        TesseraError: a table is missing there, or its rows are of another kind.
+    """
+    read = 0
+    for name, table in tables.items():
+        there = name_there(name)
+        if not saved.folders[-1].names(f"rows/{file_name('', there, 0, 1).split('/')[1]}"):
+            raise TesseraError(f"{saved.name} holds no rows of table {there}")
+        hidden = torch.empty(0, dtype=torch.int64)
+        for folder in saved.folders:
+            for path in files_of(folder, "rows", there, process):
+                for columns in read_columns(folder, path, process.rank, process.world_size):
+                    read += sum(column.nbytes for column in columns.values())
+                    if len(saved.folders) > 1:
+                        columns = _without(columns, table, hidden)
+                    table.import_rows(to_batch(columns, table, f"{folder.name}/{path}", with_state(name), in_place))
+            gone = [columns["id"] for columns in _columns(folder, "gone", there, process)]
+            hidden = torch.cat([hidden, *gone]).unique()
+    return read
+
+
+def _without(columns: Columns, table: DynamicTable, hidden: Tensor) -> Columns:
+    """Leave out rows that the table has already from a newer state, and those given up since."""
+    ids = columns["id"]
+    known = table.lookup(ids.to(table.device), 0, training=False).cpu() >= 0
+    chosen = (~known & ~torch.isin(ids, hidden, assume_unique=True)).nonzero().flatten()
+    return {name: column.index_select(0, chosen) for name, column in columns.items()}
+
+
+def _columns(folder: Storage, kind: str, table: str, process: Process) -> Iterator[Columns]:
+    for path in files_of(folder, kind, table, process):
+        yield from read_columns(folder, path, process.rank, process.world_size)
+
+
+def load_waiting(tables: Tables, saved: Saved, process: Process, name_there: Callable[[str], str] = str) -> None:
+    """Let the exact admission filters go on with the counts of the ids that this rank owns."""
+    for name, table in tables.items():
+        for columns in _columns(saved.folders[0], "waiting", name_there(name), process):
+            if columns["id"].numel():
+                table.import_state({key: columns[c].to(table.device) for key, c in ADMISSION_COLUMNS.items()})
+
+
+def load_table_state(tables: Tables, saved: Saved, by_rank: list[dict[str, Tensor]], process: Process) -> list[str]:
+    """Take over what tables are besides rows. On another number of ranks row numbers, free rows and the walk of expiry
+    begin anew, rank 0 goes on with everyone's counters, and sliding filters go on where they can.
+
+    Args:
+        by_rank: the `TableParts.state` of each rank that saved.
+
+    Returns:
+        what could not be taken over, as sentences.
+    """
+    lost = []
+    for name, table in tables.items():
+        states = [
+            {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            for prefix in [f"table/{name}/"]
+            for state in by_rank
+        ]
+        if saved.ranks == process.world_size:
+            table.import_state(states[process.rank])
+            continue
+        counters = torch.stack([state["counters"] for state in states]).sum(0)
+        kept = {"step": states[0]["step"], "counters": counters if process.is_main else torch.zeros_like(counters)}
+        if "admission/cells" in states[0]:
+            if process.world_size % saved.ranks:
+                lost.append(
+                    f"table {name}: a sliding admission filter cannot go from {saved.ranks} to {process.world_size} "
+                    "ranks; it begins to count anew"
+                )
+            else:  # the ids of this rank are among those of one rank that saved, in the same cells
+                one = states[process.rank % saved.ranks]
+                kept |= {key: value for key, value in one.items() if key.startswith("admission/")}
+        table.import_state(kept)
+    return lost
