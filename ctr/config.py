@@ -129,6 +129,22 @@ class EarlyStopConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    folder: str | None = None
+    every: int | None = None
+    keep: int = MISSING
+    overlap: bool = MISSING
+    full_every: int = MISSING
+
+
+@dataclass
+class WarmStartConfig:
+    path: str | None = None
+    rename: dict[str, str] = field(default_factory=dict)
+    optimizer: bool = True
+
+
+@dataclass
 class TrainerConfig:
     """conf/trainer/*.yaml. `batch_size` is the global one, over all ranks."""
 
@@ -145,6 +161,9 @@ class TrainerConfig:
     log_every: int = MISSING
     eval_every: int | None = None
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
+    resume: str | None = None
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     timeout_seconds: float = MISSING
 
 
@@ -267,6 +286,9 @@ def _check(config: Config) -> None:
         "trainer.eval_every": (trainer.eval_every, 1),
         "trainer.threads": (trainer.threads, 1),
         "trainer.early_stop.patience": (trainer.early_stop.patience, 1),
+        "trainer.checkpoint.every": (trainer.checkpoint.every, 1),
+        "trainer.checkpoint.keep": (trainer.checkpoint.keep, 1),
+        "trainer.checkpoint.full_every": (trainer.checkpoint.full_every, 1),
         "embedding.rows": (config.embedding.rows, 1),
         "embedding.l2": (config.embedding.l2, 0),
         "embedding.alpt.every": (config.embedding.alpt.every, 1),
@@ -295,6 +317,8 @@ def _check(config: Config) -> None:
             "embedding.ttl_days is set, but data.schema.time names no column and embedding.clock is event; "
             "name the column of event times, or set embedding.clock=wall"
         )
+    if trainer.resume is not None and trainer.run_dir is None:
+        raise ConfigError("trainer.resume is set but trainer.run_dir is null; name the folder of the run to go on with")
     if trainer.early_stop.metric not in ("auc", "logloss"):
         raise ConfigError(f"trainer.early_stop.metric is {trainer.early_stop.metric!r}; expected auc or logloss")
 

@@ -30,6 +30,7 @@ T = TypeVar("T")
 HEARTBEAT_SECONDS = 1.0
 STALE_SECONDS = 5.0  # a rank silent for this long is taken for dead
 LEAVE_SECONDS = 20.0  # how long a rank may still hang in a collective after another one reported failure
+STOPPED = 75  # exit status of a rank that was asked to stop, saved its state and can go on later (EX_TEMPFAIL)
 
 
 class RankFailure(TesseraError):
@@ -40,9 +41,17 @@ class Terminated(BaseException):
     """SIGTERM arrived: the launcher ends this rank, usually because another one failed."""
 
 
+class Stopped(BaseException):
+    """This rank was asked to stop and has saved its state; `run` leaves with status 75."""
+
+
 @dataclass
 class Process:
-    """This rank's place in the job. `stage` is free text ("step 120: backward") shown when the rank fails."""
+    """This rank's place in the job. `stage` is free text ("step 120: backward") shown when the rank fails.
+
+    With `can_stop_later` the first SIGTERM sets `stop_asked`, and whoever set it leaves by `Stopped` when the state is
+    saved; without, and at the second SIGTERM, the rank ends at once.
+    """
 
     rank: int
     local_rank: int
@@ -50,11 +59,18 @@ class Process:
     device: torch.device
     store: dist.Store
     stage: str = "start"
+    can_stop_later: bool = False
+    stop_asked: bool = False
     _ended: threading.Event = field(default_factory=threading.Event)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def on_sigterm(self, _signal: int, _frame: object) -> None:
+        if not self.can_stop_later or self.stop_asked:
+            raise Terminated
+        self.stop_asked = True
 
 
 def start(device: str = "auto", timeout_seconds: float = 300.0) -> Process:
@@ -102,7 +118,8 @@ def stop(process: Process) -> None:
 
 
 def run(load: Callable[[], tuple[T, str, float]], main: Callable[[T, Process], None]) -> int:
-    """Run `main` on this rank and return the exit status: 0, 2 for a user's mistake, 1 for anything else.
+    """Run `main` on this rank and return the exit status: 0, 2 for a user's mistake, 75 if it was asked to stop and
+    has saved its state, 1 for anything else.
 
     A failure is said once for the whole job, by the first rank that reports it.
 
@@ -115,9 +132,14 @@ def run(load: Callable[[], tuple[T, str, float]], main: Callable[[T, Process], N
     try:
         config, device, timeout_seconds = load()
         process = start(device, timeout_seconds)
-        main(config, process)
-        stop(process)
-        return 0
+        signal.signal(signal.SIGTERM, process.on_sigterm)
+        status = 0
+        try:
+            main(config, process)
+        except Stopped:
+            status = STOPPED
+        stop(process)  # here, where no exception's frames hold on to the model any more
+        return status
     except KeyboardInterrupt:
         return 130
     except (Exception, Terminated) as error:
@@ -132,6 +154,11 @@ def run(load: Callable[[], tuple[T, str, float]], main: Callable[[T, Process], N
         # A failed rank's process group cannot be closed in agreement with the others; leave at once so that
         # their collectives fail at once, instead of in destructors that may wait.
         os._exit(status)
+
+
+def job_store() -> dist.Store:
+    """A store that outlives restarts of the ranks by torchrun (`Process.store` is new after each)."""
+    return dist.PrefixStore("tessera", dist.distributed_c10d._get_default_store())
 
 
 def say(line: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import sys
 import time
@@ -11,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from importlib import metadata
-from pathlib import Path
 
 import fsspec
 import torch
@@ -25,9 +25,9 @@ from ctr.config import Config
 from ctr.data.batch import Batch
 from ctr.data.reader import ParquetReader
 from ctr.train.optimizers import Optimizers
+from ctr.train.run_folder import RunFolder
 from distributed.plan import size
 from distributed.process import Process
-from embedding.errors import ConfigError
 
 PACKAGES = ("tessera-ctr", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "pyarrow", "numpy", "hydra-core")
 
@@ -39,12 +39,13 @@ class RunLog:
         self._config, self._process = config, process
         model = config.model["target"].rpartition(".")[2].lower()
         default = f"runs/{config.data.name}-{model}-{datetime.now():%Y%m%d-%H%M%S}"
-        self.folder = create_folder(config.trainer.run_dir or default, "trainer.run_dir", process)
+        run = RunFolder(config.trainer, default, process)
+        self.folder, self.may_go_on, self._lock = run.path, run.may_go_on, run.lock
         self._logger = logging.getLogger("tessera")
         self._tensorboard: SummaryWriter | None = None
         if process.is_main:
             self._open(plan)
-        self._sums = torch.zeros(3, dtype=torch.float64, device=process.device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=process.device)
         self._started = self._window_started = time.perf_counter()
         self._waited = 0.0
         self._bar: tqdm | None = None
@@ -59,7 +60,6 @@ class RunLog:
         for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(self.folder / "train.log")):
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
             self._logger.addHandler(handler)
-        self._tensorboard = SummaryWriter(self.folder / "tensorboard")
         header, *tables, total = plan.splitlines()
         self.say(f"{header}; {total} (plan.txt)")
         self._copy_teacher()
@@ -70,15 +70,47 @@ class RunLog:
         if source.exists(path):
             (self.folder / "teacher.json").write_bytes(source.cat_file(path))
 
+    def begin(self, step: int, state: dict | None) -> None:
+        """Continue from `state` of this folder's run, forgetting what was written after it; or (None) from nothing."""
+        state = state or {}
+        self._started -= state.get("seconds", 0.0)
+        self._tables_before |= state.get("tables_before", {})
+        if self._process.is_main:
+            metrics, size = self.folder / "metrics.jsonl", state.get("metrics_bytes", 0)
+            if metrics.exists():
+                os.truncate(metrics, min(size, metrics.stat().st_size))
+            purge = {"purge_step": step + 1} if self.may_go_on else {}
+            self._tensorboard = SummaryWriter(self.folder / "tensorboard", **purge)
+
+    def state(self) -> dict:
+        """What `begin` continues from; only rank 0's counts. The sums since the last log line are in `sums`."""
+        metrics = self.folder / "metrics.jsonl"
+        return {
+            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+            "seconds": time.perf_counter() - self._started,
+            "tables_before": self._tables_before,
+        }
+
+    def sync(self) -> None:
+        """Make what was written to metrics.jsonl durable, as a state counts on it."""
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            with open(metrics, "rb") as file:
+                os.fsync(file.fileno())
+
+    def warn(self, sentence: str) -> None:
+        self.say(f"warning: {sentence}")
+
     def say(self, sentence: str) -> None:
         if self._process.is_main:
             with tqdm.external_write_mode(sys.stdout):
                 self._logger.info(sentence)
 
-    def progress(self, batches: Iterable[Batch], steps: int, epoch: int) -> Iterator[Batch]:
+    def progress(self, batches: Iterable[Batch], reader: ParquetReader, epoch: int) -> Iterator[Batch]:
         """Pass batches on, timing the wait for each; with a bar on rank 0 where stderr is a terminal."""
         shown = self._process.is_main and sys.stderr.isatty()
-        self._bar = tqdm(total=steps, desc=f"epoch {epoch}", unit="step", disable=not shown, leave=False)
+        done, steps = reader.steps_done, reader.steps_per_epoch
+        self._bar = tqdm(initial=done, total=steps, desc=f"epoch {epoch}", unit="step", disable=not shown, leave=False)
         iterator = iter(batches)
         with self._bar:
             while True:
@@ -93,13 +125,13 @@ class RunLog:
 
     def train(self, step: int, epoch: int, rows: int, loss_sum: Tensor, weight: Tensor, optimizers: Optimizers) -> None:
         """Add one step of this rank. Every `log_every` steps: sum over ranks, the only wait for the device."""
-        self._sums += torch.stack([loss_sum.double(), weight.double(), torch.full_like(weight, rows).double()])
+        self.sums += torch.stack([loss_sum.double(), weight.double(), torch.full_like(weight, rows).double()])
         if step % self._config.trainer.log_every:
             return False
         if self._process.world_size > 1:
-            dist.all_reduce(self._sums)
-        total_loss, total_weight, total_rows = self._sums.tolist()
-        self._sums.zero_()
+            dist.all_reduce(self.sums)
+        total_loss, total_weight, total_rows = self.sums.tolist()
+        self.sums.zero_()
         now = time.perf_counter()
         seconds = now - self._window_started
         line = {
@@ -187,6 +219,8 @@ class RunLog:
         for handler in list(self._logger.handlers):
             self._logger.removeHandler(handler)
             handler.close()
+        if self._lock:
+            self._lock.release()
 
 
 def versions() -> dict[str, str]:
@@ -198,25 +232,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def create_folder(wanted: str | Path, key: str, process: Process) -> Path:
-    """Rank 0 makes the folder; all ranks learn its name, or that it cannot be used.
-
-    Raises:
-        ConfigError: naming `key`: it exists and is not empty (two runs never mix), or cannot be made.
-    """
-    folder, problem = Path(wanted), None
-    if process.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
-                problem = f"{key} {folder} is not empty; expected a new folder, so that two runs never mix"
-        except OSError as error:
-            problem = f"{key} {folder} cannot be made: {error.strerror}"
-    agreed = [str(folder), problem]
-    if process.world_size > 1:
-        dist.broadcast_object_list(agreed, src=0)
-    if agreed[1]:
-        raise ConfigError(agreed[1])
-    return Path(agreed[0])

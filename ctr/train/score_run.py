@@ -14,7 +14,7 @@ from ctr.config import Config, typed
 from ctr.data.schema import Schema
 from ctr.report.report import write_report
 from ctr.train.evaluate import evaluate, read_split
-from ctr.train.run_log import create_folder
+from ctr.train.run_folder import create_folder
 from ctr.train.saved_model import load_model
 from ctr.train.trainer import build_model, set_threads
 from distributed.process import Process

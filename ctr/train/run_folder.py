@@ -1,0 +1,91 @@
+"""The folder of a run: a new one, or that of a run to go on with; never one that another job writes to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ctr.config import TrainerConfig
+from distributed.checkpoint_lock import FolderInUse, FolderLock
+from distributed.process import Process, job_store
+from embedding.errors import ConfigError
+
+RESTART_WAIT_SECONDS = 30.0  # after a restart the ranks before may still be on their way out
+
+
+class RunFolder:
+    """
+    Attributes:
+        path: the folder, the same on all ranks.
+        may_go_on: it may hold states to go on from: `trainer.resume` says so, or torchrun has restarted the ranks.
+        lock: on rank 0, held until it is released or the process ends.
+
+    Raises:
+        ConfigError: it holds something else, cannot be made, or another job writes to it.
+    """
+
+    def __init__(self, config: TrainerConfig, default: str, process: Process) -> None:
+        self.lock: FolderLock | None = None
+        agreed: list = [None, None, None]
+        if process.is_main:
+            # The store forgets only with the launcher: it knows the name that this job chose before a restart.
+            store = job_store()
+            restarted = store.check(["run_dir"])
+            path = Path(store.get("run_dir").decode() if restarted else config.run_dir or default)
+            may_go_on = restarted or config.resume is not None
+            problem = _make(path, "trainer.run_dir", may_go_on) or self._take(path, restarted)
+            if problem is None:
+                store.set("run_dir", str(path))
+            agreed = [str(path), may_go_on, problem]
+        path, self.may_go_on, problem = _agree(agreed, process)
+        if problem:
+            raise ConfigError(problem)
+        self.path = Path(path)
+
+    def _take(self, path: Path, restarted: bool) -> str | None:
+        try:
+            self.lock = FolderLock(path, RESTART_WAIT_SECONDS if restarted else 0.0)
+        except FolderInUse as error:
+            return str(error)
+        except OSError as error:
+            return f"trainer.run_dir {path} cannot be written to: {error.strerror}"
+        return None
+
+
+def create_folder(wanted: str | Path, key: str, process: Process) -> Path:
+    """Rank 0 makes a new folder; all ranks learn its name, or that it cannot be used.
+
+    Raises:
+        ConfigError: naming `key`: it exists and is not empty (two runs never mix), or cannot be made.
+    """
+    problem = _make(Path(wanted), key, may_go_on=False) if process.is_main else None
+    path, problem = _agree([str(wanted), problem], process)
+    if problem:
+        raise ConfigError(problem)
+    return Path(path)
+
+
+def _make(path: Path, key: str, may_go_on: bool) -> str | None:
+    """Make the folder; what is wrong with it, or None."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not any(path.iterdir()):
+            return None
+    except OSError as error:
+        return f"{key} {path} cannot be made: {error.strerror}"
+    if not may_go_on:
+        return (
+            f"{key} {path} is not empty; expected a new folder, so that two runs never mix "
+            "(trainer.resume=auto goes on with a run)"
+        )
+    if not (path / "config.yaml").exists() and not (path / "checkpoints").exists() and not (path / ".lock").exists():
+        return f"{key} {path} is not empty and holds no run that could go on"
+    return None
+
+
+def _agree(values: list, process: Process) -> list:
+    """Rank 0's values on every rank."""
+    if process.world_size > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values

@@ -1,0 +1,98 @@
+"""One job per folder: the second is told who has it.
+
+The kernel holds the lock (flock), and lets go of it when the process ends in whatever way. Not every file system shares
+such locks between hosts, so the file also tells who holds it, and the holder writes a new beat every few seconds: a
+lock of another host is stale when no new beat is seen for a while. Clocks are not compared.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+from embedding.errors import TesseraError
+
+NAME = ".lock"
+BEAT_SECONDS = 5.0
+STALE_SECONDS = 16.0
+
+
+class FolderInUse(TesseraError):
+    """Another job writes to the folder."""
+
+
+class FolderLock:
+    """Held from construction to `release` or the end of the process.
+
+    Raises:
+        FolderInUse: naming host and process of the job that holds it.
+    """
+
+    def __init__(self, folder: Path, wait_seconds: float = 0.0) -> None:
+        self._path = folder / NAME
+        self._file = open(self._path, "a+")  # noqa: SIM115 (open as long as the lock is held)
+        self._wait_for_flock(time.monotonic() + wait_seconds)
+        self._wait_for_other_host()
+        self._beat_number = 0
+        self._write()
+        self._released = threading.Event()
+        threading.Thread(target=self._beat, daemon=True, name="folder lock").start()
+
+    def release(self) -> None:
+        self._released.set()
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.close()
+
+    def _wait_for_flock(self, end: float) -> None:
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    self._file.close()
+                    raise FolderInUse(self._refusal()) from None
+                time.sleep(0.2)
+
+    def _wait_for_other_host(self) -> None:
+        holder = self._holder()
+        if not holder or holder.get("host") == socket.gethostname():
+            return  # on this host the lock tells the truth
+        end = time.monotonic() + STALE_SECONDS
+        while time.monotonic() < end:
+            time.sleep(0.5)
+            if self._holder() != holder:
+                self._file.close()
+                raise FolderInUse(self._refusal())
+
+    def _holder(self) -> dict:
+        try:
+            return json.loads(self._path.read_text() or "{}")
+        except (OSError, ValueError):
+            return {}
+
+    def _refusal(self) -> str:
+        holder = self._holder()
+        who = f"process {holder['pid']} on {holder['host']}" if "pid" in holder else "another process"
+        return f"{self._path.parent} is in use by {who}; two jobs never share a folder"
+
+    def _write(self) -> None:
+        self._beat_number += 1
+        text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "beat": self._beat_number})
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(text)
+        self._file.flush()
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_SECONDS):
+            try:
+                self._write()
+            except (OSError, ValueError):  # a full disk; or released just now
+                continue
