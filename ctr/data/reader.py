@@ -86,6 +86,11 @@ class ParquetReader:
         self._resumed = False
         return self._deliver(epoch, self._position)
 
+    @property
+    def steps_done(self) -> int:
+        """Batches of the current epoch delivered so far."""
+        return -(-self._position // self.batch_size)
+
     def state(self, batch: Batch | None = None) -> dict[str, Any]:
         """The position behind the batch delivered last, or behind `batch`, for `load_state`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from ctr.config import DenseConfig, OptimizerConfig, SideConfig
@@ -16,8 +17,8 @@ class Optimizers:
         self._parameters = list(model.module.dense_parameters().values())
         self._dense = _dense_optimizer(config.dense, self._parameters)
         self._fused = model.fused_optimizer
-        self._steps = 0
-        self._factor = 1.0
+        self.steps = 0
+        self.factor = 1.0
         self.dense_lr = self.sparse_lr = 0.0
         self._set_learning_rates()
 
@@ -28,14 +29,31 @@ class Optimizers:
         if self._config.dense.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._config.dense.clip_norm)
         self._dense.step()
-        self._steps += 1
+        self.steps += 1
+        self._set_learning_rates()
+
+    def state(self) -> dict[str, Tensor]:
+        """The dense optimizer's live state: parameter/name -> tensor. With `steps` and `factor` all that can be resumed."""
+        names = [name for name, _ in self._tower.named_parameters()]
+        state = self._dense.state_dict()["state"]
+        return {f"{names[i]}/{key}": value for i, one in state.items() for key, value in one.items()}
+
+    def load_state(self, state: dict[str, Tensor], steps: int, factor: float) -> None:
+        """Go on from a saved state; parameters that it does not name keep what they have."""
+        places = {name: i for i, (name, _) in enumerate(self._tower.named_parameters())}
+        own = self._dense.state_dict()
+        for name, value in state.items():
+            parameter, _, key = name.rpartition("/")
+            own["state"].setdefault(places[parameter], {})[key] = value
+        self._dense.load_state_dict(own)
+        self.steps, self.factor = steps, factor
         self._set_learning_rates()
 
     def after_evaluation(self, evaluations_since_best: int) -> None:
         """Lower both learning rates on a plateau, as `optimizer.plateau` says."""
         plateau = self._config.plateau
         if plateau.factor is not None and evaluations_since_best and evaluations_since_best % plateau.patience == 0:
-            self._factor *= plateau.factor
+            self.factor *= plateau.factor
             self._set_learning_rates()
 
     def _set_learning_rates(self) -> None:
@@ -51,8 +69,8 @@ class Optimizers:
             self._fused.step()  # hands the rate to the kernels; rows move only in the backward pass
 
     def _rate(self, side: SideConfig) -> float:
-        rate = side.lr * min(1.0, (self._steps + 1) / side.warmup_steps) if side.warmup_steps else side.lr
-        return rate if self._factor == 1 else max(rate * self._factor, min(rate, self._config.plateau.floor))
+        rate = side.lr * min(1.0, (self.steps + 1) / side.warmup_steps) if side.warmup_steps else side.lr
+        return rate if self.factor == 1 else max(rate * self.factor, min(rate, self._config.plateau.floor))
 
 
 def _dense_optimizer(config: DenseConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

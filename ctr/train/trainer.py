@@ -16,11 +16,13 @@ from ctr.data.batch import Batch
 from ctr.data.schema import Schema
 from ctr.models.network import Network, build_tables, build_tower
 from ctr.report.report import write_report
+from ctr.train.checkpoints import Checkpoints
 from ctr.train.evaluate import evaluate, read_split
 from ctr.train.guard import check_gradients, check_loss, watch_gradients
 from ctr.train.optimizers import Optimizers
 from ctr.train.run_log import RunLog
 from ctr.train.saved_model import load_model, save_model
+from ctr.train.warm_start import warm_start
 from distributed.process import Process
 from distributed.sharding import shard
 from embedding.errors import ConfigError
@@ -48,29 +50,41 @@ class Trainer:
         self.optimizers = Optimizers(config.optimizer, self.model)
         self.log = RunLog(config, process, plan)
         self.steps_every = config.embedding.alpt.every if self.tables.learns_steps else None
-        self.step = self.now = 0
+        self.step = self.epoch = self.now = 0
         self.best: float | None = None
         self.evaluations_since_best = 0
         self.evaluated_step = -1
+        self.stopping = False  # a rank was asked to stop; all ranks learn it in the same step
+        self.checkpoints = Checkpoints(self)
+        if not self.checkpoints.resume():
+            self.log.begin(0, None)
+            if config.trainer.warm_start.path is not None:
+                warm_start(self)
 
     def fit(self) -> None:
         """Train for the configured epochs or steps; evaluate, keep the best model, score it, write the report."""
         reader, every = self.readers["train"], self.config.trainer.eval_every
-        for epoch in range(self.config.trainer.epochs):
-            for batch in self.log.progress(reader.epoch(epoch), reader.steps_per_epoch, epoch):
+        self.process.can_stop_later = True
+        while not self.finished:
+            for batch in self.log.progress(reader.epoch(self.epoch), reader, self.epoch):
                 loss_sum, weight = self.train_step(batch)
-                if self.log.train(self.step, epoch, batch.rows, loss_sum, weight, self.optimizers):
+                if self.log.train(self.step, self.epoch, batch.rows, loss_sum, weight, self.optimizers):
                     self.tables.expire(self.now)
                     self.log.tables(self.step, self.tables.stats())
                 if every and self.step % every == 0:
                     self.evaluate()
+                self.checkpoints.after_step()
                 if self.finished:
                     break
-            if not every:
-                self.evaluate()
-            if self.finished:
-                break
+            else:
+                self.epoch += 1
+                if not every:
+                    self.evaluate()
+                self.checkpoints.after_epoch()
         self.evaluate()
+        self.checkpoints.save()
+        self.checkpoints.close()
+        self.process.can_stop_later = False
         self.report()
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -112,17 +126,20 @@ class Trainer:
             torch.autograd.backward(rows, torch.autograd.grad((loss_sum + self.l2(embeddings)) * scale, rows))
 
     def agree(self, batch: Batch) -> tuple[float, int]:
-        """Summed weight and the time (seconds) of the global batch, the same on every rank."""
+        """Summed weight and the time (seconds) of the global batch, the same on every rank; and whether to stop."""
         if self.config.embedding.clock == "wall" or batch.time is None:
             now = int(time.time())
         else:
             now = int(batch.time[: batch.rows].max()) if batch.rows else 0
-        mine = torch.tensor([float(batch.weight.sum()), now], dtype=torch.float64)
+        stop = self.process.stop_asked
+        mine = torch.tensor([float(batch.weight.sum()), now, stop], dtype=torch.float64)
         if self.process.world_size == 1:
+            self.stopping = stop
             return mine[0].item(), now
-        everyone = mine.new_empty(2 * self.process.world_size)
+        everyone = mine.new_empty(3 * self.process.world_size)
         dist.all_gather_into_tensor(everyone, mine)
-        return everyone[::2].sum().item(), int(everyone[1::2].max())
+        self.stopping = bool(everyone[2::3].any())
+        return everyone[::3].sum().item(), int(everyone[1::3].max())
 
     def l2(self, embeddings: dict[str, Tensor]) -> Tensor | float:
         """l2/2 times the squares of all looked-up embeddings: rows that the batch does not touch do not decay."""
@@ -134,7 +151,8 @@ class Trainer:
         trainer = self.config.trainer
         patience = trainer.early_stop.patience
         out_of_patience = patience is not None and self.evaluations_since_best >= patience
-        return out_of_patience or (trainer.max_steps is not None and self.step >= trainer.max_steps)
+        enough = trainer.max_steps is not None and self.step >= trainer.max_steps
+        return out_of_patience or enough or self.epoch >= trainer.epochs
 
     def evaluate(self) -> None:
         """Score the valid split; keep the model if it is the best so far. All ranks see the same numbers."""
@@ -150,7 +168,7 @@ class Trainer:
         self.log.evaluation(self.step, "valid", metrics, better)
         if better:
             self.best, self.evaluations_since_best = value, 0
-            save_model(self.model, self.log.folder / "best", self.process)
+            save_model(self.model, self.log.folder / "best", self.process, self.step)
         else:
             self.evaluations_since_best += 1
             self.optimizers.after_evaluation(self.evaluations_since_best)
@@ -159,7 +177,7 @@ class Trainer:
         """Score the best model on the valid and test splits and write the report."""
         best = self.log.folder / "best"
         if self.best is None:
-            save_model(self.model, best, self.process)
+            save_model(self.model, best, self.process, self.step)
         else:
             load_model(self.model, best, self.process)
         for split in ("valid", "test"):

@@ -1,0 +1,299 @@
+"""Saved states of a training run: what is in them, when they are written, and how a run goes on from one.
+
+A state is one moment between two steps: dense weights and their optimizer, rows and all else that tables are, the
+reader's position, random numbers, counters of log and early stopping, the best model so far, the configuration. It is
+copied in memory, and a thread writes it while training goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from ctr.config import Config
+from ctr.train.saved_model import fill_model, link_model, put_into, take_out
+from distributed.checkpoint import CheckpointError, Saved, clean, folder_name, latest, open_saved, retain, save
+from distributed.checkpoint_dense import Tensors, copy_of, load_tensors, save_tensors
+from distributed.checkpoint_files import Storage
+from distributed.checkpoint_tables import TableParts, TableSaver, describe_tables, load_table_state, load_waiting
+from distributed.plan import size
+from distributed.process import Stopped
+
+if TYPE_CHECKING:
+    from ctr.train.trainer import Trainer
+
+PROGRESS = ("step", "epoch", "now", "best", "evaluations_since_best", "evaluated_step")
+BEST, STAGED_BEST = "best", ".best-of-save"
+
+
+@dataclass
+class Moment:
+    """This rank's part of a state, as it was at `step`."""
+
+    step: int
+    kind: str
+    tensors: Tensors
+    tables: TableParts
+    training: dict[str, Any]
+    of_rank: dict[str, Any]
+
+
+class Checkpoints:
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._config, self._process = trainer, trainer.config.trainer.checkpoint, trainer.process
+        folder = self._config.folder or str(trainer.log.folder / "checkpoints")
+        self.root = Storage(folder)
+        self._tables = TableSaver(trainer.tables.owned())
+        self._chain: list[dict[str, str]] = []
+        self._saved_step: int | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
+        # The thread agrees with the threads of other ranks while these are in collectives of training.
+        several = self._process.world_size > 1
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if several else None
+
+    def after_step(self) -> None:
+        """Save if it is time to; leave if all ranks know that one of them was asked to stop.
+
+        Raises:
+            CheckpointError: now or in the background a state could not be written.
+            Stopped: after a state was saved because of SIGTERM.
+        """
+        trainer = self._trainer
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        if trainer.stopping:
+            self.save()
+            self.wait()
+            trainer.log.say(f"step {trainer.step} · stopped by SIGTERM, state saved; trainer.resume=auto goes on")
+            trainer.log.close()
+            raise Stopped
+        if self._config.every and trainer.step % self._config.every == 0:
+            self.save()
+
+    def after_epoch(self) -> None:
+        if not self._config.every:
+            self.save()
+
+    def save(self) -> None:
+        """Take the state as it is now. Waits for the save before this one, if that is still being written."""
+        if self._saved_step == self._trainer.step:
+            return
+        began = time.perf_counter()
+        self.wait()
+        self._process.stage = f"step {self._trainer.step}: saving"
+        moment = self._take()
+        self._saved_step = moment.step
+        if self._config.overlap:
+            self._pending = self._thread.submit(self._write, moment, began, time.perf_counter() - began)
+        else:
+            self._write(moment, began, None)
+
+    def wait(self) -> None:
+        """Until the last save is done. Raises CheckpointError if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._process.stage = f"step {self._trainer.step}: waiting for a state to be written"
+            pending.result()
+
+    def close(self) -> None:
+        self.wait()
+        self._thread.shutdown()
+
+    def _take(self) -> Moment:
+        trainer = self._trainer
+        delta = 0 < len(self._chain) < self._config.full_every and self._tables.can_follow()
+        tables = self._tables.take(delta, copy=self._config.overlap)
+        self._tables.follow(deltas=self._config.full_every > 1)
+        best = trainer.log.folder / BEST
+        if self._process.is_main and best.exists():
+            link_model(best, trainer.log.folder / STAGED_BEST)
+        return Moment(
+            step=trainer.step,
+            kind="delta" if delta else "full",
+            tensors=self._tensors(tables),
+            tables=tables,
+            training=self._training(),
+            of_rank={"bad_rows": {s: r.bad_row_counts.copy() for s, r in trainer.readers.items() if r is not None}},
+        )
+
+    def _tensors(self, tables: TableParts) -> Tensors:
+        trainer, rank = self._trainer, self._process.rank
+        tower = trainer.model.module.tower
+        own = {f"buffer/{name}": value for name, value in tower.named_buffers()}
+        own |= {"rng": torch.get_rng_state(), "sums": trainer.log.sums}
+        if self._process.device.type == "cuda":
+            own["cuda_rng"] = torch.cuda.get_rng_state(self._process.device)
+        found: Tensors = {f"rank/{rank}/{name}": value for name, value in (own | tables.state).items()}
+        if self._process.is_main:  # the same on all ranks
+            found |= {f"tower/{name}": value for name, value in tower.state_dict().items()}
+            found |= {f"optimizer/{name}": value for name, value in trainer.optimizers.state().items()}
+        found |= trainer.tables.tensors()
+        return {name: copy_of(value) for name, value in found.items()}
+
+    def _training(self) -> dict[str, Any]:
+        trainer = self._trainer
+        return {
+            "progress": {name: getattr(trainer, name) for name in PROGRESS},
+            "schedule": {"steps": trainer.optimizers.steps, "factor": trainer.optimizers.factor},
+            "reader": trainer.readers["train"].state(),
+            "log": trainer.log.state(),
+            "tables": describe_tables(trainer.tables.owned()),
+            "config": OmegaConf.to_container(OmegaConf.structured(trainer.config), resolve=True),
+        }
+
+    def _write(self, moment: Moment, began: float, waited: float | None) -> None:
+        """In the thread, or (waited: None) while training waits."""
+        trainer = self._trainer
+
+        def write(storage: Storage) -> dict[str, Any]:
+            save_tensors(storage, moment.tensors, self._group)
+            moment.tables.write(storage, self._process)
+            return moment.of_rank
+
+        def describe(storage: Storage, of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
+            staged = trainer.log.folder / STAGED_BEST
+            if staged.exists():
+                put_into(storage, BEST, staged)
+            trainer.log.sync()
+            return moment.training | {"of_ranks": of_ranks}
+
+        chain = self._chain if moment.kind == "delta" else []
+        name = folder_name(moment.step)
+        manifest = save(
+            self.root,
+            name,
+            write,
+            describe,
+            self._process,
+            self._group,
+            step=moment.step,
+            kind=moment.kind,
+            chain=chain,
+        )
+        self._chain = [*chain, {"name": name, "checksum": manifest["checksum"]}]
+        if self._process.is_main:
+            retain(self.root, self._config.keep)
+        seconds = time.perf_counter() - began
+        total = sum(file["bytes"] for file in manifest["files"].values())
+        what = "" if moment.kind == "full" else " (changes)"
+        stall = f", training waited {seconds if waited is None else waited:.2f} s"
+        trainer.log.say(f"step {moment.step} · saved {size(total)}{what} in {seconds:.1f} s{stall}")
+
+    def resume(self) -> bool:
+        """Go on from the newest state of this run, or from the one that trainer.resume names. False: there is none.
+
+        Raises:
+            CheckpointError: the state that is named cannot be read, or does not fit the model.
+            DataError: the data are not those of the state.
+        """
+        trainer, process = self._trainer, self._process
+        if not trainer.log.may_go_on:
+            return False
+        if process.is_main:
+            clean(self.root)
+            shutil.rmtree(trainer.log.folder / STAGED_BEST, ignore_errors=True)
+        saved, named = latest(self.root, process, trainer.log.warn), trainer.config.trainer.resume
+        own = saved is not None
+        if saved is None and named not in (None, "auto"):
+            saved = find_saved(named, process, trainer.log.warn)
+        if saved is None:
+            return False
+        process.stage = f"loading {saved.name}"
+        self._restore(saved, own)
+        trainer.log.say(f"step {trainer.step} · goes on from {saved.name}, saved by {saved.ranks} rank(s)")
+        for line in changed_keys(saved.training["config"], trainer.config):
+            trainer.log.say(f"configuration: {line}")
+        return True
+
+    def _restore(self, saved: Saved, own: bool) -> None:
+        trainer, process, training = self._trainer, self._process, saved.training
+        same_ranks = saved.ranks == process.world_size
+        fill_model(trainer.model, saved, process, in_place=same_ranks)
+        self._tables = TableSaver(trainer.tables.owned())
+        load_waiting(trainer.tables.owned(), saved, process)
+        tensors = load_tensors(saved.folders[0], lambda name: name.startswith(("rank/", "optimizer/")))
+        by_rank = [_below(tensors, f"rank/{rank}/") for rank in range(saved.ranks)]
+        for line in load_table_state(trainer.tables.owned(), saved, by_rank, process):
+            trainer.log.warn(line)
+        trainer.optimizers.load_state(_below(tensors, "optimizer/"), **training["schedule"])
+        self._restore_rank(by_rank, same_ranks, training)
+        trainer.readers["train"].load_state(training["reader"])
+        for name, value in training["progress"].items():
+            setattr(trainer, name, value)
+        trainer.log.begin(trainer.step, training["log"] if own else None)
+        if process.is_main:
+            take_out(saved, BEST, trainer.log.folder / BEST)
+        if own:
+            self._saved_step = saved.step
+        if process.world_size > 1:
+            dist.barrier()
+
+    def _restore_rank(self, by_rank: list[dict[str, torch.Tensor]], same_ranks: bool, training: dict) -> None:
+        """What each rank has of its own. On another number of ranks, rank 0 takes what is summed over ranks."""
+        trainer, rank = self._trainer, self._process.rank
+        own = by_rank[rank % len(by_rank)]
+        for name, buffer in trainer.model.module.tower.named_buffers():
+            buffer.copy_(own[f"buffer/{name}"])
+        if rank < len(by_rank):
+            torch.set_rng_state(own["rng"])
+            if "cuda_rng" in own and self._process.device.type == "cuda":
+                torch.cuda.set_rng_state(own["cuda_rng"], self._process.device)
+        else:  # two ranks must not draw the same numbers
+            torch.manual_seed(torch.initial_seed() + training["progress"]["step"] * 65536 + rank)
+        bad_rows = [one["bad_rows"] for one in training["of_ranks"]]
+        if same_ranks:
+            sums, mine = own["sums"], bad_rows[rank : rank + 1]
+        else:
+            sums = torch.stack([one["sums"] for one in by_rank]).sum(0) * (rank == 0)
+            mine = bad_rows if rank == 0 else []
+        trainer.log.sums.copy_(sums)
+        for counts in mine:
+            for split, reader in trainer.readers.items():
+                for reason, count in counts.get(split, {}).items() if reader is not None else ():
+                    reader.bad_row_counts[reason] = reader.bad_row_counts.get(reason, 0) + count
+
+
+def find_saved(path: str, process: Any, warn: Callable[[str], None]) -> Saved:
+    """The state that a folder is, or the newest below it; also below `checkpoints` in a run's folder.
+
+    Raises CheckpointError: there is none that can be read.
+    """
+    folder = Storage(path)
+    if folder.exists("manifest.json"):
+        return open_saved(folder, process)
+    for root in (folder, folder.below("checkpoints")):
+        saved = latest(root, process, warn)
+        if saved is not None:
+            return saved
+    raise CheckpointError(f"{path} holds no saved state that can be read; expected a state's folder or a run's")
+
+
+def _below(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def changed_keys(before: Any, config: Config) -> list[str]:
+    """Keys whose values are not those of the state: "trainer.epochs 1 -> 2"."""
+
+    def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix[:-1]: node}
+        return {key: value for name, one in node.items() for key, value in flat(one, f"{prefix}{name}.").items()}
+
+    old, new = flat(before), flat(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+    ignored = ("trainer.resume", "trainer.run_dir")
+    return [
+        f"{key} {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in ignored
+    ]

@@ -1,0 +1,125 @@
+"""Start the ranks of a training job in a fraction of a second: they are forked from a process that has imported all.
+
+Run as a program it is that process: it reads one JSON command per line and answers in one. The rest is its client.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.ranks import ROOT, _free_port
+
+
+class WarmRanks:
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "tests.ctr.train.warm_ranks"]
+        self._server = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def start(
+        self, world: int, arguments: list[str], output: Path, end: tuple | None = None, **constants: float
+    ) -> list[int]:
+        """Fork the ranks of `scripts/train.py arguments`. Returns their pids.
+
+        end: (step, signal, ranks): these ranks send themselves the signal behind the step. constants: of
+        distributed/process.py.
+        """
+        port = _free_port()
+        return self._ask(world=world, arguments=arguments, output=str(output), port=port, end=end, constants=constants)
+
+    def wait(self, seconds: float = 120.0) -> list[int | None]:
+        """Exit statuses of the ranks started last, -9 for one that was killed; None for one that still runs."""
+        return self._ask(wait=seconds)
+
+    def run(self, *arguments, **options) -> list[int | None]:
+        self.start(*arguments, **options)
+        return self.wait()
+
+    def close(self) -> None:
+        self._server.stdin.close()
+        self._server.wait(10)
+
+    def _ask(self, **command) -> list:
+        self._server.stdin.write(json.dumps(command) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+
+def _fork_rank(rank: int, command: dict) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    out = os.open(command["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    world = str(command["world"])
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
+    if command["world"] > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(command["port"]))
+    sys.argv = ["scripts/train.py", *command["arguments"]]
+
+    from distributed import process
+    from scripts import train
+
+    for name, value in command["constants"].items():
+        setattr(process, name, value)
+    if command["end"]:
+        _end_behind(*command["end"], rank)
+    status = 1
+    try:
+        status = process.run(train.load, train.train)
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def _end_behind(step: int, number: int, ranks: list[int], rank: int) -> None:
+    from ctr.train.trainer import Trainer
+
+    train_step = Trainer.train_step
+
+    def step_then_end(trainer, batch):
+        result = train_step(trainer, batch)
+        if trainer.step == step and rank in ranks:
+            os.kill(os.getpid(), number)
+        return result
+
+    Trainer.train_step = step_then_end
+
+
+def _wait(pids: list[int], seconds: float) -> list[int | None]:
+    statuses: dict[int, int] = {}
+    end = time.monotonic() + seconds
+    while len(statuses) < len(pids) and time.monotonic() < end:
+        for pid in set(pids) - set(statuses):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                statuses[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return [statuses.get(pid) for pid in pids]
+
+
+def _serve() -> None:
+    import ctr.models.deepfm
+    import ctr.train.trainer  # noqa: F401
+
+    answers, pids = os.fdopen(os.dup(1), "w"), []
+    for line in sys.stdin:
+        command = json.loads(line)
+        if "wait" in command:
+            answer = _wait(pids, command["wait"])
+        else:
+            answer = pids = [_fork_rank(rank, command) for rank in range(command["world"])]
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()
