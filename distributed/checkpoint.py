@@ -77,6 +77,7 @@ def save(
     step: int = 0,
     kind: str = "full",
     chain: list[dict[str, str]] | None = None,
+    world_size: int | None = None,
 ) -> dict[str, Any]:
     """Write one state by all ranks; it is there completely, or as if nothing had happened.
 
@@ -85,6 +86,7 @@ def save(
         describe: called on rank 0 with what all ranks said, in rank order; may add files; its result is stored.
         group: for the agreement between ranks; one of its own if the caller is not the main thread.
         chain: name and checksum of the states that this one builds on, the full one first.
+        world_size: ranks whose files these are, if not the job's.
 
     Returns:
         the manifest.
@@ -105,7 +107,8 @@ def save(
     if process.is_main:
         if problem is None:
             try:
-                manifest = _commit(root, folder, partial, name, reports, describe, process, step, kind, chain or [])
+                head = {"step": step, "kind": kind, "world_size": world_size or process.world_size}
+                manifest = _commit(root, folder, partial, name, reports, describe, head, chain or [])
             except OSError as error:
                 problem = f"rank 0: {_reason(error)}"
         if problem is not None:
@@ -116,7 +119,7 @@ def save(
     return manifest
 
 
-def _commit(root, folder, partial, name, reports, describe, process, step, kind, chain) -> dict[str, Any]:
+def _commit(root, folder, partial, name, reports, describe, head, chain) -> dict[str, Any]:
     for _, _, written in reports:
         folder.written.update(written)
     training = describe(folder, [said for _, said, _ in reports])
@@ -124,9 +127,7 @@ def _commit(root, folder, partial, name, reports, describe, process, step, kind,
         stream.write(json.dumps(training, indent=1).encode())
     manifest = {
         "format": FORMAT,
-        "step": step,
-        "kind": kind,
-        "world_size": process.world_size,
+        **head,
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "chain": chain,
         "files": {path: vars(sealed) for path, sealed in sorted(folder.written.items())},

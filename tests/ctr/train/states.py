@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from distributed.checkpoint_compact import newest_rows
 from distributed.checkpoint_dense import load_tensors
 from distributed.checkpoint_files import Storage
-from distributed.table_files import read_columns
 
 SCHEMA = (
     "data.schema.features=[{name: x, kind: numeric}, {name: row, kind: id}, {name: c, kind: id}, {name: d, kind: id}]"
@@ -55,11 +55,13 @@ def newest(run_dir: Path) -> Path:
 
 
 def rows_of_state(state: Path, kind: str = "rows", numbers: bool = True) -> dict[str, dict[int, dict[str, bytes]]]:
-    """table -> id -> column -> bytes, of one full state, whatever the number of ranks."""
+    """table -> id -> column -> bytes, of a state and those it builds on, whatever the number of ranks."""
     found: dict[str, dict] = {}
+    chain = [link["name"] for link in json.loads((state / "manifest.json").read_text())["chain"]]
+    folders = [Storage(state), *(Storage(state.parent / name) for name in reversed(chain))]
     for path in sorted((state / kind).glob("*/*.parquet")):
         table = found.setdefault(path.parent.name, {})
-        for columns in read_columns(Storage(path.parent), path.name, 0, 1):
+        for columns in newest_rows(folders if kind == "rows" else folders[:1], str(path.relative_to(state))):
             ids = columns.pop("id").tolist()
             if not numbers:
                 columns.pop("row", None)

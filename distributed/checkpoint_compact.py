@@ -1,0 +1,71 @@
+"""Make one full state of a delta and those that it builds on. Reads and writes one file's rows at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import torch
+
+from distributed.checkpoint import CheckpointError, Saved, names_of_states, read_manifest, save
+from distributed.checkpoint_files import READ_BYTES, Storage
+from distributed.process import Process
+from distributed.table_files import Columns, copied, read_columns, write_columns
+
+
+def newest_rows(folders: list[Storage], path: str) -> Iterator[Columns]:
+    """The rows of one rank's file of a table, each once: from the newest folder that has it, unless given up since.
+
+    folders: newest first. path: "rows/<table>/<rank>-of-<ranks>.parquet".
+    """
+    hidden = torch.empty(0, dtype=torch.int64)
+    for folder in folders:
+        seen = []
+        for columns in read_columns(folder, path, 0, 1):
+            chosen = (~torch.isin(columns["id"], hidden)).nonzero().flatten()
+            seen.append(columns["id"])
+            yield {name: column.index_select(0, chosen) for name, column in columns.items()}
+        gone = path.replace("rows/", "gone/", 1)
+        if folder.exists(gone):
+            seen += [columns["id"] for columns in read_columns(folder, gone, 0, 1)]
+        hidden = torch.cat([hidden, *seen]).unique()
+
+
+def compact(root: Storage, saved: Saved, process: Process) -> dict:
+    """Replace the delta `saved`, the newest of `root`, by a full state of the same step. Returns its manifest.
+
+    Raises:
+        CheckpointError: a newer state builds on it, or it cannot be written.
+    """
+    name = saved.name.rstrip("/").rpartition("/")[2]
+    for other in names_of_states(root):
+        try:
+            chain = read_manifest(root.below(other))["chain"]
+        except CheckpointError:
+            continue
+        if name in [link["name"] for link in chain]:
+            raise CheckpointError(f"{other} builds on {name}; compact {other} instead")
+    folder = saved.folders[0]
+
+    def write(target: Storage) -> dict:
+        for path in saved.manifest["files"]:
+            if path.startswith("gone/") or path == "training.json":
+                continue
+            if not path.startswith("rows/"):
+                _copy(folder, target, path)
+                continue
+            parts = list(newest_rows(saved.folders, path))
+            ranks = int(path.removesuffix(".parquet").rpartition("-of-")[2])
+            write_columns(target, path, copied({c: torch.cat([part[c] for part in parts]) for c in parts[0]}), ranks)
+        return {}
+
+    def describe(*_: object) -> dict:
+        return json.loads(folder.read("training.json"))
+
+    return save(root, name, write, describe, process, step=saved.step, world_size=saved.ranks)
+
+
+def _copy(source: Storage, target: Storage, path: str) -> None:
+    with source.open(path) as file, target.write(path) as stream:
+        while block := file.read(READ_BYTES):
+            stream.write(block)
