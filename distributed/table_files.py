@@ -161,10 +161,9 @@ def to_batch(columns: Columns, table: DynamicTable, path: str, with_state: bool,
         TesseraError: a column has another type or width than the table.
     """
     expected = columns_of(table.read_rows(torch.empty(0, dtype=torch.int64, device=table.device)))
-    state_width = expected["state"].shape[1]
-    if state_width and not (with_state and "state" in columns):
+    if not with_state or "state" not in columns:
         first = table.config.optimizer.initial_accumulator
-        columns = {**columns, "state": torch.full((columns["id"].numel(), state_width), first)}
+        columns = {**columns, "state": torch.full((columns["id"].numel(), expected["state"].shape[1]), first)}
     parts = {}
     for field in fields(RowBatch):
         name = COLUMN_OF_FIELD.get(field.name, field.name)
@@ -172,8 +171,8 @@ def to_batch(columns: Columns, table: DynamicTable, path: str, with_state: bool,
             parts[field.name] = None
             continue
         wanted = expected[name]
-        column = columns.get(name, wanted if wanted.dim() == 2 and not wanted.shape[1] else None)
-        if wanted.dim() == 2 and not wanted.shape[1]:
+        column = columns.get(name)
+        if column is None and wanted.dim() == 2 and not wanted.shape[1]:  # files have no columns without bytes
             column = wanted.new_empty((columns["id"].numel(), 0))
         if column is None or column.dtype != wanted.dtype or column.shape[1:] != wanted.shape[1:]:
             raise TesseraError(f"{path}: column {name} holds {_kind(column)}; the model's table has {_kind(wanted)}")

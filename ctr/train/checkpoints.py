@@ -218,6 +218,7 @@ class Checkpoints:
     def _restore(self, saved: Saved, own: bool) -> None:
         trainer, process, training = self._trainer, self._process, saved.training
         same_ranks = saved.ranks == process.world_size
+        _check_optimizers(saved, trainer.config)
         fill_model(trainer.model, saved, process, in_place=same_ranks)
         self._tables = TableSaver(trainer.tables.owned())
         load_waiting(trainer.tables.owned(), saved, process)
@@ -276,6 +277,16 @@ def find_saved(path: str, process: Any, warn: Callable[[str], None]) -> Saved:
         if saved is not None:
             return saved
     raise CheckpointError(f"{path} holds no saved state that can be read; expected a state's folder or a run's")
+
+
+def _check_optimizers(saved: Saved, config: Config) -> None:
+    for side in ("dense", "sparse"):
+        before, now = saved.training["config"]["optimizer"][side]["name"], getattr(config.optimizer, side).name
+        if before != now:
+            raise CheckpointError(
+                f"{saved.name} was trained with optimizer.{side}.name {before}, now it is {now}; "
+                "a run goes on with the same, trainer.warm_start takes what fits"
+            )
 
 
 def _below(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:

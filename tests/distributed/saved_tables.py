@@ -1,0 +1,91 @@
+"""Small tables and states of them, for the tests of saved states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from distributed.checkpoint import open_saved, save
+from distributed.checkpoint_dense import load_tensors, save_tensors
+from distributed.checkpoint_files import Storage
+from distributed.checkpoint_tables import TableSaver, load_rows, load_table_state, load_waiting
+from distributed.ownership import owner_of
+from distributed.process import Process
+from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
+from embedding.table import DynamicTable
+from kernels.mix import mix64
+
+GROUPS = (Group("v", 4, 0.5), Group("w", 1, 0.5))
+
+
+def alone() -> Process:
+    """A process of a job of one rank. Its process group must be there: see the fixture in conftest.py."""
+    return Process(0, 0, 1, torch.device("cpu"), dist.HashStore())
+
+
+def config(optimizer: str = "adam", name: str = "a", **options) -> DynamicTableConfig:
+    return DynamicTableConfig(name, (name,), GROUPS, RowOptimizer(optimizer, lr=0.1), seed=3, **options)
+
+
+EXACT = Admission("exact", threshold=3)
+
+
+def step(table: DynamicTable, number: int, rank: int = 0, ranks: int = 1) -> None:
+    """One training step on ids that depend on its number alone; a rank sees those it owns."""
+    generator = torch.Generator().manual_seed(number)
+    ids = torch.randint(-(2**62), 2**62, (40,), generator=generator)
+    ids = torch.cat([ids, torch.arange(number % 7, 60, 3)])
+    grads = torch.randn(len(ids), 5, generator=generator)
+    mine = owner_of(mix64(ids), ranks) == rank
+    rows = table.lookup(ids[mine], 100 + number)
+    table.update(rows, grads[mine])
+    table.expire(100 + number)
+
+
+def content(tables: dict[str, DynamicTable], numbers: bool = False) -> dict[str, dict[int, tuple]]:
+    """table -> id -> all that a row is."""
+    found = {}
+    for name, table in tables.items():
+        batch = table.read_rows(table.rows_in_use())
+        columns = [batch.values, batch.state, batch.last_seen, batch.count, *([batch.rows] if numbers else [])]
+        found[name] = {
+            i: tuple(column[place].numpy().tobytes() for column in columns)
+            for place, i in enumerate(batch.ids.tolist())
+        }
+    return found
+
+
+def save_tables(
+    saver: TableSaver, root: Storage, name: str, process: Process, number: int, chain: list | None = None, copy=True
+) -> dict:
+    """One state of tables alone. chain: [] or links for a delta; None for a full state."""
+    parts = saver.take(delta=bool(chain), copy=copy)
+    saver.follow(deltas=True)
+    tensors = {f"rank/{process.rank}/{key}": value for key, value in parts.state.items()}
+
+    def write(storage: Storage) -> dict:
+        save_tensors(storage, tensors, None)
+        parts.write(storage, process)
+        return {}
+
+    kind = "delta" if chain else "full"
+    return save(root, name, write, lambda *_: {"n": number}, process, step=number, kind=kind, chain=chain or [])
+
+
+def load_tables(tables: dict[str, DynamicTable], folder: str | Path | Storage, process: Process) -> list[str]:
+    """Fill empty tables from a state, as `Checkpoints.resume` does. Returns what could not be taken over."""
+    saved = open_saved(folder if isinstance(folder, Storage) else Storage(folder), process)
+    load_rows(tables, saved, process, in_place=saved.ranks == process.world_size)
+    load_waiting(tables, saved, process)
+    tensors = load_tensors(saved.folders[0], lambda name: name.startswith("rank/"))
+    by_rank = [
+        {
+            name.removeprefix(f"rank/{rank}/"): value
+            for name, value in tensors.items()
+            if name.startswith(f"rank/{rank}/")
+        }
+        for rank in range(saved.ranks)
+    ]
+    return load_table_state(tables, saved, by_rank, process)
