@@ -22,6 +22,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from embedding.errors import ConfigError, TesseraError
 
@@ -84,12 +85,14 @@ def start(device: str = "auto", timeout_seconds: float = 300.0) -> Process:
     chosen = _choose_device(device, local_rank)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
+    store = dist.HashStore()
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+    # torchrun's store outlives the ranks: without this, restarted ones would find the addresses of those before.
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"tessera/{restart}", dist.distributed_c10d._get_default_store())
+    store = dist.PrefixStore(f"restart/{restart}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    store = dist.PrefixStore("tessera", dist.distributed_c10d._get_default_store())
     process = Process(rank, local_rank, world, chosen, store)
     if world > 1:
         _beat(process)
@@ -158,7 +161,10 @@ def run(load: Callable[[], tuple[T, str, float]], main: Callable[[T, Process], N
 
 def job_store() -> dist.Store:
     """A store that outlives restarts of the ranks by torchrun (`Process.store` is new after each)."""
-    return dist.PrefixStore("tessera", dist.distributed_c10d._get_default_store())
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return dist.PrefixStore("tessera", store)
 
 
 def say(line: str) -> None:

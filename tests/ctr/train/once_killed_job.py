@@ -1,0 +1,24 @@
+"""`scripts/train.py`, but rank 1 kills itself behind the step that KILL_AT names, the first time."""
+
+import os
+import sys
+from pathlib import Path
+
+from ctr.train.trainer import Trainer
+from distributed.process import run
+from scripts.train import load, train
+
+train_step, marker = Trainer.train_step, Path(os.environ["KILL_MARKER"])
+
+
+def step_then_die(trainer: Trainer, batch):
+    result = train_step(trainer, batch)
+    if trainer.step == int(os.environ["KILL_AT"]) and trainer.process.rank == 1 and not marker.exists():
+        marker.write_text("")
+        os.kill(os.getpid(), 9)
+    return result
+
+
+if __name__ == "__main__":
+    Trainer.train_step = step_then_die
+    sys.exit(run(load, train))
