@@ -1,0 +1,123 @@
+"""Saved states as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from urllib.parse import quote
+
+import torch
+import torch.distributed as dist
+
+from distributed.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    Saved,
+    latest,
+    names_of_states,
+    open_saved,
+    read_manifest,
+)
+from distributed.checkpoint_compact import compact, newest_rows
+from distributed.checkpoint_dense import tensor_shapes
+from distributed.checkpoint_files import Storage
+from distributed.plan import size
+from distributed.process import Process
+from distributed.table_files import Columns
+from embedding.errors import ConfigError
+
+
+def inspect(path: str, table: str | None, row_id: int | None, rows: int, compacting: bool) -> int:
+    """Print what lies at a path. Returns 1 if a state there is damaged, else 0.
+
+    Raises:
+        ConfigError: no states there, or no such table. CheckpointError: a single state that is damaged.
+    """
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    process = Process(0, 0, 1, torch.device("cpu"), dist.HashStore())
+    try:
+        return _inspect(Storage(path), table, row_id, rows, compacting, process)
+    finally:
+        dist.destroy_process_group()
+
+
+def _inspect(folder: Storage, table: str | None, row_id: int | None, rows: int, compacting: bool, process) -> int:
+    if folder.exists(MANIFEST):
+        saved, damaged = open_saved(folder, process), []
+    else:
+        root = folder.below("checkpoints") if folder.exists("checkpoints") else folder
+        if not names_of_states(root):
+            raise ConfigError(f"{folder.name} holds no saved states")
+        damaged = _list(root, process)
+        saved = latest(root, process, lambda _: None)
+        if saved is None:
+            return 1
+        if compacting:
+            compact(root, saved, process)
+            saved = latest(root, process, print)
+            print(f"{saved.name} is a full state now")
+    if table is None:
+        _show(saved)
+    else:
+        _show_rows(saved, table, row_id, rows)
+    return 1 if damaged else 0
+
+
+def _list(root: Storage, process: Process) -> list[str]:
+    """One line per state, newest first; returns what is wrong with the damaged ones."""
+    damaged = []
+    for name in names_of_states(root):
+        try:
+            manifest = read_manifest(root.below(name))
+            total = size(sum(file["bytes"] for file in manifest["files"].values()))
+            open_saved(root.below(name), process)
+            builds = f", builds on {len(manifest['chain'])} earlier" if manifest["chain"] else ""
+            print(
+                f"{name}  {manifest['kind']}{builds}  {total}  {manifest['world_size']} rank(s)  {manifest['written']}"
+            )
+        except CheckpointError as error:
+            print(f"{name}  DAMAGED: {error}")
+            damaged.append(name)
+    return damaged
+
+
+def _show(saved: Saved) -> None:
+    print(f"\n{saved.name}: step {saved.step}, {size(saved.bytes)} in {len(saved.manifest['files'])} files")
+    progress = saved.training.get("progress", {})
+    if progress:
+        reader = saved.training["reader"]
+        print(f"epoch {progress['epoch']}, best {progress['best']}, reader at row {sum(reader['lane_offsets'])}")
+    for table, kinds in saved.training.get("tables", {}).items():
+        count, columns = 0, {}
+        for columns in _rows(saved, table):
+            count += columns["id"].numel()
+        shapes = ", ".join(f"{name} {list(c.shape[1:]) or ''}{str(c.dtype)[6:]}" for name, c in columns.items())
+        print(f"table {table}: {count:,} rows, {kinds['optimizer']}; {shapes}")
+    for name, (shape, dtype) in sorted(tensor_shapes(saved.folders[0]).items()):
+        if not name.startswith("rank/"):
+            print(f"{name} {list(shape)} {str(dtype)[6:]}")
+
+
+def _rows(saved: Saved, table: str) -> Iterator[Columns]:
+    prefix = f"rows/{quote(table, safe='')}/"
+    for path in saved.manifest["files"]:
+        if path.startswith(prefix):
+            yield from newest_rows(saved.folders, path)
+
+
+def _show_rows(saved: Saved, table: str, row_id: int | None, rows: int) -> None:
+    if table not in saved.training.get("tables", {}):
+        raise ConfigError(
+            f"{saved.name} has no table {table!r}; expected {', '.join(saved.training.get('tables', {}))}"
+        )
+    left = rows
+    for columns in _rows(saved, table):
+        places = torch.arange(columns["id"].numel())
+        if row_id is not None:
+            places = (columns["id"] == row_id).nonzero().flatten()
+        for place in places[:left].tolist():
+            print("  ".join(f"{name} {column[place].tolist()}" for name, column in columns.items()))
+            left -= 1
+        if left <= 0:
+            return
+    if row_id is not None and left == rows:
+        print(f"id {row_id} has no row")

@@ -1,0 +1,179 @@
+"""Saved states against the disk itself, and what a save costs training.
+
+    python scripts/bench/checkpoint.py [--rows 4000000] [--dim 16] [--optimizer adam] [--folder DIR]
+
+One table of one rank. Save and load are compared with writing and reading the same number of bytes in one plain file,
+with fsync, in the same run; the page cache is warm for both reads unless the kernel lets us drop it. The stall is what
+the save adds to the wall time of steps that run meanwhile: the copy, and the time the thread takes from training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from distributed.checkpoint import open_saved, save  # noqa: E402
+from distributed.checkpoint_files import Storage  # noqa: E402
+from distributed.checkpoint_tables import TableParts, TableSaver, load_rows  # noqa: E402
+from distributed.process import Process  # noqa: E402
+from embedding.config import DynamicTableConfig, Group, RowOptimizer  # noqa: E402
+from embedding.table import DynamicTable  # noqa: E402
+
+BLOCK = 1 << 22
+BATCH = 4096
+
+
+def timed(action: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def fill(table: DynamicTable, rows: int) -> None:
+    for begin in range(0, rows, 1 << 18):
+        table.lookup(torch.arange(begin, min(begin + (1 << 18), rows)), now=1)
+
+
+def write_plain(path: Path, size: int) -> None:
+    block = torch.randint(0, 256, (BLOCK,), dtype=torch.uint8).numpy().tobytes()
+    with open(path, "wb") as file:
+        for begin in range(0, size, BLOCK):
+            file.write(block[: min(BLOCK, size - begin)])
+        os.fsync(file.fileno())
+
+
+def read_plain(path: Path) -> None:
+    with open(path, "rb", buffering=0) as file:
+        while file.read(BLOCK):
+            pass
+
+
+def drop_cache() -> bool:
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("1\n")
+    except OSError:
+        return False
+    return True
+
+
+def write_state(root: Storage, parts: TableParts, process: Process) -> int:
+    """Returns the bytes of the state."""
+
+    def write(storage: Storage) -> dict:
+        parts.write(storage, process)
+        return {}
+
+    manifest = save(root, "state", write, lambda *_: {}, process)
+    return sum(file["bytes"] for file in manifest["files"].values())
+
+
+def load_state(root: Storage, config: DynamicTableConfig, process: Process, in_place: bool) -> tuple[float, float]:
+    """Seconds to verify the files, and to read the rows into a new table."""
+    began = time.perf_counter()
+    saved = open_saved(root.below("state"), process)
+    verified = time.perf_counter()
+    load_rows({config.name: DynamicTable(config)}, saved, process, in_place=in_place)
+    return verified - began, time.perf_counter() - verified
+
+
+def steps_while(table: DynamicTable, rows: int, running: Callable[[], bool]) -> list[float]:
+    """Seconds of each training step of this table for as long as `running`."""
+    generator = torch.Generator().manual_seed(1)
+    tower = torch.nn.Sequential(torch.nn.Linear(table.config.width, 256), torch.nn.ReLU(), torch.nn.Linear(256, 1))
+    seconds = []
+    while running():
+        began = time.perf_counter()
+        ids = torch.randint(0, rows, (BATCH,), generator=generator).unique()
+        found = table.lookup(ids, now=2)
+        embeddings = table.gather(found).requires_grad_()
+        tower(embeddings).square().mean().backward()
+        table.update(found, embeddings.grad)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def stall(table: DynamicTable, rows: int, root: Storage, process: Process) -> dict[str, float]:
+    """Train while a save is written behind. Seconds: copy, save, and by how much steps took longer."""
+    end = time.perf_counter() + 3.0
+    alone = statistics.median(steps_while(table, rows, lambda: time.perf_counter() < end))
+    began = time.perf_counter()
+    parts = TableSaver({table.config.name: table}).take(delta=False, copy=True)
+    copied = time.perf_counter() - began
+    writer = threading.Thread(target=write_state, args=(root, parts, process))
+    writer.start()
+    during = steps_while(table, rows, writer.is_alive)
+    duration = time.perf_counter() - began
+    return {"copy": copied, "save": duration, "slower": sum(during) - len(during) * alone, "step": alone}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=4_000_000)
+    parser.add_argument("--dim", type=int, default=16)
+    parser.add_argument("--optimizer", default="adam")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", help="on the disk to measure; default: a temporary folder")
+    options = parser.parse_args()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    process = Process(0, 0, 1, torch.device("cpu"), dist.HashStore())
+    config = DynamicTableConfig("a", ("a",), (Group("v", options.dim, 0.01),), RowOptimizer(options.optimizer))
+    table = DynamicTable(config)
+    fill(table, options.rows)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        root, plain = Storage(f"{folder}/states"), Path(folder) / "plain"
+        measure(table, options.rows, root, plain, process, options.repeats)
+    dist.destroy_process_group()
+
+
+def measure(table: DynamicTable, rows: int, root: Storage, plain: Path, process: Process, repeats: int) -> None:
+    best: dict[str, float] = {}
+
+    def note(name: str, seconds: float) -> None:
+        best[name] = min(seconds, best.get(name, seconds))
+
+    size, cold = 0, False
+    for _ in range(repeats):
+        shutil.rmtree(root.full(), ignore_errors=True)
+        began = time.perf_counter()
+        size = write_state(root, TableSaver({"a": table}).take(delta=False, copy=False), process)
+        note("save", time.perf_counter() - began)
+        note("plain write", timed(partial(write_plain, plain, size)))
+        cold = drop_cache()
+        verify, read = load_state(root, table.config, process, in_place=True)
+        note("verify", verify)
+        note("rows", read)
+        note("load", verify + read)
+        cold = drop_cache() and cold
+        note("plain read", timed(partial(read_plain, plain)))
+        plain.unlink()
+    rate = {name: size / seconds / 1e6 for name, seconds in best.items()}
+    print(f"{rows:,} rows of {table.config.bytes_per_row} bytes in memory, {size / rows:.1f} bytes on disk; ", end="")
+    print(f"best of {repeats}; page cache {'dropped before reads' if cold else 'warm'}")
+    for name, plain_name in (("save", "plain write"), ("load", "plain read")):
+        print(f"{name:<6}{rate[name]:>8,.0f} MB/s   {plain_name} {rate[plain_name]:>8,.0f} MB/s   ", end="")
+        print(f"ratio {rate[name] / rate[plain_name]:.2f}")
+    print(f"       of the load: checksums {rate['verify']:,.0f} MB/s, rows into the table {rate['rows']:,.0f} MB/s")
+    behind = stall(table, rows, root, process)
+    copy, slower = behind["copy"], behind["slower"]
+    print(f"written behind in {behind['save']:.2f} s: the copy stops training for {copy:.3f} s", end="")
+    print(
+        f" ({copy / behind['save']:.1%} of the save), steps of {1e3 * behind['step']:.1f} ms take {slower:.2f} s longer"
+    )
+
+
+if __name__ == "__main__":
+    main()

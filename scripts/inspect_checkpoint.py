@@ -1,0 +1,29 @@
+"""What saved states hold: `python scripts/inspect_checkpoint.py runs/mine`, or one state, or a best/ folder.
+
+Checks every file, and shows steps, ranks, tables and rows. --table and --id show rows. --compact makes one full state
+of the newest delta and those that it builds on (no job may be using the folder).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from distributed.checkpoint_inspect import inspect  # noqa: E402
+from embedding.errors import TesseraError  # noqa: E402
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("path", help="a run's folder, a folder of states, a state, or a URI of one of them")
+parser.add_argument("--table", help="show the first rows of this table")
+parser.add_argument("--id", type=int, help="with --table: show the row of this id")
+parser.add_argument("--rows", type=int, default=5, help="with --table: so many rows")
+parser.add_argument("--compact", action="store_true", help="make the newest state a full one")
+options = parser.parse_args()
+
+if __name__ == "__main__":
+    try:
+        sys.exit(inspect(options.path, options.table, options.id, options.rows, options.compact))
+    except TesseraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
