@@ -140,7 +140,7 @@ class CheckpointConfig:
 @dataclass
 class WarmStartConfig:
     path: str | None = None
-    rename: dict[str, str] = field(default_factory=dict)
+    rename: list[str] = field(default_factory=list)
     optimizer: bool = True
 
 

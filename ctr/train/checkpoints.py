@@ -7,12 +7,15 @@ copied in memory, and a thread writes it while training goes on.
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 PROGRESS = ("step", "epoch", "now", "best", "evaluations_since_best", "evaluated_step")
 BEST, STAGED_BEST = "best", ".best-of-save"
+MEMORY_SHARE = 0.7  # of the free memory, at most, for the copy of a state
 
 
 @dataclass
@@ -91,9 +95,10 @@ class Checkpoints:
         began = time.perf_counter()
         self.wait()
         self._process.stage = f"step {self._trainer.step}: saving"
-        moment = self._take()
+        overlap = self._config.overlap and self._copy_fits()
+        moment = self._take(overlap)
         self._saved_step = moment.step
-        if self._config.overlap:
+        if overlap:
             self._pending = self._thread.submit(self._write, moment, began, time.perf_counter() - began)
         else:
             self._write(moment, began, None)
@@ -109,10 +114,17 @@ class Checkpoints:
         self.wait()
         self._thread.shutdown()
 
-    def _take(self) -> Moment:
+    def _copy_fits(self) -> bool:
+        """Whether the host has memory for a copy of its ranks' rows. Ranks may differ: the group's agreement is the
+        same from the thread and from here."""
+        needed = sum(table.nbytes for table in self._trainer.tables.owned().values())
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return needed * local_ranks < MEMORY_SHARE * available_memory()
+
+    def _take(self, copy: bool) -> Moment:
         trainer = self._trainer
         delta = 0 < len(self._chain) < self._config.full_every and self._tables.can_follow()
-        tables = self._tables.take(delta, copy=self._config.overlap)
+        tables = self._tables.take(delta, copy)
         self._tables.follow(deltas=self._config.full_every > 1)
         best = trainer.log.folder / BEST
         if self._process.is_main and best.exists():
@@ -262,6 +274,15 @@ class Checkpoints:
             for split, reader in trainer.readers.items():
                 for reason, count in counts.get(split, {}).items() if reader is not None else ():
                     reader.bad_row_counts[reason] = reader.bad_row_counts.get(reason, 0) + count
+
+
+def available_memory() -> float:
+    """Bytes of host memory that can be had without swapping; infinite where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
 
 
 def find_saved(path: str, process: Any, warn: Callable[[str], None]) -> Saved:

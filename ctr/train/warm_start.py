@@ -43,7 +43,7 @@ def warm_start(trainer: Trainer) -> None:
     config, process = trainer.config.trainer.warm_start, trainer.process
     saved = find_saved(config.path, process, trainer.log.warn)
     process.stage = f"warm start from {saved.name}"
-    old_names = {new: old for old, new in config.rename.items()}
+    old_names = _old_names(config.rename)
     tables = _take_tables(trainer, saved, old_names, config.optimizer)
     tower = _take_tower(trainer, saved, old_names, config.optimizer)
     shards = _take_shards(trainer, saved, old_names, config.optimizer)
@@ -52,11 +52,20 @@ def warm_start(trainer: Trainer) -> None:
         if taken.kept or taken.fresh or taken.dropped:
             trainer.log.say(f"{what} · {taken}")
     known = {old for taken in (tables, tower, shards) for old in taken.dropped}
-    unused = [f"{old}: {new}" for old, new in config.rename.items() if _unused(old, known, tables, tower, shards, new)]
+    unused = [f"{old}:{new}" for new, old in old_names.items() if _unused(old, known, tables, tower, shards, new)]
     if unused:
         raise ConfigError(
             f"trainer.warm_start.rename has {unused[0]!r}; no table or module is so called there and here"
         )
+
+
+def _old_names(rename: list[str]) -> dict[str, str]:
+    """New name -> old name."""
+    pairs = [pair.split(":") for pair in rename]
+    wrong = [pair for pair, parts in zip(rename, pairs, strict=True) if len(parts) != 2 or not all(parts)]
+    if wrong:
+        raise ConfigError(f"trainer.warm_start.rename has {wrong[0]!r}; expected old:new")
+    return {new.strip(): old.strip() for old, new in pairs}
 
 
 def _unused(old: str, dropped: set[str], tables: Taken, tower: Taken, shards: Taken, new: str) -> bool:

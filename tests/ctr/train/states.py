@@ -22,8 +22,11 @@ SCHEMA = (
 GAUGES = ("samples_per_second", "reader_wait", "seconds", "bytes")
 
 
-def write_data(folder: Path, rows: int, valid: int = 200, seed: int = 0) -> Path:
-    """Column `row` is different in every row, so that its table's counts say how often each row was trained."""
+def write_data(folder: Path, rows: int, valid: int = 200, seed: int = 0, extra: str | None = None) -> Path:
+    """Column `row` is different in every row, so that its table's counts say how often each row was trained.
+
+    extra: one more column of ids.
+    """
     generator = np.random.default_rng(seed)
     for name, count in (("train", rows), ("valid", valid)):
         (folder / name).mkdir(parents=True)
@@ -39,6 +42,8 @@ def write_data(folder: Path, rows: int, valid: int = 200, seed: int = 0) -> Path
                 "d": generator.integers(0, 1 << 20, count),
             }
         )
+        if extra:
+            table = table.append_column(extra, pa.array(generator.integers(0, 50, count)))
         pq.write_table(table, folder / name / "part.parquet", row_group_size=max(1, rows // 20))
     return folder
 
