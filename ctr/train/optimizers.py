@@ -33,7 +33,7 @@ class Optimizers:
         self._set_learning_rates()
 
     def state(self) -> dict[str, Tensor]:
-        """The dense optimizer's live state: parameter/name -> tensor. With `steps` and `factor` all that can be resumed."""
+        """The dense optimizer's live state: parameter/name -> tensor; `steps` and `factor` are the rest of it."""
         names = [name for name, _ in self._tower.named_parameters()]
         state = self._dense.state_dict()["state"]
         return {f"{names[i]}/{key}": value for i, one in state.items() for key, value in one.items()}

@@ -125,9 +125,8 @@ def _take_tower(trainer: Trainer, saved: Saved, old_names: Mapping[str, str], wi
             parameter, _, kind = key.removeprefix("optimizer/").rpartition("/")
             by_parameter.setdefault(parameter, {})[kind] = value
         taken.optimizer = [name for name, there in sources.items() if there in by_parameter]
-        trainer.optimizers.load_state(
-            {f"{n}/{kind}": v for n in taken.optimizer for kind, v in by_parameter[sources[n]].items()}, steps=0, factor=1.0
-        )
+        mine = {f"{n}/{kind}": value for n in taken.optimizer for kind, value in by_parameter[sources[n]].items()}
+        trainer.optimizers.load_state(mine, steps=0, factor=1.0)
     return taken
 
 

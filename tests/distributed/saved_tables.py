@@ -18,6 +18,7 @@ from embedding.table import DynamicTable
 from kernels.mix import mix64
 
 GROUPS = (Group("v", 4, 0.5), Group("w", 1, 0.5))
+INT8 = (Group("v", 4, 0.5, format="int8", step=0.01), Group("w", 1, 0.5))
 
 
 def alone() -> Process:
@@ -25,8 +26,8 @@ def alone() -> Process:
     return Process(0, 0, 1, torch.device("cpu"), dist.HashStore())
 
 
-def config(optimizer: str = "adam", name: str = "a", **options) -> DynamicTableConfig:
-    return DynamicTableConfig(name, (name,), GROUPS, RowOptimizer(optimizer, lr=0.1), seed=3, **options)
+def config(optimizer: str = "adam", name: str = "a", groups=GROUPS, **options) -> DynamicTableConfig:
+    return DynamicTableConfig(name, (name,), groups, RowOptimizer(optimizer, lr=0.1), seed=3, **options)
 
 
 EXACT = Admission("exact", threshold=3)
@@ -50,6 +51,7 @@ def content(tables: dict[str, DynamicTable], numbers: bool = False) -> dict[str,
     for name, table in tables.items():
         batch = table.read_rows(table.rows_in_use())
         columns = [batch.values, batch.state, batch.last_seen, batch.count, *([batch.rows] if numbers else [])]
+        columns += [] if batch.step_size is None else [batch.step_size]
         found[name] = {
             i: tuple(column[place].numpy().tobytes() for column in columns)
             for place, i in enumerate(batch.ids.tolist())

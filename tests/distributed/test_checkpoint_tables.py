@@ -16,7 +16,7 @@ from embedding.config import Admission
 from embedding.errors import TesseraError
 from embedding.table import DynamicTable
 from kernels.mix import mix64
-from tests.distributed.saved_tables import EXACT, config, content, load_tables, save_tables, step
+from tests.distributed.saved_tables import EXACT, INT8, config, content, load_tables, save_tables, step
 from tests.ranks import on_ranks
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
@@ -24,6 +24,7 @@ OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
 
 def make(process) -> dict[str, DynamicTable]:
     tables = {name: DynamicTable(config(name, name)) for name in OPTIMIZERS}
+    tables["int8"] = DynamicTable(config("adagrad", "int8", groups=INT8))
     tables["exact"] = DynamicTable(config("adam", "exact", admission=EXACT))
     tables["old"] = DynamicTable(config("adagrad", "old", ttl_seconds=4))
     return tables

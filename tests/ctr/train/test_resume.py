@@ -46,6 +46,7 @@ SETTINGS = {
         "optimizer.sparse.name=adagrad",
         "optimizer.sparse.initial_accumulator=0.1",
     ],
+    "int8": ["embedding.format=int8", "embedding.alpt.every=2", "trainer.checkpoint.full_every=2"],
     "static": [
         "embedding=static",
         "embedding.rows=300",
