@@ -100,9 +100,13 @@ def describe_tables(tables: Tables) -> dict[str, dict]:
     for name, table in tables.items():
         columns = columns_of(table.read_rows(torch.empty(0, dtype=torch.int64, device=table.device)))
         shapes = {key: [str(c.dtype).removeprefix("torch."), *c.shape[1:]] for key, c in columns.items()}
-        groups = [[group.name, group.dim] for group in table.config.groups]
+        groups = [[group.name, group.dim, group.format] for group in table.config.groups]
         described[name] = {"columns": shapes, "groups": groups, "optimizer": table.config.optimizer.name}
     return described
+
+
+def _formats(groups: list[list]) -> str:
+    return ", ".join(f"{name} {dim} {kind}" for name, dim, kind in groups)
 
 
 def load_rows(
@@ -127,6 +131,11 @@ def load_rows(
         there = name_there(name)
         if not saved.folders[-1].names(f"rows/{file_name('', there, 0, 1).split('/')[1]}"):
             raise TesseraError(f"{saved.name} holds no rows of table {there}")
+        found = _formats(saved.training["tables"][there]["groups"])
+        expected = _formats(describe_tables({there: table})[there]["groups"])
+        if found != expected:
+            hint = "scripts/convert_tables.py converts"
+            raise TesseraError(f"{saved.name}: rows of table {there} have {found}; the model has {expected} ({hint})")
         hidden = torch.empty(0, dtype=torch.int64)
         for folder in saved.folders:
             for path in files_of(folder, "rows", there, process):

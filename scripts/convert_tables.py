@@ -10,27 +10,30 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ctr.config import Config  # noqa: E402
 from ctr.train.convert_run import convert_run  # noqa: E402
-from embedding.errors import TesseraError  # noqa: E402
+from ctr.train.score_run import run_config  # noqa: E402
+from distributed.process import Process, run  # noqa: E402
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("run_dir", type=Path, help="a finished run")
+parser.add_argument("output", type=Path, help="the folder to make")
+parser.add_argument("overrides", nargs="+", help="format=int8, formats.w=fp32, format=fp32")
+options = parser.parse_args()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path, help="a finished run")
-    parser.add_argument("output", type=Path, help="the folder to make")
-    parser.add_argument("overrides", nargs="+", help="format=int8, formats.w=fp32, format=fp32")
-    options = parser.parse_args()
-    try:
-        errors = convert_run(options.run_dir, options.output, [f"embedding.{one}" for one in options.overrides])
-    except (TesseraError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for table, groups in errors.items():
+def load() -> tuple[Config, str, float]:
+    config = run_config(options.run_dir, [])
+    return config, "cpu", config.trainer.timeout_seconds
+
+
+def convert(config: Config, process: Process) -> None:
+    overrides = [f"embedding.{one}" for one in options.overrides]
+    for table, groups in convert_run(options.run_dir, options.output, overrides, process).items():
         for group, error in groups.items():
             print(f"{table} {group}: {error}")
     print(f"{options.output} is written")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(load, convert))

@@ -6,53 +6,90 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 
 from ctr.config import Config, EmbeddingConfig, typed
 from ctr.data.schema import Schema
 from ctr.models.network import build_tables, build_tower
 from ctr.train.score_run import run_config
+from distributed.checkpoint import Saved, open_saved, save
+from distributed.checkpoint_dense import load_tensors, save_tensors
+from distributed.checkpoint_files import Storage
+from distributed.checkpoint_tables import describe_tables
 from distributed.dynamic_tables import DynamicTables
-from distributed.table_files import file_of, files_of, read_rows, rows_writer, to_arrow
+from distributed.process import Process
+from distributed.table_files import (
+    ColumnSource,
+    columns_of,
+    copied,
+    file_name,
+    files_of,
+    read_columns,
+    to_batch,
+    write_columns,
+)
+from embedding.config import DynamicTableConfig
 from embedding.convert import ConversionError, convert_rows
-from embedding.errors import ConfigError, TesseraError
+from embedding.errors import ConfigError
+from embedding.table import DynamicTable
 
 KEYS = ("format", "formats", "rounding", "step", "range", "alpt")
 
 
-def convert_run(run_dir: Path, output: Path, overrides: list[str]) -> dict[str, dict[str, ConversionError]]:
+def convert_run(
+    run_dir: Path, output: Path, overrides: list[str], process: Process
+) -> dict[str, dict[str, ConversionError]]:
     """Write `output` as `run_dir` with embedding.<key>=<value> replaced. Returns the errors by table and group.
 
     The new folder appears when it is complete, and holds what scoring and further training need: config.yaml and best.
+    One table at a time is in memory. process: a job of one rank.
 
     Raises:
         ConfigError: no run there, an output that exists, or an override of another key than the format's.
-        TesseraError: the saved model is not complete.
+        CheckpointError: the saved model does not verify; what is wrong with it.
     """
     source = run_config(run_dir, [])
     target = _target(source, overrides)
     if output.exists():
         raise ConfigError(f"{output} exists already")
-    if not (run_dir / "best" / ".metadata").exists():
-        raise TesseraError(f"{run_dir / 'best'} holds no complete model; train the run first")
+    saved = open_saved(Storage(run_dir / "best"), process)
     schema = Schema(source.data.schema)
-    before, after = (build_tables(one, schema, build_tower(one.model, schema)) for one in (source, target))
+    before, after = (build_tables(one, schema, build_tower(one, schema)) for one in (source, target))
     if not isinstance(before, DynamicTables):
         raise ConfigError(f"{run_dir} has embedding.kind {source.embedding.kind}; only dynamic tables can be converted")
+    errors: dict[str, dict[str, ConversionError]] = {table.name: {} for table in before.tables}
+
+    def write(storage: Storage) -> dict:
+        save_tensors(storage, load_tensors(saved.folders[0], lambda name: True), None)
+        for old, new in zip(before.tables, after.tables, strict=True):
+            rows = _converted(saved, old, new, errors[old.name], process)
+            write_columns(storage, file_name("rows", new.name, 0, 1), rows, process.world_size)
+        return {}
+
+    def describe(*_) -> dict:
+        return {"tables": describe_tables({table.name: DynamicTable(table) for table in after.tables})}
+
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(run_dir / "best", partial / "best", ignore=shutil.ignore_patterns("rows"))
-    errors: dict[str, dict[str, ConversionError]] = {}
-    for old, new in zip(before.tables, after.tables, strict=True):
-        found = errors.setdefault(old.name, {})
-        files = files_of(run_dir / "best" / "rows", old.name)
-        for rank, path in enumerate(files):
-            with rows_writer(file_of(partial / "best" / "rows", new.name, rank, len(files)), new) as writer:
-                for batch in read_rows(path, old):
-                    writer.write_batch(to_arrow(convert_rows(batch, old, new, found), writer.schema))
+    partial.mkdir(parents=True)
+    save(Storage(partial), "best", write, describe, process, step=saved.step, kind="model")
     (partial / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(target), resolve=True))
     partial.rename(output)
     return errors
+
+
+def _converted(
+    saved: Saved, old: DynamicTableConfig, new: DynamicTableConfig, errors: dict[str, ConversionError], process: Process
+) -> ColumnSource:
+    """All rows of one table of a model, as `new` stores them; a model has no optimizer state."""
+    like, parts = DynamicTable(old), []
+    for path in files_of(saved.folders[0], "rows", old.name, process):
+        for columns in read_columns(saved.folders[0], path, process.rank, process.world_size):
+            batch = to_batch(columns, like, path, with_state=False, with_rows=False)
+            converted = columns_of(convert_rows(batch, old, new, errors))
+            parts.append({name: column for name, column in converted.items() if name not in ("state", "row")})
+    return copied({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def _target(source: Config, overrides: list[str]) -> Config:

@@ -14,7 +14,8 @@ class Optimizers:
 
     def __init__(self, config: OptimizerConfig, model: DistributedModelParallel) -> None:
         self._config = config
-        self._parameters = list(model.module.dense_parameters().values())
+        named = model.module.dense_parameters()
+        self._names, self._parameters = list(named), list(named.values())
         self._dense = _dense_optimizer(config.dense, self._parameters)
         self._fused = model.fused_optimizer
         self.steps = 0
@@ -34,13 +35,12 @@ class Optimizers:
 
     def state(self) -> dict[str, Tensor]:
         """The dense optimizer's live state: parameter/name -> tensor; `steps` and `factor` are the rest of it."""
-        names = [name for name, _ in self._tower.named_parameters()]
         state = self._dense.state_dict()["state"]
-        return {f"{names[i]}/{key}": value for i, one in state.items() for key, value in one.items()}
+        return {f"{self._names[i]}/{key}": value for i, one in state.items() for key, value in one.items()}
 
     def load_state(self, state: dict[str, Tensor], steps: int, factor: float) -> None:
         """Go on from a saved state; parameters that it does not name keep what they have."""
-        places = {name: i for i, (name, _) in enumerate(self._tower.named_parameters())}
+        places = {name: i for i, name in enumerate(self._names)}
         own = self._dense.state_dict()
         for name, value in state.items():
             parameter, _, key = name.rpartition("/")

@@ -145,12 +145,18 @@ def _take_shards(trainer: Trainer, saved: Saved, old_names: Mapping[str, str], w
         fits = there in shapes and shapes[there][0] == value.size() and (with_state or not is_state)
         if fits:
             sources[there] = value
-        label = name.split("/")[1].split(".")[1]
+        label = _label(name)
         (taken.optimizer if is_state and fits else taken.kept if fits else [] if is_state else taken.fresh).append(
             label
         )
     dropped = [name for name in shapes if name.startswith("tables/") and name not in sources]
-    taken.dropped = [name.split("/")[1].split(".")[1] for name in dropped]
+    taken.dropped = [_label(name) for name in dropped]
     if sources:
         load_into(saved.folders[0], sources)
     return taken
+
+
+def _label(name: str) -> str:
+    """tables/embedding_bags.C1_v.weight -> C1_v; tables/others -> others."""
+    path = name.partition("/")[2].split(".")
+    return path[min(1, len(path) - 1)]

@@ -28,7 +28,7 @@ import torch.distributed as dist  # noqa: E402
 
 from distributed.checkpoint import open_saved, save  # noqa: E402
 from distributed.checkpoint_files import Storage  # noqa: E402
-from distributed.checkpoint_tables import TableParts, TableSaver, load_rows  # noqa: E402
+from distributed.checkpoint_tables import TableParts, TableSaver, describe_tables, load_rows  # noqa: E402
 from distributed.process import Process  # noqa: E402
 from embedding.config import DynamicTableConfig, Group, RowOptimizer  # noqa: E402
 from embedding.table import DynamicTable  # noqa: E402
@@ -70,14 +70,14 @@ def drop_cache() -> bool:
     return True
 
 
-def write_state(root: Storage, parts: TableParts, process: Process) -> int:
+def write_state(root: Storage, parts: TableParts, table: DynamicTable, process: Process) -> int:
     """Returns the bytes of the state."""
 
     def write(storage: Storage) -> dict:
         parts.write(storage, process)
         return {}
 
-    manifest = save(root, "state", write, lambda *_: {}, process)
+    manifest = save(root, "state", write, lambda *_: {"tables": describe_tables({"a": table})}, process)
     return sum(file["bytes"] for file in manifest["files"].values())
 
 
@@ -113,7 +113,7 @@ def stall(table: DynamicTable, rows: int, root: Storage, process: Process) -> di
     began = time.perf_counter()
     parts = TableSaver({table.config.name: table}).take(delta=False, copy=True)
     copied = time.perf_counter() - began
-    writer = threading.Thread(target=write_state, args=(root, parts, process))
+    writer = threading.Thread(target=write_state, args=(root, parts, table, process))
     writer.start()
     during = steps_while(table, rows, writer.is_alive)
     duration = time.perf_counter() - began
@@ -149,7 +149,7 @@ def measure(table: DynamicTable, rows: int, root: Storage, plain: Path, process:
     for _ in range(repeats):
         shutil.rmtree(root.full(), ignore_errors=True)
         began = time.perf_counter()
-        size = write_state(root, TableSaver({"a": table}).take(delta=False, copy=False), process)
+        size = write_state(root, TableSaver({"a": table}).take(delta=False, copy=False), table, process)
         note("save", time.perf_counter() - began)
         note("plain write", timed(partial(write_plain, plain, size)))
         cold = drop_cache()

@@ -3,7 +3,8 @@
     python scripts/bench/expiring_ids.py --output runs/expiring --days 30 --new-ids 0.2 --ttl-days 7
 
 Writes synthetic data by day, trains DeepFM on one day after the other, expires at the end of each day, and prints rows
-and bytes by day; the run's report shows the curve, and AUC and logloss on the day that follows. With --ttl-days 0 nothing expires, for comparison.
+and bytes by day; the run's report shows the curve, and AUC and logloss on the day that follows. With --ttl-days 0
+nothing expires, for comparison.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from distributed.checkpoint import open_saved, save
 from distributed.checkpoint_dense import load_tensors, save_tensors
 from distributed.checkpoint_files import Storage
-from distributed.checkpoint_tables import TableSaver, load_rows, load_table_state, load_waiting
+from distributed.checkpoint_tables import TableSaver, describe_tables, load_rows, load_table_state, load_waiting
 from distributed.ownership import owner_of
 from distributed.process import Process
 from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
@@ -73,7 +73,8 @@ def save_tables(
         return {}
 
     kind = "delta" if chain else "full"
-    return save(root, name, write, lambda *_: {"n": number}, process, step=number, kind=kind, chain=chain or [])
+    training = {"n": number, "tables": describe_tables(saver._tables)}
+    return save(root, name, write, lambda *_: training, process, step=number, kind=kind, chain=chain or [])
 
 
 def load_tables(tables: dict[str, DynamicTable], folder: str | Path | Storage, process: Process) -> list[str]:

@@ -156,7 +156,7 @@ def test_compaction_gives_one_full_state_of_the_same_rows(tmp_path, process):
     assert manifest["kind"] == "full" and not manifest["chain"]
     retain(root, 1)
     saved = latest(root, process, pytest.fail)
-    assert len(saved.folders) == 1 and saved.training == {"n": 5}
+    assert len(saved.folders) == 1 and saved.training["n"] == 5
     again = {"a": DynamicTable(config(ttl_seconds=3))}
     load_tables(again, saved.folders[0], process)
     assert content(again, numbers=True) == content({"a": table}, numbers=True)

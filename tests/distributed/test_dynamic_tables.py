@@ -6,7 +6,7 @@ from torchrec import KeyedJaggedTensor
 
 from distributed.checkpoint import open_saved, save
 from distributed.checkpoint_files import Storage
-from distributed.checkpoint_tables import TableSaver, load_rows
+from distributed.checkpoint_tables import TableSaver, describe_tables, load_rows
 from distributed.dynamic_tables import DynamicTables
 from distributed.ownership import owner_of
 from distributed.sharding import shard
@@ -82,7 +82,7 @@ def save_rows(tables: DynamicTables, folder, process):
         TableSaver(tables.owned()).take(delta=False, copy=False).write(storage, process)
         return {}
 
-    save(Storage(folder), "state", write, lambda *_: {}, process)
+    save(Storage(folder), "state", write, lambda *_: {"tables": describe_tables(tables.owned())}, process)
 
 
 def train(process, folder=None):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
+from distributed.checkpoint_dense import load_into, save_tensors
+from distributed.checkpoint_files import Storage
 from distributed.dynamic_tables import DynamicTables
 from distributed.sharding import shard
 from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, StepOptimizer
@@ -73,14 +75,15 @@ def test_zeros_cost_no_column_and_have_no_state():
     learned = DynamicTables(tables, IDS, 100, others="learned")
     widths = [[c.embedding_dim for c in t.collection.embedding_configs()] for t in (zeros, learned)]
     assert widths == [[5, 5], [6, 6]]
-    assert zeros.state() == {} and zeros.dense_parameters() == {}
+    assert zeros.tensors() == {} and zeros.dense_parameters() == {}
 
 
-def test_learned_rows_are_saved_and_loaded():
+def test_learned_rows_are_saved_and_loaded(process, tmp_path):
     first, second = (DynamicTables(Case().tables, IDS, 100, others="learned") for _ in range(2))
     with torch.no_grad():
         first.others.normal_()
-    second.load_state({name: value.clone() for name, value in first.state().items()})
+    save_tensors(Storage(tmp_path), first.tensors(), None)
+    load_into(Storage(tmp_path), second.tensors())
     assert torch.equal(first.others, second.others)
 
 
