@@ -17,6 +17,7 @@ schema.yaml; where it is left out, every column but label and time becomes a fea
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ctr.data.convert.columns import Column, check_columns, text_types
 from ctr.data.convert.delimited import TextFormat
 from ctr.data.convert.pipeline import Conversion, Input, Options, convert
 from ctr.data.convert.split import seconds_of
-from ctr.data.errors import SchemaError
+from ctr.data.errors import DataError, SchemaError
 from ctr.data.schema import Schema, nearest
 from embedding.errors import ConfigError
 
@@ -50,12 +51,13 @@ class ColumnConfig:
 @dataclass
 class InputConfig:
     """Either `files` to be split, or `train`, `valid` and `test`. Relative paths start at the yaml's
-    folder."""
+    folder. `md5`: sums that the files of these names must have, so that a published split is that split."""
 
     files: list[str] = field(default_factory=list)
     train: list[str] = field(default_factory=list)
     valid: list[str] = field(default_factory=list)
     test: list[str] = field(default_factory=list)
+    md5: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -111,7 +113,9 @@ def convert_csv(config_path: Path, output: Path | None, options: Options) -> dic
         tuple(config.null_values),
     )
     conversion = Conversion(config_path.stem, text, columns, _schema(config, columns), time=config.time)
-    return convert(conversion, _input(config, config_path), target, options)
+    source = _input(config, config_path)
+    _check_sums(config.input.md5, config_path)
+    return convert(conversion, source, target, options)
 
 
 def _load(path: Path) -> CsvConfig:
@@ -201,6 +205,20 @@ def _input(config: CsvConfig, path: Path) -> Input:
         for key in ("valid_from", "test_from")
     ]
     return Input(files, split.how, split.valid, split.test, split.seed, *times)
+
+
+def _check_sums(expected: dict[str, str], path: Path) -> None:
+    for name, wanted in expected.items():
+        file = path.parent / name
+        try:
+            with file.open("rb") as stream:
+                digest = hashlib.md5(usedforsecurity=False)
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+        if digest.hexdigest() != wanted:
+            raise DataError(f"{file}: md5 {digest.hexdigest()}, expected {wanted}; this is not the published file")
 
 
 def _schema(config: CsvConfig, columns: list[Column]) -> dict:
