@@ -86,6 +86,7 @@ class Generation(nn.Module):
             self.recombinations.append(linear(fields * dim * outputs, fields * dim * recombined))
             self.count += fields * recombined
             inputs = outputs
+        self.convolutions.to(memory_format=torch.channels_last)  # as their gradients are, for data parallel's buckets
         for convolution in self.convolutions:
             nn.init.xavier_normal_(convolution.weight)
             nn.init.zeros_(convolution.bias)

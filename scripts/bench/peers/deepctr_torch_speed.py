@@ -31,9 +31,10 @@ def build(name: str) -> torch.nn.Module:
     plain = {"dnn_hidden_units": HIDDEN, "l2_reg_embedding": 0, "device": "cpu"}
     if name == "PNN":
         return PNN(columns, use_inner=True, **plain)
-    extra = {"AutoInt": {"att_layer_num": 3, "att_head_num": 2, "att_embedding_size": 32}}.get(name, {})
-    models = {"DeepFM": DeepFM, "AutoInt": AutoInt, "xDeepFM": xDeepFM, "DCNMix": DCNMix}
-    return models[name](columns, columns, l2_reg_linear=0, **plain, **extra)
+    if name == "AutoInt":
+        return AutoInt(columns, columns, att_layer_num=3, att_head_num=2, **plain)
+    models = {"DeepFM": DeepFM, "xDeepFM": xDeepFM, "DCNMix": DCNMix}
+    return models[name](columns, columns, l2_reg_linear=0, **plain)
 
 
 def milliseconds_per_step(name: str) -> float:
