@@ -64,6 +64,7 @@ class EmbeddingConfig:
     init_std: float = MISSING
     l2: float = 0.0
     others: str = "zeros"
+    bag_path: str = "never"
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     ttl_days: float | None = None
     clock: str = "event"
@@ -331,6 +332,7 @@ def _check_embedding(embedding: EmbeddingConfig, state_format: str) -> None:
         "alpt.gradient_scale": (embedding.alpt.gradient_scale, ("batch", "dim", "none")),
         "transport": (embedding.transport, ("fp32", "fp16", "bf16")),
         "others": (embedding.others, ("zeros", "learned")),
+        "bag_path": (embedding.bag_path, ("never", "auto", "always")),
     }
     for key, (value, known) in choices.items():
         if value not in known:
@@ -347,5 +349,6 @@ def _check_embedding(embedding: EmbeddingConfig, state_format: str) -> None:
     for key, value in of_dynamic.items():
         if embedding.kind == "static" and value != "fp32":
             raise ConfigError(f"{key} is {value}; static tables have fp32 alone (embedding=dynamic has more)")
-    if embedding.kind == "static" and embedding.others != "zeros":
-        raise ConfigError(f"embedding.others is {embedding.others}; it needs embedding.kind dynamic")
+    for key, only in (("others", "zeros"), ("bag_path", "never")):
+        if embedding.kind == "static" and getattr(embedding, key) != only:
+            raise ConfigError(f"embedding.{key} is {getattr(embedding, key)}; it needs embedding.kind dynamic")

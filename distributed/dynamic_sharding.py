@@ -16,7 +16,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEm
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
-from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
+from torchrec.distributed.sharding.rw_sharding import BaseRwEmbeddingSharding, RwSparseFeaturesDist
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
 
 from distributed.table_kernel import DynamicTableKernel
@@ -30,19 +30,26 @@ class DynamicLookup(GroupedEmbeddingsLookup):
         return DynamicTableKernel(config, pg, device)
 
 
+def raw_ids_dist(
+    sharding: BaseRwEmbeddingSharding, is_sequence: bool, device: torch.device | None
+) -> RwSparseFeaturesDist:
+    """The input dist that sends each value, unchanged, to the rank that is the value modulo the ranks."""
+    features = sharding._get_num_features()
+    return RwSparseFeaturesDist(
+        pg=sharding._pg,
+        num_features=features,
+        feature_hash_sizes=[sharding._pg.size()] * features,
+        device=device or sharding._device,
+        is_sequence=is_sequence,
+        has_feature_processor=sharding._has_feature_processor,
+        need_pos=False,
+        keep_original_indices=True,
+    )
+
+
 class DynamicSharding(RwSequenceEmbeddingSharding):
     def create_input_dist(self, device: torch.device | None = None) -> RwSparseFeaturesDist:
-        features = self._get_num_features()
-        return RwSparseFeaturesDist(
-            pg=self._pg,
-            num_features=features,
-            feature_hash_sizes=[self._pg.size()] * features,
-            device=device or self._device,
-            is_sequence=True,
-            has_feature_processor=self._has_feature_processor,
-            need_pos=False,
-            keep_original_indices=True,
-        )
+        return raw_ids_dist(self, is_sequence=True, device=device)
 
     def create_lookup(self, device=None, fused_params=None, feature_processor=None) -> DynamicLookup:
         return DynamicLookup(self._grouped_embedding_configs, self._pg, device or self._device, self._env)

@@ -3,6 +3,7 @@
 Each rank sends an id once per table and batch, however often it occurs and however many groups of embeddings the tower
 wants of it: one row of the table holds the values of all groups (DeepFM: v and w). The owners send rows back, and
 repeating, pooling and, in the backward pass, summing over repetitions happen here, where the repetitions are.
+Tables of long bags may take the bag path instead: owners send sums over bags, see `bag_sharding.py`.
 
 Ids without a row read zeros or one learned row per table. That row is a dense parameter, a copy on every rank, trained
 by the dense optimizer: nearly every batch reads it, with gradients from all ranks, as it reads a weight of the tower.
@@ -19,11 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
+from distributed.bag_sharding import DynamicBagSharder
 from distributed.dynamic_sharding import DYNAMIC, DynamicSharder
 from distributed.plan import TableSize
-from distributed.table_kernel import Pass
+from distributed.table_kernel import DynamicTableKernel, Pass
 from distributed.transport import codecs
 from embedding.config import DynamicTableConfig
 from embedding.table import DynamicTable
@@ -34,7 +36,7 @@ EXPIRE_ROWS = 1 << 18  # rows of each table that one call of `expire` looks at: 
 
 
 class DynamicTables(nn.Module):
-    """All tables of a model as one EmbeddingCollection.
+    """All tables of a model: an EmbeddingCollection and, for the tables on the bag path, an EmbeddingBagCollection.
 
     Args:
         tables: every id feature belongs to exactly one; all have the same groups.
@@ -43,6 +45,7 @@ class DynamicTables(nn.Module):
         averaged: the features whose bags are averaged over their ids; the others are summed.
         transport: precision in which rows travel between ranks, see `transport.py`.
         others: what ids without a row read, zeros or the table's learned row (`others` [tables, width], first 0).
+        bag_tables: the tables on the bag path, whose owners send sums over bags.
     """
 
     compute_kernel = DYNAMIC.value
@@ -55,6 +58,7 @@ class DynamicTables(nn.Module):
         averaged: Collection[str] = (),
         transport: str = "fp32",
         others: str = "zeros",
+        bag_tables: Collection[str] = (),
     ) -> None:
         super().__init__()
         self._transport = transport
@@ -64,40 +68,81 @@ class DynamicTables(nn.Module):
         self.groups = {group.name: group.dim for group in tables[0].groups}
         self.learns_steps = any(table.learns_steps for table in tables)
         self.others = nn.Parameter(torch.zeros(len(tables), tables[0].width)) if others == "learned" else None
-        width = tables[0].width + (self.others is not None)  # of an answer
-        self.collection = EmbeddingCollection(
-            device=torch.device("meta"),
-            tables=[
-                EmbeddingConfig(
-                    name=table.name,
-                    embedding_dim=width,
-                    # The planner counts rows * dim * 4 bytes; a dynamic row has state and bookkeeping as well.
-                    num_embeddings=-(-expected_rows * table.bytes_per_row // (4 * width)),
-                    feature_names=[table.name],
-                )
-                for table in tables
-            ],
+        self._id_names, self._averaged = list(id_names), [i for i, name in enumerate(id_names) if name in averaged]
+        self._row_tables = [i for i, table in enumerate(tables) if table.name not in bag_tables]
+        self._bag_tables = [i for i, table in enumerate(tables) if table.name in bag_tables]
+        self.collection = self.bags = None
+        if self._row_tables:
+            configs = [self._torchrec_config(EmbeddingConfig, i, [tables[i].name]) for i in self._row_tables]
+            self.collection = EmbeddingCollection(device=torch.device("meta"), tables=configs)
+        if self._bag_tables:
+            configs = [self._torchrec_config(EmbeddingBagConfig, i, list(tables[i].features)) for i in self._bag_tables]
+            self.bags = EmbeddingBagCollection(device=torch.device("meta"), tables=configs)
+        # Positions in id_names of the fields of each path; `_order` undoes putting one path's behind the other's.
+        self._row_fields, self._bag_fields = (
+            sorted(self._id_names.index(name) for i in chosen for name in tables[i].features)
+            for chosen in (self._row_tables, self._bag_tables)
         )
-        self._names = [table.name for table in tables]
-        self._fields = [[id_names.index(feature) for feature in table.features] for table in tables]
-        self._field_count = len(id_names)
-        self._averaged = [i for i, name in enumerate(id_names) if name in averaged]
+        self._place = {self._id_names[field]: place for place, field in enumerate(self._row_fields)}
+        table_of = {name: i for i in self._bag_tables for name in tables[i].features}
+        self._bags_of = [(self._id_names[field], table_of[self._id_names[field]]) for field in self._bag_fields]
+        both = self._row_fields + self._bag_fields
+        self._order = None if both == sorted(both) else [both.index(field) for field in range(len(both))]
+
+    def _torchrec_config(self, kind: type, table: int, features: list[str]) -> EmbeddingConfig | EmbeddingBagConfig:
+        config = self.tables[table]
+        width = config.width + (self.others is not None)  # of an answer
+        # The planner counts rows * dim * 4 bytes; a dynamic row has state and bookkeeping as well.
+        rows = -(-self.expected_rows * config.bytes_per_row // (4 * width))
+        return kind(name=config.name, embedding_dim=width, num_embeddings=rows, feature_names=features)
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """ids: raw int64 ids, stride B. Returns group -> [B, fields, dim] float32; an empty bag gives zeros."""
+        parts_fbd = []
+        if self.collection is not None:
+            parts_fbd.append(self._sums_of_rows(ids.permute(self._row_fields) if self._bag_fields else ids))
+        if self.bags is not None:
+            parts_fbd.append(self._sums_of_owners(ids.permute(self._bag_fields) if self._row_fields else ids))
+        sums_fbd = parts_fbd[0] if len(parts_fbd) == 1 else torch.cat(parts_fbd)
+        if self._order is not None:
+            sums_fbd = sums_fbd[self._order]
+        if self._averaged:
+            sums_fbd = sums_fbd * self._scale_to_mean(ids)
+        return dict(zip(self.groups, sums_fbd.transpose(0, 1).split(list(self.groups.values()), 2), strict=True))
+
+    def _sums_of_rows(self, ids: KeyedJaggedTensor) -> Tensor:
+        """[fields, B, width] of the fields whose tables answer with rows."""
         if not self._second:
             self._asked = self._distinct(ids)
         asked, index = self._asked
         answered = self.collection(asked)
-        parts = [answered[name].values() for name in self._names]
-        if self.others is not None:
-            parts = [self._with_others(part, table) for table, part in enumerate(parts)]
-        rows = torch.cat(parts)
-        pooled_fbd = self._pool(rows, index, ids).unflatten(0, (self._field_count, -1))
-        return dict(zip(self.groups, pooled_fbd.transpose(0, 1).split(list(self.groups.values()), 2), strict=True))
+        rows = torch.cat([self._with_others(answered[self.tables[i].name].values(), i) for i in self._row_tables])
+        return self._pool(rows, index, ids).view(len(self._row_fields), ids.stride(), rows.shape[1])
+
+    def _sums_of_owners(self, ids: KeyedJaggedTensor) -> Tensor:
+        """[fields, B, width] of the fields on the bag path."""
+        asked = KeyedJaggedTensor(
+            keys=ids.keys(),
+            values=mix64(ids.values()),
+            weights=ids.weights_or_none(),
+            lengths=ids.lengths(),
+            offsets=ids.offsets(),
+            stride=ids.stride(),
+        )
+        answered = self.bags(asked)
+        return torch.stack([self._with_others(answered[name], table) for name, table in self._bags_of])
+
+    def _scale_to_mean(self, ids: KeyedJaggedTensor) -> Tensor:
+        """[fields, B, 1]: 1 / bag length for averaged features, 1 elsewhere."""
+        lengths_fb = ids.lengths().view(len(self._id_names), -1)
+        scale_fb = torch.ones_like(lengths_fb, dtype=torch.float32)
+        scale_fb[self._averaged] = 1.0 / lengths_fb[self._averaged].clamp_min(1)
+        return scale_fb.unsqueeze(2)
 
     def _with_others(self, answered: Tensor, table: int) -> Tensor:
-        """[n, width + 1] as the owners answer -> [n, width], the learned row where the id has none."""
+        """[n, columns] as the owners answer -> [n, width], the table's learned row added where ids have none."""
+        if self.others is None:
+            return answered
         # The second pass is for step sizes alone. Data parallel counts gradients: a second one would confuse it.
         others = self.others[table].detach() if self._second else self.others[table]
         return torch.addcmul(answered[:, :-1], answered[:, -1:].detach(), others)
@@ -106,30 +151,33 @@ class DynamicTables(nn.Module):
         """By name, what the dense optimizer trains."""
         return {} if self.others is None else {"tables.others": self.others}
 
-    def sharder(self) -> DynamicSharder:
+    def sharders(self) -> list[DynamicSharder | DynamicBagSharder]:
         fused = {
             "table_configs": tuple(self.tables),
             "learning_rate": self.tables[0].optimizer.lr,
             "tells_missing": self.others is not None,
         }
-        return DynamicSharder(fused, qcomm_codecs_registry=codecs(self._transport))
+        registry = codecs(self._transport)
+        return [kind(fused, qcomm_codecs_registry=registry) for kind in (DynamicSharder, DynamicBagSharder)]
 
     def sizes(self) -> list[TableSize]:
         return [
-            TableSize(table.name, table.features, self.expected_rows, table.width, table.bytes_per_row)
-            for table in self.tables
+            TableSize(
+                table.name, table.features, self.expected_rows, table.width, table.bytes_per_row, i in self._bag_tables
+            )
+            for i, table in enumerate(self.tables)
         ]
 
     def fill(self) -> None:
         """Nothing: rows come to be when their ids are seen."""
 
+    def _kernels(self) -> list[DynamicTableKernel]:
+        return [k for module in (self.collection, self.bags) if module is not None for k in module.kernels()]
+
     def owned(self) -> dict[str, DynamicTable]:
         """This rank's part of each table, after sharding."""
-        return {
-            name: table
-            for kernel in self.collection.kernels()
-            for name, table in zip(kernel.names, kernel.tables, strict=True)
-        }
+        found = {n: t for kernel in self._kernels() for n, t in zip(kernel.names, kernel.tables, strict=True)}
+        return {table.name: found[table.name] for table in self.tables}
 
     def begin_step(self, now: int, learn_steps: bool = False) -> None:
         """Set the time that rows of the coming training step are touched with, in seconds.
@@ -137,7 +185,7 @@ class DynamicTables(nn.Module):
         learn_steps: the step has a second pass (`second_pass`) in which step sizes are learned. Rows are stored
         at its end; what the first pass leaves between the two is kept in float32 for the rows of the batch.
         """
-        for kernel in self.collection.kernels():
+        for kernel in self._kernels():
             kernel.now = now
             kernel.phase = Pass.FIRST if learn_steps else Pass.ONLY
 
@@ -148,11 +196,11 @@ class DynamicTables(nn.Module):
         A look-up gives the updated rows as they would be stored; gradients go to the step sizes alone.
         """
         self._second = True
-        for kernel in self.collection.kernels():
+        for kernel in self._kernels():
             kernel.phase = Pass.SECOND
         yield
         self._second = False
-        for kernel in self.collection.kernels():
+        for kernel in self._kernels():
             kernel.phase = Pass.ONLY
 
     def expire(self, now: int) -> None:
@@ -171,7 +219,7 @@ class DynamicTables(nn.Module):
 
     def clear(self) -> None:
         """Forget all rows."""
-        for kernel in self.collection.kernels():
+        for kernel in self._kernels():
             kernel.clear()
 
     @torch.no_grad()
@@ -180,7 +228,8 @@ class DynamicTables(nn.Module):
         values, bounds = ids.values(), ids.offset_per_key()
         index = torch.empty_like(values)
         distinct, counts, lengths, first = [], [], [], 0
-        for fields in self._fields:
+        for table in self._row_tables:
+            fields = [self._place[name] for name in self.tables[table].features]
             spans = [slice(bounds[field], bounds[field + 1]) for field in fields]
             one = values[spans[0]] if len(spans) == 1 else torch.cat([values[span] for span in spans])
             unique, inverse, count = unique_inverse(one)
@@ -195,7 +244,7 @@ class DynamicTables(nn.Module):
             lengths.append(unique.numel())
             first += unique.numel()
         asked = KeyedJaggedTensor(
-            keys=self._names,
+            keys=[self.tables[i].name for i in self._row_tables],
             values=mix64(torch.cat(distinct)),
             # Counts ride along as weights. float32 holds them exactly up to 2^24 of one id in one batch.
             weights=torch.cat(counts).float(),
@@ -205,15 +254,9 @@ class DynamicTables(nn.Module):
         return asked, index
 
     def _pool(self, rows: Tensor, index: Tensor, ids: KeyedJaggedTensor) -> Tensor:
-        """Sum or mean over each bag. rows: [distinct, width]; index: [values]. Returns [fields * B, width]."""
-        bags, weights = ids.lengths().numel(), ids.weights_or_none()
-        if weights is None and not self._averaged and index.numel() == bags and bool((ids.lengths() == 1).all()):
+        """Weighted sum over each bag. rows: [distinct, width]; index: [values]. Returns [fields * B, width]."""
+        lengths, weights = ids.lengths(), ids.weights_or_none()
+        if weights is None and index.numel() == lengths.numel() and bool((lengths == 1).all()):
             return F.embedding(index, rows)  # every bag holds one id: nothing to pool
         offsets = ids.offsets().long()
-        pooled = F.embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
-        if not self._averaged:
-            return pooled
-        lengths_fb = ids.lengths().view(self._field_count, -1)
-        scale_fb = torch.ones_like(lengths_fb, dtype=torch.float32)
-        scale_fb[self._averaged] = 1.0 / lengths_fb[self._averaged].clamp_min(1)
-        return pooled * scale_fb.view(-1, 1)
+        return F.embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class TableSize:
-    """What one table takes over all ranks. `row_bytes`: values, optimizer state and bookkeeping of one row."""
+    """What one table takes over all ranks. `row_bytes`: values, optimizer state and bookkeeping of one row.
+
+    summed_by_owner: whether its bags travel as sums instead of rows.
+    """
 
     name: str
     features: tuple[str, ...]
     rows: int
     dim: int
     row_bytes: int
+    summed_by_owner: bool = False
 
     @property
     def bytes(self) -> int:
@@ -29,13 +34,30 @@ def describe(sizes: Sequence[TableSize], ranks: int, device: str, memory_per_ran
         f"{'table':<24}{'rows':>14}{'dim':>6}{'bytes/row':>11}{'in all':>12}{'per rank':>12}  features",
     ]
     for table in sizes:
+        note = " (bags summed by owners)" if table.summed_by_owner else ""
         lines.append(
             f"{table.name:<24}{table.rows:>14,}{table.dim:>6}{table.row_bytes:>11}{size(table.bytes):>12}"
-            f"{size(-(-table.bytes // ranks)):>12}  {', '.join(table.features)}"
+            f"{size(-(-table.bytes // ranks)):>12}  {', '.join(table.features)}{note}"
         )
     total = sum(table.bytes for table in sizes)
     lines.append(f"in all {size(total)}, {size(-(-total // ranks))} per rank of {size(memory_per_rank)}")
     return "\n".join(lines)
+
+
+def sums_are_smaller(bags: int, ids: int, rows: int, width: int, ranks: int, weighted: bool = False) -> bool:
+    """Whether one step of a table moves fewer bytes if bags travel as sums of owners and not as rows of distinct ids.
+
+    Per rank, without the share that stays: a distinct id costs its 8 bytes, a 4-byte count, and a row of `width` floats
+    there and one of gradients back. On the bag path each id of each bag travels (8 bytes, and 4 of its weight), and
+    each bag has a sum from every rank and its gradient to every rank. Of `ids` drawn from `rows`,
+    rows * (1 - exp(-ids / rows)) are distinct if all are equally likely; in skewed data fewer are, which favours rows.
+
+    Args:
+        bags: of one rank and step, over all features of the table; ids: in these bags; rows: of the table.
+    """
+    distinct = rows * -math.expm1(-ids / rows)
+    per_id = 12 if weighted else 8
+    return ranks > 1 and per_id * ids + 8 * width * bags * ranks < (12 + 8 * width) * distinct
 
 
 def size(count: float) -> str:

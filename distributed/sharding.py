@@ -43,9 +43,9 @@ def shard(
         ConfigError: the tables do not fit the ranks' memory.
     """
     sizes, memory = tables.sizes(), _memory_per_rank(process)
-    sharder = tables.sharder()
+    sharders = tables.sharders()
     try:
-        plan = _planner(tables, process, batch_size).collective_plan(network, [sharder], dist.group.WORLD)
+        plan = _planner(tables, process, batch_size).collective_plan(network, sharders, dist.group.WORLD)
     except PlannerError:
         need = sum(table.bytes for table in sizes)
         raise ConfigError(
@@ -56,7 +56,7 @@ def shard(
         network,
         device=process.device,
         plan=plan,
-        sharders=[sharder],
+        sharders=sharders,
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
     tables.fill()

@@ -127,10 +127,10 @@ class StaticTables(nn.Module):
         """None."""
         return {}
 
-    def sharder(self) -> RowWiseSharder:
+    def sharders(self) -> list[RowWiseSharder]:
         optimizer = self.optimizer
         kind = SPARSE_OPTIMIZERS[optimizer.name]
-        return RowWiseSharder({"optimizer": kind, "learning_rate": optimizer.lr, "eps": optimizer.eps})
+        return [RowWiseSharder({"optimizer": kind, "learning_rate": optimizer.lr, "eps": optimizer.eps})]
 
     def sizes(self) -> list[TableSize]:
         state = STATE_FLOATS[self.optimizer.name]

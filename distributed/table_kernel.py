@@ -70,7 +70,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         configs = {table.name: table for table in fused["table_configs"]}
         self.tables = [DynamicTable(configs[table.name], device) for table in config.embedding_tables]
         self.names = [table.name for table in config.embedding_tables]
-        self.ranks = pg.size() if pg is not None else 1
+        self.repeats = pg is not None and pg.size() > 1  # each rank sends an id once; two ranks may send the same one
         self.tells_missing = fused["tells_missing"]
         self.now = 0
         self.phase = Pass.ONLY
@@ -86,7 +86,13 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """features: one key per table, stride = ranks, values mixed ids, weights their counts. Returns [n, width]."""
-        return _LookUp.apply(self._handle, self, features.values(), features.weights(), features.offsets())
+        offsets = features.offsets()
+        stride = (offsets.numel() - 1) // len(self.tables)
+        return self.rows(features.values(), features.weights(), offsets[::stride].tolist())
+
+    def rows(self, mixed: Tensor, counts: Tensor, bounds: list[int]) -> Tensor:
+        """Rows of ids, differentiable. mixed: int64 [n], those of table t from bounds[t] on; counts: [n]."""
+        return _LookUp.apply(self._handle, self, mixed, counts, bounds)
 
     def look_up(self, mixed: Tensor, counts: Tensor, bounds: list[int]) -> tuple[Tensor, list[tuple]]:
         """Rows of all tables one after the other, and what `update` needs per table: row numbers, ids and inverse."""
@@ -97,7 +103,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         for table, begin, end in zip(self.tables, bounds, bounds[1:], strict=False):
             ids, count = unmix64(mixed[begin:end]), counts[begin:end].long()
             inverse = None
-            if self.ranks > 1:  # each rank has sent its ids once; two ranks may have sent the same one
+            if self.repeats:
                 ids, inverse, _ = unique_inverse(ids)
                 count = torch.zeros_like(ids).index_add_(0, inverse, count)
             rows = table.lookup(ids, self.now, count, self.training)
@@ -158,9 +164,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
 
 class _LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, handle: Tensor, kernel: DynamicTableKernel, mixed: Tensor, counts: Tensor, offsets: Tensor):
-        stride = (offsets.numel() - 1) // len(kernel.tables)
-        bounds = offsets[::stride].tolist()
+    def forward(ctx, handle: Tensor, kernel: DynamicTableKernel, mixed: Tensor, counts: Tensor, bounds: list[int]):
         rows, ctx.context = kernel.look_up(mixed, counts, bounds)
         ctx.kernel, ctx.bounds = kernel, bounds
         return rows

@@ -48,4 +48,7 @@ def codecs(transport: str) -> dict[str, QuantizedCommCodecs] | None:
         return None
     forward = HalfCodec(torch.float16 if transport == "fp16" else torch.bfloat16)
     both = QuantizedCommCodecs(forward=forward, backward=HalfCodec(torch.bfloat16))
-    return {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: both}
+    return {
+        CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: both,
+        CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER.name: both,  # the bag path; partial sums are added in float32
+    }

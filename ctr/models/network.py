@@ -15,6 +15,7 @@ from ctr.data.schema import Schema
 from ctr.models.instantiate import instantiate
 from ctr.models.tower import Fields, Tower
 from distributed.dynamic_tables import DynamicTables
+from distributed.plan import sums_are_smaller
 from distributed.sharding import Tables
 from distributed.static_tables import StaticTables
 from embedding.config import (
@@ -106,7 +107,15 @@ def build_tables(config: Config, schema: Schema, tower: Tower) -> Tables:
                 f"embedding.alpt.every is {embedding.alpt.every}, but no group has a step size to learn; "
                 "set embedding.format or formats to int8, int4 or int2, or alpt.every to null"
             )
-        return DynamicTables(tables, schema.id_names, embedding.rows, averaged, embedding.transport, embedding.others)
+        return DynamicTables(
+            tables,
+            schema.id_names,
+            embedding.rows,
+            averaged,
+            embedding.transport,
+            embedding.others,
+            bag_tables=[t.name for t in tables if _on_bag_path(config, schema, t)],
+        )
     raise ConfigError(f"embedding.kind is {embedding.kind!r}; expected dynamic or static")
 
 
@@ -129,6 +138,20 @@ def _dynamic_table(
     )
     table.check_batch(-(-config.trainer.batch_size * len(features) // ranks))
     return table
+
+
+def _on_bag_path(config: Config, schema: Schema, table: DynamicTableConfig) -> bool:
+    """As embedding.bag_path says; `auto` counts with the longest bags that the schema allows, if it has a limit."""
+    if config.embedding.bag_path != "auto":
+        return config.embedding.bag_path == "always"
+    features = [f for f in schema.categorical if f.name in table.features]
+    lengths = [f.max_length if f.kind in ("ids", "sequence") else 1 for f in features]
+    if None in lengths:
+        return False
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    rows = -(-config.trainer.batch_size // ranks)
+    bags, ids = rows * len(lengths), rows * sum(lengths)
+    return sums_are_smaller(bags, ids, config.embedding.rows, table.width, ranks, schema.weighted)
 
 
 def _group(config: Config, table: str, name: str, dim: int) -> Group:

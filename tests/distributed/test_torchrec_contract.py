@@ -4,11 +4,11 @@ import inspect
 from importlib import metadata
 
 import pytest
-from torchrec.distributed import embedding, embedding_lookup
+from torchrec.distributed import comm_ops, embedding, embedding_lookup, embedding_sharding, embeddingbag
 from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
-from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
+from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding, RwSparseFeaturesDist
 
 
 def test_the_pinned_release():
@@ -25,6 +25,18 @@ def test_the_pinned_release():
         (embedding.ShardedEmbeddingCollection.create_embedding_sharding,
          ["sharding_type", "sharding_infos", "env", "device", "qcomm_codecs_registry"]),
         (embedding.EmbeddingCollectionSharder.shard, ["self", "module", "params", "env", "device", "module_fqn"]),
+        (embedding_lookup.GroupedPooledEmbeddingsLookup._create_embedding_kernel,
+         ["self", "config", "device", "pg", "sharding_type", "env"]),
+        (RwPooledEmbeddingSharding.__init__, ["self", "sharding_infos", "env", "device"]),
+        (RwPooledEmbeddingSharding.create_input_dist, ["self", "device"]),
+        (RwPooledEmbeddingSharding.create_lookup, ["self", "device", "fused_params", "feature_processor"]),
+        (RwPooledEmbeddingSharding.create_output_dist, ["self", "device"]),
+        (embedding_sharding.BaseEmbeddingDist.forward, ["self", "local_embs", "sharding_ctx"]),
+        (embeddingbag.ShardedEmbeddingBagCollection.create_embedding_bag_sharding,
+         ["sharding_infos", "env", "device", "permute_embeddings", "qcomm_codecs_registry"]),
+        (embeddingbag.ShardedEmbeddingBagCollection.__init__,
+         ["self", "module", "table_name_to_parameter_sharding", "env", "fused_params", "device"]),
+        (embeddingbag.EmbeddingBagCollectionSharder.shard, ["self", "module", "params", "env", "device", "module_fqn"]),
     ],
 )  # fmt: skip
 def test_signatures(function, parameters):
@@ -45,5 +57,17 @@ def test_attributes_that_subclasses_read():
     assert "_get_num_features" in dir(RwSequenceEmbeddingSharding)
     assert "self._lookups" in inspect.getsource(embedding.ShardedEmbeddingCollection)
     assert "self._emb_modules" in inspect.getsource(embedding_lookup.GroupedEmbeddingsLookup)
+    assert "self._lookups" in inspect.getsource(embeddingbag.ShardedEmbeddingBagCollection)
+    assert "self._emb_modules" in inspect.getsource(embedding_lookup.GroupedPooledEmbeddingsLookup)
+    assert "qcomm_codecs_registry" in inspect.getsource(embedding_sharding.EmbeddingSharding)
     assert "_param_per_table" in inspect.getsource(BaseBatchedEmbedding)
     assert EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value == "customized_kernel"
+
+
+def test_owners_of_bags_know_the_rows_of_each_rank():
+    assert embedding_sharding.EmbeddingShardingContext().batch_size_per_rank == []
+    assert "batch_size_per_rank = awaitable._stride_per_rank" in inspect.getsource(embedding_sharding)
+
+
+def test_gradients_that_come_back_are_averaged_over_ranks():
+    assert comm_ops.get_gradient_division() is True

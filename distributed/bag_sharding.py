@@ -1,0 +1,177 @@
+"""Dynamic tables whose bags are summed by the owners of their rows, under torchrec's row-wise pooled sharding.
+
+A rank sends each id of a bag to its owner, an owner answers with one sum per bag over the ids that it owns, and the
+asking rank adds the sums of all owners. As in `dynamic_sharding.py` ids travel mixed and raw, and the places where
+torchrec lets this in are held by `tests/distributed/test_torchrec_contract.py`. torchrec's own way back, a
+reduce-scatter, wants equally many rows on all ranks under gloo and adds in the precision that it sends in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection
+from torchrec.distributed.comm_ops import get_gradient_division
+from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
+from torchrec.distributed.embedding_sharding import BaseEmbeddingDist, EmbeddingShardingContext
+from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardingType
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding, RwSparseFeaturesDist
+from torchrec.distributed.types import (
+    Awaitable,
+    CommOp,
+    NoWait,
+    ParameterSharding,
+    QuantizedCommCodecs,
+    ShardingEnv,
+)
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from distributed.dynamic_sharding import DYNAMIC, raw_ids_dist
+from distributed.table_kernel import DynamicTableKernel
+from kernels.unique import unique_inverse
+
+
+class DynamicBagKernel(DynamicTableKernel):
+    """The same tables, asked for sums over bags. The ids of all features of a table are merged before its look-up."""
+
+    def __init__(self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None):
+        super().__init__(config, pg, device)
+        self.repeats = False
+        self._features = [len(table.feature_names) for table in config.embedding_tables]
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        """features: one key per feature, values mixed ids, stride = rows of all ranks. Returns [stride, features * n]
+        with n the columns of one answer: weighted sums over bags, zeros where a bag is empty."""
+        values, ends, key = features.values(), features.offset_per_key(), 0
+        inverse, bounds = torch.empty_like(values), [0]
+        distinct, counts = [], []
+        for count in self._features:
+            span = slice(ends[key], ends[key + count])
+            unique, places, times = unique_inverse(values[span])
+            inverse[span] = places + bounds[-1]
+            bounds.append(bounds[-1] + unique.numel())
+            distinct.append(unique)
+            counts.append(times)
+            key += count
+        rows = self.rows(torch.cat(distinct), torch.cat(counts), bounds)
+        sums = F.embedding_bag(
+            inverse,
+            rows,
+            features.offsets().long(),
+            mode="sum",
+            per_sample_weights=features.weights_or_none(),
+            include_last_offset=True,
+        )
+        return sums.view(key, features.stride(), rows.shape[1]).transpose(0, 1).flatten(1)
+
+
+class DynamicBagLookup(GroupedPooledEmbeddingsLookup):
+    def _create_embedding_kernel(
+        self, config: GroupedEmbeddingConfig, device, pg, sharding_type=None, env=None
+    ) -> nn.Module:
+        assert config.compute_kernel is DYNAMIC, config.compute_kernel
+        return DynamicBagKernel(config, pg, device)
+
+
+class SumsOfOwners(BaseEmbeddingDist[EmbeddingShardingContext, Tensor, Tensor]):
+    """Brings the partial sums of all owners to the rank that asked, and adds them in the order of ranks."""
+
+    def __init__(self, pg: dist.ProcessGroup, codecs: QuantizedCommCodecs | None) -> None:
+        super().__init__()
+        self._pg, self._codecs = pg, codecs
+
+    def forward(self, local_embs: Tensor, sharding_ctx: EmbeddingShardingContext | None = None) -> Awaitable[Tensor]:
+        """local_embs: [rows of all ranks, n] -> [rows of this rank, n]."""
+        rows = sharding_ctx.batch_size_per_rank if sharding_ctx is not None else []
+        return NoWait(_SumOfOwners.apply(local_embs, rows or [local_embs.shape[0]], self._pg, self._codecs))
+
+
+class _SumOfOwners(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, partial: Tensor, rows: list[int], pg: dist.ProcessGroup, codecs: QuantizedCommCodecs | None):
+        ctx.rows, ctx.pg, ctx.codecs = rows, pg, codecs
+        ranks, mine = len(rows), rows[dist.get_rank(pg)]
+        sent = partial.contiguous() if codecs is None else codecs.forward.encode(partial).contiguous()
+        received = sent.new_empty(ranks * mine, sent.shape[1])
+        dist.all_to_all_single(received, sent, [mine] * ranks, rows, group=pg)
+        sums = received if codecs is None else codecs.forward.decode(received)
+        return sums.view(ranks, mine, partial.shape[1]).sum(0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """Each owner's sum has the gradient of the whole sum."""
+        ranks, mine = len(ctx.rows), ctx.rows[dist.get_rank(ctx.pg)]
+        sent = grad if ctx.codecs is None else ctx.codecs.backward.encode(grad)
+        received = sent.new_empty(sum(ctx.rows), sent.shape[1])
+        dist.all_to_all_single(received, sent.repeat(ranks, 1), ctx.rows, [mine] * ranks, group=ctx.pg)
+        grads = received if ctx.codecs is None else ctx.codecs.backward.decode(received)
+        # As torchrec's own: gradients are averaged over ranks, like those of data parallel weights.
+        return grads.div_(ranks) if get_gradient_division() else grads, None, None, None
+
+
+class DynamicBagSharding(RwPooledEmbeddingSharding):
+    def create_input_dist(self, device: torch.device | None = None) -> RwSparseFeaturesDist:
+        return raw_ids_dist(self, is_sequence=False, device=device)
+
+    def create_lookup(self, device=None, fused_params=None, feature_processor=None) -> DynamicBagLookup:
+        return DynamicBagLookup(
+            self._grouped_embedding_configs,
+            pg=self._pg,
+            device=device or self._device,
+            sharding_type=ShardingType.ROW_WISE,
+            env=self._env,
+        )
+
+    def create_output_dist(self, device: torch.device | None = None) -> SumsOfOwners:
+        registry = self.qcomm_codecs_registry or {}
+        return SumsOfOwners(self._pg, registry.get(CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER.name))
+
+
+class ShardedDynamicBags(ShardedEmbeddingBagCollection):
+    @classmethod
+    def create_embedding_bag_sharding(
+        cls, sharding_infos, env, device=None, permute_embeddings=False, qcomm_codecs_registry=None
+    ) -> DynamicBagSharding:
+        sharding_type = sharding_infos[0].param_sharding.sharding_type
+        assert sharding_type == ShardingType.ROW_WISE.value, sharding_type
+        return DynamicBagSharding(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
+
+    def kernels(self) -> list[DynamicBagKernel]:
+        return [kernel for lookup in self._lookups for kernel in lookup._emb_modules]
+
+
+class DynamicBagSharder(EmbeddingBagCollectionSharder):
+    """Shards an EmbeddingBagCollection of dynamic tables; `fused_params` as those of `DynamicSharder`."""
+
+    def shard(
+        self,
+        module: EmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedDynamicBags:
+        return ShardedDynamicBags(
+            module,
+            params,
+            env,
+            self.fused_params,
+            device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+        )
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return [ShardingType.ROW_WISE.value]
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return [DYNAMIC.value]
+
+    @property
+    def sharded_module_type(self) -> Any:
+        return ShardedDynamicBags
