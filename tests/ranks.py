@@ -23,7 +23,7 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
     port = _free_port()
     with mp.get_context("spawn").Pool(world) as pool:
         jobs = [pool.apply_async(_rank, (rank, world, port, function, arguments)) for rank in range(world)]
-        return [job.get(timeout=120) for job in jobs]
+        return [job.get(timeout=300) for job in jobs]
 
 
 def _rank(rank: int, world: int, port: int, function: Callable[..., Any], arguments: tuple) -> Any:
