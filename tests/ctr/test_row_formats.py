@@ -12,7 +12,7 @@ from embedding.errors import ConfigError
 def tables_of(*overrides):
     config = load_config(["data=ml100k", "trainer.batch_size=4096", *overrides], "")
     schema = Schema(config.data.schema)
-    tables = build_tables(config, schema, build_tower(config.model, schema)).tables
+    tables = build_tables(config, schema, build_tower(config, schema)).tables
     return {table.name: {group.name: group for group in table.groups} for table in tables}
 
 
