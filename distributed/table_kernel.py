@@ -26,6 +26,7 @@ from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptim
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedding.alpt import RowsAhead
+from embedding.errors import TableFull
 from embedding.table import DynamicTable
 from kernels.mix import unmix64
 from kernels.unique import unique_inverse
@@ -71,6 +72,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         self.tables = [DynamicTable(configs[table.name], device) for table in config.embedding_tables]
         self.names = [table.name for table in config.embedding_tables]
         self.repeats = pg is not None and pg.size() > 1  # each rank sends an id once; two ranks may send the same one
+        self._rank = pg.rank() if pg is not None and pg.size() > 1 else None
         self.tells_missing = fused["tells_missing"]
         self.now = 0
         self.phase = Pass.ONLY
@@ -106,10 +108,19 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
             if self.repeats:
                 ids, inverse, _ = unique_inverse(ids)
                 count = torch.zeros_like(ids).index_add_(0, inverse, count)
-            rows = table.lookup(ids, self.now, count, self.training)
+            rows = self._rows_of(table, ids, count)
             parts.append(self._answer(table.gather(rows, inverse), rows, inverse))
             context.append((rows, ids, inverse))
         return torch.cat(parts), context
+
+    def _rows_of(self, table: DynamicTable, ids: Tensor, counts: Tensor) -> Tensor:
+        try:
+            return table.lookup(ids, self.now, counts, self.training)
+        except TableFull as error:
+            if self._rank is None:
+                raise
+            # A limit is that of each rank's part, and parts fill up at different times.
+            raise TableFull(f"rank {self._rank}: {error}") from None
 
     def _answer(self, values: Tensor, rows: Tensor, inverse: Tensor | None) -> Tensor:
         if not self.tells_missing:

@@ -136,7 +136,10 @@ def _dynamic_table(
         max_bytes=None if embedding.max_bytes is None else embedding.max_bytes // ranks,
         eviction=embedding.eviction,
     )
-    table.check_batch(-(-config.trainer.batch_size * len(features) // ranks))
+    try:
+        table.check_batch(-(-config.trainer.batch_size * len(features) // ranks))
+    except ConfigError as error:
+        raise error if ranks == 1 else ConfigError(f"{error} (each of {ranks} ranks; limits are over all)") from None
     return table
 
 
