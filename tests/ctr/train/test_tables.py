@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from ctr.config import load_config
+from ctr.data.schema import Schema
+from ctr.models.network import build_tables, build_tower
 from tests.ctr.train.test_training import data, lines, train  # noqa: F401
 from tests.ranks import torchrun
 
@@ -36,3 +39,29 @@ def test_learned_others_beside_learned_step_sizes(tmp_path, data):  # noqa: F811
     assert done.returncode == 0, done.stderr
     first, again = json.loads((tmp_path / "run" / "report.json").read_text()), score(tmp_path / "run", tmp_path / "two")
     assert again["logloss"] == pytest.approx(first["logloss"], rel=1e-6)
+
+
+FEATURES = (
+    "data.schema.features=[{name: user}, {name: tags, kind: ids}, {name: long, kind: sequence, max_length: 100},"
+    " {name: short, kind: sequence, max_length: 3}, {name: item, table: mixed},"
+    " {name: items, kind: ids, max_length: 50, table: mixed}]"
+)
+
+
+@pytest.mark.parametrize(
+    ("choice", "ranks", "expected"),
+    [
+        ("never", 4, []),
+        ("always", 1, ["user", "tags", "long", "short", "mixed"]),
+        ("auto", 1, []),  # nothing travels
+        ("auto", 4, ["long", "mixed"]),  # 100 ids in a bag, and 51 in two, against 4 sums each; tags has no limit
+        ("auto", 64, ["long"]),
+        ("auto", 512, []),
+    ],
+)
+def test_which_tables_take_the_bag_path(monkeypatch, choice, ranks, expected):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    config = load_config([f"embedding.bag_path={choice}", FEATURES, "data.schema.time=null"], "")
+    schema = Schema(config.data.schema)
+    tables = build_tables(config, schema, build_tower(config, schema))
+    assert [size.name for size in tables.sizes() if size.summed_by_owner] == expected
