@@ -56,7 +56,7 @@ def test_tables_and_modules(ranks, first, tmp_path):
     said = warm(ranks, first, tmp_path, "trainer.warm_start.rename=[c:e]")
     before, after = newest(run), newest(tmp_path / "run")
     old, new = tensors_of_state(before), tensors_of_state(after)
-    for name in ("tower/bias", "tower/mlp.2.weight", "tower/numeric_v.weight"):
+    for name in ("tower/first_order.bias", "tower/mlp.2.weight", "tower/embed.numeric.weight"):
         assert new[name] == old[name]
     assert "step 1 ·" in said and "parameters · kept: " in said
     if kind == "dynamic":
