@@ -7,20 +7,22 @@ from torch import Tensor
 
 
 class EvictedIds:
-    """Keeps the last `limit` ids or a few more: whole pieces are dropped."""
+    """Keeps the last `limit` ids or a few more: whole pieces are dropped. None are kept before the first `take`, so
+    that they take no memory where nobody asks for them."""
 
     def __init__(self, limit: int, device: torch.device | str = "cpu") -> None:
         self._limit = limit
         self._device = device
         self._pieces: list[Tensor] = []
         self._count = 0
+        self._asked_for = False
 
     @property
     def nbytes(self) -> int:
         return self._count * 8
 
     def add(self, ids: Tensor) -> None:
-        if self._limit == 0:
+        if self._limit == 0 or not self._asked_for:
             return
         self._pieces.append(ids)
         self._count += ids.numel()
@@ -29,6 +31,7 @@ class EvictedIds:
 
     def take(self) -> Tensor:
         """All ids kept, each once: int64 [k], ascending; then forget them."""
+        self._asked_for = True
         pieces = self._pieces or [torch.empty(0, dtype=torch.int64, device=self._device)]
         self._pieces, self._count = [], 0
         return torch.cat(pieces).unique()

@@ -193,7 +193,7 @@ class DynamicTable:
     def take_evicted(self) -> Tensor:
         """Ids given up (expired or evicted) since the last call that have no row now: int64 [k], distinct.
 
-        Of more than `evicted_kept` only the last are known.
+        The first call gives none: until then they are not noted. Of more than `evicted_kept` only the last are known.
         """
         ids = self._evicted.take()
         return ids[self._index.find(ids) < 0]

@@ -49,6 +49,7 @@ class Life(RuleBasedStateMachine):
     def begin(self, eviction, threshold, limit):
         self.config = config_of(eviction, threshold, limit)
         self.table, self.model = DynamicTable(self.config), ModelTable(self.config)
+        self.table.take_evicted()  # from now on they are noted
         self.now, self.marks = 1000, []
 
     @rule(ids=some_ids, seconds=st.integers(0, 9), seed=st.integers(0, 99))
@@ -137,6 +138,7 @@ class Life(RuleBasedStateMachine):
         """Go on with a new table made from what this one exports."""
         self.take_evicted()
         moved, state = DynamicTable(self.config), self.table.export_state()
+        moved.take_evicted()
         if not numbered:
             state = {name: value for name, value in state.items() if not name.startswith("rows/")}
             self.model.renumber()

@@ -55,9 +55,11 @@ def test_a_table_made_of_exported_rows_and_state_goes_on_bit_for_bit(backend, op
         admission=Admission("sliding", 2, capacity=100),
     )
     table, twin = DynamicTable(config), None
+    table.take_evicted()
     for step in range(30):
         if step == 15:
             twin = DynamicTable(config)
+            twin.take_evicted()
             twin.import_state(table.export_state())
             for batch in table.export_rows(33):
                 twin.import_rows(batch)
@@ -115,6 +117,7 @@ def test_the_walk_of_expiry_goes_on_in_a_table_made_from_the_state(backend):
     for batch in table.export_rows():
         twin.import_rows(batch)
     for one in (table, twin):
+        assert one.take_evicted().numel() == 0, "not noted before they are asked for"
         assert one.expire(10, budget_rows=10) == 10
         assert sorted(one.take_evicted().tolist()) == list(range(40, 50))
 
@@ -124,6 +127,7 @@ def test_every_id_may_bring_its_own_time(backend):
     table.lookup(ids, torch.arange(6), torch.tensor([2, 2, 2, 2, 1, 1]))
     assert len(table) == 4
     table.lookup(ids, torch.tensor([8, 0, 0, 0, 3, 9]))
+    table.take_evicted()
     assert table.expire(11) == 1 and table.take_evicted().tolist() == [1]
     out = next(table.export_rows())
     last_seen = dict(zip(out.ids.tolist(), out.last_seen.tolist(), strict=True))
@@ -164,6 +168,7 @@ def test_cleared_rows_are_used_again_and_start_afresh(backend):
 
 def test_evicted_ids_are_bounded_and_leave_out_those_that_came_back(backend):
     table = DynamicTable(config_of(max_rows=4, eviction="lru", evicted_kept=6))
+    table.take_evicted()
     for step in range(6):
         table.lookup(torch.arange(step * 4, step * 4 + 4), step)
     table.lookup(torch.tensor([18]), 9)
