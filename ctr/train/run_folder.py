@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 
 import torch.distributed as dist
@@ -29,14 +31,17 @@ class RunFolder:
         self.lock: FolderLock | None = None
         agreed: list = [None, None, None]
         if process.is_main:
-            # The store forgets only with the launcher: it knows the name that this job chose before a restart.
-            store = job_store()
-            restarted = store.check(["run_dir"])
-            path = Path(store.get("run_dir").decode() if restarted else config.run_dir or default)
+            # The store forgets only with the launcher: it knows the name that this job chose before a restart. What
+            # this very process chose is another run of it.
+            store, me = job_store(), f"{os.getpid()}@{socket.gethostname()}"
+            known = store.get("run_dir").decode() if store.check(["run_dir"]) else me
+            chooser, _, chosen = known.partition(" ")
+            restarted = chooser != me
+            path = Path(chosen if restarted else config.run_dir or default)
             may_go_on = restarted or config.resume is not None
             problem = _make(path, "trainer.run_dir", may_go_on) or self._take(path, restarted)
             if problem is None:
-                store.set("run_dir", str(path))
+                store.set("run_dir", f"{me} {path}")
             agreed = [str(path), may_go_on, problem]
         path, self.may_go_on, problem = _agree(agreed, process)
         if problem:

@@ -92,4 +92,4 @@ def test_models_that_need_no_pair(model):
     ],
 )
 def test_one_line_names_the_key(overrides, message):
-    assert message in refusal(*overrides, TWO)
+    assert message in refusal(*overrides, MIXED)

@@ -13,6 +13,7 @@ from distributed.process import Process
 from tests.ranks import ROOT, on_ranks
 
 MODELS = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
+QUICK = ["autoint_plus", "deepfm", "fgcnn", "kpnn"]  # the others by -m slow
 HIDDEN = {"lr": [], "fm": [], "autoint": [], "final_mlp": ["hidden1", "hidden2"], "fgcnn": ["classifier.hidden"]}
 
 
@@ -50,14 +51,25 @@ def lines(run_dir: Path, kind: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory) -> Path:
-    """A folder with one finished run per model, all in one process."""
+    """A folder with one finished run per quick model, all in one process."""
     folder = tmp_path_factory.mktemp("runs")
-    on_ranks(1, train_all, [options(model, data, folder / model) for model in MODELS])
+    on_ranks(1, train_all, [options(model, data, folder / model) for model in QUICK])
     return folder
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", QUICK)
 def test_the_loss_falls_and_the_report_is_written(runs, model):
+    check(runs, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [model for model in MODELS if model not in QUICK])
+def test_the_loss_of_other_models_falls(data, tmp_path, model):
+    on_ranks(1, train, options(model, data, tmp_path / model))
+    check(tmp_path, model)
+
+
+def check(runs: Path, model: str) -> None:
     losses = [line["loss"] for line in lines(runs / model, "train")]
     assert sum(losses[-6:]) < sum(losses[:6]) - 0.02 * 6
     assert json.loads((runs / model / "report.json").read_text())["rows"] == 200

@@ -118,6 +118,7 @@ def test_ids_rows_and_dense_weights_agree(tmp_path, data):
         agree(trained[world], trained[1])
 
 
+@pytest.mark.slow
 def test_they_agree_with_learned_others_and_sums_of_owners(tmp_path, data):
     others = ("embedding.others=learned",)
     rows = joined(on_ranks(1, train, data, str(tmp_path / "rows"), others))

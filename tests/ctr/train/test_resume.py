@@ -81,11 +81,14 @@ def trained(ranks: WarmRanks, world: int, command: list[str], folder: Path, stat
     return output.read_text()
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("world", [1, 2])
+QUICK = ((1, "dynamic"), (2, "deltas"), (2, "int8"))
+CASES = [*((1, setting) for setting in ("dynamic", "static")), *((2, setting) for setting in SETTINGS)]
+
+
+@pytest.mark.parametrize(
+    ("world", "setting"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_a_run_that_was_stopped_three_times_ends_as_one_that_never_was(ranks, data, tmp_path, setting, world):
-    if world == 1 and setting not in ("dynamic", "static"):
-        pytest.skip("two ranks cover it")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trained(ranks, world, job(data, whole, setting), tmp_path)
     command = job(data, parts, setting)
