@@ -37,9 +37,10 @@ lint: setup ## check style
 doctor: ## check the installation: what is wrong, and its cure
 	@if [ -x $(PYTHON) ]; then $(PYTHON) scripts/doctor.py; else echo "no $(VENV) yet: run make install" >&2; exit 1; fi
 
-bench: setup ## measure reader and training step
+bench: setup ## measure reader, training step and tables
 	$(PYTHON) scripts/bench/reader.py
 	$(PYTHON) scripts/bench/train_step.py
+	$(PYTHON) scripts/bench/tables.py
 
 clean: ## remove what can be built again, except the environment, data and runs
 	rm -rf build kernels/_C*.so kernels/_build.json *.egg-info .pytest_cache .ruff_cache .hypothesis
