@@ -105,7 +105,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("int8", "int2 learned")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_one_and_two_ranks_give_the_same_bits(name, tmp_path):
     tables, transport = CASES[name]
     ((one_out, one),) = on_ranks(1, train_linear, tables, transport, None)
@@ -118,6 +121,7 @@ def test_one_and_two_ranks_give_the_same_bits(name, tmp_path):
     assert loaded == one, "rows come back from files as they were"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("transport", "unit"), [("fp16", 2.0**-11), ("bf16", 2.0**-8)])
 def test_rows_travel_in_half_precision(transport, unit):
     ((exact, _),) = on_ranks(1, train_linear, tables_of("fp32"), transport, None)

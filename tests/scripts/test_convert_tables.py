@@ -55,6 +55,7 @@ def test_to_int8_and_back(trained):
     assert score(back)["logloss"] == pytest.approx(converted["logloss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(trained, tmp_path):
     def error(*arguments):
         done = call("convert_tables.py", *arguments)

@@ -81,6 +81,7 @@ def test_two_ranks_train_fgcnn_as_one_does(runs, data, tmp_path):
     assert [line["loss"] for line in two][:10] == pytest.approx([line["loss"] for line in one][:10], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_ids_alone_train(data, tmp_path):
     ids_alone = "data.schema.features=[" + ", ".join(f"{{name: C{i}}}" for i in range(1, 8)) + "]"
     models = ["deepfm", "fgcnn", "lr", "pin"]

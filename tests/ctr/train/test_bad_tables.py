@@ -26,7 +26,7 @@ def last_words(done) -> str:
     return said[0]
 
 
-@pytest.mark.parametrize("limit", ["max_rows=10", "max_bytes=2000"])
+@pytest.mark.parametrize("limit", ["max_rows=10", pytest.param("max_bytes=2000", marks=pytest.mark.slow)])
 def test_a_limit_too_small_for_one_batch(tmp_path, run_dir, limit):  # noqa: F811
     done = train(write(tmp_path, table()), run_dir, f"embedding.{limit}")
     refused(done, "table c: ", limit.split("=")[0], "expected at least 32, which one batch can bring")
@@ -70,7 +70,7 @@ def test_a_float_id_column(tmp_path, run_dir):  # noqa: F811
     assert not run_dir.exists()
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_full_table_that_may_not_evict_ends_the_job(tmp_path, run_dir, world):  # noqa: F811
     done = train_on(world, write(tmp_path, table(c=np.arange(ROWS))), run_dir, "embedding.max_rows=40", *SPLITS)
     assert done.returncode == (2 if world == 1 else 1)
@@ -79,8 +79,8 @@ def test_a_full_table_that_may_not_evict_ends_the_job(tmp_path, run_dir, world):
     assert ("rank " in line) == (world > 1)  # the rank whose part is full; the other one has stopped too
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("eviction", ["lru", "lfu"])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("eviction", ["lru", pytest.param("lfu", marks=pytest.mark.slow)])
 def test_a_full_table_evicts(tmp_path, run_dir, eviction, world):  # noqa: F811
     full = [f"embedding.eviction={eviction}", "embedding.max_rows=48", *SPLITS]
     done = train_on(world, write(tmp_path, table(c=np.arange(ROWS))), run_dir, *full)
@@ -92,7 +92,7 @@ def test_a_full_table_evicts(tmp_path, run_dir, eviction, world):  # noqa: F811
     assert counts["rows"] <= 48 and counts["rows"] + counts["evicted"] == ROWS
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_one_batch_of_long_bags_that_no_eviction_can_hold(tmp_path, run_dir, world):  # noqa: F811
     bags = pa.ListArray.from_arrays(np.arange(ROWS + 1) * 10, np.arange(ROWS * 10))
     features = "data.schema.features=[{name: x, kind: numeric}, {name: tags, kind: ids}]"

@@ -49,6 +49,7 @@ def test_a_restart_by_torchrun_goes_on_by_itself(data, whole, tmp_path):
     assert_same_end(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_a_used_folder_stays_refused_after_restarts(data, tmp_path):
     """What the first start refuses must not be taken for the job's own folder by the second."""
     (tmp_path / "config.yaml").write_text("another: run\n")
@@ -74,6 +75,7 @@ def agent(node: int, port: int, log: Path, job: list[str]) -> subprocess.Popen:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_hosts_dies_and_the_job_is_started_again(data, whole, tmp_path, victim):

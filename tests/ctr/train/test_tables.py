@@ -20,6 +20,7 @@ def score(run: Path, output: Path) -> dict:
     return json.loads((output / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_learned_others(tmp_path, data):  # noqa: F811
     for world in (1, 2):
         done = train(tmp_path / str(world), data, *LEARNED, world=world)
