@@ -76,7 +76,6 @@ def agent(node: int, port: int, log: Path, job: list[str]) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_hosts_dies_and_the_job_is_started_again(data, whole, tmp_path, victim):
     run_dir, log = tmp_path / "run", tmp_path / "log"
