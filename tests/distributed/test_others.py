@@ -29,7 +29,7 @@ def test_one_rank_equals_autograd(name):
         assert 0 < len(expected["rows"]) < 60  # some ids are admitted, some are not
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["sum", "weighted"])
 def test_ranks_equal_autograd(world, name):
     same(joined(on_ranks(world, train, CASES[name])), Reference(CASES[name]).train())

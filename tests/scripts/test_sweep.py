@@ -27,6 +27,7 @@ def test_values_with_commas_of_their_own():
         _choices("model.hidden")
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_once_and_goes_on(tmp_path, capsys):
     write_synthetic(SyntheticConfig(rows=1000), tmp_path / "data")
     small = ["data=synthetic", f"data.path={tmp_path}/data", "model=lr", "embedding.rows=100", "trainer.batch_size=250"]
