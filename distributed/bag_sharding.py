@@ -8,13 +8,10 @@ reduce-scatter, wants equally many rows on all ranks under gloo and adds in the 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_sharding import BaseEmbeddingDist, EmbeddingShardingContext
@@ -25,13 +22,11 @@ from torchrec.distributed.types import (
     Awaitable,
     CommOp,
     NoWait,
-    ParameterSharding,
     QuantizedCommCodecs,
-    ShardingEnv,
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from distributed.dynamic_sharding import DYNAMIC, raw_ids_dist
+from distributed.dynamic_sharding import DYNAMIC, RowWiseDynamic, raw_ids_dist
 from distributed.table_kernel import DynamicTableKernel
 from kernels.unique import unique_inverse
 
@@ -145,33 +140,9 @@ class ShardedDynamicBags(ShardedEmbeddingBagCollection):
         return [kernel for lookup in self._lookups for kernel in lookup._emb_modules]
 
 
-class DynamicBagSharder(EmbeddingBagCollectionSharder):
+class DynamicBagSharder(RowWiseDynamic, EmbeddingBagCollectionSharder):
     """Shards an EmbeddingBagCollection of dynamic tables; `fused_params` as those of `DynamicSharder`."""
 
-    def shard(
-        self,
-        module: EmbeddingBagCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> ShardedDynamicBags:
-        return ShardedDynamicBags(
-            module,
-            params,
-            env,
-            self.fused_params,
-            device,
-            qcomm_codecs_registry=self.qcomm_codecs_registry,
-            module_fqn=module_fqn,
-        )
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return [ShardingType.ROW_WISE.value]
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        return [DYNAMIC.value]
-
     @property
-    def sharded_module_type(self) -> Any:
+    def sharded_module_type(self) -> type[ShardedDynamicBags]:
         return ShardedDynamicBags

@@ -7,11 +7,8 @@ owner of a value is then the value modulo the ranks. We send mixed ids, so owner
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
-from torchrec import EmbeddingCollection
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
@@ -69,18 +66,18 @@ class ShardedDynamicCollection(ShardedEmbeddingCollection):
         return [kernel for lookup in self._lookups for kernel in lookup._emb_modules]
 
 
-class DynamicSharder(EmbeddingCollectionSharder):
-    """Shards an EmbeddingCollection of dynamic tables. `fused_params`: `table_configs` by name, `learning_rate`."""
+class RowWiseDynamic:
+    """What torchrec asks of a sharder, for those of dynamic tables: they are sharded by rows, on our own kernel."""
 
     def shard(
         self,
-        module: EmbeddingCollection,
+        module: nn.Module,
         params: dict[str, ParameterSharding],
         env: ShardingEnv,
         device: torch.device | None = None,
         module_fqn: str | None = None,
-    ) -> ShardedDynamicCollection:
-        return ShardedDynamicCollection(
+    ) -> nn.Module:
+        return self.sharded_module_type(
             module,
             params,
             env,
@@ -96,6 +93,10 @@ class DynamicSharder(EmbeddingCollectionSharder):
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         return [DYNAMIC.value]
 
+
+class DynamicSharder(RowWiseDynamic, EmbeddingCollectionSharder):
+    """Shards an EmbeddingCollection of dynamic tables. `fused_params`: `table_configs` by name, `learning_rate`."""
+
     @property
-    def sharded_module_type(self) -> Any:
+    def sharded_module_type(self) -> type[ShardedDynamicCollection]:
         return ShardedDynamicCollection
