@@ -86,14 +86,19 @@ class ReadAhead:
     def __exit__(self, *error) -> None:
         self.stopped.set()
         self.pool.shutdown(wait=True, cancel_futures=True)
+        # The next epoch fills the same memory: clearing new pages would cost it more than decoding into them.
+        self._give_back(self.retired + [lane.window for lane in self.lanes if lane.window is not None])
+
+    def _give_back(self, windows: list[Window]) -> None:
+        while windows:
+            self.buffers.give_back(*windows.pop().buffers)
 
     def slices(self, position: int, stop: int) -> list[Slice]:
         """What this rank's lanes deliver between two positions of the epoch, lane by lane.
 
         They are valid until the next call. Waits for the threads; raises what they raised.
         """
-        while self.retired:
-            self.buffers.give_back(*self.retired.pop().buffers)
+        self._give_back(self.retired)
         rows = lane_offsets(position, self.reader.lanes).tolist()
         last_rows = lane_offsets(stop, self.reader.lanes).tolist()
         slices = []

@@ -223,3 +223,14 @@ def test_lanes_that_begin_in_one_row_group_decode_it_once(tmp_path, monkeypatch)
     reader = ParquetReader(path, SCHEMA, 100, lanes=16, threads=4)
     assert sum(batch.rows for batch in reader.epoch(0)) == 1000
     assert decoded == [0]
+
+
+def test_windows_of_an_epoch_lie_in_the_memory_of_the_epoch_before(tmp_path):
+    path = build(tmp_path, [1000, 500], 300)
+    reader = ParquetReader(path, SCHEMA, batch_size=128, lanes=4, window_rows=200)
+
+    def lent() -> set[int]:
+        assert sum(batch.rows for batch in reader.epoch(0)) == 1500
+        return {id(buffer) for buffers in reader.buffers._free.values() for buffer in buffers}
+
+    assert lent() == lent() != set()
