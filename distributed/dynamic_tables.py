@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
@@ -30,6 +29,7 @@ from distributed.transport import codecs
 from embedding.config import DynamicTableConfig
 from embedding.table import DynamicTable
 from kernels.mix import mix64
+from kernels.pool import pool
 from kernels.unique import unique_inverse
 
 EXPIRE_ROWS = 1 << 18  # rows of each table that one call of `expire` looks at: about a millisecond
@@ -255,8 +255,4 @@ class DynamicTables(nn.Module):
 
     def _pool(self, rows: Tensor, index: Tensor, ids: KeyedJaggedTensor) -> Tensor:
         """Weighted sum over each bag. rows: [distinct, width]; index: [values]. Returns [fields * B, width]."""
-        lengths, weights = ids.lengths(), ids.weights_or_none()
-        if weights is None and index.numel() == lengths.numel() and bool((lengths == 1).all()):
-            return F.embedding(index, rows)  # every bag holds one id: nothing to pool
-        offsets = ids.offsets().long()
-        return F.embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+        return pool(rows, index, ids.offsets().long(), ids.weights_or_none())

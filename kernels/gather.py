@@ -1,4 +1,4 @@
-"""Read rows of a table: one per id, or pooled over bags of ids."""
+"""Read rows of a table."""
 
 from __future__ import annotations
 
@@ -35,36 +35,6 @@ def gather(
     return reference.gather(chunks, rows, dim, inverse, default, begin)
 
 
-def gather_pooled(
-    chunks: Sequence[Tensor],
-    rows: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    dim: int,
-    weights: Tensor | None = None,
-    mean: bool = False,
-    default: Tensor | None = None,
-) -> Tensor:
-    """Sum or mean over bags of the first `dim` columns of rows (float32).
-
-    rows: int64 [u], -1 reads `default` (float32 [dim]) or zeros; inverse: int64 [n]; offsets: int64 [B + 1],
-    not decreasing, bag b is positions offsets[b] to offsets[b + 1] of `inverse`; weights: float32 [n] or
-    None. The mean divides the (weighted) sum by the number of ids in the bag; an empty bag gives zeros.
-    Positions are summed in order. Returns float32 [B, dim]. Raises as `gather`.
-    """
-    _check(chunks, rows, dim, default, 0, torch.float32)
-    check_index("inverse", inverse)
-    check_index("offsets", offsets)
-    if offsets.numel() == 0:
-        raise ValueError("offsets: expected int64 [B + 1], found no element")
-    if weights is not None and (weights.dtype != torch.float32 or weights.shape != inverse.shape):
-        found = f"{weights.dtype} {list(weights.shape)}"
-        raise ValueError(f"weights: expected float32 [{inverse.numel()}], found {found}")
-    if backend.compiled_for(rows):
-        return torch.ops.tessera.gather_pooled(chunks, rows, inverse, offsets, dim, weights, mean, default)
-    return reference.gather_pooled(chunks, rows, inverse, offsets, dim, weights, mean, default)
-
-
 def _check(
     chunks: Sequence[Tensor],
     rows: Tensor,
@@ -96,16 +66,3 @@ if "cpp" in backend.available_backends():
         dtype = chunks[0].dtype if chunks else torch.float32
         count = rows.shape[0] if inverse is None else inverse.shape[0]
         return rows.new_empty((count, dim), dtype=dtype)
-
-    @torch.library.register_fake("tessera::gather_pooled")
-    def _gather_pooled_fake(
-        chunks: Sequence[Tensor],
-        rows: Tensor,
-        inverse: Tensor,
-        offsets: Tensor,
-        dim: int,
-        weights: Tensor | None,
-        mean: bool,
-        default: Tensor | None,
-    ) -> Tensor:
-        return rows.new_empty((offsets.shape[0] - 1, dim), dtype=torch.float32)

@@ -87,63 +87,6 @@ at::Tensor gather(at::TensorList chunks, const at::Tensor& rows_, int64_t dim,
   return result;
 }
 
-struct Bags {
-  const Rows<float>& table;
-  Positions positions;
-  const int64_t* offsets;
-  const float* weights;  // null: 1
-  const float* fallback;
-  int64_t dim;
-  bool mean;
-};
-
-TESSERA_SIMD Fault pool_bags(const Bags& bags, int64_t begin, int64_t end, float* __restrict out) {
-  const int64_t last = bags.offsets[end];
-  for (int64_t b = begin; b < end; ++b) {
-    float* __restrict const sum = out + b * bags.dim;
-    for (int64_t c = 0; c < bags.dim; ++c) sum[c] = 0;
-    for (int64_t i = bags.offsets[b]; i < bags.offsets[b + 1]; ++i) {
-      if (i + kAhead < last) bags.table.prefetch(bags.positions.peek(i + kAhead), bags.dim * 4);
-      if (bags.positions.wrong(i)) return bags.positions.fault(i);
-      const int64_t row = bags.positions[i];
-      if (bags.table.beyond(row)) return bags.table.fault(row);
-      const float* __restrict const values = row < 0 ? bags.fallback : bags.table[row];
-      const float weight = bags.weights == nullptr ? 1.0f : bags.weights[i];
-      for (int64_t c = 0; c < bags.dim; ++c) sum[c] += values[c] * weight;
-    }
-    const auto length = static_cast<float>(std::max<int64_t>(1, bags.offsets[b + 1] - bags.offsets[b]));
-    if (bags.mean)
-      for (int64_t c = 0; c < bags.dim; ++c) sum[c] /= length;
-  }
-  return {};
-}
-
-at::Tensor gather_pooled(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& inverse_,
-                         const at::Tensor& offsets_, int64_t dim, const std::optional<at::Tensor>& weights_, bool mean,
-                         const std::optional<at::Tensor>& fallback_) {
-  const Rows<float> table(chunks, dim);
-  const at::Tensor rows = rows_.contiguous(), inverse = inverse_.contiguous(), offsets = offsets_.contiguous();
-  const at::Tensor weights = weights_.has_value() ? weights_->contiguous() : at::Tensor();
-  const at::Tensor fallback = default_row(fallback_, dim, rows.options().dtype(at::kFloat));
-  const int64_t bag_count = offsets.numel() - 1;
-  const int64_t* const at = offsets.const_data_ptr<int64_t>();
-  bool good = at[0] >= 0 && at[bag_count] <= inverse.numel();
-  for (int64_t b = 0; b < bag_count; ++b) good &= at[b] <= at[b + 1];
-  TORCH_CHECK_INDEX(good, "offsets must not decrease and must stay inside the ", inverse.numel(), " positions");
-  at::Tensor result = at::empty({bag_count, dim}, fallback.options());
-  const Bags bags{table,
-                  positions_of(rows, inverse),
-                  at,
-                  weights.defined() ? weights.const_data_ptr<float>() : nullptr,
-                  fallback.const_data_ptr<float>(),
-                  dim,
-                  mean};
-  float* out = result.mutable_data_ptr<float>();
-  at::parallel_for(0, bag_count, grain_of(4 * dim),
-                   [&](int64_t first, int64_t last) { pool_bags(bags, first, last, out).raise(); });
-  return result;
-}
-
 void scatter(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& values_, int64_t begin) {
   const Rows<char> table(chunks, begin + values_.size(1));
   const at::Tensor rows = rows_.contiguous(), values = values_.contiguous();
@@ -165,6 +108,5 @@ void scatter(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& v
 
 TORCH_LIBRARY_IMPL(tessera, CPU, m) {
   m.impl("gather", &gather);
-  m.impl("gather_pooled", &gather_pooled);
   m.impl("scatter", &scatter);
 }

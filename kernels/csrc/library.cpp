@@ -20,9 +20,8 @@ TORCH_LIBRARY(tessera, m) {
       "Tensor");
 
   m.def("gather(Tensor[] chunks, Tensor rows, int dim, Tensor? inverse, Tensor? default, int begin) -> Tensor");
-  m.def(
-      "gather_pooled(Tensor[] chunks, Tensor rows, Tensor inverse, Tensor offsets, int dim, Tensor? weights, "
-      "bool mean, Tensor? default) -> Tensor");
+  m.def("pool(Tensor values, Tensor index, Tensor offsets, Tensor? weights) -> Tensor");
+  m.def("pool_backward(Tensor grads, Tensor index, Tensor offsets, Tensor? weights, int rows) -> Tensor");
   m.def("scatter(Tensor(a!)[] chunks, Tensor rows, Tensor values, int begin) -> ()");
   m.def(
       "init_rows(Tensor(a!)[] chunks, Tensor rows, Tensor ids, int dim, bool bell, float offset, float scale, "

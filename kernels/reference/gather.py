@@ -27,28 +27,6 @@ def gather(
     return result if inverse is None else result[checked(inverse, rows)]
 
 
-def gather_pooled(
-    chunks: Sequence[Tensor],
-    rows: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    dim: int,
-    weights: Tensor | None,
-    mean: bool,
-    default: Tensor | None,
-) -> Tensor:
-    lengths = offsets.diff()
-    if bool((lengths < 0).any()) or int(offsets[0]) < 0 or int(offsets[-1]) > inverse.numel():
-        raise IndexError(f"offsets must not decrease and must stay inside the {inverse.numel()} positions")
-    inside = slice(int(offsets[0]), int(offsets[-1]))
-    values = gather(chunks, rows, dim, inverse[inside], default, 0)
-    if weights is not None:
-        values = values * weights[inside, None]
-    bags = torch.arange(lengths.numel(), device=rows.device).repeat_interleave(lengths)
-    result = torch.zeros((lengths.numel(), dim), device=rows.device).index_add_(0, bags, values)
-    return result / lengths.clamp(min=1)[:, None] if mean else result
-
-
 def checked(inverse: Tensor, rows: Tensor) -> Tensor:
     if inverse.numel() and (int(inverse.min()) < 0 or int(inverse.max()) >= rows.numel()):
         raise IndexError(f"inverse: expected below {rows.numel()}, found {int(inverse.min())} to {int(inverse.max())}")

@@ -1,0 +1,93 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.backend import available_backends, use_backend
+from kernels.pool import pool
+
+needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
+
+
+def bags(seed, rows, count, longest, weighted):
+    """index, offsets and weights of `count` bags of 0 to `longest` ids among `rows`."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, longest + 1, (count,), generator=generator)
+    offsets = torch.cat([torch.tensor([0]), lengths.cumsum(0)])
+    index = torch.randint(0, rows, (int(offsets[-1]),), generator=generator)
+    weights = torch.randn(index.shape, generator=generator) if weighted else None
+    return index, offsets, weights
+
+
+def pooled_and_gradients(work, values, seed=5):
+    values = values.clone().requires_grad_()
+    found = work(values)
+    found.backward(torch.randn(found.shape, generator=torch.Generator().manual_seed(seed)))
+    return found.detach(), values.grad
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("longest", [1, 9])
+@pytest.mark.parametrize("width", [1, 8, 16, 17, 21, 32])
+def test_equals_embedding_bag_forward_and_backward(backend, weighted, longest, width):
+    index, offsets, weights = bags(2, 50, 70, longest, weighted)
+    values = torch.randn(50, width)
+
+    def torchs(values):
+        return F.embedding_bag(index, values, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+    found = pooled_and_gradients(lambda values: pool(values, index, offsets, weights), values)
+    expected = pooled_and_gradients(torchs, values)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+    assert found[0][offsets.diff() == 0].eq(0).all()
+    untouched = torch.ones(50, dtype=torch.bool)
+    untouched[index] = False
+    assert found[1][untouched].eq(0).all()
+
+
+def test_positions_outside_of_bags_and_nothing_at_all(backend):
+    values, index = torch.randn(2, 3), torch.tensor([1, 0, 1, 0])
+    found, gradients = pooled_and_gradients(lambda v: pool(v, index, torch.tensor([1, 3, 3])), values)
+    assert found.equal(torch.stack([values[0] + values[1], torch.zeros(3)]))
+    assert gradients[0].equal(gradients[1])
+    no_rows = torch.zeros(0, dtype=torch.int64)
+    found, gradients = pooled_and_gradients(lambda v: pool(v, no_rows, torch.tensor([0, 0])), torch.zeros(0, 3))
+    assert found.equal(torch.zeros(1, 3)) and gradients.shape == (0, 3)
+
+
+def test_refused_arguments(backend):
+    values, index = torch.randn(4, 2), torch.tensor([1, 2])
+    for wrong in (-1, 4):
+        with pytest.raises(IndexError, match=f"index: expected below 4, found .*{wrong}"):
+            pool(values, torch.tensor([wrong]), torch.tensor([0, 1]))
+    for offsets in ([0, 3], [0, 2, 1], [-1, 1]):
+        with pytest.raises(IndexError, match="offsets must not decrease"):
+            pool(values, index, torch.tensor(offsets))
+    with pytest.raises(ValueError, match="offsets: expected int64"):
+        pool(values, index, torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="weights: expected float32"):
+        pool(values, index, torch.tensor([0, 2]), torch.ones(3))
+    with pytest.raises(ValueError, match="values: expected float32"):
+        pool(values.double(), index, torch.tensor([0, 2]))
+
+
+@needs_cpp
+def test_compiled_equals_the_definition_on_any_number_of_threads(on_threads):
+    index, offsets, weights = bags(3, 3_000, 9_000, 4, weighted=True)
+    values = torch.randn(3_000, 18)
+
+    def work():
+        return pooled_and_gradients(lambda values: pool(values, index, offsets, weights), values)
+
+    with use_backend("reference"):
+        expected = work()
+    for threads in (1, 2):
+        assert all(a.equal(b) for a, b in zip(on_threads(threads, work), expected, strict=True))
+
+
+@needs_cpp
+def test_schemas_and_fake_kernels():
+    values, index, offsets = torch.randn(4, 3), torch.tensor([0, 3, 1]), torch.tensor([0, 1, 3])
+    ops = torch.ops.tessera
+    for weights in (None, torch.ones(3)):
+        torch.library.opcheck(ops.pool.default, (values, index, offsets, weights))
+        torch.library.opcheck(ops.pool_backward.default, (torch.ones(2, 3), index, offsets, weights, 4))
