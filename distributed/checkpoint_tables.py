@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distributed.checkpoint import Saved
@@ -55,11 +56,17 @@ class TableSaver:
         self._marks: dict[str, int] = {}
         self._given_up: dict[str, float] = {}
 
-    def can_follow(self) -> bool:
-        """Whether a delta would be complete: there was a state before, and the tables know all ids given up since."""
-        return self._marks.keys() == self._tables.keys() and all(
+    def can_follow(self, process: Process) -> bool:
+        """Whether a delta would be complete on every rank: there was a state before, and the tables know all ids given
+        up since. Ranks agree, because a state is a delta as a whole or not at all: the main thread of each must ask."""
+        mine = self._marks.keys() == self._tables.keys() and all(
             _given_up(table) - self._given_up[name] < table.config.evicted_kept for name, table in self._tables.items()
         )
+        if process.world_size == 1:
+            return mine
+        everyone = torch.tensor(int(mine))
+        dist.all_reduce(everyone, dist.ReduceOp.MIN)
+        return bool(everyone)
 
     def take(self, delta: bool, copy: bool) -> TableParts:
         """The tables now. copy: rows are copied, so that training may go on while they are written."""

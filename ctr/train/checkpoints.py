@@ -123,7 +123,7 @@ class Checkpoints:
 
     def _take(self, copy: bool) -> Moment:
         trainer = self._trainer
-        delta = 0 < len(self._chain) < self._config.full_every and self._tables.can_follow()
+        delta = 0 < len(self._chain) < self._config.full_every and self._tables.can_follow(self._process)
         tables = self._tables.take(delta, copy)
         self._tables.follow(deltas=self._config.full_every > 1)
         best = trainer.log.folder / BEST

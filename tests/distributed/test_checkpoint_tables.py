@@ -166,12 +166,33 @@ def test_compaction_gives_one_full_state_of_the_same_rows(tmp_path, process):
 def test_a_full_state_follows_when_too_many_ids_were_given_up(process):
     table = DynamicTable(config(ttl_seconds=2, evicted_kept=50))
     saver = TableSaver({"a": table})
-    assert not saver.can_follow()
+    assert not saver.can_follow(process)
     saver.follow(deltas=True)
-    assert saver.can_follow()
+    assert saver.can_follow(process)
     for number in range(8):
         step(table, number)
-    assert not saver.can_follow()
+    assert not saver.can_follow(process)
+
+
+def save_where_one_rank_forgets(process, folder):
+    """Two states, the second a delta if it can be. Rank 1 alone gives up more ids than its table remembers."""
+    tables = {"a": DynamicTable(config(ttl_seconds=2, evicted_kept=50 if process.rank else 10_000))}
+    saver, root, chain = TableSaver(tables), Storage(folder), []
+    for number in range(8):
+        step(tables["a"], number, process.rank, process.world_size)
+        if number not in (1, 7):
+            continue
+        delta = bool(chain) and saver.can_follow(process)
+        manifest = save_tables(saver, root, folder_name(number), process, number, chain if delta else None)
+        chain.append({"name": folder_name(number), "checksum": manifest["checksum"]})
+    again = {"a": DynamicTable(config(ttl_seconds=2))}
+    load_tables(again, root.below(folder_name(7)), process)
+    return manifest["kind"], content(again, numbers=True) == content(tables, numbers=True)
+
+
+def test_ranks_agree_on_a_full_state_when_one_of_them_has_forgotten_ids(tmp_path):
+    """Else rank 0 would call the state a delta, and rows that rank 1 gave up would come back from the one before."""
+    assert on_ranks(2, save_where_one_rank_forgets, tmp_path) == [("full", True), ("full", True)]
 
 
 def sliding(process, folder, begin: int):
