@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from distributed.checkpoint_files import Sealed, Storage
+from distributed.checkpoint_watch import WAITING
 from distributed.process import Process
 from embedding.errors import TesseraError
 
@@ -101,6 +102,7 @@ def save(
         said = write(folder)
     except (OSError, CheckpointException) as error:
         problem = f"rank {process.rank}: {_reason(error)}"
+    root.note(WAITING)
     reports = _gather((problem, said, folder.written), process, group)
     problem = next((report[0] for report in reports if report[0]), None)
     manifest = None
@@ -113,6 +115,7 @@ def save(
                 problem = f"rank 0: {_reason(error)}"
         if problem is not None:
             _remove_quietly(root, partial)
+    root.note(WAITING)
     problem, manifest = _broadcast((problem, manifest), process, group)
     if problem is not None:
         raise CheckpointError(f"{root.full(name)} cannot be written: {problem}; what was saved before is untouched")
@@ -262,6 +265,7 @@ def retain(root: Storage, keep: int) -> None:
 
 def discard(root: Storage, name: str) -> None:
     """Remove a state so that a half removed one is never taken for one."""
+    root.note(f"removing {name}")
     if root.local:
         root.rename(name, f".deleted-{name}")
         root.remove(f".deleted-{name}")

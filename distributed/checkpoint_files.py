@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 READ_BYTES = 1 << 22
+HAND_OVER_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,15 @@ def seal(content: bytes) -> Sealed:
 
 
 class ChecksumStream:
-    """A writable binary stream that keeps the size and the CRC-32 of what went through it."""
+    """A writable binary stream that keeps the size and the CRC-32 of what went through it.
+
+    progress: called behind each write with the bytes so far.
+    """
 
     closed = False  # Arrow asks
 
-    def __init__(self, inner: IO[bytes]) -> None:
-        self._inner = inner
+    def __init__(self, inner: IO[bytes], progress: Callable[[int], None]) -> None:
+        self._inner, self._progress = inner, progress
         self.bytes = self.crc32 = 0
 
     def write(self, data: Any) -> int:
@@ -44,6 +48,7 @@ class ChecksumStream:
         self.crc32 = zlib.crc32(view, self.crc32)
         self.bytes += view.nbytes
         self._inner.write(view)
+        self._progress(self.bytes)
         return view.nbytes
 
     def tell(self) -> int:
@@ -68,19 +73,21 @@ class ChecksumStream:
 class Storage:
     """A folder. Paths are relative to it, with "/" between names.
 
+    note: told again and again what is being written.
+
     Attributes:
         written: what `write` has finished so far, path -> size and checksum.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, note: Callable[[str], None] = lambda _: None) -> None:
         self._fs, self._root = url_to_fs(str(root))
-        self.name = str(root)
+        self.name, self.note = str(root), note
         #: Only here is a rename atomic, and only here can files be synced to the disk.
         self.local = isinstance(self._fs, LocalFileSystem)
         self.written: dict[str, Sealed] = {}
 
     def below(self, path: str) -> Storage:
-        return Storage(f"{self.name.rstrip('/')}/{path}")
+        return Storage(f"{self.name.rstrip('/')}/{path}", self.note)
 
     def full(self, path: str = "") -> str:
         return f"{self._root}/{path}" if path else self._root
@@ -88,14 +95,27 @@ class Storage:
     @contextmanager
     def write(self, path: str) -> Iterator[ChecksumStream]:
         """Write a file. When the block ends well its bytes are on the disk and noted in `written`."""
+        at = f"writing {path}"
+        self.note(at)
         self._fs.makedirs(os.path.dirname(self.full(path)), exist_ok=True)
         with open(self.full(path), "wb") if self.local else self._fs.open(self.full(path), "wb") as file:
-            stream = ChecksumStream(file)
+            handed_over = 0
+
+            def progress(size: int) -> None:
+                nonlocal handed_over
+                self.note(at)
+                if self.local and size - handed_over >= HAND_OVER_BYTES:
+                    file.flush()
+                    _write_out(file, handed_over, size)
+                    handed_over = size
+
+            stream = ChecksumStream(file, progress)
             yield stream
             if self.local:
                 file.flush()
                 os.fsync(file.fileno())
         self.written[path] = Sealed(stream.bytes, stream.crc32)
+        self.note(f"behind {path}")
 
     def open(self, path: str) -> IO[bytes]:
         return open(self.full(path), "rb") if self.local else self._fs.open(self.full(path), "rb")
@@ -169,6 +189,12 @@ class Storage:
         if self.local:
             for folder, _, _ in os.walk(self._root, topdown=False) if below else [(self._root, [], [])]:
                 sync_folder(folder)
+
+
+def _write_out(file: IO[bytes], begin: int, end: int) -> None:
+    """Have the disk begin to write these bytes, so that it works while the next are made and the last sync is short."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folder(folder: str | Path) -> None:

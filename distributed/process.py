@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -166,15 +166,20 @@ def run(load: Callable[[], tuple[T, str, float]], main: Callable[[T, Process], N
     except (Exception, Terminated) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends survivors while they find out why
         status, line = _explain(error, process)
-        if _first_to_report(process, line):
-            say(line)
-        if process is not None:
-            process._ended.set()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # A failed rank's process group cannot be closed in agreement with the others; leave at once so that
-        # their collectives fail at once, instead of in destructors that may wait.
-        os._exit(status)
+        leave(process, line, status)
+
+
+def leave(process: Process | None, line: str, status: int = 1) -> NoReturn:
+    """End this rank from whatever thread. The line is said once for the whole job."""
+    if _first_to_report(process, line):
+        say(line)
+    if process is not None:
+        process._ended.set()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A failed rank's process group cannot be closed in agreement with the others; leave at once so that
+    # their collectives fail at once, instead of in destructors that may wait.
+    os._exit(status)
 
 
 def job_store() -> dist.Store:

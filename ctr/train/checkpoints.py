@@ -2,7 +2,7 @@
 
 A state is one moment between two steps: dense weights and their optimizer, rows and all else that tables are, the
 reader's position, random numbers, counters of log and early stopping, the best model so far, the configuration. It is
-copied in memory, and a thread writes it while training goes on.
+taken in memory, and a thread writes it while training goes on.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from distributed.checkpoint import CheckpointError, Saved, clean, folder_name, l
 from distributed.checkpoint_dense import Tensors, copy_of, load_tensors, save_tensors
 from distributed.checkpoint_files import Storage
 from distributed.checkpoint_tables import TableParts, TableSaver, describe_tables, load_table_state, load_waiting
+from distributed.checkpoint_watch import SaveWatch
 from distributed.plan import size
 from distributed.process import Stopped
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 PROGRESS = ("step", "epoch", "now", "best", "evaluations_since_best", "evaluated_step")
 BEST, STAGED_BEST = "best", ".best-of-save"
-MEMORY_SHARE = 0.7  # of the free memory, at most, for the copy of a state
+MEMORY_SHARE = 0.7  # of the free memory, at most, for copies of rows
 
 
 @dataclass
@@ -55,13 +56,15 @@ class Checkpoints:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, self._config, self._process = trainer, trainer.config.trainer.checkpoint, trainer.process
         folder = self._config.folder or str(trainer.log.folder / "checkpoints")
-        self.root = Storage(folder)
+        self._watch = SaveWatch(self._process, trainer.config.trainer.timeout_seconds)
+        self.root = Storage(folder, self._watch.note)
         self._tables = TableSaver(trainer.tables.owned())
         self._chain: list[dict[str, str]] = []
         self._saved_step: int | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
-        # The thread agrees with the threads of other ranks while these are in collectives of training.
+        # The thread agrees with the threads of other ranks while these are in collectives of training. A save may take
+        # long; the watch ends it when it stands still.
         several = self._process.world_size > 1
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if several else None
 
@@ -115,8 +118,8 @@ class Checkpoints:
         self._thread.shutdown()
 
     def _copy_fits(self) -> bool:
-        """Whether the host has memory for a copy of its ranks' rows. Ranks may differ: the group's agreement is the
-        same from the thread and from here."""
+        """Whether the host has memory for copies of its ranks' rows, should all change before they are written. Ranks
+        may differ: the group's agreement is the same from the thread and from here."""
         needed = sum(table.nbytes for table in self._trainer.tables.owned().values())
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return needed * local_ranks < MEMORY_SHARE * available_memory()
@@ -165,6 +168,16 @@ class Checkpoints:
 
     def _write(self, moment: Moment, began: float, waited: float | None) -> None:
         """In the thread, or (waited: None) while training waits."""
+        with self._watch.watching(folder_name(moment.step)):
+            manifest = self._write_watched(moment)
+        seconds = time.perf_counter() - began
+        total = sum(file["bytes"] for file in manifest["files"].values())
+        what = "" if moment.kind == "full" else " (changes)"
+        stall = f", training waited {seconds if waited is None else waited:.2f} s"
+        self._trainer.log.say(f"step {moment.step} · saved {size(total)}{what} in {seconds:.1f} s{stall}")
+
+    def _write_watched(self, moment: Moment) -> dict[str, Any]:
+        """All ranks' files, the manifest, and older states removed. Returns the manifest."""
         trainer = self._trainer
 
         def write(storage: Storage) -> dict[str, Any]:
@@ -195,11 +208,7 @@ class Checkpoints:
         self._chain = [*chain, {"name": name, "checksum": manifest["checksum"]}]
         if self._process.is_main:
             retain(self.root, self._config.keep)
-        seconds = time.perf_counter() - began
-        total = sum(file["bytes"] for file in manifest["files"].values())
-        what = "" if moment.kind == "full" else " (changes)"
-        stall = f", training waited {seconds if waited is None else waited:.2f} s"
-        trainer.log.say(f"step {moment.step} · saved {size(total)}{what} in {seconds:.1f} s{stall}")
+        return manifest
 
     def resume(self) -> bool:
         """Go on from the newest state of this run, or from the one that trainer.resume names. False: there is none.
