@@ -43,9 +43,14 @@ class TableParts:
     state: dict[str, Tensor]
 
     def write(self, storage: Storage, process: Process) -> None:
-        for (kind, table), source in self.files.items():
-            path = file_name(kind, table, process.rank, process.world_size)
-            write_columns(storage, path, source, process.world_size)
+        try:
+            for (kind, table), source in self.files.items():
+                path = file_name(kind, table, process.rank, process.world_size)
+                write_columns(storage, path, source, process.world_size)
+                source.close()
+        finally:
+            for source in self.files.values():
+                source.close()
 
 
 class TableSaver:
@@ -68,18 +73,13 @@ class TableSaver:
         dist.all_reduce(everyone, dist.ReduceOp.MIN)
         return bool(everyone)
 
-    def take(self, delta: bool, copy: bool) -> TableParts:
-        """The tables now. copy: rows are copied, so that training may go on while they are written."""
+    def take(self, delta: bool) -> TableParts:
+        """The tables as they are now; training may go on while they are written."""
         parts = TableParts({}, {})
         for name, table in self._tables.items():
+            parts.files["rows", name] = rows_of(table, since=self._marks[name] if delta else None)
             if delta:
-                rows = table.rows_in_use(since=self._marks[name])
-                parts.files["rows", name] = copied(columns_of(table.read_rows(rows)))
                 parts.files["gone", name] = copied({"id": table.take_evicted().cpu()})
-            elif copy:
-                parts.files["rows", name] = copied(columns_of(table.read_rows(table.rows_in_use())))
-            else:
-                parts.files["rows", name] = rows_of(table)
             state = table.export_state()
             if "admission/ids" in state:
                 waiting = {column: state.pop(key).cpu() for key, column in ADMISSION_COLUMNS.items()}

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -27,10 +30,11 @@ from embedding.table import DynamicTable, RowBatch
 from kernels.mix import mix64
 
 Columns = dict[str, Tensor]
+T = TypeVar("T")
 
 BUCKETS = (1, 12, 120, 960)  # divided by 1 to 6, 8, 10, 12, 15, 16, 20, 24, 32, 64 … ranks
 BUCKET_ROWS = 1 << 13  # rows of a bucket, at least, unless there is only one bucket
-GROUP_ROWS = 1 << 17  # rows of a row group, at most: what a load holds in memory beside the tables
+GROUP_ROWS = 1 << 15  # rows of a row group, at most: a few stay in the processor's cache on their way
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in (torch.int64, torch.uint8, torch.int8)}
 COLUMN_OF_FIELD = {"ids": "id", "rows": "row"}  # of RowBatch; the other columns are called as the fields
@@ -38,10 +42,12 @@ COLUMN_OF_FIELD = {"ids": "id", "rows": "row"}  # of RowBatch; the other columns
 
 @dataclass(frozen=True)
 class ColumnSource:
-    """Rows on their way to a file: `ids` int64 [n], and `read(positions)`, which gives the columns of some of them."""
+    """Rows on their way to a file: `ids()` gives int64 [n], then `read(positions)` the columns of some of them, each
+    once; `close()` when nobody reads any more."""
 
-    ids: Tensor
+    ids: Callable[[], Tensor]
     read: Callable[[Tensor], Columns]
+    close: Callable[[], None] = lambda: None
 
 
 def columns_of(batch: RowBatch) -> Columns:
@@ -50,21 +56,28 @@ def columns_of(batch: RowBatch) -> Columns:
     return {name: tensor.cpu() for name, tensor in named.items() if tensor is not None}
 
 
-def rows_of(table: DynamicTable, leave_out: tuple[str, ...] = ()) -> ColumnSource:
-    """All rows of a table, read while they are written: the table must not change meanwhile."""
-    rows = table.rows_in_use()
-    ids = torch.cat([rows.new_empty(0), *table.touched_since(0)])
+def rows_of(table: DynamicTable, leave_out: tuple[str, ...] = (), since: int | None = None) -> ColumnSource:
+    """All rows of a table as they are now, or those touched since a mark. Another thread may write them while the table
+    changes."""
+    snapshot, rows = table.snapshot(), torch.empty(0, dtype=torch.int64)
+
+    def ids() -> Tensor:
+        nonlocal rows
+        rows, found = snapshot.rows_in_use(since)
+        return found
 
     def read(positions: Tensor) -> Columns:
-        columns = columns_of(table.read_rows(rows[positions.to(rows.device)]))
+        columns = columns_of(snapshot.read(rows[positions]))
         return {name: column for name, column in columns.items() if name not in leave_out}
 
-    return ColumnSource(ids.cpu(), read)
+    return ColumnSource(ids, read, lambda: table.release(snapshot))
 
 
 def copied(columns: Columns) -> ColumnSource:
     """Columns that nobody changes any more, one of them `id`."""
-    return ColumnSource(columns["id"], lambda rows: {name: one.index_select(0, rows) for name, one in columns.items()})
+    return ColumnSource(
+        lambda: columns["id"], lambda rows: {name: one.index_select(0, rows) for name, one in columns.items()}
+    )
 
 
 def file_name(kind: str, table: str, rank: int, ranks: int) -> str:
@@ -74,23 +87,40 @@ def file_name(kind: str, table: str, rank: int, ranks: int) -> str:
 
 def write_columns(storage: Storage, path: str, source: ColumnSource, ranks: int) -> None:
     """Write rows by bucket. Columns are int64, or fixed-size binary: the bytes of a matrix's row."""
-    buckets = max(b for b in BUCKETS if b == 1 or source.ids.numel() * ranks >= b * BUCKET_ROWS)
-    bucket = owner_of(mix64(source.ids), buckets)
-    order = bucket.argsort(stable=True) if buckets > 1 else torch.arange(source.ids.numel())
-    ends = torch.bincount(bucket, minlength=buckets).cumsum(0).tolist()
+    ids = source.ids()
+    buckets = max(b for b in BUCKETS if b == 1 or ids.numel() * ranks >= b * BUCKET_ROWS)
+    # As `owner_of`, in a quarter of the time. numpy sorts 16 bits by counting.
+    bucket = (mix64(ids).numpy().view(np.uint64) % np.uint64(buckets)).astype(np.uint16)
+    order = torch.from_numpy(bucket.argsort(kind="stable"))
+    ends = np.bincount(bucket, minlength=buckets).cumsum().tolist()
     schema = _schema(source.read(order[:0]), buckets)
-    group_buckets = []
+    spans = [
+        (number, order[first : min(first + GROUP_ROWS, end)])
+        for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
+        for first in range(begin, end, GROUP_ROWS)
+    ]
     with (
         storage.write(path) as stream,
         pq.ParquetWriter(stream, schema, compression="NONE", use_dictionary=False, write_statistics=False) as writer,
     ):
-        for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
-            for first in range(begin, end, GROUP_ROWS):
-                columns = source.read(order[first : min(first + GROUP_ROWS, end)])
-                arrays = [_to_arrow(columns[name], schema.field(name).type) for name in schema.names]
-                writer.write_table(pa.table(arrays, schema=schema), row_group_size=GROUP_ROWS)
-                group_buckets.append(number)
-        writer.add_key_value_metadata({"tessera.bucket_of_row_group": json.dumps(group_buckets)})
+        for columns in ahead(partial(source.read, positions) for _, positions in spans):
+            arrays = [_to_arrow(columns[name], schema.field(name).type) for name in schema.names]
+            writer.write_table(pa.table(arrays, schema=schema), row_group_size=GROUP_ROWS)
+        group_buckets = json.dumps([number for number, _ in spans])
+        writer.add_key_value_metadata({"tessera.bucket_of_row_group": group_buckets})
+
+
+def ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What the calls return, in order. The next one runs in a thread while the caller works on one's result."""
+    with ThreadPoolExecutor(1, "rows ahead") as thread:
+        waiting: Future | None = None
+        for call in calls:
+            following = thread.submit(call)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
 
 
 def _schema(empty: Columns, buckets: int) -> pa.Schema:
@@ -131,15 +161,17 @@ def read_columns(storage: Storage, path: str, rank: int, ranks: int) -> Iterator
         buckets = int(file.metadata.metadata[b"tessera.buckets"])
         of_group = json.loads(file.metadata.metadata[b"tessera.bucket_of_row_group"])
         common = math.gcd(buckets, ranks)
-        for group, bucket in enumerate(of_group):
-            if bucket % common != rank % common:
-                continue
+
+        def read(group: int) -> Columns:
             table = file.read_row_group(group, use_threads=False).combine_chunks()
             columns = {f.name: _to_tensor(table.column(f.name).chunk(0), f) for f in schema}
             if common < ranks:
                 mine = (owner_of(mix64(columns["id"]), ranks) == rank).nonzero().flatten()
                 columns = {name: column.index_select(0, mine) for name, column in columns.items()}
-            yield columns
+            return columns
+
+        wanted = [group for group, bucket in enumerate(of_group) if bucket % common == rank % common]
+        yield from ahead(partial(read, group) for group in wanted)
 
 
 def files_of(storage: Storage, kind: str, table: str, process: Process) -> list[str]:

@@ -8,7 +8,6 @@ from torch import Tensor
 from embedding.config import DynamicTableConfig, Group, key_of
 from kernels.chunks import allocate_chunk
 from kernels.formats import DTYPES, is_int, stored_dtype
-from kernels.gather import gather
 from kernels.packed import Hyper, packed_gather, packed_learn_steps, packed_look_ahead, packed_update
 from kernels.quantise import quantise
 from kernels.random import normal
@@ -27,14 +26,14 @@ class PackedRows:
         assert layout is not None, group
         self._config, self._group, self._layout, self._device = config, group, layout, device
         self._lots_key = key_of(f"{config.name}_{group.name}/rounding")
-        self._chunks: list[Tensor] = []
+        self.chunks: list[Tensor] = []
         self.learned = layout.learned
         self.needs_ids = group.rounding == "stochastic" or layout.moments > 0
 
     def grow(self) -> None:
         """Reserve one more chunk."""
         shape = (self._config.chunk_rows, self._layout.bytes)
-        self._chunks.append(allocate_chunk(shape, torch.uint8, self._device))
+        self.chunks.append(allocate_chunk(shape, torch.uint8, self._device))
 
     def initialise(self, rows: Tensor, ids: Tensor) -> None:
         """First values and state, and the configured step size."""
@@ -48,7 +47,7 @@ class PackedRows:
         self.write(rows, stored, state, steps)
 
     def gather(self, rows: Tensor, inverse: Tensor | None) -> Tensor:
-        return packed_gather(self._chunks, rows, self._layout, inverse)
+        return packed_gather(self.chunks, rows, self._layout, inverse)
 
     def update(
         self,
@@ -62,7 +61,7 @@ class PackedRows:
     ) -> None:
         """As `PlainRows.update`; held: float32 [u, dim], takes the new values instead of the rows."""
         packed_update(
-            self._chunks,
+            self.chunks,
             rows,
             grads,
             inverse,
@@ -76,7 +75,7 @@ class PackedRows:
 
     def look_ahead(self, rows: Tensor, held: Tensor, inverse: Tensor | None) -> Tensor:
         """Held values as the rows would hold them by nearest rounding: float32 [u, dim] or, with inverse, [n, dim]."""
-        return packed_look_ahead(self._chunks, rows, held, self._layout, inverse)
+        return packed_look_ahead(self.chunks, rows, held, self._layout, inverse)
 
     def learn_steps(
         self, rows: Tensor, held: Tensor, grads: Tensor, inverse: Tensor | None, ids: Tensor | None, step: int
@@ -84,7 +83,7 @@ class PackedRows:
         """One step on the step sizes by the gradients of what `look_ahead` gave; then the rows take the held values."""
         learned = self._group.learned
         packed_learn_steps(
-            self._chunks,
+            self.chunks,
             rows,
             held,
             grads,
@@ -102,12 +101,11 @@ class PackedRows:
         return lr, weight_decay, o.eps, o.beta1, o.beta2, o.beta, o.l1, o.l2
 
     def clear(self, rows: Tensor) -> None:
-        scatter(self._chunks, rows, torch.zeros((1, self._layout.bytes), dtype=torch.uint8, device=self._device))
+        scatter(self.chunks, rows, torch.zeros((1, self._layout.bytes), dtype=torch.uint8, device=self._device))
 
-    def read(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def decode(self, bytes_nb: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values in storage form, state float32 [n, state] (that of the step size last), step sizes [n] or None."""
         layout = self._layout
-        bytes_nb = gather(self._chunks, rows, layout.bytes)
         first = layout.step_floats + layout.step_state
         floats = bytes_nb[:, : 4 * (first + layout.state_floats)].contiguous().view(torch.float32)
         moments = bytes_nb[:, 4 * (first + layout.state_floats) : layout.codes_at].contiguous().view(torch.bfloat16)
@@ -128,4 +126,4 @@ class PackedRows:
             part = part.contiguous().view(torch.uint8)
             bytes_nb[:, at : at + part.shape[1]] = part
             at += part.shape[1]
-        scatter(self._chunks, rows, bytes_nb)
+        scatter(self.chunks, rows, bytes_nb)

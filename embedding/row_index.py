@@ -97,6 +97,11 @@ class RowIndex:
             left -= self._cursor - begin
             yield expired(self.meta, now, ttl, begin, self._cursor)
 
+    @property
+    def free(self) -> Tensor:
+        """Rows below `end` that are not in use: int64 [k]."""
+        return self._free[: self._free_count]
+
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, what is known of it and those after it: int64 [k, 4]) for all rows ever taken."""
         for begin, chunk in zip(range(0, self.end, self._chunk_rows), self.meta, strict=True):
@@ -135,8 +140,7 @@ class RowIndex:
 
     def export_state(self) -> dict[str, Tensor]:
         """What decides which rows are taken and looked at next: free int64 [k], end and cursor int64 []."""
-        free = self._free[: self._free_count].clone()
-        return {"free": free, "end": torch.tensor(self.end), "cursor": torch.tensor(self._cursor)}
+        return {"free": self.free.clone(), "end": torch.tensor(self.end), "cursor": torch.tensor(self._cursor)}
 
     def import_state(self, state: dict[str, Tensor]) -> None:
         self.reserve(int(state["end"]))

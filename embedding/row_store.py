@@ -6,6 +6,8 @@ float32 values and state side by side (`PlainRows`), or packed rows of low preci
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,15 +28,15 @@ class PlainRows:
     def __init__(self, config: DynamicTableConfig, group: Group, device: torch.device) -> None:
         self._config, self._group, self._device = config, group, device
         self._width = group.dim + state_width(config.optimizer.name, group.dim)
-        self._chunks: list[Tensor] = []
+        self.chunks: list[Tensor] = []
 
     def grow(self) -> None:
         """Reserve one more chunk."""
-        self._chunks.append(allocate_chunk((self._config.chunk_rows, self._width), torch.float32, self._device))
+        self.chunks.append(allocate_chunk((self._config.chunk_rows, self._width), torch.float32, self._device))
 
     def initialise(self, rows: Tensor, ids: Tensor) -> None:
         init_rows(
-            self._chunks,
+            self.chunks,
             rows,
             ids,
             self._group.dim,
@@ -47,7 +49,7 @@ class PlainRows:
         )
 
     def gather(self, rows: Tensor, inverse: Tensor | None) -> Tensor:
-        return gather(self._chunks, rows, self._group.dim, inverse)
+        return gather(self.chunks, rows, self._group.dim, inverse)
 
     def update(
         self, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float, ids: Tensor | None, step: int
@@ -55,7 +57,7 @@ class PlainRows:
         optimizer = self._config.optimizer
         update(
             optimizer.name,
-            self._chunks,
+            self.chunks,
             rows,
             grads,
             inverse,
@@ -70,14 +72,13 @@ class PlainRows:
         )
 
     def clear(self, rows: Tensor) -> None:
-        scatter(self._chunks, rows, torch.zeros((1, self._width), device=self._device))
+        scatter(self.chunks, rows, torch.zeros((1, self._width), device=self._device))
 
-    def read(self, rows: Tensor) -> tuple[Tensor, Tensor, None]:
-        both = gather(self._chunks, rows, self._width) if self._chunks else rows.new_empty((0, self._width)).float()
+    def decode(self, both: Tensor) -> tuple[Tensor, Tensor, None]:
         return both[:, : self._group.dim], both[:, self._group.dim :], None
 
     def write(self, rows: Tensor, values: Tensor, state: Tensor, steps: Tensor | None) -> None:
-        scatter(self._chunks, rows, torch.cat([values.contiguous().view(torch.float32), state], dim=1))
+        scatter(self.chunks, rows, torch.cat([values.contiguous().view(torch.float32), state], dim=1))
 
 
 class RowStore:
@@ -137,13 +138,17 @@ class RowStore:
 
         The order is that of the groups; the step size of a group without one is 0.
         """
-        values, states, steps = zip(*(group.read(rows) for group in self.groups), strict=True)
+        return self.decode([gather(group.chunks, rows, group.chunks[0].shape[1]) for group in self.groups])
+
+    def decode(self, raw: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What `read` gives of rows as they lie in the chunks of each group."""
+        values, states, steps = zip(*(g.decode(rows) for g, rows in zip(self.groups, raw, strict=True)), strict=True)
         dtype = self._config.values_dtype
-        values = torch.cat([value.contiguous().view(dtype) for value in values], dim=1)
+        values = join([value.contiguous().view(dtype) for value in values])
         if not self._config.has_steps:
-            return values, torch.cat(states, dim=1), None
-        steps = [torch.zeros(len(rows), device=rows.device) if step is None else step for step in steps]
-        return values, torch.cat(states, dim=1), torch.stack(steps, dim=1)
+            return values, join(states), None
+        steps = [values.new_zeros(len(values), dtype=torch.float32) if step is None else step for step in steps]
+        return values, join(states), torch.stack(steps, dim=1)
 
     def write(self, rows: Tensor, values: Tensor, state: Tensor, steps: Tensor | None) -> None:
         """Overwrite rows with what `read` gave. Raises ValueError for other shapes or dtypes."""
@@ -173,6 +178,6 @@ class RowStore:
             raise ValueError(f"table {name}: step_size: expected float32 [{n}, {len(self.groups)}], found {found}")
 
 
-def join(parts: list[Tensor]) -> Tensor:
+def join(parts: Sequence[Tensor]) -> Tensor:
     """The columns of all groups side by side."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

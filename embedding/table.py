@@ -14,8 +14,9 @@ from embedding.cold_rows import ColdRows
 from embedding.config import DynamicTableConfig, key_of
 from embedding.errors import TableFull
 from embedding.evicted import EvictedIds
-from embedding.row_index import ID, RowIndex
+from embedding.row_index import COLUMNS, ID, RowIndex
 from embedding.row_store import RowStore
+from embedding.snapshot import Snapshot
 from kernels.gather import gather
 from kernels.touch import COUNT, LAST_SEEN
 
@@ -54,6 +55,7 @@ class DynamicTable:
         self._limit = config.row_limit
         self._cold = None if config.eviction == "raise" else ColdRows(self._index, config.eviction)
         self._evicted = EvictedIds(config.evicted_kept, device)
+        self._snapshots: list[Snapshot] = []
         self._mark = 0  # no marks are written before the first one is asked for
         self._step = 0
         self._total = dict.fromkeys(COUNTERS, 0)
@@ -83,6 +85,7 @@ class DynamicTable:
                 self._make_room(passed.numel(), keep=rows)
                 rows[passed] = self._add(ids[passed])
         self._step += 1
+        self._keep(rows)
         self._index.touch(rows, now, counts)
         return rows
 
@@ -143,6 +146,7 @@ class DynamicTable:
         inverse: int64 [n] names the place in `rows` that each gradient belongs to (they are summed in order);
         lr: instead of the configured learning rate; ids: int64 [u] of the rows, if the caller has them at hand.
         """
+        self._keep(rows)
         self._store.update(rows, grads, inverse, lr, self._ids_of(rows, ids), self._step)
         if self._mark:
             self._index.set_mark(rows, self._mark)
@@ -156,6 +160,7 @@ class DynamicTable:
         ids: Tensor | None = None,
     ) -> RowsAhead:
         """`update` where step sizes are learned: its result looks ahead and, by a second gradient, stores the rows."""
+        self._keep(rows)
         ahead = RowsAhead(self._store, rows, self._ids_of(rows, ids), self._step)
         ahead.update(grads, inverse, self.config.optimizer.lr if lr is None else lr)
         if self._mark:
@@ -187,6 +192,7 @@ class DynamicTable:
 
     def _free(self, rows: Tensor) -> None:
         """Clear rows; other ids may take them."""
+        self._keep(rows)
         self._store.clear(rows)
         self._evicted.add(self._index.remove(rows))
 
@@ -227,7 +233,10 @@ class DynamicTable:
         return self._read(rows, self._index.read(rows).long())
 
     def _read(self, rows: Tensor, meta: Tensor) -> RowBatch:
-        values, state, step_size = self._store.read(rows)
+        return self._batch(rows, meta, *self._store.read(rows))
+
+    @staticmethod
+    def _batch(rows: Tensor, meta: Tensor, values: Tensor, state: Tensor, step_size: Tensor | None) -> RowBatch:
         return RowBatch(
             ids=meta[:, ID].contiguous(),
             values=values,
@@ -237,6 +246,27 @@ class DynamicTable:
             rows=rows,
             step_size=step_size,
         )
+
+    def snapshot(self) -> Snapshot:
+        """All rows as they are now, for another thread to read while this one goes on, until `release`."""
+        self._store.reserve(1)  # as in `read_rows`
+        none = [torch.empty((0, COLUMNS), dtype=torch.int64, device=self.device)]
+        chunks = [self._index.meta or none, *(group.chunks for group in self._store.groups)]
+
+        def batch_of(rows: Tensor, raw: list[Tensor]) -> RowBatch:
+            return self._batch(rows, raw[0], *self._store.decode(raw[1:]))
+
+        self._snapshots.append(Snapshot(chunks, self._index.end, self._index.free, batch_of))
+        return self._snapshots[-1]
+
+    def release(self, snapshot: Snapshot) -> None:
+        """Nobody reads a snapshot any more."""
+        self._snapshots = [other for other in self._snapshots if other is not snapshot]
+
+    def _keep(self, rows: Tensor) -> None:
+        """Before rows change."""
+        for snapshot in self._snapshots:
+            snapshot.keep(rows)
 
     def import_rows(self, batch: RowBatch) -> None:
         """Take rows in as they are; a known id is replaced. Raises TableFull as `lookup`.
@@ -258,6 +288,7 @@ class DynamicTable:
                 self._make_room(unknown.numel(), keep=rows)
                 rows[unknown] = self._index.add(batch.ids[unknown], self._mark)
         self._store.reserve(self._index.end)
+        self._keep(rows)
         self._index.write(rows, batch.last_seen, batch.count, batch.ids, self._mark)
         self._store.write(rows, batch.values, batch.state, batch.step_size)
         if self._cold is not None:

@@ -99,7 +99,7 @@ class Checkpoints:
         self.wait()
         self._process.stage = f"step {self._trainer.step}: saving"
         overlap = self._config.overlap and self._copy_fits()
-        moment = self._take(overlap)
+        moment = self._take()
         self._saved_step = moment.step
         if overlap:
             self._pending = self._thread.submit(self._write, moment, began, time.perf_counter() - began)
@@ -124,10 +124,10 @@ class Checkpoints:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return needed * local_ranks < MEMORY_SHARE * available_memory()
 
-    def _take(self, copy: bool) -> Moment:
+    def _take(self) -> Moment:
         trainer = self._trainer
         delta = 0 < len(self._chain) < self._config.full_every and self._tables.can_follow(self._process)
-        tables = self._tables.take(delta, copy)
+        tables = self._tables.take(delta)
         self._tables.follow(deltas=self._config.full_every > 1)
         best = trainer.log.folder / BEST
         if self._process.is_main and best.exists():

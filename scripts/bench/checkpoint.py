@@ -111,7 +111,7 @@ def stall(table: DynamicTable, rows: int, root: Storage, process: Process) -> di
     end = time.perf_counter() + 3.0
     alone = statistics.median(steps_while(table, rows, lambda: time.perf_counter() < end))
     began = time.perf_counter()
-    parts = TableSaver({table.config.name: table}).take(delta=False, copy=True)
+    parts = TableSaver({table.config.name: table}).take(delta=False)
     copied = time.perf_counter() - began
     writer = threading.Thread(target=write_state, args=(root, parts, table, process))
     writer.start()
@@ -149,7 +149,7 @@ def measure(table: DynamicTable, rows: int, root: Storage, plain: Path, process:
     for _ in range(repeats):
         shutil.rmtree(root.full(), ignore_errors=True)
         began = time.perf_counter()
-        size = write_state(root, TableSaver({"a": table}).take(delta=False, copy=False), table, process)
+        size = write_state(root, TableSaver({"a": table}).take(delta=False), table, process)
         note("save", time.perf_counter() - began)
         note("plain write", timed(partial(write_plain, plain, size)))
         cold = drop_cache()

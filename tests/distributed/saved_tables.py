@@ -60,10 +60,10 @@ def content(tables: dict[str, DynamicTable], numbers: bool = False) -> dict[str,
 
 
 def save_tables(
-    saver: TableSaver, root: Storage, name: str, process: Process, number: int, chain: list | None = None, copy=True
+    saver: TableSaver, root: Storage, name: str, process: Process, number: int, chain: list | None = None
 ) -> dict:
     """One state of tables alone. chain: [] or links for a delta; None for a full state."""
-    parts = saver.take(delta=bool(chain), copy=copy)
+    parts = saver.take(delta=bool(chain))
     saver.follow(deltas=True)
     tensors = {f"rank/{process.rank}/{key}": value for key, value in parts.state.items()}
 

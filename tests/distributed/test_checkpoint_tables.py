@@ -38,7 +38,7 @@ def train_and_save(process, folder, number: int, begin: int, end: int):
     for i in range(begin, end):
         for table in tables.values():
             step(table, i, process.rank, process.world_size)
-    save_tables(TableSaver(tables), root, folder_name(end), process, end, copy=bool(number % 2))
+    save_tables(TableSaver(tables), root, folder_name(end), process, end)
     ids = [i for rows in loaded.values() for i in rows]
     owners = owner_of(mix64(torch.tensor(ids, dtype=torch.int64)), process.world_size)
     assert (owners == process.rank).all()

@@ -79,7 +79,7 @@ def rows_of(tables: DynamicTables) -> dict[str, dict[int, tuple]]:
 
 def save_rows(tables: DynamicTables, folder, process):
     def write(storage: Storage) -> dict:
-        TableSaver(tables.owned()).take(delta=False, copy=False).write(storage, process)
+        TableSaver(tables.owned()).take(delta=False).write(storage, process)
         return {}
 
     save(Storage(folder), "state", write, lambda *_: {"tables": describe_tables(tables.owned())}, process)

@@ -139,7 +139,7 @@ def test_bytes_per_row_are_those_of_the_chunks(backend):
         config = config_of(name)
         table = DynamicTable(config)
         table.lookup(torch.arange(10), 0)
-        chunks = [group._chunks[0] for group in table._store.groups]
+        chunks = [group.chunks[0] for group in table._store.groups]
         assert config.stored_bytes == sum(chunk[0].nbytes for chunk in chunks), name
     int8 = DynamicTableConfig("t", ("f",), (Group("v", 64, 0.1, "int8"),), RowOptimizer())
     fp32 = dataclasses.replace(int8, groups=(Group("v", 64, 0.1),))

@@ -1,0 +1,113 @@
+"""The rows of a table as they were at one moment, read by another thread while training goes on.
+
+At the moment itself nothing is copied. Before training changes a row for the first time after it, the table has the
+row kept as it was; the reader takes rows that are kept from there, all others from the table. So a moment costs
+copies of the rows that change before they have been read, and not of the table.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from embedding.row_index import ID, MARK
+from kernels.chunks import allocate_chunk
+from kernels.gather import gather
+from kernels.scatter import scatter
+from kernels.touch import COUNT
+
+if TYPE_CHECKING:
+    from embedding.table import RowBatch
+
+OPEN, KEPT, PASSED = 0, 1, 2  # as the table has it; changed since and kept here; read already or not of the moment
+PIECE_ROWS = 1 << 12  # rows read at once: training waits for the reader at most so long
+KEPT_ROWS = 1 << 14  # rows of a chunk of kept rows
+SCAN_ROWS = 1 << 16
+
+
+class Snapshot:
+    """Made by `DynamicTable.snapshot`. One thread changes the table, one reads here, each row once.
+
+    chunks: of the rows' times, counts and ids, then of each group of columns. free: rows below `end` not in use.
+    batch_of: what `RowBatch` is made of rows as they lie in chunks. All that is read is in host memory.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[list[Tensor]],
+        end: int,
+        free: Tensor,
+        batch_of: Callable[[Tensor, list[Tensor]], RowBatch],
+    ) -> None:
+        self._end, self._batch_of = end, batch_of
+        self._chunks = [list(group) for group in chunks]
+        self._copies: list[list[Tensor]] = [[] for _ in chunks]
+        self._status = torch.zeros(end, dtype=torch.uint8)
+        self._status[free.cpu()] = PASSED
+        self._place = torch.empty(end, dtype=torch.int32)  # of rows that are kept
+        self._kept = 0
+        self._lock = threading.Lock()
+
+    def keep(self, rows: Tensor) -> None:
+        """Rows (int64 [n], distinct, -1 skipped) are about to change."""
+        rows = rows.cpu()
+        with self._lock:
+            rows = rows[(rows >= 0) & (rows < self._end)]
+            rows = rows[self._status[rows] == OPEN]
+            if not rows.numel():
+                return
+            places = torch.arange(self._kept, self._kept + rows.numel())
+            self._kept += rows.numel()
+            for copies, found in zip(self._copies, self._read_open(rows), strict=True):
+                while len(copies) * KEPT_ROWS < self._kept:
+                    copies.append(allocate_chunk((KEPT_ROWS, found.shape[1]), found.dtype))
+                scatter(copies, places, found)
+            self._place[rows] = places.int()
+            self._status[rows] = KEPT
+
+    def rows_in_use(self, since: int | None = None) -> tuple[Tensor, Tensor]:
+        """Rows of the moment, ascending, and their ids: int64 [n] each. since: only those touched since a mark."""
+        found = [(rows, meta[:, ID]) for rows, meta in self._walk(since)]
+        none = torch.empty(0, dtype=torch.int64)
+        return torch.cat([none, *(rows for rows, _ in found)]), torch.cat([none, *(ids for _, ids in found)])
+
+    def _walk(self, since: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        for begin in range(0, self._end, SCAN_ROWS):
+            rows = torch.arange(begin, min(begin + SCAN_ROWS, self._end))
+            with self._lock:
+                (meta,) = self._read(rows, 1)
+                chosen = (meta[:, COUNT] > 0) & (self._status[rows] != PASSED)
+            if since is not None:
+                chosen &= meta[:, MARK] >= since
+            chosen = chosen.nonzero().flatten()
+            yield rows[chosen], meta[chosen]
+
+    def read(self, rows: Tensor) -> RowBatch:
+        """Rows (int64 [n], distinct) as they were. Of no rows: empty tensors of the right kinds."""
+        pieces = []
+        for piece in rows.split(PIECE_ROWS) if rows.numel() else [rows]:
+            with self._lock:
+                pieces.append(self._read(piece, len(self._chunks)))
+                self._status[piece] = PASSED
+        return self._batch_of(rows, [torch.cat(parts) for parts in zip(*pieces, strict=True)])
+
+    def _read(self, rows: Tensor, groups: int) -> list[Tensor]:
+        """Rows of the first `groups` chunk lists: from the table, and over them those that are kept."""
+        found = self._read_open(rows, groups)
+        kept = (self._status[rows] == KEPT).nonzero().flatten()
+        if kept.numel():
+            places = self._place[rows[kept]].long()
+            for part, copies in zip(found, self._copies, strict=False):
+                part[kept] = gather(copies, places, part.shape[1])
+        return found
+
+    def _read_open(self, rows: Tensor, groups: int | None = None) -> list[Tensor]:
+        """[n, width of the chunks] each."""
+        if not rows.numel():
+            return [chunks[0][:0].cpu() for chunks in self._chunks[:groups]]
+        there = rows.to(self._chunks[0][0].device)
+        return [gather(chunks, there, chunks[0].shape[1]).cpu() for chunks in self._chunks[:groups]]

@@ -1,0 +1,117 @@
+"""A snapshot gives the rows of its moment, whatever happens to the table before they are read."""
+
+import threading
+
+import pytest
+import torch
+
+from embedding import snapshot as snapshot_module
+from embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer
+from embedding.table import DynamicTable
+
+FLOATS = (Group("v", 4, 0.5), Group("w", 1, 0.5))
+INT8 = (Group("v", 4, 0.5, format="int8", step=0.01, learned=StepOptimizer(lr=1e-3)), Group("w", 1, 0.5))
+
+
+def make(groups=FLOATS) -> DynamicTable:
+    """Rows come, go by age and at the limit, and are taken again by other ids."""
+    optimizer = RowOptimizer("adam", lr=0.1)
+    life = {"ttl_seconds": 4, "max_rows": 230, "eviction": "lru", "chunk_rows": 64}
+    return DynamicTable(DynamicTableConfig("a", ("a",), groups, optimizer, seed=3, **life))
+
+
+def step(table: DynamicTable, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    ids = torch.cat([torch.randint(1000, 2000, (40,), generator=generator).unique(), torch.arange(number % 5, 90, 4)])
+    rows = table.lookup(ids, now=100 + number)
+    grads = torch.randn(len(ids), 5, generator=generator)
+    if table.config.groups[0].learned is None:
+        table.update(rows, grads)
+    else:
+        table.update_ahead(rows, grads).learn(grads)
+    table.expire(100 + number)
+
+
+def content(batch) -> dict[int, tuple]:
+    columns = [c for c in (batch.rows, batch.values, batch.state, batch.last_seen, batch.count, batch.step_size)]
+    return {
+        i: tuple(c[place].numpy().tobytes() for c in columns if c is not None)
+        for place, i in enumerate(batch.ids.tolist())
+    }
+
+
+def now(table: DynamicTable, since: int | None = None) -> dict[int, tuple]:
+    return content(table.read_rows(table.rows_in_use(since)))
+
+
+@pytest.mark.parametrize("groups", [FLOATS, INT8])
+@pytest.mark.parametrize("steps_before", [0, 1, 12])
+@pytest.mark.parametrize("late", [True, False])
+def test_rows_are_those_of_the_moment(groups, steps_before, late):
+    """Some are read before, some while, some after others change."""
+    table = make(groups)
+    for number in range(steps_before):
+        step(table, number)
+    expected, snapshot = now(table), table.snapshot()
+    if late:
+        for number in range(12, 15):
+            step(table, number)
+    rows, ids = snapshot.rows_in_use()
+    assert sorted(ids.tolist()) == sorted(expected)
+    found = {}
+    for number, some in enumerate(rows[torch.randperm(len(rows))].split(20)):
+        found |= content(snapshot.read(some))
+        step(table, 15 + number)
+    assert found == expected
+    table.release(snapshot)
+    assert not table._snapshots
+
+
+def test_rows_touched_since_a_mark():
+    table = make()
+    for number in range(6):
+        step(table, number)
+    mark = table.mark()
+    for number in range(6, 8):
+        step(table, number)
+    expected, snapshot = now(table, mark), table.snapshot()
+    table.mark()
+    for number in range(8, 20):
+        step(table, number)
+    rows, _ = snapshot.rows_in_use(mark)
+    assert content(snapshot.read(rows)) == expected
+    assert 0 < len(expected) < 230
+
+
+def test_rows_that_are_imported_over():
+    table = make()
+    step(table, 1)
+    before, snapshot = now(table), table.snapshot()
+    batch = table.read_rows(table.rows_in_use())
+    batch.rows, batch.values = None, batch.values + 1
+    table.import_rows(batch)
+    rows, _ = snapshot.rows_in_use()
+    assert content(snapshot.read(rows)) == before != now(table)
+
+
+def test_a_thread_reads_while_training_goes_on(monkeypatch):
+    """Two snapshots at once, each read by a thread of its own, in small pieces."""
+    monkeypatch.setattr(snapshot_module, "PIECE_ROWS", 7)
+    monkeypatch.setattr(snapshot_module, "SCAN_ROWS", 16)
+    table, found, threads, expected = make(), {}, [], {}
+    for number in range(12):
+        step(table, number)
+
+    def read(name: int, snapshot) -> None:
+        rows, _ = snapshot.rows_in_use()
+        found[name] = content(snapshot.read(rows))
+
+    for name in range(2):
+        expected[name] = now(table)
+        threads.append(threading.Thread(target=read, args=(name, table.snapshot())))
+        threads[-1].start()
+        for number in range(12 + 10 * name, 22 + 10 * name):
+            step(table, number)
+    for thread in threads:
+        thread.join()
+    assert found == expected and expected[0] != expected[1]
