@@ -14,6 +14,9 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("run_dir", type=Path)
 parser.add_argument("overrides", nargs="*", help="data.path=/data/new data.test=folder trainer.batch_size=8192")
 parser.add_argument("--split", choices=("train", "valid", "test"), default="test")
+parser.add_argument(
+    "--slice", action="append", default=[], metavar="FEATURE", help="report metrics by value of this feature, too"
+)
 parser.add_argument("--output", type=Path, help="default: evaluations/<time> in the run folder")
 options = parser.parse_args()
 
@@ -24,7 +27,7 @@ def load() -> tuple[Config, str, float]:
 
 
 def evaluate(config: Config, process: Process) -> None:
-    score_run(config, process, options.run_dir, options.split, options.output)
+    score_run(config, process, options.run_dir, options.split, options.output, options.slice)
 
 
 if __name__ == "__main__":

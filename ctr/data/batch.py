@@ -28,6 +28,9 @@ class Batch(Pipelineable):
     # Rows of the epoch, over all ranks, up to and with this batch. A loop that reads ahead asks the reader
     # for the state after the batch it trained last: reader.state(batch).
     position: int = 0
+    # [rows] int64, stays on the host: where each real row stands in the data set as stored (files by name), whatever
+    # the number of ranks, lanes or the batch size. None where rows are shuffled.
+    row: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device=device, non_blocking=non_blocking))
@@ -50,4 +53,5 @@ class Batch(Pipelineable):
             time=None if self.time is None else move(self.time),
             rows=self.rows,
             position=self.position,
+            row=self.row,
         )

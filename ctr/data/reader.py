@@ -125,7 +125,7 @@ class ParquetReader:
     def _deliver(self, epoch: int, position: int) -> Iterator[Batch]:
         from ctr.data.assemble import Assembler  # see TYPE_CHECKING above
 
-        assembler = Assembler(self.schema)
+        assembler = Assembler(self.schema, in_stored_order=not self.shuffle)
         with ReadAhead(self, epoch, position) as lanes:
             while position < self.rows:
                 stop = min(position + self.batch_size, self.rows)

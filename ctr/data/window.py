@@ -58,6 +58,15 @@ class Slice(NamedTuple):
     window: Window
     first: int
     stop: int
+    scheduled: int  # the window's scheduled row with which it begins
+    place: int  # of that row in the epoch's order, counted over all lanes
+
+    def places(self) -> np.ndarray:
+        """Of each row in the epoch's order, int64 [stop - first]."""
+        count, reasons = self.stop - self.first, self.window.reasons
+        if reasons is None:
+            return np.arange(self.place, self.place + count)
+        return self.place + np.flatnonzero(reasons[self.scheduled :] == GOOD)[:count]
 
 
 class Buffers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from ctr.data.batch import Batch
 from ctr.data.reader import ParquetReader
 from ctr.data.schema import Schema
 from ctr.metrics.streaming import StreamingMetrics
+from ctr.train.slice_columns import SliceColumn
 from distributed.process import Process
 
 
@@ -44,18 +46,26 @@ def read_split(config: Config, schema: Schema, process: Process, split: str) -> 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, reader: ParquetReader, process: Process, predictions: Path | None = None, split: str = "valid"
+    model: nn.Module,
+    reader: ParquetReader,
+    process: Process,
+    predictions: Path | None = None,
+    split: str = "valid",
+    slices: Sequence[str] = (),
 ) -> dict[str, float | None]:
     """Metrics of the whole split, the same on every rank.
 
     Args:
         predictions: a folder; this rank's rows go to `<split>-<rank>.parquet` in it (written under another name
             and renamed when complete).
+        slices: features of the schema whose values are written beside each prediction, for the report's tables by
+            value.
     """
     was_training = model.training
     model.eval()
     metrics = StreamingMetrics().to(process.device)
-    writer = _PredictionWriter(predictions, split, process.rank) if predictions else None
+    columns = [SliceColumn(reader.schema, name) for name in slices]
+    writer = _PredictionWriter(predictions, split, process.rank, columns) if predictions else None
     for number, batch in enumerate(reader.epoch(0)):
         process.stage = f"evaluation of {split}, batch {number}"
         batch = batch.to(process.device)
@@ -73,7 +83,8 @@ def evaluate(
 class _PredictionWriter:
     """Appends rows to one parquet file that appears under its name only when complete."""
 
-    def __init__(self, folder: Path, split: str, rank: int) -> None:
+    def __init__(self, folder: Path, split: str, rank: int, slices: Sequence[SliceColumn]) -> None:
+        self._slices = slices
         folder.mkdir(parents=True, exist_ok=True)
         self._split = split
         self._final = folder / f"{split}-{rank:05d}.parquet"
@@ -89,8 +100,12 @@ class _PredictionWriter:
         if batch.group is not None:
             columns["group"] = batch.group
         arrays = {name: pa.array(values[: batch.rows].cpu().numpy()) for name, values in columns.items()}
+        if batch.row is not None:
+            arrays["row"] = pa.array(batch.row.numpy())
         arrays["split"] = pa.DictionaryArray.from_arrays(pa.array([0] * batch.rows, pa.int8()), pa.array([self._split]))
         table = pa.table(arrays)
+        for column in self._slices:
+            table = table.append_column(column.field, column.values(batch))
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._partial, table.schema)
         self._writer.write_table(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ctr.report.report import write_report
 from ctr.train.evaluate import evaluate, read_split
 from ctr.train.run_folder import create_folder
 from ctr.train.saved_model import load_model
+from ctr.train.slice_columns import SliceColumn
 from ctr.train.trainer import build_model, set_threads
 from distributed.process import Process
 from embedding.errors import ConfigError
@@ -45,19 +47,27 @@ def run_config(run_dir: Path, overrides: list[str]) -> Config:
     return typed(merged)
 
 
-def score_run(config: Config, process: Process, run_dir: Path, split: str, output: Path | None) -> None:
-    """Write predictions and the report of one split to `output` (default: evaluations/<time> in the run folder)."""
+def score_run(
+    config: Config, process: Process, run_dir: Path, split: str, output: Path | None, slices: Sequence[str] = ()
+) -> None:
+    """Write predictions and the report of one split to `output` (default: evaluations/<time> in the run folder).
+
+    slices: features by whose values the report breaks the metrics down.
+    """
     set_threads(config)
+    config.trainer.shuffle = False  # so that predictions carry the places of their rows, also those of training data
     schema = Schema(config.data.schema)
     reader = read_split(config, schema, process, split)
     if reader is None:
         raise ConfigError(f"data.{split} is null; there is nothing to score")
+    for feature in slices:
+        SliceColumn(schema, feature)  # a name that the schema lacks ends the job before anything is written
     model, _ = build_model(config, schema, process)
     load_model(model, run_dir / "best", process)
     folder = create_folder(output or run_dir / f"evaluations/{datetime.now():%Y%m%d-%H%M%S}", "--output", process)
     if process.is_main:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
-    metrics = evaluate(model, reader, process, folder / "predictions", split)
+    metrics = evaluate(model, reader, process, folder / "predictions", split, slices)
     if process.world_size > 1:
         dist.barrier()
     if process.is_main:

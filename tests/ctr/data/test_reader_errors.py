@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from ctr.data.errors import DataError, SchemaError
 from ctr.data.reader import ParquetReader
@@ -117,6 +118,7 @@ def test_a_bad_row_is_named_or_dropped(tmp_path, shuffle, column, values, reason
     batches = list(reader.epoch(0))
     users = [row["ids"]["user"][0] for batch in batches for row in taken_apart(batch)]
     assert sorted(users) == [i for i in range(N) if i != 57]
+    assert shuffle or torch.cat([batch.row for batch in batches]).tolist() == users, "places count dropped rows, too"
     assert reader.bad_row_counts == {reason: 1}
     assert all(len(batch.weight) == 10 for batch in batches), "a dropped row leaves padding"
     assert sum(batch.weight.sum().item() for batch in batches) == N - 1

@@ -1,0 +1,62 @@
+"""Values of features as columns beside the predictions, for the report's tables by value (`ctr/report/slices.py`)."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+
+from ctr.data.batch import Batch
+from ctr.data.decode import is_bag
+from ctr.data.schema import Schema, nearest
+from embedding.errors import ConfigError
+
+PREFIX = "slice."
+
+
+class SliceColumn:
+    """The column of one feature.
+
+    An id feature gives its 64-bit ids (null where the row has none), a multi-valued one lists of them, a numeric one
+    its float32 value after the schema's transform. `field` carries, as metadata, what the report needs to show a
+    value as it was stored: `dtype` of the ids (int, hex, string), or `boundaries` of a bucketised number.
+
+    Raises:
+        ConfigError: the schema has no such feature.
+    """
+
+    def __init__(self, schema: Schema, feature: str):
+        self.feature = feature
+        categorical = {one.name: one for one in schema.categorical}
+        if feature not in categorical and feature not in schema.numeric_names:
+            known = nearest(feature, [*schema.id_names, *schema.numeric_names])
+            raise ConfigError(f"slice {feature!r} is no feature of the schema; {known}")
+        if feature in categorical:
+            config = categorical[feature]
+            self.kind = "bags" if is_bag(config) else "ids"
+            shown = {"boundaries": json.dumps(config.boundaries)} if config.boundaries else {"dtype": config.dtype}
+        else:
+            self.kind, shown = "numbers", {}
+            self._column = schema.numeric_names.index(feature)
+        of_kind = {"bags": pa.list_(pa.int64()), "ids": pa.int64(), "numbers": pa.float32()}
+        self.field = pa.field(PREFIX + feature, of_kind[self.kind], metadata=shown)
+
+    def values(self, batch: Batch) -> pa.Array:
+        """Of the real rows of a batch, one each."""
+        if self.kind == "numbers":
+            return pa.array(batch.numeric[: batch.rows, self._column].cpu().numpy())
+        ids = batch.ids[self.feature]
+        # Bags of the padding are empty and stand last.
+        values = pa.array(ids.values().cpu().numpy())
+        offsets = ids.offsets()[: batch.rows + 1].cpu().numpy().astype("int32")
+        bags = pa.ListArray.from_arrays(pa.array(offsets), values)
+        return bags if self.kind == "bags" else _only(bags, values)
+
+
+def _only(bags: pa.ListArray, values: pa.Array) -> pa.Array:
+    """The one id of each row, null for a row without."""
+    lengths = bags.value_lengths().to_numpy()
+    if len(values) == len(lengths):
+        return values
+    starts = pa.array(bags.offsets.to_numpy()[:-1], mask=lengths == 0)
+    return values.take(starts)
