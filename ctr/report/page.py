@@ -16,11 +16,19 @@ from ctr.report.tables import numbers_by_table
 
 @dataclass(frozen=True)
 class Card:
-    """`value` is None where the metric is undefined; `detail` then says why."""
+    """One number. `value` is None where it is undefined; `detail` then says why. `key` is unique on the page."""
 
-    definition: Definition
+    key: str
+    title: str
+    formula: str
+    meaning: str
     value: str | None
     detail: str
+
+    @staticmethod
+    def of(definition: Definition, value: str | None, detail: str) -> Card:
+        ideal = definition.ideal and f" {definition.ideal[0].upper()}{definition.ideal[1:]}."
+        return Card(definition.key, definition.title, definition.formula, definition.meaning + ideal, value, detail)
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,13 @@ class Page:
     def html(self) -> str:
         split, metrics = next(iter(self.splits.items()))
         tables = self.history.last_tables
-        loader = jinja2.FileSystemLoader(Path(__file__).parent)
-        environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-        return environment.get_template("template.html").render(
+        return render(
+            "run.html",
             title=self.title,
             subtitle=self.subtitle,
             lead=lead(split, metrics, self.ceiling),
-            left_out=_left_out(self.history),
+            remarks=_left_out(self.history),
+            numbers="report.json",
             split=split,
             cards=[_card(definition, metrics, self.ceiling) for definition in DEFINITIONS],
             comparison=_comparison(self.splits) if len(self.splits) > 1 else None,
@@ -64,10 +72,19 @@ class Page:
             by_table=numbers_by_table(tables) if tables else None,
             definitions=DEFINITIONS,
             texts=self.texts,
-            versions=Table(["package", "version"], [list(item) for item in self.versions.items()])
-            if self.versions
-            else None,
+            versions=versions_table(self.versions),
         )
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of the family: a template of this folder, which all extend base.html, with its values."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template(template).render(**values)
+
+
+def versions_table(versions: dict[str, str]) -> Table | None:
+    return Table(["package", "version"], [list(item) for item in versions.items()]) if versions else None
 
 
 def lead(split: str, metrics: dict[str, Any], ceiling: dict[str, float] | None) -> str:
@@ -82,7 +99,7 @@ def lead(split: str, metrics: dict[str, Any], ceiling: dict[str, float] | None) 
 def _card(definition: Definition, metrics: dict[str, Any], ceiling: dict[str, float] | None) -> Card:
     key, value = definition.key, metrics[definition.key]
     if value is None:
-        return Card(definition, None, metrics["undefined"][key])
+        return Card.of(definition, None, metrics["undefined"][key])
     detail = ""
     if ceiling and key in ceiling:
         detail = f"best possible {ceiling[key]:.4f} ({value - ceiling[key]:+.4f})".replace("-", "−")
@@ -90,12 +107,12 @@ def _card(definition: Definition, metrics: dict[str, Any], ceiling: dict[str, fl
         detail = f"{metrics['groups']['scored']:,} of {metrics['groups']['total']:,} groups have both classes"
     elif key == "positives" and metrics["rows"]:
         detail = f"{value / metrics['rows']:.2%} of rows"
-    return Card(definition, _format(value), detail)
+    return Card.of(definition, number(value), detail)
 
 
 def _comparison(splits: dict[str, dict[str, Any]]) -> Table:
     """A row for each metric: few splits and many metrics fit a phone that way round."""
-    rows = [[one.title, *(_format(metrics[one.key]) for metrics in splits.values())] for one in DEFINITIONS]
+    rows = [[one.title, *(number(metrics[one.key]) for metrics in splits.values())] for one in DEFINITIONS]
     return Table(["metric", *splits], rows)
 
 
@@ -109,7 +126,8 @@ def _left_out(history: History) -> list[str]:
     return sentences
 
 
-def _format(value: float | int | None) -> str:
+def number(value: float | int | None) -> str:
+    """A metric with four digits, or a count."""
     if value is None:
         return "undefined"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,6 +14,7 @@ import yaml
 from ctr.data.errors import DataError
 from ctr.metrics.exact import group_auc, summarise
 from ctr.metrics.score_table import Rows, score_table
+from ctr.report.files import json_text, read_text, write_text
 from ctr.report.history import History, read_history
 from ctr.report.page import Page, Text, lead
 from ctr.report.predictions import read_predictions
@@ -61,14 +61,14 @@ def write_report(run_dir: str | Path, teacher: dict[str, Any] | None = None) -> 
     names = [name for name in PREFERRED_SPLITS if name in rows_by_split]
     names += [name for name in rows_by_split if name not in names]
     ceilings = _ceilings(folder / "teacher.json", teacher, [*names, *history.evaluations])
-    config = _text(folder / "config.yaml")
+    config = read_text(folder / "config.yaml")
     # Rows are let go split by split: only the curves stay.
     measured = [_measure(name, rows_by_split.pop(name)) for name in names]
     first, ceiling = measured[0], ceilings.get(names[0])
     # The split that training was steered by has the most evaluations; its own ceiling belongs beside it.
     watched = max(history.evaluations, key=lambda split: len(history.evaluations[split]["step"]), default=names[0])
     plots = [roc_plot(measured), pr_plot(measured), calibration_plot(first), prediction_plot(first)]
-    texts = [("Sharding plan", _text(folder / "plan.txt")), ("Resolved configuration", config)]
+    texts = [("Sharding plan", read_text(folder / "plan.txt")), ("Resolved configuration", config)]
     page = Page(
         title=folder.resolve().name,
         subtitle=_subtitle(folder / "config.yaml", config),
@@ -82,12 +82,9 @@ def write_report(run_dir: str | Path, teacher: dict[str, Any] | None = None) -> 
         versions=_versions(folder / "versions.json"),
     )
     values = _values(measured, ceiling, history)
-    content = {
-        "report.json": json.dumps(values, indent=2, allow_nan=False) + "\n",
-        "report.html": page.html(),
-    }
+    content = {"report.json": json_text(values) + "\n", "report.html": page.html()}
     for name, text in content.items():
-        _write(folder / name, text)
+        write_text(folder / name, text)
     return Report(folder, values)
 
 
@@ -112,7 +109,7 @@ def _measure(split: str, rows: Rows) -> SplitCurves:
 def _ceilings(path: Path, teacher: dict[str, Any] | None, splits: list[str]) -> dict[str, dict[str, float]]:
     """AUC and logloss of the best possible predictions, for each split of which they are known."""
     if teacher is None:
-        text = _text(path)
+        text = read_text(path)
         if not text:
             return {}
         try:
@@ -126,10 +123,6 @@ def _ceilings(path: Path, teacher: dict[str, Any] | None, splits: list[str]) -> 
     except (KeyError, TypeError, ValueError, AttributeError):
         expected = 'expected numbers "auc" and "logloss", or these for each split under "splits"'
         raise DataError(f"{path}: found {str(teacher)[:80]}; {expected}") from None
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def _subtitle(path: Path, config: str) -> str:
@@ -149,7 +142,7 @@ def _subtitle(path: Path, config: str) -> str:
 
 def _versions(path: Path) -> dict[str, str]:
     """As the run recorded them, else those of this environment."""
-    text = _text(path)
+    text = read_text(path)
     if text:
         try:
             return {str(name): str(version) for name, version in json.loads(text).items()}
@@ -162,16 +155,3 @@ def _versions(path: Path) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

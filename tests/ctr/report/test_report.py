@@ -14,7 +14,6 @@ from matplotlib.image import imread
 
 from ctr.data.errors import DataError
 from ctr.metrics.exact import evaluate_predictions
-from ctr.report import report as report_module
 from ctr.report.definitions import DEFINITIONS
 from ctr.report.report import write_report
 from tests.ctr.report.run_folder import columns, make_run, write_predictions
@@ -240,7 +239,7 @@ def test_a_failure_while_writing_leaves_the_old_report(tmp_path, monkeypatch):
     def full(_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(report_module.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space"):
         write_report(tmp_path)
     assert (tmp_path / "report.json").read_bytes() == before

@@ -1,0 +1,39 @@
+"""The files of a report: text that is there as a whole or not at all, and JSON that people can read, too."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write durably under another name, then rename. A failure leaves the old file and nothing else."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_text(path: Path) -> str:
+    """Without the space around; "" where there is no such file."""
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def json_text(values: Any, indent: str = "") -> str:
+    """JSON with a line for each key and for each object of a list; a list of numbers stands on one line."""
+    inner = indent + "  "
+    if isinstance(values, dict) and values:
+        lines = [f"{inner}{json.dumps(str(key))}: {json_text(value, inner)}" for key, value in values.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(values, list) and any(isinstance(value, dict) for value in values):
+        lines = [inner + json.dumps(value, allow_nan=False) for value in values]
+        return "[\n" + ",\n".join(lines) + f"\n{indent}]"
+    return json.dumps(values, allow_nan=False)
