@@ -52,6 +52,10 @@ class Page:
     texts: list[Text]
     versions: dict[str, str]
 
+    @property
+    def plots(self) -> list[Plot]:
+        return [*self.quality_plots, *self.training_plots, *self.table_plots]
+
     def html(self) -> str:
         split, metrics = next(iter(self.splits.items()))
         tables = self.history.last_tables

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -64,13 +65,35 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure of the page. `svg` carries its own description for readers who cannot see it."""
+    """One figure of the page.
+
+    `svg` carries its own description for readers who cannot see it. `points`: what is drawn, curve -> axis ->
+    numbers [points] (NaN is a gap) or text, for the JSON beside the page.
+    """
 
     name: str
     title: str
     caption: str
     svg: Markup
     table: Table
+    points: dict[str, dict[str, np.ndarray | list]]
+
+
+def json_points(plots: Iterable[Plot]) -> dict[str, dict]:
+    """The points of each plot by its name, numbers to six digits, null for a gap."""
+    return {
+        plot.name: {
+            curve: {axis: [_json_number(value) for value in values] for axis, values in axes.items()}
+            for curve, axes in plot.points.items()
+        }
+        for plot in plots
+    }
+
+
+def _json_number(value: Any) -> Any:
+    if not isinstance(value, float | np.floating):
+        return value.item() if isinstance(value, np.generic) else value
+    return float(f"{value:.6g}") if np.isfinite(value) else None
 
 
 @contextmanager

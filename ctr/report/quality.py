@@ -110,6 +110,7 @@ def roc_plot(splits: list[SplitCurves]) -> Plot | None:
                 for at, rate in enumerate(FALSE_POSITIVE_RATES)
             ],
         ),
+        {one.split: {"false positive rate": one.roc.x, "true positive rate": one.roc.y} for one in shown},
     )
 
 
@@ -136,6 +137,7 @@ def pr_plot(splits: list[SplitCurves]) -> Plot | None:
             ["recall", *(f"precision, {one.split}" for one in shown)],
             [[f"{recall:g}", *(f"{one.pr_at[at]:.4f}" for one in shown)] for at, recall in enumerate(RECALLS)],
         ),
+        {one.split: {"recall": one.pr.x, "precision": one.pr.y} for one in shown},
     )
 
 
@@ -170,6 +172,13 @@ def calibration_plot(one: SplitCurves) -> Plot | None:
                 for predicted, observed, low, high, rows in zip(*columns, strict=True)
             ],
         ),
+        {
+            one.split: dict(zip(("predicted", "observed", "low", "high", "rows"), columns, strict=True)),
+            "weight of predictions": {
+                "edges": one.spread.edges,
+                "weight": one.spread.negative + one.spread.positive,
+            },
+        },
     )
 
 
@@ -221,6 +230,7 @@ def prediction_plot(one: SplitCurves) -> Plot | None:
                 for low, high, zeros, ones in zip(edges[:-1], edges[1:], *sums, strict=True)
             ],
         ),
+        {name: {"edges": spread.edges, "weight": weight} for name, weight in classes},
     )
 
 

@@ -17,6 +17,7 @@ from ctr.metrics.score_table import Rows, score_table
 from ctr.report.files import json_text, read_text, write_text
 from ctr.report.history import History, read_history
 from ctr.report.page import Page, Text, lead
+from ctr.report.plot import json_points
 from ctr.report.predictions import read_predictions
 from ctr.report.quality import SplitCurves, calibration_plot, pr_plot, prediction_plot, roc_plot, split_curves
 from ctr.report.tables import json_values, table_plots
@@ -82,6 +83,7 @@ def write_report(run_dir: str | Path, teacher: dict[str, Any] | None = None) -> 
         versions=_versions(folder / "versions.json"),
     )
     values = _values(measured, ceiling, history)
+    values["plots"] = json_points(page.plots)
     content = {"report.json": json_text(values) + "\n", "report.html": page.html()}
     for name, text in content.items():
         write_text(folder / name, text)

@@ -66,14 +66,16 @@ def _size_plot(history: History, last: TableCounts) -> Plot:
             f"to {last.total['rows']:,} rows and {size(last.total['bytes'])}.",
         ),
         series_table(history.tables, ("rows", "bytes")),
+        {"rows": {"step": rows.x, "rows": rows.y}, "bytes": {"step": held.x, "bytes": held.y}},
     )
 
 
 def _count_plot(history: History, last: TableCounts) -> Plot:
+    points = {name: _exact(history.tables, name) for name in COLUMNS}
     styles = dict(zip(COLUMNS, zip(SERIES, DASHES, strict=True), strict=True))
     with canvas(2, 2.9) as (figure, panels):
         for axes, names, label in zip(panels, (CAME, WENT), ("ids", "rows"), strict=True):
-            curves = {name: _exact(history.tables, name) for name in names}
+            curves = {name: points[name] for name in names}
             for name, curve in curves.items():
                 colour, dashes = styles[name]
                 axes.plot(curve.x, curve.y, color=colour, linestyle=dashes, marker=marker(curve), label=name)
@@ -88,6 +90,7 @@ def _count_plot(history: History, last: TableCounts) -> Plot:
         "(expired) or at the table's limit (evicted). All since the start of the run.",
         inline_svg(figure, "table-counts", f"Counts of all tables since the start of the run, over steps: {total}."),
         series_table(history.tables, COLUMNS),
+        {name: {"step": curve.x, "count": curve.y} for name, curve in points.items()},
     )
 
 

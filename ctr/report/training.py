@@ -48,6 +48,7 @@ def _loss_plot(history: History, bound: Bound | None) -> Plot | None:
                 train.y,
                 color=split_styles(["train"])["train"]["color"],
                 linewidth=1,
+                marker=marker(train),
                 label="training",
             )
         _draw_evaluations(axes, history, "logloss")
@@ -60,6 +61,8 @@ def _loss_plot(history: History, bound: Bound | None) -> Plot | None:
         "Training loss between two log lines, and logloss of each evaluation.",
         inline_svg(figure, "loss", f"Loss over training steps.{last}"),
         series_table(history.train, ("loss",)),
+        ({} if train is None else {"training": {"step": train.x, "logloss": train.y}})
+        | _evaluation_points(history, "logloss"),
     )
 
 
@@ -83,6 +86,7 @@ def _auc_plot(history: History, bound: Bound | None) -> Plot | None:
         "Streaming AUC, as measured during the run.",
         inline_svg(figure, "auc", f"AUC over training steps. Best: {best}."),
         Table(["step", "split", "AUC", "logloss", "normalized entropy", "calibration"], rows),
+        _evaluation_points(history, "auc"),
     )
 
 
@@ -108,6 +112,7 @@ def _learning_rate_plot(history: History) -> Plot | None:
         "Of dense weights and of embedding rows.",
         inline_svg(figure, "learning-rate", f"Learning rates over training steps: {ends}."),
         series_table(history.train, ("dense_lr", "sparse_lr")),
+        {label: {"step": curve.x, "learning rate": curve.y} for label, curve in shown},
     )
 
 
@@ -131,6 +136,8 @@ def _speed_plot(history: History) -> Plot | None:
         "Samples per second over all ranks, and the share of time that training waited for the reader.",
         inline_svg(figure, "speed", f"Samples per second: {np.median(speed.y):,.0f} at the median.{waited}"),
         series_table(history.train, ("samples_per_second", "reader_wait")),
+        {"samples per second": {"step": speed.x, "samples per second": speed.y}}
+        | ({} if wait is None else {"reader wait": {"step": wait.x, "share": wait.y}}),
     )
 
 
@@ -143,6 +150,10 @@ def _known(series: dict[str, np.ndarray], name: str) -> Curve | None:
 def _evaluations(history: History, name: str) -> list[tuple[str, Curve]]:
     found = [(split, _known(series, name)) for split, series in sorted(history.evaluations.items())]
     return [(split, curve) for split, curve in found if curve is not None]
+
+
+def _evaluation_points(history: History, name: str) -> dict[str, dict[str, np.ndarray]]:
+    return {split: {"step": curve.x, name: curve.y} for split, curve in _evaluations(history, name)}
 
 
 def _draw_evaluations(axes: Axes, history: History, name: str) -> None:

@@ -16,7 +16,7 @@ from ctr.data.errors import DataError
 from ctr.metrics.exact import evaluate_predictions
 from ctr.report.definitions import DEFINITIONS
 from ctr.report.report import write_report
-from tests.ctr.report.run_folder import columns, make_run, write_predictions
+from tests.ctr.report.run_folder import columns, make_run, metrics_lines, write_predictions
 
 ROOT = Path(__file__).resolve().parents[3]
 METRICS = (
@@ -105,6 +105,21 @@ def test_every_plot_is_described_and_has_its_numbers(run):
     assert all(one["role"] == "img" and len(one["aria-label"]) > 20 and one["viewbox"] for one in plots)
     for figure in re.findall("<figure>.*?</figure>", html, re.DOTALL):
         assert "<figcaption>" in figure and "<table>" in figure and figure.count('scope="row"') > 1
+
+
+def test_the_points_of_every_plot_are_in_report_json(run):
+    values = json.loads((run[0] / "report.json").read_text())
+    html = (run[0] / "report.html").read_text()
+    plots = values["plots"]
+    assert len(plots) == html.count("<svg") and all(plots.values())
+    for plot in plots.values():
+        for curve in plot.values():
+            assert all(curve.values()) and all(isinstance(x, int | float) for axis in curve.values() for x in axis)
+    roc = plots["roc"]["test"]
+    assert np.trapezoid(roc["true positive rate"], roc["false positive rate"]) == pytest.approx(values["auc"], abs=2e-3)
+    steps = [line for line in metrics_lines() if line["kind"] == "train"]
+    assert plots["speed"]["reader wait"]["step"] == [line["step"] for line in steps]
+    np.testing.assert_allclose(plots["loss"]["training"]["logloss"], [line["loss"] for line in steps], rtol=1e-5)
 
 
 def test_plots_take_their_colours_from_the_page(run):
