@@ -40,7 +40,7 @@ def decode_bags(
     feature: FeatureConfig, arrays: list[pa.Array], weights: list[pa.Array] | None
 ) -> tuple[Bags, list[BagProblem]]:
     """Decode one feature. A row with a problem gets an empty bag."""
-    lists = [_lists(feature, array) for array in arrays]
+    lists = [as_lists(feature, array) for array in arrays]
     lengths = np.concatenate([_lengths(array) for array in lists])
     decoded = [columns.ids(_items(array), feature.dtype) for array in lists]
     values = np.concatenate([part[0] for part in decoded]).astype(np.int64, copy=False)
@@ -91,7 +91,7 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
-def _lists(feature: FeatureConfig, array: pa.Array) -> pa.Array:
+def as_lists(feature: FeatureConfig, array: pa.Array) -> pa.Array:
     """The column as a list array; a delimited string is split and its empty tokens become null items."""
     if types.is_dictionary(array.type):
         array = array.dictionary_decode()

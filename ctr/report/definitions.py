@@ -77,3 +77,10 @@ DEFINITIONS = (
     Definition("rows", "Rows", "Scored rows of positive weight.", "Σ [w > 0]", "", "never"),
     Definition("positives", "Positives", "Rows with label 1.", "Σ [w > 0] y", "", "never"),
 )
+
+
+def number(value: float | int | None) -> str:
+    """A metric with four digits, or a count."""
+    if value is None:
+        return "undefined"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

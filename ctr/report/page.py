@@ -8,9 +8,10 @@ from typing import Any
 
 import jinja2
 
-from ctr.report.definitions import DEFINITIONS, Definition
+from ctr.report.definitions import DEFINITIONS, Definition, number
 from ctr.report.history import History
 from ctr.report.plot import Plot, Table
+from ctr.report.slices import Slices
 from ctr.report.tables import numbers_by_table
 
 
@@ -48,6 +49,7 @@ class Page:
     quality_plots: list[Plot]
     training_plots: list[Plot]
     table_plots: list[Plot]
+    slices: list[Slices]
     history: History
     texts: list[Text]
     versions: dict[str, str]
@@ -72,6 +74,7 @@ class Page:
             quality_plots=self.quality_plots,
             training_plots=self.training_plots,
             table_plots=self.table_plots,
+            slices=self.slices,
             last_tables=tables,
             by_table=numbers_by_table(tables) if tables else None,
             definitions=DEFINITIONS,
@@ -128,10 +131,3 @@ def _left_out(history: History) -> list[str]:
         if reasons:
             sentences.append(f"{split}: left out {', '.join(reasons)}.")
     return sentences
-
-
-def number(value: float | int | None) -> str:
-    """A metric with four digits, or a count."""
-    if value is None:
-        return "undefined"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -15,6 +15,10 @@ from ctr.metrics.score_table import Rows, check_rows
 REQUIRED = ("prediction", "label", "weight")
 OPTIONAL = ("group", "split")
 DEFAULT_SPLIT = "test"
+# Columns of slices: of a feature (ctr/train/slice_columns.py), and whether a row has an id that the tables lacked.
+SLICE, NEW_IDS = "slice.", "new_ids"
+# Of the splits there are, the first of these is the one that counts.
+PREFERRED_SPLITS = ("test", "valid", "train")
 
 
 def read_predictions(folder: Path) -> dict[str, Rows]:
@@ -27,14 +31,10 @@ def read_predictions(folder: Path) -> dict[str, Rows]:
         DataError: no folder, no parquet file, no rows, a missing or mistyped column, a null, NaN or value out
             of range; names the file.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected parquet files with the columns {', '.join(REQUIRED)}")
-    files = sorted(folder.glob("*.parquet"))
-    if not files:
-        raise DataError(f"{folder}: no parquet file in this folder; expected at least one")
     parts: dict[str, list[tuple[Path, Rows]]] = {}
+    files = _files(folder)
     for path in files:
-        for split, rows in _read_file(path):
+        for split, rows, _ in _read_file(path):
             parts.setdefault(split, []).append((path, rows))
     if not parts:
         raise DataError(f"{folder}: {len(files)} parquet files without a row; expected at least one row")
@@ -42,32 +42,82 @@ def read_predictions(folder: Path) -> dict[str, Rows]:
     return {split: _join(parts.pop(split)) for split in sorted(parts)}
 
 
-def _read_file(path: Path) -> list[tuple[str, Rows]]:
+def read_column(folder: Path, split: str, column: str) -> tuple[Rows, pa.ChunkedArray]:
+    """Rows of one split, and what one more column holds for each of them.
+
+    Raises:
+        DataError: as `read_predictions`; also for a file without the column, or no row of that split.
+    """
+    parts, values = [], []
+    for path in _files(folder):
+        for name, rows, extra in _read_file(path, column):
+            if name == split:
+                parts.append((path, rows))
+                values += extra.chunks
+    if not parts:
+        known = ", ".join(split_names(folder)) or "none"
+        raise DataError(f"{folder}: no row of split {split}; the splits there are: {known}")
+    return _join(parts), pa.chunked_array(values)
+
+
+def split_names(folder: Path) -> list[str]:
+    """The splits of which there are rows."""
+    return sorted({split for path in _files(folder) for split, _, _ in _read_file(path)})
+
+
+def slice_names(folder: Path) -> list[str]:
+    """Columns that say to which slice a row belongs, in the order of the first file."""
+    schema = pq.read_schema(_files(folder)[0])
+    return [name for name in schema.names if name == NEW_IDS or name.startswith(SLICE)]
+
+
+def slice_field(folder: Path, column: str) -> pa.Field:
+    """How the first file declares a column; its metadata says how values are shown."""
+    return pq.read_schema(_files(folder)[0]).field(column)
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected parquet files with the columns {', '.join(REQUIRED)}")
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise DataError(f"{folder}: no parquet file in this folder; expected at least one")
+    return files
+
+
+def _read_file(path: Path, extra: str | None = None) -> list[tuple[str, Rows, pa.ChunkedArray | None]]:
+    """Rows of each split of one file, with the column `extra` of the same rows."""
     try:
         with pq.ParquetFile(path) as file:
             present = file.schema_arrow.names
-            for name in REQUIRED:
+            for name in (*REQUIRED, *filter(None, [extra])):
                 if name not in present:
                     raise DataError(f"{path}: no column {name}; found {', '.join(present)}")
-            table = file.read([name for name in REQUIRED + OPTIONAL if name in present])
+            table = file.read([name for name in (*REQUIRED, *OPTIONAL, extra) if name in present])
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
     if not table.num_rows:
         return []
+    if extra is not None:  # rows that `check_rows` leaves out must go from the column, too
+        table = table.filter(pc.invert(pc.equal(table["weight"], 0)), "emit_null")
+    values = None if extra is None else table[extra]
+    table = table if extra is None else table.drop_columns([extra])
     for name in table.column_names:
         if table[name].null_count:
             raise DataError(f"{path}: column {name} has {table[name].null_count:,} nulls; expected none")
     columns = {name: _numbers(path, name, table[name]) for name in table.column_names if name != "split"}
     if "split" not in table.column_names:
-        return [(DEFAULT_SPLIT, _checked(path, columns))]
+        return [(DEFAULT_SPLIT, _checked(path, columns), values)]
     splits = table["split"].cast(pa.string())
     names = pc.unique(splits).to_pylist()
     if len(names) == 1:
-        return [(names[0], _checked(path, columns))]
+        return [(names[0], _checked(path, columns), values)]
     found = []
     for split in names:
-        mask = pc.equal(splits, split).to_numpy()
-        found.append((split, _checked(path, {name: values[mask] for name, values in columns.items()})))
+        chosen = pc.equal(splits, split)
+        mask = chosen.to_numpy()
+        one = _checked(path, {name: column[mask] for name, column in columns.items()})
+        found.append((split, one, None if values is None else values.filter(chosen)))
     return found
 
 

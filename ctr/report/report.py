@@ -18,13 +18,12 @@ from ctr.report.files import json_text, read_text, write_text
 from ctr.report.history import History, read_history
 from ctr.report.page import Page, Text, lead
 from ctr.report.plot import json_points
-from ctr.report.predictions import read_predictions
+from ctr.report.predictions import PREFERRED_SPLITS, SLICE, read_predictions, slice_names
 from ctr.report.quality import SplitCurves, calibration_plot, pr_plot, prediction_plot, roc_plot, split_curves
+from ctr.report.slices import SLICE_NAMES, Slices, measure_slices
 from ctr.report.tables import json_values, table_plots
 from ctr.report.training import training_plots
 
-# The first of these that was scored is the one at the top of report.json and on the cards.
-PREFERRED_SPLITS = ("test", "valid", "train")
 PACKAGES = ("torch", "torchrec", "pyarrow", "numpy", "matplotlib")
 
 
@@ -69,6 +68,7 @@ def write_report(run_dir: str | Path, teacher: dict[str, Any] | None = None) -> 
     # The split that training was steered by has the most evaluations; its own ceiling belongs beside it.
     watched = max(history.evaluations, key=lambda split: len(history.evaluations[split]["step"]), default=names[0])
     plots = [roc_plot(measured), pr_plot(measured), calibration_plot(first), prediction_plot(first)]
+    slices = _slices(folder, first.split)
     texts = [("Sharding plan", read_text(folder / "plan.txt")), ("Resolved configuration", config)]
     page = Page(
         title=folder.resolve().name,
@@ -78,11 +78,14 @@ def write_report(run_dir: str | Path, teacher: dict[str, Any] | None = None) -> 
         quality_plots=[plot for plot in plots if plot is not None],
         training_plots=training_plots(history, watched, ceilings.get(watched)),
         table_plots=table_plots(history),
+        slices=slices,
         history=history,
         texts=[Text(title, body) for title, body in texts if body],
         versions=_versions(folder / "versions.json"),
     )
     values = _values(measured, ceiling, history)
+    if slices:
+        values["slices"] = {one.feature: one.json() for one in slices}
     values["plots"] = json_points(page.plots)
     content = {"report.json": json_text(values) + "\n", "report.html": page.html()}
     for name, text in content.items():
@@ -100,6 +103,14 @@ def _values(measured: list[SplitCurves], ceiling: dict[str, float] | None, histo
     if history.last_tables:
         values["tables"] = json_values(history.last_tables)
     return values
+
+
+def _slices(folder: Path, split: str) -> list[Slices]:
+    """By each column of slices, one at a time."""
+    names = read_text(folder / SLICE_NAMES)
+    names = json.loads(names) if names else {}
+    columns = slice_names(folder / "predictions")
+    return [measure_slices(folder / "predictions", split, one, names.get(one.removeprefix(SLICE))) for one in columns]
 
 
 def _measure(split: str, rows: Rows) -> SplitCurves:

@@ -12,8 +12,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ctr.config import Config, typed
+from ctr.data.id_names import names_of_ids
+from ctr.data.reader import ParquetReader
 from ctr.data.schema import Schema
+from ctr.report.files import json_text, write_text
+from ctr.report.predictions import SLICE
 from ctr.report.report import write_report
+from ctr.report.slices import SLICE_NAMES, largest_ids
 from ctr.train.evaluate import evaluate, read_split
 from ctr.train.run_folder import create_folder
 from ctr.train.saved_model import load_model
@@ -71,6 +76,19 @@ def score_run(
     if process.world_size > 1:
         dist.barrier()
     if process.is_main:
+        _write_slice_names(folder, reader, split, slices)
         with open(folder / "metrics.jsonl", "w") as file:
             file.write(json.dumps({"kind": "eval", "split": split, "step": 0, **metrics}) + "\n")
         print(write_report(folder).summary())
+
+
+def _write_slice_names(folder: Path, reader: ParquetReader, split: str, slices: Sequence[str]) -> None:
+    """The strings of the ids that the report will show, where ids are hashes of strings."""
+    names = {}
+    for feature in reader.schema.categorical:
+        if feature.name in slices and feature.dtype == "string":
+            ids = largest_ids(folder / "predictions", split, SLICE + feature.name)
+            found = names_of_ids(reader.groups, feature, ids)
+            names[feature.name] = {f"{hashed % 2**64:x}": name for hashed, name in found.items()}
+    if names:
+        write_text(folder / SLICE_NAMES, json_text(names) + "\n")

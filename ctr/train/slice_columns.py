@@ -9,9 +9,8 @@ import pyarrow as pa
 from ctr.data.batch import Batch
 from ctr.data.decode import is_bag
 from ctr.data.schema import Schema, nearest
+from ctr.report.predictions import SLICE
 from embedding.errors import ConfigError
-
-PREFIX = "slice."
 
 
 class SliceColumn:
@@ -19,7 +18,8 @@ class SliceColumn:
 
     An id feature gives its 64-bit ids (null where the row has none), a multi-valued one lists of them, a numeric one
     its float32 value after the schema's transform. `field` carries, as metadata, what the report needs to show a
-    value as it was stored: `dtype` of the ids (int, hex, string), or `boundaries` of a bucketised number.
+    value as it was stored: `dtype` of the ids (int, hex, string), `boundaries` of a bucketised number, or
+    `transform` of any other.
 
     Raises:
         ConfigError: the schema has no such feature.
@@ -36,10 +36,11 @@ class SliceColumn:
             self.kind = "bags" if is_bag(config) else "ids"
             shown = {"boundaries": json.dumps(config.boundaries)} if config.boundaries else {"dtype": config.dtype}
         else:
-            self.kind, shown = "numbers", {}
+            transforms = {one.name: one.transform for one in schema.numeric}
+            self.kind, shown = "numbers", {"transform": transforms.get(feature, "none")}
             self._column = schema.numeric_names.index(feature)
         of_kind = {"bags": pa.list_(pa.int64()), "ids": pa.int64(), "numbers": pa.float32()}
-        self.field = pa.field(PREFIX + feature, of_kind[self.kind], metadata=shown)
+        self.field = pa.field(SLICE + feature, of_kind[self.kind], metadata=shown)
 
     def values(self, batch: Batch) -> pa.Array:
         """Of the real rows of a batch, one each."""
