@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from ctr.report.about import Text
 from ctr.report.definitions import DEFINITIONS, Definition, number
 from ctr.report.history import History
 from ctr.report.plot import Plot, Table
@@ -30,12 +31,6 @@ class Card:
     def of(definition: Definition, value: str | None, detail: str) -> Card:
         ideal = definition.ideal and f" {definition.ideal[0].upper()}{definition.ideal[1:]}."
         return Card(definition.key, definition.title, definition.formula, definition.meaning + ideal, value, detail)
-
-
-@dataclass(frozen=True)
-class Text:
-    title: str
-    body: str
 
 
 @dataclass(frozen=True)

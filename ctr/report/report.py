@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ctr.data.errors import DataError
 from ctr.metrics.exact import group_auc, summarise
 from ctr.metrics.score_table import Rows, score_table
+from ctr.report import about
 from ctr.report.files import json_text, read_text, write_text
 from ctr.report.history import History, read_history
-from ctr.report.page import Page, Text, lead
+from ctr.report.page import Page, lead
 from ctr.report.plot import json_points
 from ctr.report.predictions import PREFERRED_SPLITS, SLICE, read_predictions, slice_names
 from ctr.report.quality import SplitCurves, calibration_plot, pr_plot, prediction_plot, roc_plot, split_curves
 from ctr.report.slices import SLICE_NAMES, Slices, measure_slices
 from ctr.report.tables import json_values, table_plots
 from ctr.report.training import training_plots
-
-PACKAGES = ("torch", "torchrec", "pyarrow", "numpy", "matplotlib")
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,6 @@ def write_report(run_dir: str | Path, teacher: dict[str, Any] | None = None) -> 
     names = [name for name in PREFERRED_SPLITS if name in rows_by_split]
     names += [name for name in rows_by_split if name not in names]
     ceilings = _ceilings(folder / "teacher.json", teacher, [*names, *history.evaluations])
-    config = read_text(folder / "config.yaml")
     # Rows are let go split by split: only the curves stay.
     measured = [_measure(name, rows_by_split.pop(name)) for name in names]
     first, ceiling = measured[0], ceilings.get(names[0])
@@ -69,10 +63,9 @@ def write_report(run_dir: str | Path, teacher: dict[str, Any] | None = None) -> 
     watched = max(history.evaluations, key=lambda split: len(history.evaluations[split]["step"]), default=names[0])
     plots = [roc_plot(measured), pr_plot(measured), calibration_plot(first), prediction_plot(first)]
     slices = _slices(folder, first.split)
-    texts = [("Sharding plan", read_text(folder / "plan.txt")), ("Resolved configuration", config)]
     page = Page(
         title=folder.resolve().name,
-        subtitle=_subtitle(folder / "config.yaml", config),
+        subtitle=about.subtitle(folder),
         splits={one.split: one.metrics for one in measured},
         ceiling=ceiling,
         quality_plots=[plot for plot in plots if plot is not None],
@@ -80,8 +73,8 @@ def write_report(run_dir: str | Path, teacher: dict[str, Any] | None = None) -> 
         table_plots=table_plots(history),
         slices=slices,
         history=history,
-        texts=[Text(title, body) for title, body in texts if body],
-        versions=_versions(folder / "versions.json"),
+        texts=about.texts(folder),
+        versions=about.versions(folder),
     )
     values = _values(measured, ceiling, history)
     if slices:
@@ -136,35 +129,3 @@ def _ceilings(path: Path, teacher: dict[str, Any] | None, splits: list[str]) -> 
     except (KeyError, TypeError, ValueError, AttributeError):
         expected = 'expected numbers "auc" and "logloss", or these for each split under "splits"'
         raise DataError(f"{path}: found {str(teacher)[:80]}; {expected}") from None
-
-
-def _subtitle(path: Path, config: str) -> str:
-    """`deepfm on criteo`, as far as the configuration tells."""
-    try:
-        loaded = yaml.safe_load(config)
-    except yaml.YAMLError as error:
-        raise DataError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
-
-    def key(group: str, name: str) -> str:
-        section = loaded.get(group) if isinstance(loaded, dict) else None
-        return str(section.get(name) or "") if isinstance(section, dict) else ""
-
-    model = key("model", "name") or key("model", "target").rpartition(".")[2]
-    return " on ".join(name for name in (model, key("data", "name")) if name)
-
-
-def _versions(path: Path) -> dict[str, str]:
-    """As the run recorded them, else those of this environment."""
-    text = read_text(path)
-    if text:
-        try:
-            return {str(name): str(version) for name, version in json.loads(text).items()}
-        except (json.JSONDecodeError, AttributeError):
-            raise DataError(f"{path}: expected a JSON object of package and version") from None
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -1,0 +1,66 @@
+"""What a run folder says of itself beside its numbers: model and data, configuration, plan, versions."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from ctr.data.errors import DataError
+from ctr.report.files import read_text
+
+PACKAGES = ("torch", "torchrec", "pyarrow", "numpy", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Text:
+    title: str
+    body: str
+
+
+def texts(folder: Path) -> list[Text]:
+    """The sharding plan and the resolved configuration, where they are there."""
+    found = [("Sharding plan", read_text(folder / "plan.txt")), ("Resolved configuration", read_text(_config(folder)))]
+    return [Text(title, body) for title, body in found if body]
+
+
+def _config(folder: Path) -> Path:
+    return folder / "config.yaml"
+
+
+def subtitle(folder: Path) -> str:
+    """`deepfm on criteo`, as far as the configuration tells."""
+    path = _config(folder)
+    try:
+        loaded = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
+
+    def key(group: str, name: str) -> str:
+        section = loaded.get(group) if isinstance(loaded, dict) else None
+        return str(section.get(name) or "") if isinstance(section, dict) else ""
+
+    model = key("model", "name") or key("model", "target").rpartition(".")[2]
+    return " on ".join(name for name in (model, key("data", "name")) if name)
+
+
+def versions(folder: Path) -> dict[str, str]:
+    """As the run recorded them, else those of this environment."""
+    path = folder / "versions.json"
+    text = read_text(path)
+    if text:
+        try:
+            return {str(name): str(version) for name, version in json.loads(text).items()}
+        except (json.JSONDecodeError, AttributeError):
+            raise DataError(f"{path}: expected a JSON object of package and version") from None
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
