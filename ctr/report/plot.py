@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from distributed.plan import size
+
 # Matplotlib knows no CSS variables: figures are drawn in these stand-ins, and each becomes var(--name).
 INK, GRID = "#010101", "#020202"
 SERIES = ("#030301", "#030302", "#030303", "#030304")
@@ -146,9 +148,15 @@ def split_styles(splits: Iterable[str]) -> dict[str, dict[str, str]]:
     return {split: chosen[split] for split in shown}
 
 
+def unit_of(highest: float) -> tuple[int, str]:
+    """Bytes and name of the unit for an axis of bytes, so that its marks are round numbers of it."""
+    unit = 1024 ** min(3, (max(1, int(highest)).bit_length() - 1) // 10)
+    return unit, size(unit).split()[-1]
+
+
 def short_number(value: float, _: Any = None) -> str:
     """12500 -> 12.5k, for axes."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:g}{letter}"
     return f"{value:g}"

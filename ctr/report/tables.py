@@ -8,7 +8,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ctr.report.curves import POINTS, Curve
 from ctr.report.history import History, TableCounts
-from ctr.report.plot import DASHES, SERIES, Plot, Table, canvas, inline_svg, short_number
+from ctr.report.plot import DASHES, SERIES, Plot, Table, canvas, inline_svg, short_number, unit_of
 from ctr.report.steps import finish_steps, marker, series_table
 from distributed.plan import size
 
@@ -46,15 +46,14 @@ def _cells(name: str, one: dict[str, int]) -> list[str]:
 
 def _size_plot(history: History, last: TableCounts) -> Plot:
     rows, held = (_exact(history.tables, name) for name in ("rows", "bytes"))
-    # The axis has one unit, so that its marks are round numbers of it.
-    unit = 1024 ** min(3, (max(1, int(held.y.max())).bit_length() - 1) // 10)
+    unit, unit_name = unit_of(held.y.max())
     with canvas(2, 2.9) as (figure, [axes, below]):
         axes.plot(rows.x, rows.y, color=SERIES[0], marker=marker(rows))
         axes.set(ylabel="rows")
         _from_zero(axes, rows.y.max())
         below.plot(held.x, held.y / unit, color=SERIES[1], marker=marker(held))
         _from_zero(below, held.y.max() / unit)
-        finish_steps(below, size(unit).split()[-1])
+        finish_steps(below, unit_name)
     return Plot(
         "table-size",
         "Rows and bytes",
