@@ -9,7 +9,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentFormatter
 
-from ctr.report.plot import DASHES, GRID, INK, SERIES, Plot, Table, canvas, inline_svg, short_number, unit_of
+from ctr.report.plot import (
+    DASHES,
+    GRID,
+    INK,
+    SERIES,
+    Plot,
+    Table,
+    canvas,
+    inline_svg,
+    legend_above,
+    short_number,
+    unit_of,
+)
 from ctr.report.steps import evenly, four_digits
 
 Days = list[dict[str, Any]]
@@ -67,7 +79,7 @@ def _parts_plot(days: Days, key: str, title: str, label: str) -> Plot | None:
         for at, (name, one) in enumerate(values.items()):
             axes.plot(one, color=SERIES[at], linestyle=DASHES[at], marker=_marker(days), label=name)
         _mark_held(axes, days, values["all rows"])
-        _finish(axes, days, label)
+        finish_days(axes, days, label)
     ends = ", ".join(f"{name} {_last(one):.4f}" for name, one in values.items())
     return _plot(days, f"day-{key}", title, "Of the model of the days before, on each day.", figure, ends, values)
 
@@ -79,7 +91,7 @@ def _entropy_plot(days: Days) -> Plot | None:
     with canvas() as (figure, [axes]):
         axes.plot(values, color=SERIES[0], marker=_marker(days))
         _mark_held(axes, days, values)
-        _finish(axes, days, "logloss / entropy")
+        finish_days(axes, days, "logloss / entropy")
     caption = "Logloss relative to always predicting the day's rate; below 1 the model knows more than that."
     ends = f"last {_last(values):.4f}"
     return _plot(days, "day-entropy", "Normalized entropy", caption, figure, ends, {"normalized entropy": values})
@@ -95,7 +107,7 @@ def _calibration_plot(days: Days) -> Plot | None:
         for at, (name, one) in enumerate(values.items()):
             axes.plot(one, color=SERIES[at], linestyle=DASHES[at], marker=_marker(days), label=name)
         _mark_held(axes, days, values["all rows"])
-        _finish(axes, days, "predicted / observed")
+        finish_days(axes, days, "predicted / observed")
     caption = "Predicted positives over observed ones; above 1 the model promised too much."
     return _plot(
         days, "day-calibration", "Calibration", caption, figure, f"last {_last(values['all rows']):.4f}", values
@@ -112,7 +124,7 @@ def _tables_plot(days: Days) -> Plot | None:
         below.plot(held / unit, color=SERIES[1], marker=_marker(days))
         _from_zero(axes, "rows")
         _from_zero(below, unit_name)
-        _finish(below, days, unit_name)
+        finish_days(below, days, unit_name)
     values = {"rows": rows, "bytes": held}
     caption = "Rows of all embedding tables after each day, and the bytes they take."
     return _plot(days, "day-tables", "Tables", caption, figure, f"last {_last(rows):,.0f} rows", values)
@@ -125,7 +137,7 @@ def _ids_plot(days: Days) -> Plot | None:
     with canvas() as (figure, [axes]):
         _bars(axes, values, stacked=False)
         _from_zero(axes, "ids")
-        _finish(axes, days, "ids")
+        finish_days(axes, days, "ids")
     ends = ", ".join(f"{_last(one):,.0f} {name}" for name, one in values.items())
     return _plot(days, "day-ids", "New and expired ids", "Ids that each day brought and let go.", figure, ends, values)
 
@@ -145,7 +157,7 @@ def _rows_plot(days: Days) -> Plot | None:
         below.set_ylim(0, None)
         below.yaxis.set_major_locator(MaxNLocator(4))
         below.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-        _finish(below, days, "share of rows")
+        finish_days(below, days, "share of rows")
     caption = "Rows of each day, the share with label 1, and the share with an id that the tables did not know."
     return _plot(days, "day-rows", "Rows", caption, figure, f"last {_last(rows):,.0f} rows", values)
 
@@ -157,7 +169,7 @@ def _speed_plot(days: Days) -> Plot | None:
     with canvas() as (figure, [axes]):
         axes.plot(speed, color=SERIES[0], marker=_marker(days))
         _from_zero(axes, "samples/s")
-        _finish(axes, days, "samples/s")
+        finish_days(axes, days, "samples/s")
     ends = f"{np.nanmedian(speed):,.0f} at the median"
     return _plot(days, "day-speed", "Speed", "Training, over all ranks.", figure, ends, {"samples per second": speed})
 
@@ -171,7 +183,7 @@ def _minutes_plot(days: Days) -> Plot | None:
     with canvas() as (figure, [axes]):
         _bars(axes, values, stacked=True)
         _from_zero(axes, "minutes")
-        _finish(axes, days, "minutes")
+        finish_days(axes, days, "minutes")
     total = np.sum([np.nan_to_num(one) for one in values.values()], axis=0)
     ends = f"{np.median(total):.1f} minutes at the median"
     return _plot(days, "day-minutes", "Minutes", "Time of training and of evaluation.", figure, ends, values)
@@ -187,7 +199,7 @@ def _published_plot(days: Days) -> Plot | None:
     with canvas() as (figure, [axes]):
         _bars(axes, {kind: one / unit for kind, one in values.items()}, stacked=True)
         _from_zero(axes, unit_name)
-        _finish(axes, days, unit_name)
+        finish_days(axes, days, unit_name)
     counted = ", ".join(f"{int(np.isfinite(one).sum())} {kind}" for kind, one in values.items())
     caption = "Bytes of what serving was given: the full model, or the rows that changed since."
     return _plot(days, "day-published", "Published", caption, figure, counted, values)
@@ -220,7 +232,7 @@ def _from_zero(axes: Axes, label: str) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(short_number))
 
 
-def _finish(axes: Axes, days: Days, label: str) -> None:
+def finish_days(axes: Axes, days: Days, label: str) -> None:
     """Days along x, a band over days that were skipped, `label` along y, and a legend that covers nothing."""
     names = short_names(days)
     shown = list(range(len(days) - 1, -1, -max(1, -(-(len(days) - 1) // (TICKS - 1)))))  # the last day is one
@@ -229,14 +241,9 @@ def _finish(axes: Axes, days: Days, label: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: names[round(at)] if 0 <= round(at) < len(names) else ""))
     for one in axes.figure.axes:
         for at, day in enumerate(days):
-            if day["status"] == "skipped":
+            if day.get("status") == "skipped":
                 one.axvspan(at - 0.5, at + 0.5, color=GRID, alpha=0.6, linewidth=0, zorder=0)
-        labels = one.get_legend_handles_labels()[1]
-        if labels:  # above the axes, in at most two lines
-            style = dict(borderaxespad=0.2, handlelength=1.8, columnspacing=1.2, markerscale=0.7)
-            one.legend(
-                loc="lower left", bbox_to_anchor=(0, 1), ncols=-(-len(labels) // (1 + (len(labels) > 3))), **style
-            )
+        legend_above(one)
 
 
 def _marker(days: Days) -> str | None:

@@ -148,6 +148,14 @@ def split_styles(splits: Iterable[str]) -> dict[str, dict[str, str]]:
     return {split: chosen[split] for split in shown}
 
 
+def legend_above(axes: Axes) -> None:
+    """A legend that covers nothing: above the axes, in at most two lines; none where nothing has a name."""
+    names = axes.get_legend_handles_labels()[1]
+    if names:
+        style = dict(borderaxespad=0.2, handlelength=1.8, columnspacing=1.2, markerscale=0.7)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=-(-len(names) // (1 + (len(names) > 3))), **style)
+
+
 def unit_of(highest: float) -> tuple[int, str]:
     """Bytes and name of the unit for an axis of bytes, so that its marks are round numbers of it."""
     unit = 1024 ** min(3, (max(1, int(highest)).bit_length() - 1) // 10)

@@ -1,0 +1,51 @@
+"""Compare two runs on the rows that both scored: `python scripts/compare.py runs/old runs/new --split test`.
+
+Says by how much the second run's AUC and logloss differ from the first's, with confidence intervals from a paired
+bootstrap and from closed forms. Two folders of daily retraining are compared over all days that both scored.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ctr.report.comparison import compare_runs  # noqa: E402
+from embedding.errors import TesseraError  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", type=Path, help="a run folder, or one that scripts/evaluate.py wrote")
+    parser.add_argument("second", type=Path, help="another")
+    parser.add_argument("--split", help="default: test, valid or train, the first that both have")
+    parser.add_argument("--output", type=Path, help="default: comparisons/<name of the first> in the second")
+    parser.add_argument("--replicates", type=int, default=1000, help="of the bootstrap; 0: closed forms only")
+    parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
+    parser.add_argument("--by-group", action="store_true", help="draw groups (users) instead of rows")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    options = parser.parse_args()
+    if not 0 < options.confidence < 1 or options.replicates < 0:
+        parser.error("--confidence lies between 0 and 1, and --replicates is 0 or more")
+    output = options.output or options.second / "comparisons" / options.first.resolve().name
+    try:
+        print(
+            compare_runs(
+                options.first,
+                options.second,
+                output,
+                options.split,
+                options.replicates,
+                options.confidence,
+                options.by_group,
+                options.seed,
+            ).summary()
+        )
+    except TesseraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
