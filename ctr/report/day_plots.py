@@ -260,5 +260,5 @@ def _plot(
     names = [day["partition"] for day in days]
     description = f"{title} over {len(days)} days, {names[0]} to {names[-1]}: {ends}."
     rows = [[names[at], *(four_digits(one[at]) for one in values.values())] for at in evenly(len(days))]
-    points = {key: {"day": names, key: one} for key, one in values.items()}
+    points = {key: {"day": names, "value": one} for key, one in values.items()}
     return Plot(name, title, caption, inline_svg(figure, name, description), Table(["day", *values], rows), points)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -74,18 +75,18 @@ def day_record(day: int, partition: str, columns: dict[str, np.ndarray] | None, 
 
 
 def make_daily_run(
-    folder: Path, days: int = 14, rows: int = 2000, noise: float = 0.5, shift: float = 0.0, reports: bool = True
+    folder: Path, days: int = 14, rows: int = 2000, noise: float = 0.5, reports: Collection[int] = ()
 ) -> Path:
-    """Days from 2026-01-03 on, of which one is held and one skipped."""
+    """Days from 2026-01-03 on, of which one is held and one skipped; `reports`: the days whose pages are written."""
     folder.mkdir(parents=True)
     lines = []
     for day in range(days):
         partition = str(date(2026, 1, 3) + timedelta(days=day))
-        columns = None if day == SKIPPED else day_columns(day, rows, noise, shift + 1.5 * (day == HELD))
+        columns = None if day == SKIPPED else day_columns(day, rows, noise, 1.5 * (day == HELD))
         lines.append(day_record(day, partition, columns, 190_000 + 21_000 * min(day, 7)))
         if columns is not None:
             write_predictions(folder / "days" / partition / "predictions", "test-00000.parquet", columns, "test")
-            if reports:
+            if day in reports:
                 write_report(folder / "days" / partition)
     (folder / "days.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "config.yaml").write_text(CONFIG)
