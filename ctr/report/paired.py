@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from ctr.data.errors import DataError
 from ctr.metrics.compare import PairedRows
@@ -92,6 +93,10 @@ def _pair(first: Path, second: Path, split: str | None, name: str | None) -> Sco
 
 def _in_stored_order(folder: Path, split: str) -> tuple[Rows, np.ndarray]:
     rows, column = read_column(folder, split, ROW)
+    if not pa.types.is_integer(column.type):
+        raise DataError(f"{folder}: column {ROW} is {column.type}; expected integers")
+    if column.null_count:
+        raise DataError(f"{folder}: column {ROW} has {column.null_count:,} nulls; expected none")
     places = column.to_numpy()
     order = np.argsort(places, kind="stable")
     places = places[order]

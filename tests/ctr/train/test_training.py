@@ -10,6 +10,7 @@ import pytest
 
 from ctr.data.synthetic import write_synthetic
 from ctr.data.synthetic_rows import SyntheticConfig
+from ctr.report.comparison import compare_runs
 from tests.ranks import ROOT, torchrun
 
 SMALL = [
@@ -82,12 +83,20 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(runs, world):
 
 def test_a_run_is_scored_again_on_another_number_of_ranks(runs, tmp_path):
     output = tmp_path / "scores"
-    done = torchrun(2, "scripts/evaluate.py", str(runs[3]), "--split", "test", "--output", str(output))
+    command = ["scripts/evaluate.py", str(runs[3]), "--split", "test", "--output", str(output), "--slice", "C2"]
+    done = torchrun(2, *command)
     assert done.returncode == 0, done.stderr
     again, first = (json.loads((folder / "report.json").read_text()) for folder in (output, runs[3]))
     assert again["rows"] == first["rows"]
     assert again["auc"] == pytest.approx(first["auc"], abs=1e-6)
     assert again["logloss"] == pytest.approx(first["logloss"], rel=1e-6)
+    # Row by row, although three ranks wrote what two ranks wrote here; and against a run on one rank.
+    same = compare_runs(runs[3], output, tmp_path / "same", replicates=10).values
+    assert same["first"]["rows"] == 300 and abs(same["differences"]["logloss"]["closed_form"]["high"]) < 1e-6
+    other = compare_runs(runs[1], output, tmp_path / "other", split="test", replicates=10).values
+    assert abs(other["differences"]["auc"]["difference"]) < 1e-3
+    slices = again["slices"]["C2"]["slices"]
+    assert sum(one["rows"] for one in slices) == 300 and len(slices) > 1
 
 
 def test_training_learns(tmp_path, data):
