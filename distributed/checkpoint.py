@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -245,14 +245,14 @@ def latest(root: Storage, process: Process, warn: Callable[[str], None]) -> Save
     return None
 
 
-def retain(root: Storage, keep: int) -> None:
-    """Remove all but the newest `keep` states and those that they build on. Rank 0 calls it after a save."""
+def retain(root: Storage, keep: int, also: Collection[str] = ()) -> None:
+    """Remove all but the newest `keep` states, those named, and what they build on. Rank 0 calls it after a save."""
     needed: set[str] = set()
     names = names_of_states(root)
     kept = 0
     for name in names:
-        if kept == keep:
-            break
+        if kept >= keep and name not in also:
+            continue
         try:
             manifest = read_manifest(root.below(name))
         except CheckpointError:

@@ -45,6 +45,14 @@ def compact(root: Storage, saved: Saved, process: Process) -> dict:
             continue
         if name in [link["name"] for link in chain]:
             raise CheckpointError(f"{other} builds on {name}; compact {other} instead")
+    return save_merged(root, name, saved, process, "full")
+
+
+def save_merged(root: Storage, name: str, saved: Saved, process: Process, kind: str) -> dict:
+    """Write one folder with all rows of a delta and those that it builds on. Returns its manifest.
+
+    Raises CheckpointError: it cannot be written.
+    """
     folder = saved.folders[0]
 
     def write(target: Storage) -> dict:
@@ -62,7 +70,7 @@ def compact(root: Storage, saved: Saved, process: Process) -> dict:
     def describe(*_: object) -> dict:
         return json.loads(folder.read("training.json"))
 
-    return save(root, name, write, describe, process, step=saved.step, world_size=saved.ranks)
+    return save(root, name, write, describe, process, step=saved.step, kind=kind, world_size=saved.ranks)
 
 
 def _copy(source: Storage, target: Storage, path: str) -> None:

@@ -32,6 +32,7 @@ from embedding.errors import TesseraError
 from embedding.table import DynamicTable
 
 Tables = dict[str, DynamicTable]
+READER = "states"  # of ids that tables gave up
 ADMISSION_COLUMNS = {"admission/ids": "id", "admission/counts": "count", "admission/last_seen": "last_seen"}
 
 
@@ -79,7 +80,7 @@ class TableSaver:
         for name, table in self._tables.items():
             parts.files["rows", name] = rows_of(table, since=self._marks[name] if delta else None)
             if delta:
-                parts.files["gone", name] = copied({"id": table.take_evicted().cpu()})
+                parts.files["gone", name] = copied({"id": table.take_evicted(READER).cpu()})
             state = table.export_state()
             if "admission/ids" in state:
                 waiting = {column: state.pop(key).cpu() for key, column in ADMISSION_COLUMNS.items()}
@@ -91,7 +92,7 @@ class TableSaver:
         """From here on note changes, for a delta to what was taken last."""
         for name, table in self._tables.items() if deltas else ():
             if name not in self._marks:
-                table.take_evicted()
+                table.take_evicted(READER)
             self._marks[name] = table.mark()
             self._given_up[name] = _given_up(table)
 

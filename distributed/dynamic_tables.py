@@ -203,11 +203,12 @@ class DynamicTables(nn.Module):
         for kernel in self._kernels():
             kernel.phase = Pass.ONLY
 
-    def expire(self, now: int) -> None:
-        """Give up rows not seen for their table's TTL; scans a part of each table, the next part the next time."""
+    def expire(self, now: int, everywhere: bool = False) -> None:
+        """Give up rows not seen for their table's TTL; scans a part of each table, the next part the next time, or
+        (everywhere) all of it."""
         for table in self.owned().values():
             if table.config.ttl_seconds is not None:
-                table.expire(now, budget_rows=EXPIRE_ROWS)
+                table.expire(now, budget_rows=None if everywhere else EXPIRE_ROWS)
 
     def stats(self) -> dict[str, dict[str, float]]:
         """This rank's counts by table: rows, bytes, new, admitted, rejected, expired, evicted."""

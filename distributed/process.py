@@ -45,7 +45,11 @@ class Terminated(BaseException):
 
 
 class Stopped(BaseException):
-    """This rank was asked to stop and has saved its state; `run` leaves with status 75."""
+    """All ranks leave in agreement, with nothing unsaved: `run` leaves with the status, 75 if they were asked to stop."""
+
+    def __init__(self, status: int = STOPPED) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 @dataclass
@@ -140,7 +144,7 @@ def stop(process: Process) -> None:
 
 def run(load: Callable[[], tuple[T, str, float]], main: Callable[[T, Process], None]) -> int:
     """Run `main` on this rank and return the exit status: 0, 2 for a user's mistake, 75 if it was asked to stop and
-    has saved its state, 1 for anything else.
+    has saved its state (or what `Stopped` says), 1 for anything else.
 
     A failure is said once for the whole job, by the first rank that reports it.
 
@@ -157,8 +161,8 @@ def run(load: Callable[[], tuple[T, str, float]], main: Callable[[T, Process], N
         status = 0
         try:
             main(config, process)
-        except Stopped:
-            status = STOPPED
+        except Stopped as stopped:
+            status = stopped.status
         stop(process)  # here, where no exception's frames hold on to the model any more
         return status
     except KeyboardInterrupt:

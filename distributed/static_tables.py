@@ -152,7 +152,7 @@ class StaticTables(nn.Module):
     def begin_step(self, now: int, learn_steps: bool = False) -> None:
         """Nothing: static rows have no age, and no step sizes."""
 
-    def expire(self, now: int) -> None:
+    def expire(self, now: int, everywhere: bool = False) -> None:
         """Nothing: static rows never expire."""
 
     def stats(self) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Ids whose rows were given up, kept for whoever must drop them too (a serving copy of the table)."""
+"""Ids whose rows were given up, kept for whoever must drop them too (a serving copy of the table, a saved delta)."""
 
 from __future__ import annotations
 
@@ -7,31 +7,49 @@ from torch import Tensor
 
 
 class EvictedIds:
-    """Keeps the last `limit` ids or a few more: whole pieces are dropped. None are kept before the first `take`, so
-    that they take no memory where nobody asks for them."""
+    """For each reader the last `limit` ids or a few more since it took them last: whole pieces are dropped.
+
+    Readers do not take ids from each other. None are kept for one before its first `take`, so that they take no memory
+    where nobody asks for them.
+    """
 
     def __init__(self, limit: int, device: torch.device | str = "cpu") -> None:
         self._limit = limit
         self._device = device
-        self._pieces: list[Tensor] = []
-        self._count = 0
-        self._asked_for = False
+        self._pieces: dict[str, list[Tensor]] = {}
+        self._count: dict[str, int] = {}
+        self._incomplete: set[str] = set()
 
     @property
     def nbytes(self) -> int:
-        return self._count * 8
+        """Readers share the pieces, and the one that took longest ago has them all."""
+        return 8 * max(self._count.values(), default=0)
 
     def add(self, ids: Tensor) -> None:
-        if self._limit == 0 or not self._asked_for:
-            return
-        self._pieces.append(ids)
-        self._count += ids.numel()
-        while self._count - self._pieces[0].numel() >= self._limit:
-            self._count -= self._pieces.pop(0).numel()
+        for reader in self._pieces if ids.numel() else ():
+            self.add_for(reader, ids)
 
-    def take(self) -> Tensor:
-        """All ids kept, each once: int64 [k], ascending; then forget them."""
-        self._asked_for = True
-        pieces = self._pieces or [torch.empty(0, dtype=torch.int64, device=self._device)]
-        self._pieces, self._count = [], 0
-        return torch.cat(pieces).unique()
+    def add_for(self, reader: str, ids: Tensor) -> None:
+        """Keep ids for one reader, who has taken before."""
+        pieces = self._pieces[reader]
+        pieces.append(ids)
+        self._count[reader] += ids.numel()
+        while pieces and self._count[reader] - pieces[0].numel() >= self._limit:
+            self._count[reader] -= pieces.pop(0).numel()
+            self._incomplete.add(reader)
+
+    def complete(self, reader: str) -> bool:
+        """Whether all ids since the reader's last `take` are kept. No, if there was none."""
+        return reader in self._pieces and reader not in self._incomplete
+
+    def read(self, reader: str) -> Tensor:
+        """All ids kept for a reader, each once: int64 [k], ascending."""
+        none = torch.empty(0, dtype=torch.int64, device=self._device)
+        return torch.cat([none, *self._pieces.get(reader, [])]).unique()
+
+    def take(self, reader: str) -> Tensor:
+        """What `read` gives; then forget them."""
+        ids = self.read(reader)
+        self._pieces[reader], self._count[reader] = [], 0
+        self._incomplete.discard(reader)
+        return ids

@@ -196,13 +196,30 @@ class DynamicTable:
         self._store.clear(rows)
         self._evicted.add(self._index.remove(rows))
 
-    def take_evicted(self) -> Tensor:
-        """Ids given up (expired or evicted) since the last call that have no row now: int64 [k], distinct.
+    def take_evicted(self, reader: str = "serving") -> Tensor:
+        """Ids given up (expired or evicted) since this reader's last call that have no row now: int64 [k], distinct.
 
-        The first call gives none: until then they are not noted. Of more than `evicted_kept` only the last are known.
+        A reader's first call gives none: until then they are not noted for it. Of more than `evicted_kept` only the
+        last are known.
         """
-        ids = self._evicted.take()
+        return self._without_row(self._evicted.take(reader))
+
+    def evicted(self, reader: str) -> Tensor | None:
+        """What `take_evicted` would give, which may still ask; None if ids were given up that are not known any more,
+        or the reader never asked."""
+        return self._without_row(self._evicted.read(reader)) if self._evicted.complete(reader) else None
+
+    def _without_row(self, ids: Tensor) -> Tensor:
         return ids[self._index.find(ids) < 0]
+
+    def note(self, reader: str, touched: Tensor, evicted: Tensor) -> int:
+        """Go on from what another table knew: a mark since which these ids (int64, distinct) count as touched, and for
+        this reader, whose last `take_evicted` is now, these ids as given up. Returns the mark."""
+        mark = self.mark()
+        self._index.set_mark(self._index.find(touched), mark)
+        self._evicted.take(reader)
+        self._evicted.add_for(reader, evicted)
+        return mark
 
     def mark(self) -> int:
         """A point in time to ask `touched_since` about. Until the first one, changes are not noted."""

@@ -176,6 +176,35 @@ def test_evicted_ids_are_bounded_and_leave_out_those_that_came_back(backend):
     assert table.take_evicted().numel() == 0
 
 
+def test_readers_of_changes_do_not_take_from_each_other(backend):
+    """One reader asks often, the other rarely; a table made from what the second knew goes on for it."""
+    table = DynamicTable(config_of(ttl_seconds=10))
+    assert table.evicted("rare") is None
+    table.take_evicted("often")
+    table.take_evicted("rare")
+    since = table.mark()
+    table.lookup(torch.arange(8), 0)
+    table.lookup(torch.arange(4), 5)
+    assert table.expire(10) == 4
+    assert table.take_evicted("often").tolist() == [4, 5, 6, 7]
+    table.mark()
+    table.lookup(torch.tensor([5]), 12)
+    assert table.evicted("rare").tolist() == [4, 6, 7]
+    touched = torch.cat(list(table.touched_since(since)))
+    assert touched.tolist() == [0, 1, 2, 3, 5]
+    twin = DynamicTable(table.config)
+    for batch in table.export_rows():
+        twin.import_rows(batch)
+    again = twin.note("rare", touched[1:], table.evicted("rare"))
+    for one in (table, twin):
+        assert one.expire(15) == 4
+    assert torch.cat(list(twin.touched_since(again))).tolist() == [5]
+    assert table.take_evicted("often").tolist() == [0, 1, 2, 3]
+    for one in (table, twin):
+        assert one.take_evicted("rare").tolist() == [0, 1, 2, 3, 4, 6, 7]
+        assert one.evicted("rare").numel() == 0
+
+
 def test_limits(backend):
     table = DynamicTable(config_of(max_rows=4))
     table.lookup(torch.arange(4), 0)
