@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import conf
+from ctr.daily.config import DailyConfig, check_daily
 from ctr.data.schema import SchemaConfig
 from embedding.errors import ConfigError
 from kernels.formats import FORMATS, ROUNDINGS
@@ -178,6 +179,11 @@ class Config:
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    daily: DailyConfig = field(default_factory=DailyConfig)
+
+
+#: Other names of keys on the command line. `from` cannot be the name of an attribute.
+ALIASES = {"daily.from=": "daily.first=", "daily.to=": "daily.last="}
 
 
 def load_config(arguments: Sequence[str], description: str) -> Config:
@@ -197,6 +203,10 @@ def load_config(arguments: Sequence[str], description: str) -> Config:
     for folder in options.config_dir:
         if not Path(folder).is_dir():
             raise ConfigError(f"--config-dir {folder} is not a folder")
+    for alias, key in ALIASES.items():
+        options.overrides = [
+            key + one.removeprefix(alias) if one.startswith(alias) else one for one in options.overrides
+        ]
     composed = _compose(options.overrides, [Path(folder).resolve() for folder in options.config_dir])
     config = typed(composed)
     if options.cfg:
@@ -320,6 +330,7 @@ def _check(config: Config) -> None:
         )
     if trainer.resume is not None and trainer.run_dir is None:
         raise ConfigError("trainer.resume is set but trainer.run_dir is null; name the folder of the run to go on with")
+    check_daily(config.daily)
     if trainer.early_stop.metric not in ("auc", "logloss"):
         raise ConfigError(f"trainer.early_stop.metric is {trainer.early_stop.metric!r}; expected auc or logloss")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from distributed.checkpoint import CheckpointError, Saved, names_of_states, read_manifest, save
+from distributed.checkpoint import TRAINING, CheckpointError, Saved, names_of_states, read_manifest, save
 from distributed.checkpoint_files import READ_BYTES, Storage
 from distributed.process import Process
 from distributed.table_files import Columns, copied, read_columns, write_columns
@@ -48,8 +49,12 @@ def compact(root: Storage, saved: Saved, process: Process) -> dict:
     return save_merged(root, name, saved, process, "full")
 
 
-def save_merged(root: Storage, name: str, saved: Saved, process: Process, kind: str) -> dict:
+def save_merged(
+    root: Storage, name: str, saved: Saved, process: Process, kind: str, said: dict[str, Any] | None = None
+) -> dict:
     """Write one folder with all rows of a delta and those that it builds on. Returns its manifest.
+
+    said: what its description holds besides.
 
     Raises CheckpointError: it cannot be written.
     """
@@ -57,7 +62,7 @@ def save_merged(root: Storage, name: str, saved: Saved, process: Process, kind: 
 
     def write(target: Storage) -> dict:
         for path in saved.manifest["files"]:
-            if path.startswith("gone/") or path == "training.json":
+            if path.startswith("gone/") or path == TRAINING:
                 continue
             if not path.startswith("rows/"):
                 _copy(folder, target, path)
@@ -68,7 +73,7 @@ def save_merged(root: Storage, name: str, saved: Saved, process: Process, kind: 
         return {}
 
     def describe(*_: object) -> dict:
-        return json.loads(folder.read("training.json"))
+        return json.loads(folder.read(TRAINING)) | (said or {})
 
     return save(root, name, write, describe, process, step=saved.step, kind=kind, world_size=saved.ranks)
 

@@ -84,7 +84,7 @@ def _show(saved: Saved) -> None:
     print(f"\n{saved.name}: step {saved.step}, {size(saved.bytes)} in {len(saved.manifest['files'])} files")
     progress = saved.training.get("progress", {})
     if progress:
-        reader = saved.training["reader"]
+        reader = saved.training["reader"] or {"lane_offsets": []}  # between two days there is none
         print(f"epoch {progress['epoch']}, best {progress['best']}, reader at row {sum(reader['lane_offsets'])}")
     for table, kinds in saved.training.get("tables", {}).items():
         count, columns = 0, {}

@@ -224,6 +224,13 @@ class DynamicTables(nn.Module):
             kernel.clear()
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Be as before the first step."""
+        self.clear()
+        if self.others is not None:
+            self.others.zero_()
+
+    @torch.no_grad()
     def _distinct(self, ids: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Tensor]:
         """The distinct ids per table, mixed, with their counts; and for each value of `ids` its place among them."""
         values, bounds = ids.values(), ids.offset_per_key()

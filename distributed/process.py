@@ -45,7 +45,7 @@ class Terminated(BaseException):
 
 
 class Stopped(BaseException):
-    """All ranks leave in agreement, with nothing unsaved: `run` leaves with the status, 75 if they were asked to stop."""
+    """All ranks leave in agreement and nothing is unsaved; `run` returns the status: 75 if they were asked to stop."""
 
     def __init__(self, status: int = STOPPED) -> None:
         super().__init__(status)

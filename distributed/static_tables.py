@@ -171,6 +171,14 @@ class StaticTables(nn.Module):
             f"tables.optimizer/{name}/{key}": value for name, one in state.items() for key, value in one.items()
         }
 
+    def restart(self) -> None:
+        """Be as before the first step."""
+        for name, value in self.tensors().items():
+            if name.startswith("tables.optimizer/"):
+                for shard in value.local_shards():
+                    shard.tensor.zero_()
+        self.fill()
+
     def clear(self) -> None:
         """Nothing to forget: rows are overwritten."""
 

@@ -56,7 +56,7 @@ def list_files(paths: str | list[str], days: list[str] | None = None) -> list[Da
     return files
 
 
-def _filesystem(path: str) -> tuple[pa.fs.FileSystem, str]:
+def filesystem_of(path: str) -> tuple[pa.fs.FileSystem, str]:
     if "://" not in path:
         return pa.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
     try:  # arrow's own clients (s3, gs, hdfs, file) read without the interpreter's lock
@@ -75,7 +75,7 @@ def _filesystem(path: str) -> tuple[pa.fs.FileSystem, str]:
 
 
 def _list_path(path: str) -> list[DataFile]:
-    filesystem, location = _filesystem(path)
+    filesystem, location = filesystem_of(path)
     try:
         info = filesystem.get_file_info(location)
         if info.type == pa.fs.FileType.NotFound:

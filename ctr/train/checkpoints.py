@@ -49,6 +49,7 @@ class Moment:
     tensors: Tensors
     tables: TableParts
     training: dict[str, Any]
+    keep: set[str]
     of_rank: dict[str, Any]
 
 
@@ -68,8 +69,10 @@ class Checkpoints:
         several = self._process.world_size > 1
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if several else None
 
-    def after_step(self) -> None:
+    def after_step(self, save_follows: bool = False) -> None:
         """Save if it is time to; leave if all ranks know that one of them was asked to stop.
+
+        save_follows: the caller will save this step itself.
 
         Raises:
             CheckpointError: now or in the background a state could not be written.
@@ -84,16 +87,19 @@ class Checkpoints:
             trainer.log.say(f"step {trainer.step} · stopped by SIGTERM, state saved; trainer.resume=auto goes on")
             trainer.log.close()
             raise Stopped
-        if self._config.every and trainer.step % self._config.every == 0:
+        if self._config.every and trainer.step % self._config.every == 0 and not save_follows:
             self.save()
 
     def after_epoch(self) -> None:
         if not self._config.every:
             self.save()
 
-    def save(self) -> None:
-        """Take the state as it is now. Waits for the save before this one, if that is still being written."""
-        if self._saved_step == self._trainer.step:
+    def save(self, again: bool = False) -> None:
+        """Take the state as it is now. Waits for the save before this one, if that is still being written.
+
+        again: also if this step is saved already; what has no steps has changed.
+        """
+        if self._saved_step == self._trainer.step and not again:
             return
         began = time.perf_counter()
         self.wait()
@@ -127,7 +133,9 @@ class Checkpoints:
     def _take(self) -> Moment:
         trainer = self._trainer
         delta = 0 < len(self._chain) < self._config.full_every and self._tables.can_follow(self._process)
+        delta = delta and self._saved_step != trainer.step  # a state does not build on the one that it replaces
         tables = self._tables.take(delta)
+        tables.files |= trainer.state_files()
         self._tables.follow(deltas=self._config.full_every > 1)
         best = trainer.log.folder / BEST
         if self._process.is_main and best.exists():
@@ -138,6 +146,7 @@ class Checkpoints:
             tensors=self._tensors(tables),
             tables=tables,
             training=self._training(),
+            keep=trainer.states_to_keep(),
             of_rank={"bad_rows": {s: r.bad_row_counts.copy() for s, r in trainer.readers.items() if r is not None}},
         )
 
@@ -160,7 +169,7 @@ class Checkpoints:
         return {
             "progress": {name: getattr(trainer, name) for name in PROGRESS},
             "schedule": {"steps": trainer.optimizers.steps, "factor": trainer.optimizers.factor},
-            "reader": trainer.readers["train"].state(),
+            **trainer.state(),
             "log": trainer.log.state(),
             "tables": describe_tables(trainer.tables.owned()),
             "config": OmegaConf.to_container(OmegaConf.structured(trainer.config), resolve=True),
@@ -207,8 +216,13 @@ class Checkpoints:
         )
         self._chain = [*chain, {"name": name, "checksum": manifest["checksum"]}]
         if self._process.is_main:
-            retain(self.root, self._config.keep)
+            retain(self.root, self._config.keep, moment.keep)
         return manifest
+
+    def forget_tables(self) -> None:
+        """The live tables are new ones: the next state is full."""
+        self.wait()
+        self._tables, self._chain = TableSaver(self._trainer.tables.owned()), []
 
     def resume(self) -> bool:
         """Go on from the newest state of this run, or from the one that trainer.resume names. False: there is none.
@@ -248,8 +262,8 @@ class Checkpoints:
         for line in load_table_state(trainer.tables.owned(), saved, by_rank, process):
             trainer.log.warn(line)
         trainer.optimizers.load_state(_below(tensors, "optimizer/"), **training["schedule"])
+        trainer.load_state(saved)
         self._restore_rank(by_rank, same_ranks, training)
-        trainer.readers["train"].load_state(training["reader"])
         for name, value in training["progress"].items():
             setattr(trainer, name, value)
         trainer.log.begin(trainer.step, training["log"] if own else None)

@@ -18,29 +18,43 @@ from ctr.data.reader import ParquetReader
 from ctr.data.schema import Schema
 from ctr.metrics.streaming import StreamingMetrics
 from ctr.train.slice_columns import SliceColumn
+from distributed.new_ids import rows_with_new_ids
 from distributed.process import Process
 
 
 def read_split(config: Config, schema: Schema, process: Process, split: str) -> ParquetReader | None:
     """The reader of `train`, `valid` or `test` below data.path, or None where the configuration has no such split."""
-    data, trainer = config.data, config.trainer
-    folder = getattr(data, split)
+    folder = getattr(config.data, split)
     if folder is None:
         return None
     rooted = "://" in folder or os.path.isabs(folder)
+    path = folder if rooted else os.path.join(config.data.path, folder)
+    return open_reader(config, schema, process, path, training=split == "train", days=config.data.days)
+
+
+def open_reader(
+    config: Config,
+    schema: Schema,
+    process: Process,
+    path: str | list[str],
+    training: bool,
+    days: list[str] | None = None,
+) -> ParquetReader:
+    """A reader of folders, files or URIs as the configuration says; only one for training shuffles."""
+    data, trainer = config.data, config.trainer
     return ParquetReader(
-        folder if rooted else os.path.join(data.path, folder),
+        path,
         schema,
         batch_size=trainer.batch_size,
         rank=process.rank,
         world_size=process.world_size,
         seed=trainer.seed,
-        shuffle=trainer.shuffle and split == "train",
+        shuffle=trainer.shuffle and training,
         lanes=data.lanes,
         window_rows=data.window_rows,
         threads=data.threads,
         bad_rows=data.bad_rows,
-        days=data.days,
+        days=days,
     )
 
 
@@ -52,14 +66,18 @@ def evaluate(
     predictions: Path | None = None,
     split: str = "valid",
     slices: Sequence[str] = (),
+    mark_new_ids: bool = False,
 ) -> dict[str, float | None]:
     """Metrics of the whole split, the same on every rank.
 
     Args:
+        model: of `Network`, sharded.
         predictions: a folder; this rank's rows go to `<split>-<rank>.parquet` in it (written under another name
             and renamed when complete).
         slices: features of the schema whose values are written beside each prediction, for the report's tables by
             value.
+        mark_new_ids: tell in a column `new_ids` of the predictions whether a row has ids without a row of their own in
+            the tables, which must be dynamic.
     """
     was_training = model.training
     model.eval()
@@ -72,7 +90,7 @@ def evaluate(
         logits, _ = model(batch)
         metrics.update(logits, batch.labels[:, 0], batch.weight)
         if writer:
-            writer.write(logits, batch)
+            writer.write(logits, batch, rows_with_new_ids(model.module.tables, batch.ids) if mark_new_ids else None)
     if writer:
         writer.close()
     metrics.all_reduce(dist.group.WORLD)
@@ -91,7 +109,7 @@ class _PredictionWriter:
         self._partial = self._final.with_suffix(".partial")
         self._writer: pq.ParquetWriter | None = None
 
-    def write(self, logits: Tensor, batch: Batch) -> None:
+    def write(self, logits: Tensor, batch: Batch, new_ids: Tensor | None) -> None:
         columns = {
             "prediction": torch.sigmoid(logits),
             "label": batch.labels[:, 0],
@@ -99,6 +117,8 @@ class _PredictionWriter:
         }
         if batch.group is not None:
             columns["group"] = batch.group
+        if new_ids is not None:
+            columns["new_ids"] = new_ids
         arrays = {name: pa.array(values[: batch.rows].cpu().numpy()) for name, values in columns.items()}
         if batch.row is not None:
             arrays["row"] = pa.array(batch.row.numpy())
@@ -113,4 +133,6 @@ class _PredictionWriter:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+            with open(self._partial, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(self._partial, self._final)

@@ -186,14 +186,23 @@ class RunLog:
         # Evaluation is not training time.
         self._window_started, self._waited = time.perf_counter(), 0.0
 
-    def write(self, line: dict) -> None:
+    def day(self, number: int, step: int, record: dict) -> None:
+        """One partition of a run over days (ctr/daily/records.py), the `number`-th: that is the step in TensorBoard."""
+        self.write({**record, "kind": "day", "step": step, "number": number}, scalars=False)
+        for name, value in record.items() if self._tensorboard else ():
+            parts = value if isinstance(value, dict) else {"": value}
+            for part, one in parts.items():
+                if isinstance(one, int | float):
+                    self._tensorboard.add_scalar("/".join(filter(None, ("day", name, part))), one, number)
+
+    def write(self, line: dict, scalars: bool = True) -> None:
         """Append to metrics.jsonl, and its numbers to TensorBoard."""
         if not self._process.is_main:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         prefix = line.get("split", line["kind"])
-        for name, value in line.items():
+        for name, value in line.items() if scalars else ():
             if isinstance(value, int | float) and name not in ("step", "epoch"):
                 self._tensorboard.add_scalar(f"{prefix}/{name}", value, line["step"])
 

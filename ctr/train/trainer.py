@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from ctr.config import Config
 from ctr.data.batch import Batch
+from ctr.data.reader import ParquetReader
 from ctr.data.schema import Schema
 from ctr.models.network import Network, build_tables, build_tower
 from ctr.report.report import write_report
@@ -23,8 +26,10 @@ from ctr.train.optimizers import Optimizers
 from ctr.train.run_log import RunLog
 from ctr.train.saved_model import load_model, save_model
 from ctr.train.warm_start import warm_start
+from distributed.checkpoint import Saved
 from distributed.process import Process
 from distributed.sharding import shard
+from distributed.table_files import ColumnSource
 from embedding.errors import ConfigError
 
 HIGHER_IS_BETTER = {"auc": True, "logloss": False}
@@ -42,9 +47,7 @@ class Trainer:
         set_threads(config)
         torch.manual_seed(config.trainer.seed)
         self.schema = Schema(config.data.schema)
-        self.readers = {s: read_split(config, self.schema, process, s) for s in ("train", "valid", "test")}
-        if self.readers["train"] is None:
-            raise ConfigError("data.train is null; training needs it")
+        self.readers = self.open_readers()
         self.model, plan = build_model(config, self.schema, process)
         self.tables = self.model.module.tables
         self.optimizers = Optimizers(config.optimizer, self.model)
@@ -56,21 +59,28 @@ class Trainer:
         self.evaluated_step = -1
         self.stopping = False  # a rank was asked to stop; all ranks learn it in the same step
         self.checkpoints = Checkpoints(self)
+        self.begin()
+
+    def open_readers(self) -> dict[str, ParquetReader | None]:
+        """What is read: the splits train, valid and test, None for one that there is not."""
+        readers = {s: read_split(self.config, self.schema, self.process, s) for s in ("train", "valid", "test")}
+        if readers["train"] is None:
+            raise ConfigError("data.train is null; training needs it")
+        return readers
+
+    def begin(self) -> None:
+        """Go on from the newest state, or begin, with what another run has learnt if so configured."""
         if not self.checkpoints.resume():
             self.log.begin(0, None)
-            if config.trainer.warm_start.path is not None:
+            if self.config.trainer.warm_start.path is not None:
                 warm_start(self)
 
     def fit(self) -> None:
         """Train for the configured epochs or steps; evaluate, keep the best model, score it, write the report."""
-        reader, every = self.readers["train"], self.config.trainer.eval_every
+        every = self.config.trainer.eval_every
         self.process.can_stop_later = True
         while not self.finished:
-            for batch in self.log.progress(reader.epoch(self.epoch), reader, self.epoch):
-                loss_sum, weight = self.train_step(batch)
-                if self.log.train(self.step, self.epoch, batch.rows, loss_sum, weight, self.optimizers):
-                    self.tables.expire(self.now)
-                    self.log.tables(self.step, self.tables.stats())
+            for _ in self.steps(self.readers["train"]):
                 if every and self.step % every == 0:
                     self.evaluate()
                 self.checkpoints.after_step()
@@ -86,6 +96,15 @@ class Trainer:
         self.checkpoints.close()
         self.process.can_stop_later = False
         self.report()
+
+    def steps(self, reader: ParquetReader) -> Iterator[Batch]:
+        """Train on the batches of this epoch that are left, one step each; yields the batch behind each step."""
+        for batch in self.log.progress(reader.epoch(self.epoch), reader, self.epoch):
+            loss_sum, weight = self.train_step(batch)
+            if self.log.train(self.step, self.epoch, batch.rows, loss_sum, weight, self.optimizers):
+                self.tables.expire(self.now)
+                self.log.tables(self.step, self.tables.stats())
+            yield batch
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One update. Returns this rank's summed loss and summed sample weight, on the device, for the log."""
@@ -145,6 +164,22 @@ class Trainer:
         """l2/2 times the squares of all looked-up embeddings: rows that the batch does not touch do not decay."""
         strength = self.config.embedding.l2
         return 0.5 * strength * sum(emb.square().sum() for emb in embeddings.values()) if strength else 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What is saved in a state's description besides what `Checkpoints` knows of. Plain numbers and strings."""
+        return {"reader": self.readers["train"].state()}
+
+    def state_files(self) -> dict[tuple[str, str], ColumnSource]:
+        """Ids that are saved beside the rows: (kind, table) -> columns."""
+        return {}
+
+    def load_state(self, saved: Saved) -> None:
+        """Take over what the two methods above gave. Called when the model is loaded."""
+        self.readers["train"].load_state(saved.training["reader"])
+
+    def states_to_keep(self) -> set[str]:
+        """Names of states that are kept besides the newest ones."""
+        return set()
 
     @property
     def finished(self) -> bool:

@@ -1,0 +1,174 @@
+"""Which partitions are due: those found that are not done, in order, and the next one to come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ctr.config import Config
+from ctr.daily.partitions import (
+    Partition,
+    PartitionError,
+    check_content,
+    check_key,
+    find_partitions,
+    fingerprint,
+    is_last,
+    order,
+    period_of,
+)
+from distributed.process import Process, Stopped
+from embedding.errors import ConfigError, TesseraError
+
+T = TypeVar("T")
+SLICE_SECONDS = 1.0  # of a wait: so soon all ranks know that one of them was asked to stop
+
+
+@dataclass(frozen=True)
+class Due:
+    """A partition to be done. path, fingerprint: None for one that is missing and to be passed over."""
+
+    key: str
+    path: str | None
+    fingerprint: str | None
+
+
+def for_days(config: Config) -> Config:
+    """The configuration of a run over days: it goes on with its folder if there is a state.
+
+    Raises ConfigError: no folder is named, or something that is no partition.
+    """
+    daily = config.daily
+    named = [("first", daily.first), ("last", daily.last), ("rollback_to", daily.rollback_to)]
+    named += [("accept", key) for key in daily.accept] + [("skip", key) for key in daily.skip]
+    for name, key in named:
+        if key is not None:
+            check_key(key, f"daily.{name}")
+    if config.trainer.run_dir is None:
+        raise ConfigError("trainer.run_dir is null; a run over days needs a folder that tomorrow's call finds again")
+    config.trainer.resume = config.trainer.resume or "auto"
+    return config
+
+
+class Calendar:
+    def __init__(self, config: Config, process: Process, say: Callable[[str], None]) -> None:
+        self._config, self._daily, self._process, self._say = config, config.daily, process, say
+        self._fingerprints: dict[str, str] = {}
+
+    def due(self, records: Sequence[Mapping[str, Any]]) -> Iterator[Due]:
+        """Partitions that are not done, in order; with daily.watch also those that are still to come.
+
+        records: of the partitions that are done; grows while this is read.
+
+        Raises:
+            PartitionError: a partition is missing, late, repeated or changed. DataError: a folder cannot be read.
+            Stopped: a rank was asked to stop while all were waiting.
+        """
+        while True:
+            found = on_first_rank(self._process, lambda: self._look(records))
+            yield from found
+            newest = records[-1]["partition"] if records else None
+            if is_last(newest, self._daily.last, self._period([newest or ""])):
+                return
+            if not self._daily.watch:
+                self._check_end(newest)
+                return
+            if not self._wait(records):
+                return
+
+    def _look(self, records: Sequence[Mapping[str, Any]]) -> list[Due]:
+        daily = self._daily
+        marker = daily.marker if daily.watch else None
+        found = find_partitions(self._config.data.path, daily.first, daily.last, marker)
+        done = {record["partition"]: record for record in records}
+        ordered = order(found, list(done), daily.skip, self._period(partition.key for partition in found))
+        for partition in found:
+            if partition.key not in daily.skip:
+                check_content(partition.key, partition.path, self._fingerprint(partition), records)
+        due = []
+        for key, partition in ordered:
+            if partition is None or key in daily.skip:
+                due.append(Due(key, partition and partition.path, None))
+                continue
+            seen = self._fingerprint(partition)
+            same = next((one.key for one in due if one.fingerprint == seen), None)
+            if same is not None:
+                check_content(key, partition.path, seen, [{"partition": same, "fingerprint": seen, "status": "due"}])
+            due.append(Due(key, partition.path, seen))
+        return due
+
+    def _period(self, keys: Iterable[str]) -> timedelta:
+        return period_of(keys, self._daily.period_hours)
+
+    def _fingerprint(self, partition: Partition) -> str:
+        """Of one process's life: what is looked at again while it waits are the new ones."""
+        if partition.key not in self._fingerprints:
+            self._fingerprints[partition.key] = fingerprint(partition)
+        return self._fingerprints[partition.key]
+
+    def _check_end(self, newest: str | None) -> None:
+        daily = self._daily
+        where = f"{self._config.data.path}: found no partition day=YYYY-MM-DD"
+        if newest is None:
+            raise PartitionError(f"{where} from {daily.first or 'any day'} to {daily.last or 'any day'}")
+        if daily.last is not None:
+            raise PartitionError(f"{where} behind {newest}; expected some up to {daily.last} (daily.to)")
+
+    def _wait(self, records: Sequence[Mapping[str, Any]]) -> bool:
+        """Until there is something due. False: the configured time has passed without."""
+        daily, began = self._daily, time.monotonic()
+        self._say(f"waiting for the next partition below {self._config.data.path} (with {daily.marker})")
+        while True:
+            self._sleep(daily.poll_seconds)
+            found = on_first_rank(
+                self._process,
+                lambda: (bool(self._look(records)), time.monotonic() - began),  # one clock for all
+            )
+            if found[0]:
+                return True
+            if daily.wait_seconds is not None and found[1] >= daily.wait_seconds:
+                newest = records[-1]["partition"] if records else "nothing"
+                self._say(
+                    f"no partition behind {newest} has come with its {daily.marker} within {daily.wait_seconds:g} "
+                    "seconds (daily.wait_seconds); ended"
+                )
+                return False
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        over = False
+        while not over:
+            self._process.stage = "waiting for a partition"
+            time.sleep(max(0.0, min(SLICE_SECONDS, end - time.monotonic())))
+            over = on_first_rank(self._process, lambda: time.monotonic() >= end)
+            if any_asked_to_stop(self._process):
+                raise Stopped
+
+
+def on_first_rank(process: Process, function: Callable[[], T]) -> T:
+    """What rank 0 finds out, on every rank; its TesseraError too, so that all ranks end alike."""
+    answer: list = [None, None]
+    if process.is_main:
+        try:
+            answer = [function(), None]
+        except TesseraError as error:
+            answer = [None, error]
+    if process.world_size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def any_asked_to_stop(process: Process) -> bool:
+    """The same on every rank."""
+    asked = torch.tensor(int(process.stop_asked))
+    if process.world_size > 1:
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+    return bool(asked)

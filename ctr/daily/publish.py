@@ -1,0 +1,248 @@
+"""Models for serving: `published/` in the run folder, a whole model now and then and what has changed in between.
+
+A publication is a folder in the form of a saved model (docs/checkpoints.md), called as its partition. One with changes
+has the rows touched since the publication before, the ids given up since (`gone/`), and the whole dense side; its
+manifest's chain names what it builds on. `latest` names the chain that is to be served; nothing else does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from ctr.config import Config
+from ctr.daily.calendar import on_first_rank
+from ctr.models.network import Network
+from distributed.checkpoint import CheckpointError, Saved, clean, discard, open_saved, read_manifest, save
+from distributed.checkpoint_compact import save_merged
+from distributed.checkpoint_dense import save_tensors
+from distributed.checkpoint_files import Storage, sync_folder
+from distributed.checkpoint_tables import TableParts, describe_tables
+from distributed.process import Process
+from distributed.table_files import ColumnSource, copied, files_of, read_columns, rows_of
+
+FOLDER, LATEST = "published", "latest"
+READER = "published"  # of ids that tables gave up
+TOUCHED, GIVEN_UP = "touched", "given_up"  # kinds of files of a state: what is not published yet
+LEFT_OUT = ("state", "row")  # columns of rows that serving has no use for
+
+
+class Publisher:
+    """Publishes the live model, and remembers what has changed since, also over restarts."""
+
+    def __init__(self, run_dir: Path, config: Config, network: Network, process: Process) -> None:
+        self.root = Storage(run_dir / FOLDER)
+        self._config, self._network, self._process = config, network, process
+        self._marks: dict[str, int] = {}
+        if process.is_main:
+            self.root.make()
+            clean(self.root)
+
+    def next_kind(self, records: Sequence[Mapping[str, Any]]) -> str:
+        """full or delta: by schedule, and full where changes would not do: without dynamic tables, on other ranks than
+        before, after a publication that is not there any more or more ids given up than tables remember. All ranks
+        call it.
+
+        records: of the days before.
+        """
+        chain = chain_of(records)
+        tables = self._network.tables.owned()
+        possible = 0 < len(chain) < self._config.daily.full_every and self._marks.keys() == tables.keys() != set()
+        possible = possible and all(table.evicted(READER) is not None for table in tables.values())
+        if self._process.is_main:
+            manifests = self._manifests(chain)
+            possible = possible and manifests is not None and manifests[-1]["world_size"] == self._process.world_size
+        answer = torch.tensor(int(possible))
+        if self._process.world_size > 1:
+            dist.all_reduce(answer, dist.ReduceOp.MIN)
+        return "delta" if answer.item() else "full"
+
+    def _manifests(self, chain: Sequence[str]) -> list[dict] | None:
+        """Of a chain of publications, the whole one first; None if one of them is not there."""
+        try:
+            return [read_manifest(self.root.below(name)) for name in chain]
+        except CheckpointError:
+            return None
+
+    def missing(self, records: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Those publications, of which the newest is made, that are not there as the records say. All ranks call it."""
+
+        def is_there(name: str) -> bool:
+            manifests = self._manifests([name])
+            return manifests is not None and manifests[0]["step"] == steps[name]
+
+        steps = {record["partition"]: record["step"] for record in records}
+        return on_first_rank(self._process, lambda: [name for name in chain_of(records) if not is_there(name)])
+
+    def publish(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Publish the live model as the last record says, then name it in `latest`. All ranks call it.
+
+        Raises CheckpointError: it cannot be written; what was published before is untouched.
+        """
+        record, process, tables = records[-1], self._process, self._network.tables.owned()
+        delta = record["published"] == "delta"
+
+        def write(storage: Storage) -> dict[str, Any]:
+            tower = {f"tower/{n}": value for n, value in self._network.tower.state_dict().items() if process.is_main}
+            weights = {n: v for n, v in self._network.tables.tensors().items() if n.startswith("tables/")}
+            save_tensors(storage, tower | weights, None)
+            files = {
+                ("rows", name): rows_of(table, LEFT_OUT, self._marks.get(name, 0) if delta else 0)
+                for name, table in tables.items()
+            }
+            if delta:
+                files |= {("gone", name): copied({"id": table.evicted(READER).cpu()}) for name, table in tables.items()}
+            TableParts(files, {}).write(storage, process)
+            return {}
+
+        def describe(*_: object) -> dict[str, Any]:
+            config = OmegaConf.to_container(OmegaConf.structured(self._config), resolve=True)
+            parts = {key: config[key] for key in ("model", "numeric", "embedding")} | {
+                "schema": config["data"]["schema"]
+            }
+            return {"partition": record["partition"], "tables": describe_tables(tables), "config": parts}
+
+        process.stage = f"publishing {record['partition']}"
+        before = chain_of(records)[:-1] if delta else []
+        chain = [{"name": n, "checksum": read_manifest(self.root.below(n))["checksum"]} for n in before]
+        save(self.root, record["partition"], write, describe, process, step=record["step"], kind="model", chain=chain)
+        self.follow()
+
+    def follow(self) -> None:
+        """The live tables are published: note what changes from here on."""
+        for name, table in self._network.tables.owned().items():
+            table.take_evicted(READER)
+            self._marks[name] = table.mark()
+
+    def forget(self) -> None:
+        """The live tables are new ones: the next publication is whole."""
+        self._marks = {}
+
+    def files_of_state(self) -> dict[tuple[str, str], ColumnSource]:
+        """What a state must hold for `restore`: the ids touched and given up since the last publication."""
+        files = {}
+        for name, mark in self._marks.items():
+            table = self._network.tables.owned()[name]
+            evicted = table.evicted(READER)
+            if evicted is None:  # too many: the next publication is whole
+                continue
+            touched = torch.cat([evicted.new_empty(0), *table.touched_since(mark)])
+            files[TOUCHED, name] = copied({"id": touched.cpu()})
+            files[GIVEN_UP, name] = copied({"id": evicted.cpu()})
+        return files
+
+    def restore(self, saved: Saved) -> None:
+        """Go on from a state, on any number of ranks, after the tables were loaded from it."""
+        self._marks, folder = {}, saved.folders[0]
+        for name, table in self._network.tables.owned().items():
+            if all(self._is_whole(folder, kind, name) for kind in (TOUCHED, GIVEN_UP)):
+                ids = [self._ids(folder, kind, name).to(table.device) for kind in (TOUCHED, GIVEN_UP)]
+                self._marks[name] = table.note(READER, *ids)
+
+    def _is_whole(self, folder: Storage, kind: str, table: str) -> bool:
+        """Whether all ranks that saved knew."""
+        names = folder.names(f"{kind}/{quote(table, safe='')}")
+        return bool(names) and len(names) == int(names[0].removesuffix(".parquet").rpartition("-of-")[2])
+
+    def _ids(self, folder: Storage, kind: str, table: str) -> torch.Tensor:
+        process, parts = self._process, [torch.empty(0, dtype=torch.int64)]
+        for path in files_of(folder, kind, table, process):
+            parts += [columns["id"] for columns in read_columns(folder, path, process.rank, process.world_size)]
+        return torch.cat(parts)
+
+    def bytes_of(self, partition: str) -> int | None:
+        """Of all files of a publication; None if it is not there any more."""
+        try:
+            manifest = read_manifest(self.root.below(partition))
+        except CheckpointError:
+            return None
+        return sum(file["bytes"] for file in manifest["files"].values())
+
+
+def chain_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Partitions of the publications that the newest one is made of, the whole one first."""
+    chain: list[str] = []
+    for record in records:
+        if record["published"] == "full":
+            chain = [record["partition"]]
+        elif record["published"] == "delta":
+            chain.append(record["partition"])
+    return chain
+
+
+def point(root: Storage, records: Sequence[Mapping[str, Any]], keep_days: int) -> None:
+    """Let `latest` name what the records say, and remove publications that neither it nor the last `keep_days` trained
+    days need. Rank 0 calls it."""
+    published = [record for record in records if record["published"]]
+    chains = [chain_of(published[: n + 1]) for n in range(max(0, len(published) - keep_days), len(published))]
+    if published and all(root.exists(name) for name in chains[-1]):
+        write_latest(root, records)
+    for name in set(root.names()) - {LATEST}.union(*chains):
+        discard(root, name)
+
+
+def write_latest(root: Storage, records: Sequence[Mapping[str, Any]]) -> None:
+    """Replace `latest` in one rename, where it does not say so already."""
+    chain, path = chain_of(records), Path(root.full(LATEST))
+    manifests = [read_manifest(root.below(name)) for name in chain]
+    links = [{"name": name, "checksum": m["checksum"]} for name, m in zip(chain, manifests, strict=True)]
+    text = json.dumps({"partition": chain[-1], "step": manifests[-1]["step"], "chain": links}, indent=1) + "\n"
+    if path.exists() and path.read_text() == text:
+        return
+    partial = path.with_name(f".partial-{LATEST}")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def apply(published: Path, output: Path, process: Process) -> str:
+    """The reader's side: bring the whole model in `output` up to what `latest` names; returns a line that says how.
+
+    What `output` is already built from is not read again: only changes behind it are applied. Otherwise it is made from
+    the last whole publication and the changes behind that. It is replaced in one rename.
+
+    Raises:
+        CheckpointError: something is missing, changed or damaged; `output` is as it was.
+    """
+    root = Storage(published)
+    try:
+        latest = json.loads(root.read(LATEST))
+    except (OSError, ValueError):
+        raise CheckpointError(f"{published} holds no {LATEST} that can be read; nothing is published there") from None
+    name = latest["partition"]
+    saved = open_saved(root.below(name), process)
+    if saved.manifest["checksum"] != latest["chain"][-1]["checksum"]:
+        raise CheckpointError(f"{root.below(name).name} is not the one that {LATEST} names")
+    folders, had = saved.folders, _applied(output)
+    links = [link for link in reversed(latest["chain"])]
+    place = next((i for i, link in enumerate(links) if link == had), None)
+    if place == 0:
+        return f"{output} is {name} already"
+    if place is not None:
+        target = open_saved(Storage(output), process)
+        folders = [*saved.folders[:place], *target.folders]
+    source = Saved(folders, saved.manifest, saved.training)
+    save_merged(Storage(output.parent), output.name, source, process, "model", {"applied": links[0]})
+    start = "the whole model" if place is None else had["name"]
+    changes = len(folders) - 1
+    return f"{output} is {name} now: {start} and {changes} publication(s) of changes behind it"
+
+
+def _applied(output: Path) -> dict[str, str] | None:
+    """Name and checksum of the publication that a folder of `apply` equals."""
+    try:
+        read_manifest(Storage(output))
+        return json.loads((output / "training.json").read_text()).get("applied")
+    except (CheckpointError, OSError, ValueError):
+        return None

@@ -1,0 +1,112 @@
+"""What a run tells of its days: `days.jsonl`, one line each, and a folder with predictions and report for each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from ctr.metrics.exact import evaluate_predictions
+from ctr.report.report import write_report
+
+DAYS, FOLDER = "days.jsonl", "days"
+METRICS = ("auc", "logloss", "gauc", "normalized_entropy", "calibration", "pr_auc")
+COUNTS = ("rows", "positives")
+TABLES = ("rows", "bytes", "new", "expired")
+TRAINED, HELD, SKIPPED = "trained", "held", "skipped"
+
+
+def new_record(partition: str, fingerprint: str | None) -> dict[str, Any]:
+    """A record with all its keys, most of them None."""
+    return {
+        "partition": partition,
+        "status": None,
+        "reason": None,
+        "fingerprint": fingerprint,
+        **dict.fromkeys(COUNTS + METRICS),
+        "known": None,
+        "new": None,
+        "tables": dict.fromkeys(TABLES),
+        "samples_per_second": None,
+        "evaluate_seconds": None,
+        "train_seconds": None,
+        "published": None,
+        "published_bytes": None,
+        "step": None,
+    }
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Exact metrics of the predictions in a folder, of all rows and of those without (`known`) and with (`new`) ids
+    that had no row; these are None where no rows are, or where it is not known which."""
+    columns: dict[str, list[np.ndarray]] = {}
+    for path in sorted(folder.glob("*.parquet")):
+        table = pq.read_table(path)
+        for name in ("prediction", "label", "weight", "group", "new_ids"):
+            if name in table.column_names:
+                columns.setdefault(name, []).append(table[name].to_numpy())
+    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+    is_new = joined.pop("new_ids", None)
+    measured = _metrics(joined)
+    for name, chosen in (("known", None if is_new is None else ~is_new), ("new", is_new)):
+        some = chosen is not None and chosen.any()
+        measured[name] = _metrics({key: values[chosen] for key, values in joined.items()}) if some else None
+    return measured
+
+
+def _metrics(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    found = evaluate_predictions(**columns)
+    return {name: found[name] for name in COUNTS + METRICS}
+
+
+def write_records(run_dir: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Replace days.jsonl, in order of the partitions, in one rename."""
+    ordered = sorted(records, key=lambda record: record["partition"])
+    text = "".join(json.dumps(record) + "\n" for record in ordered)
+    path = run_dir / DAYS
+    if path.exists() and path.read_text() == text:
+        return
+    partial = run_dir / f".partial-{DAYS}"
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def day_dir(run_dir: Path, partition: str) -> Path:
+    return run_dir / FOLDER / partition
+
+
+def clear_day(run_dir: Path, partition: str) -> None:
+    """Remove what an evaluation that did not end may have left, also one by another number of ranks."""
+    shutil.rmtree(day_dir(run_dir, partition), ignore_errors=True)
+
+
+def write_day_report(run_dir: Path, record: Mapping[str, Any], steps_before: int) -> None:
+    """report.json and report.html of one day, if not there, in its folder, which becomes a run's folder in small: the
+    steps of that day, what it was trained with, and how good a model can be where the data tell."""
+    folder = day_dir(run_dir, record["partition"])
+    if (folder / "report.html").exists():
+        return
+    for name in ("config.yaml", "plan.txt", "versions.json"):
+        if (run_dir / name).exists():
+            shutil.copyfile(run_dir / name, folder / name)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    own = [line for line in lines if steps_before < json.loads(line)["step"] <= (record["step"] or 0)]
+    (folder / "metrics.jsonl").write_text("".join(line for line in own if json.loads(line)["kind"] != "day"))
+    write_report(folder, _teacher(run_dir, record["partition"]))
+
+
+def _teacher(run_dir: Path, partition: str) -> dict[str, Any] | None:
+    path = run_dir / "teacher.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text()).get("splits", {}).get(f"day={partition}")
+    return None if found is None or found["auc"] is None else found

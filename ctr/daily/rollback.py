@@ -1,0 +1,95 @@
+"""Go back to the end of a day: the state, the published model and the records are those of that moment again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ctr.config import Config
+from ctr.daily.calendar import on_first_rank
+from ctr.daily.publish import FOLDER, chain_of, point
+from ctr.daily.records import FOLDER as DAYS_FOLDER
+from ctr.daily.records import TRAINED, clear_day, write_records
+from distributed.checkpoint import (
+    MANIFEST,
+    TRAINING,
+    CheckpointError,
+    discard,
+    names_of_states,
+    open_saved,
+    read_manifest,
+)
+from distributed.checkpoint_files import Storage
+from distributed.checkpoint_lock import FolderLock
+from distributed.process import Process
+
+ROLLBACKS = "rollbacks.jsonl"
+
+
+def roll_back(config: Config, process: Process, say: Callable[[str], None]) -> None:
+    """Make the end of `daily.rollback_to` the newest state, and what was published then the served model.
+
+    Newer states, publications, records and days' folders are removed; `rollbacks.jsonl` keeps a line. Days behind it can
+    be run again. Nothing is removed before the state that remains was read through and its publications were found. A
+    rollback that was killed is ended by the same command, or undone by a job that goes on.
+
+    Raises:
+        CheckpointError: no state of the end of that day is kept, or it is damaged. FolderInUse: a job is running.
+    """
+    run_dir, key = Path(config.trainer.run_dir), config.daily.rollback_to
+    root = Storage(config.trainer.checkpoint.folder or run_dir / "checkpoints")
+    held: list[FolderLock] = []
+    on_first_rank(process, lambda: held.append(FolderLock(run_dir)))
+    name, records = on_first_rank(process, lambda: _find(root, key))
+    open_saved(root.below(name), process)
+    on_first_rank(process, lambda: _check_published(run_dir, records))
+    if process.is_main:
+        _remove_newer(run_dir, root, name, key)
+        point(Storage(run_dir / FOLDER), records, config.daily.keep_days)
+        write_records(run_dir, records)
+        for partition in {folder.name for folder in (run_dir / DAYS_FOLDER).iterdir()} - {
+            r["partition"] for r in records
+        }:
+            clear_day(run_dir, partition)
+        say(f"{run_dir} is at the end of {key} again, {name}; the days behind it can be run again")
+        held[0].release()
+
+
+def _find(root: Storage, key: str) -> tuple[str, list[dict[str, Any]]]:
+    """The newest state of the end of a day, and its records."""
+    kept = []
+    for name in names_of_states(root):
+        daily = (
+            json.loads(root.below(name).read(TRAINING)).get("daily", {}) if root.exists(f"{name}/{MANIFEST}") else {}
+        )
+        trained = [record["partition"] for record in daily.get("records", []) if record["status"] == TRAINED]
+        if trained and daily["record"] is None:
+            if trained[-1] == key:
+                return name, daily["records"]
+            kept.append(trained[-1])
+    raise CheckpointError(
+        f"daily.rollback_to is {key}; {root.name} has no state of the end of that day, "
+        f"it has those of {', '.join(kept) or 'none'}"
+    )
+
+
+def _check_published(run_dir: Path, records: list[dict[str, Any]]) -> None:
+    for name in chain_of(records):
+        read_manifest(Storage(run_dir / FOLDER / name))
+
+
+def _remove_newer(run_dir: Path, root: Storage, name: str, key: str) -> None:
+    """Newest first, so that what remains is at any time a run up to some moment."""
+    newer = [one for one in names_of_states(root) if one > name]
+    if newer:
+        line = {"to": key, "from_state": newer[0], "to_state": name, "at": datetime.now(timezone.utc).isoformat()}
+        with open(run_dir / ROLLBACKS, "a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    for one in newer:
+        discard(root, one)
