@@ -20,7 +20,7 @@ def load() -> tuple[Config, str, float]:
     return config, config.trainer.device, config.trainer.timeout_seconds
 
 
-def retrain(config: Config, process: Process) -> None:
+def train(config: Config, process: Process) -> None:
     if config.daily.rollback_to is not None:
         from ctr.daily.rollback import roll_back
 
@@ -32,4 +32,4 @@ def retrain(config: Config, process: Process) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(load, retrain))
+    sys.exit(run(load, train))

@@ -36,6 +36,7 @@ from ctr.train.evaluate import evaluate, open_reader
 from ctr.train.optimizers import Optimizers
 from ctr.train.trainer import Trainer
 from distributed.checkpoint import CheckpointError, Saved, folder_name
+from distributed.plan import size
 from distributed.process import Stopped, say
 from distributed.table_files import ColumnSource
 
@@ -167,10 +168,11 @@ class Daily(Trainer):
         Raises Stopped, with status 3, on all ranks.
         """
         record = self.record
-        if record["step"] is not None:
+        if record["step"] is not None:  # it was let through, and a state stands behind some of its steps
             return
-        learnt = self.records[self.config.trainer.warm_start.path is None :]  # the first model had learnt nothing
-        problem = out_of_band(self.config.daily.guard, record, [one for one in learnt if one["status"] == TRAINED])
+        trained = [one for one in self.records if one["status"] == TRAINED]
+        learnt = trained[self.config.trainer.warm_start.path is None :]  # the first model had learnt nothing
+        problem = out_of_band(self.config.daily.guard, record, learnt)
         accepted = record["partition"] in self.config.daily.accept
         if problem is not None and not accepted:
             self._hold(problem)
@@ -225,6 +227,10 @@ class Daily(Trainer):
         if trained:
             self.publisher.publish(self.records)
             record["published_bytes"] = self.publisher.bytes_of(record["partition"])
+            self.log.say(
+                f"{record['partition']} · trained {rows:,} rows in {record['train_seconds']:.1f} s · "
+                f"published {size(record['published_bytes'])} ({record['published']})"
+            )
         if self.process.is_main:
             self._tell()
 

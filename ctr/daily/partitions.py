@@ -22,6 +22,7 @@ DAY = re.compile(r"day=(\d{4}-\d\d-\d\d)")
 HOUR = re.compile(r"hour=(\d\d)")
 KEY = re.compile(r"\d{4}-\d\d-\d\d(T\d\d)?")
 PARQUET_END = b"PAR1"
+SMALL_BYTES = 1 << 20
 
 
 class PartitionError(DataError):
@@ -124,7 +125,8 @@ def folder_of(root: str, key: str) -> str:
 def fingerprint(partition: Partition) -> str:
     """16 hex digits over the names below the partition, sizes and footers of its parquet files.
 
-    Footers hold the place, the size and the statistics of every column of every row group; data are not read.
+    Footers hold the place, the stored size and the statistics of every column of every row group. In a small file these
+    can agree by chance where values differ, so files of up to `SMALL_BYTES` count whole; data of others are not read.
 
     Raises PartitionError for a file without a whole footer, DataError where there are no files.
     """
@@ -137,7 +139,7 @@ def fingerprint(partition: Partition) -> str:
 
 
 def _seal(file: DataFile) -> tuple[int, str]:
-    """Size of a parquet file, and a checksum of its footer."""
+    """Size of a parquet file, and a checksum of its footer, or of all of a small one."""
     try:
         with file.filesystem.open_input_file(file.location) as stream:
             size = stream.size()
@@ -146,8 +148,9 @@ def _seal(file: DataFile) -> tuple[int, str]:
             length = struct.unpack("<I", tail[:4])[0] if len(tail) == 8 else 0
             if tail[4:] != PARQUET_END or length + 12 > size:
                 raise PartitionError(f"{file.path}: no readable parquet footer in its {size:,} bytes")
-            stream.seek(size - 8 - length)
-            return size, hashlib.sha256(stream.read(length)).hexdigest()
+            begin = 0 if size <= SMALL_BYTES else size - 8 - length
+            stream.seek(begin)
+            return size, hashlib.sha256(stream.read(size - begin)).hexdigest()
     except OSError as error:
         raise PartitionError(f"{file.path}: {one_line(error)}") from None
 

@@ -93,7 +93,7 @@ def write_day_report(run_dir: Path, record: Mapping[str, Any], steps_before: int
     """report.json and report.html of one day, if not there, in its folder, which becomes a run's folder in small: the
     steps of that day, what it was trained with, and how good a model can be where the data tell."""
     folder = day_dir(run_dir, record["partition"])
-    if (folder / "report.html").exists():
+    if (folder / "report.html").exists() or not (folder / "predictions").exists():
         return
     for name in ("config.yaml", "plan.txt", "versions.json"):
         if (run_dir / name).exists():

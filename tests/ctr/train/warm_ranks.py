@@ -5,6 +5,7 @@ Run as a program it is that process: it reads one JSON command per line and answ
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -16,7 +17,10 @@ from tests.ranks import ROOT, _free_port
 
 
 class WarmRanks:
-    def __init__(self) -> None:
+    """script: of scripts/, train or daily."""
+
+    def __init__(self, script: str = "train") -> None:
+        self._script = script
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "tests.ctr.train.warm_ranks"]
         self._server = subprocess.Popen(
@@ -26,13 +30,14 @@ class WarmRanks:
     def start(
         self, world: int, arguments: list[str], output: Path, end: tuple | None = None, **constants: float
     ) -> list[int]:
-        """Fork the ranks of `scripts/train.py arguments`. Returns their pids.
+        """Fork the ranks of the script. Returns their pids.
 
         end: (step, signal, ranks): these ranks send themselves the signal behind the step. constants: of
         distributed/process.py.
         """
         port = _free_port()
-        return self._ask(world=world, arguments=arguments, output=str(output), port=port, end=end, constants=constants)
+        command = {"script": self._script, "world": world, "arguments": arguments, "output": str(output), "port": port}
+        return self._ask(**command, end=end, constants=constants)
 
     def wait(self, seconds: float = 120.0) -> list[int | None]:
         """Exit statuses of the ranks started last, -9 for one that was killed; None for one that still runs."""
@@ -63,10 +68,11 @@ def _fork_rank(rank: int, command: dict) -> int:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
     if command["world"] > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(command["port"]))
-    sys.argv = ["scripts/train.py", *command["arguments"]]
+    sys.argv = [f"scripts/{command['script']}.py", *command["arguments"]]
 
     from distributed import process
-    from scripts import train
+
+    script = importlib.import_module(f"scripts.{command['script']}")
 
     for name, value in command["constants"].items():
         setattr(process, name, value)
@@ -74,7 +80,7 @@ def _fork_rank(rank: int, command: dict) -> int:
         _end_behind(*command["end"], rank)
     status = 1
     try:
-        status = process.run(train.load, train.train)
+        status = process.run(script.load, script.train)
     finally:
         sys.stdout.flush()
         os._exit(status)
@@ -107,6 +113,7 @@ def _wait(pids: list[int], seconds: float) -> list[int | None]:
 
 
 def _serve() -> None:
+    import ctr.daily.loop
     import ctr.models.deepfm
     import ctr.train.trainer  # noqa: F401
 

@@ -1,0 +1,61 @@
+"""Bands of the guard, by hand."""
+
+import pytest
+
+from ctr.config import load_config
+from ctr.daily.config import DailyGuardConfig
+from ctr.daily.guard import out_of_band
+from embedding.errors import ConfigError
+
+CONFIG = DailyGuardConfig(window=3, min_days=2, auc=0.1, logloss=0.2, normalized_entropy=None, calibration=0.5)
+
+
+def day(auc=0.8, logloss=0.5, calibration=1.0) -> dict:
+    return {"auc": auc, "logloss": logloss, "normalized_entropy": 0.9, "calibration": calibration}
+
+
+def test_inside_the_bands():
+    before = [day(auc=0.7), day(auc=0.9)]  # mean 0.8, at least 0.72
+    assert out_of_band(CONFIG, day(auc=0.73), before) is None
+    assert out_of_band(CONFIG, day(auc=0.99, logloss=0.1), before) is None  # better is no reason
+
+
+@pytest.mark.parametrize(
+    ("metrics", "sentence"),
+    [
+        (day(auc=0.71), "auc is 0.7100, expected at least 0.7200 (mean 0.8000 of 2 days)"),
+        (day(auc=None), "auc is undefined, expected at least 0.7200 (mean 0.8000 of 2 days)"),
+        (day(logloss=0.61), "logloss is 0.6100, expected at most 0.6000 (mean 0.5000 of 2 days)"),
+        (day(calibration=1.6),
+         "calibration is 1.6000, expected at least 0.5000 and at most 1.5000 (mean 1.0000 of 2 days)"),
+        (day(calibration=0.4),
+         "calibration is 0.4000, expected at least 0.5000 and at most 1.5000 (mean 1.0000 of 2 days)"),
+    ],
+)  # fmt: skip
+def test_what_is_out_is_named(metrics, sentence):
+    assert out_of_band(CONFIG, metrics, [day(auc=0.7), day(auc=0.9)]) == sentence
+
+
+def test_the_window():
+    falling = [day(auc=0.2), day(auc=0.8), day(auc=0.8), day(auc=0.8)]
+    assert out_of_band(CONFIG, day(auc=0.6), falling)  # the first is forgotten
+    assert out_of_band(CONFIG, day(auc=0.6), falling[:2]) is None
+    assert out_of_band(CONFIG, day(auc=0.1), [day()]) is None  # too few days
+    assert out_of_band(CONFIG, day(auc=0.1), [day(auc=None), day()]) is None
+    off = DailyGuardConfig(window=0, min_days=1, auc=0.1)
+    assert out_of_band(off, day(auc=0.1), [day()] * 5) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("daily.guard.min_days=0", "daily.guard.min_days is 0; expected at least 1"),
+        ("daily.guard.auc=-0.1", "daily.guard.auc is -0.1; expected a number above 0"),
+        ("daily.method=batch", "daily.method is 'batch'; expected incremental, window or stale"),
+        ("daily.keep_days=0", "daily.keep_days is 0; expected at least 1"),
+    ],
+)
+def test_mistakes_in_the_configuration(override, message):
+    with pytest.raises(ConfigError) as error:
+        load_config([override], "")
+    assert str(error.value) == message
