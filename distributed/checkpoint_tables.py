@@ -124,12 +124,14 @@ def load_rows(
     name_there: Callable[[str], str] = str,
     with_state: Callable[[str], bool] = lambda name: True,
     in_place: bool = False,
+    with_periods: bool = True,
 ) -> int:
     """Fill this rank's empty tables with the rows that it owns, one row group at a time. Returns bytes of rows read.
 
     Args:
         name_there: the name under which a table was saved. with_state: whether its optimizer state is wanted.
-        in_place: give rows the numbers that they had; the ranks must be those that saved.
+        in_place: give rows the numbers that they had; the ranks must be those that saved. with_periods: rows keep the
+        period in which they were added; otherwise all are old.
 
     Raises:
         TesseraError: a table is missing there, or its rows are of another kind.
@@ -151,7 +153,8 @@ def load_rows(
                     read += sum(column.nbytes for column in columns.values())
                     if len(saved.folders) > 1:
                         columns = _without(columns, table, hidden)
-                    table.import_rows(to_batch(columns, table, f"{folder.name}/{path}", with_state(name), in_place))
+                    batch = to_batch(columns, table, f"{folder.name}/{path}", with_state(name), in_place, with_periods)
+                    table.import_rows(batch)
             gone = [columns["id"] for columns in _columns(folder, "gone", there, process)]
             hidden = torch.cat([hidden, *gone]).unique()
     return read
@@ -199,7 +202,8 @@ def load_table_state(tables: Tables, saved: Saved, by_rank: list[dict[str, Tenso
             table.import_state(states[process.rank])
             continue
         counters = torch.stack([state["counters"] for state in states]).sum(0)
-        kept = {"step": states[0]["step"], "counters": counters if process.is_main else torch.zeros_like(counters)}
+        kept = {key: states[0][key] for key in ("step", "period") if key in states[0]}
+        kept |= {"counters": counters if process.is_main else torch.zeros_like(counters)}
         if "admission/cells" in states[0]:
             if process.world_size % saved.ranks:
                 lost.append(

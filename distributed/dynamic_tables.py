@@ -45,6 +45,7 @@ class DynamicTables(nn.Module):
         averaged: the features whose bags are averaged over their ids; the others are summed.
         transport: precision in which rows travel between ranks, see `transport.py`.
         others: what ids without a row read, zeros or the table's learned row (`others` [tables, width], first 0).
+        first_values: what new rows begin with: random, or others, as the learned row is when they are added.
         bag_tables: the tables on the bag path, whose owners send sums over bags.
     """
 
@@ -59,6 +60,7 @@ class DynamicTables(nn.Module):
         transport: str = "fp32",
         others: str = "zeros",
         bag_tables: Collection[str] = (),
+        first_values: str = "random",
     ) -> None:
         super().__init__()
         self._transport = transport
@@ -67,6 +69,8 @@ class DynamicTables(nn.Module):
         self.tables, self.expected_rows = list(tables), expected_rows
         self.groups = {group.name: group.dim for group in tables[0].groups}
         self.learns_steps = any(table.learns_steps for table in tables)
+        self._begin_as_others = first_values == "others"
+        assert others == "learned" or not self._begin_as_others
         self.others = nn.Parameter(torch.zeros(len(tables), tables[0].width)) if others == "learned" else None
         self._id_names, self._averaged = list(id_names), [i for i, name in enumerate(id_names) if name in averaged]
         self._row_tables = [i for i, table in enumerate(tables) if table.name not in bag_tables]
@@ -188,6 +192,14 @@ class DynamicTables(nn.Module):
         for kernel in self._kernels():
             kernel.now = now
             kernel.phase = Pass.FIRST if learn_steps else Pass.ONLY
+        if self._begin_as_others:
+            for table, others in zip(self.owned().values(), self.others.detach(), strict=True):
+                table.first_values = others
+
+    def begin_period(self) -> None:
+        """From here on, rows that are there now are old: the optimizer's `old_rows_factor` slows them."""
+        for table in self.owned().values():
+            table.begin_period()
 
     @contextmanager
     def second_pass(self) -> Iterator[None]:

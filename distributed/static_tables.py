@@ -152,6 +152,9 @@ class StaticTables(nn.Module):
     def begin_step(self, now: int, learn_steps: bool = False) -> None:
         """Nothing: static rows have no age, and no step sizes."""
 
+    def begin_period(self) -> None:
+        """Nothing: rows are as old as the table."""
+
     def expire(self, now: int, everywhere: bool = False) -> None:
         """Nothing: static rows never expire."""
 

@@ -186,8 +186,11 @@ def files_of(storage: Storage, kind: str, table: str, process: Process) -> list[
     return chosen
 
 
-def to_batch(columns: Columns, table: DynamicTable, path: str, with_state: bool, with_rows: bool) -> RowBatch:
-    """What `import_rows` takes. Optimizer state that the file lacks, or is not wanted, is a new row's.
+def to_batch(
+    columns: Columns, table: DynamicTable, path: str, with_state: bool, with_rows: bool, with_periods: bool = True
+) -> RowBatch:
+    """What `import_rows` takes. Optimizer state that the file lacks, or is not wanted, is a new row's; rows whose
+    period it lacks, or is not wanted, are older than any period of the table.
 
     Raises:
         TesseraError: a column has another type or width than the table.
@@ -199,7 +202,8 @@ def to_batch(columns: Columns, table: DynamicTable, path: str, with_state: bool,
     parts = {}
     for field in fields(RowBatch):
         name = COLUMN_OF_FIELD.get(field.name, field.name)
-        if name == "row" and not with_rows or name not in expected:
+        absent = name == "period" and not (with_periods and name in columns)
+        if name == "row" and not with_rows or name not in expected or absent:
             parts[field.name] = None
             continue
         wanted = expected[name]

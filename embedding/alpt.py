@@ -20,15 +20,20 @@ class RowsAhead:
         self._store, self._rows, self._ids, self._step = store, rows, ids, step
         self._held: list[Tensor | None] = []
 
-    def update(self, grads: Tensor, inverse: Tensor | None, lr: float) -> None:
-        """The first pass: one optimizer step by gradients float32 [n, width]."""
+    def update(self, grads: Tensor, inverse: Tensor | None, rates: list[tuple[Tensor, float | None]]) -> None:
+        """The first pass: one optimizer step by gradients float32 [n, width].
+
+        rates: disjoint parts of the rows, -1 in place of the others, and the learning rate of each.
+        """
         for group, part in zip(self._store.groups, self._store.split(grads), strict=True):
-            held = None
-            if isinstance(group, PackedRows) and group.learned:
-                held = torch.empty((self._rows.numel(), part.shape[1]), device=part.device)
-                group.update(self._rows, part, inverse, lr, self._ids, self._step, held)
-            else:
-                group.update(self._rows, part, inverse, lr, self._ids, self._step)
+            held: Tensor | None = None
+            for rows, lr in rates:
+                if isinstance(group, PackedRows) and group.learned:
+                    new = torch.empty((rows.numel(), part.shape[1]), device=part.device)
+                    group.update(rows, part, inverse, lr, self._ids, self._step, new)
+                    held = new if held is None else held + new  # zeros for the rows of the other part
+                else:
+                    group.update(rows, part, inverse, lr, self._ids, self._step)
             self._held.append(held)
 
     def gather(self, inverse: Tensor | None = None) -> Tensor:

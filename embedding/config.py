@@ -19,6 +19,7 @@ ADMISSIONS = ("none", "exact", "sliding", "probabilistic")
 EVICTIONS = ("lru", "lfu", "raise")
 SLIDING_MAX = 15  # the counters of the sliding filter have 4 bits
 META_BYTES = 32  # time, count, id and mark of a row
+PERIOD_BYTES = 8  # where rows know the period in which they were added
 # The id map takes 16 bytes a slot; a segment with the lowest limit that has just been split is half that full.
 MAP_BYTES_PER_ROW = math.ceil(16 / (LIMIT * 2**-SPREAD / 2))
 
@@ -87,7 +88,9 @@ class RowOptimizer:
     """How rows are updated; formulas in `kernels/update.py`. `weight_decay` is L2 on the rows of a batch.
 
     `initial_accumulator` is the first value of the sum of squares (adagrad and rowwise_adagrad only). `state_format`:
-    fp32, or bf16 for the moments of adam, rounded stochastically.
+    fp32, or bf16 for the moments of adam, rounded stochastically. `old_rows_factor` multiplies the learning rate of
+    rows that were there when the current period began (IncCTR, arXiv 2009.02147: existing embeddings learn more slowly
+    than added ones).
     """
 
     name: str = "rowwise_adagrad"
@@ -101,6 +104,7 @@ class RowOptimizer:
     l1: float = 0.0
     l2: float = 0.0
     state_format: str = "fp32"
+    old_rows_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,11 @@ class DynamicTableConfig:
         return columns * stored_dtype(group.format).itemsize // self.values_dtype.itemsize
 
     @property
+    def knows_periods(self) -> bool:
+        """True if rows keep the period in which they were added."""
+        return self.optimizer.old_rows_factor != 1
+
+    @property
     def has_steps(self) -> bool:
         """True if some group has step sizes."""
         return any(is_int(group.format) for group in self.groups)
@@ -202,7 +211,7 @@ class DynamicTableConfig:
     @property
     def bytes_per_row(self) -> int:
         """Bytes that one more row needs at most: values, state, time, count, id and its place in the id map."""
-        return self.stored_bytes + META_BYTES + MAP_BYTES_PER_ROW
+        return self.stored_bytes + META_BYTES + self.knows_periods * PERIOD_BYTES + MAP_BYTES_PER_ROW
 
     @property
     def row_limit(self) -> int | None:
@@ -262,6 +271,11 @@ class DynamicTableConfig:
         for key in ("beta1", "beta2"):
             if not 0 <= getattr(optimizer, key) < 1:
                 self._fail(f"optimizer.{key}", getattr(optimizer, key), "0 or above and below 1")
+        if not 0 < optimizer.old_rows_factor < math.inf:
+            self._fail("optimizer.old_rows_factor", optimizer.old_rows_factor, "a finite number above 0")
+        if optimizer.old_rows_factor != 1 and optimizer.name == "ftrl":
+            # FTRL makes the values anew from its state and its rate: another rate would move rows by itself.
+            self._fail("optimizer.old_rows_factor", optimizer.old_rows_factor, "1 for ftrl")
         if optimizer.initial_accumulator and optimizer.name not in ("adagrad", "rowwise_adagrad"):
             self._fail("optimizer.initial_accumulator", optimizer.initial_accumulator, f"0 for {optimizer.name}")
 

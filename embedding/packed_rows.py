@@ -7,7 +7,7 @@ from torch import Tensor
 
 from embedding.config import DynamicTableConfig, Group, key_of
 from kernels.chunks import allocate_chunk
-from kernels.formats import DTYPES, is_int, stored_dtype
+from kernels.formats import DTYPES, code_range, is_int, stored_dtype
 from kernels.packed import Hyper, packed_gather, packed_learn_steps, packed_look_ahead, packed_update
 from kernels.quantise import quantise
 from kernels.random import normal
@@ -35,11 +35,17 @@ class PackedRows:
         shape = (self._config.chunk_rows, self._layout.bytes)
         self.chunks.append(allocate_chunk(shape, torch.uint8, self._device))
 
-    def initialise(self, rows: Tensor, ids: Tensor) -> None:
-        """First values and state, and the configured step size."""
+    def initialise(self, rows: Tensor, ids: Tensor, first: Tensor | None) -> None:
+        """First values and state, and the configured step size, or the one that reaches all values of `first`."""
         group, layout, config, n = self._group, self._layout, self._config, rows.numel()
-        values = normal(config.seed, config.key(group), ids, group.dim).mul_(group.init_std)
         steps = torch.full((n,), group.step, device=self._device) if is_int(group.format) else None
+        if first is None:
+            values = normal(config.seed, config.key(group), ids, group.dim).mul_(group.init_std)
+        else:
+            values = first.expand(n, -1).contiguous()
+            if steps is not None:
+                low, high = code_range(group.format)
+                steps = steps.maximum(first.max() / high).maximum(first.min() / low)
         rounding = {"rounding": group.rounding, "ids": ids, "seed": config.seed, "table": self._lots_key}
         stored = quantise(values, steps, group.format, **rounding)
         state = values.new_zeros((n, layout.state_floats + layout.moments + layout.step_state))

@@ -1,7 +1,8 @@
 """Who lives in which row, since when, and how often it was seen.
 
 An `IdMap` leads from an id to its row. Beside the rows lie chunks of int64 [chunk_rows, 4]: time last seen, count
-(0: the row is free), id, and the mark under which the row last changed. Rows are numbered from 0; a freed row is
+(0: the row is free), id, and the mark under which the row last changed; where it is asked for, a fifth column has the
+period in which the row was added. Rows are numbered from 0; a freed row is
 taken again before a new one, the last freed first, so the same calls always give the same rows.
 """
 
@@ -18,19 +19,20 @@ from kernels.id_map import IdMap
 from kernels.scatter import scatter
 from kernels.touch import COUNT, expired, touch
 
-ID, MARK = 2, 3
-COLUMNS = 4
+ID, MARK, PERIOD = 2, 3, 4
+COLUMNS = 4  # without the period
 SCAN_ROWS = 1 << 18  # rows looked at in one piece, which bounds the temporary memory of a walk
 
 
 class RowIndex:
-    def __init__(self, chunk_rows: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, chunk_rows: int, device: torch.device | str = "cpu", with_periods: bool = False) -> None:
         self.device = torch.device(device)
         self.map = IdMap(device)
         self.meta: list[Tensor] = []
         #: Rows ever taken: all rows in use are below.
         self.end = 0
         self._chunk_rows = chunk_rows
+        self._columns = COLUMNS + with_periods
         self._free = torch.empty(0, dtype=torch.int64, device=device)  # a stack: the first `_free_count` count
         self._free_count = 0
         self._cursor = 0
@@ -41,17 +43,17 @@ class RowIndex:
     @property
     def nbytes(self) -> int:
         """Bytes in use; what is reserved beyond `end` has not been touched."""
-        return self.map.nbytes + self.end * COLUMNS * 8 + self._free.numel() * 8
+        return self.map.nbytes + self.end * self._columns * 8 + self._free.numel() * 8
 
     def find(self, ids: Tensor) -> Tensor:
         """Rows int64 [n] of ids int64 [n]; -1 where unknown."""
         return self.map.find(ids)
 
-    def add(self, ids: Tensor, mark: int) -> Tensor:
+    def add(self, ids: Tensor, mark: int, period: int = 0) -> Tensor:
         """Give rows to distinct, unknown ids. Their time and count are left to `touch`. Returns rows int64 [n]."""
         rows = self._take_rows(ids.numel())
         self.map.insert(ids, rows)
-        self.write(rows, 0, 0, ids, mark)
+        self.write(rows, 0, 0, ids, mark, period)
         return rows
 
     def remove(self, rows: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ class RowIndex:
             return rows
         ids = gather(self.meta, rows, 1, begin=ID).flatten()
         self.map.erase(ids)
-        scatter(self.meta, rows, rows.new_zeros((1, COLUMNS)))
+        scatter(self.meta, rows, rows.new_zeros((1, self._columns)))
         self._give_back(rows)
         return ids
 
@@ -73,14 +75,23 @@ class RowIndex:
         scatter(self.meta, rows, torch.full((1, 1), mark, dtype=torch.int64, device=self.device), begin=MARK)
 
     def read(self, rows: Tensor) -> Tensor:
-        """int64 [n, 4]: time, count, id, mark of rows."""
-        return gather(self.meta, rows, COLUMNS)
+        """int64 [n, 4]: time, count, id, mark of rows; [n, 5] with the period."""
+        return gather(self.meta, rows, self._columns)
 
-    def write(self, rows: Tensor, last_seen: Tensor | int, count: Tensor | int, ids: Tensor, mark: int) -> None:
+    def write(
+        self,
+        rows: Tensor,
+        last_seen: Tensor | int,
+        count: Tensor | int,
+        ids: Tensor,
+        mark: int,
+        period: Tensor | int = 0,
+    ) -> None:
         """Set all that is known of rows that have been taken (tensors int64 [n])."""
-        meta = torch.empty((rows.numel(), COLUMNS), dtype=torch.int64, device=self.device)
-        for column, value in enumerate((last_seen, count, ids, mark)):
-            meta[:, column] = value
+        meta = torch.empty((rows.numel(), self._columns), dtype=torch.int64, device=self.device)
+        known = (last_seen, count, ids, mark, period)
+        for column in range(self._columns):
+            meta[:, column] = known[column]
         scatter(self.meta, rows, meta)
 
     def expired(self, now: int, ttl: int, budget_rows: int | None = None) -> Iterator[Tensor]:
@@ -103,7 +114,7 @@ class RowIndex:
         return self._free[: self._free_count]
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield (first row, what is known of it and those after it: int64 [k, 4]) for all rows ever taken."""
+        """Yield (first row, what is known of it and those after it: int64 [k, 4 or 5]) for all rows ever taken."""
         for begin, chunk in zip(range(0, self.end, self._chunk_rows), self.meta, strict=True):
             yield begin, chunk[: self.end - begin]
 
@@ -126,7 +137,7 @@ class RowIndex:
         """Have memory for rows [0, end), the new ones free. Memory beyond is not touched."""
         begin, self.end = self.end, max(self.end, end)
         while len(self.meta) * self._chunk_rows < end:
-            self.meta.append(allocate_chunk((self._chunk_rows, COLUMNS), torch.int64, self.device))
+            self.meta.append(allocate_chunk((self._chunk_rows, self._columns), torch.int64, self.device))
         while begin < end:
             chunk, row = divmod(begin, self._chunk_rows)
             self.meta[chunk][row : row + end - begin] = 0

@@ -34,7 +34,12 @@ class PlainRows:
         """Reserve one more chunk."""
         self.chunks.append(allocate_chunk((self._config.chunk_rows, self._width), torch.float32, self._device))
 
-    def initialise(self, rows: Tensor, ids: Tensor) -> None:
+    def initialise(self, rows: Tensor, ids: Tensor, first: Tensor | None) -> None:
+        if first is not None:
+            n, start = rows.numel(), self._config.optimizer.initial_accumulator
+            state = torch.full((n, self._width - self._group.dim), start, device=self._device)
+            self.write(rows, first.expand(n, -1), state, None)
+            return
         init_rows(
             self.chunks,
             rows,
@@ -104,10 +109,11 @@ class RowStore:
                 group.grow()
             self._reserved += self._config.chunk_rows
 
-    def initialise(self, rows: Tensor, ids: Tensor) -> None:
-        """First values, from (seed, table, group, id) alone, first state and step sizes."""
-        for group in self.groups:
-            group.initialise(rows, ids)
+    def initialise(self, rows: Tensor, ids: Tensor, first: Tensor | None = None) -> None:
+        """First values, `first` (float32 [width]) or from (seed, table, group, id) alone; first state, step sizes."""
+        parts = [None] * len(self.groups) if first is None else first.split(self._dims)
+        for group, part in zip(self.groups, parts, strict=True):
+            group.initialise(rows, ids, part)
 
     def gather(self, rows: Tensor, inverse: Tensor | None = None) -> Tensor:
         """float32 [u, width], or [n, width] with inverse int64 [n]; row -1 gives zeros."""

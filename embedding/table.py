@@ -14,13 +14,14 @@ from embedding.cold_rows import ColdRows
 from embedding.config import DynamicTableConfig, key_of
 from embedding.errors import TableFull
 from embedding.evicted import EvictedIds
-from embedding.row_index import COLUMNS, ID, RowIndex
+from embedding.row_index import COLUMNS, ID, PERIOD, RowIndex
 from embedding.row_store import RowStore
 from embedding.snapshot import Snapshot
 from kernels.gather import gather
 from kernels.touch import COUNT, LAST_SEEN
 
 COUNTERS = ("new", "admitted", "rejected", "expired", "evicted")
+BEFORE = -1  # the period of rows that come from elsewhere: before any of this table
 
 
 @dataclass
@@ -30,7 +31,8 @@ class RowBatch:
     ids, last_seen (seconds), count (1 or more): int64 [n]; values: [n, columns] of the config's `values_dtype`, one
     group after the other: floats, or uint8 codes (or bytes, where groups have formats of different dtypes); state:
     float32 [n, state_width], likewise, that of a learned step size after its group's. rows: int64 [n], the row numbers
-    they had, or None. step_size: float32 [n, groups], 0 for a group without; None if no group has step sizes.
+    they had, or None. step_size: float32 [n, groups], 0 for a group without; None if no group has step sizes. period:
+    int64 [n], in which they were added; None in a table that does not keep it, or for rows that come from elsewhere.
     """
 
     ids: Tensor
@@ -40,16 +42,21 @@ class RowBatch:
     count: Tensor
     rows: Tensor | None = None
     step_size: Tensor | None = None
+    period: Tensor | None = None
 
 
 class DynamicTable:
     """All tensors that go in and out live on `device`. Row numbers are good until the next call that may free rows:
-    `lookup` in training at a limit, `expire`, `import_rows`."""
+    `lookup` in training at a limit, `expire`, `import_rows`.
+
+    Attributes:
+        first_values: what new rows begin with, float32 [width]; None: numbers drawn from (seed, table, group, id).
+    """
 
     def __init__(self, config: DynamicTableConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.device = torch.device(device)
-        self._index = RowIndex(config.chunk_rows, device)
+        self._index = RowIndex(config.chunk_rows, device, config.knows_periods)
         self._store = RowStore(config, device)
         self._filter = admission_filter(config.admission, config.seed, key_of(config.name), config.ttl_seconds, device)
         self._limit = config.row_limit
@@ -57,7 +64,8 @@ class DynamicTable:
         self._evicted = EvictedIds(config.evicted_kept, device)
         self._snapshots: list[Snapshot] = []
         self._mark = 0  # no marks are written before the first one is asked for
-        self._step = 0
+        self._step = self._period = 0
+        self.first_values: Tensor | None = None
         self._total = dict.fromkeys(COUNTERS, 0)
         self._at_interval = dict(self._total)
 
@@ -117,10 +125,10 @@ class DynamicTable:
         self._count(evicted=rows.numel())
 
     def _add(self, ids: Tensor) -> Tensor:
-        """Rows of new ids, with their first values: from (seed, table, group, id) alone."""
-        rows = self._index.add(ids, self._mark)
+        """Rows of new ids, with their first values."""
+        rows = self._index.add(ids, self._mark, self._period)
         self._store.reserve(self._index.end)
-        self._store.initialise(rows, ids)
+        self._store.initialise(rows, ids, self.first_values)
         if self._cold is not None:
             self._cold.add(rows)
         return rows
@@ -147,7 +155,9 @@ class DynamicTable:
         lr: instead of the configured learning rate; ids: int64 [u] of the rows, if the caller has them at hand.
         """
         self._keep(rows)
-        self._store.update(rows, grads, inverse, lr, self._ids_of(rows, ids), self._step)
+        ids = self._ids_of(rows, ids)
+        for part, rate in self._rates(rows, lr):
+            self._store.update(part, grads, inverse, rate, ids, self._step)
         if self._mark:
             self._index.set_mark(rows, self._mark)
 
@@ -162,10 +172,22 @@ class DynamicTable:
         """`update` where step sizes are learned: its result looks ahead and, by a second gradient, stores the rows."""
         self._keep(rows)
         ahead = RowsAhead(self._store, rows, self._ids_of(rows, ids), self._step)
-        ahead.update(grads, inverse, self.config.optimizer.lr if lr is None else lr)
+        ahead.update(grads, inverse, self._rates(rows, lr))
         if self._mark:
             self._index.set_mark(rows, self._mark)
         return ahead
+
+    def begin_period(self) -> None:
+        """From here on, rows that are there now are old: the optimizer's `old_rows_factor` slows them."""
+        self._period += 1
+
+    def _rates(self, rows: Tensor, lr: float | None) -> list[tuple[Tensor, float]]:
+        """Rows by their learning rate: all, or the old ones and the others, -1 in place of those of the other part."""
+        lr, factor = self.config.optimizer.lr if lr is None else lr, self.config.optimizer.old_rows_factor
+        if not self.config.knows_periods or not self._index.meta:
+            return [(rows, lr)]
+        old = gather(self._index.meta, rows, 1, begin=PERIOD).flatten() < self._period
+        return [(rows.masked_fill(~old, -1), lr * factor), (rows.masked_fill(old, -1), lr)]
 
     def _ids_of(self, rows: Tensor, ids: Tensor | None) -> Tensor | None:
         """What the lots of rounding are drawn by, where they are."""
@@ -262,6 +284,7 @@ class DynamicTable:
             count=meta[:, COUNT].contiguous(),
             rows=rows,
             step_size=step_size,
+            period=meta[:, PERIOD].contiguous() if self.config.knows_periods else None,
         )
 
     def snapshot(self) -> Snapshot:
@@ -306,17 +329,20 @@ class DynamicTable:
                 rows[unknown] = self._index.add(batch.ids[unknown], self._mark)
         self._store.reserve(self._index.end)
         self._keep(rows)
-        self._index.write(rows, batch.last_seen, batch.count, batch.ids, self._mark)
+        period = BEFORE if batch.period is None else batch.period
+        self._index.write(rows, batch.last_seen, batch.count, batch.ids, self._mark, period)
         self._store.write(rows, batch.values, batch.state, batch.step_size)
         if self._cold is not None:
             self._cold.reset()
 
     def export_state(self) -> dict[str, Tensor]:
-        """All that a table is besides its rows: `step`, `counters`, `rows/...` and `admission/...`.
+        """All that a table is besides its rows: `step`, `counters`, `period`, `rows/...` and `admission/...`.
 
         With it and the rows with their numbers, a new table goes on exactly as this one would.
         """
         state = {"step": torch.tensor(self._step), "counters": torch.tensor(list(self._total.values()))}
+        if self.config.knows_periods:
+            state["period"] = torch.tensor(self._period)
         state |= {f"rows/{name}": value for name, value in self._index.export_state().items()}
         if self._filter is not None:
             state |= {f"admission/{name}": value for name, value in self._filter.export_state().items()}
@@ -329,6 +355,8 @@ class DynamicTable:
         """
         if "step" in state:
             self._step = int(state["step"])
+        if "period" in state:
+            self._period = int(state["period"])
         if "counters" in state:
             self._total = dict(zip(COUNTERS, state["counters"].tolist(), strict=True))
             self.reset_interval()

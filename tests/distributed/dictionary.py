@@ -15,7 +15,7 @@ from distributed.sharding import shard
 from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
 from kernels.random import normal
 
-SEED, LR, EPS, BATCH, STEPS = 3, 0.1, 1e-8, 12, 5
+SEED, LR, EPS, BATCH, STEPS, NEW_PERIOD = 3, 0.1, 1e-8, 12, 5, 3
 # Adagrad from 0 divides a row's first gradient by its own size, and with it the rounding error of a sum that nearly
 # cancels: then the order of sums alone moves rows by 1e-5.
 FIRST_STATE = 1.0
@@ -34,12 +34,20 @@ class Case:
     threshold: int = 1
     transport: str = "fp32"
     longest: int = 3
+    old_rows_factor: float = 1.0  # a period begins before step NEW_PERIOD
+    first_values: str = "random"
     options: tuple[tuple[str, Any], ...] = ()  # further arguments of DynamicTables
 
     @property
     def tables(self) -> list[DynamicTableConfig]:
         """b and c share a table."""
-        optimizer = RowOptimizer("rowwise_adagrad", lr=LR, eps=EPS, initial_accumulator=FIRST_STATE)
+        optimizer = RowOptimizer(
+            "rowwise_adagrad",
+            lr=LR,
+            eps=EPS,
+            initial_accumulator=FIRST_STATE,
+            old_rows_factor=self.old_rows_factor,
+        )
         kind = "none" if self.threshold == 1 else "exact"
         common = {"optimizer": optimizer, "seed": SEED, "admission": Admission(kind, self.threshold)}
         return [
@@ -51,9 +59,8 @@ class Case:
 class Model(nn.Module):
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self.tables = DynamicTables(
-            case.tables, IDS, 100, case.averaged, case.transport, case.others, **dict(case.options)
-        )
+        options = {"first_values": case.first_values, **dict(case.options)}
+        self.tables = DynamicTables(case.tables, IDS, 100, case.averaged, case.transport, case.others, **options)
         self.mix = nn.Parameter(torch.randn(3 * WIDTH, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, ids: KeyedJaggedTensor) -> Tensor:
@@ -112,6 +119,8 @@ def train(process, case: Case) -> dict:
 
     outputs = []
     for step in range(STEPS):
+        if step == NEW_PERIOD:
+            model.tables.begin_period()
         model.tables.begin_step(now=100 + step)
         out = output(step)
         (out.sum() * process.world_size / BATCH).backward()
@@ -140,7 +149,7 @@ class Reference:
         self.case, self.mix = case, Model(case).mix.detach()
         self.others = torch.zeros(2, WIDTH, requires_grad=True)
         self.rows: dict[tuple[str, int], Tensor] = {}
-        self.state, self.seen, self.count, self.waiting = {}, {}, {}, {}
+        self.state, self.seen, self.count, self.waiting, self.added = {}, {}, {}, {}, {}
 
     def train(self) -> dict:
         outputs = []
@@ -152,7 +161,8 @@ class Reference:
             outputs.append(out.detach().tolist())
             for key, leaf in leaves.items():
                 if self.seen[key] == 100 + step:
-                    self._update(key, leaf.grad)
+                    old = self.added[key] < NEW_PERIOD <= step
+                    self._update(key, leaf.grad, LR * self.case.old_rows_factor if old else LR)
             if self.others.grad is not None:
                 with torch.no_grad():
                     self.others -= LR * self.others.grad
@@ -177,7 +187,9 @@ class Reference:
                 table = self.case.tables[int(key[0] == "bc")]
                 ids = torch.tensor([key[1]])
                 parts = [normal(SEED, table.key(g), ids, g.dim)[0] * g.init_std for g in GROUPS]
-                self.rows[key], self.state[key], self.count[key] = torch.cat(parts), torch.full((2,), FIRST_STATE), 0
+                others = self.others[int(key[0] == "bc")].detach().clone()
+                self.rows[key] = others if self.case.first_values == "others" else torch.cat(parts)
+                self.state[key], self.count[key], self.added[key] = torch.full((2,), FIRST_STATE), 0, step
             self.count[key] += times
             self.seen[key] = 100 + step
 
@@ -195,10 +207,10 @@ class Reference:
         flat = torch.cat([x[..., :4].flatten(1), x[..., 4:].flatten(1)], 1)
         return (flat * self.mix).sum(1).square()
 
-    def _update(self, key: tuple[str, int], grad: Tensor) -> None:
+    def _update(self, key: tuple[str, int], grad: Tensor, lr: float) -> None:
         for number, columns in enumerate((slice(0, 4), slice(4, 5))):
             self.state[key][number] += grad[columns].square().mean()
-            self.rows[key][columns] -= LR * grad[columns] / (self.state[key][number].sqrt() + EPS)
+            self.rows[key][columns] -= lr * grad[columns] / (self.state[key][number].sqrt() + EPS)
 
 
 def joined(results: list[dict]) -> dict:

@@ -26,8 +26,9 @@ def alone() -> Process:
     return Process(0, 0, 1, torch.device("cpu"), dist.HashStore())
 
 
-def config(optimizer: str = "adam", name: str = "a", groups=GROUPS, **options) -> DynamicTableConfig:
-    return DynamicTableConfig(name, (name,), groups, RowOptimizer(optimizer, lr=0.1), seed=3, **options)
+def config(optimizer: str = "adam", name: str = "a", groups=GROUPS, factor=1.0, **options) -> DynamicTableConfig:
+    rows = RowOptimizer(optimizer, lr=0.1, old_rows_factor=factor)
+    return DynamicTableConfig(name, (name,), groups, rows, seed=3, **options)
 
 
 EXACT = Admission("exact", threshold=3)
@@ -51,7 +52,7 @@ def content(tables: dict[str, DynamicTable], numbers: bool = False) -> dict[str,
     for name, table in tables.items():
         batch = table.read_rows(table.rows_in_use())
         columns = [batch.values, batch.state, batch.last_seen, batch.count, *([batch.rows] if numbers else [])]
-        columns += [] if batch.step_size is None else [batch.step_size]
+        columns += [column for column in (batch.step_size, batch.period) if column is not None]
         found[name] = {
             i: tuple(column[place].numpy().tobytes() for column in columns)
             for place, i in enumerate(batch.ids.tolist())
