@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 import conf
 from ctr.daily.config import DailyConfig, check_daily
 from ctr.data.schema import SchemaConfig
+from ctr.train.distil import DistilConfig
 from embedding.errors import ConfigError
 from kernels.formats import FORMATS, ROUNDINGS
 
@@ -65,6 +66,7 @@ class EmbeddingConfig:
     init_std: float = MISSING
     l2: float = 0.0
     others: str = "zeros"
+    first_values: str = "random"
     bag_path: str = "never"
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     ttl_days: float | None = None
@@ -106,6 +108,7 @@ class SparseConfig(SideConfig):
     l1: float = 0.0
     l2: float = 0.0
     state_format: str = "fp32"
+    old_rows_factor: float = 1.0
 
 
 @dataclass
@@ -147,6 +150,12 @@ class WarmStartConfig:
 
 
 @dataclass
+class ReplayConfig:
+    path: str | None = None
+    weight: float = 1.0
+
+
+@dataclass
 class TrainerConfig:
     """conf/trainer/*.yaml. `batch_size` is the global one, over all ranks."""
 
@@ -166,6 +175,8 @@ class TrainerConfig:
     resume: str | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
     timeout_seconds: float = MISSING
 
 
@@ -331,8 +342,20 @@ def _check(config: Config) -> None:
     if trainer.resume is not None and trainer.run_dir is None:
         raise ConfigError("trainer.resume is set but trainer.run_dir is null; name the folder of the run to go on with")
     check_daily(config.daily)
+    _check_incremental(config)
     if trainer.early_stop.metric not in ("auc", "logloss"):
         raise ConfigError(f"trainer.early_stop.metric is {trainer.early_stop.metric!r}; expected auc or logloss")
+
+
+def _check_incremental(config: Config) -> None:
+    replay, distil, factor = config.trainer.replay, config.trainer.distil, config.optimizer.sparse.old_rows_factor
+    if config.embedding.kind == "static" and factor != 1:
+        raise ConfigError(
+            f"optimizer.sparse.old_rows_factor is {factor}; static tables have no new rows (embedding=dynamic has)"
+        )
+    if not replay.weight >= 0:
+        raise ConfigError(f"trainer.replay.weight is {replay.weight}; expected 0 or above")
+    distil.check(config.trainer.epochs)
 
 
 def _check_embedding(embedding: EmbeddingConfig, state_format: str) -> None:
@@ -343,6 +366,7 @@ def _check_embedding(embedding: EmbeddingConfig, state_format: str) -> None:
         "alpt.gradient_scale": (embedding.alpt.gradient_scale, ("batch", "dim", "none")),
         "transport": (embedding.transport, ("fp32", "fp16", "bf16")),
         "others": (embedding.others, ("zeros", "learned")),
+        "first_values": (embedding.first_values, ("random", "others")),
         "bag_path": (embedding.bag_path, ("never", "auto", "always")),
     }
     for key, (value, known) in choices.items():
@@ -350,6 +374,8 @@ def _check_embedding(embedding: EmbeddingConfig, state_format: str) -> None:
             near = get_close_matches(str(value), known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"embedding.{key} is {value!r}; expected {', '.join(known[:-1])} or {known[-1]}{hint}")
+    if embedding.first_values == "others" and embedding.others != "learned":
+        raise ConfigError(f"embedding.first_values is others; expected others=learned, found {embedding.others}")
     above_zero = {"step": embedding.step, "range": embedding.range, "alpt.lr": embedding.alpt.lr}
     for key, value in above_zero.items():
         if value is not None and not value > 0:
@@ -360,6 +386,6 @@ def _check_embedding(embedding: EmbeddingConfig, state_format: str) -> None:
     for key, value in of_dynamic.items():
         if embedding.kind == "static" and value != "fp32":
             raise ConfigError(f"{key} is {value}; static tables have fp32 alone (embedding=dynamic has more)")
-    for key, only in (("others", "zeros"), ("bag_path", "never")):
+    for key, only in (("others", "zeros"), ("bag_path", "never"), ("first_values", "random")):
         if embedding.kind == "static" and getattr(embedding, key) != only:
             raise ConfigError(f"embedding.{key} is {getattr(embedding, key)}; it needs embedding.kind dynamic")

@@ -17,10 +17,8 @@ from ctr.data.window import Slice
 class Assembler:
     """Makes the batches of one epoch."""
 
-    def __init__(self, schema: Schema, in_stored_order: bool = False):
-        """in_stored_order: the epoch's order is that of the files, and batches say where their rows stand in it."""
-        self.schema = schema
-        self.in_stored_order = in_stored_order
+    def __init__(self, schema: Schema, numbered: bool = False):
+        self.schema, self.numbered = schema, numbered
         self.singles = sum(not is_bag(feature) for feature in schema.categorical)
         self.parts = self._parts()
         self.full = torch.ones(self.singles, 0, dtype=torch.int32)
@@ -28,26 +26,29 @@ class Assembler:
     def batch(self, slices: list[Slice], size: int, position: int) -> Batch:
         """slices: what the rank delivers in this step, at most `size` rows. Returns a batch of `size` rows."""
         schema = self.schema
-        rows = sum([stop - first for _, first, stop, *_ in slices])
+        rows = sum([stop - first for _, first, stop in slices])
         assert rows <= size, (rows, size)
         numeric = np.empty((size, len(schema.numeric_names)), np.float32)
         labels = np.empty((size, len(schema.labels)), np.float32)
         weight = np.ones(size, np.float32)
         group = np.zeros(size, np.int64) if schema.group else None
         time = np.zeros(size, np.int64) if schema.time else None
+        number = np.full(size, -1) if self.numbered else None
         if slices:
             # Side by side first and transposed as a whole: lane by lane the transposed pieces are small.
-            numeric[:rows] = np.concatenate([w.numeric[:, a:b] for w, a, b, *_ in slices], axis=1).T
+            numeric[:rows] = np.concatenate([w.numeric[:, a:b] for w, a, b in slices], axis=1).T
             if len(slices[0].window.labels):
-                labels[:rows] = np.concatenate([w.labels[:, a:b] for w, a, b, *_ in slices], axis=1).T
+                labels[:rows] = np.concatenate([w.labels[:, a:b] for w, a, b in slices], axis=1).T
             else:
                 labels[:rows] = 0
-            if schema.weight:
-                np.concatenate([w.weight[a:b] for w, a, b, *_ in slices], out=weight[:rows])
+            if slices[0].window.weight is not None:
+                np.concatenate([w.weight[a:b] for w, a, b in slices], out=weight[:rows])
             if schema.group:
-                np.concatenate([w.group[a:b] for w, a, b, *_ in slices], out=group[:rows])
+                np.concatenate([w.group[a:b] for w, a, b in slices], out=group[:rows])
             if schema.time:
-                np.concatenate([w.time[a:b] for w, a, b, *_ in slices], out=time[:rows])
+                np.concatenate([w.time[a:b] for w, a, b in slices], out=time[:rows])
+            if self.numbered:
+                np.concatenate([w.number[a:b] for w, a, b in slices], out=number[:rows])
         numeric[rows:] = labels[rows:] = 0
         weight[rows:] = 0
         return Batch(
@@ -59,7 +60,7 @@ class Assembler:
             time=None if time is None else torch.from_numpy(time),
             rows=rows,
             position=position,
-            row=torch.from_numpy(_one([one.places() for one in slices], np.int64)) if self.in_stored_order else None,
+            number=None if number is None else torch.from_numpy(number),
         )
 
     def _parts(self) -> list[tuple[slice, slice | int]]:
@@ -124,12 +125,12 @@ class Assembler:
         """int64 [singles, rows], and bool of the same shape where any is null."""
         if not slices:
             return np.empty((self.singles, 0), np.int64), None
-        matrix = np.concatenate([w.ids[:, a:b] for w, a, b, *_ in slices], axis=1)
-        if all([w.present is None for w, *_ in slices]):
+        matrix = np.concatenate([w.ids[:, a:b] for w, a, b in slices], axis=1)
+        if all([w.present is None for w, _, _ in slices]):
             return matrix, None
         present = np.ones((self.singles, rows), bool)
         start = 0
-        for window, first, stop, *_ in slices:
+        for window, first, stop in slices:
             if window.present is not None:
                 present[:, start : start + stop - first] = window.present[:, first:stop]
             start += stop - first
@@ -146,7 +147,7 @@ def _bag(slices: list[Slice], bag: int, lengths: np.ndarray) -> tuple[np.ndarray
     """Values and weights of one multi-valued feature; its lengths are written to `lengths` [size]."""
     values, weights = [], []
     start = 0
-    for window, first, stop, *_ in slices:
+    for window, first, stop in slices:
         bags = window.bags[bag]
         offsets = bags.offsets[first : stop + 1]
         np.subtract(offsets[1:], offsets[:-1], out=lengths[start : start + stop - first], casting="same_kind")

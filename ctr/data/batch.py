@@ -28,9 +28,8 @@ class Batch(Pipelineable):
     # Rows of the epoch, over all ranks, up to and with this batch. A loop that reads ahead asks the reader
     # for the state after the batch it trained last: reader.state(batch).
     position: int = 0
-    # [rows] int64, stays on the host: where each real row stands in the data set as stored (files by name), whatever
-    # the number of ranks, lanes or the batch size. None where rows are shuffled.
-    row: Tensor | None = None
+    number: Tensor | None = None  # [B] int64, of the row in the data set (-1: padding), if the reader is asked for it
+    teacher: Tensor | None = None  # [B] float32, the teacher's logits, see ctr/train/distil.py
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device=device, non_blocking=non_blocking))
@@ -39,7 +38,8 @@ class Batch(Pipelineable):
         return self._map(lambda t: t.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
-        for tensor in (self.numeric, self.ids, self.labels, self.weight, self.group, self.time):
+        optional = (self.group, self.time, self.number, self.teacher)
+        for tensor in (self.numeric, self.ids, self.labels, self.weight, *optional):
             if tensor is not None:
                 tensor.record_stream(stream)
 
@@ -53,5 +53,6 @@ class Batch(Pipelineable):
             time=None if self.time is None else move(self.time),
             rows=self.rows,
             position=self.position,
-            row=self.row,
+            number=None if self.number is None else move(self.number),
+            teacher=None if self.teacher is None else move(self.teacher),
         )

@@ -36,8 +36,11 @@ class Source:
 class WindowDecoder:
     """Turns spans into windows. It holds settings only, so threads share one."""
 
-    def __init__(self, schema: Schema, groups: RowGroups, skip_bad_rows: bool, drop_labels: bool):
+    def __init__(
+        self, schema: Schema, groups: RowGroups, skip_bad_rows: bool, drop_labels: bool, numbered: bool = False
+    ):
         self.schema = schema
+        self.first_numbers = groups.first if numbered else None
         self.groups = groups
         self.skip_bad_rows = skip_bad_rows
         self.labels = [] if drop_labels else schema.labels
@@ -61,6 +64,7 @@ class WindowDecoder:
                     arrays = chunk.read(names)
                     for step in steps:
                         step(chunk, *arrays)
+                chunk.deliver_places()
             except Unreadable:  # its row group is marked as such now, and left out by the next attempt
                 continue
             return chunk.finished()
@@ -106,13 +110,15 @@ class _Delivery:
         self.present: np.ndarray | None = None
         self.bags = [_no_bags(rows) for feature in schema.categorical if is_bag(feature)]
         self.labels = np.empty((len(decoder.labels), rows), np.float32)
-        self.weight = np.empty(rows, np.float32) if schema.weight else None
+        weighted = schema.weight or decoder.groups.weight is not None
+        self.weight = np.empty(rows, np.float32) if weighted else None
         self.group = np.empty(rows, np.int64) if schema.group else None
         self.time = np.empty(rows, np.int64) if schema.time else None
+        self.number = None if decoder.first_numbers is None else np.empty(rows, np.int64)
 
     def window(self) -> Window:
         fields = (self.numeric, self.ids, self.present, self.bags, self.labels)
-        window = Window(*fields, self.weight, self.group, self.time)
+        window = Window(*fields, self.weight, self.group, self.time, self.number)
         window.buffers = self.buffers
         return window
 
@@ -167,6 +173,23 @@ class _Chunk:
                 values[here].take(delivery.order, out=out, mode="clip")
             else:
                 out[:] = values[here][delivery.order]
+
+    def deliver_places(self) -> None:
+        """What is known of rows by where they lie: their numbers, and weights that are those of their row groups."""
+        decoder = self.decoder
+        if decoder.first_numbers is not None:
+            first = decoder.first_numbers
+            spans = [source.span for source in self.sources if source.group.error is None]
+            numbers = [np.arange(first[s.group] + s.first, first[s.group] + s.stop) for s in spans]
+            self.deliver(np.concatenate(numbers) if numbers else np.zeros(0, np.int64), "number")
+        if decoder.groups.weight is not None and not decoder.schema.weight:
+            self.deliver(self.group_weights(), "weight")
+
+    def group_weights(self) -> np.ndarray:
+        """float32 [decoded]: the weight of the row group that each row comes from."""
+        spans = [source.span for source in self.sources if source.group.error is None]
+        groups = np.array([span.group for span in spans], np.int64)
+        return np.repeat(self.decoder.groups.weight[groups], [span.stop - span.first for span in spans])
 
     def mark(self, bad: np.ndarray, reason: str, column: str, expected: str, found: Callable[[int], object]):
         """bad: bool [decoded]. Raises for the first of them, or notes why they are dropped.
@@ -252,6 +275,8 @@ def _weight(chunk: _Chunk, arrays: Arrays) -> None:
     if not fine.all():
         expected = "a finite number of at least 0"
         chunk.mark(~fine, "weight", chunk.decoder.schema.weight, expected, _finder(values, there))
+    if chunk.decoder.groups.weight is not None:
+        values = values * chunk.group_weights()
     chunk.deliver(values, "weight")
 
 

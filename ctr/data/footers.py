@@ -29,6 +29,7 @@ class RowGroups:
     rows: np.ndarray  # int64 [groups]
     bytes: np.ndarray  # int64 [groups], decoded size of the schema's columns as the footer estimates it
     dictionaries: list[str]  # text columns whose dictionaries are small beside their data
+    weight: np.ndarray | None = None  # float32 [groups], on the weights of their rows; None: 1 each
 
     @property
     def fingerprint(self) -> str:
@@ -39,6 +40,11 @@ class RowGroups:
         for numbers in (self.file, self.index, self.rows):
             digest.update(numbers.astype("<i8").tobytes())
         return digest.hexdigest()[:16]
+
+    @property
+    def first(self) -> np.ndarray:
+        """int64 [groups]: the number of each one's first row, where the rows of all are numbered in order."""
+        return np.cumsum(self.rows) - self.rows
 
     def where(self, group: int) -> str:
         return f"{self.files[self.file[group]].path} row group {self.index[group]}"

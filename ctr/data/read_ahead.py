@@ -46,9 +46,8 @@ class _Planned:
 
 
 class _Lane:
-    def __init__(self, number: int, start: int, plan: list[_Planned], offset: int):
+    def __init__(self, number: int, plan: list[_Planned], offset: int):
         self.number = number
-        self.start = start  # of the lane in the epoch's order
         self.plan = plan  # from the window that is due first
         self.due = deque(plan)  # windows that are not yet in delivery
         self.window: Window | None = None  # in delivery
@@ -74,8 +73,7 @@ class ReadAhead:
         self.stopped = threading.Event()
         offsets = lane_offsets(position, reader.lanes).tolist()
         first, stop = rank_bounds(reader.world_size, reader.lanes)[[reader.rank, reader.rank + 1]]
-        starts = lane_starts(reader.rows, reader.lanes).tolist()
-        self.lanes = [_Lane(i, starts[i], self._plan(i, offsets[i]), offsets[i]) for i in range(first, stop)]
+        self.lanes = [_Lane(i, self._plan(i, offsets[i]), offsets[i]) for i in range(first, stop)]
 
     def __enter__(self) -> ReadAhead:
         self.pool = ThreadPoolExecutor(self.reader.threads, "decode")
@@ -115,7 +113,7 @@ class ReadAhead:
                 if window.reasons is not None:
                     self._count(window.dropped(first, end))
                     first, end = window.span(first, end)
-                slices.append(Slice(window, first, end, row - lane.first, lane.start + row))
+                slices.append(Slice(window, first, end))
                 row = until
         return slices
 

@@ -7,7 +7,10 @@ windows, `read_ahead.py` for the threads that do both, `assemble.py` for windows
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ctr.data.decode import WindowDecoder
 from ctr.data.errors import DataError
@@ -47,12 +50,17 @@ class ParquetReader:
         bad_rows: str = "raise",
         days: list[str] | None = None,
         drop_labels: bool = False,
+        replay: str | None = None,
+        replay_weight: float = 1.0,
+        numbered: bool = False,
     ):
         """Lists the files and checks all footers.
 
         path: folders, files or URIs. batch_size: rows of all ranks' step. lanes, window_rows: shape of the
         shuffle; an epoch is continued only with the same. bad_rows: raise | skip. days: partitions
-        `day=YYYY-MM-DD` to read. drop_labels: for data without labels, which are then 0 in the batches.
+        `day=YYYY-MM-DD` to read. drop_labels: for data without labels, which are then 0 in the batches. replay:
+        more rows of the same data set, whatever their days, with `replay_weight` on their weights. numbered: batches
+        have the numbers of their rows, those of `path` in the order of files and row groups first, then `replay`'s.
 
         Raises ConfigError, SchemaError or DataError, one line each.
         """
@@ -61,11 +69,17 @@ class ParquetReader:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.shuffle = seed, shuffle
         self.lanes, self.window_rows, self.threads = lanes, window_rows, threads
-        self.groups = read_footers(list_files(path, days), schema, drop_labels)
+        files = list_files(path, days)
+        replayed = list_files(replay) if replay else []
+        self.groups = read_footers(files + replayed, schema, drop_labels)
+        if replayed and replay_weight != 1:
+            of_file = np.repeat(np.array([1, replay_weight], np.float32), [len(files), len(replayed)])
+            self.groups = replace(self.groups, weight=of_file[self.groups.file])
         self.rows = int(self.groups.rows.sum())
         self.steps_per_epoch = -(-self.rows // batch_size)
         self.bad_row_counts: dict[str, int] = {}
-        self.decoder = WindowDecoder(schema, self.groups, bad_rows == "skip", drop_labels)
+        self.numbered = numbered
+        self.decoder = WindowDecoder(schema, self.groups, bad_rows == "skip", drop_labels, numbered)
         self.buffers = Buffers(window_rows)
         self._fingerprint = self.groups.fingerprint
         self._epoch, self._position = 0, 0
@@ -125,7 +139,7 @@ class ParquetReader:
     def _deliver(self, epoch: int, position: int) -> Iterator[Batch]:
         from ctr.data.assemble import Assembler  # see TYPE_CHECKING above
 
-        assembler = Assembler(self.schema, in_stored_order=not self.shuffle)
+        assembler = Assembler(self.schema, self.numbered)
         with ReadAhead(self, epoch, position) as lanes:
             while position < self.rows:
                 stop = min(position + self.batch_size, self.rows)

@@ -26,6 +26,7 @@ class Window:
     weight: np.ndarray | None  # float32 [m]
     group: np.ndarray | None  # int64 [m]
     time: np.ndarray | None  # int64 [m]
+    number: np.ndarray | None = None  # int64 [m], of the row in the data set
     reasons: np.ndarray | None = None  # uint8 [n], index into REASONS; None when all rows are good
     good_before: np.ndarray | None = None  # int64 [n + 1], good rows before each scheduled row
     buffers: tuple[np.ndarray, ...] = ()  # what the matrices lie in, to be used again
@@ -41,7 +42,7 @@ class Window:
 
     def take(self, rows: np.ndarray) -> Window:
         """These rows of the arrays, in their order."""
-        along = [None if a is None else a[rows] for a in (self.weight, self.group, self.time)]
+        along = [None if a is None else a[rows] for a in (self.weight, self.group, self.time, self.number)]
         return Window(
             self.numeric[:, rows],
             self.ids[:, rows],
@@ -58,15 +59,6 @@ class Slice(NamedTuple):
     window: Window
     first: int
     stop: int
-    scheduled: int  # the window's scheduled row with which it begins
-    place: int  # of that row in the epoch's order, counted over all lanes
-
-    def places(self) -> np.ndarray:
-        """Of each row in the epoch's order, int64 [stop - first]."""
-        count, reasons = self.stop - self.first, self.window.reasons
-        if reasons is None:
-            return np.arange(self.place, self.place + count)
-        return self.place + np.flatnonzero(reasons[self.scheduled :] == GOOD)[:count]
 
 
 class Buffers:

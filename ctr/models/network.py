@@ -86,6 +86,7 @@ def build_tables(config: Config, schema: Schema, tower: Tower) -> Tables:
         l1=sparse.l1,
         l2=sparse.l2,
         state_format=sparse.state_format,
+        old_rows_factor=sparse.old_rows_factor,
     )
     # A bag of at most one id needs no average.
     averaged = [f.name for f in schema.categorical if f.kind in ("ids", "sequence") and f.pooling == "mean"]
@@ -115,6 +116,7 @@ def build_tables(config: Config, schema: Schema, tower: Tower) -> Tables:
             embedding.transport,
             embedding.others,
             bag_tables=[t.name for t in tables if _on_bag_path(config, schema, t)],
+            first_values=embedding.first_values,
         )
     raise ConfigError(f"embedding.kind is {embedding.kind!r}; expected dynamic or static")
 

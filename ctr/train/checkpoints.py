@@ -154,7 +154,7 @@ class Checkpoints:
         trainer, rank = self._trainer, self._process.rank
         tower = trainer.model.module.tower
         own = {f"buffer/{name}": value for name, value in tower.named_buffers()}
-        own |= {"rng": torch.get_rng_state(), "sums": trainer.log.sums}
+        own |= {"rng": torch.get_rng_state(), **self._sums()}
         if self._process.device.type == "cuda":
             own["cuda_rng"] = torch.cuda.get_rng_state(self._process.device)
         found: Tensors = {f"rank/{rank}/{name}": value for name, value in (own | tables.state).items()}
@@ -171,6 +171,7 @@ class Checkpoints:
             "schedule": {"steps": trainer.optimizers.steps, "factor": trainer.optimizers.factor},
             **trainer.state(),
             "log": trainer.log.state(),
+            "distil": trainer.distil.state() if trainer.distil else None,
             "tables": describe_tables(trainer.tables.owned()),
             "config": OmegaConf.to_container(OmegaConf.structured(trainer.config), resolve=True),
         }
@@ -266,6 +267,8 @@ class Checkpoints:
         self._restore_rank(by_rank, same_ranks, training)
         for name, value in training["progress"].items():
             setattr(trainer, name, value)
+        if trainer.distil and training.get("distil"):
+            trainer.distil.load_state(training["distil"])
         trainer.log.begin(trainer.step, training["log"] if own else None)
         if process.is_main:
             take_out(saved, BEST, trainer.log.folder / BEST)
@@ -273,6 +276,11 @@ class Checkpoints:
             self._saved_step = saved.step
         if process.world_size > 1:
             dist.barrier()
+
+    def _sums(self) -> dict[str, torch.Tensor]:
+        """What each rank sums over steps: that since the last log line, and that of the epoch."""
+        trainer = self._trainer
+        return {"sums": trainer.log.sums} | ({"distil_sums": trainer.distil.sums} if trainer.distil else {})
 
     def _restore_rank(self, by_rank: list[dict[str, torch.Tensor]], same_ranks: bool, training: dict) -> None:
         """What each rank has of its own. On another number of ranks, rank 0 takes what is summed over ranks."""
@@ -287,12 +295,11 @@ class Checkpoints:
         else:  # two ranks must not draw the same numbers
             torch.manual_seed(torch.initial_seed() + training["progress"]["step"] * 65536 + rank)
         bad_rows = [one["bad_rows"] for one in training["of_ranks"]]
-        if same_ranks:
-            sums, mine = own["sums"], bad_rows[rank : rank + 1]
-        else:
-            sums = torch.stack([one["sums"] for one in by_rank]).sum(0) * (rank == 0)
-            mine = bad_rows if rank == 0 else []
-        trainer.log.sums.copy_(sums)
+        for name, sums in self._sums().items():
+            if name in own:
+                every = torch.stack([one[name] for one in by_rank])
+                sums.copy_(own[name] if same_ranks else every.sum(0) * (rank == 0))
+        mine = bad_rows[rank : rank + 1] if same_ranks else bad_rows[: len(bad_rows) * (rank == 0)]
         for counts in mine:
             for split, reader in trainer.readers.items():
                 for reason, count in counts.get(split, {}).items() if reader is not None else ():

@@ -55,6 +55,10 @@ def open_reader(
         threads=data.threads,
         bad_rows=data.bad_rows,
         days=days,
+        replay=trainer.replay.path if training else None,
+        replay_weight=trainer.replay.weight,
+        # Numbers of rows tell two runs' predictions apart, and the teacher's.
+        numbered=not training or trainer.distil.kind != "none",
     )
 
 
@@ -73,7 +77,7 @@ def evaluate(
     Args:
         model: of `Network`, sharded.
         predictions: a folder; this rank's rows go to `<split>-<rank>.parquet` in it (written under another name
-            and renamed when complete).
+            and renamed when complete). Where the reader numbers rows, row and logit are among the columns.
         slices: features of the schema whose values are written beside each prediction, for the report's tables by
             value.
         mark_new_ids: tell in a column `new_ids` of the predictions whether a row has ids without a row of their own in
@@ -119,9 +123,9 @@ class _PredictionWriter:
             columns["group"] = batch.group
         if new_ids is not None:
             columns["new_ids"] = new_ids
+        if batch.number is not None:
+            columns |= {"row": batch.number, "logit": logits}
         arrays = {name: pa.array(values[: batch.rows].cpu().numpy()) for name, values in columns.items()}
-        if batch.row is not None:
-            arrays["row"] = pa.array(batch.row.numpy())
         arrays["split"] = pa.DictionaryArray.from_arrays(pa.array([0] * batch.rows, pa.int8()), pa.array([self._split]))
         table = pa.table(arrays)
         for column in self._slices:

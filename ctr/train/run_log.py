@@ -176,6 +176,11 @@ class RunLog:
             f"−{gone:,} expired or evicted) · {size(total['bytes'])}"
         )
 
+    def distil(self, step: int, epoch: int, loss: float | None) -> None:
+        """The cross-entropy to the teacher per row of an epoch, times its weight."""
+        self.write({"kind": "distil", "step": step, "epoch": epoch, "loss": loss})
+        self.say(f"step {step} · epoch {epoch} · loss to the teacher {'undefined' if loss is None else f'{loss:.5f}'}")
+
     def evaluation(self, step: int, split: str, metrics: dict, is_best: bool) -> None:
         self.write({"kind": "eval", "split": split, "step": step, **metrics})
         shown = " · ".join(

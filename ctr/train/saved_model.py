@@ -29,7 +29,7 @@ def save_model(model: DistributedModelParallel, folder: Path, process: Process, 
     def write(storage: Storage) -> dict[str, Any]:
         tower = {f"tower/{name}": value for name, value in network.tower.state_dict().items() if process.is_main}
         save_tensors(storage, tower | _weights(network.tables.tensors()), None)
-        rows = {("rows", name): rows_of(table, leave_out=("state", "row")) for name, table in tables.items()}
+        rows = {("rows", name): rows_of(table, leave_out=("state", "row", "period")) for name, table in tables.items()}
         TableParts(rows, {}).write(storage, process)
         return {}
 

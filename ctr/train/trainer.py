@@ -20,11 +20,13 @@ from ctr.data.schema import Schema
 from ctr.models.network import Network, build_tables, build_tower
 from ctr.report.report import write_report
 from ctr.train.checkpoints import Checkpoints
+from ctr.train.distil import Distillation
 from ctr.train.evaluate import evaluate, read_split
 from ctr.train.guard import check_gradients, check_loss, watch_gradients
 from ctr.train.optimizers import Optimizers
 from ctr.train.run_log import RunLog
 from ctr.train.saved_model import load_model, save_model
+from ctr.train.teacher_logits import prepare
 from ctr.train.warm_start import warm_start
 from distributed.checkpoint import Saved
 from distributed.process import Process
@@ -53,6 +55,8 @@ class Trainer:
         self.optimizers = Optimizers(config.optimizer, self.model)
         self.log = RunLog(config, process, plan)
         self.steps_every = config.embedding.alpt.every if self.tables.learns_steps else None
+        distil = config.trainer.distil
+        self.distil = None if distil.kind == "none" else Distillation(distil, process.device)
         self.step = self.epoch = self.now = 0
         self.best: float | None = None
         self.evaluations_since_best = 0
@@ -79,6 +83,8 @@ class Trainer:
         """Train for the configured epochs or steps; evaluate, keep the best model, score it, write the report."""
         every = self.config.trainer.eval_every
         self.process.can_stop_later = True
+        if self.distil and not self.finished:
+            prepare(self)
         while not self.finished:
             for _ in self.steps(self.readers["train"]):
                 if every and self.step % every == 0:
@@ -88,6 +94,8 @@ class Trainer:
                     break
             else:
                 self.epoch += 1
+                if self.distil:
+                    self.log.distil(self.step, self.epoch, self.distil.end_epoch())
                 if not every:
                     self.evaluate()
                 self.checkpoints.after_epoch()
@@ -111,23 +119,28 @@ class Trainer:
         network: Network = self.model.module
         self.process.stage = f"step {self.step}: forward"
         global_weight, self.now = self.agree(batch)  # before it goes to the device: these are numbers for the host
+        if self.distil:
+            self.distil.join(batch)
         batch = batch.to(self.process.device)
         learn_steps = self.steps_every is not None and self.step % self.steps_every == 0
         self.tables.begin_step(self.now, learn_steps)
         logits, embeddings = self.model(batch)
         loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
-        check_loss(loss_sum, network, batch, embeddings, self.step)
+        teacher_loss = self.distil.loss(logits, batch) if self.distil else 0.0
+        check_loss(loss_sum + teacher_loss, network, batch, embeddings, self.step)
         watch_gradients(network, embeddings)
         # Ranks hold different numbers of rows and data parallel averages over ranks. With this scale the update is
         # that of the mean over the global batch, however its rows are spread.
         scale = self.process.world_size / max(global_weight, 1e-12)
         self.process.stage = f"step {self.step}: backward"
         self.optimizers.zero_grad()
-        ((loss_sum + self.l2(embeddings)) * scale).backward()
+        ((loss_sum + teacher_loss + self.l2(embeddings)) * scale).backward()
         check_gradients(network.dense_parameters(), self.step)
         self.optimizers.step()
         if learn_steps:
             self.learn_step_sizes(batch, scale)
+        if self.distil:
+            self.distil.count(teacher_loss, batch)
         self.step += 1
         return loss_sum.detach(), batch.weight.sum()
 
@@ -139,6 +152,7 @@ class Trainer:
         with self.tables.second_pass():
             logits, embeddings = network(batch)
             loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
+            loss_sum = loss_sum + (self.distil.loss(logits, batch) if self.distil else 0.0)
             check_loss(loss_sum, network, batch, embeddings, self.step)
             watch_gradients(network, embeddings)
             rows = list(embeddings.values())
@@ -187,7 +201,8 @@ class Trainer:
         patience = trainer.early_stop.patience
         out_of_patience = patience is not None and self.evaluations_since_best >= patience
         enough = trainer.max_steps is not None and self.step >= trainer.max_steps
-        return out_of_patience or enough or self.epoch >= trainer.epochs
+        one_more = self.epoch < trainer.epochs or (self.distil is not None and self.distil.wants_more(self.epoch))
+        return out_of_patience or enough or not one_more
 
     def evaluate(self) -> None:
         """Score the valid split; keep the model if it is the best so far. All ranks see the same numbers."""

@@ -1,7 +1,8 @@
 """Begin a run with what another one has learnt, although the model has changed since.
 
 What has the same name and shape is taken over: modules, tables, and (by choice) optimizer state. The rest of the model
-starts fresh, the rest of the saved state is dropped, and both are listed. Steps, reader and schedules begin anew.
+starts fresh, the rest of the saved state is dropped, and both are listed. Steps, reader and schedules begin anew, and
+rows that were taken over are old ones (`optimizer.sparse.old_rows_factor`).
 """
 
 from __future__ import annotations
@@ -95,13 +96,14 @@ def _take_tables(trainer: Trainer, saved: Saved, old_names: Mapping[str, str], w
             taken.optimizer.append(name)
     taken.dropped = [name for name in described if name not in {there_of[n] for n in taken.kept}]
     kept = {name: owned[name] for name in taken.kept}
-    load_rows(kept, saved, trainer.process, there_of.__getitem__, taken.optimizer.__contains__)
+    load_rows(kept, saved, trainer.process, there_of.__getitem__, taken.optimizer.__contains__, with_periods=False)
     load_waiting(kept, saved, trainer.process, there_of.__getitem__)
     return taken
 
 
 def _same_rows(found: dict[str, Any], mine: dict[str, Any]) -> bool:
-    return {k: v for k, v in found.items() if k != "state"} == {k: v for k, v in mine.items() if k != "state"}
+    found, mine = ({k: v for k, v in one.items() if k not in ("state", "period")} for one in (found, mine))
+    return found == mine
 
 
 def _take_tower(trainer: Trainer, saved: Saved, old_names: Mapping[str, str], with_state: bool) -> Taken:

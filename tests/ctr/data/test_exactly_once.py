@@ -51,7 +51,6 @@ def rows_of(batch) -> list[int]:
     assert (batch.numeric[: batch.rows, 0] == rows / 2).all()
     assert (batch.labels[: batch.rows, 0] == rows % 2).all()
     assert batch.weight.tolist() == [1] * batch.rows + [0] * (len(batch.weight) - batch.rows)
-    assert batch.row is None or batch.row.tolist() == rows.tolist()  # given where rows come in the order of the files
     assert not batch.numeric[batch.rows :].any() and not batch.labels[batch.rows :].any()
     return rows.tolist()
 

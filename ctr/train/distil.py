@@ -1,0 +1,119 @@
+"""Knowledge distillation of IncCTR (Wang et al., arXiv 2009.02147): learn from a teacher's logits beside the labels.
+
+    L = CE(y, sigmoid(z)) + weight * CE(sigmoid(z / temperature), sigmoid(z_teacher / temperature))
+
+The teacher is the model as it was before the period (KD-self) or another run's model (KD-batch). It scores the rows
+once, before training on them begins (`teacher_logits.py`), and only its logits are kept, by the numbers of rows: four
+bytes a row of the period instead of a second copy of all tables, and the same logits whatever the ranks, the order of
+batches, and however often training is stopped and goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from embedding.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ctr.data.batch import Batch
+
+
+@dataclass
+class DistilConfig:
+    """`trainer.distil` of the configuration."""
+
+    kind: str = "none"
+    teacher: str | None = None
+    temperature: float = 1.0
+    weight: float = 1.0
+    max_epochs: int | None = None
+
+    def check(self, epochs: int) -> None:
+        """Raise ConfigError for values that cannot be. epochs: `trainer.epochs`."""
+        if self.kind not in ("none", "self", "batch"):
+            raise ConfigError(f"trainer.distil.kind is {self.kind!r}; expected none, self or batch")
+        if (self.kind == "batch") != (self.teacher is not None):
+            raise ConfigError(
+                f"trainer.distil.kind is {self.kind} and trainer.distil.teacher is {self.teacher}; "
+                "expected a run folder for batch, and null for the others"
+            )
+        if not self.temperature > 0:
+            raise ConfigError(f"trainer.distil.temperature is {self.temperature}; expected a number above 0")
+        if not self.weight >= 0:
+            raise ConfigError(f"trainer.distil.weight is {self.weight}; expected 0 or above")
+        if self.max_epochs is not None and self.max_epochs < epochs:
+            raise ConfigError(
+                f"trainer.distil.max_epochs is {self.max_epochs}; expected at least trainer.epochs, {epochs}"
+            )
+
+
+class Distillation:
+    """The teacher's part of the loss.
+
+    Attributes:
+        logits: the teacher's, by row number: float32 [rows] on the host; NaN for a row that it has not scored, which is
+            learned from its label alone.
+        sums: cross-entropy to the teacher, and sample weight, of this rank's rows of the epoch so far: float64 [2].
+        previous: cross-entropy to the teacher in the epoch before, over all ranks, or None.
+        falling: whether it fell from one epoch to the next, the last time that it could be known.
+    """
+
+    def __init__(self, config: DistilConfig, device: torch.device | str = "cpu") -> None:
+        self.config = config
+        self.logits: Tensor | None = None
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.previous: float | None = None
+        self.falling = True
+
+    def begin_period(self, logits: Tensor) -> None:
+        """Learn from these logits (float32 [rows]) from here on."""
+        self.logits, self.previous, self.falling = logits, None, True
+        self.sums.zero_()
+
+    def join(self, batch: Batch) -> None:
+        """Put the teacher's logits into a batch of numbered rows, on the host."""
+        assert self.logits is not None, "the teacher has not scored the rows of this period"
+        assert batch.number is not None, "the reader does not number rows"
+        batch.teacher = self.logits[batch.number]  # padding takes any: its weight is 0
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """`weight` times the cross-entropy to the teacher, summed over the rows of the batch by their weights."""
+        config, known = self.config, ~batch.teacher.isnan()
+        soft = torch.sigmoid(torch.where(known, batch.teacher, 0.0) / config.temperature)
+        entropy = F.binary_cross_entropy_with_logits(
+            logits / config.temperature, soft, batch.weight * known, reduction="sum"
+        )
+        return config.weight * entropy
+
+    def count(self, loss: Tensor, batch: Batch) -> None:
+        """Add a step to the sums of the epoch. loss: what `loss` gave."""
+        self.sums += torch.stack([loss.detach().double(), batch.weight.sum().double()])
+
+    def end_epoch(self) -> float | None:
+        """The epoch's loss per row over all ranks, None without rows; and note whether it is less than that before."""
+        total = self.sums.clone()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        loss, weight = total.tolist()
+        self.sums.zero_()
+        value = loss / weight if weight else None
+        self.falling = self.previous is None or (value is not None and value < self.previous)
+        self.previous = value
+        return value
+
+    def wants_more(self, epoch: int) -> bool:
+        """Whether to train one more epoch after `epoch` of them, because the loss to the teacher still falls."""
+        return self.config.max_epochs is not None and epoch < self.config.max_epochs and self.falling
+
+    def state(self) -> dict[str, float | bool | None]:
+        """What `load_state` goes on with, beside `sums`; the same on all ranks."""
+        return {"previous": self.previous, "falling": self.falling}
+
+    def load_state(self, state: dict[str, float | bool | None]) -> None:
+        self.previous, self.falling = state["previous"], state["falling"]

@@ -1,0 +1,158 @@
+"""Who the teacher is and what it says: logits of all rows of a period, from one pass of evaluation.
+
+They are kept as predictions are, parquet files with the columns `number` and `logit`. So whoever has evaluated the
+model on the rows of a period before training on them (progressive validation) has the logits of KD-self already.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ctr.config import Config
+from ctr.data.reader import ParquetReader
+from ctr.data.schema import Schema
+from ctr.train.evaluate import evaluate, read_split
+from ctr.train.saved_model import load_model
+from distributed.process import Process
+from embedding.errors import ConfigError, TesseraError
+
+if TYPE_CHECKING:
+    from ctr.train.trainer import Trainer
+
+SPLIT = "train"
+COMPLETE = "complete.json"  # written last
+
+
+def prepare(trainer: Trainer) -> None:
+    """Have the logits of all training rows, from `teacher/` of the run folder or, the first time, from the teacher.
+
+    KD-self: the teacher is the model as it is now, so call this before the first step. KD-batch: another run's best
+    model, which is in memory beside this one for the time of the pass.
+
+    Raises:
+        ConfigError: no such run, or KD-self with nothing learnt so far.
+        TesseraError: the logits are not those of the training rows, or not complete.
+    """
+    process, reader = trainer.process, trainer.readers["train"]
+    config, folder = trainer.config.trainer.distil, trainer.log.folder / "teacher"
+    made_of = {"kind": config.kind, "teacher": config.teacher, "rows": reader.rows, "data": reader.groups.fingerprint}
+    found = _described(folder, process)
+    if found is None:
+        if trainer.step:
+            raise TesseraError(f"{folder} has no logits of the teacher, and training is at step {trainer.step}")
+        if config.kind == "self" and trainer.config.trainer.warm_start.path is None:
+            raise ConfigError(
+                "trainer.distil.kind is self; expected trainer.warm_start.path, or it has nothing to tell"
+            )
+        if process.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        _wait(process)
+        scored = read_split(trainer.config, trainer.schema, process, SPLIT)
+        score_teacher(trainer.config, trainer.model, scored, process, folder)
+        _wait(process)
+        if process.is_main:
+            _seal(folder, made_of)
+        _wait(process)
+    elif found != made_of:
+        key = next(key for key in made_of if found.get(key) != made_of[key])
+        raise TesseraError(f"{folder}: {key} is {found.get(key)!r}; the run has {made_of[key]!r}")
+    logits = read_logits(folder, SPLIT, reader.rows)
+    _check_shared(folder, logits, process)
+    trainer.distil.logits = logits
+
+
+def score_teacher(
+    config: Config, model: nn.Module, reader: ParquetReader, process: Process, folder: Path, split: str = SPLIT
+) -> None:
+    """Write the logits of the teacher that `trainer.distil` names for the rows of a reader that numbers them.
+
+    model: the one in training, which is the teacher of KD-self as it is.
+
+    Raises:
+        ConfigError, TesseraError: KD-batch, and `teacher` is no run folder with a model, or reads other columns.
+    """
+    distil = config.trainer.distil
+    if distil.kind == "self":
+        evaluate(model, reader, process, folder, split)
+        return
+    from ctr.train.score_run import run_config  # both import the trainer, which imports this module
+    from ctr.train.trainer import build_model
+
+    theirs = run_config(Path(distil.teacher), [])
+    schema = Schema(theirs.data.schema)
+    if schema.id_names != reader.schema.id_names or schema.numeric_names != reader.schema.numeric_names:
+        raise ConfigError(f"trainer.distil.teacher {distil.teacher} reads other features; expected those of this run")
+    with torch.random.fork_rng():  # dropout and first values of the run do not depend on its teacher
+        teacher, _ = build_model(theirs, schema, process)
+    load_model(teacher, Path(distil.teacher) / "best", process)
+    evaluate(teacher, reader, process, folder, split)
+
+
+def read_logits(folder: Path, split: str, rows: int) -> Tensor:
+    """Logits by row number, float32 [rows], of the predictions of all ranks; NaN where there is none.
+
+    Raises TesseraError: no such predictions, or numbers of rows beyond `rows`.
+    """
+    logits = torch.full((rows,), float("nan"))
+    files = sorted(folder.glob(f"{split}-*.parquet"))
+    if not files:
+        raise TesseraError(f"{folder} holds no predictions of {split}")
+    for path in files:
+        with pq.ParquetFile(path) as file:
+            if not {"row", "logit"} <= set(file.schema_arrow.names):
+                raise TesseraError(f"{path}: found no columns row and logit; the reader did not number rows")
+            for batch in file.iter_batches(columns=["row", "logit"]):
+                number, logit = (torch.from_numpy(column.to_numpy().copy()) for column in batch.columns)
+                if number.numel() and int(number.max()) >= rows:
+                    raise TesseraError(f"{path}: found row {int(number.max())}, expected numbers below {rows}")
+                logits[number] = logit
+    return logits
+
+
+def _described(folder: Path, process: Process) -> dict[str, Any] | None:
+    """What complete logits were made of, as rank 0 finds it; None if there are none."""
+    found: list[Any] = [None]
+    if process.is_main and (folder / COMPLETE).exists():
+        found = [json.loads((folder / COMPLETE).read_text())]
+    if process.world_size > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _seal(folder: Path, made_of: dict[str, Any]) -> None:
+    """Make the files durable, then say that they are complete: states of the run count on them."""
+    partial = folder / f".{COMPLETE}"
+    partial.write_text(json.dumps(made_of))
+    for path in [*folder.glob("*.parquet"), partial]:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    os.replace(partial, folder / COMPLETE)
+    number = os.open(folder, os.O_RDONLY)
+    os.fsync(number)
+    os.close(number)
+
+
+def _check_shared(folder: Path, logits: Tensor, process: Process) -> None:
+    mine = int((~logits.isnan()).sum())
+    main = [mine]
+    if process.world_size > 1:
+        dist.broadcast_object_list(main, src=0)
+    if mine != main[0]:
+        raise TesseraError(
+            f"{folder}: rank {process.rank} finds logits of {mine:,} rows, rank 0 of {main[0]:,}; "
+            "with distillation the run folder must be on storage that all hosts share"
+        )
+
+
+def _wait(process: Process) -> None:
+    if process.world_size > 1:
+        dist.barrier()
