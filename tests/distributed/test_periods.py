@@ -24,7 +24,13 @@ PERIODS = (3, 6, 8)  # the steps before which one begins
 
 @pytest.mark.parametrize(
     ("world", "name"),
-    [(1, "old rows"), (2, "old rows"), (1, "first values"), (2, "first values"), (2, "both, bags")],
+    [
+        pytest.param(1, "old rows", marks=pytest.mark.slow),  # 5 s
+        pytest.param(1, "first values", marks=pytest.mark.slow),
+        (2, "old rows"),
+        (2, "first values"),
+        (2, "both, bags"),
+    ],
 )
 def test_ranks_equal_a_dictionary_of_rows(world, name):
     expected = Reference(CASES[name]).train()

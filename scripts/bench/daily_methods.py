@@ -1,0 +1,297 @@
+"""Compare ways to keep a model fresh, by the day (IncCTR, arXiv 2009.02147) or by the hour (Monolith, section 3.3).
+
+    python scripts/bench/daily_methods.py synthetic
+    python scripts/bench/daily_methods.py movielens --input FOLDER          # GroupLens or RecBole files; days are weeks
+    python scripts/bench/daily_methods.py synthetic --online
+
+Every day is scored by the model of the day before (progressive validation), then trained on. The mean over the days
+after `--tune-days` is printed; rates are to be chosen with `--tune`, which reports only the days before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from ctr.config import load_config  # noqa: E402
+from ctr.data.convert.command import add_kinds, prepare  # noqa: E402
+from ctr.data.files import list_files  # noqa: E402
+from ctr.data.reader import ParquetReader  # noqa: E402
+from ctr.data.reservoir import add_to_reservoir  # noqa: E402
+from ctr.metrics.exact import auc, logloss  # noqa: E402
+from ctr.train.evaluate import evaluate, read_split  # noqa: E402
+from ctr.train.saved_model import save_model  # noqa: E402
+from ctr.train.teacher_logits import read_logits, score_teacher  # noqa: E402
+from ctr.train.trainer import Trainer  # noqa: E402
+from distributed.process import Process, run  # noqa: E402
+
+WINDOW = 7
+SMALL = ["model.hidden=[64,64]", "model.embedding_dim=8", "trainer.device=cpu", "data.valid=null", "data.test=null"]
+COMMON = [*SMALL, "data.train=.", "embedding.rows=100000", "trainer.log_every=1000000"]
+#: data set -> its overrides, and the column by which rows are new
+DATA = {
+    "synthetic": (["data=synthetic", "trainer.batch_size=512", "embedding.init_std=0.0001"], "C10"),
+    "movielens": (["data=movielens", "trainer.batch_size=256", "model.dropout=0.2"], "user_id"),
+}
+
+
+@dataclass
+class Method:
+    """window: retrain on so many days; otherwise one model goes on, or (stale) stays after the days of tuning.
+
+    rates: hydra overrides by data set, found by --tune on the days before those that are reported.
+    """
+
+    rates: dict[str, list[str]]
+    window: int | None = None
+    stale: bool = False
+    batch_teacher: bool = False
+    replayed: float = 0.0  # rows of the reservoir, as a share of a day's
+
+
+def rates(sparse: float, dense: float, *more: str) -> list[str]:
+    return [f"optimizer.sparse.lr={sparse}", f"optimizer.dense.lr={dense}", *more]
+
+
+def both(*more: str) -> dict[str, list[str]]:
+    return {"synthetic": rates(0.02, 0.001, *more), "movielens": rates(0.02, 0.001, *more)}
+
+
+SELF = ["trainer.distil.kind=self", "trainer.distil.weight=0.3", "optimizer.sparse.old_rows_factor=0.7"]
+BATCH = ["trainer.distil.kind=batch", "trainer.distil.teacher=set-by-driver", *SELF[1:]]
+METHODS = {
+    "stale": Method(both(), stale=True),
+    "window of 7 days": Method(both(), window=WINDOW),
+    "warm start": Method(both()),
+    "IncCTR, KD-self": Method(both(*SELF)),
+    "IncCTR, KD-batch": Method(both(*BATCH), batch_teacher=True),
+    "IncCTR, KD-self, replay": Method(both(*SELF), replayed=0.25),
+}
+
+
+class Days:
+    """The partitions of a data set, in order, and which of their rows have an id that was never seen before."""
+
+    def __init__(self, folder: Path, column: str) -> None:
+        self.folder, self.names = folder, sorted(p.name.removeprefix("day=") for p in folder.glob("day=*"))
+        self.new: dict[str, np.ndarray] = {}
+        seen = np.zeros(0, np.int64)
+        for name in self.names:
+            files = list_files(str(folder / f"day={name}"))
+            ids = np.concatenate([pq.read_table(f.path, columns=[column])[column].to_numpy() for f in files])
+            self.new[name] = ~np.isin(ids, seen)
+            seen = np.union1d(seen, ids)
+
+
+class Model:
+    """One model that lives from day to day: what the daily engine does, without its states on disk."""
+
+    def __init__(self, days: Days, overrides: list[str], seed: int, process: Process, folder: Path) -> None:
+        self.days, self.process, self.folder = days, process, folder
+        paths = [f"data.path={days.folder}", f"trainer.run_dir={folder}", f"trainer.seed={seed}"]
+        self.config = load_config([*COMMON, *overrides, *paths], "")
+        self.config.data.days = days.names[:1]
+        self.trainer = Trainer(self.config, process)
+        self.seconds = 0.0
+
+    def reader(self, days: list[str], replay: Path | None = None) -> ParquetReader:
+        self.config.data.days, self.config.trainer.replay.path = days, replay and str(replay)
+        return read_split(self.config, self.trainer.schema, self.process, "train", numbered=True)
+
+    def score(self, days: list[str]) -> dict[str, np.ndarray]:
+        """Predictions of the model as it is: before the days are trained on, the logits of KD-self are among them."""
+        evaluate(self.trainer.model, self.reader(days), self.process, self.folder / "predictions", "day")
+        table = pq.read_table(self.folder / "predictions" / "day-00000.parquet")
+        return {name: table[name].to_numpy() for name in ("prediction", "label", "number")}
+
+    def train(self, days: list[str], replay: Path | None = None, teach: bool = True) -> None:
+        """One pass over days that were scored just now. teach: distil, if the method does."""
+        reader, distil, began = self.reader(days, replay), self.trainer.distil, time.perf_counter()
+        self.trainer.tables.begin_period()
+        if distil and teach:
+            logits = self.folder / "predictions"
+            if distil.config.kind == "batch":
+                logits = self.folder / "teacher"
+                score_teacher(self.config, self.trainer.model, self.reader(days), self.process, logits, "day")
+            distil.begin_period(read_logits(logits, "day", reader.rows))
+        self.trainer.distil = distil if teach else None
+        for batch in reader.epoch(0):
+            self.trainer.train_step(batch)
+        self.trainer.distil = distil
+        self.seconds += time.perf_counter() - began
+
+    def close(self) -> None:
+        self.trainer.log.close()
+
+
+def follow(
+    days: Days, method: Method, overrides: list[str], seed: int, process: Process, count: int, frozen: int
+) -> list[dict[str, float]]:
+    """Metrics of days 1 to count - 1, each before it is trained on, and seconds of the training before it."""
+    results, names, replay = [], days.names, None
+    with tempfile.TemporaryDirectory() as root:
+        folders = (Path(root) / str(i) for i in range(10**6))
+        model = Model(days, overrides, seed, process, next(folders))
+        for i in range(1, count):
+            model.seconds = 0.0
+            if method.window:
+                model.close()
+                model = Model(days, overrides, seed, process, next(folders))
+                model.train(names[max(0, i - method.window) : i])
+            elif not (method.stale and i > frozen):
+                if method.batch_teacher and i > 1 and (i - 2) % WINDOW == 0:
+                    teach_by_window(model, names[max(0, i - 1 - WINDOW) : i - 1], overrides, seed, next(folders))
+                model.train([names[i - 1]], replay, teach=i > 1)
+            if method.replayed:
+                before, replay = replay, Path(root) / f"replay-{i}.parquet"
+                size = int(method.replayed * len(days.new[names[0]]))
+                schema, where = model.trainer.schema, str(days.folder)
+                add_to_reservoir(before, where, names[i - 1], schema, size, seed, replay, [names[i - 1]])
+            found = model.score([names[i]])
+            new = days.new[names[i]][found["number"]]
+            of_new = {name: column[new] for name, column in found.items()}
+            results.append(metrics(found) | {"new": metrics(of_new)["auc"], "seconds": model.seconds})
+        model.close()
+    return results
+
+
+def teach_by_window(model: Model, days: list[str], overrides: list[str], seed: int, folder: Path) -> None:
+    """An outdated teacher: a model of the window before, trained anew once in so many days."""
+    plain = [o for o in overrides if "distil" not in o]
+    teacher = Model(model.days, plain, seed, model.process, folder)
+    teacher.train(days)
+    save_model(teacher.trainer.model, folder / "best", model.process, 0)
+    teacher.close()
+    model.seconds += teacher.seconds
+    model.config.trainer.distil.teacher = str(folder)
+
+
+def metrics(found: dict[str, np.ndarray]) -> dict[str, float]:
+    prediction, label = found["prediction"], found["label"]
+    return {"auc": _number(auc(prediction, label)), "logloss": _number(logloss(prediction, label))}
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def online(days: Days, overrides: list[str], seed: int, process: Process) -> dict[str, float]:
+    """AUC over the stream behind the first partition: of a model trained on that alone, and of models that go on."""
+    stream, found = days.names[1:], {}
+    for pieces in (0, 10, 50, 100):
+        with tempfile.TemporaryDirectory() as root:
+            model, scored = Model(days, overrides, seed, process, Path(root) / "run"), []
+            model.train(days.names[:1])
+            for piece in np.array_split(stream, max(1, pieces)):
+                scored.append(model.score(piece.tolist()))
+                if pieces:
+                    model.train(piece.tolist())
+            model.close()
+        together = {name: np.concatenate([one[name] for one in scored]) for name in scored[0]}
+        found[f"sync every 1/{pieces}" if pieces else "batch"] = metrics(together)["auc"]
+    return found
+
+
+def partition(rows: pa.Table, key: np.ndarray, output: Path) -> None:
+    for name in np.unique(key):
+        (output / f"day={name}").mkdir(parents=True)
+        part = rows.filter(pa.array(key == name))
+        pq.write_table(part, output / f"day={name}" / "part.parquet", row_group_size=max(64, part.num_rows // 16))
+
+
+def make_data(options: argparse.Namespace, folder: Path) -> Path:
+    """The partitions of the data set: days, weeks, or (--online) the first 5/7 and a hundred pieces of the rest."""
+    parser = argparse.ArgumentParser()
+    add_kinds(parser)
+    made = folder / "made"
+    if options.data == "synthetic":
+        command = ["--rows", str(options.rows), "--days", str(options.days), "--seed", str(options.data_seed)]
+    else:
+        command = ["--input", options.input, "--split", "time", "--valid-fraction", "0", "--test-fraction", "0"]
+    prepare(parser.parse_args([options.data, "--output", str(made), *command]))
+    if options.data == "synthetic" and not options.online:
+        return made
+    rows = pa.concat_tables(pq.read_table(file.path) for file in list_files(str(made)))
+    times = rows["time" if options.data == "synthetic" else "timestamp"].to_numpy()
+    order = np.argsort(times, kind="stable")
+    rows, times = rows.take(pa.array(order)), times[order]
+    if options.online:
+        place = np.arange(rows.num_rows) / rows.num_rows
+        key = np.where(place < 5 / 7, 0, 1 + np.floor((place - 5 / 7) * 350)).clip(max=100).astype(int)
+        partition(rows, np.char.zfill(key.astype(str), 3), folder / "days")
+    else:
+        partition(rows, times.astype("datetime64[s]").astype("datetime64[W]").astype("datetime64[D]").astype(str),
+                  folder / "days")  # fmt: skip
+    return folder / "days"
+
+
+def main(options: argparse.Namespace, process: Process) -> None:
+    base, column = DATA[options.data]
+    logging.disable(logging.INFO)  # of hundreds of runs
+    with tempfile.TemporaryDirectory() as folder:
+        days = Days(make_data(options, Path(folder)), column)
+        seeds = range(1, options.seeds + 1)
+        if options.online:
+            chosen = [*base, *METHODS["warm start"].rates[options.data], *options.overrides]
+            found = [online(days, chosen, seed, process) for seed in seeds]
+            for name in found[0]:
+                gain = [one[name] - one["batch"] for one in found]
+                print(f"{name:<20}{spread([one[name] for one in found])}   gain {spread(gain)}", flush=True)
+            return
+        first = 1 if options.tune else options.tune_days
+        last = options.tune_days if options.tune else len(days.names)
+        print(
+            f"{len(days.names)} days, {len(days.new[days.names[0]])} rows on the first; mean of {first} to {last - 1}"
+        )
+        print(f"{'':<32}{'AUC':>18}{'logloss':>18}{'AUC of new':>18}{'seconds/day':>18}")
+        for name in options.methods or METHODS:
+            method = METHODS[name]
+            for tried in itertools.product(*(one.split("=")[1].split(",") for one in options.tune)):
+                pairs = [f"{one.split('=')[0]}={value}" for one, value in zip(options.tune, tried, strict=True)]
+                overrides = [*base, *method.rates[options.data], *options.overrides, *pairs]
+                runs = [follow(days, method, overrides, seed, process, last, options.tune_days) for seed in seeds]
+                means = [
+                    [float(np.nanmean([day[key] for day in run[first - 1 :]])) for run in runs]
+                    for key in ("auc", "logloss", "new", "seconds")
+                ]
+                print(
+                    f"{name + ' ' + ' '.join(tried):<32}" + "".join(f"{spread(mean):>18}" for mean in means), flush=True
+                )
+
+
+def spread(values: list[float]) -> str:
+    return f"{np.mean(values):.4f} ± {np.std(values):.4f}"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", choices=DATA)
+    parser.add_argument("overrides", nargs="*", help="hydra overrides of all methods")
+    parser.add_argument("--input", help="folder of the MovieLens files")
+    parser.add_argument("--rows", type=int, default=350_000, help="synthetic: of all days")
+    parser.add_argument("--days", type=int, default=14)
+    parser.add_argument("--data-seed", type=int, default=2026)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--tune-days", type=int, default=5, help="first days, by which rates are chosen; not reported")
+    parser.add_argument("--tune", nargs="*", default=[], metavar="KEY=A,B", help="try these on the first days alone")
+    parser.add_argument("--methods", nargs="*", choices=METHODS)
+    parser.add_argument("--online", action="store_true", help="a stream that is scored and trained on piece by piece")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    sys.exit(run(lambda: (arguments, "cpu", 300.0), main))
