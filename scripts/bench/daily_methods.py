@@ -20,15 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from ctr.config import load_config  # noqa: E402
-from ctr.data.convert.command import add_kinds, prepare  # noqa: E402
-from ctr.data.files import list_files  # noqa: E402
 from ctr.data.reader import ParquetReader  # noqa: E402
 from ctr.data.reservoir import add_to_reservoir  # noqa: E402
 from ctr.metrics.exact import auc, logloss  # noqa: E402
@@ -37,6 +34,7 @@ from ctr.train.saved_model import save_model  # noqa: E402
 from ctr.train.teacher_logits import read_logits, score_teacher  # noqa: E402
 from ctr.train.trainer import Trainer  # noqa: E402
 from distributed.process import Process, run  # noqa: E402
+from scripts.bench.daily_data import Days, make_days  # noqa: E402
 
 WINDOW = 7
 SMALL = ["model.hidden=[64,64]", "model.embedding_dim=8", "trainer.device=cpu", "data.valid=null", "data.test=null"]
@@ -80,20 +78,6 @@ METHODS = {
     "IncCTR, KD-batch": Method(both(*BATCH), batch_teacher=True),
     "IncCTR, KD-self, replay": Method(both(*SELF), replayed=0.25),
 }
-
-
-class Days:
-    """The partitions of a data set, in order, and which of their rows have an id that was never seen before."""
-
-    def __init__(self, folder: Path, column: str) -> None:
-        self.folder, self.names = folder, sorted(p.name.removeprefix("day=") for p in folder.glob("day=*"))
-        self.new: dict[str, np.ndarray] = {}
-        seen = np.zeros(0, np.int64)
-        for name in self.names:
-            files = list_files(str(folder / f"day={name}"))
-            ids = np.concatenate([pq.read_table(f.path, columns=[column])[column].to_numpy() for f in files])
-            self.new[name] = ~np.isin(ids, seen)
-            seen = np.union1d(seen, ids)
 
 
 class Model:
@@ -205,44 +189,11 @@ def online(days: Days, overrides: list[str], seed: int, process: Process) -> dic
     return found
 
 
-def partition(rows: pa.Table, key: np.ndarray, output: Path) -> None:
-    for name in np.unique(key):
-        (output / f"day={name}").mkdir(parents=True)
-        part = rows.filter(pa.array(key == name))
-        pq.write_table(part, output / f"day={name}" / "part.parquet", row_group_size=max(64, part.num_rows // 16))
-
-
-def make_data(options: argparse.Namespace, folder: Path) -> Path:
-    """The partitions of the data set: days, weeks, or (--online) the first 5/7 and a hundred pieces of the rest."""
-    parser = argparse.ArgumentParser()
-    add_kinds(parser)
-    made = folder / "made"
-    if options.data == "synthetic":
-        command = ["--rows", str(options.rows), "--days", str(options.days), "--seed", str(options.data_seed)]
-    else:
-        command = ["--input", options.input, "--split", "time", "--valid-fraction", "0", "--test-fraction", "0"]
-    prepare(parser.parse_args([options.data, "--output", str(made), *command]))
-    if options.data == "synthetic" and not options.online:
-        return made
-    rows = pa.concat_tables(pq.read_table(file.path) for file in list_files(str(made)))
-    times = rows["time" if options.data == "synthetic" else "timestamp"].to_numpy()
-    order = np.argsort(times, kind="stable")
-    rows, times = rows.take(pa.array(order)), times[order]
-    if options.online:
-        place = np.arange(rows.num_rows) / rows.num_rows
-        key = np.where(place < 5 / 7, 0, 1 + np.floor((place - 5 / 7) * 350)).clip(max=100).astype(int)
-        partition(rows, np.char.zfill(key.astype(str), 3), folder / "days")
-    else:
-        partition(rows, times.astype("datetime64[s]").astype("datetime64[W]").astype("datetime64[D]").astype(str),
-                  folder / "days")  # fmt: skip
-    return folder / "days"
-
-
 def main(options: argparse.Namespace, process: Process) -> None:
     base, column = DATA[options.data]
     logging.disable(logging.INFO)  # of hundreds of runs
     with tempfile.TemporaryDirectory() as folder:
-        days = Days(make_data(options, Path(folder)), column)
+        days = make_days(options, Path(folder), column)
         seeds = range(1, options.seeds + 1)
         if options.online:
             chosen = [*base, *METHODS["warm start"].rates[options.data], *options.overrides]
