@@ -274,8 +274,7 @@ class DynamicTable:
     def _read(self, rows: Tensor, meta: Tensor) -> RowBatch:
         return self._batch(rows, meta, *self._store.read(rows))
 
-    @staticmethod
-    def _batch(rows: Tensor, meta: Tensor, values: Tensor, state: Tensor, step_size: Tensor | None) -> RowBatch:
+    def _batch(self, rows: Tensor, meta: Tensor, values: Tensor, state: Tensor, steps: Tensor | None) -> RowBatch:
         return RowBatch(
             ids=meta[:, ID].contiguous(),
             values=values,
@@ -283,14 +282,14 @@ class DynamicTable:
             last_seen=meta[:, LAST_SEEN].contiguous(),
             count=meta[:, COUNT].contiguous(),
             rows=rows,
-            step_size=step_size,
+            step_size=steps,
             period=meta[:, PERIOD].contiguous() if self.config.knows_periods else None,
         )
 
     def snapshot(self) -> Snapshot:
         """All rows as they are now, for another thread to read while this one goes on, until `release`."""
         self._store.reserve(1)  # as in `read_rows`
-        none = [torch.empty((0, COLUMNS), dtype=torch.int64, device=self.device)]
+        none = [torch.empty((0, COLUMNS + self.config.knows_periods), dtype=torch.int64, device=self.device)]
         chunks = [self._index.meta or none, *(group.chunks for group in self._store.groups)]
 
         def batch_of(rows: Tensor, raw: list[Tensor]) -> RowBatch:

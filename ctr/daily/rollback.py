@@ -33,7 +33,7 @@ ROLLBACKS = "rollbacks.jsonl"
 def roll_back(config: Config, process: Process, say: Callable[[str], None]) -> None:
     """Make the end of `daily.rollback_to` the newest state, and its publication the one that is served.
 
-    Newer states, publications, records and days' folders are removed; `rollbacks.jsonl` keeps a line. Days behind it can
+    Newer states, publications, records and days' folders are removed; `rollbacks.jsonl` keeps a line. Later days can
     be run again. Nothing is removed before the state that remains was read through and its publications were found. A
     rollback that was killed is ended by the same command, or undone by a job that goes on.
 

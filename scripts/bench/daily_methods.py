@@ -29,7 +29,7 @@ from ctr.config import load_config  # noqa: E402
 from ctr.data.reader import ParquetReader  # noqa: E402
 from ctr.data.reservoir import add_to_reservoir  # noqa: E402
 from ctr.metrics.exact import auc, logloss  # noqa: E402
-from ctr.train.evaluate import evaluate, read_split  # noqa: E402
+from ctr.train.evaluate import evaluate, open_reader  # noqa: E402
 from ctr.train.saved_model import save_model  # noqa: E402
 from ctr.train.teacher_logits import read_logits, score_teacher  # noqa: E402
 from ctr.train.trainer import Trainer  # noqa: E402
@@ -91,19 +91,20 @@ class Model:
         self.trainer = Trainer(self.config, process)
         self.seconds = 0.0
 
-    def reader(self, days: list[str], replay: Path | None = None) -> ParquetReader:
+    def reader(self, days: list[str], replay: Path | None = None, training: bool = False) -> ParquetReader:
         self.config.data.days, self.config.trainer.replay.path = days, replay and str(replay)
-        return read_split(self.config, self.trainer.schema, self.process, "train", numbered=True)
+        path = f"{self.config.data.path}/{self.config.data.train}"
+        return open_reader(self.config, self.trainer.schema, self.process, path, training, days)
 
     def score(self, days: list[str]) -> dict[str, np.ndarray]:
         """Predictions of the model as it is: before the days are trained on, the logits of KD-self are among them."""
         evaluate(self.trainer.model, self.reader(days), self.process, self.folder / "predictions", "day")
         table = pq.read_table(self.folder / "predictions" / "day-00000.parquet")
-        return {name: table[name].to_numpy() for name in ("prediction", "label", "number")}
+        return {name: table[name].to_numpy() for name in ("prediction", "label", "row")}
 
     def train(self, days: list[str], replay: Path | None = None, teach: bool = True) -> None:
         """One pass over days that were scored just now. teach: distil, if the method does."""
-        reader, distil, began = self.reader(days, replay), self.trainer.distil, time.perf_counter()
+        reader, distil, began = self.reader(days, replay, training=True), self.trainer.distil, time.perf_counter()
         self.trainer.tables.begin_period()
         if distil and teach:
             logits = self.folder / "predictions"
@@ -145,7 +146,7 @@ def follow(
                 schema, where = model.trainer.schema, str(days.folder)
                 add_to_reservoir(before, where, names[i - 1], schema, size, seed, replay, [names[i - 1]])
             found = model.score([names[i]])
-            new = days.new[names[i]][found["number"]]
+            new = days.new[names[i]][found["row"]]
             of_new = {name: column[new] for name, column in found.items()}
             results.append(metrics(found) | {"new": metrics(of_new)["auc"], "seconds": model.seconds})
         model.close()
