@@ -3,13 +3,17 @@
     python scripts/bench/checkpoint.py [--rows 4000000] [--dim 16] [--optimizer adam] [--folder DIR]
 
 One table of one rank. Save and load are compared with writing and reading the same number of bytes in one plain file,
-with fsync, in the same run; the page cache is warm for both reads unless the kernel lets us drop it. The stall is what
-the save adds to the wall time of steps that run meanwhile: the copy, and the time the thread takes from training.
+with fsync, in the same run; the page cache is warm for both reads unless the kernel lets us drop it. A plain read uses
+one small buffer again and again; reading into memory as new as that of the loaded table is given beside it.
+
+The stall is the time that training stands still for a save that is written behind: at its moment, and in steps to keep
+rows as they were. What the thread takes from training besides, as cores are shared, is given as longer steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import shutil
 import statistics
@@ -31,6 +35,7 @@ from distributed.checkpoint_files import Storage  # noqa: E402
 from distributed.checkpoint_tables import TableParts, TableSaver, describe_tables, load_rows  # noqa: E402
 from distributed.process import Process  # noqa: E402
 from embedding.config import DynamicTableConfig, Group, RowOptimizer  # noqa: E402
+from embedding.snapshot import Snapshot  # noqa: E402
 from embedding.table import DynamicTable  # noqa: E402
 
 BLOCK = 1 << 22
@@ -60,6 +65,13 @@ def read_plain(path: Path) -> None:
     with open(path, "rb", buffering=0) as file:
         while file.read(BLOCK):
             pass
+
+
+def read_into_new_memory(path: Path, size: int) -> None:
+    memory = memoryview(mmap.mmap(-1, size))
+    with open(path, "rb", buffering=0) as file:
+        for begin in range(0, size, BLOCK):
+            file.readinto(memory[begin : begin + BLOCK])
 
 
 def drop_cache() -> bool:
@@ -107,17 +119,26 @@ def steps_while(table: DynamicTable, rows: int, running: Callable[[], bool]) -> 
 
 
 def stall(table: DynamicTable, rows: int, root: Storage, process: Process) -> dict[str, float]:
-    """Train while a save is written behind. Seconds: copy, save, and by how much steps took longer."""
+    """Train while a save is written behind. Seconds: its moment, keeping rows, the save, what steps took longer."""
     end = time.perf_counter() + 3.0
     alone = statistics.median(steps_while(table, rows, lambda: time.perf_counter() < end))
+    keeping, keep = 0.0, Snapshot.keep
+
+    def timed_keep(snapshot: Snapshot, rows: torch.Tensor) -> None:
+        nonlocal keeping
+        keeping += timed(partial(keep, snapshot, rows))
+
+    Snapshot.keep = timed_keep
     began = time.perf_counter()
     parts = TableSaver({table.config.name: table}).take(delta=False)
-    copied = time.perf_counter() - began
+    moment = time.perf_counter() - began
     writer = threading.Thread(target=write_state, args=(root, parts, table, process))
     writer.start()
     during = steps_while(table, rows, writer.is_alive)
     duration = time.perf_counter() - began
-    return {"copy": copied, "save": duration, "slower": sum(during) - len(during) * alone, "step": alone}
+    Snapshot.keep = keep
+    slower = sum(during) - len(during) * alone
+    return {"moment": moment, "keeping": keeping, "save": duration, "slower": slower, "step": alone}
 
 
 def main() -> None:
@@ -159,6 +180,7 @@ def measure(table: DynamicTable, rows: int, root: Storage, plain: Path, process:
         note("load", verify + read)
         cold = drop_cache() and cold
         note("plain read", timed(partial(read_plain, plain)))
+        note("new memory", timed(partial(read_into_new_memory, plain, size)))
         plain.unlink()
     rate = {name: size / seconds / 1e6 for name, seconds in best.items()}
     print(f"{rows:,} rows of {table.config.bytes_per_row} bytes in memory, {size / rows:.1f} bytes on disk; ", end="")
@@ -166,13 +188,16 @@ def measure(table: DynamicTable, rows: int, root: Storage, plain: Path, process:
     for name, plain_name in (("save", "plain write"), ("load", "plain read")):
         print(f"{name:<6}{rate[name]:>8,.0f} MB/s   {plain_name} {rate[plain_name]:>8,.0f} MB/s   ", end="")
         print(f"ratio {rate[name] / rate[plain_name]:.2f}")
-    print(f"       of the load: checksums {rate['verify']:,.0f} MB/s, rows into the table {rate['rows']:,.0f} MB/s")
-    behind = stall(table, rows, root, process)
-    copy, slower = behind["copy"], behind["slower"]
-    print(f"written behind in {behind['save']:.2f} s: the copy stops training for {copy:.3f} s", end="")
     print(
-        f" ({copy / behind['save']:.1%} of the save), steps of {1e3 * behind['step']:.1f} ms take {slower:.2f} s longer"
+        f"       of the load: checksums {rate['verify']:,.0f} MB/s, rows into the table {rate['rows']:,.0f} MB/s; ",
+        end="",
     )
+    print(f"       plain read from the page cache into new memory {rate['new memory']:,.0f} MB/s")
+    behind = stall(table, rows, root, process)
+    stopped = behind["moment"] + behind["keeping"]
+    print(f"written behind in {behind['save']:.2f} s: training stands still for {stopped:.3f} s ", end="")
+    print(f"({stopped / behind['save']:.1%} of the save; {behind['moment']:.3f} s at its moment); ", end="")
+    print(f"steps of {1e3 * behind['step']:.1f} ms take {behind['slower']:.2f} s longer")
 
 
 if __name__ == "__main__":
