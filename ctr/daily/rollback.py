@@ -31,11 +31,11 @@ ROLLBACKS = "rollbacks.jsonl"
 
 
 def roll_back(config: Config, process: Process, say: Callable[[str], None]) -> None:
-    """Make the end of `daily.rollback_to` the newest state, and its publication the one that is served.
+    """Make the end of `daily.rollback_to` the newest state and its publication the one that is served.
 
-    Newer states, publications, records and days' folders are removed; `rollbacks.jsonl` keeps a line. Later days can
-    be run again. Nothing is removed before the state that remains was read through and its publications were found. A
-    rollback that was killed is ended by the same command, or undone by a job that goes on.
+    Newer states, publications, records and days' folders are removed; `rollbacks.jsonl` keeps a line. The days behind
+    it can be run again. Nothing is removed before the state that remains was read through and its publications were
+    found. A rollback that was killed is ended by the same command; a job that goes on instead takes the newest state.
 
     Raises:
         CheckpointError: no state of the end of that day is kept, or it is damaged. FolderInUse: a job is running.

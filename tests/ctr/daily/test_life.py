@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+import torch.distributed as dist
 
+from ctr.daily.publish import apply
+from distributed.process import Process
 from tests.ctr.daily.days import (
     assert_same_life,
     command,
@@ -45,6 +49,7 @@ def retrained(
     ranks: WarmRanks, data: Path, run_dir: Path, *more: str, world: int = 1, status: int = 0, end=None
 ) -> str:
     """What the job says."""
+    run_dir.parent.mkdir(exist_ok=True)
     output = run_dir.parent / f"output-{run_dir.name}"
     output.unlink(missing_ok=True)
     statuses = ranks.run(world, command(data, run_dir, *more), output, end=end)
@@ -106,14 +111,8 @@ def test_a_day_that_is_done_is_passed_over(whole, ranks, tmp_path):
 
 
 def applied(whole: Path, output: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "scripts/apply_delta.py", str(whole / "run" / "published"), str(output)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """What scripts/apply_delta.py says."""
+    return apply(whole / "run" / "published", output, Process(0, 0, 1, torch.device("cpu"), dist.HashStore()))
 
 
 def same_model(folder: Path, state: Path) -> None:
@@ -128,7 +127,9 @@ def same_model(folder: Path, state: Path) -> None:
 
 def test_whole_model_and_changes_are_the_live_model(whole, ranks, tmp_path):
     """Published by 2 ranks, read by 1; from nothing, and step by step behind each publication."""
-    assert "the whole model and 1 publication(s) of changes" in applied(whole, tmp_path / "served")
+    script = [sys.executable, "scripts/apply_delta.py", str(whole / "run" / "published"), str(tmp_path / "served")]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert "the whole model and 1 publication(s) of changes" in done.stdout, done.stderr
     same_model(tmp_path / "served", newest(whole / "run"))
     assert "served is 2026-01-05 already" in applied(whole, tmp_path / "served")
     step, output = tmp_path / "step", tmp_path / "model"
