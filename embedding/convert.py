@@ -54,7 +54,7 @@ def convert_rows(
         old_steps = None if batch.step_size is None else batch.step_size[:, number].contiguous()
         floats = _values(stored, old, old_steps)
         if old.format == new.format:
-            stored, size = stored.contiguous().view(stored_dtype(new.format)), old_steps
+            stored, size = _in_its_dtype(stored, new), old_steps
         else:
             size = _steps(floats, new) if is_int(new.format) else None
             stored = quantise(floats, size, new.format, rounding="nearest")
@@ -74,8 +74,12 @@ def convert_rows(
 
 
 def _values(stored: Tensor, group: Group, steps: Tensor | None) -> Tensor:
-    stored = stored.contiguous().view(stored_dtype(group.format))
-    return dequantise(stored, steps if is_int(group.format) else None, group.format, group.dim)
+    return dequantise(_in_its_dtype(stored, group), steps if is_int(group.format) else None, group.format, group.dim)
+
+
+def _in_its_dtype(stored: Tensor, group: Group) -> Tensor:
+    # Bytes of a single row count as contiguous where they are, which need not be where a float may begin.
+    return stored.clone(memory_format=torch.contiguous_format).view(stored_dtype(group.format))
 
 
 def _steps(values: Tensor, group: Group) -> Tensor:

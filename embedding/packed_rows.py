@@ -8,6 +8,7 @@ from torch import Tensor
 from embedding.config import DynamicTableConfig, Group, key_of
 from kernels.chunks import allocate_chunk
 from kernels.formats import DTYPES, code_range, is_int, stored_dtype
+from kernels.gather import gather
 from kernels.packed import Hyper, packed_gather, packed_learn_steps, packed_look_ahead, packed_update
 from kernels.quantise import quantise
 from kernels.random import normal
@@ -133,3 +134,10 @@ class PackedRows:
             bytes_nb[:, at : at + part.shape[1]] = part
             at += part.shape[1]
         scatter(self.chunks, rows, bytes_nb)
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """As `PlainRows.stored`: uint8 [n, bytes of a row]."""
+        return gather(self.chunks, rows, self._layout.bytes)
+
+    def store(self, rows: Tensor, stored: Tensor) -> None:
+        scatter(self.chunks, rows, stored)

@@ -83,7 +83,17 @@ class PlainRows:
         return both[:, : self._group.dim], both[:, self._group.dim :], None
 
     def write(self, rows: Tensor, values: Tensor, state: Tensor, steps: Tensor | None) -> None:
-        scatter(self.chunks, rows, torch.cat([values.contiguous().view(torch.float32), state], dim=1))
+        if values.dtype != torch.float32:
+            # Columns of a single row count as contiguous where they are, which need not be where a float may begin.
+            values = values.clone(memory_format=torch.contiguous_format).view(torch.float32)
+        scatter(self.chunks, rows, torch.cat([values, state], dim=1))
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """Rows as they lie in the chunks, one tensor, for a store of the same kind elsewhere."""
+        return gather(self.chunks, rows, self._width)
+
+    def store(self, rows: Tensor, stored: Tensor) -> None:
+        scatter(self.chunks, rows, stored)
 
 
 class RowStore:
@@ -164,6 +174,15 @@ class RowStore:
         steps_of = [None] * len(self.groups) if steps is None else steps.unbind(1)
         for group, *parts in zip(self.groups, values_of, state_of, steps_of, strict=True):
             group.write(rows, *parts)
+
+    def stored(self, rows: Tensor) -> list[Tensor]:
+        """All that is stored of rows (int64 [n], -1 gives zeros) as it lies in memory: a tensor [n, columns] per group.
+        A store of the same groups and optimizer, on this or another device, takes it by `store`."""
+        return [group.stored(rows) for group in self.groups]
+
+    def store(self, rows: Tensor, stored: list[Tensor]) -> None:
+        for group, part in zip(self.groups, stored, strict=True):
+            group.store(rows, part)
 
     def _check(self, rows: Tensor, values: Tensor, state: Tensor, steps: Tensor | None) -> None:
         name, n = self._config.name, rows.numel()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer, step_of_range
+from embedding.convert import convert_rows
 from embedding.errors import ConfigError
 from embedding.table import DynamicTable, RowBatch
 from kernels.formats import code_range
@@ -170,6 +171,19 @@ def test_cleared_rows_start_afresh(backend):
     first, second = (one.gather(one.lookup(ids, 0)) for one in (table, fresh))
     assert torch.equal(first, second)
     assert next(table.export_rows()).step_size[:, 0].unique().tolist() == pytest.approx([0.02])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_single_row_goes_out_and_in(backend, name):
+    """Its columns begin at any byte where groups of several formats lie side by side."""
+    table, twin, plain = (DynamicTable(config_of(name)) for _ in range(3))
+    table.lookup(torch.tensor([5]), 0)
+    (batch,) = table.export_rows()
+    twin.import_rows(batch)
+    assert_same(content(table), content(twin))
+    errors = {}
+    plain.import_rows(convert_rows(batch, table.config, plain.config, errors))
+    assert torch.equal(plain.gather(torch.tensor([0])), table.gather(torch.tensor([0])))
 
 
 def test_step_of_range():
