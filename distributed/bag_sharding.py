@@ -27,7 +27,7 @@ from torchrec.distributed.types import (
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distributed.dynamic_sharding import DYNAMIC, RowWiseDynamic, raw_ids_dist
-from distributed.table_kernel import DynamicTableKernel
+from distributed.table_kernel import DynamicTableKernel, Request
 from kernels.unique import unique_inverse
 
 
@@ -42,27 +42,31 @@ class DynamicBagKernel(DynamicTableKernel):
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """features: one key per feature, values mixed ids, stride = rows of all ranks. Returns [stride, features * n]
         with n the columns of one answer: weighted sums over bags, zeros where a bag is empty."""
-        values, ends, key = features.values(), features.offset_per_key(), 0
-        inverse, bounds = torch.empty_like(values), [0]
-        distinct, counts = [], []
-        for count in self._features:
-            span = slice(ends[key], ends[key + count])
-            unique, places, times = unique_inverse(values[span])
-            inverse[span] = places + bounds[-1]
-            bounds.append(bounds[-1] + unique.numel())
-            distinct.append(unique)
-            counts.append(times)
-            key += count
-        rows = self.rows(torch.cat(distinct), torch.cat(counts), bounds)
+        request = self.request(features)
+        rows = self.rows(request)
         sums = F.embedding_bag(
-            inverse,
+            request.places,
             rows,
             features.offsets().long(),
             mode="sum",
             per_sample_weights=features.weights_or_none(),
             include_last_offset=True,
         )
-        return sums.view(key, features.stride(), rows.shape[1]).transpose(0, 1).flatten(1)
+        return sums.view(sum(self._features), features.stride(), rows.shape[1]).transpose(0, 1).flatten(1)
+
+    def request(self, features: KeyedJaggedTensor) -> Request:
+        values, ends, key = features.values(), features.offset_per_key(), 0
+        places, bounds = torch.empty_like(values), [0]
+        distinct, counts = [], []
+        for count in self._features:
+            span = slice(ends[key], ends[key + count])
+            unique, inverse, times = unique_inverse(values[span])
+            places[span] = inverse + bounds[-1]
+            bounds.append(bounds[-1] + unique.numel())
+            distinct.append(unique)
+            counts.append(times)
+            key += count
+        return Request(torch.cat(distinct), torch.cat(counts), bounds, places)
 
 
 class DynamicBagLookup(GroupedPooledEmbeddingsLookup):

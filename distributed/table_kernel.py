@@ -14,6 +14,7 @@ id, 0 for the others. Both are exact in half precision.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
@@ -26,7 +27,9 @@ from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptim
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedding.alpt import RowsAhead
-from embedding.errors import TableFull
+from embedding.cached_table import CachedTable, make_table
+from embedding.errors import CacheFull, TableFull
+from embedding.row_cache import CachedRows
 from embedding.table import DynamicTable
 from kernels.mix import unmix64
 from kernels.unique import unique_inverse
@@ -38,6 +41,30 @@ class Pass(Enum):
     ONLY = auto()
     FIRST = auto()
     SECOND = auto()
+
+
+@dataclass
+class FoundRows:
+    """A table's rows of one batch. rows: int64 [u], their numbers in `where`, which the step reads and updates; ids:
+    int64 [u]; inverse: int64 [n], None if no id was asked for twice."""
+
+    where: DynamicTable | CachedRows
+    rows: Tensor
+    ids: Tensor
+    inverse: Tensor | None
+
+
+@dataclass
+class Request:
+    """What one batch asks of all tables of a kernel. mixed: int64 [n], those of table t from bounds[t] on; counts: [n];
+    places: int64, for each id of a bag its place in mixed, on the bag path. found: by table, once they are looked up.
+    """
+
+    mixed: Tensor
+    counts: Tensor
+    bounds: list[int]
+    places: Tensor | None = None
+    found: list[FoundRows] | None = None
 
 
 class RowLearningRate(FusedOptimizer):
@@ -69,7 +96,8 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         super().__init__(config, pg, device)
         fused = config.fused_params or {}
         configs = {table.name: table for table in fused["table_configs"]}
-        self.tables = [DynamicTable(configs[table.name], device) for table in config.embedding_tables]
+        self._device_of_rows = device
+        self.tables = [make_table(configs[table.name], device) for table in config.embedding_tables]
         self.names = [table.name for table in config.embedding_tables]
         self.repeats = pg is not None and pg.size() > 1  # each rank sends an id once; two ranks may send the same one
         self._rank = pg.rank() if pg is not None and pg.size() > 1 else None
@@ -88,66 +116,87 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """features: one key per table, stride = ranks, values mixed ids, weights their counts. Returns [n, width]."""
+        return self.rows(self.request(features))
+
+    def request(self, features: KeyedJaggedTensor) -> Request:
         offsets = features.offsets()
         stride = (offsets.numel() - 1) // len(self.tables)
-        return self.rows(features.values(), features.weights(), offsets[::stride].tolist())
+        return Request(features.values(), features.weights(), offsets[::stride].tolist())
 
-    def rows(self, mixed: Tensor, counts: Tensor, bounds: list[int]) -> Tensor:
-        """Rows of ids, differentiable. mixed: int64 [n], those of table t from bounds[t] on; counts: [n]."""
-        return _LookUp.apply(self._handle, self, mixed, counts, bounds)
+    def rows(self, request: Request) -> Tensor:
+        """The rows asked for, differentiable."""
+        return _LookUp.apply(self._handle, self, request)
 
-    def look_up(self, mixed: Tensor, counts: Tensor, bounds: list[int]) -> tuple[Tensor, list[tuple]]:
-        """Rows of all tables one after the other, and what `update` needs per table: row numbers, ids and inverse."""
-        if self.phase is Pass.SECOND and self.training:
-            parts = [self._answer(ahead.gather(inverse), rows, inverse) for ahead, rows, inverse in self._ahead]
-            return torch.cat(parts), []
-        parts, context = [], []
+    def find(self, request: Request, now: int) -> list[FoundRows]:
+        """Look the ids of a batch up in all tables, in training with all that this changes."""
+        found, bounds = [], request.bounds
         for table, begin, end in zip(self.tables, bounds, bounds[1:], strict=False):
-            ids, count = unmix64(mixed[begin:end]), counts[begin:end].long()
+            ids, counts = unmix64(request.mixed[begin:end]), request.counts[begin:end].long()
             inverse = None
             if self.repeats:
                 ids, inverse, _ = unique_inverse(ids)
-                count = torch.zeros_like(ids).index_add_(0, inverse, count)
-            rows = self._rows_of(table, ids, count)
-            parts.append(self._answer(table.gather(rows, inverse), rows, inverse))
-            context.append((rows, ids, inverse))
-        return torch.cat(parts), context
+                counts = torch.zeros_like(ids).index_add_(0, inverse, counts)
+            found.append(FoundRows(*self._rows_of(table, ids, counts, now), ids, inverse))
+        return found
 
-    def _rows_of(self, table: DynamicTable, ids: Tensor, counts: Tensor) -> Tensor:
+    def _rows_of(
+        self, table: DynamicTable, ids: Tensor, counts: Tensor, now: int
+    ) -> tuple[DynamicTable | CachedRows, Tensor]:
         try:
-            return table.lookup(ids, self.now, counts, self.training)
-        except TableFull as error:
+            if not isinstance(table, CachedTable):
+                return table, table.lookup(ids, now, counts, self.training)
+            if self.training:
+                return table.bring(ids, now, counts)
+            return table, table.lookup(ids.to(table.device), now, training=False)
+        except (TableFull, CacheFull) as error:
             if self._rank is None:
                 raise
             # A limit is that of each rank's part, and parts fill up at different times.
-            raise TableFull(f"rank {self._rank}: {error}") from None
+            raise type(error)(f"rank {self._rank}: {error}") from None
+
+    def look_up(self, request: Request) -> Tensor:
+        """Rows of all tables one after the other: those of the request, in a second pass those of the first one's."""
+        if self.phase is Pass.SECOND and self.training:
+            parts = [self._answer(ahead.gather(inverse), rows, inverse) for ahead, rows, inverse in self._ahead]
+            return torch.cat(parts)
+        if request.found is None:
+            request.found = self.find(request, self.now)
+        return torch.cat([self._answer(self._values(f), f.rows, f.inverse) for f in request.found])
+
+    def _values(self, found: FoundRows) -> Tensor:
+        if found.rows.device == found.ids.device:
+            return found.where.gather(found.rows, found.inverse)
+        # The table is on the host, and outside of training nothing is brought to its cache.
+        values = found.where.gather(found.rows).to(found.ids.device)
+        return values if found.inverse is None else values[found.inverse]
 
     def _answer(self, values: Tensor, rows: Tensor, inverse: Tensor | None) -> Tensor:
         if not self.tells_missing:
             return values
-        missing = (rows < 0).unsqueeze(1).to(values.dtype)
+        missing = (rows < 0).unsqueeze(1).to(values)
         return torch.cat([values, missing if inverse is None else missing[inverse]], 1)
 
-    def update(self, grads: Tensor, context: list[tuple], bounds: list[int]) -> None:
+    def update(self, grads: Tensor, request: Request) -> None:
         lr = self._optim.lr
         if self.tells_missing:
             grads = grads[:, :-1]
         grads = grads.contiguous()
-        parts = [grads[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+        parts = [grads[begin:end] for begin, end in zip(request.bounds, request.bounds[1:], strict=False)]
         if self.phase is Pass.SECOND:
             for (ahead, _, inverse), part in zip(self._ahead, parts, strict=True):
                 ahead.learn(part, inverse)
             self._ahead = []
             return
-        for table, (rows, ids, inverse), part in zip(self.tables, context, parts, strict=True):
+        for found, part in zip(request.found, parts, strict=True):
+            rows, inverse = found.rows, found.inverse
             if self.phase is Pass.FIRST:
-                self._ahead.append((table.update_ahead(rows, part, inverse, lr, ids), rows, inverse))
+                self._ahead.append((found.where.update_ahead(rows, part, inverse, lr, found.ids), rows, inverse))
             elif part.numel():
-                table.update(rows, part, inverse, lr, ids)
+                found.where.update(rows, part, inverse, lr, found.ids)
 
     def clear(self) -> None:
         """Forget all rows."""
-        self.tables = [DynamicTable(table.config, table.device) for table in self.tables]
+        self.tables = [make_table(table.config, self._device_of_rows) for table in self.tables]
 
     # What torchrec asks of a kernel.
 
@@ -175,12 +224,11 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
 
 class _LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, handle: Tensor, kernel: DynamicTableKernel, mixed: Tensor, counts: Tensor, bounds: list[int]):
-        rows, ctx.context = kernel.look_up(mixed, counts, bounds)
-        ctx.kernel, ctx.bounds = kernel, bounds
-        return rows
+    def forward(ctx, handle: Tensor, kernel: DynamicTableKernel, request: Request):
+        ctx.kernel, ctx.request = kernel, request
+        return kernel.look_up(request)
 
     @staticmethod
     def backward(ctx, grads: Tensor):
-        ctx.kernel.update(grads, ctx.context, ctx.bounds)
-        return None, None, None, None, None
+        ctx.kernel.update(grads, ctx.request)
+        return None, None, None

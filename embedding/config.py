@@ -130,7 +130,8 @@ class DynamicTableConfig:
     the group's name and the id it fixes a row's first values. ttl_seconds: a row not seen for so long expires (None:
     never). max_rows, max_bytes: the limit of one rank's part of the table (None: memory). eviction: what a full table
     does: give up the least recently (lru) or least frequently (lfu) used rows, or raise TableFull. evicted_kept: ids
-    given up that are kept for `take_evicted`. chunk_rows: rows by which memory is reserved, a power of two.
+    given up that are kept for `take_evicted`. chunk_rows: rows by which memory is reserved, a power of two. cache_rows,
+    cache_bytes: the table is in host memory, and a device holds so many of its rows (None: all of them are there).
 
     Raises ConfigError, one line, for values that cannot work.
     """
@@ -147,6 +148,8 @@ class DynamicTableConfig:
     eviction: str = "raise"
     evicted_kept: int = 1 << 20
     chunk_rows: int = 1 << 18
+    cache_rows: int | None = None
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         self._check_groups()
@@ -219,6 +222,14 @@ class DynamicTableConfig:
         limits = [] if self.max_rows is None else [self.max_rows]
         if self.max_bytes is not None:
             limits.append(self.max_bytes // self.bytes_per_row)
+        return min(limits, default=None)
+
+    @property
+    def cache_limit(self) -> int | None:
+        """Rows that the device holds, by whichever limit is tighter; None where the table has no cache."""
+        limits = [] if self.cache_rows is None else [self.cache_rows]
+        if self.cache_bytes is not None:
+            limits.append(self.cache_bytes // self.stored_bytes)
         return min(limits, default=None)
 
     def key(self, group: Group) -> int:
@@ -326,6 +337,10 @@ class DynamicTableConfig:
             self._fail("max_rows", self.max_rows, "at least 1, or null")
         if self.max_bytes is not None and self.max_bytes < self.bytes_per_row:
             self._fail("max_bytes", self.max_bytes, f"at least the {self.bytes_per_row} bytes of one row, or null")
+        if self.cache_rows is not None and self.cache_rows < 1:
+            self._fail("cache_rows", self.cache_rows, "at least 1, or null")
+        if self.cache_bytes is not None and self.cache_bytes < self.stored_bytes:
+            self._fail("cache_bytes", self.cache_bytes, f"at least the {self.stored_bytes} bytes of one row, or null")
         if self.evicted_kept < 0:
             self._fail("evicted_kept", self.evicted_kept, "0 or above")
         if self.chunk_rows < 1 or self.chunk_rows & (self.chunk_rows - 1):

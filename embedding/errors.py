@@ -11,3 +11,7 @@ class ConfigError(TesseraError):
 
 class TableFull(TesseraError):
     """A table is at its limit and may not, or cannot, give up enough rows for the ids of one batch."""
+
+
+class CacheFull(TesseraError):
+    """The cache of a table does not hold the rows of two batches in a row."""

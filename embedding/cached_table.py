@@ -1,0 +1,128 @@
+"""A table in host memory with some of its rows on a device: what `DynamicTable` is, bit for bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from embedding.alpt import RowsAhead
+from embedding.config import DynamicTableConfig
+from embedding.row_cache import COUNTERS, CachedRows, RowCache
+from embedding.table import DynamicTable, RowBatch
+
+
+def make_table(config: DynamicTableConfig, device: torch.device | str) -> DynamicTable:
+    """The table on the device, or on the host with a cache there if the configuration has one."""
+    return DynamicTable(config, device) if config.cache_limit is None else CachedTable(config, device)
+
+
+class CachedTable(DynamicTable):
+    """Training goes through `bring`; all else reads and writes the host's rows, after what changed was written back.
+
+    A batch may be brought while the one before it is trained, but nothing else may be asked of the table between:
+    the host knows already what the coming batch has inserted, counted, touched and evicted. Tensors that go in and out
+    live on the host but for those of `bring`.
+
+    Attributes:
+        cache: the rows on the device.
+        coming: set by whoever brings batches ahead: how many batches are being brought that no step has begun with.
+    """
+
+    def __init__(self, config: DynamicTableConfig, device: torch.device | str) -> None:
+        super().__init__(config, "cpu")
+        self.cache = RowCache(config, self._store, device)
+        self.coming = 0
+        self._cache_at_interval = dict(self.cache.total)
+
+    def bring(self, ids: Tensor, now: int | Tensor, counts: Tensor | None = None) -> tuple[CachedRows, Tensor]:
+        """`lookup` in training, and the rows of the batch to the device, ahead of its step or in it.
+
+        ids, counts: on any device, as for `lookup`. Returns what stands for the table in the step of this batch, and
+        slots int64 [u] on the device, -1 for an id that has no row. Raises TableFull, and CacheFull if the rows of this
+        batch and the one before do not fit the cache.
+        """
+        ids, counts = ids.cpu(), None if counts is None else counts.cpu()
+        rows = super().lookup(ids, now, counts)
+        if self._mark:
+            self._index.set_mark(rows, self._mark)
+        slots = self.cache.bring(rows)
+        return CachedRows(self.cache, self._step), slots.to(self.cache.device)
+
+    def _free(self, rows: Tensor) -> None:
+        self.cache.drop(rows)
+        super()._free(rows)
+
+    def _settle(self) -> None:
+        """Have on the host what the uncached table would have."""
+        self._assert_alone()
+        self.cache.flush()
+
+    def _assert_alone(self) -> None:
+        assert self.coming == 0, f"table {self.config.name}: asked while the batch of a coming step is brought"
+
+    def lookup(self, ids: Tensor, now: int | Tensor, counts: Tensor | None = None, training: bool = True) -> Tensor:
+        self._assert_alone()
+        return super().lookup(ids, now, counts, training)
+
+    def gather(self, rows: Tensor, inverse: Tensor | None = None) -> Tensor:
+        self._settle()
+        return super().gather(rows, inverse)
+
+    def update(
+        self,
+        rows: Tensor,
+        grads: Tensor,
+        inverse: Tensor | None = None,
+        lr: float | None = None,
+        ids: Tensor | None = None,
+    ) -> None:
+        self._replace(rows)
+        super().update(rows, grads, inverse, lr, ids)
+
+    def update_ahead(
+        self,
+        rows: Tensor,
+        grads: Tensor,
+        inverse: Tensor | None = None,
+        lr: float | None = None,
+        ids: Tensor | None = None,
+    ) -> RowsAhead:
+        self._replace(rows)
+        return super().update_ahead(rows, grads, inverse, lr, ids)
+
+    def _replace(self, rows: Tensor) -> None:
+        """Rows are about to change on the host."""
+        self._settle()
+        self.cache.end_step()
+        self.cache.drop(rows[rows >= 0])
+
+    def expire(self, now: int, budget_rows: int | None = None) -> int:
+        self._assert_alone()
+        self.cache.end_step()
+        return super().expire(now, budget_rows)
+
+    def _read(self, rows: Tensor, meta: Tensor) -> RowBatch:
+        self._settle()
+        return super()._read(rows, meta)
+
+    def import_rows(self, batch: RowBatch) -> None:
+        self._replace(self._index.find(batch.ids))
+        super().import_rows(batch)
+
+    def export_state(self) -> dict[str, Tensor]:
+        self._assert_alone()
+        return super().export_state()
+
+    def import_state(self, state: dict[str, Tensor]) -> None:
+        self._assert_alone()
+        super().import_state(state)
+
+    def mark(self) -> int:
+        self._assert_alone()
+        return super().mark()
+
+    def cache_stats(self) -> dict[str, int]:
+        """Since the last call: rows of batches that were there (hits) or fetched (misses), and rows written back."""
+        total, before = dict(self.cache.total), self._cache_at_interval
+        self._cache_at_interval = total
+        return {name: total[name] - before[name] for name in COUNTERS}
