@@ -73,6 +73,8 @@ class EmbeddingConfig:
     clock: str = "event"
     max_rows: int | None = None
     max_bytes: int | None = None
+    cache_rows: int | None = None
+    cache_bytes: int | None = None
     eviction: str = "raise"
     format: str = "fp32"
     formats: dict[str, str] | None = None
@@ -353,6 +355,15 @@ def _check_incremental(config: Config) -> None:
         raise ConfigError(
             f"optimizer.sparse.old_rows_factor is {factor}; static tables have no new rows (embedding=dynamic has)"
         )
+    embedding = config.embedding
+    if embedding.cache_rows is not None or embedding.cache_bytes is not None:
+        # Rows of the coming batch are added and fetched before this step has trained what they would begin with.
+        for key, value, only in (
+            ("optimizer.sparse.old_rows_factor", factor, 1),
+            ("embedding.first_values", embedding.first_values, "random"),
+        ):
+            if value != only:
+                raise ConfigError(f"{key} is {value}; tables with a cache (cache_rows, cache_bytes) have {only} alone")
     if not replay.weight >= 0:
         raise ConfigError(f"trainer.replay.weight is {replay.weight}; expected 0 or above")
     distil.check(config.trainer.epochs)
@@ -386,6 +397,7 @@ def _check_embedding(embedding: EmbeddingConfig, state_format: str) -> None:
     for key, value in of_dynamic.items():
         if embedding.kind == "static" and value != "fp32":
             raise ConfigError(f"{key} is {value}; static tables have fp32 alone (embedding=dynamic has more)")
-    for key, only in (("others", "zeros"), ("bag_path", "never"), ("first_values", "random")):
+    alone = {"others": "zeros", "bag_path": "never", "first_values": "random", "cache_rows": None, "cache_bytes": None}
+    for key, only in alone.items():
         if embedding.kind == "static" and getattr(embedding, key) != only:
             raise ConfigError(f"embedding.{key} is {getattr(embedding, key)}; it needs embedding.kind dynamic")

@@ -26,7 +26,7 @@ from torchrec.distributed.types import (
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from distributed.dynamic_sharding import DYNAMIC, RowWiseDynamic, raw_ids_dist
+from distributed.dynamic_sharding import DYNAMIC, RowWiseDynamic, SendsIds, raw_ids_dist
 from distributed.table_kernel import DynamicTableKernel, Request
 from kernels.unique import unique_inverse
 
@@ -42,7 +42,7 @@ class DynamicBagKernel(DynamicTableKernel):
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """features: one key per feature, values mixed ids, stride = rows of all ranks. Returns [stride, features * n]
         with n the columns of one answer: weighted sums over bags, zeros where a bag is empty."""
-        request = self.request(features)
+        request = self.next_request(features)
         rows = self.rows(request)
         sums = F.embedding_bag(
             request.places,
@@ -131,7 +131,7 @@ class DynamicBagSharding(RwPooledEmbeddingSharding):
         return SumsOfOwners(self._pg, registry.get(CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER.name))
 
 
-class ShardedDynamicBags(ShardedEmbeddingBagCollection):
+class ShardedDynamicBags(SendsIds, ShardedEmbeddingBagCollection):
     @classmethod
     def create_embedding_bag_sharding(
         cls, sharding_infos, env, device=None, permute_embeddings=False, qcomm_codecs_registry=None
@@ -139,9 +139,6 @@ class ShardedDynamicBags(ShardedEmbeddingBagCollection):
         sharding_type = sharding_infos[0].param_sharding.sharding_type
         assert sharding_type == ShardingType.ROW_WISE.value, sharding_type
         return DynamicBagSharding(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
-
-    def kernels(self) -> list[DynamicBagKernel]:
-        return [kernel for lookup in self._lookups for kernel in lookup._emb_modules]
 
 
 class DynamicBagSharder(RowWiseDynamic, EmbeddingBagCollectionSharder):

@@ -7,14 +7,18 @@ owner of a value is then the value modulo the ranks. We send mixed ids, so owner
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, KJTList
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import BaseRwEmbeddingSharding, RwSparseFeaturesDist
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distributed.table_kernel import DynamicTableKernel
 
@@ -44,6 +48,23 @@ def raw_ids_dist(
     )
 
 
+class SendsIds:
+    """Of sharded collections: the two halves of a forward pass, ids to their owners, and all the rest."""
+
+    def send(self, features: KeyedJaggedTensor) -> tuple[Any, KJTList]:
+        """What `compute_and_output_dist` takes later. Collective."""
+        context = self.create_context()
+        return context, self.input_dist(context, features).wait().wait()
+
+    def received(self, features: KJTList) -> Iterator[tuple[DynamicTableKernel, KeyedJaggedTensor]]:
+        """Each kernel with what it will be asked."""
+        for lookup, one in zip(self._lookups, features, strict=True):
+            yield from zip(lookup._emb_modules, one.split(lookup._feature_splits), strict=True)
+
+    def kernels(self) -> list[DynamicTableKernel]:
+        return [kernel for lookup in self._lookups for kernel in lookup._emb_modules]
+
+
 class DynamicSharding(RwSequenceEmbeddingSharding):
     def create_input_dist(self, device: torch.device | None = None) -> RwSparseFeaturesDist:
         return raw_ids_dist(self, is_sequence=True, device=device)
@@ -52,7 +73,7 @@ class DynamicSharding(RwSequenceEmbeddingSharding):
         return DynamicLookup(self._grouped_embedding_configs, self._pg, device or self._device, self._env)
 
 
-class ShardedDynamicCollection(ShardedEmbeddingCollection):
+class ShardedDynamicCollection(SendsIds, ShardedEmbeddingCollection):
     @classmethod
     def create_embedding_sharding(
         cls, sharding_type, sharding_infos, env, device=None, qcomm_codecs_registry=None
@@ -61,9 +82,6 @@ class ShardedDynamicCollection(ShardedEmbeddingCollection):
         return DynamicSharding(
             sharding_infos=sharding_infos, env=env, device=device, qcomm_codecs_registry=qcomm_codecs_registry
         )
-
-    def kernels(self) -> list[DynamicTableKernel]:
-        return [kernel for lookup in self._lookups for kernel in lookup._emb_modules]
 
 
 class RowWiseDynamic:

@@ -13,16 +13,20 @@ rare rows would drive it by the sum over thousands of ids.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+from torchrec.distributed.embedding_types import KJTList
 
 from distributed.bag_sharding import DynamicBagSharder
 from distributed.dynamic_sharding import DYNAMIC, DynamicSharder
+from distributed.host_manager import HostManager
 from distributed.plan import TableSize
 from distributed.table_kernel import DynamicTableKernel, Pass
 from distributed.transport import codecs
@@ -33,6 +37,30 @@ from kernels.pool import pool
 from kernels.unique import unique_inverse
 
 EXPIRE_ROWS = 1 << 18  # rows of each table that one call of `expire` looks at: about a millisecond
+
+
+@dataclass
+class CacheStats:
+    """by_table: hits, misses and written_back, in rows. waited_seconds: how long steps waited for the threads that
+    bring rows, busy_seconds: how long these worked."""
+
+    by_table: dict[str, dict[str, int]]
+    waited_seconds: float = 0.0
+    busy_seconds: float = 0.0
+
+
+@dataclass
+class _Coming:
+    """A batch, and what has been sent of it ahead of its step, if anything."""
+
+    ids: KeyedJaggedTensor
+    asked: tuple[KeyedJaggedTensor, Tensor] | None = None  # what `_distinct` gives
+    rows: tuple[Any, KJTList] | None = None  # what `send` gives, of the row path and of the bag path
+    bags: tuple[Any, KJTList] | None = None
+
+
+def _answer(module: nn.Module, asked: KeyedJaggedTensor | None, sent: tuple[Any, KJTList] | None) -> Any:
+    return module(asked) if sent is None else module.compute_and_output_dist(*sent)
 
 
 class DynamicTables(nn.Module):
@@ -47,6 +75,7 @@ class DynamicTables(nn.Module):
         others: what ids without a row read, zeros or the table's learned row (`others` [tables, width], first 0).
         first_values: what new rows begin with: random, or others, as the learned row is when they are added.
         bag_tables: the tables on the bag path, whose owners send sums over bags.
+        timeout_seconds: longest wait of a step for rows that are brought to the caches of tables on the host.
     """
 
     compute_kernel = DYNAMIC.value
@@ -61,8 +90,14 @@ class DynamicTables(nn.Module):
         others: str = "zeros",
         bag_tables: Collection[str] = (),
         first_values: str = "random",
+        timeout_seconds: float = 300.0,
     ) -> None:
         super().__init__()
+        self.cached = tables[0].cache_limit is not None
+        assert all((table.cache_limit is not None) == self.cached for table in tables)
+        self._timeout_seconds = timeout_seconds
+        self._manager: HostManager | None = None
+        self._coming: deque[_Coming] = deque()
         self._transport = transport
         self._asked: tuple[KeyedJaggedTensor, Tensor] | None = None  # by the pass before, for the second one
         self._second = False
@@ -97,16 +132,21 @@ class DynamicTables(nn.Module):
         config = self.tables[table]
         width = config.width + (self.others is not None)  # of an answer
         # The planner counts rows * dim * 4 bytes; a dynamic row has state and bookkeeping as well.
-        rows = -(-self.expected_rows * config.bytes_per_row // (4 * width))
+        expected = self.expected_rows
+        if config.cache_limit is not None:  # what is on the device; the host's memory is not the planner's
+            expected = min(expected, config.cache_limit)
+        rows = -(-expected * config.bytes_per_row // (4 * width))
         return kind(name=config.name, embedding_dim=width, num_embeddings=rows, feature_names=features)
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """ids: raw int64 ids, stride B. Returns group -> [B, fields, dim] float32; an empty bag gives zeros."""
+        coming = self._coming.popleft() if self._coming and self.training and not self._second else _Coming(ids)
+        assert coming.ids is ids, "another batch was prepared for this step"
         parts_fbd = []
         if self.collection is not None:
-            parts_fbd.append(self._sums_of_rows(ids.permute(self._row_fields) if self._bag_fields else ids))
+            parts_fbd.append(self._sums_of_rows(self._on_row_path(ids), coming))
         if self.bags is not None:
-            parts_fbd.append(self._sums_of_owners(ids.permute(self._bag_fields) if self._row_fields else ids))
+            parts_fbd.append(self._sums_of_owners(self._on_bag_path(ids), coming))
         sums_fbd = parts_fbd[0] if len(parts_fbd) == 1 else torch.cat(parts_fbd)
         if self._order is not None:
             sums_fbd = sums_fbd[self._order]
@@ -114,18 +154,54 @@ class DynamicTables(nn.Module):
             sums_fbd = sums_fbd * self._scale_to_mean(ids)
         return dict(zip(self.groups, sums_fbd.transpose(0, 1).split(list(self.groups.values()), 2), strict=True))
 
-    def _sums_of_rows(self, ids: KeyedJaggedTensor) -> Tensor:
+    @torch.no_grad()
+    def prepare(self, ids: KeyedJaggedTensor, now: int) -> None:
+        """Send the ids of a coming training batch to their owners, each of which lets a thread bring the rows to the
+        device (tables with a cache only). Collective: on all ranks in the same place.
+
+        now: its time, as for `begin_step`. Batches are prepared in the order of their steps, whose forward pass takes
+        the same `ids`; that of the next step at the earliest when this step begins. From then on nothing may be asked
+        of the tables, evaluation and saving included, until that step has begun.
+        """
+        assert self.cached and self.training
+        if self._manager is None:
+            self._manager = HostManager(ids.values().device, self._timeout_seconds)
+        coming = _Coming(ids)
+        sent = []
+        if self.collection is not None:
+            coming.asked = self._distinct(self._on_row_path(ids))
+            coming.rows = self.collection.send(coming.asked[0])
+            sent.append((self.collection, coming.rows))
+        if self.bags is not None:
+            coming.bags = self.bags.send(self._mixed(self._on_bag_path(ids)))
+            sent.append((self.bags, coming.bags))
+        for module, (_, received) in sent:
+            for kernel, features in module.received(received):
+                kernel.bring_ahead(features, now, self._manager)
+        self._coming.append(coming)
+
+    def _on_row_path(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        return ids.permute(self._row_fields) if self._bag_fields else ids
+
+    def _on_bag_path(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        return ids.permute(self._bag_fields) if self._row_fields else ids
+
+    def _sums_of_rows(self, ids: KeyedJaggedTensor, coming: _Coming) -> Tensor:
         """[fields, B, width] of the fields whose tables answer with rows."""
         if not self._second:
-            self._asked = self._distinct(ids)
+            self._asked = coming.asked or self._distinct(ids)
         asked, index = self._asked
-        answered = self.collection(asked)
+        answered = _answer(self.collection, asked, coming.rows)
         rows = torch.cat([self._with_others(answered[self.tables[i].name].values(), i) for i in self._row_tables])
         return self._pool(rows, index, ids).view(len(self._row_fields), ids.stride(), rows.shape[1])
 
-    def _sums_of_owners(self, ids: KeyedJaggedTensor) -> Tensor:
+    def _sums_of_owners(self, ids: KeyedJaggedTensor, coming: _Coming) -> Tensor:
         """[fields, B, width] of the fields on the bag path."""
-        asked = KeyedJaggedTensor(
+        answered = _answer(self.bags, None if coming.bags else self._mixed(ids), coming.bags)
+        return torch.stack([self._with_others(answered[name], table) for name, table in self._bags_of])
+
+    def _mixed(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        return KeyedJaggedTensor(
             keys=ids.keys(),
             values=mix64(ids.values()),
             weights=ids.weights_or_none(),
@@ -133,8 +209,6 @@ class DynamicTables(nn.Module):
             offsets=ids.offsets(),
             stride=ids.stride(),
         )
-        answered = self.bags(asked)
-        return torch.stack([self._with_others(answered[name], table) for name, table in self._bags_of])
 
     def _scale_to_mean(self, ids: KeyedJaggedTensor) -> Tensor:
         """[fields, B, 1]: 1 / bag length for averaged features, 1 elsewhere."""
@@ -225,6 +299,15 @@ class DynamicTables(nn.Module):
     def stats(self) -> dict[str, dict[str, float]]:
         """This rank's counts by table: rows, bytes, new, admitted, rejected, expired, evicted."""
         return {name: table.stats() for name, table in self.owned().items()}
+
+    def cache_stats(self) -> CacheStats | None:
+        """Of this rank, since the last call; None if tables have no cache."""
+        if not self.cached:
+            return None
+        stats = CacheStats({name: table.cache_stats() for name, table in self.owned().items()})
+        if self._manager is not None:
+            stats.waited_seconds, stats.busy_seconds = self._manager.take_seconds()
+        return stats
 
     def tensors(self) -> dict[str, Any]:
         """For torch.distributed.checkpoint. Rows of ids are saved by id, see `distributed/checkpoint_tables.py`."""

@@ -50,6 +50,7 @@ class StaticTables(nn.Module):
     """
 
     compute_kernel = EmbeddingComputeKernel.FUSED.value
+    cached = False
     learns_steps = False
 
     def __init__(
@@ -161,6 +162,9 @@ class StaticTables(nn.Module):
     def stats(self) -> dict[str, dict[str, float]]:
         """Nothing to count."""
         return {}
+
+    def cache_stats(self) -> None:
+        """No cache."""
 
     def owned(self) -> dict[str, DynamicTable]:
         """No dynamic tables."""

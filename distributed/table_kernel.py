@@ -13,7 +13,8 @@ id, 0 for the others. Both are exact in half precision.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -26,6 +27,7 @@ from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from distributed.host_manager import HostManager
 from embedding.alpt import RowsAhead
 from embedding.cached_table import CachedTable, make_table
 from embedding.errors import CacheFull, TableFull
@@ -102,6 +104,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         self.repeats = pg is not None and pg.size() > 1  # each rank sends an id once; two ranks may send the same one
         self._rank = pg.rank() if pg is not None and pg.size() > 1 else None
         self.tells_missing = fused["tells_missing"]
+        self._coming: deque[Callable[[], Request]] = deque()
         self.now = 0
         self.phase = Pass.ONLY
         # Per table, between the two passes: the rows, their numbers and the inverse.
@@ -116,7 +119,30 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """features: one key per table, stride = ranks, values mixed ids, weights their counts. Returns [n, width]."""
-        return self.rows(self.request(features))
+        return self.rows(self.next_request(features))
+
+    def bring_ahead(self, features: KeyedJaggedTensor, now: int, manager: HostManager) -> None:
+        """Let the thread look up the ids of a coming training batch and bring its rows. Steps take what was brought in
+        the order of these calls, each with the features that it has been given."""
+
+        def work() -> Request:
+            request = self.request(features)
+            request.found = self.find(request, now)
+            return request
+
+        for table in self.tables:
+            table.coming += 1
+        future = manager.submit(work)
+        self._coming.append(lambda: manager.result(future))
+
+    def next_request(self, features: KeyedJaggedTensor) -> Request:
+        """The request of a batch: that which was brought ahead, if there is one and it is for this step."""
+        if not (self._coming and self.training) or self.phase is Pass.SECOND:
+            return self.request(features)
+        request = self._coming.popleft()()
+        for table in self.tables:
+            table.coming -= 1
+        return request
 
     def request(self, features: KeyedJaggedTensor) -> Request:
         offsets = features.offsets()

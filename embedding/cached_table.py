@@ -8,6 +8,7 @@ from torch import Tensor
 from embedding.alpt import RowsAhead
 from embedding.config import DynamicTableConfig
 from embedding.row_cache import COUNTERS, CachedRows, RowCache
+from embedding.snapshot import Snapshot
 from embedding.table import DynamicTable, RowBatch
 
 
@@ -104,6 +105,11 @@ class CachedTable(DynamicTable):
     def _read(self, rows: Tensor, meta: Tensor) -> RowBatch:
         self._settle()
         return super()._read(rows, meta)
+
+    def snapshot(self) -> Snapshot:
+        # What is written back later is of batches brought later: `lookup` has these rows kept first.
+        self._settle()
+        return super().snapshot()
 
     def import_rows(self, batch: RowBatch) -> None:
         self._replace(self._index.find(batch.ids))

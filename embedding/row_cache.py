@@ -187,7 +187,7 @@ class CachedRows:
     ) -> RowsAhead:
         self._cache.changed = True
         ahead = RowsAhead(self._cache.store, rows, ids, self._step)
-        ahead.update(grads, inverse, lr)
+        ahead.update(grads, inverse, [(rows, lr)])
         return ahead
 
 

@@ -117,6 +117,7 @@ def build_tables(config: Config, schema: Schema, tower: Tower) -> Tables:
             embedding.others,
             bag_tables=[t.name for t in tables if _on_bag_path(config, schema, t)],
             first_values=embedding.first_values,
+            timeout_seconds=config.trainer.timeout_seconds,
         )
     raise ConfigError(f"embedding.kind is {embedding.kind!r}; expected dynamic or static")
 
@@ -136,6 +137,8 @@ def _dynamic_table(
         ttl_seconds=None if embedding.ttl_days is None else int(embedding.ttl_days * 86400),
         max_rows=None if embedding.max_rows is None else -(-embedding.max_rows // ranks),
         max_bytes=None if embedding.max_bytes is None else embedding.max_bytes // ranks,
+        cache_rows=None if embedding.cache_rows is None else -(-embedding.cache_rows // ranks),
+        cache_bytes=None if embedding.cache_bytes is None else embedding.cache_bytes // ranks,
         eviction=embedding.eviction,
     )
     try:

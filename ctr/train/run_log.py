@@ -26,6 +26,7 @@ from ctr.data.batch import Batch
 from ctr.data.reader import ParquetReader
 from ctr.train.optimizers import Optimizers
 from ctr.train.run_folder import RunFolder
+from distributed.dynamic_tables import CacheStats
 from distributed.plan import size
 from distributed.process import Process
 
@@ -181,6 +182,39 @@ class RunLog:
         self.write({"kind": "distil", "step": step, "epoch": epoch, "loss": loss})
         self.say(f"step {step} · epoch {epoch} · loss to the teacher {'undefined' if loss is None else f'{loss:.5f}'}")
 
+    def cache(self, step: int, stats: CacheStats | None) -> None:
+        """Sum what the caches of tables did since the last call over ranks; write it by table and say it in all."""
+        if stats is None:
+            return
+        keys = ("hits", "misses", "written_back")
+        counts = torch.tensor([[one[key] for key in keys] for one in stats.by_table.values()], dtype=torch.float64)
+        seconds = torch.tensor([stats.waited_seconds, stats.busy_seconds], dtype=torch.float64)
+        if self._process.world_size > 1:
+            dist.all_reduce(counts)
+            dist.all_reduce(seconds)
+        total = dict(zip(keys, map(int, counts.sum(0)), strict=True))
+        by_table = {
+            name: dict(zip(keys, map(int, row), strict=True)) for name, row in zip(stats.by_table, counts, strict=True)
+        }
+        waited, busy = (seconds / self._process.world_size).tolist()
+        line = {
+            "kind": "cache",
+            "step": step,
+            **total,
+            "hit_rate": _hit_rate(total),
+            "waited_seconds": waited,
+            "busy_seconds": busy,
+            "tables": by_table,
+        }
+        self.write(line)
+        if self._tensorboard:
+            for name, table in by_table.items():
+                self._tensorboard.add_scalar(f"tables/{name}/hit_rate", _hit_rate(table), step)
+        self.say(
+            f"step {step} · cache {line['hit_rate']:.1%} hits · {total['misses']:,} rows in, "
+            f"{total['written_back']:,} out · host manager busy {busy:.2f} s, waited for {waited:.2f} s"
+        )
+
     def evaluation(self, step: int, split: str, metrics: dict, is_best: bool) -> None:
         self.write({"kind": "eval", "split": split, "step": step, **metrics})
         shown = " · ".join(
@@ -235,6 +269,10 @@ class RunLog:
             handler.close()
         if self._lock:
             self._lock.release()
+
+
+def _hit_rate(counts: dict[str, int]) -> float:
+    return counts["hits"] / max(1, counts["hits"] + counts["misses"])
 
 
 def versions() -> dict[str, str]:

@@ -23,6 +23,7 @@ from ctr.train.checkpoints import Checkpoints
 from ctr.train.distil import Distillation
 from ctr.train.evaluate import evaluate, read_split
 from ctr.train.guard import check_gradients, check_loss, watch_gradients
+from ctr.train.look_ahead import LookAhead, ReadyBatch
 from ctr.train.optimizers import Optimizers
 from ctr.train.run_log import RunLog
 from ctr.train.saved_model import load_model, save_model
@@ -61,6 +62,8 @@ class Trainer:
         self.best: float | None = None
         self.evaluations_since_best = 0
         self.evaluated_step = -1
+        self.batches: LookAhead | None = None
+        self.ready: ReadyBatch | None = None  # the next step's batch, if this step has begun with it
         self.stopping = False  # a rank was asked to stop; all ranks learn it in the same step
         self.checkpoints = Checkpoints(self)
         self.begin()
@@ -99,6 +102,7 @@ class Trainer:
                 if not every:
                     self.evaluate()
                 self.checkpoints.after_epoch()
+            self.batches = None  # its threads end
         self.evaluate()
         self.checkpoints.save()
         self.checkpoints.close()
@@ -107,23 +111,25 @@ class Trainer:
 
     def steps(self, reader: ParquetReader) -> Iterator[Batch]:
         """Train on the batches of this epoch that are left, one step each; yields the batch behind each step."""
-        for batch in self.log.progress(reader.epoch(self.epoch), reader, self.epoch):
+        self.batches = LookAhead(self.log.progress(reader.epoch(self.epoch), reader, self.epoch))
+        for batch in self.batches:
             loss_sum, weight = self.train_step(batch)
             if self.log.train(self.step, self.epoch, batch.rows, loss_sum, weight, self.optimizers):
                 self.tables.expire(self.now)
                 self.log.tables(self.step, self.tables.stats())
+                self.log.cache(self.step, self.tables.cache_stats())
             yield batch
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One update. Returns this rank's summed loss and summed sample weight, on the device, for the log."""
         network: Network = self.model.module
         self.process.stage = f"step {self.step}: forward"
-        global_weight, self.now = self.agree(batch)  # before it goes to the device: these are numbers for the host
-        if self.distil:
-            self.distil.join(batch)
-        batch = batch.to(self.process.device)
+        ready = self.get_ready(batch) if self.ready is None else self.ready
+        assert ready.batch is batch
+        batch, self.now, self.stopping = ready.on_device, ready.now, ready.stop
         learn_steps = self.steps_every is not None and self.step % self.steps_every == 0
         self.tables.begin_step(self.now, learn_steps)
+        self.ready = self.get_next_ready()
         logits, embeddings = self.model(batch)
         loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
         teacher_loss = self.distil.loss(logits, batch) if self.distil else 0.0
@@ -131,7 +137,7 @@ class Trainer:
         watch_gradients(network, embeddings)
         # Ranks hold different numbers of rows and data parallel averages over ranks. With this scale the update is
         # that of the mean over the global batch, however its rows are spread.
-        scale = self.process.world_size / max(global_weight, 1e-12)
+        scale = self.process.world_size / max(ready.weight, 1e-12)
         self.process.stage = f"step {self.step}: backward"
         self.optimizers.zero_grad()
         ((loss_sum + teacher_loss + self.l2(embeddings)) * scale).backward()
@@ -158,7 +164,33 @@ class Trainer:
             rows = list(embeddings.values())
             torch.autograd.backward(rows, torch.autograd.grad((loss_sum + self.l2(embeddings)) * scale, rows))
 
-    def agree(self, batch: Batch) -> tuple[float, int]:
+    def get_ready(self, batch: Batch) -> ReadyBatch:
+        """Agree on a batch, bring it to the device and, where tables have a cache, begin to bring its rows."""
+        weight, now, stop = self.agree(batch)  # before it goes to the device: these are numbers for the host
+        if self.distil:
+            self.distil.join(batch)
+        on_device = batch.to(self.process.device)
+        if self.tables.cached:
+            self.tables.prepare(on_device.ids, now)
+        return ReadyBatch(batch, on_device, weight, now, stop)
+
+    def get_next_ready(self) -> ReadyBatch | None:
+        """Begin with the next step's batch while this step is trained, where tables have a cache; unless something
+        looks at the tables between the two steps, which must not see what the next one changes."""
+        if not self.tables.cached or self.batches is None or self.pauses_after(self.step + 1):
+            return None
+        coming = self.batches.peek()
+        self.process.stage = f"step {self.step}: forward"
+        return None if coming is None else self.get_ready(coming)
+
+    def pauses_after(self, step: int) -> bool:
+        """Whether there is a log line (and expiry), an evaluation, a saved state or the end between a step and the
+        next. The same on all ranks."""
+        trainer = self.config.trainer
+        every = (trainer.log_every, trainer.eval_every, trainer.checkpoint.every, trainer.max_steps)
+        return self.stopping or any(number is not None and step % number == 0 for number in every)
+
+    def agree(self, batch: Batch) -> tuple[float, int, bool]:
         """Summed weight and the time (seconds) of the global batch, the same on every rank; and whether to stop."""
         if self.config.embedding.clock == "wall" or batch.time is None:
             now = int(time.time())
@@ -167,12 +199,10 @@ class Trainer:
         stop = self.process.stop_asked
         mine = torch.tensor([float(batch.weight.sum()), now, stop], dtype=torch.float64)
         if self.process.world_size == 1:
-            self.stopping = stop
-            return mine[0].item(), now
+            return mine[0].item(), now, stop
         everyone = mine.new_empty(3 * self.process.world_size)
         dist.all_gather_into_tensor(everyone, mine)
-        self.stopping = bool(everyone[2::3].any())
-        return everyone[::3].sum().item(), int(everyone[1::3].max())
+        return everyone[::3].sum().item(), int(everyone[1::3].max()), bool(everyone[2::3].any())
 
     def l2(self, embeddings: dict[str, Tensor]) -> Tensor | float:
         """l2/2 times the squares of all looked-up embeddings: rows that the batch does not touch do not decay."""

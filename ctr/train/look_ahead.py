@@ -1,0 +1,42 @@
+"""Batches that a step may see before their turn, to begin with the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from ctr.data.batch import Batch
+
+
+class LookAhead:
+    """Passes batches on. `peek` is the one that comes next."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = iter(batches)
+        self._next: Batch | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        while (batch := self.peek()) is not None:
+            self._next = None
+            yield batch
+
+    def peek(self) -> Batch | None:
+        """The next batch, read if it was not yet; None at the end."""
+        if self._next is None:
+            self._next = next(self._batches, None)
+        return self._next
+
+
+@dataclass
+class ReadyBatch:
+    """A batch on its device, and what all ranks know of its step.
+
+    batch: as it was read; weight: summed over the global batch; now: its time in seconds; stop: whether to leave after
+    its step.
+    """
+
+    batch: Batch
+    on_device: Batch
+    weight: float
+    now: int
+    stop: bool

@@ -1,0 +1,76 @@
+"""The thread that looks the ids of coming batches up in tables on the host and brings their rows to the device.
+
+The middle of three stages (ScaleFreeCTR, arXiv 2104.08542): the reader's threads decode batch t + 2, this one works on
+batch t + 1, the device trains batch t. It takes no part in collectives: ids travel on the main thread, so that all
+ranks issue collectives in one order. On a GPU its work is in a stream of its own, between two events: it begins after
+what the device was given before, and the step that needs the rows begins after it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotDone  # Python 3.10 has another TimeoutError besides
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+
+from embedding.errors import TesseraError
+
+T = TypeVar("T")
+
+
+class HostManager:
+    """Does one thing after the other, in the order in which they are submitted."""
+
+    def __init__(self, device: torch.device, timeout_seconds: float) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._thread = ThreadPoolExecutor(1, "host manager")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # The allocator may give memory of one stream away while the other still reads it: results stay for two steps.
+        self._kept: deque[Any] = deque(maxlen=3)
+        self._waited_seconds = self._busy_seconds = 0.0
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Let the thread do `work` after what it has to do already."""
+        given = None if self._stream is None else torch.cuda.current_stream().record_event()
+        return self._thread.submit(self._run, work, given)
+
+    def _run(self, work: Callable[[], T], given: torch.cuda.Event | None) -> tuple[T, torch.cuda.Event | None]:
+        began = time.perf_counter()
+        ready = None
+        with torch.no_grad(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            if given is not None:
+                given.wait()
+            result = work()
+            if given is not None:
+                ready = torch.cuda.current_stream().record_event()
+        self._busy_seconds += time.perf_counter() - began
+        return result, ready
+
+    def result(self, future: Future[T]) -> T:
+        """What the work gave, or what it raised. Raises TesseraError if it takes longer than the limit."""
+        began = time.perf_counter()
+        try:
+            result, ready = future.result(self._timeout_seconds)
+        except NotDone:
+            if future.done():
+                raise
+            raise TesseraError(
+                f"waited {self._timeout_seconds:.0f} s (trainer.timeout_seconds) for the host manager's thread, "
+                "which brings the rows of a batch to the cache"
+            ) from None
+        self._waited_seconds += time.perf_counter() - began
+        if ready is not None:
+            ready.wait()
+        self._kept.append(result)
+        return result
+
+    def take_seconds(self) -> tuple[float, float]:
+        """How long steps have waited for results, and how long the thread has worked, since the last call."""
+        taken = self._waited_seconds, self._busy_seconds
+        self._waited_seconds = self._busy_seconds = 0.0
+        return taken
