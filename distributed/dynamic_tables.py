@@ -239,11 +239,10 @@ class DynamicTables(nn.Module):
         return [kind(fused, qcomm_codecs_registry=registry) for kind in (DynamicSharder, DynamicBagSharder)]
 
     def sizes(self) -> list[TableSize]:
+        rows = self.expected_rows
         return [
-            TableSize(
-                table.name, table.features, self.expected_rows, table.width, table.bytes_per_row, i in self._bag_tables
-            )
-            for i, table in enumerate(self.tables)
+            TableSize(t.name, t.features, rows, t.width, t.bytes_per_row, i in self._bag_tables, t.cache_limit)
+            for i, t in enumerate(self.tables)
         ]
 
     def fill(self) -> None:

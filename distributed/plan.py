@@ -11,7 +11,8 @@ from dataclasses import dataclass
 class TableSize:
     """What one table takes over all ranks. `row_bytes`: values, optimizer state and bookkeeping of one row.
 
-    summed_by_owner: whether its bags travel as sums instead of rows.
+    summed_by_owner: whether its bags travel as sums instead of rows. cache_rows: rows of one rank that are on the
+    device, if the table is on the host.
     """
 
     name: str
@@ -20,6 +21,7 @@ class TableSize:
     dim: int
     row_bytes: int
     summed_by_owner: bool = False
+    cache_rows: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -35,6 +37,8 @@ def describe(sizes: Sequence[TableSize], ranks: int, device: str, memory_per_ran
     ]
     for table in sizes:
         note = " (bags summed by owners)" if table.summed_by_owner else ""
+        if table.cache_rows is not None:
+            note += f" (on the host, {table.cache_rows:,} rows of each rank on the device)"
         lines.append(
             f"{table.name:<24}{table.rows:>14,}{table.dim:>6}{table.row_bytes:>11}{size(table.bytes):>12}"
             f"{size(-(-table.bytes // ranks)):>12}  {', '.join(table.features)}{note}"

@@ -4,7 +4,7 @@ import inspect
 from importlib import metadata
 
 import pytest
-from torchrec.distributed import comm_ops, embedding, embedding_lookup, embedding_sharding, embeddingbag
+from torchrec.distributed import comm_ops, embedding, embedding_lookup, embedding_sharding, embeddingbag, types
 from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
@@ -37,6 +37,12 @@ def test_the_pinned_release():
         (embeddingbag.ShardedEmbeddingBagCollection.__init__,
          ["self", "module", "table_name_to_parameter_sharding", "env", "fused_params", "device"]),
         (embeddingbag.EmbeddingBagCollectionSharder.shard, ["self", "module", "params", "env", "device", "module_fqn"]),
+        (embedding.ShardedEmbeddingCollection.input_dist, ["self", "ctx", "features"]),
+        (embedding.ShardedEmbeddingCollection.compute_and_output_dist, ["self", "ctx", "input"]),
+        (embedding.ShardedEmbeddingCollection.create_context, ["self"]),
+        (embeddingbag.ShardedEmbeddingBagCollection.input_dist, ["self", "ctx", "features"]),
+        (embeddingbag.ShardedEmbeddingBagCollection.compute_and_output_dist, ["self", "ctx", "input"]),
+        (embeddingbag.ShardedEmbeddingBagCollection.create_context, ["self"]),
     ],
 )  # fmt: skip
 def test_signatures(function, parameters):
@@ -59,9 +65,19 @@ def test_attributes_that_subclasses_read():
     assert "self._emb_modules" in inspect.getsource(embedding_lookup.GroupedEmbeddingsLookup)
     assert "self._lookups" in inspect.getsource(embeddingbag.ShardedEmbeddingBagCollection)
     assert "self._emb_modules" in inspect.getsource(embedding_lookup.GroupedPooledEmbeddingsLookup)
+    for lookup in (embedding_lookup.GroupedEmbeddingsLookup, embedding_lookup.GroupedPooledEmbeddingsLookup):
+        assert "self._feature_splits" in inspect.getsource(lookup)
     assert "qcomm_codecs_registry" in inspect.getsource(embedding_sharding.EmbeddingSharding)
     assert "_param_per_table" in inspect.getsource(BaseBatchedEmbedding)
     assert EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value == "customized_kernel"
+
+
+def test_a_forward_pass_is_the_two_halves_that_are_called_apart():
+    source = inspect.getsource(types.ShardedModule.forward)
+    assert "self.input_dist(ctx, *input, **kwargs).wait().wait()" in source
+    assert "self.compute_and_output_dist(ctx, dist_input)" in source
+    for module in (embedding.ShardedEmbeddingCollection, embeddingbag.ShardedEmbeddingBagCollection):
+        assert module.forward is types.ShardedModule.forward
 
 
 def test_owners_of_bags_know_the_rows_of_each_rank():
