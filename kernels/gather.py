@@ -30,8 +30,8 @@ def gather(
     _check(chunks, rows, dim, default, begin)
     if inverse is not None:
         check_index("inverse", inverse)
-    if backend.compiled_for(rows):
-        return torch.ops.tessera.gather(chunks, rows, dim, inverse, default, begin)
+    if ops := backend.ops_for(rows):
+        return ops.gather(chunks, rows, dim, inverse, default, begin)
     return reference.gather(chunks, rows, dim, inverse, default, begin)
 
 
@@ -52,17 +52,15 @@ def _check(
         raise ValueError(f"default: expected {of_rows} [{dim}], found {default.dtype} {list(default.shape)}")
 
 
-if "cpp" in backend.available_backends():
-
-    @torch.library.register_fake("tessera::gather")
-    def _gather_fake(
-        chunks: Sequence[Tensor],
-        rows: Tensor,
-        dim: int,
-        inverse: Tensor | None,
-        default: Tensor | None,
-        begin: int,
-    ) -> Tensor:
-        dtype = chunks[0].dtype if chunks else torch.float32
-        count = rows.shape[0] if inverse is None else inverse.shape[0]
-        return rows.new_empty((count, dim), dtype=dtype)
+@torch.library.register_fake("tessera::gather")
+def _gather_fake(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    dim: int,
+    inverse: Tensor | None,
+    default: Tensor | None,
+    begin: int,
+) -> Tensor:
+    dtype = chunks[0].dtype if chunks else torch.float32
+    count = rows.shape[0] if inverse is None else inverse.shape[0]
+    return rows.new_empty((count, dim), dtype=dtype)

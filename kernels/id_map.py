@@ -58,8 +58,8 @@ class IdMap:
     def find(self, ids: Tensor) -> Tensor:
         """ids: int64 [n], duplicates allowed. Returns rows int64 [n], -1 for unknown ids."""
         check_index("ids", ids)
-        if backend.compiled_for(ids):
-            return torch.ops.tessera.id_map_find(self._directory, self._chunks, ids)
+        if ops := backend.ops_for(ids):
+            return ops.id_map_find(self._directory, self._chunks, ids)
         return reference.find(self._directory, self._chunks, ids)
 
     def insert(self, ids: Tensor, rows: Tensor) -> None:
@@ -75,8 +75,8 @@ class IdMap:
         done = 0
         while done < ids.numel():
             state = self._directory, self._chunks, self._segments, self._counters
-            if backend.compiled_for(ids):
-                torch.ops.tessera.id_map_insert(*state, ids[done:], rows[done:])
+            if ops := backend.ops_for(ids):
+                ops.id_map_insert(*state, ids[done:], rows[done:])
             else:
                 reference.insert(*state, ids[done:], rows[done:])
             done += int(self._counters[2])
@@ -103,8 +103,8 @@ class IdMap:
         """ids: int64 [n], distinct. Returns the rows they had, int64 [n], -1 for unknown ids."""
         check_index("ids", ids)
         state = self._directory, self._chunks, self._segments, self._counters
-        if backend.compiled_for(ids):
-            return torch.ops.tessera.id_map_erase(*state, ids)
+        if ops := backend.ops_for(ids):
+            return ops.id_map_erase(*state, ids)
         return reference.erase(*state, ids)
 
     def items(self, batch: int = 1 << 20) -> Iterator[tuple[Tensor, Tensor]]:
@@ -140,18 +140,18 @@ class IdMap:
         self._segments = torch.cat([self._segments, more])
 
 
-if "cpp" in backend.available_backends():
+@torch.library.register_fake("tessera::id_map_find")
+def _find_fake(directory: Tensor, chunks: list[Tensor], ids: Tensor) -> Tensor:
+    return ids.new_empty(ids.shape)
 
-    @torch.library.register_fake("tessera::id_map_find")
-    def _find_fake(directory: Tensor, chunks: list[Tensor], ids: Tensor) -> Tensor:
-        return ids.new_empty(ids.shape)
 
-    @torch.library.register_fake("tessera::id_map_insert")
-    def _insert_fake(
-        directory: Tensor, chunks: list[Tensor], segments: Tensor, counters: Tensor, ids: Tensor, rows: Tensor
-    ) -> None:
-        return None
+@torch.library.register_fake("tessera::id_map_insert")
+def _insert_fake(
+    directory: Tensor, chunks: list[Tensor], segments: Tensor, counters: Tensor, ids: Tensor, rows: Tensor
+) -> None:
+    return None
 
-    @torch.library.register_fake("tessera::id_map_erase")
-    def _erase_fake(directory: Tensor, chunks: list[Tensor], segments: Tensor, counters: Tensor, ids: Tensor) -> Tensor:
-        return ids.new_empty(ids.shape)
+
+@torch.library.register_fake("tessera::id_map_erase")
+def _erase_fake(directory: Tensor, chunks: list[Tensor], segments: Tensor, counters: Tensor, ids: Tensor) -> Tensor:
+    return ids.new_empty(ids.shape)

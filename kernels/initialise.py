@@ -53,24 +53,22 @@ def init_rows(
         stream(seed, table, 0),
         state,
     )
-    if backend.compiled_for(rows):
-        torch.ops.tessera.init_rows(*arguments)
+    if ops := backend.ops_for(rows):
+        ops.init_rows(*arguments)
     else:
         reference.init_rows(*arguments)
 
 
-if "cpp" in backend.available_backends():
-
-    @torch.library.register_fake("tessera::init_rows")
-    def _init_rows_fake(
-        chunks: Sequence[Tensor],
-        rows: Tensor,
-        ids: Tensor,
-        dim: int,
-        bell: bool,
-        offset: float,
-        scale: float,
-        stream: int,
-        state: float,
-    ) -> None:
-        return None
+@torch.library.register_fake("tessera::init_rows")
+def _init_rows_fake(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    ids: Tensor,
+    dim: int,
+    bell: bool,
+    offset: float,
+    scale: float,
+    stream: int,
+    state: float,
+) -> None:
+    return None

@@ -20,16 +20,16 @@ from kernels.reference import mix as reference
 def mix64(x: Tensor) -> Tensor:
     """int64 to int64 of the same shape, bits taken as unsigned. Raises ValueError for other dtypes."""
     _check(x)
-    if backend.compiled_for(x):
-        return torch.ops.tessera.mix64(x)
+    if ops := backend.ops_for(x):
+        return ops.mix64(x)
     return reference.mix64(x)
 
 
 def unmix64(x: Tensor) -> Tensor:
     """The inverse: unmix64(mix64(x)) == x. Raises ValueError for dtypes other than int64."""
     _check(x)
-    if backend.compiled_for(x):
-        return torch.ops.tessera.unmix64(x)
+    if ops := backend.ops_for(x):
+        return ops.unmix64(x)
     return reference.unmix64(x)
 
 
@@ -38,12 +38,11 @@ def _check(x: Tensor) -> None:
         raise ValueError(f"x: expected int64, found {x.dtype}")
 
 
-if "cpp" in backend.available_backends():
+@torch.library.register_fake("tessera::mix64")
+def _mix64_fake(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    @torch.library.register_fake("tessera::mix64")
-    def _mix64_fake(x: Tensor) -> Tensor:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    @torch.library.register_fake("tessera::unmix64")
-    def _unmix64_fake(x: Tensor) -> Tensor:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
+@torch.library.register_fake("tessera::unmix64")
+def _unmix64_fake(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -40,8 +40,8 @@ def packed_gather(
     ValueError for wrong dtypes or shapes, IndexError for a row or inverse out of range.
     """
     _check(chunks, rows, layout, inverse)
-    if backend.compiled_for(rows):
-        return torch.ops.tessera.packed_gather(chunks, rows, layout.numbers, inverse)
+    if ops := backend.ops_for(rows):
+        return ops.packed_gather(chunks, rows, layout.numbers, inverse)
     return reference.packed_gather(chunks, rows, layout, inverse)
 
 
@@ -68,11 +68,9 @@ def packed_update(
     _check(chunks, rows, layout, inverse)
     _check_update(rows, grads, inverse, ids, layout, held, rounding)
     nearest = rounding == "nearest"
-    if backend.compiled_for(rows):
+    if ops := backend.ops_for(rows):
         numbers, optimizer = layout.numbers, layout.optimizer
-        torch.ops.tessera.packed_update(
-            chunks, rows, grads, inverse, ids, numbers, optimizer, hyper, stream, nearest, held
-        )
+        ops.packed_update(chunks, rows, grads, inverse, ids, numbers, optimizer, hyper, stream, nearest, held)
     else:
         reference.packed_update(chunks, rows, grads, inverse, ids, layout, hyper, stream, nearest, held)
 
@@ -83,8 +81,8 @@ def packed_look_ahead(
     """The values `held` (float32 [u, dim]) as their rows would hold them, by nearest rounding; else `packed_gather`."""
     _check(chunks, rows, layout, inverse)
     _check_held(rows, layout, held)
-    if backend.compiled_for(rows):
-        return torch.ops.tessera.packed_look_ahead(chunks, rows, held, layout.numbers, inverse)
+    if ops := backend.ops_for(rows):
+        return ops.packed_look_ahead(chunks, rows, held, layout.numbers, inverse)
     return reference.packed_look_ahead(chunks, rows, held, layout, inverse)
 
 
@@ -113,9 +111,9 @@ def packed_learn_steps(
     if not layout.learned:
         raise ValueError("layout: expected one with a learned step size")
     nearest = rounding == "nearest"
-    if backend.compiled_for(rows):
+    if ops := backend.ops_for(rows):
         numbers, optimizer = layout.numbers, layout.optimizer
-        torch.ops.tessera.packed_learn_steps(
+        ops.packed_learn_steps(
             chunks, rows, held, grads, inverse, ids, numbers, optimizer, gradient_scale, hyper, stream, nearest
         )
     else:
@@ -161,26 +159,27 @@ def _check_held(rows: Tensor, layout: PackedLayout, held: Tensor) -> None:
         raise ValueError(f"held: expected contiguous float32 {list(shape)}, found {held.dtype} {list(held.shape)}")
 
 
-if "cpp" in backend.available_backends():
+@torch.library.register_fake("tessera::packed_gather")
+def _gather_fake(chunks: Sequence[Tensor], rows: Tensor, layout: list[int], inverse: Tensor | None) -> Tensor:
+    count = rows.shape[0] if inverse is None else inverse.shape[0]
+    return rows.new_empty((count, layout[1]), dtype=torch.float32)
 
-    @torch.library.register_fake("tessera::packed_gather")
-    def _gather_fake(chunks: Sequence[Tensor], rows: Tensor, layout: list[int], inverse: Tensor | None) -> Tensor:
-        count = rows.shape[0] if inverse is None else inverse.shape[0]
-        return rows.new_empty((count, layout[1]), dtype=torch.float32)
 
-    @torch.library.register_fake("tessera::packed_look_ahead")
-    def _look_ahead_fake(
-        chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: list[int], inverse: Tensor | None
-    ) -> Tensor:
-        count = rows.shape[0] if inverse is None else inverse.shape[0]
-        return rows.new_empty((count, layout[1]), dtype=torch.float32)
+@torch.library.register_fake("tessera::packed_look_ahead")
+def _look_ahead_fake(
+    chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: list[int], inverse: Tensor | None
+) -> Tensor:
+    count = rows.shape[0] if inverse is None else inverse.shape[0]
+    return rows.new_empty((count, layout[1]), dtype=torch.float32)
 
-    @torch.library.register_fake("tessera::packed_update")
-    def _update_fake(chunks, rows, grads, inverse, ids, layout, optimizer, hyper, stream, nearest, held) -> None:
-        return None
 
-    @torch.library.register_fake("tessera::packed_learn_steps")
-    def _learn_steps_fake(
-        chunks, rows, held, grads, inverse, ids, layout, optimizer, gradient_scale, hyper, stream, nearest
-    ) -> None:
-        return None
+@torch.library.register_fake("tessera::packed_update")
+def _update_fake(chunks, rows, grads, inverse, ids, layout, optimizer, hyper, stream, nearest, held) -> None:
+    return None
+
+
+@torch.library.register_fake("tessera::packed_learn_steps")
+def _learn_steps_fake(
+    chunks, rows, held, grads, inverse, ids, layout, optimizer, gradient_scale, hyper, stream, nearest
+) -> None:
+    return None

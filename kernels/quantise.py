@@ -53,8 +53,8 @@ def quantise(
         raise ValueError(f"ids: expected {values.shape[0]} as there are rows, found {ids.numel()}")
     check_index("ids", ids)
     key = stream(seed, table, step)
-    if backend.compiled_for(values):
-        return torch.ops.tessera.quantise(values, steps, FORMATS.index(format), nearest, ids, key)
+    if ops := backend.ops_for(values):
+        return ops.quantise(values, steps, FORMATS.index(format), nearest, ids, key)
     return reference.quantise(values, steps, format, nearest, ids, key, 0)
 
 
@@ -66,8 +66,8 @@ def dequantise(stored: Tensor, steps: Tensor | None, format: str, dim: int) -> T
         expected = f"{stored_dtype(format)} [n, {wanted[1]}] for {dim} values of {format}"
         raise ValueError(f"stored: expected {expected}, found {stored.dtype} {list(stored.shape)}")
     _check_steps(steps, stored.shape[0], format)
-    if backend.compiled_for(stored):
-        return torch.ops.tessera.dequantise(stored, steps, FORMATS.index(format), dim)
+    if ops := backend.ops_for(stored):
+        return ops.dequantise(stored, steps, FORMATS.index(format), dim)
     return reference.dequantise(stored, steps, format, dim)
 
 
@@ -79,16 +79,15 @@ def _check_steps(steps: Tensor | None, count: int, format: str) -> None:
         raise ValueError(f"steps: expected float32 [{count}], found {steps.dtype} {list(steps.shape)}")
 
 
-if "cpp" in backend.available_backends():
+@torch.library.register_fake("tessera::quantise")
+def _quantise_fake(
+    values: Tensor, steps: Tensor | None, format: int, nearest: bool, ids: Tensor, stream: int
+) -> Tensor:
+    name = FORMATS[format]
+    columns = stored_columns(name, values.shape[1])
+    return values.new_empty((values.shape[0], columns), dtype=stored_dtype(name))
 
-    @torch.library.register_fake("tessera::quantise")
-    def _quantise_fake(
-        values: Tensor, steps: Tensor | None, format: int, nearest: bool, ids: Tensor, stream: int
-    ) -> Tensor:
-        name = FORMATS[format]
-        columns = stored_columns(name, values.shape[1])
-        return values.new_empty((values.shape[0], columns), dtype=stored_dtype(name))
 
-    @torch.library.register_fake("tessera::dequantise")
-    def _dequantise_fake(stored: Tensor, steps: Tensor | None, format: int, dim: int) -> Tensor:
-        return stored.new_empty((stored.shape[0], dim), dtype=torch.float32)
+@torch.library.register_fake("tessera::dequantise")
+def _dequantise_fake(stored: Tensor, steps: Tensor | None, format: int, dim: int) -> Tensor:
+    return stored.new_empty((stored.shape[0], dim), dtype=torch.float32)

@@ -33,8 +33,8 @@ def uniform(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tens
     """
     _check(ids, dim)
     stream = reference.stream(seed, table, step)
-    if backend.compiled_for(ids):
-        return torch.ops.tessera.uniform(stream, ids, dim)
+    if ops := backend.ops_for(ids):
+        return ops.uniform(stream, ids, dim)
     return reference.uniform(stream, ids, dim)
 
 
@@ -46,8 +46,8 @@ def normal(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tenso
     """
     _check(ids, dim)
     stream = reference.stream(seed, table, step)
-    if backend.compiled_for(ids):
-        return torch.ops.tessera.normal(stream, ids, dim)
+    if ops := backend.ops_for(ids):
+        return ops.normal(stream, ids, dim)
     return reference.normal(stream, ids, dim)
 
 
@@ -67,12 +67,11 @@ def _check(ids: Tensor, dim: int) -> None:
         raise ValueError(f"dim: expected at least 1, found {dim}")
 
 
-if "cpp" in backend.available_backends():
+@torch.library.register_fake("tessera::uniform")
+def _uniform_fake(stream: int, ids: Tensor, dim: int) -> Tensor:
+    return ids.new_empty((ids.shape[0], dim), dtype=torch.float32)
 
-    @torch.library.register_fake("tessera::uniform")
-    def _uniform_fake(stream: int, ids: Tensor, dim: int) -> Tensor:
-        return ids.new_empty((ids.shape[0], dim), dtype=torch.float32)
 
-    @torch.library.register_fake("tessera::normal")
-    def _normal_fake(stream: int, ids: Tensor, dim: int) -> Tensor:
-        return ids.new_empty((ids.shape[0], dim), dtype=torch.float32)
+@torch.library.register_fake("tessera::normal")
+def _normal_fake(stream: int, ids: Tensor, dim: int) -> Tensor:
+    return ids.new_empty((ids.shape[0], dim), dtype=torch.float32)

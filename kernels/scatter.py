@@ -25,14 +25,12 @@ def scatter(chunks: Sequence[Tensor], rows: Tensor, values: Tensor, begin: int =
         found = f"{values.dtype} {list(values.shape)}, begin {begin}"
         raise ValueError(f"values: expected {dtype} [{rows.numel()} or 1, k], begin >= 0, found {found}")
     check_chunks(chunks, begin + values.shape[1])
-    if backend.compiled_for(rows):
-        torch.ops.tessera.scatter(chunks, rows, values, begin)
+    if ops := backend.ops_for(rows):
+        ops.scatter(chunks, rows, values, begin)
     else:
         reference.scatter(chunks, rows, values, begin)
 
 
-if "cpp" in backend.available_backends():
-
-    @torch.library.register_fake("tessera::scatter")
-    def _scatter_fake(chunks: Sequence[Tensor], rows: Tensor, values: Tensor, begin: int) -> None:
-        return None
+@torch.library.register_fake("tessera::scatter")
+def _scatter_fake(chunks: Sequence[Tensor], rows: Tensor, values: Tensor, begin: int) -> None:
+    return None

@@ -22,8 +22,8 @@ def xxh64(data: Tensor, offsets: Tensor) -> Tensor:
     offsets that leave `data`.
     """
     _check(data, offsets)
-    if backend.compiled_for(data):
-        return torch.ops.tessera.xxh64(data, offsets)
+    if ops := backend.ops_for(data):
+        return ops.xxh64(data, offsets)
     return reference.xxh64(data, offsets)
 
 
@@ -35,8 +35,8 @@ def hex_to_int64(data: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     ValueError as `xxh64`.
     """
     _check(data, offsets)
-    if backend.compiled_for(data):
-        return torch.ops.tessera.hex_to_int64(data, offsets)
+    if ops := backend.ops_for(data):
+        return ops.hex_to_int64(data, offsets)
     return reference.hex_to_int64(data, offsets)
 
 
@@ -47,13 +47,12 @@ def _check(data: Tensor, offsets: Tensor) -> None:
         raise ValueError(f"offsets: expected int64 [n + 1], found {offsets.dtype} {list(offsets.shape)}")
 
 
-if "cpp" in backend.available_backends():
+@torch.library.register_fake("tessera::xxh64")
+def _xxh64_fake(data: Tensor, offsets: Tensor) -> Tensor:
+    return offsets.new_empty(offsets.shape[0] - 1)
 
-    @torch.library.register_fake("tessera::xxh64")
-    def _xxh64_fake(data: Tensor, offsets: Tensor) -> Tensor:
-        return offsets.new_empty(offsets.shape[0] - 1)
 
-    @torch.library.register_fake("tessera::hex_to_int64")
-    def _hex_to_int64_fake(data: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        rows = offsets.shape[0] - 1
-        return offsets.new_empty(rows), offsets.new_empty(rows, dtype=torch.bool)
+@torch.library.register_fake("tessera::hex_to_int64")
+def _hex_to_int64_fake(data: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    rows = offsets.shape[0] - 1
+    return offsets.new_empty(rows), offsets.new_empty(rows, dtype=torch.bool)

@@ -35,8 +35,8 @@ def touch(chunks: Sequence[Tensor], rows: Tensor, now: int | Tensor, counts: Ten
         check_index("counts", counts)
         if counts.numel() != rows.numel():
             raise ValueError(f"counts: expected {rows.numel()} elements, found {counts.numel()}")
-    if backend.compiled_for(rows):
-        torch.ops.tessera.touch(chunks, rows, times, counts)
+    if ops := backend.ops_for(rows):
+        ops.touch(chunks, rows, times, counts)
     else:
         reference.touch(chunks, rows, times, counts)
 
@@ -50,8 +50,8 @@ def expired(chunks: Sequence[Tensor], now: int, ttl: int, begin: int, end: int) 
     _check_slice(chunks, begin, end)
     if not chunks:
         return torch.empty(0, dtype=torch.int64)
-    if backend.compiled_for(chunks[0]):
-        return torch.ops.tessera.expired(chunks, now - ttl, begin, end)
+    if ops := backend.ops_for(chunks[0]):
+        return ops.expired(chunks, now - ttl, begin, end)
     return reference.expired(chunks, now - ttl, begin, end)
 
 
@@ -71,8 +71,8 @@ def coldest(chunks: Sequence[Tensor], column: int, k: int, begin: int, end: int,
         check_index("keep", keep)
     if not chunks:
         return torch.empty(0, dtype=torch.int64)
-    if backend.compiled_for(chunks[0]):
-        return torch.ops.tessera.coldest(chunks, column, k, begin, end, keep)
+    if ops := backend.ops_for(chunks[0]):
+        return ops.coldest(chunks, column, k, begin, end, keep)
     return reference.coldest(chunks, column, k, begin, end, keep)
 
 
@@ -82,18 +82,16 @@ def _check_slice(chunks: Sequence[Tensor], begin: int, end: int) -> None:
         raise IndexError(f"slice: expected inside [0, {total}), found [{begin}, {end})")
 
 
-if "cpp" in backend.available_backends():
+@torch.library.register_fake("tessera::touch")
+def _touch_fake(chunks: Sequence[Tensor], rows: Tensor, now: Tensor, counts: Tensor | None) -> None:
+    return None
 
-    @torch.library.register_fake("tessera::touch")
-    def _touch_fake(chunks: Sequence[Tensor], rows: Tensor, now: Tensor, counts: Tensor | None) -> None:
-        return None
 
-    @torch.library.register_fake("tessera::expired")
-    def _expired_fake(chunks: Sequence[Tensor], limit: int, begin: int, end: int) -> Tensor:
-        return chunks[0].new_empty(torch.library.get_ctx().new_dynamic_size())
+@torch.library.register_fake("tessera::expired")
+def _expired_fake(chunks: Sequence[Tensor], limit: int, begin: int, end: int) -> Tensor:
+    return chunks[0].new_empty(torch.library.get_ctx().new_dynamic_size())
 
-    @torch.library.register_fake("tessera::coldest")
-    def _coldest_fake(
-        chunks: Sequence[Tensor], column: int, k: int, begin: int, end: int, keep: Tensor | None
-    ) -> Tensor:
-        return chunks[0].new_empty(torch.library.get_ctx().new_dynamic_size())
+
+@torch.library.register_fake("tessera::coldest")
+def _coldest_fake(chunks: Sequence[Tensor], column: int, k: int, begin: int, end: int, keep: Tensor | None) -> Tensor:
+    return chunks[0].new_empty(torch.library.get_ctx().new_dynamic_size())

@@ -17,14 +17,12 @@ def unique_inverse(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise ValueError(f"ids: expected int64 [n], found {ids.dtype} {list(ids.shape)}")
-    if backend.compiled_for(ids):
-        return torch.ops.tessera.unique_inverse(ids)
+    if ops := backend.ops_for(ids):
+        return ops.unique_inverse(ids)
     return reference.unique_inverse(ids)
 
 
-if "cpp" in backend.available_backends():
-
-    @torch.library.register_fake("tessera::unique_inverse")
-    def _unique_inverse_fake(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        count = torch.library.get_ctx().new_dynamic_size()
-        return ids.new_empty(count), ids.new_empty(ids.shape), ids.new_empty(count)
+@torch.library.register_fake("tessera::unique_inverse")
+def _unique_inverse_fake(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size()
+    return ids.new_empty(count), ids.new_empty(ids.shape), ids.new_empty(count)

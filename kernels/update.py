@@ -78,28 +78,26 @@ def update(
     dim = grads.shape[1]
     check_chunks(chunks, dim + state_width(optimizer, dim), torch.float32)
     hyper = (learning_rate, weight_decay, eps, beta1, beta2, beta, l1, l2)
-    if backend.compiled_for(rows):
-        torch.ops.tessera.update(chunks, rows, grads, inverse, optimizer, *hyper)
+    if ops := backend.ops_for(rows):
+        ops.update(chunks, rows, grads, inverse, optimizer, *hyper)
     else:
         reference.update(chunks, rows, grads, inverse, optimizer, *hyper)
 
 
-if "cpp" in backend.available_backends():
-
-    @torch.library.register_fake("tessera::update")
-    def _update_fake(
-        chunks: Sequence[Tensor],
-        rows: Tensor,
-        grads: Tensor,
-        inverse: Tensor | None,
-        optimizer: str,
-        learning_rate: float,
-        weight_decay: float,
-        eps: float,
-        beta1: float,
-        beta2: float,
-        beta: float,
-        l1: float,
-        l2: float,
-    ) -> None:
-        return None
+@torch.library.register_fake("tessera::update")
+def _update_fake(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    grads: Tensor,
+    inverse: Tensor | None,
+    optimizer: str,
+    learning_rate: float,
+    weight_decay: float,
+    eps: float,
+    beta1: float,
+    beta2: float,
+    beta: float,
+    l1: float,
+    l2: float,
+) -> None:
+    return None

@@ -170,8 +170,9 @@ def test_backends_hand_out_the_same_rows():
         for name, id_map in maps.items():
             with use_backend(name):
                 found.append([*id_map.find_or_insert(ids, new_rows), id_map.erase(ids[::7])])
-        assert all(a.equal(b) for a, b in zip(*found, strict=True))
-    assert content(maps["cpp"]) == content(maps["reference"])
+        for other in found[1:]:
+            assert all(a.equal(b) for a, b in zip(other, found[0], strict=True))
+    assert all(content(id_map) == content(maps["reference"]) for id_map in maps.values())
 
 
 @pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")

@@ -1,0 +1,47 @@
+"""Every op of this package as Triton kernels, on the GPU or under Triton's interpreter (`launch.py`).
+
+The functions take what the ops of `torch.ops.tessera` take (`kernels/schemas.py`). What no
+training step calls on a GPU is the definition in torch: the reader's string ops, and `coldest`.
+"""
+
+from kernels.reference.string_hash import hex_to_int64, xxh64
+from kernels.reference.touch import coldest
+from kernels.triton_ops.faults import check
+from kernels.triton_ops.gather import gather, gather_pooled
+from kernels.triton_ops.id_map import id_map_erase, id_map_find, id_map_insert
+from kernels.triton_ops.initialise import init_rows
+from kernels.triton_ops.mix import mix64, unmix64
+from kernels.triton_ops.packed import packed_gather, packed_learn_steps, packed_look_ahead, packed_update, update
+from kernels.triton_ops.quantise import dequantise, quantise
+from kernels.triton_ops.random import normal, uniform
+from kernels.triton_ops.scatter import scatter
+from kernels.triton_ops.touch import expired, touch
+from kernels.triton_ops.unique import unique_inverse
+
+__all__ = [
+    "check",
+    "coldest",
+    "dequantise",
+    "expired",
+    "gather",
+    "gather_pooled",
+    "hex_to_int64",
+    "id_map_erase",
+    "id_map_find",
+    "id_map_insert",
+    "init_rows",
+    "mix64",
+    "normal",
+    "packed_gather",
+    "packed_learn_steps",
+    "packed_look_ahead",
+    "packed_update",
+    "quantise",
+    "scatter",
+    "touch",
+    "uniform",
+    "unique_inverse",
+    "unmix64",
+    "update",
+    "xxh64",
+]

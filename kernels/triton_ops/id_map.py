@@ -1,0 +1,280 @@
+"""The id map on the state that `kernels/id_map.py` describes, in device memory.
+
+Insertion takes distinct, unknown ids with their rows, so that row numbers never depend on a race: programs race for
+slots only. A program claims the first empty slot from an id's home on by compare-and-swap of the slot's row (-1: empty;
+any 64 bits may be a hash, so the hash cannot mark an empty slot) and then writes the hash, which is read only by later
+kernels. Slots of a line so fill from its beginning, as the C++ version expects. Segments are split, and mended after
+erasure, by taking their pairs out and placing them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.reference.id_map import LINE, SEGMENTS_PER_CHUNK, SLOTS, split_limit
+from kernels.triton_ops.arithmetic import hash_of
+from kernels.triton_ops.faults import note_duplicates
+from kernels.triton_ops.launch import block, launch
+from kernels.triton_ops.rows import bases_of
+
+_TAKEN_OUT = 1024  # segments whose pairs are in temporary memory at once: 64 MiB
+
+_SLOTS, _LINE = tl.constexpr(SLOTS), tl.constexpr(LINE)
+_SEGMENT_SHIFT = tl.constexpr(SEGMENTS_PER_CHUNK.bit_length() - 1)
+_SEGMENT_MASK = tl.constexpr(SEGMENTS_PER_CHUNK - 1)
+_KNOWN, _NEGATIVE, _OVER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # places of what an insertion met
+
+
+@triton.jit
+def _segment_of(directory, hashes, inside, bits):
+    """int64 numbers of the segments of uint64 hashes; the directory has 2^bits entries, so a shift may be by 64."""
+    entry = ((hashes >> 1) >> (63 - bits).to(tl.uint64)).to(tl.int64)
+    return tl.load(directory + entry, mask=inside, other=0).to(tl.int64)
+
+
+@triton.jit
+def _slots_of(bases, segment, inside):
+    """Pointers to the first words of segments."""
+    base = tl.load(bases + (segment >> _SEGMENT_SHIFT), mask=inside, other=0)
+    address = tl.multiple_of(base, 16) + (segment & _SEGMENT_MASK) * (_SLOTS * 16)
+    return address.to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def _home_of(hashes):
+    return (hashes & (_SLOTS - _LINE)).to(tl.int64)
+
+
+@triton.jit
+def _find(slots, hashes, inside):
+    """(row, slot) of hashes, -1 where unknown. A line is filled from its beginning: an empty slot ends the search."""
+    wanted = hashes.to(tl.int64, bitcast=True)
+    at = _home_of(hashes)
+    row = tl.full(at.shape, -1, tl.int64)
+    slot = tl.full(at.shape, -1, tl.int64)
+    active = inside
+    turns = 0
+    while (turns < _SLOTS // _LINE) & (tl.max(active.to(tl.int32), axis=0) > 0):
+        last = tl.full(at.shape, -1, tl.int64)
+        for k in tl.static_range(_LINE):
+            pair = slots + (at + k) * 2
+            held = tl.load(pair, mask=active, other=0)
+            last = tl.load(pair + 1, mask=active, other=-1)
+            hit = active & (held == wanted) & (last >= 0)
+            row = tl.where(hit, last, row)
+            slot = tl.where(hit, at + k, slot)
+        active = active & (row < 0) & (last >= 0)
+        at = (at + _LINE) & (_SLOTS - 1)
+        turns += 1
+    return row, slot
+
+
+@triton.jit(do_not_specialize=["bits"])
+def _find_kernel(ids, directory, bases, rows, places, count, bits, WITH_PLACES: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    hashes = hash_of(tl.load(ids + at, mask=inside, other=0))
+    segment = _segment_of(directory, hashes, inside, bits)
+    row, slot = _find(_slots_of(bases, segment, inside), hashes, inside)
+    tl.store(rows + at, row, mask=inside)
+    if WITH_PLACES:
+        tl.store(places + at, tl.where(slot < 0, -1, segment * _SLOTS + slot), mask=inside)
+
+
+@triton.jit(do_not_specialize=["bits"])
+def _count_kernel(ids, rows, directory, bases, wanted, met, count, bits, BLOCK: tl.constexpr):
+    """Add the ids to those wanted of their segments; note ids that are known and rows below 0."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    hashes = hash_of(tl.load(ids + at, mask=inside, other=0))
+    segment = _segment_of(directory, hashes, inside, bits)
+    one = tl.full([BLOCK], 1, tl.int32)
+    tl.atomic_add(wanted + segment, one, mask=inside, sem="relaxed")
+    found, slot = _find(_slots_of(bases, segment, inside), hashes, inside)
+    row = tl.load(rows + at, mask=inside, other=0)
+    zeros = tl.zeros([BLOCK], tl.int32)
+    tl.atomic_max(met + _KNOWN + zeros, one, mask=inside & (found >= 0), sem="relaxed")
+    tl.atomic_max(met + _NEGATIVE + zeros, one, mask=inside & (row < 0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["bits"])
+def _place_kernel(hashes, rows, directory, bases, count, bits, HASHED: tl.constexpr, BLOCK: tl.constexpr):
+    """Put pairs into the first empty slots from their homes on; a row below 0 is skipped."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    given = tl.load(hashes + at, mask=inside, other=0)
+    row = tl.load(rows + at, mask=inside, other=-1)
+    hash = given.to(tl.uint64, bitcast=True) if HASHED else hash_of(given)
+    active = inside & (row >= 0)
+    segment = _segment_of(directory, hash, inside, bits)
+    # Every lane takes part in a compare-and-swap. One that wants no slot needs an address that it may touch, and
+    # compares with -2, which no slot holds.
+    slots = _slots_of(bases, segment, at >= 0)
+    slot = _home_of(hash)
+    turns = 0
+    while (turns < _SLOTS) & (tl.max(active.to(tl.int32), axis=0) > 0):
+        pair = slots + slot * 2
+        seen = tl.load(pair + 1, mask=active, other=0)  # may be out of date: the swap decides
+        wants = active & (seen < 0)
+        if tl.max(wants.to(tl.int32), axis=0) > 0:
+            old = tl.atomic_cas(pair + 1, tl.where(wants, -1, -2).to(tl.int64), tl.where(wants, row, -2))
+            won = wants & (old == -1)
+            tl.store(pair, hash.to(tl.int64, bitcast=True), mask=won)
+            active = active & ~won
+        slot = tl.where(active, (slot + 1) & (_SLOTS - 1), slot)
+        turns += 1
+
+
+@triton.jit
+def _take_out_kernel(segments, bases, hashes, rows, BLOCK: tl.constexpr):
+    """Copy the pairs of a segment and empty it; programs are blocks of the segments' slots."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    segment = tl.load(segments + at // _SLOTS)
+    pair = _slots_of(bases, segment, at >= 0) + (at % _SLOTS) * 2
+    tl.store(hashes + at, tl.load(pair))
+    tl.store(rows + at, tl.load(pair + 1))
+    tl.store(pair + 1, tl.full([BLOCK], -1, tl.int64))
+
+
+@triton.jit
+def _clear_kernel(places, bases, count, BLOCK: tl.constexpr):
+    """Empty slots, whatever is left of lines' order; -1 is skipped."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.load(places + at, mask=at < count, other=-1)
+    pair = _slots_of(bases, place // _SLOTS, place >= 0) + (place % _SLOTS) * 2
+    tl.store(pair + 1, tl.full([BLOCK], -1, tl.int64), mask=place >= 0)
+
+
+class _Map:
+    """The state with what kernels are told of it."""
+
+    def __init__(self, directory: Tensor, chunks: Sequence[Tensor]) -> None:
+        self.directory = directory
+        self.bases = bases_of(chunks, directory.device)
+        self.bits = directory.numel().bit_length() - 1
+
+    def find(self, ids: Tensor, with_places: bool = False) -> tuple[Tensor, Tensor]:
+        ids = ids.contiguous()
+        rows = torch.empty_like(ids)
+        places = torch.empty_like(ids) if with_places else rows
+        arguments = (ids, self.directory, self.bases, rows, places, ids.numel(), self.bits)
+        launch(_find_kernel, _programs(ids.numel()), *arguments, WITH_PLACES=with_places, BLOCK=block())
+        return rows, places
+
+    def count(self, ids: Tensor, rows: Tensor, wanted: Tensor, met: Tensor) -> None:
+        arguments = (ids, rows, self.directory, self.bases, wanted, met, ids.numel(), self.bits)
+        launch(_count_kernel, _programs(ids.numel()), *arguments, BLOCK=block())
+
+    def place(self, hashes: Tensor, rows: Tensor, hashed: bool) -> None:
+        arguments = (hashes, rows, self.directory, self.bases, rows.numel(), self.bits)
+        launch(_place_kernel, _programs(rows.numel()), *arguments, HASHED=hashed, BLOCK=block())
+
+    def take_out(self, segments: Tensor) -> tuple[Tensor, Tensor]:
+        """Empty segments int64 [k]. Returns what their slots held: hashes and rows, -1 for none, int64 [k * SLOTS]."""
+        hashes = torch.empty(segments.numel() * SLOTS, dtype=torch.int64, device=segments.device)
+        rows = torch.empty_like(hashes)
+        size = min(block(), SLOTS)
+        launch(_take_out_kernel, hashes.numel() // size, segments, self.bases, hashes, rows, BLOCK=size)
+        return hashes, rows
+
+    def clear(self, places: Tensor) -> None:
+        arguments = (places, self.bases, places.numel())
+        launch(_clear_kernel, _programs(places.numel()), *arguments, BLOCK=block())
+
+
+def _programs(count: int) -> int:
+    return -(-count // block())
+
+
+def id_map_find(directory: Tensor, chunks: Sequence[Tensor], ids: Tensor) -> Tensor:
+    return _Map(directory, chunks).find(ids)[0]
+
+
+def id_map_insert(
+    directory: Tensor,
+    chunks: Sequence[Tensor],
+    segments: Tensor,
+    counters: Tensor,
+    ids: Tensor,
+    rows: Tensor,
+) -> None:
+    """Insert all ids, or none where memory or a bit of the directory is missing; counters[2] tells."""
+    counters[2] = 0
+    found = _Map(directory, chunks)
+    ids, rows = ids.contiguous(), rows.contiguous()
+    while True:
+        wanted = segments[:, 1].clone()
+        met = torch.zeros(3, dtype=torch.int32, device=ids.device)
+        found.count(ids, rows, wanted, met)
+        over = (wanted > segments[:, 2]) & (wanted > segments[:, 1])
+        met[_OVER.value : _OVER.value + 1] = over.any()
+        known, negative, some_over = met.tolist()  # the host waits here
+        if known:
+            raise ValueError("ids: expected distinct, unknown ids, found one that is already known")
+        if negative:
+            raise ValueError("rows: expected 0 or more")
+        if not some_over:
+            break
+        full = over.nonzero().flatten()[: segments.shape[0] - int(counters[0])]
+        if full.numel() == 0 or bool((segments[full, 0] == found.bits).any()):
+            return
+        _split(found, segments, counters, full)
+    found.place(ids, rows, hashed=False)
+    note_duplicates((found.find(ids)[0] != rows).any())
+    segments[:, 1] = wanted
+    counters[1] += ids.numel()
+    counters[2] = ids.numel()
+
+
+def _split(found: _Map, segments: Tensor, counters: Tensor, full: Tensor) -> None:
+    """Deal each of the segments `full` out to itself (next upper bit 0) and a new segment (1)."""
+    device, directory = full.device, found.directory
+    begin = int(counters[0])
+    new = torch.arange(begin, begin + full.numel(), device=device)
+    counters[0] += full.numel()
+    depth = segments[full, 0].long() + 1
+    entries = torch.arange(directory.numel(), device=device)
+    owner = directory.long()
+    first = torch.full((segments.shape[0],), directory.numel(), device=device)
+    first.scatter_reduce_(0, owner, entries, "amin")
+    prefixes = (first[full] >> (found.bits - depth)).tolist()  # depth bits, the last one 0
+    depths = depth.tolist()
+    sibling = torch.full((segments.shape[0],), -1, device=device).scatter_(0, full, new)
+    upper = (entries >> (found.bits - segments[owner, 0].long() - 1).clamp(min=0)) & 1
+    directory.copy_(torch.where((sibling[owner] >= 0) & (upper == 1), sibling[owner], owner))
+
+    limits = [split_limit(p, d) for p, d in zip(prefixes, depths, strict=True)]
+    limits += [split_limit(p + 1, d) for p, d in zip(prefixes, depths, strict=True)]
+    both = torch.cat([full, new])
+    segments[both, 0] = torch.cat([depth, depth]).to(segments.dtype)
+    segments[both, 2] = torch.tensor(limits, dtype=segments.dtype, device=device)
+    found.take_out(new)  # only to mark its slots empty
+    at = zip(full.split(_TAKEN_OUT), new.split(_TAKEN_OUT), depth.split(_TAKEN_OUT), strict=True)
+    for old, young, shared in at:
+        hashes, rows = found.take_out(old)
+        upper = (hashes.view(-1, SLOTS) >> (64 - shared)[:, None]) & 1
+        moved = ((rows.view(-1, SLOTS) >= 0) & (upper == 1)).sum(dim=1).to(segments.dtype)
+        segments[young, 1] = moved
+        segments[old, 1] -= moved
+        found.place(hashes, rows, hashed=True)
+
+
+def id_map_erase(
+    directory: Tensor, chunks: Sequence[Tensor], segments: Tensor, counters: Tensor, ids: Tensor
+) -> Tensor:
+    found = _Map(directory, chunks)
+    rows, places = found.find(ids, with_places=True)
+    found.clear(places)
+    known = places >= 0
+    gone = torch.zeros_like(segments[:, 1]).index_add_(0, (places // SLOTS).clamp(min=0), known.to(segments.dtype))
+    # A hole would end the probing of ids behind it: the others of these segments are placed again.
+    for part in gone.nonzero().flatten().split(_TAKEN_OUT):
+        found.place(*found.take_out(part), hashed=True)
+    segments[:, 1] -= gone
+    counters[1] -= int(gone.sum())
+    return rows

@@ -1,0 +1,60 @@
+"""Starting Triton kernels: on the GPU of their tensors, or on the CPU under Triton's interpreter.
+
+What all kernels of this folder keep to, so that results are those of the C++ ones:
+
+- no fused multiply-add (`enable_fp_fusion=False`), division and square root rounded to nearest (`div_rn`, `sqrt_rn`);
+- arithmetic on addresses and row numbers in int64; random bits in unsigned integers;
+- no atomic addition of floats: what is summed is summed in an order that the batch alone decides;
+- a row or position out of range is not read or written, and noted in `faults.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+
+#: Kernels run on the CPU, one program after the other, in numpy: slow, for tests. Decided by TRITON_INTERPRET=1 when
+#: this is imported.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+_SPREAD = 1 << 13 if INTERPRETED else 256  # elements of a tile; the interpreter pays by the operation, not the element
+
+#: Instead of a launch, call this with (kernel, arguments, constants): for a test that compiles without a GPU.
+recorder: Callable[[object, tuple, dict], None] | None = None
+
+
+def tile(dim: int, least: int = 1) -> tuple[int, int]:
+    """(rows, columns) of a tile for rows of `dim` values: powers of two, columns at least dim and `least`."""
+    columns = max(least, triton.next_power_of_2(dim))
+    return max(1, _SPREAD // columns), columns
+
+
+def block() -> int:
+    """Elements that one program of an elementwise kernel handles."""
+    return 1 << 14 if INTERPRETED else 256
+
+
+def warps_of(elements: int) -> int:
+    """Warps of a program that works on a tile of so many elements."""
+    return max(1, min(8, elements // 128))
+
+
+def launch(kernel, programs: int, *arguments: object, warps: int = 4, **constants: object) -> None:
+    """Start `programs` programs of a kernel. The first argument is a tensor: its device is where they run."""
+    if programs == 0:
+        return
+    if recorder is not None:
+        recorder(kernel, arguments, constants | {"num_warps": warps})
+        return
+    with _device(arguments[0]):
+        kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
+
+
+def _device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    if INTERPRETED or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

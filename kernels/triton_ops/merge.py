@@ -1,0 +1,158 @@
+"""Sums of gradients by row, in an order that the batch alone decides: no atomic addition.
+
+Positions are sorted by row (a stable sort, so a row's positions stay in order of the batch). A row of PIECE positions
+or fewer is summed in order by the program that updates it. A longer list is cut into pieces of PIECE positions, summed
+by programs of their own; the row's program then sums the pieces in order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton_ops.faults import known_positions
+from kernels.triton_ops.launch import launch, tile, warps_of
+
+PIECE = 64
+TURN = tl.constexpr(4)  # gradients asked for before the first is added
+
+
+class Merge(NamedTuple):
+    """grads float32 [n, dim]; of row r the positions order[begins[r]:begins[r + 1]], or, where there are more than
+    PIECE, the sums [ends[r - 1], ends[r]). Without an inverse only grads is used."""
+
+    grads: Tensor
+    order: Tensor
+    begins: Tensor
+    ends: Tensor
+    sums: Tensor
+    direct: bool  # no inverse: gradient r belongs to row r
+    long: bool  # there may be rows of more than PIECE positions
+
+
+@triton.jit
+def _piece_kernel(
+    sums,
+    grads,
+    order,
+    begins,
+    ends,
+    owners,
+    count,
+    pieces,
+    PIECE: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    piece = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    owner = tl.load(owners + piece, mask=piece < pieces, other=count)
+    inside = owner < count
+    first = tl.load(begins + owner, mask=inside, other=0)
+    last = tl.load(begins + owner + 1, mask=inside, other=0)
+    number = piece - (tl.load(ends + owner, mask=inside, other=0) - (last - first + PIECE - 1) // PIECE)
+    begin = first + number * PIECE
+    length = tl.where(inside, tl.minimum(last - begin, PIECE), 0)
+    column = tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for j in range(0, tl.max(length, axis=0), TURN):
+        for k in tl.static_range(TURN):
+            within = j + k < length
+            at = tl.load(order + begin + j + k, mask=within, other=0)
+            mask = within[:, None] & (column < DIM)
+            total += tl.load(grads + at[:, None] * DIM + column, mask=mask, other=0.0)
+    tl.store(sums + piece[:, None] * DIM + column, total, mask=inside[:, None] & (column < DIM))
+
+
+@triton.jit
+def merged(
+    grads,
+    order,
+    begins,
+    ends,
+    sums,
+    row,
+    inside,
+    note,
+    DIRECT: tl.constexpr,
+    LONG: tl.constexpr,
+    PIECE: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The merged gradients of places `row` [ROWS] among the batch's rows: float32 [ROWS, COLUMNS]."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    if DIRECT:
+        return tl.load(grads + row[:, None] * DIM + column, mask=inside[:, None] & (column < DIM), other=0.0)
+    begin = tl.load(begins + row, mask=inside, other=0)
+    length = tl.load(begins + row + 1, mask=inside, other=0) - begin
+    if LONG:
+        long = length > PIECE
+        pieces = (length + PIECE - 1) // PIECE
+        begin = tl.where(long, tl.load(ends + row, mask=inside, other=0) - pieces, begin)
+        length = tl.where(long, pieces, length)
+    else:
+        long = length < 0
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for j in range(0, tl.max(length, axis=0), TURN):
+        for k in tl.static_range(TURN):
+            within = j + k < length
+            at = tl.load(order + begin + j + k, mask=within & ~long, other=0)
+            mask = (within & ~long)[:, None] & (column < DIM)
+            value = tl.load(grads + at[:, None] * DIM + column, mask=mask, other=0.0)
+            if LONG:
+                mask = (within & long)[:, None] & (column < DIM)
+                value += tl.load(sums + (begin + j + k)[:, None] * DIM + column, mask=mask, other=0.0)
+            total += value
+    return total
+
+
+@triton.jit
+def _check_kernel(ordered, note, positions, count):
+    """Note an inverse out of range: it is the first or the last of the sorted ones."""
+    at = tl.arange(0, 2) * (positions - 1)
+    known_positions(tl.load(ordered + at).to(tl.int64), at >= 0, count, note)
+
+
+def merge(grads: Tensor, inverse: Tensor | None, count: int, note: Tensor) -> Merge:
+    """What `merged` needs of gradients float32 [n, dim] for `count` rows."""
+    grads = grads.contiguous()
+    n, dim = grads.shape
+    if inverse is None or n == 0 or count == 0:
+        none = grads if inverse is None else grads.new_zeros((count, dim))
+        return Merge(none, note, note, note, none, True, False)
+    # Half the bytes of int64 are half the passes of the sort; what is out of range stays so.
+    ordered, order = torch.sort(inverse.clamp(-1, count).to(torch.int32), stable=True)
+    begins = torch.searchsorted(ordered, torch.arange(count + 1, dtype=torch.int32, device=grads.device))
+    launch(_check_kernel, 1, ordered, note, n, count, warps=1)
+    if n <= PIECE:
+        return Merge(grads, order, begins, begins, grads, False, False)
+    lengths = begins.diff()
+    ends = torch.where(lengths > PIECE, (lengths + (PIECE - 1)) // PIECE, 0).cumsum(0)
+    pieces = 2 * n // PIECE  # at most: more than PIECE positions make fewer than 2 / PIECE pieces each
+    owners = torch.searchsorted(ends, torch.arange(pieces, device=grads.device), right=True)
+    sums = torch.empty((pieces, dim), device=grads.device)
+    height, width = tile(dim)
+    launch(
+        _piece_kernel,
+        -(-pieces // height),
+        sums,
+        grads,
+        order,
+        begins,
+        ends,
+        owners,
+        count,
+        pieces,
+        PIECE=PIECE,
+        DIM=dim,
+        ROWS=height,
+        COLUMNS=width,
+        warps=warps_of(height * width),
+    )
+    return Merge(grads, order, begins, ends, sums, False, True)

@@ -1,0 +1,180 @@
+"""The optimizers of `kernels/update.py` on a tile of rows: w and g float32 [rows, columns], state at addresses.
+
+Addresses are int64 [rows, 1], in bytes; the state of a row is float32 from `state` on. Columns outside the mask are
+zero in w and g and are not written.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from kernels.triton_ops.arithmetic import BF16, load_values, store_values
+
+SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, FTRL = (tl.constexpr(number) for number in range(5))
+
+
+class Numbers(NamedTuple):
+    """Hyperparameters as kernels take them: float32, and pairs of float32 whose sum is nearly a float64."""
+
+    rate: float
+    rate_rest: float
+    decay: float
+    eps: float
+    rest1: float
+    beta2: float
+    rest2: float
+    log_beta1: float
+    log_beta1_rest: float
+    log_beta2: float
+    log_beta2_rest: float
+    beta: float
+    l1: float
+    l2: float
+    start: float
+
+
+def numbers(hyper: tuple[float, ...]) -> Numbers:
+    """hyper in the order of `update`'s arguments."""
+    rate, decay, eps, beta1, beta2, beta, l1, l2 = (float(number) for number in hyper)
+    start = beta / rate + l2 if rate else math.inf
+    pairs = [_pair(rate), *(_pair(math.log(b) if b > 0 else -math.inf) for b in (beta1, beta2))]
+    (high, low), (high1, low1), (high2, low2) = pairs
+    return Numbers(high, low, decay, eps, 1 - beta1, beta2, 1 - beta2, high1, low1, high2, low2, beta, l1, l2, start)
+
+
+def _pair(number: float) -> tuple[float, float]:
+    if math.isinf(number):
+        return number, 0.0
+    high = struct.unpack("f", struct.pack("f", number))[0]
+    return high, number - high
+
+
+@triton.jit
+def step(
+    w,
+    g,
+    state,
+    moments,
+    column,
+    known,
+    mask,
+    lots_key,
+    n,
+    KIND: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF_MOMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One optimizer step; returns the new w. n: `Numbers`. known [ROWS, 1], mask [ROWS, COLUMNS]."""
+    g = tl.where(mask, g + n.decay * w, 0.0)
+    if KIND == SGD:
+        return w - n.rate * g
+    elif KIND == ADAGRAD:
+        return adagrad(w, g, state, column, mask, n)
+    elif KIND == ROWWISE_ADAGRAD:
+        return rowwise_adagrad(w, g, state, known, n, DIM)
+    elif KIND == ADAM:
+        if HALF_MOMENTS:
+            return adam_half(w, g, state, moments, column, known, mask, lots_key, n, DIM, ROWS, COLUMNS)
+        return adam(w, g, state, column, known, mask, n, DIM)
+    else:
+        return ftrl(w, g, state, column, mask, n, DIM)
+
+
+@triton.jit
+def floats(address):
+    return address.to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def root(x):
+    return tl.sqrt_rn(x)
+
+
+@triton.jit
+def adagrad(w, g, state, column, mask, n):
+    at = floats(state + column * 4)
+    s = tl.load(at, mask=mask, other=0.0) + g * g
+    tl.store(at, s, mask=mask)
+    return w - tl.div_rn(n.rate * g, root(s) + n.eps)
+
+
+@triton.jit
+def rowwise_adagrad(w, g, state, known, n, DIM: tl.constexpr):
+    at = floats(state)
+    mean = tl.div_rn(tl.sum(g * g, axis=1, keep_dims=True), tl.zeros_like(state).to(tl.float32) + DIM)
+    s = tl.load(at, mask=known, other=0.0) + mean
+    tl.store(at, s, mask=known)
+    return w - tl.div_rn(tl.zeros_like(s) + n.rate, root(s) + n.eps) * g
+
+
+@triton.jit
+def corrections(t, n):
+    """(step size, root of 1 - beta2^t), float32, for t steps (float32 [ROWS, 1]).
+
+    In float64: 1 - beta2^t of the first steps would lose its digits in float32.
+    """
+    steps = t.to(tl.float64)
+    rest1 = 1.0 - tl.exp(steps * n.log_beta1 + steps * n.log_beta1_rest)
+    rest2 = 1.0 - tl.exp(steps * n.log_beta2 + steps * n.log_beta2_rest)
+    rate = tl.zeros_like(steps) + n.rate + n.rate_rest
+    return (rate / rest1).to(tl.float32), tl.sqrt(rest2).to(tl.float32)
+
+
+@triton.jit
+def adam_values(w, g, m, v, t, n):
+    m += n.rest1 * (g - m)
+    v = v * n.beta2 + n.rest2 * g * g
+    rate, bias = corrections(t, n)
+    w -= tl.div_rn(rate * m, tl.div_rn(root(v), bias + tl.zeros_like(v)) + n.eps)
+    return w, m, v
+
+
+@triton.jit
+def adam(w, g, state, column, known, mask, n, DIM: tl.constexpr):
+    at_m, at_v, at_t = floats(state + column * 4), floats(state + (column + DIM) * 4), floats(state + 8 * DIM)
+    t = tl.load(at_t, mask=known, other=0.0) + 1.0
+    m, v = tl.load(at_m, mask=mask, other=0.0), tl.load(at_v, mask=mask, other=0.0)
+    w, m, v = adam_values(w, g, m, v, t, n)
+    tl.store(at_t, t, mask=known)
+    tl.store(at_m, m, mask=mask)
+    tl.store(at_v, v, mask=mask)
+    return w
+
+
+@triton.jit
+def adam_half(
+    w, g, state, moments, column, known, mask, key, n, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Moments in bfloat16, always rounded stochastically; the state is the count of steps alone."""
+    t = tl.load(floats(state), mask=known, other=0.0) + 1.0
+    m = load_values(moments, column, mask, 1.0, BF16, 16)
+    v = load_values(moments + 2 * DIM, column, mask, 1.0, BF16, 16)
+    w, m, v = adam_values(w, g, m, v, t, n)
+    tl.store(floats(state), t, mask=known)
+    # The values have the first DIM lots.
+    store_values(moments, column, mask, m, 1.0, key, DIM, BF16, 16, False, ROWS, COLUMNS)
+    store_values(moments + 2 * DIM, column, mask, v, 1.0, key, 2 * DIM, BF16, 16, False, ROWS, COLUMNS)
+    return w
+
+
+@triton.jit
+def ftrl(w, g, state, column, mask, n, DIM: tl.constexpr):
+    at_z, at_n = floats(state + column * 4), floats(state + (column + DIM) * 4)
+    z, squares = tl.load(at_z, mask=mask, other=0.0), tl.load(at_n, mask=mask, other=0.0)
+    sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))
+    z = tl.where(squares == 0, -w * n.start - sign * n.l1, z)
+    grown = squares + g * g
+    rate = tl.zeros_like(g) + n.rate
+    z += g - tl.div_rn(root(grown) - root(squares), rate) * w
+    shrunk = z - tl.where(z < 0, -n.l1, n.l1)
+    solved = -tl.div_rn(shrunk, tl.div_rn(n.beta + root(grown), rate) + n.l2)
+    tl.store(at_z, z, mask=mask)
+    tl.store(at_n, grown, mask=mask)
+    return tl.where(tl.abs(z) <= n.l1, 0.0, solved)

@@ -1,0 +1,434 @@
+"""Rows with optimizer state: read, updated, and, with a learned step size, updated twice.
+
+One set of kernels for packed rows (`kernels/formats.py`) and for plain float32 rows (`kernels/update.py`), which differ
+in where in a row things are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.formats import BITS, FORMATS, is_int
+from kernels.triton_ops import arithmetic
+from kernels.triton_ops.faults import check_interpreted, known_rows, note_of
+from kernels.triton_ops.gather import rows_at
+from kernels.triton_ops.launch import launch, tile, warps_of
+from kernels.triton_ops.merge import PIECE, Merge, merge, merged
+from kernels.triton_ops.optimizers import ADAM, adam_values, numbers, step
+from kernels.triton_ops.rows import Place, place_of
+from kernels.update import OPTIMIZERS
+
+
+class Layout(NamedTuple):
+    """Byte offsets in a row; the step size is at 0 and its state at 4."""
+
+    format: int
+    bits: int
+    dim: int
+    step_state: int
+    state_floats: int
+    state_at: int
+    moments_at: int
+    values_at: int
+    bytes: int
+    half_moments: bool
+
+
+def layout_of(given: list[int]) -> Layout:
+    """given: `PackedLayout.numbers`."""
+    format, dim, step_state, state_floats, moments, size = given
+    name = FORMATS[format]
+    state_at = 4 * (1 + step_state) if is_int(name) else 0
+    moments_at = state_at + 4 * state_floats
+    return Layout(
+        format,
+        BITS[name],
+        dim,
+        step_state,
+        state_floats,
+        state_at,
+        moments_at,
+        moments_at + 2 * moments,
+        size,
+        moments > 0,
+    )
+
+
+@triton.jit
+def _read_kernel(
+    out,
+    bases,
+    rows,
+    inverse,
+    held,
+    note,
+    positions,
+    count,
+    total,
+    HAS_INVERSE: tl.constexpr,
+    AHEAD: tl.constexpr,  # round `held` instead of reading values
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    VALUES_AT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BYTES: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = at < positions
+    row = rows_at(rows, inverse, at, inside, count, note, HAS_INVERSE)
+    known = known_rows(row, inside, total, note)
+    address = arithmetic.address_of(bases, row, known, SHIFT, BYTES)[:, None]
+    mask = known[:, None] & (column < DIM)
+    size = tl.full([ROWS, 1], 1.0, tl.float32)
+    if FORMAT >= arithmetic.INT8:
+        size = tl.load(address.to(tl.pointer_type(tl.float32)), mask=known[:, None], other=1.0)
+    if AHEAD:
+        place = at
+        if HAS_INVERSE:
+            place = tl.load(inverse + at, mask=known, other=0)
+        x = tl.load(held + place[:, None] * DIM + column, mask=mask, other=0.0)
+        value = size * arithmetic.to_code(tl.div_rn(x, size + tl.zeros_like(x)), x, True, BITS)
+    else:
+        value = arithmetic.load_values(address + VALUES_AT, column, mask, size, FORMAT, BITS)
+    value = tl.where(mask, value, 0.0)
+    tl.store(out + at[:, None] * DIM + column, value, mask=inside[:, None] & (column < DIM))
+
+
+def packed_gather(chunks: Sequence[Tensor], rows: Tensor, layout: list[int], inverse: Tensor | None) -> Tensor:
+    return _read(chunks, rows, None, layout, inverse)
+
+
+def packed_look_ahead(
+    chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: list[int], inverse: Tensor | None
+) -> Tensor:
+    return _read(chunks, rows, held, layout, inverse)
+
+
+def _read(
+    chunks: Sequence[Tensor], rows: Tensor, held: Tensor | None, given: list[int], inverse: Tensor | None
+) -> Tensor:
+    place, layout = place_of(chunks, rows.device), layout_of(given)
+    rows, dim = rows.contiguous(), layout.dim
+    count = rows.numel() if inverse is None else inverse.numel()
+    out = torch.empty((count, dim), device=rows.device)
+    height, width = tile(dim, least=4)
+    launch(
+        _read_kernel,
+        -(-count // height),
+        out,
+        place.bases,
+        rows,
+        rows if inverse is None else inverse.contiguous(),
+        out if held is None else held,
+        note_of(rows.device, place.total, rows.numel()),
+        count,
+        rows.numel(),
+        place.total,
+        HAS_INVERSE=inverse is not None,
+        AHEAD=held is not None,
+        FORMAT=layout.format,
+        BITS=layout.bits,
+        VALUES_AT=layout.values_at,
+        SHIFT=place.shift,
+        BYTES=place.bytes,
+        DIM=dim,
+        ROWS=height,
+        COLUMNS=width,
+        warps=warps_of(height * width),
+    )
+    check_interpreted(rows.device)
+    return out
+
+
+@triton.jit(do_not_specialize=["stream"])
+def _update_kernel(
+    bases,
+    rows,
+    ids,
+    held,
+    note,
+    grads,
+    order,
+    begins,
+    ends,
+    sums,
+    count,
+    total,
+    stream,
+    hyper,
+    DIRECT: tl.constexpr,
+    LONG: tl.constexpr,
+    PIECE: tl.constexpr,
+    KIND: tl.constexpr,
+    HOLD: tl.constexpr,
+    NEAREST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    STATE_AT: tl.constexpr,
+    MOMENTS_AT: tl.constexpr,
+    VALUES_AT: tl.constexpr,
+    HALF_MOMENTS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BYTES: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = at < count
+    row = tl.load(rows + at, mask=inside, other=-1)
+    is_known = known_rows(row, inside, total, note)
+    g = merged(grads, order, begins, ends, sums, at, is_known, note, DIRECT, LONG, PIECE, DIM, ROWS, COLUMNS)
+    address = arithmetic.address_of(bases, row, is_known, SHIFT, BYTES)[:, None]
+    known = is_known[:, None]
+    mask = known & (column < DIM)
+    size = tl.full([ROWS, 1], 1.0, tl.float32)
+    if FORMAT >= arithmetic.INT8:
+        size = tl.load(address.to(tl.pointer_type(tl.float32)), mask=known, other=1.0)
+    key = tl.full([ROWS, 1], 0, tl.uint64)
+    if HALF_MOMENTS or not (NEAREST or FORMAT == arithmetic.FP32):
+        key = arithmetic.row_key(stream, tl.load(ids + at, mask=inside, other=0))[:, None]
+    w = arithmetic.load_values(address + VALUES_AT, column, mask, size, FORMAT, BITS)
+    w = step(
+        w,
+        g,
+        address + STATE_AT,
+        address + MOMENTS_AT,
+        column,
+        known,
+        mask,
+        key,
+        hyper,
+        KIND,
+        DIM,
+        HALF_MOMENTS,
+        ROWS,
+        COLUMNS,
+    )
+    if HOLD:
+        tl.store(held + at[:, None] * DIM + column, tl.where(mask, w, 0.0), mask=inside[:, None] & (column < DIM))
+    else:
+        arithmetic.store_values(
+            address + VALUES_AT, column, mask, w, size, key, 0, FORMAT, BITS, NEAREST, ROWS, COLUMNS
+        )
+
+
+def update(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    grads: Tensor,
+    inverse: Tensor | None,
+    optimizer: str,
+    *hyper: float,
+) -> None:
+    dim = grads.shape[1]
+    place = place_of(chunks, rows.device)
+    layout = Layout(0, 32, dim, 0, 0, 4 * dim, 0, 0, place.bytes, False)
+    _update(place, rows, grads, inverse, rows, layout, optimizer, hyper, 0, True, None)
+
+
+def packed_update(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    grads: Tensor,
+    inverse: Tensor | None,
+    ids: Tensor,
+    layout: list[int],
+    optimizer: str,
+    hyper: Sequence[float],
+    stream: int,
+    nearest: bool,
+    held: Tensor | None,
+) -> None:
+    place = place_of(chunks, rows.device)
+    _update(place, rows, grads, inverse, ids, layout_of(layout), optimizer, hyper, stream, nearest, held)
+
+
+def _update(
+    place: Place,
+    rows: Tensor,
+    grads: Tensor,
+    inverse: Tensor | None,
+    ids: Tensor,
+    layout: Layout,
+    optimizer: str,
+    hyper: Sequence[float],
+    stream: int,
+    nearest: bool,
+    held: Tensor | None,
+) -> None:
+    rows, ids, count = rows.contiguous(), ids.contiguous(), rows.numel()
+    note = note_of(rows.device, place.total, count)
+    given = merge(grads, inverse, count, note)
+    height, width = tile(layout.dim, least=4)
+    launch(
+        _update_kernel,
+        -(-count // height),
+        place.bases,
+        rows,
+        ids,
+        given.grads if held is None else held,
+        note,
+        *given[:5],
+        count,
+        place.total,
+        stream,
+        numbers(tuple(hyper)),
+        **_merge_constants(given),
+        KIND=OPTIMIZERS.index(optimizer),
+        HOLD=held is not None,
+        NEAREST=nearest,
+        FORMAT=layout.format,
+        BITS=layout.bits,
+        STATE_AT=layout.state_at,
+        MOMENTS_AT=layout.moments_at,
+        VALUES_AT=layout.values_at,
+        HALF_MOMENTS=layout.half_moments,
+        SHIFT=place.shift,
+        BYTES=place.bytes,
+        DIM=layout.dim,
+        ROWS=height,
+        COLUMNS=width,
+        warps=warps_of(height * width),
+    )
+    check_interpreted(rows.device)
+
+
+def _merge_constants(given: Merge) -> dict[str, object]:
+    return {"DIRECT": given.direct, "LONG": given.long, "PIECE": PIECE}
+
+
+@triton.jit(do_not_specialize=["stream"])
+def _learn_kernel(
+    bases,
+    rows,
+    ids,
+    held,
+    note,
+    grads,
+    order,
+    begins,
+    ends,
+    sums,
+    count,
+    total,
+    scale,
+    stream,
+    hyper,
+    DIRECT: tl.constexpr,
+    LONG: tl.constexpr,
+    PIECE: tl.constexpr,
+    KIND: tl.constexpr,
+    NEAREST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    COUNT_AT: tl.constexpr,
+    VALUES_AT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BYTES: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = at < count
+    row = tl.load(rows + at, mask=inside, other=-1)
+    is_known = known_rows(row, inside, total, note)
+    g = merged(grads, order, begins, ends, sums, at, is_known, note, DIRECT, LONG, PIECE, DIM, ROWS, COLUMNS)
+    address = arithmetic.address_of(bases, row, is_known, SHIFT, BYTES)[:, None]
+    known = is_known[:, None]
+    mask = known & (column < DIM)
+    w = tl.load(held + at[:, None] * DIM + column, mask=mask, other=0.0)
+    pointer = address.to(tl.pointer_type(tl.float32))
+    size = tl.load(pointer, mask=known, other=1.0)
+    high: tl.constexpr = (1 << (BITS - 1)) - 1
+    low: tl.constexpr = -high - 1
+    x = tl.div_rn(w, size + tl.zeros_like(w))
+    inner = tl.minimum(tl.maximum(x, low * 1.0), high * 1.0)
+    slope = tl.where(x <= low, low * 1.0, tl.where(x >= high, high * 1.0, arithmetic.nearest(inner) - inner))
+    slope = scale * tl.sum(tl.where(mask, g * slope, 0.0), axis=1, keep_dims=True)
+    new = step_size(size, slope, address, known, hyper, KIND, COUNT_AT)
+    new = tl.maximum(new, 0.5 * size)  # a step size stays above zero
+    tl.store(pointer, new, mask=known)
+    key = tl.full([ROWS, 1], 0, tl.uint64)
+    if not NEAREST:
+        key = arithmetic.row_key(stream, tl.load(ids + at, mask=inside, other=0))[:, None]
+    arithmetic.store_values(address + VALUES_AT, column, mask, w, new, key, 0, FORMAT, BITS, NEAREST, ROWS, COLUMNS)
+
+
+@triton.jit
+def step_size(size, slope, address, known, hyper, KIND: tl.constexpr, COUNT_AT: tl.constexpr):
+    """The optimizer on step sizes [ROWS, 1], whose state is at byte 4; Adam shares the row's count of steps."""
+    if KIND == ADAM:
+        from_state = address.to(tl.pointer_type(tl.float32))
+        m, v = tl.load(from_state + 1, mask=known, other=0.0), tl.load(from_state + 2, mask=known, other=0.0)
+        t = tl.load((address + COUNT_AT).to(tl.pointer_type(tl.float32)), mask=known, other=1.0)
+        new, m, v = adam_values(size, slope + hyper.decay * size, m, v, t, hyper)
+        tl.store(from_state + 1, m, mask=known)
+        tl.store(from_state + 2, v, mask=known)
+        return new
+    else:
+        zero = tl.zeros_like(address).to(tl.int32)
+        return step(size, slope, address + 4, address, zero, known, known, size, hyper, KIND, 1, False, 1, 1)
+
+
+def packed_learn_steps(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    held: Tensor,
+    grads: Tensor,
+    inverse: Tensor | None,
+    ids: Tensor,
+    layout: list[int],
+    optimizer: str,
+    gradient_scale: float,
+    hyper: Sequence[float],
+    stream: int,
+    nearest: bool,
+) -> None:
+    place, where = place_of(chunks, rows.device), layout_of(layout)
+    rows, ids, count = rows.contiguous(), ids.contiguous(), rows.numel()
+    note = note_of(rows.device, place.total, count)
+    given = merge(grads, inverse, count, note)
+    height, width = tile(where.dim, least=4)
+    launch(
+        _learn_kernel,
+        -(-count // height),
+        place.bases,
+        rows,
+        ids,
+        held,
+        note,
+        *given[:5],
+        count,
+        place.total,
+        float(gradient_scale),
+        stream,
+        numbers(tuple(hyper)),
+        **_merge_constants(given),
+        KIND=OPTIMIZERS.index(optimizer),
+        NEAREST=nearest,
+        FORMAT=where.format,
+        BITS=where.bits,
+        COUNT_AT=where.state_at + 4 * (where.state_floats - 1),
+        VALUES_AT=where.values_at,
+        SHIFT=place.shift,
+        BYTES=place.bytes,
+        DIM=where.dim,
+        ROWS=height,
+        COLUMNS=width,
+        warps=warps_of(height * width),
+    )
+    check_interpreted(rows.device)

@@ -1,0 +1,50 @@
+"""Tensors of counter-based random numbers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton_ops import arithmetic
+from kernels.triton_ops.launch import launch, tile, warps_of
+
+
+@triton.jit(do_not_specialize=["stream"])
+def _draw_kernel(
+    ids, out, count, stream, DIM: tl.constexpr, BELL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    key = arithmetic.row_key(stream, tl.load(ids + row, mask=row < count, other=0))[:, None]
+    drawn = arithmetic.normal(key, column) if BELL else arithmetic.uniform(key, column)
+    tl.store(out + row[:, None] * DIM + column, drawn, mask=(row < count)[:, None] & (column < DIM))
+
+
+def uniform(stream: int, ids: Tensor, dim: int) -> Tensor:
+    return _draw(stream, ids, dim, False)
+
+
+def normal(stream: int, ids: Tensor, dim: int) -> Tensor:
+    return _draw(stream, ids, dim, True)
+
+
+def _draw(stream: int, ids: Tensor, dim: int, bell: bool) -> Tensor:
+    ids = ids.contiguous()
+    out = torch.empty((ids.numel(), dim), device=ids.device)
+    rows, columns = tile(dim)
+    launch(
+        _draw_kernel,
+        -(-ids.numel() // rows),
+        ids,
+        out,
+        ids.numel(),
+        stream,
+        DIM=dim,
+        BELL=bell,
+        ROWS=rows,
+        COLUMNS=columns,
+        warps=warps_of(rows * columns),
+    )
+    return out

@@ -1,0 +1,50 @@
+"""Where the rows of a table are: the addresses of its chunks in device memory, so that one kernel reaches them all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+_KEPT = "_tessera_bases"  # an attribute of a table's first chunk
+
+
+class Place(NamedTuple):
+    """bases: int64 [chunks], addresses; chunks hold 2^shift rows of `bytes` bytes; rows below `total` exist."""
+
+    bases: Tensor
+    shift: int
+    bytes: int
+    total: int
+
+
+def place_of(chunks: Sequence[Tensor], device: torch.device) -> Place:
+    """Raises ValueError unless all chunks are contiguous and alike."""
+    if not chunks:
+        return Place(torch.zeros(1, dtype=torch.int64, device=device), 0, 1, 0)
+    first = chunks[0]
+    size = first.shape[0]
+    return Place(
+        bases_of(chunks, device), size.bit_length() - 1, first.shape[1] * first.element_size(), size * len(chunks)
+    )
+
+
+def bases_of(chunks: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Addresses of chunks, int64 [chunks] on the device. Raises as `place_of`.
+
+    Chunks are appended to a table and never moved, so the addresses are sent to the device once per growth: they are
+    kept with the first chunk, which every list of the table's chunks begins with.
+    """
+    first, last = chunks[0], chunks[-1]
+    kept = getattr(first, _KEPT, None)
+    if kept is not None and kept[0].numel() == len(chunks) and kept[1] == last.data_ptr():
+        return kept[0]
+    for chunk in chunks:
+        if chunk.shape != first.shape or chunk.dtype != first.dtype or not chunk.is_contiguous():
+            raise ValueError(f"chunks: expected all contiguous and like the first, found {list(chunk.shape)}")
+    bases = torch.tensor([chunk.data_ptr() for chunk in chunks], dtype=torch.int64, device=device)
+    setattr(first, _KEPT, (bases, last.data_ptr()))
+    return bases

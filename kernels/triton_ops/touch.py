@@ -1,0 +1,97 @@
+"""Per-row time and count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton_ops.arithmetic import address_of
+from kernels.triton_ops.faults import check, check_interpreted, known_rows, note_of
+from kernels.triton_ops.launch import block, launch
+from kernels.triton_ops.rows import place_of
+
+
+@triton.jit
+def _touch_kernel(
+    rows,
+    now,
+    counts,
+    bases,
+    note,
+    count,
+    total,
+    ONE_TIME: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BYTES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    row = tl.load(rows + at, mask=inside, other=-1)
+    known = known_rows(row, inside, total, note)
+    first = address_of(bases, row, known, SHIFT, BYTES).to(tl.pointer_type(tl.int64))
+    seen = tl.load(first, mask=known, other=0)
+    often = tl.load(first + 1, mask=known, other=0)
+    time = tl.load(now + (at * 0 if ONE_TIME else at), mask=known, other=0)
+    more = tl.full([BLOCK], 1, tl.int64)
+    if HAS_COUNTS:
+        more = tl.load(counts + at, mask=known, other=0)
+    tl.store(first, tl.where(often == 0, time, tl.maximum(seen, time)), mask=known)
+    tl.store(first + 1, often + more, mask=known)
+
+
+def touch(chunks: Sequence[Tensor], rows: Tensor, now: Tensor, counts: Tensor | None) -> None:
+    place = place_of(chunks, rows.device)
+    rows, now = rows.contiguous(), now.contiguous()
+    launch(
+        _touch_kernel,
+        -(-rows.numel() // block()),
+        rows,
+        now,
+        rows if counts is None else counts.contiguous(),
+        place.bases,
+        note_of(rows.device, place.total),
+        rows.numel(),
+        place.total,
+        ONE_TIME=now.numel() == 1,
+        HAS_COUNTS=counts is not None,
+        SHIFT=place.shift,
+        BYTES=place.bytes,
+        BLOCK=block(),
+    )
+    check_interpreted(rows.device)
+
+
+@triton.jit
+def _expired_kernel(out, bases, begin, limit, count, SHIFT: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    first = address_of(bases, at + begin, inside, SHIFT, BYTES).to(tl.pointer_type(tl.int64))
+    seen = tl.load(first, mask=inside, other=0)
+    often = tl.load(first + 1, mask=inside, other=0)
+    tl.store(out + at, ((often > 0) & (seen <= limit)).to(tl.int8), mask=inside)
+
+
+def expired(chunks: Sequence[Tensor], limit: int, begin: int, end: int) -> Tensor:
+    device, count = chunks[0].device, end - begin
+    place = place_of(chunks, device)
+    old = torch.empty(count, dtype=torch.int8, device=device)
+    launch(
+        _expired_kernel,
+        -(-count // block()),
+        old,
+        place.bases,
+        begin,
+        limit,
+        count,
+        SHIFT=place.shift,
+        BYTES=place.bytes,
+        BLOCK=block(),
+    )
+    check(device)
+    return old.nonzero().flatten() + begin
