@@ -57,15 +57,34 @@ def _piece_kernel(
     number = piece - (tl.load(ends + owner, mask=inside, other=0) - (last - first + PIECE - 1) // PIECE)
     begin = first + number * PIECE
     length = tl.where(inside, tl.minimum(last - begin, PIECE), 0)
+    total = _summed(grads, order, begin, length, True, DIM, ROWS, COLUMNS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    tl.store(sums + piece[:, None] * DIM + column, total, mask=inside[:, None] & (column < DIM))
+
+
+@triton.jit
+def _summed(
+    source,
+    order,
+    begin,
+    length,
+    ORDERED: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Sums of rows of `source`: [begin, begin + length), or what `order` has there; begin and length int64 [ROWS]."""
     column = tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for j in range(0, tl.max(length, axis=0), TURN):
         for k in tl.static_range(TURN):
-            within = j + k < length
-            at = tl.load(order + begin + j + k, mask=within, other=0)
-            mask = within[:, None] & (column < DIM)
-            total += tl.load(grads + at[:, None] * DIM + column, mask=mask, other=0.0)
-    tl.store(sums + piece[:, None] * DIM + column, total, mask=inside[:, None] & (column < DIM))
+            # Beyond the end the last one is read again and not added: a load without a mask.
+            at = tl.maximum(begin + tl.minimum(j + k, length - 1), 0)
+            if ORDERED:
+                at = tl.load(order + at)
+            mask = (j + k < length)[:, None] & (column < DIM)
+            total += tl.load(source + at[:, None] * DIM + column, mask=mask, other=0.0)
+    return total
 
 
 @triton.jit
@@ -91,25 +110,13 @@ def merged(
         return tl.load(grads + row[:, None] * DIM + column, mask=inside[:, None] & (column < DIM), other=0.0)
     begin = tl.load(begins + row, mask=inside, other=0)
     length = tl.load(begins + row + 1, mask=inside, other=0) - begin
-    if LONG:
-        long = length > PIECE
-        pieces = (length + PIECE - 1) // PIECE
-        begin = tl.where(long, tl.load(ends + row, mask=inside, other=0) - pieces, begin)
-        length = tl.where(long, pieces, length)
-    else:
-        long = length < 0
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for j in range(0, tl.max(length, axis=0), TURN):
-        for k in tl.static_range(TURN):
-            within = j + k < length
-            at = tl.load(order + begin + j + k, mask=within & ~long, other=0)
-            mask = (within & ~long)[:, None] & (column < DIM)
-            value = tl.load(grads + at[:, None] * DIM + column, mask=mask, other=0.0)
-            if LONG:
-                mask = (within & long)[:, None] & (column < DIM)
-                value += tl.load(sums + (begin + j + k)[:, None] * DIM + column, mask=mask, other=0.0)
-            total += value
-    return total
+    if not LONG:
+        return _summed(grads, order, begin, length, True, DIM, ROWS, COLUMNS)
+    long = length > PIECE
+    pieces = tl.where(long, (length + PIECE - 1) // PIECE, 0)
+    first = tl.load(ends + row, mask=inside, other=0) - pieces
+    total = _summed(grads, order, begin, tl.where(long, 0, length), True, DIM, ROWS, COLUMNS)
+    return total + _summed(sums, order, first, pieces, False, DIM, ROWS, COLUMNS)
 
 
 @triton.jit

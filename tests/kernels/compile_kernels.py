@@ -1,0 +1,172 @@
+"""Compile every Triton kernel for GPUs that this machine need not have: `python -m tests.kernels.compile_kernels 80 90`.
+
+The ops are called on small CPU tensors with their launches recorded instead of started; each distinct launch is then
+compiled with the types, constants and hints that Triton would give it. What the interpreter lets pass and a compiler
+does not is found so. Prints one line per kernel and target: variants, lines of PTX of the longest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import triton_ops
+from kernels.formats import FORMATS, PackedLayout
+from kernels.reference.id_map import SEGMENTS_PER_CHUNK, SLOTS
+from kernels.triton_ops import launch
+from kernels.update import OPTIMIZERS, state_width
+
+DTYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+}
+HYPER = (0.1, 0.0, 1e-8, 0.9, 0.999, 1.0, 0.1, 0.2)
+
+
+def type_of(argument: object, specialised: bool) -> object:
+    """What Triton takes an argument for; None: a constant."""
+    if isinstance(argument, torch.Tensor):
+        return DTYPES[argument.dtype]
+    if isinstance(argument, tuple):
+        return type(argument)(*("fp32" for _ in argument))
+    if isinstance(argument, float):
+        return "fp32"
+    if argument == 1 and specialised:
+        return None
+    return "i32" if -(2**31) <= argument < 2**31 else "i64"
+
+
+class Recorder:
+    """Keeps every distinct launch as what the compiler is asked for."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple, tuple] = {}
+
+    def __call__(self, kernel, arguments: tuple, constants: dict) -> None:
+        constants = dict(constants)
+        warps = constants.pop("num_warps")
+        signature, values, hints = {}, {}, {}
+        for place, (parameter, argument) in enumerate(zip(kernel.params, arguments, strict=False)):
+            found = type_of(argument, not parameter.do_not_specialize)
+            signature[parameter.name] = found or "constexpr"
+            if found is None:
+                values[(place,)] = 1
+            elif isinstance(argument, torch.Tensor) and argument.data_ptr() % 16 == 0:
+                hints[(place,)] = [["tt.divisibility", 16]]
+        for name, value in constants.items():
+            place = next(parameter.num for parameter in kernel.params if parameter.name == name)
+            signature[name], values[(place,)] = "constexpr", value
+        assert len(signature) == len(kernel.params), (kernel, signature)
+        key = (kernel, str(signature), str(values), warps)
+        self.found[key] = (kernel, signature, values, hints, warps)
+
+
+def ids(n: int) -> torch.Tensor:
+    return torch.arange(n) * 7919
+
+
+def call_plain(n: int, dim: int) -> None:
+    """Ops on plain rows and on ids."""
+    rows, inverse, values = ids(n), ids(n), torch.zeros((n, dim))
+    triton_ops.mix64(rows), triton_ops.unmix64(rows)
+    triton_ops.uniform(5, rows, dim), triton_ops.normal(5, rows, dim)
+    for dtype in DTYPES:
+        chunks = [torch.zeros((8, dim), dtype=dtype)] * 2
+        triton_ops.gather(chunks, rows, dim, None, None, 0)
+        triton_ops.gather(chunks, rows, dim, inverse, torch.zeros(dim, dtype=dtype), 0)
+        triton_ops.scatter(chunks, rows, torch.zeros((n, dim), dtype=dtype), 0)
+        triton_ops.scatter(chunks, rows, torch.zeros((1, dim), dtype=dtype), 0)
+    chunks = [torch.zeros((8, dim + 2))] * 2
+    triton_ops.gather_pooled(chunks, rows, inverse, torch.arange(n + 1), dim, None, False, None)
+    triton_ops.gather_pooled(chunks, rows, inverse, torch.arange(n + 1), dim, values[:, 0], True, values[0])
+    for bell, scale in ((True, 1.0), (False, 1.0), (False, 0.0)):
+        triton_ops.init_rows(chunks, rows, rows, dim, bell, 0.0, scale, 2**40 + 1, 0.1)
+    meta = [torch.zeros((8, 4), dtype=torch.int64)]
+    triton_ops.touch(meta, rows, rows[:1], None)
+    triton_ops.touch(meta, rows, rows, rows)
+    triton_ops.expired(meta, 2**33, 0, 8)
+    for optimizer in OPTIMIZERS:
+        chunks = [torch.zeros((8, dim + state_width(optimizer, dim)))]
+        triton_ops.update(chunks, rows, values, None, optimizer, *HYPER)
+        triton_ops.update(chunks, rows, values, inverse, optimizer, *HYPER)
+
+
+def call_packed(n: int, layout: PackedLayout) -> None:
+    """Ops on packed rows and on formats."""
+    rows, inverse, values, steps = ids(n), ids(n), torch.zeros((n, layout.dim)), torch.ones(n)
+    numbers, chunks = layout.numbers, [torch.zeros((8, layout.bytes), dtype=torch.uint8)]
+    for nearest, positions in ((True, None), (False, inverse)):
+        stored = triton_ops.quantise(values, steps, FORMATS.index(layout.format), nearest, rows, 2**40 + 1)
+        update = (layout.optimizer, HYPER, 2**40 + 1, nearest)
+        triton_ops.packed_gather(chunks, rows, numbers, positions)
+        triton_ops.packed_update(chunks, rows, values, positions, rows, numbers, *update, None)
+        if layout.learned:
+            held, learn = values.clone(), (layout.optimizer, 0.5, *update[1:])
+            triton_ops.packed_update(chunks, rows, values, positions, rows, numbers, *update, held)
+            triton_ops.packed_look_ahead(chunks, rows, held, numbers, positions)
+            triton_ops.packed_learn_steps(chunks, rows, held, values, positions, rows, numbers, *learn)
+    triton_ops.dequantise(stored, steps, FORMATS.index(layout.format), layout.dim)
+
+
+def call_id_map(n: int) -> None:
+    directory, counters = torch.zeros(4, dtype=torch.int32), torch.ones(3, dtype=torch.int64)
+    chunks = [torch.zeros((SEGMENTS_PER_CHUNK, SLOTS, 2), dtype=torch.int64)]
+    segments = torch.full((SEGMENTS_PER_CHUNK, 3), 1000, dtype=torch.int32)
+    triton_ops.id_map_find(directory, chunks, ids(n))
+    triton_ops.id_map_insert(directory, chunks, segments, counters, ids(n), ids(n))
+    found = triton_ops.id_map._Map(directory, chunks)
+    found.find(ids(n), with_places=True), found.clear(ids(n))
+    found.place(*found.take_out(torch.zeros(1, dtype=torch.int64)), hashed=True)
+
+
+def record(whole: bool) -> Recorder:
+    """whole: every combination, else each kernel and each format and optimizer once."""
+    launch.recorder = recorder = Recorder()
+    for n, dim in ((200, 16), (1, 1), (200, 128), (3, 45)) if whole else ((200, 16),):
+        call_plain(n, dim)
+    call_id_map(200)
+    formats = itertools.product(FORMATS, OPTIMIZERS, (16, 5)) if whole else zip(FORMATS, [*OPTIMIZERS, "sgd"], [16] * 6)
+    layouts = [PackedLayout(*given[::2], given[1]) for given in formats]
+    layouts += [PackedLayout("int4", 16, name, learned=True) for name in OPTIMIZERS[: 4 if whole else 1]]
+    layouts.append(PackedLayout("int8", 16, "adam", learned=True, state_format="bf16"))
+    for layout in layouts:
+        call_packed(200, layout)
+    return recorder
+
+
+def compile_one(entry: tuple, capability: int) -> tuple[str, int]:
+    """(name of the kernel, lines of PTX)."""
+    kernel, signature, values, hints, warps = entry
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert len(built.asm["cubin"]) > 0
+    return kernel.fn.__name__, built.asm["ptx"].count("\n")
+
+
+def main() -> None:
+    capabilities = [int(text) for text in sys.argv[1:] if text.isdigit()] or [90]
+    entries = list(record("--whole" in sys.argv).found.values())
+    for capability in capabilities:
+        counts: dict[str, list[int]] = defaultdict(list)
+        with ThreadPoolExecutor(2) as pool:
+            for name, lines in pool.map(compile_one, entries, itertools.repeat(capability)):
+                counts[name].append(lines)
+        for name, found in sorted(counts.items()):
+            print(f"sm_{capability} {name}: {len(found)} variants, up to {max(found)} lines of PTX", flush=True)
+
+
+if __name__ == "__main__":
+    main()
