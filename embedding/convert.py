@@ -62,7 +62,7 @@ def convert_rows(
         values.append(stored.view(target.values_dtype))
         kept, more = target.state_widths(new)
         states.append(torch.cat([state[:, :kept], state.new_zeros((len(state), more))], dim=1))
-        steps.append(torch.zeros(len(state)) if size is None else size)
+        steps.append(state.new_zeros(len(state)) if size is None else size)
     return RowBatch(
         ids=batch.ids,
         values=torch.cat(values, dim=1),

@@ -44,6 +44,10 @@ class RowBatch:
     step_size: Tensor | None = None
     period: Tensor | None = None
 
+    def to(self, device: torch.device) -> RowBatch:
+        """The same rows in the memory of a device."""
+        return RowBatch(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
+
 
 class DynamicTable:
     """All tensors that go in and out live on `device`. Row numbers are good until the next call that may free rows:
@@ -99,7 +103,7 @@ class DynamicTable:
 
     def _admit(self, ids: Tensor, unknown: Tensor, now: int | Tensor, counts: Tensor | None) -> Tensor:
         """Positions of those of the unknown ids that get a row now."""
-        if counts is not None and int(counts[unknown].min()) < 1:
+        if counts is not None and counts.device.type == "cpu" and int(counts[unknown].min()) < 1:
             raise ValueError(f"table {self.config.name}: counts must be 1 or more")
         passed = unknown
         if self._filter is not None:
@@ -310,13 +314,14 @@ class DynamicTable:
     def import_rows(self, batch: RowBatch) -> None:
         """Take rows in as they are; a known id is replaced. Raises TableFull as `lookup`.
 
-        batch.ids must be distinct. If batch.rows is given, every id must be unknown and gets the row it had: then the
+        Tensors of the batch may be on the CPU. batch.ids must be distinct. If batch.rows is given, every id must be unknown and gets the row it had: then the
         `rows/` part of the exported state must be imported too.
         """
         if batch.ids.numel() == 0:
             return
         if int(batch.count.min()) < 1:
             raise ValueError(f"table {self.config.name}: counts of imported rows must be 1 or more")
+        batch = batch.to(self.device)
         if batch.rows is not None:
             rows = batch.rows
             self._index.place(batch.ids, rows)

@@ -1,0 +1,148 @@
+"""Tables in GPU memory: the same life as on the CPU. Without a GPU, on one that is pretended and interpreted."""
+
+import contextlib
+
+import pytest
+import torch
+
+from embedding.config import Admission, DynamicTableConfig, RowOptimizer
+from embedding.table import DynamicTable, RowBatch
+from kernels import backend
+from kernels.unique import unique_inverse
+from tests.embedding.test_formats import CONFIGS, groups_of
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if torch.cuda.is_available():
+
+    def gpu():
+        return contextlib.nullcontext()
+elif "triton" in backend.available_backends():
+    from tests.kernels.pretended_gpu import PretendedGpu as gpu
+else:
+    pytest.skip("no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported", allow_module_level=True)
+
+PLAIN = {
+    name: (groups_of("fp32"), RowOptimizer(name, lr=0.1))
+    for name in ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
+}
+
+
+def config_of(name, **more):
+    groups, optimizer = {**PLAIN, **CONFIGS}[name]
+    return DynamicTableConfig("t", ("f",), groups, optimizer, seed=3, chunk_rows=64, ttl_seconds=40, **more)
+
+
+def batches(count):
+    for step in range(count):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(-80, 80, (90,), generator=generator) * 2**55 + 10 * step
+        yield 100 + 20 * step, ids, *torch.randn((2, len(ids), 7), generator=generator)
+
+
+def train(table, count=3):
+    """Merge, look up, gather, update; with learned step sizes both passes. Returns what was gathered, on the CPU."""
+    gathered = []
+    for now, ids, grads, second in batches(count):
+        unique, inverse, counts = unique_inverse(ids.to(table.device))
+        grads, second = grads.to(table.device), second.to(table.device)
+        rows = table.lookup(unique, now, counts)
+        gathered.append(table.gather(rows, inverse).cpu())
+        if table.config.learns_steps:
+            ahead = table.update_ahead(rows, grads, inverse)
+            ahead.learn(second * ahead.gather(inverse), inverse)
+        else:
+            table.update(rows, grads, inverse)
+    return gathered
+
+
+def content(table):
+    """All rows as one batch, on the CPU."""
+    parts = [vars(part) for part in table.export_rows(50)]
+    return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0] if parts[0][name] is not None}
+
+
+def assert_same(found, expected, exact):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if exact or name not in ("values", "state", "step_size"):
+            assert found[name].equal(value), name
+        elif value.dtype == torch.uint8:
+            assert (found[name] != value).float().mean() < 0.02, name  # a code on the edge of two
+        else:
+            torch.testing.assert_close(found[name], value, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *CONFIGS])
+def test_training_gives_the_rows_of_the_cpu(name):
+    on_cpu = DynamicTable(config_of(name))
+    expected = train(on_cpu), content(on_cpu)
+    with gpu():
+        on_gpu = DynamicTable(config_of(name), "cuda")
+        found = train(on_gpu), content(on_gpu)
+        backend.check("cuda:0")
+    for one, other in zip(*(gathered for gathered, _ in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 if name in PLAIN else 0.03)
+    exact = name in ("sgd", "adagrad", "bf16", "int4", "int2")  # no sum over columns, which backends order differently
+    assert_same(found[1], expected[1], exact)
+    assert on_gpu.stats() == on_cpu.stats()
+
+
+@pytest.mark.parametrize("admission", [Admission(), Admission("exact", 2), Admission("sliding", 2, 1000)])
+@pytest.mark.parametrize("eviction", ["lru", "lfu"])
+def test_rows_come_and_go_as_on_the_cpu(admission, eviction):
+    """Admission, eviction at the limit, expiry, ids given up, marks, export and import."""
+    config = config_of("sgd", max_rows=150, eviction=eviction, admission=admission)
+
+    def life(device):
+        table = DynamicTable(config, device)
+        table.take_evicted()
+        train(table, 2)
+        mark = table.mark()
+        train(table, 4)
+        table.expire(175, budget_rows=40)
+        table.expire(175)
+        touched = [ids.cpu() for ids in table.touched_since(mark)]
+        state = {key: value.cpu() for key, value in table.export_state().items()}
+        again = DynamicTable(config, device)
+        for part in table.export_rows(30):
+            again.import_rows(part)
+        again.import_state({key: value.to(device) for key, value in state.items() if value.dim()})
+        return content(table), content(again), table.take_evicted().cpu(), torch.cat(touched), state, table.stats()
+
+    expected = life("cpu")
+    with gpu():
+        found = life("cuda")
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        assert_same(one, other, exact=True)
+    assert found[2].equal(expected[2]) and found[3].equal(expected[3]) and found[5] == expected[5]
+    assert found[4].keys() == expected[4].keys()
+    assert all(found[4][key].equal(value) for key, value in expected[4].items())
+
+
+def test_evaluation_changes_nothing_and_growth_moves_nothing():
+    with gpu():
+        table = DynamicTable(config_of("rowwise_adagrad"), "cuda")
+        train(table, 1)
+        before = content(table)
+        ids = torch.arange(500, device="cuda")
+        assert table.lookup(ids, 0, training=False).cpu().eq(-1).all()
+        assert_same(content(table), before, exact=True)
+        first = [chunk.data_ptr() for chunk in table._store.groups[0]._chunks]
+        rows = table.lookup(ids, 500)
+        assert len(table._store.groups[0]._chunks) > len(first)
+        assert [chunk.data_ptr() for chunk in table._store.groups[0]._chunks][: len(first)] == first
+        assert table.lookup(ids, 501).equal(rows)
+
+
+def test_rows_from_the_host_are_taken_in():
+    on_cpu = DynamicTable(config_of("int8"))
+    train(on_cpu)
+    with gpu():
+        table = DynamicTable(config_of("int8"), "cuda")
+        for part in on_cpu.export_rows(64):
+            table.import_rows(RowBatch(**{**vars(part), "rows": None}))
+        found = content(table)
+    expected = content(on_cpu)
+    order, other = found.pop("ids").argsort(), expected.pop("ids").argsort()
+    del found["rows"], expected["rows"]
+    assert all(found[name][order].equal(value[other]) for name, value in expected.items())
