@@ -314,8 +314,8 @@ class DynamicTable:
     def import_rows(self, batch: RowBatch) -> None:
         """Take rows in as they are; a known id is replaced. Raises TableFull as `lookup`.
 
-        Tensors of the batch may be on the CPU. batch.ids must be distinct. If batch.rows is given, every id must be unknown and gets the row it had: then the
-        `rows/` part of the exported state must be imported too.
+        Tensors of the batch may be on the CPU. batch.ids must be distinct. If batch.rows is given, every id must be
+        unknown and gets the row it had: then the `rows/` part of the exported state must be imported too.
         """
         if batch.ids.numel() == 0:
             return

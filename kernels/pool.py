@@ -35,26 +35,21 @@ class _Pool(torch.autograd.Function):
     def forward(ctx, values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         ctx.save_for_backward(index, offsets, weights)
         ctx.rows = values.shape[0]
-        if backend.compiled_for(values):
-            return torch.ops.tessera.pool(values, index, offsets, weights)
-        return reference.pool(values, index, offsets, weights)
+        ops = backend.ops_for(values) or reference
+        return ops.pool(values, index, offsets, weights)
 
     @staticmethod
     def backward(ctx, grads: Tensor):
         index, offsets, weights = ctx.saved_tensors
-        if backend.compiled_for(grads):
-            of_rows = torch.ops.tessera.pool_backward(grads, index, offsets, weights, ctx.rows)
-        else:
-            of_rows = reference.pool_backward(grads, index, offsets, weights, ctx.rows)
-        return of_rows, None, None, None
+        ops = backend.ops_for(grads) or reference
+        return ops.pool_backward(grads, index, offsets, weights, ctx.rows), None, None, None
 
 
-if "cpp" in backend.available_backends():
+@torch.library.register_fake("tessera::pool")
+def _pool_fake(values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+    return values.new_empty((offsets.shape[0] - 1, values.shape[1]))
 
-    @torch.library.register_fake("tessera::pool")
-    def _pool_fake(values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-        return values.new_empty((offsets.shape[0] - 1, values.shape[1]))
 
-    @torch.library.register_fake("tessera::pool_backward")
-    def _pool_backward_fake(grads: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None, rows: int) -> Tensor:
-        return grads.new_empty((rows, grads.shape[1]))
+@torch.library.register_fake("tessera::pool_backward")
+def _pool_backward_fake(grads: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None, rows: int) -> Tensor:
+    return grads.new_empty((rows, grads.shape[1]))

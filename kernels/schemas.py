@@ -24,8 +24,8 @@ SCHEMAS = (
     "id_map_erase(Tensor directory, Tensor(a!)[] chunks, Tensor(b!) segments, Tensor(c!) counters, Tensor ids) -> "
     "Tensor",
     "gather(Tensor[] chunks, Tensor rows, int dim, Tensor? inverse, Tensor? default, int begin) -> Tensor",
-    "gather_pooled(Tensor[] chunks, Tensor rows, Tensor inverse, Tensor offsets, int dim, Tensor? weights, bool mean, "
-    "Tensor? default) -> Tensor",
+    "pool(Tensor values, Tensor index, Tensor offsets, Tensor? weights) -> Tensor",
+    "pool_backward(Tensor grads, Tensor index, Tensor offsets, Tensor? weights, int rows) -> Tensor",
     "scatter(Tensor(a!)[] chunks, Tensor rows, Tensor values, int begin) -> ()",
     "init_rows(Tensor(a!)[] chunks, Tensor rows, Tensor ids, int dim, bool bell, float offset, float scale, "
     "int stream, float state) -> ()",

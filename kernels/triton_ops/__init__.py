@@ -7,11 +7,12 @@ training step calls on a GPU is the definition in torch: the reader's string ops
 from kernels.reference.string_hash import hex_to_int64, xxh64
 from kernels.reference.touch import coldest
 from kernels.triton_ops.faults import check
-from kernels.triton_ops.gather import gather, gather_pooled
+from kernels.triton_ops.gather import gather
 from kernels.triton_ops.id_map import id_map_erase, id_map_find, id_map_insert
 from kernels.triton_ops.initialise import init_rows
 from kernels.triton_ops.mix import mix64, unmix64
 from kernels.triton_ops.packed import packed_gather, packed_learn_steps, packed_look_ahead, packed_update, update
+from kernels.triton_ops.pool import pool, pool_backward
 from kernels.triton_ops.quantise import dequantise, quantise
 from kernels.triton_ops.random import normal, uniform
 from kernels.triton_ops.scatter import scatter
@@ -24,7 +25,6 @@ __all__ = [
     "dequantise",
     "expired",
     "gather",
-    "gather_pooled",
     "hex_to_int64",
     "id_map_erase",
     "id_map_find",
@@ -36,6 +36,8 @@ __all__ = [
     "packed_learn_steps",
     "packed_look_ahead",
     "packed_update",
+    "pool",
+    "pool_backward",
     "quantise",
     "scatter",
     "touch",

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 _KEPT = "_tessera_bases"  # an attribute of a table's first chunk
 
 

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for GPUs that this machine need not have: `python -m tests.kernels.compile_kernels 80 90`.
+"""Compile every Triton kernel for GPUs not at hand: `python -m tests.kernels.compile_kernels 80 90`.
 
 The ops are called on small CPU tensors with their launches recorded instead of started; each distinct launch is then
 compiled with the types, constants and hints that Triton would give it. What the interpreter lets pass and a compiler
@@ -89,8 +89,9 @@ def call_plain(n: int, dim: int) -> None:
         triton_ops.scatter(chunks, rows, torch.zeros((n, dim), dtype=dtype), 0)
         triton_ops.scatter(chunks, rows, torch.zeros((1, dim), dtype=dtype), 0)
     chunks = [torch.zeros((8, dim + 2))] * 2
-    triton_ops.gather_pooled(chunks, rows, inverse, torch.arange(n + 1), dim, None, False, None)
-    triton_ops.gather_pooled(chunks, rows, inverse, torch.arange(n + 1), dim, values[:, 0], True, values[0])
+    for weights in (None, values[:, 0]):
+        triton_ops.pool(values, inverse, torch.arange(n + 1), weights)
+        triton_ops.pool_backward(values, inverse, torch.arange(n + 1), weights, n)
     for bell, scale in ((True, 1.0), (False, 1.0), (False, 0.0)):
         triton_ops.init_rows(chunks, rows, rows, dim, bell, 0.0, scale, 2**40 + 1, 0.1)
     meta = [torch.zeros((8, 4), dtype=torch.int64)]
@@ -137,7 +138,11 @@ def record(whole: bool) -> Recorder:
     for n, dim in ((200, 16), (1, 1), (200, 128), (3, 45)) if whole else ((200, 16),):
         call_plain(n, dim)
     call_id_map(200)
-    formats = itertools.product(FORMATS, OPTIMIZERS, (16, 5)) if whole else zip(FORMATS, [*OPTIMIZERS, "sgd"], [16] * 6)
+    formats = (
+        itertools.product(FORMATS, OPTIMIZERS, (16, 5))
+        if whole
+        else zip(FORMATS, [*OPTIMIZERS, "sgd"], [16] * 6, strict=True)
+    )
     layouts = [PackedLayout(*given[::2], given[1]) for given in formats]
     layouts += [PackedLayout("int4", 16, name, learned=True) for name in OPTIMIZERS[: 4 if whole else 1]]
     layouts.append(PackedLayout("int8", 16, "adam", learned=True, state_format="bf16"))
