@@ -116,7 +116,7 @@ class ScoreTable:
         # The bin of a score is where the middle of its own weight falls, so that ties are never parted.
         middle = np.cumsum(weight)
         middle -= 0.5 * weight
-        middle *= bins / max(float(weight.sum()), np.finfo(np.float64).tiny)
+        middle *= bins / (float(weight.sum()) or 1.0)
         bin_of_score = np.minimum(middle.astype(np.int32), bins - 1)
 
         def total(values: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ctr.data.errors import DataError
 
-TRAIN = ("step", "loss", "dense_lr", "sparse_lr", "samples_per_second", "reader_wait")
+TRAIN = ("step", "rows", "loss", "dense_lr", "sparse_lr", "samples_per_second", "reader_wait", "seconds")
 EVALUATION = ("step", "auc", "logloss", "normalized_entropy", "calibration")
 TABLE_COUNTS = ("rows", "bytes", "new", "admitted", "rejected", "expired", "evicted")
 

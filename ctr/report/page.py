@@ -14,6 +14,7 @@ from ctr.report.history import History
 from ctr.report.plot import Plot, Table
 from ctr.report.slices import Slices
 from ctr.report.tables import numbers_by_table
+from ctr.report.training import course
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Page:
             title=self.title,
             subtitle=self.subtitle,
             lead=lead(split, metrics, self.ceiling),
-            remarks=_left_out(self.history),
+            remarks=course(self.history) + _left_out(self.history),
             numbers="report.json",
             split=split,
             cards=[_card(definition, metrics, self.ceiling) for definition in DEFINITIONS],

@@ -37,6 +37,24 @@ def training_plots(history: History, watched: str, ceiling: dict[str, float] | N
     return [plot for plot in plots if plot is not None]
 
 
+def course(history: History) -> list[str]:
+    """How long training was and how fast, and where it was best, in a sentence each, as far as the log tells."""
+    sentences = []
+    steps, rows, seconds, speed = (
+        history.train.get(name, np.zeros(0)) for name in ("step", "rows", "seconds", "samples_per_second")
+    )
+    if len(steps) and np.isfinite([rows.sum(), seconds[-1], np.median(speed)]).all():
+        time = f"{seconds[-1]:.0f} seconds" if seconds[-1] < 180 else f"{seconds[-1] / 60:.1f} minutes"
+        pace = f"{np.median(speed):,.0f} samples/s at the median"
+        sentences.append(f"Trained on {rows.sum():,.0f} rows in {steps[-1]:,.0f} steps and {time}; {pace}.")
+    auc = history.evaluations.get("valid", {}).get("auc", np.zeros(0))
+    if np.isfinite(auc).sum() > 1:
+        best = int(np.nanargmax(auc))
+        step = history.evaluations["valid"]["step"][best]
+        sentences.append(f"Of {len(auc)} evaluations on valid, AUC was highest at step {step:,.0f}: {auc[best]:.4f}.")
+    return sentences
+
+
 def _loss_plot(history: History, bound: Bound | None) -> Plot | None:
     train = _known(history.train, "loss")
     if train is None and not _evaluations(history, "logloss"):

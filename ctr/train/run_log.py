@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from importlib import metadata
+from pathlib import Path
 
 import fsspec
 import torch
@@ -63,13 +64,7 @@ class RunLog:
             self._logger.addHandler(handler)
         header, *tables, total = plan.splitlines()
         self.say(f"{header}; {total} (plan.txt)")
-        self._copy_teacher()
-
-    def _copy_teacher(self) -> None:
-        """Synthetic data says how good a model can be (teacher.json): the report shows it beside the result."""
-        source, path = fsspec.core.url_to_fs(f"{self._config.data.path}/teacher.json")
-        if source.exists(path):
-            (self.folder / "teacher.json").write_bytes(source.cat_file(path))
+        copy_teacher(self._config, self.folder)
 
     def begin(self, step: int, state: dict | None) -> None:
         """Continue from `state` of this folder's run, forgetting what was written after it; or (None) from nothing."""
@@ -273,6 +268,13 @@ class RunLog:
 
 def _hit_rate(counts: dict[str, int]) -> float:
     return counts["hits"] / max(1, counts["hits"] + counts["misses"])
+
+
+def copy_teacher(config: Config, folder: Path) -> None:
+    """Synthetic data says how good a model can be (teacher.json): the report shows it beside the result."""
+    source, path = fsspec.core.url_to_fs(f"{config.data.path}/teacher.json")
+    if source.exists(path):
+        (folder / "teacher.json").write_bytes(source.cat_file(path))
 
 
 def versions() -> dict[str, str]:

@@ -21,6 +21,7 @@ from ctr.report.report import write_report
 from ctr.report.slices import SLICE_NAMES, largest_ids
 from ctr.train.evaluate import evaluate, read_split
 from ctr.train.run_folder import create_folder
+from ctr.train.run_log import copy_teacher
 from ctr.train.saved_model import load_model
 from ctr.train.slice_columns import SliceColumn
 from ctr.train.trainer import build_model, set_threads
@@ -72,6 +73,7 @@ def score_run(
     folder = create_folder(output or run_dir / f"evaluations/{datetime.now():%Y%m%d-%H%M%S}", "--output", process)
     if process.is_main:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+        copy_teacher(config, folder)
     metrics = evaluate(model, reader, process, folder / "predictions", split, slices)
     if process.world_size > 1:
         dist.barrier()

@@ -121,6 +121,14 @@ def test_the_same_run_gives_the_same_bytes(run):
     assert before == {name: (folder / name).read_bytes() for name in before}
 
 
+def test_the_course_of_training_is_told(run):
+    html = (run[0] / "report.html").read_text()
+    lines = [line for line in metrics_lines() if line["kind"] == "train"]
+    rows, speed = sum(line["rows"] for line in lines), np.median([line["samples_per_second"] for line in lines])
+    assert f"Trained on {rows:,} rows in 2,000 steps and 100 seconds; {speed:,.0f} samples/s at the median." in html
+    assert "Of 8 evaluations on valid, AUC was highest at step 2,000: 0.7892." in html
+
+
 def test_predictions_alone_are_enough(tmp_path):
     values = columns(3, 500)
     del values["group"]
