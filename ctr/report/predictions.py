@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -62,18 +64,29 @@ def read_column(folder: Path, split: str, column: str) -> tuple[Rows, pa.Chunked
 
 def split_names(folder: Path) -> list[str]:
     """The splits of which there are rows."""
-    return sorted({split for path in _files(folder) for split, _, _ in _read_file(path)})
+    names: set[str] = set()
+    for path in _files(folder):
+        with _opened(path) as file:
+            if not file.metadata.num_rows:
+                continue
+            if "split" not in file.schema_arrow.names:
+                names.add(DEFAULT_SPLIT)
+            else:
+                names.update(pc.unique(file.read(["split"]).column(0).cast(pa.string())).drop_null().to_pylist())
+    return sorted(names)
 
 
 def slice_names(folder: Path) -> list[str]:
     """Columns that say to which slice a row belongs, in the order of the first file."""
-    schema = pq.read_schema(_files(folder)[0])
+    with _opened(_files(folder)[0]) as file:
+        schema = file.schema_arrow
     return [name for name in schema.names if name == NEW_IDS or name.startswith(SLICE)]
 
 
 def slice_field(folder: Path, column: str) -> pa.Field:
     """How the first file declares a column; its metadata says how values are shown."""
-    return pq.read_schema(_files(folder)[0]).field(column)
+    with _opened(_files(folder)[0]) as file:
+        return file.schema_arrow.field(column)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -85,17 +98,23 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_file(path: Path, extra: str | None = None) -> list[tuple[str, Rows, pa.ChunkedArray | None]]:
-    """Rows of each split of one file, with the column `extra` of the same rows."""
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path) as file:
-            present = file.schema_arrow.names
-            for name in (*REQUIRED, *filter(None, [extra])):
-                if name not in present:
-                    raise DataError(f"{path}: no column {name}; found {', '.join(present)}")
-            table = file.read([name for name in (*REQUIRED, *OPTIONAL, extra) if name in present])
+            yield file
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
+
+
+def _read_file(path: Path, extra: str | None = None) -> list[tuple[str, Rows, pa.ChunkedArray | None]]:
+    """Rows of each split of one file, with the column `extra` of the same rows."""
+    with _opened(path) as file:
+        present = file.schema_arrow.names
+        for name in (*REQUIRED, *filter(None, [extra])):
+            if name not in present:
+                raise DataError(f"{path}: no column {name}; found {', '.join(present)}")
+        table = file.read([name for name in (*REQUIRED, *OPTIONAL, extra) if name in present])
     if not table.num_rows:
         return []
     if extra is not None:  # rows that `check_rows` leaves out must go from the column, too
