@@ -150,11 +150,12 @@ def _cards(days: list[dict[str, Any]]) -> list[Card]:
 
 
 def _operation_cards(last: dict[str, Any]) -> list[Card]:
-    cards, tables = [], last.get("tables")
-    if tables:
-        moved = f"{size(tables['bytes'])}; {tables['new']:,} new ids, {tables['expired']:,} expired"
+    cards, tables = [], last.get("tables") or {}
+    if tables.get("rows") is not None:
+        came, went = (_count(tables.get(key)) for key in ("new", "expired"))
+        moved = f"{_size(tables.get('bytes'))}; {came} new ids, {went} expired"
         meaning = "Ids that have a row of an embedding table after the day."
-        cards.append(Card("table-rows", "Rows of tables", "", meaning, f"{tables['rows']:,}", moved))
+        cards.append(Card("table-rows", "Rows of tables", "", meaning, _count(tables["rows"]), moved))
     parts = {"evaluation": last.get("evaluate_seconds"), "training": last.get("train_seconds")}
     known = {name: seconds for name, seconds in parts.items() if seconds is not None}
     if known:
@@ -256,8 +257,9 @@ def _navigation(day: dict[str, Any], before: str | None, after: str | None) -> M
     facts += [day["reason"]] if day.get("reason") else []
     if day.get("published"):
         facts.append(f"published as {day['published']}, {_size(day.get('published_bytes'))}")
-    if tables:
-        facts.append(f"{tables['new']:,} new ids, {tables['expired']:,} expired, {tables['rows']:,} rows of tables")
+    if tables.get("rows") is not None:
+        counts = [_count(tables.get(key)) for key in ("new", "expired", "rows")]
+        facts.append("{} new ids, {} expired, {} rows of tables".format(*counts))
     if day.get("train_seconds") is not None:
         facts.append(f"trained in {_minutes(day['train_seconds'])} minutes")
     line = Markup('\n<nav class="days" aria-label="Days">{}</nav>\n<p class="soft">{}.</p>\n')
