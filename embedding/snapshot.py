@@ -33,7 +33,8 @@ class Snapshot:
     """Made by `DynamicTable.snapshot`. One thread changes the table, one reads here, each row once.
 
     chunks: of the rows' times, counts and ids, then of each group of columns. free: rows below `end` not in use.
-    batch_of: what `RowBatch` is made of rows as they lie in chunks. All that is read is in host memory.
+    batch_of: what `RowBatch` is made of rows as they lie in chunks. copies: what a snapshot before left behind. All that
+    is read is in host memory.
     """
 
     def __init__(
@@ -42,12 +43,15 @@ class Snapshot:
         end: int,
         free: Tensor,
         batch_of: Callable[[Tensor, list[Tensor]], RowBatch],
+        copies: list[list[Tensor]],
     ) -> None:
         self._end, self._batch_of = end, batch_of
         self._chunks = [list(group) for group in chunks]
-        self._copies: list[list[Tensor]] = [[] for _ in chunks]
-        self._status = torch.zeros(end, dtype=torch.uint8)
+        #: Memory for rows that are kept, from a snapshot before: new memory costs several times the copy of a row.
+        self.copies = copies or [[] for _ in chunks]
+        self._status = torch.zeros(end + 1, dtype=torch.uint8)
         self._status[free.cpu()] = PASSED
+        self._status[end] = PASSED  # stands for rows from `end` on, and being the last one, for row -1
         self._place = torch.empty(end, dtype=torch.int32)  # of rows that are kept
         self._kept = 0
         self._lock = threading.Lock()
@@ -56,13 +60,12 @@ class Snapshot:
         """Rows (int64 [n], distinct, -1 skipped) are about to change."""
         rows = rows.cpu()
         with self._lock:
-            rows = rows[(rows >= 0) & (rows < self._end)]
-            rows = rows[self._status[rows] == OPEN]
+            rows = rows[(self._status[rows.clamp(max=self._end)] == OPEN).nonzero().flatten()]
             if not rows.numel():
                 return
             places = torch.arange(self._kept, self._kept + rows.numel())
             self._kept += rows.numel()
-            for copies, found in zip(self._copies, self._read_open(rows), strict=True):
+            for copies, found in zip(self.copies, self._read_open(rows), strict=True):
                 while len(copies) * KEPT_ROWS < self._kept:
                     copies.append(allocate_chunk((KEPT_ROWS, found.shape[1]), found.dtype))
                 scatter(copies, places, found)
@@ -101,7 +104,7 @@ class Snapshot:
         kept = (self._status[rows] == KEPT).nonzero().flatten()
         if kept.numel():
             places = self._place[rows[kept]].long()
-            for part, copies in zip(found, self._copies, strict=False):
+            for part, copies in zip(found, self.copies, strict=False):
                 part[kept] = gather(copies, places, part.shape[1])
         return found
 

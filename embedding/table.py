@@ -67,6 +67,7 @@ class DynamicTable:
         self._cold = None if config.eviction == "raise" else ColdRows(self._index, config.eviction)
         self._evicted = EvictedIds(config.evicted_kept, device)
         self._snapshots: list[Snapshot] = []
+        self._spare_copies: list[list[Tensor]] = []
         self._mark = 0  # no marks are written before the first one is asked for
         self._step = self._period = 0
         self.first_values: Tensor | None = None
@@ -299,12 +300,15 @@ class DynamicTable:
         def batch_of(rows: Tensor, raw: list[Tensor]) -> RowBatch:
             return self._batch(rows, raw[0], *self._store.decode(raw[1:]))
 
-        self._snapshots.append(Snapshot(chunks, self._index.end, self._index.free, batch_of))
+        copies, self._spare_copies = self._spare_copies, []
+        self._snapshots.append(Snapshot(chunks, self._index.end, self._index.free, batch_of, copies))
         return self._snapshots[-1]
 
     def release(self, snapshot: Snapshot) -> None:
-        """Nobody reads a snapshot any more."""
-        self._snapshots = [other for other in self._snapshots if other is not snapshot]
+        """Nobody reads a snapshot any more. Its memory is for the next one."""
+        if any(other is snapshot for other in self._snapshots):
+            self._snapshots = [other for other in self._snapshots if other is not snapshot]
+            self._spare_copies = snapshot.copies
 
     def _keep(self, rows: Tensor) -> None:
         """Before rows change."""

@@ -193,7 +193,8 @@ def measure(table: DynamicTable, rows: int, root: Storage, plain: Path, process:
         end="",
     )
     print(f"       plain read from the page cache into new memory {rate['new memory']:,.0f} MB/s")
-    behind = stall(table, rows, root, process)
+    stall(table, rows, root, process)
+    behind = stall(table, rows, root, process)  # now the memory for rows that are kept is there
     stopped = behind["moment"] + behind["keeping"]
     print(f"written behind in {behind['save']:.2f} s: training stands still for {stopped:.3f} s ", end="")
     print(f"({stopped / behind['save']:.1%} of the save; {behind['moment']:.3f} s at its moment); ", end="")

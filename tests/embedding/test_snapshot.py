@@ -64,7 +64,10 @@ def test_rows_are_those_of_the_moment(groups, steps_before, late):
         step(table, 15 + number)
     assert found == expected
     table.release(snapshot)
+    table.release(snapshot)
     assert not table._snapshots
+    again, third = table.snapshot(), table.snapshot()
+    assert again.copies is snapshot.copies is not third.copies
 
 
 def test_rows_touched_since_a_mark():
