@@ -33,8 +33,8 @@ class Snapshot:
     """Made by `DynamicTable.snapshot`. One thread changes the table, one reads here, each row once.
 
     chunks: of the rows' times, counts and ids, then of each group of columns. free: rows below `end` not in use.
-    batch_of: what `RowBatch` is made of rows as they lie in chunks. copies: what a snapshot before left behind. All that
-    is read is in host memory.
+    batch_of: what `RowBatch` is made of rows as they lie in chunks. copies: what a snapshot before left behind. What is
+    read is in host memory.
     """
 
     def __init__(

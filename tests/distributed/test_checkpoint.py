@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import subprocess
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from distributed import checkpoint
 from distributed.checkpoint import CheckpointError, clean, discard, folder_name, latest, names_of_states, retain
 from distributed.checkpoint_files import Storage
 from distributed.checkpoint_tables import TableSaver
@@ -125,10 +127,24 @@ def test_foreign_folders_and_half_saves_are_no_states(states, process):
     assert not list(states.glob(".*"))
 
 
-def test_the_clock_has_no_say(states, process):
-    os.utime(states / folder_name(2), (0, 0))
+def test_the_clock_has_no_say(states, process, table, monkeypatch):
+    """It jumps back by 20 years before the state of step 3, whose files are then the oldest of all."""
+
+    class Past(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) - timedelta(days=7300)
+
+    monkeypatch.setattr(checkpoint, "datetime", Past)
+    root = Storage(states)
+    save_tables(TableSaver({"a": table}), root, folder_name(3), process, 3)
+    written = [json.loads((states / folder_name(n) / "manifest.json").read_text())["written"] for n in (1, 2, 3)]
+    assert written[2] < written[0]
+    os.utime(states / folder_name(3), (0, 0))
     os.utime(states / folder_name(1), (2**32, 2**32))
-    assert found(states, process) == (2, [])
+    assert found(states, process) == (3, [])
+    retain(root, 2)
+    assert names_of_states(root) == [folder_name(3), folder_name(2)]
 
 
 def test_a_state_that_did_not_verify_is_replaced(states, process, table):

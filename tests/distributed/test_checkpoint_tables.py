@@ -24,7 +24,8 @@ OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
 
 def make(process) -> dict[str, DynamicTable]:
     tables = {name: DynamicTable(config(name, name)) for name in OPTIMIZERS}
-    tables["int8"] = DynamicTable(config("adagrad", "int8", groups=INT8))
+    for name in OPTIMIZERS[:-1]:  # int formats have no ftrl
+        tables[f"int8_{name}"] = DynamicTable(config(name, f"int8_{name}", groups=INT8))
     tables["exact"] = DynamicTable(config("adam", "exact", admission=EXACT))
     tables["old"] = DynamicTable(config("adagrad", "old", ttl_seconds=4))
     return tables
@@ -193,6 +194,29 @@ def save_where_one_rank_forgets(process, folder):
 def test_ranks_agree_on_a_full_state_when_one_of_them_has_forgotten_ids(tmp_path):
     """Else rank 0 would call the state a delta, and rows that rank 1 gave up would come back from the one before."""
     assert on_ranks(2, save_where_one_rank_forgets, tmp_path) == [("full", True), ("full", True)]
+
+
+def save_on_a_full_disk(process, folder):
+    """The first state is written; the disk of rank 1 is full before the second."""
+    tables, root = {"a": DynamicTable(config())}, Storage(folder)
+    saver = TableSaver(tables)
+    step(tables["a"], 1, process.rank, process.world_size)
+    save_tables(saver, root, folder_name(1), process, 1)
+    if process.rank == 1:
+        Storage.write = refuse
+    with pytest.raises(CheckpointError) as error:
+        save_tables(saver, root, folder_name(2), process, 2)
+    return str(error.value), latest(root, process, pytest.fail).step, sorted(path.name for path in folder.iterdir())
+
+
+def refuse(storage, path):
+    raise OSError(28, "No space left on device")
+
+
+def test_all_ranks_are_told_which_one_has_no_space(tmp_path):
+    told = on_ranks(2, save_on_a_full_disk, tmp_path)
+    problem = "dense side of rank 1: No space left on device; what was saved before is untouched"
+    assert told == [(f"{tmp_path / folder_name(2)} cannot be written: rank 0: {problem}", 1, [folder_name(1)])] * 2
 
 
 def sliding(process, folder, begin: int):
