@@ -30,8 +30,9 @@ class HostManager:
         self._timeout_seconds = timeout_seconds
         self._thread = ThreadPoolExecutor(1, "host manager")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # The allocator may give memory of one stream away while the other still reads it: results stay for two steps.
-        self._kept: deque[Any] = deque(maxlen=3)
+        # The allocator may give memory of one stream away while the other still reads it: results stay for three steps,
+        # of each of which there are two at most (rows and sums of owners).
+        self._kept: deque[Any] = deque(maxlen=6)
         self._waited_seconds = self._busy_seconds = 0.0
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
@@ -60,7 +61,7 @@ class HostManager:
             if future.done():
                 raise
             raise TesseraError(
-                f"waited {self._timeout_seconds:.0f} s (trainer.timeout_seconds) for the host manager's thread, "
+                f"waited {self._timeout_seconds:g} s (trainer.timeout_seconds) for the host manager's thread, "
                 "which brings the rows of a batch to the cache"
             ) from None
         self._waited_seconds += time.perf_counter() - began

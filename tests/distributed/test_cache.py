@@ -184,7 +184,7 @@ def test_a_step_does_not_wait_for_ever(process, monkeypatch):
         sharded(ids)
     go_on.set()
     assert str(error.value) == (
-        "waited 0 s (trainer.timeout_seconds) for the host manager's thread, "
+        "waited 0.2 s (trainer.timeout_seconds) for the host manager's thread, "
         "which brings the rows of a batch to the cache"
     )
 

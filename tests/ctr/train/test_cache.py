@@ -6,8 +6,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from ctr.config import load_config
+from ctr.train.trainer import Trainer
 from embedding.errors import ConfigError
 from tests.ctr.train.states import (
     arguments,
@@ -19,6 +21,7 @@ from tests.ctr.train.states import (
     write_data,
 )
 from tests.ctr.train.warm_ranks import WarmRanks
+from tests.distributed.saved_tables import alone
 
 ROWS, BATCH = 1500, 100
 CACHE = ["embedding.cache_rows=450"]  # table `d` has a new id in every row: two batches bring 200, the run 1500
@@ -124,6 +127,20 @@ def test_a_run_with_a_cache_that_was_asked_to_stop_goes_on(ranks, data, tmp_path
     assert tensors_of_state(one) == tensors_of_state(other)
     assert rows_of_state(one) == rows_of_state(other)
     assert without_cache(metrics_of(parts)) == without_cache(metrics_of(whole))
+
+
+def test_the_next_batch_is_begun_unless_something_looks_at_the_tables_first(data, tmp_path):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    when = ["trainer.eval_every=7", "trainer.checkpoint.every=5", "trainer.max_steps=13", f"trainer.batch_size={BATCH}"]
+    config = load_config(arguments(data, tmp_path / "run", *CACHE, *when), "")
+    trainer = Trainer(config, alone())
+    prepare, begun_in = trainer.tables.prepare, []
+    trainer.tables.prepare = lambda ids, now: (begun_in.append(trainer.step), prepare(ids, now))
+    trainer.fit()
+    log, evaluation, state = (3, 6, 9, 12), (7,), (5, 10)
+    alone_steps = (0, *log, *evaluation, *state)
+    assert begun_in == [step if step in alone_steps else step - 1 for step in range(13)]
+    dist.destroy_process_group()
 
 
 def test_a_cache_that_is_too_small_is_one_line(ranks, data, tmp_path):
