@@ -49,7 +49,7 @@ class WarmRanks:
 
     def close(self) -> None:
         self._server.stdin.close()
-        self._server.wait(10)
+        self._server.wait(60)
 
     def _ask(self, **command) -> list:
         self._server.stdin.write(json.dumps(command) + "\n")
