@@ -196,11 +196,11 @@ class Daily(Trainer):
         raise Stopped(HELD_STATUS)
 
     def train_day(self) -> None:
-        """`daily.epochs` passes over the partition (method window: from nothing, over the last ones), then expire."""
+        """`daily.epochs` passes over the partition (method window: over the last ones), then expire."""
         reader, epochs, began = self.readers["train"], self.config.daily.epochs, time.perf_counter()
+        if self.record["train_seconds"] is None:  # else a state inside the day goes on
+            self.begin_period()
         before = self.record["train_seconds"] or 0.0
-        if self.config.daily.method == "window" and self.record["train_seconds"] is None:
-            self._start_anew()
         while self.epoch < epochs:
             for _ in self.steps(reader):
                 self.record["train_seconds"] = before + time.perf_counter() - began
@@ -209,6 +209,11 @@ class Daily(Trainer):
             self.epoch += 1
         self.tables.expire(self.now, everywhere=True)
         self.record["train_seconds"] = before + time.perf_counter() - began
+
+    def begin_period(self) -> None:
+        """Before the first step on a partition; what else looks at days begins its day here."""
+        if self.config.daily.method == "window":
+            self._start_anew()
 
     def close_day(self) -> None:
         """Make the day part of the state, then publish and tell it; `catch_up` does so if the job is killed here."""
