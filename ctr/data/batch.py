@@ -28,8 +28,9 @@ class Batch(Pipelineable):
     # Rows of the epoch, over all ranks, up to and with this batch. A loop that reads ahead asks the reader
     # for the state after the batch it trained last: reader.state(batch).
     position: int = 0
-    number: Tensor | None = None  # [B] int64, of the row in the data set (-1: padding), if the reader is asked for it
-    teacher: Tensor | None = None  # [B] float32, the teacher's logits, see ctr/train/distil.py
+    # [B] int64, of the row in the data set (-1: padding), if the reader is asked for it. It stays on the host, where
+    # what is kept by row number lies.
+    number: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device=device, non_blocking=non_blocking))
@@ -38,8 +39,7 @@ class Batch(Pipelineable):
         return self._map(lambda t: t.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
-        optional = (self.group, self.time, self.number, self.teacher)
-        for tensor in (self.numeric, self.ids, self.labels, self.weight, *optional):
+        for tensor in (self.numeric, self.ids, self.labels, self.weight, self.group, self.time):
             if tensor is not None:
                 tensor.record_stream(stream)
 
@@ -53,6 +53,5 @@ class Batch(Pipelineable):
             time=None if self.time is None else move(self.time),
             rows=self.rows,
             position=self.position,
-            number=None if self.number is None else move(self.number),
-            teacher=None if self.teacher is None else move(self.teacher),
+            number=self.number,
         )

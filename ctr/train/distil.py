@@ -76,24 +76,23 @@ class Distillation:
         self.logits, self.previous, self.falling = logits, None, True
         self.sums.zero_()
 
-    def join(self, batch: Batch) -> None:
-        """Put the teacher's logits into a batch of numbered rows, on the host."""
+    def loss(self, logits: Tensor, batch: Batch, count: bool = True) -> Tensor:
+        """`weight` times the cross-entropy to the teacher, summed over the rows of a batch by their weights.
+
+        logits: [B]; batch: with numbers of rows. count: add it to the sums of the epoch.
+        """
         assert self.logits is not None, "the teacher has not scored the rows of this period"
         assert batch.number is not None, "the reader does not number rows"
-        batch.teacher = self.logits[batch.number]  # padding takes any: its weight is 0
-
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """`weight` times the cross-entropy to the teacher, summed over the rows of the batch by their weights."""
-        config, known = self.config, ~batch.teacher.isnan()
-        soft = torch.sigmoid(torch.where(known, batch.teacher, 0.0) / config.temperature)
+        teacher = self.logits[batch.number].to(logits.device)  # padding takes any: its weight is 0
+        config, known = self.config, ~teacher.isnan()
+        soft = torch.sigmoid(torch.where(known, teacher, 0.0) / config.temperature)
         entropy = F.binary_cross_entropy_with_logits(
             logits / config.temperature, soft, batch.weight * known, reduction="sum"
         )
-        return config.weight * entropy
-
-    def count(self, loss: Tensor, batch: Batch) -> None:
-        """Add a step to the sums of the epoch. loss: what `loss` gave."""
-        self.sums += torch.stack([loss.detach().double(), batch.weight.sum().double()])
+        loss = config.weight * entropy
+        if count:
+            self.sums += torch.stack([loss.detach().double(), batch.weight.sum().double()])
+        return loss
 
     def end_epoch(self) -> float | None:
         """The epoch's loss per row over all ranks, None without rows; and note whether it is less than that before."""

@@ -145,8 +145,6 @@ class Trainer:
         self.optimizers.step()
         if learn_steps:
             self.learn_step_sizes(batch, scale)
-        if self.distil:
-            self.distil.count(teacher_loss, batch)
         self.step += 1
         return loss_sum.detach(), batch.weight.sum()
 
@@ -158,7 +156,7 @@ class Trainer:
         with self.tables.second_pass():
             logits, embeddings = network(batch)
             loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
-            loss_sum = loss_sum + (self.distil.loss(logits, batch) if self.distil else 0.0)
+            loss_sum = loss_sum + (self.distil.loss(logits, batch, count=False) if self.distil else 0.0)
             check_loss(loss_sum, network, batch, embeddings, self.step)
             watch_gradients(network, embeddings)
             rows = list(embeddings.values())
@@ -167,8 +165,6 @@ class Trainer:
     def get_ready(self, batch: Batch) -> ReadyBatch:
         """Agree on a batch, bring it to the device and, where tables have a cache, begin to bring its rows."""
         weight, now, stop = self.agree(batch)  # before it goes to the device: these are numbers for the host
-        if self.distil:
-            self.distil.join(batch)
         on_device = batch.to(self.process.device)
         if self.tables.cached:
             self.tables.prepare(on_device.ids, now)
