@@ -40,8 +40,8 @@ class IdMap:
         self._chunks: list[Tensor] = []
         #: int32 [segments, 3]: number of upper bits that all ids of the segment share, ids, limit.
         self._segments = torch.zeros((0, 3), dtype=torch.int32, device=device)
-        #: int64 [3]: segments in use, ids, ids done by the last insertion.
-        self._counters = torch.zeros(3, dtype=torch.int64)
+        #: int64 [3], always on the CPU: segments in use, ids, ids done by the last insertion.
+        self._counters = torch.zeros(3, dtype=torch.int64, device="cpu")
         self._add_chunk()
         self._chunks[0][0, :, 1] = -1
         self._segments[0] = torch.tensor([0, 0, split_limit(0, 0)])

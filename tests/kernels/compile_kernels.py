@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for GPUs not at hand: `python -m tests.kernels.compile_kernels 80 90`.
+"""Compile every Triton kernel for GPUs that need not be at hand: `python -m tests.kernels.compile_kernels 80 90`.
 
 The ops are called on small CPU tensors with their launches recorded instead of started; each distinct launch is then
 compiled with the types, constants and hints that Triton would give it. What the interpreter lets pass and a compiler
@@ -138,12 +138,8 @@ def record(whole: bool) -> Recorder:
     for n, dim in ((200, 16), (1, 1), (200, 128), (3, 45)) if whole else ((200, 16),):
         call_plain(n, dim)
     call_id_map(200)
-    formats = (
-        itertools.product(FORMATS, OPTIMIZERS, (16, 5))
-        if whole
-        else zip(FORMATS, [*OPTIMIZERS, "sgd"], [16] * 6, strict=True)
-    )
-    layouts = [PackedLayout(*given[::2], given[1]) for given in formats]
+    pairs = itertools.product(FORMATS, OPTIMIZERS) if whole else zip(FORMATS, (*OPTIMIZERS, "sgd"), strict=True)
+    layouts = [PackedLayout(format, dim, name) for format, name in pairs for dim in ((16, 5) if whole else (16,))]
     layouts += [PackedLayout("int4", 16, name, learned=True) for name in OPTIMIZERS[: 4 if whole else 1]]
     layouts.append(PackedLayout("int8", 16, "adam", learned=True, state_format="bf16"))
     for layout in layouts:

@@ -1,11 +1,10 @@
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from kernels.backend import available_backends, use_backend
 from kernels.id_map import IdMap
 from kernels.reference.id_map import SLOTS, hash_of, id_of
+from tests.kernels.property_tests import HealthCheck, given, settings, st
 
 EXTREMES = [0, 1, -1, 2**63 - 1, -(2**63)]
 # Ids whose search begins in the same line of the same segment: the last one, so that it goes round.
@@ -39,20 +38,34 @@ def test_hash_is_a_bijection():
     assert id_of(hash_of(ids)).equal(ids)
 
 
-step = st.tuples(
-    st.sampled_from(["find", "insert", "erase"]),
-    st.lists(
-        st.one_of(st.sampled_from(EXTREMES + MEETING), st.integers(0, 9_999), st.integers(-(2**63), 2**63 - 1)),
-        max_size=30,
-    ),
-    st.sampled_from(available_backends()),
-)
+FAST = [name for name in available_backends() if name != "triton"]  # the interpreter is slow
+starts = st.sampled_from([0, 10, 3_200, 10_000])
+
+
+def steps_on(backends, most):
+    """Lists of (action, ids, backend)."""
+    ids = st.one_of(st.sampled_from(EXTREMES + MEETING), st.integers(0, 9_999), st.integers(-(2**63), 2**63 - 1))
+    step = st.tuples(
+        st.sampled_from(["find", "insert", "erase"]), st.lists(ids, max_size=30), st.sampled_from(backends)
+    )
+    return st.lists(step, max_size=most)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=st.lists(step, max_size=15), start=st.sampled_from([0, 10, 3_200, 10_000]))
+@given(steps=steps_on(FAST, 15), start=starts)
 def test_life_of_a_map_against_a_dict(steps, start):
     """Any backend may carry out any step on the same map."""
+    live(steps, start)
+
+
+@pytest.mark.skipif("triton" not in available_backends(), reason="Triton's interpreter is not available")
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=steps_on(["triton", *FAST], 8), start=starts)
+def test_life_of_a_map_with_triton(steps, start):
+    live(steps, start)
+
+
+def live(steps, start):
     id_map, expected = filled(torch.arange(start)), {id_: id_ for id_ in range(start)}
     next_row = start
     for action, ids, backend in steps:

@@ -1,12 +1,11 @@
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from kernels.backend import available_backends, use_backend
 from kernels.mix import mix64, unmix64
 from kernels.reference.bits import signed
 from kernels.reference.mix import mix64_number
+from tests.kernels.property_tests import HealthCheck, given, settings, st
 
 EXTREMES = torch.tensor([0, 1, -1, 2, 2**63 - 1, -(2**63), 1 << 30, (1 << 32) + 1], dtype=torch.int64)
 

@@ -2,11 +2,10 @@ import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from kernels.backend import available_backends
 from kernels.string_hash import hex_to_int64, xxh64
+from tests.kernels.property_tests import HealthCheck, given, settings, st
 
 # Published values of XXH64 with seed 0.
 PUBLISHED = {

@@ -1,10 +1,9 @@
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from kernels.backend import available_backends
 from kernels.touch import COUNT, LAST_SEEN, coldest, expired, touch
+from tests.kernels.property_tests import HealthCheck, given, settings, st
 from tests.kernels.tables import some_rows
 
 needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")

@@ -1,10 +1,9 @@
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from kernels.backend import available_backends
 from kernels.unique import unique_inverse
+from tests.kernels.property_tests import HealthCheck, given, settings, st
 
 EXTREMES = [0, 1, -1, 2**63 - 1, -(2**63)]
 

@@ -1,0 +1,191 @@
+"""What is special to the Triton kernels: registration, faults noted on the device, long merges, compilation."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import backend, schemas
+from kernels.backend import available_backends, use_backend
+from kernels.gather import gather
+from kernels.id_map import IdMap
+from kernels.initialise import init_rows
+from kernels.random import normal, uniform
+from kernels.update import OPTIMIZERS, update
+from tests.kernels.tables import some_rows, table
+from tests.kernels.test_update import LR, fresh_table
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(
+    "triton" not in available_backends(), reason="Triton is not installed, or was imported without TRITON_INTERPRET=1"
+)
+needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
+
+
+@needs_cpp
+def test_schemas_are_those_of_the_compiled_library():
+    for schema in schemas.SCHEMAS:
+        defined = str(getattr(torch.ops.tessera, schema.partition("(")[0]).default._schema)
+        assert defined == str(torch._C.parse_schema(f"tessera::{schema}"))
+
+
+def test_every_op_has_a_triton_version():
+    ops = pytest.importorskip("kernels.triton_ops", reason="Triton is not installed")
+    for schema in schemas.SCHEMAS:
+        name = schema.partition("(")[0]
+        assert callable(getattr(ops, name))
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tessera::{name}", "CUDA")
+
+
+def test_without_the_compiled_library_ops_are_defined_for_tracing():
+    """As on a machine with torch and Triton alone."""
+    code = (
+        "import torch, kernels.gather; from kernels import backend; assert backend.problem;"
+        "from torch._subclasses.fake_tensor import FakeTensorMode\n"
+        "with FakeTensorMode():\n"
+        "    chunks, rows = [torch.zeros(8, 4)], torch.zeros(3, dtype=torch.int64)\n"
+        "    assert torch.ops.tessera.gather(chunks, rows, 4, None, None, 0).shape == (3, 4)"
+    )
+    environment = {**os.environ, "TESSERA_KERNELS": "reference"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=300)
+
+
+@needs_triton
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+def test_rows_with_many_positions_are_merged_in_pieces(optimizer):
+    """Rows of 1, 64, 65 and several hundred positions: deterministic, and the sums of the definition."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 64, 65, 700, 0, 200])
+    inverse = torch.arange(6).repeat_interleave(lengths)[torch.randperm(1030, generator=generator)]
+    grads, rows = torch.randn((1030, 5), generator=generator), torch.tensor([3, 17, 9, -1, 2, 11])
+    rows[3] = 20
+    found = []
+    for name in ("reference", "triton", "triton"):
+        chunks = fresh_table(optimizer, 24, 5)
+        with use_backend(name):
+            update(optimizer, chunks, rows, grads, inverse, learning_rate=LR)
+        found.append(torch.cat(chunks))
+    assert found[1].equal(found[2])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+@needs_triton
+@needs_cpp
+@pytest.mark.parametrize("dim", [3, 16])
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in ("rowwise_adagrad", "adam")])
+def test_updates_are_those_of_the_compiled_kernels_bit_for_bit(optimizer, dim):
+    """Where no sum over columns and no power is taken, whose order and last bit are each backend's own."""
+    generator = torch.Generator().manual_seed(1)
+    rows, inverse = some_rows(12, 24, distinct=True), torch.randint(0, 12, (60,), generator=generator)
+    found = []
+    for name in ("cpp", "triton"):
+        chunks = fresh_table(optimizer, 24, dim)
+        with use_backend(name):
+            for step in range(3):
+                grads = torch.randn((60, dim), generator=torch.Generator().manual_seed(step))
+                update(optimizer, chunks, rows, grads, inverse, learning_rate=LR, weight_decay=0.01, l1=0.01, l2=0.1)
+        found.append(torch.cat(chunks))
+    assert found[0].equal(found[1])
+
+
+@needs_triton
+@needs_cpp
+@pytest.mark.parametrize("dim", [1, 7, 16])
+def test_random_numbers_are_those_of_the_compiled_kernels(dim):
+    ids = torch.arange(-300, 300) * 7919
+    drawn = []
+    for name in ("cpp", "triton"):
+        with use_backend(name):
+            chunks = [torch.zeros(1024, dim + 1)]
+            key = {"offset": 0.1, "scale": 0.3, "seed": 1, "table": 2}
+            init_rows(chunks, torch.arange(600), ids, dim, distribution="normal", **key)
+            drawn.append((uniform(5, 6, ids, dim, 2), normal(5, 6, ids, dim, 2), chunks[0]))
+    assert drawn[0][0].equal(drawn[1][0])
+    for one, other in zip(drawn[0][1:], drawn[1][1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=2.0**-22, atol=1e-7)
+
+
+@needs_triton
+def test_what_is_out_of_range_is_skipped_and_raised_once_when_asked(monkeypatch):
+    """As on a GPU, where no op waits: the kernel goes on, `check` raises."""
+    from kernels.triton_ops import faults
+
+    monkeypatch.setattr(faults.launch, "INTERPRETED", False)
+    monkeypatch.setattr(faults.launch, "_device", lambda tensor: torch.no_grad())
+    chunks, dense = table(16, 4)
+    with use_backend("triton"):
+        found = gather(chunks, torch.tensor([3, 16, 5, 40]), 4)
+        assert found.equal(torch.stack([dense[3], torch.zeros(4), dense[5], torch.zeros(4)]))
+        update("sgd", chunks, torch.tensor([99]), torch.ones(1, 4), learning_rate=1.0)
+        assert torch.cat(chunks).equal(dense)
+        with pytest.raises(IndexError, match="rows: expected below 16, found 99"):
+            faults.check(torch.device("cpu"))
+        faults.check(torch.device("cpu"))
+
+
+@needs_triton
+def test_addresses_are_sent_once_per_growth():
+    from kernels.triton_ops.rows import bases_of
+
+    chunks, _ = table(16, 4)
+    first = bases_of(chunks, torch.device("cpu"))
+    assert bases_of(list(chunks), torch.device("cpu")) is first
+    chunks.append(torch.zeros_like(chunks[0]))
+    assert bases_of(chunks, torch.device("cpu")).tolist() == [chunk.data_ptr() for chunk in chunks]
+    with pytest.raises(ValueError, match="chunks: expected all contiguous and like the first"):
+        bases_of([*chunks, torch.zeros(4, 8).t()], torch.device("cpu"))
+
+
+@needs_triton
+def test_backends_work_on_one_map():
+    """Slots may differ, what is found may not, whoever inserted, split or erased."""
+    ids = torch.randint(-(2**63), 2**63 - 1, (9_000,), generator=torch.Generator().manual_seed(0))
+    id_map, rows = IdMap(), torch.arange(9_000)
+    names = available_backends()
+    with use_backend("triton"):
+        id_map.insert(ids[:6_000], rows[:6_000])  # two splits
+    id_map.insert(ids[6_000:], rows[6_000:])
+    gone = ids[::90]
+    with use_backend("triton"):
+        assert id_map.erase(gone).equal(rows[::90])
+    expected = torch.where(rows % 90 == 0, -1, rows)
+    for name in names:
+        with use_backend(name):
+            assert id_map.find(ids).equal(expected)
+    assert len(id_map) == 8_900
+
+
+def compiled(*arguments):
+    """Run `compile_kernels.py` without the interpreter; returns its lines."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compile_kernels", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.splitlines()
+
+
+def test_every_kernel_compiles_for_a_gpu():
+    """Once for each kernel, format and optimizer; about 20 s."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    kernels = {line.split()[1].rstrip(":") for line in compiled("90")}
+    sources = "".join(path.read_text() for path in (ROOT / "kernels" / "triton_ops").glob("*.py"))
+    assert kernels == set(re.findall(r"def (\w+_kernel)\(", sources))
+
+
+@pytest.mark.slow
+def test_every_variant_compiles_for_two_generations():
+    """515 variants for each of sm_80 and sm_90; about 4 minutes."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert len(compiled("--whole", "80", "90")) > 30
+
+
+def test_the_backend_is_chosen_by_device():
+    assert backend.backend() == backend._current and backend.backend("cuda") == backend._on_gpu
+    with use_backend("reference"):
+        assert backend.ops_for(torch.zeros(1)) is None
+    with pytest.raises(ValueError, match="kernel backend 'cublas' is not available, found"), use_backend("cublas"):
+        pass
