@@ -1,6 +1,7 @@
 """Tables in GPU memory: the same life as on the CPU. Without a GPU, on one that is pretended and interpreted."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -72,7 +73,19 @@ def assert_same(found, expected, exact):
             torch.testing.assert_close(found[name], value, rtol=0.02, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [*PLAIN, *CONFIGS])
+def some(names, usual):
+    """Parameters of which only the usual ones run by default where every kernel is interpreted."""
+    slow = [] if torch.cuda.is_available() else [pytest.mark.slow]
+    return [pytest.param(*name, marks=[] if name in usual else slow) for name in names]
+
+
+@pytest.mark.parametrize(
+    "name",
+    some(
+        [(name,) for name in (*PLAIN, *CONFIGS)],
+        [("sgd",), ("adam",), ("rowwise_adagrad",), ("bf16",), ("int4",), ("learned, adam",)],
+    ),
+)
 def test_training_gives_the_rows_of_the_cpu(name):
     on_cpu = DynamicTable(config_of(name))
     expected = train(on_cpu), content(on_cpu)
@@ -87,8 +100,13 @@ def test_training_gives_the_rows_of_the_cpu(name):
     assert on_gpu.stats() == on_cpu.stats()
 
 
-@pytest.mark.parametrize("admission", [Admission(), Admission("exact", 2), Admission("sliding", 2, 1000)])
-@pytest.mark.parametrize("eviction", ["lru", "lfu"])
+ADMISSIONS = (Admission(), Admission("exact", 2), Admission("sliding", 2, 1000))
+
+
+@pytest.mark.parametrize(
+    ("admission", "eviction"),
+    some(itertools.product(ADMISSIONS, ("lru", "lfu")), [(ADMISSIONS[0], "lru"), (ADMISSIONS[1], "lfu")]),
+)
 def test_rows_come_and_go_as_on_the_cpu(admission, eviction):
     """Admission, eviction at the limit, expiry, ids given up, marks, export and import."""
     config = config_of("sgd", max_rows=150, eviction=eviction, admission=admission)
@@ -106,7 +124,7 @@ def test_rows_come_and_go_as_on_the_cpu(admission, eviction):
         again = DynamicTable(config, device)
         for part in table.export_rows(30):
             again.import_rows(part)
-        again.import_state({key: value.to(device) for key, value in state.items() if value.dim()})
+        again.import_state({key: value.to(device) for key, value in state.items()})
         return content(table), content(again), table.take_evicted().cpu(), torch.cat(touched), state, table.stats()
 
     expected = life("cpu")
@@ -124,7 +142,7 @@ def test_evaluation_changes_nothing_and_growth_moves_nothing():
         table = DynamicTable(config_of("rowwise_adagrad"), "cuda")
         train(table, 1)
         before = content(table)
-        ids = torch.arange(500, device="cuda")
+        ids = torch.arange(1, 501, device="cuda")
         assert table.lookup(ids, 0, training=False).cpu().eq(-1).all()
         assert_same(content(table), before, exact=True)
         first = [chunk.data_ptr() for chunk in table._store.groups[0]._chunks]

@@ -18,6 +18,7 @@ from embedding.errors import TableFull
 from embedding.table import DynamicTable, RowBatch
 from kernels.backend import available_backends, use_backend
 from kernels.unique import unique_inverse
+from tests.embedding.conftest import MARKS
 from tests.embedding.model import Full, ModelTable
 
 POOL = [0, 1, -1, 2**63 - 1, -(2**63), *range(1000, 1012), -7, -1000]
@@ -171,7 +172,7 @@ class Life(RuleBasedStateMachine):
             np.testing.assert_allclose(content, np.concatenate([row.values, row.state]), 1e-5, 1e-6)
 
 
-@pytest.mark.parametrize("name", available_backends())
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in available_backends()])
 def test_life_of_rows(name):
     examples = 150 if name == "cpp" else 25
     limits = settings(

@@ -114,10 +114,10 @@ def test_what_is_out_of_range_is_skipped_and_raised_once_when_asked(monkeypatch)
     """As on a GPU, where no op waits: the kernel goes on, `check` raises."""
     from kernels.triton_ops import faults
 
-    monkeypatch.setattr(faults.launch, "INTERPRETED", False)
-    monkeypatch.setattr(faults.launch, "_device", lambda tensor: torch.no_grad())
     chunks, dense = table(16, 4)
     with use_backend("triton"):
+        monkeypatch.setattr(faults.launch, "_device", lambda tensor: torch.no_grad())
+        monkeypatch.setattr(faults.launch, "INTERPRETED", False)
         found = gather(chunks, torch.tensor([3, 16, 5, 40]), 4)
         assert found.equal(torch.stack([dense[3], torch.zeros(4), dense[5], torch.zeros(4)]))
         update("sgd", chunks, torch.tensor([99]), torch.ones(1, 4), learning_rate=1.0)
