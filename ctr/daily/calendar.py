@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import torch
@@ -83,11 +84,14 @@ class Calendar:
                 return
 
     def _look(self, records: Sequence[Mapping[str, Any]]) -> list[Due]:
-        daily = self._daily
-        marker = daily.marker if daily.watch else None
-        found = find_partitions(self._config.data.path, daily.first, daily.last, marker)
-        done = {record["partition"]: record for record in records}
-        ordered = order(found, list(done), daily.skip, self._period(partition.key for partition in found))
+        daily, root = self._daily, self._config.data.path
+        done = [record["partition"] for record in records]
+        found = find_partitions(root, daily.first, daily.last)
+        if daily.watch:  # those behind the first that is still being written have to wait for it
+            ready = {partition.key for partition in find_partitions(root, daily.first, daily.last, daily.marker)}
+            ready.update(done, daily.skip)
+            found = list(takewhile(lambda partition: partition.key in ready, found))
+        ordered = order(found, done, daily.skip, self._period(partition.key for partition in found))
         for partition in found:
             if partition.key not in daily.skip:
                 check_content(partition.key, partition.path, self._fingerprint(partition), records)

@@ -105,9 +105,9 @@ class Daily(Trainer):
             self.close_day()
             self.leave_if_asked()
         self.checkpoints.close()
-        self.log.say(
-            f"all {len(self.records)} partitions up to {self.records[-1]['partition']} are done; nothing to do"
-        )
+        if self.records:
+            newest = self.records[-1]["partition"]
+            self.log.say(f"all {len(self.records)} partitions up to {newest} are done; nothing to do")
         self.log.close()
 
     def catch_up(self) -> None:

@@ -263,14 +263,15 @@ def test_watching_for_days_to_come(ranks, tmp_path):
     output, watch = tmp_path / "output", ["daily.watch=true", "daily.poll_seconds=0.2"]
     ranks.start(2, command(data, run, *watch, f"daily.to={key_of(2)}"), output)
     _until(lambda: (run / "days.jsonl").exists() and "waiting for the next partition" in output.read_text())
-    time.sleep(0.5)
-    assert len(records(run)) == 1  # day 2 has no marker yet
-    (data / "day=2026-01-02" / "_SUCCESS").touch()
-    _until(lambda: len(records(run)) == 2)
     write_day(data, 2, 120)
     (data / "day=2026-01-03" / "_SUCCESS").touch()
+    time.sleep(0.5)
+    assert len(records(run)) == 1  # day 2 has no marker yet, and day 3 waits for it
+    (data / "day=2026-01-02" / "_SUCCESS").touch()
     assert ranks.wait() == [0, 0], output.read_text()
     assert len(records(run)) == 3 and "all 3 partitions up to 2026-01-03 are done" in output.read_text()
+    said = retrained(ranks, data, tmp_path / "none", *watch, "daily.from=2026-02-01", "daily.wait_seconds=0.5")
+    assert "no partition behind nothing has come with its _SUCCESS within 0.5 seconds" in said
     said = retrained(ranks, data, run, *watch, "daily.wait_seconds=0.5", world=2)
     assert "no partition behind 2026-01-03 has come with its _SUCCESS within 0.5 seconds (daily.wait_seconds)" in said
 
