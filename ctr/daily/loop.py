@@ -193,6 +193,8 @@ class Daily(Trainer):
             say(line)
         self.checkpoints.close()
         self.log.close()
+        if self.process.world_size > 1:
+            dist.barrier()  # a launcher ends the other ranks when the first one leaves
         raise Stopped(HELD_STATUS)
 
     def train_day(self) -> None:
