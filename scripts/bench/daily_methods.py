@@ -11,6 +11,7 @@ after `--tune-days` is printed; rates are to be chosen with `--tune`, which repo
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import logging
 import sys
@@ -37,8 +38,8 @@ from distributed.process import Process, run  # noqa: E402
 from scripts.bench.daily_data import Days, make_days  # noqa: E402
 
 WINDOW = 7
-SMALL = ["model.hidden=[64,64]", "model.embedding_dim=8", "trainer.device=cpu", "data.valid=null", "data.test=null"]
-COMMON = [*SMALL, "data.train=.", "embedding.rows=100000", "trainer.log_every=1000000"]
+COMMON = ["model.hidden=[64,64]", "model.embedding_dim=8", "embedding.rows=100000", "trainer.device=cpu"]
+COMMON += ["data.train=.", "data.valid=null", "data.test=null", "trainer.log_every=1000000"]
 #: data set -> its overrides, and the column by which rows are new
 DATA = {
     "synthetic": (["data=synthetic", "trainer.batch_size=512", "embedding.init_std=0.0001"], "C10"),
@@ -49,7 +50,6 @@ DATA = {
 @dataclass
 class Method:
     """window: retrain on so many days; otherwise one model goes on, or (stale) stays after the days of tuning.
-
     rates: hydra overrides by data set, found by --tune on the days before those that are reported.
     """
 
@@ -120,6 +120,8 @@ class Model:
 
     def close(self) -> None:
         self.trainer.log.close()
+        self.trainer = None
+        gc.collect()  # tables are in cycles of references, and a run makes a hundred models
 
 
 def follow(
