@@ -43,7 +43,7 @@ def quality_plots(days: Days) -> list[Plot]:
 
 def operation_plots(days: Days) -> list[Plot]:
     """Rows and bytes of tables, ids that came and went, rows of the day, speed, minutes, published bytes."""
-    plots = [_tables_plot(days), _ids_plot(days), _rows_plot(days), _speed_plot(days), _minutes_plot(days)]
+    plots = [_tables_plot(days), _ids_plot(days), _rows_plot(days), _speed_plot(days), _time_plot(days)]
     plots.append(_published_plot(days))
     return [plot for plot in plots if plot is not None]
 
@@ -174,19 +174,22 @@ def _speed_plot(days: Days) -> Plot | None:
     return _plot(days, "day-speed", "Speed", "Training, over all ranks.", figure, ends, {"samples per second": speed})
 
 
-def _minutes_plot(days: Days) -> Plot | None:
+def _time_plot(days: Days) -> Plot | None:
     parts = (("training", "train_seconds"), ("evaluation", "evaluate_seconds"))
-    values = {name: column(days, key) / 60 for name, key in parts}
+    values = {name: column(days, key) for name, key in parts}
     values = {name: one for name, one in values.items() if np.isfinite(one).any()}
     if not values:
         return None
+    unit = "minutes" if max(np.nanmax(one) for one in values.values()) >= 60 else "seconds"
+    values = {name: one / (60 if unit == "minutes" else 1) for name, one in values.items()}
     with canvas() as (figure, [axes]):
         _bars(axes, values, stacked=True)
-        _from_zero(axes, "minutes")
-        finish_days(axes, days, "minutes")
+        _from_zero(axes, unit)
+        finish_days(axes, days, unit)
     total = np.sum([np.nan_to_num(one) for one in values.values()], axis=0)
-    ends = f"{np.median(total):.1f} minutes at the median"
-    return _plot(days, "day-minutes", "Minutes", "Time of training and of evaluation.", figure, ends, values)
+    ends = f"{np.median(total):.1f} {unit} at the median"
+    caption = f"Time of training and of evaluation, in {unit}."
+    return _plot(days, "day-time", "Time", caption, figure, ends, values)
 
 
 def _published_plot(days: Days) -> Plot | None:
@@ -227,7 +230,7 @@ def _mark_held(axes: Axes, days: Days, values: np.ndarray) -> None:
 
 def _from_zero(axes: Axes, label: str) -> None:
     axes.set(ylabel=label)
-    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]) if label != "minutes" else None)
+    axes.set_ylim(0, 1 if axes.dataLim.ymax <= 0 else None)
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(FuncFormatter(short_number))
 

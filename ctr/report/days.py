@@ -133,7 +133,8 @@ def _cards(days: list[dict[str, Any]]) -> list[Card]:
     if not measured:
         return []
     last = measured[-1]
-    before = [day for day in measured[:-1] if day["status"] == "trained"][-WINDOW:]
+    # The first day was scored by a model that had learnt nothing.
+    before = [day for day in measured[:-1] if day["status"] == "trained" and day is not days[0]][-WINDOW:]
     cards = []
     for one in DEFINITIONS:
         if one.key not in CARDS:
@@ -159,9 +160,9 @@ def _operation_cards(last: dict[str, Any]) -> list[Card]:
     parts = {"evaluation": last.get("evaluate_seconds"), "training": last.get("train_seconds")}
     known = {name: seconds for name, seconds in parts.items() if seconds is not None}
     if known:
-        detail = ", ".join(f"{name} {_minutes(seconds)} min" for name, seconds in known.items())
+        detail = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in known.items())
         meaning = "Time that the day took, without what it waited for its data."
-        cards.append(Card("minutes", "Minutes", "", meaning, _minutes(sum(known.values())), detail))
+        cards.append(Card("time", "Time", "", meaning, _duration(sum(known.values())), detail))
     return cards
 
 
@@ -169,8 +170,10 @@ def _signed(value: float) -> str:
     return f"{value:+.4f}".replace("-", "−")
 
 
-def _minutes(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{seconds / 60:.1f}"
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def _quality_table(days: list[dict[str, Any]], linked: set[str]) -> Table:
@@ -197,9 +200,9 @@ def _operation_table(days: list[dict[str, Any]], linked: set[str]) -> Table:
         cells = [_count(day.get("step")), _count(tables.get("rows")), _size(tables.get("bytes"))]
         cells += [_count(tables.get("new")), _count(tables.get("expired"))]
         cells += [day.get("published") or "–", _size(day.get("published_bytes")), _count(day.get("samples_per_second"))]
-        cells += [_minutes(day.get("evaluate_seconds")), _minutes(day.get("train_seconds"))]
+        cells += [_duration(day.get("evaluate_seconds")), _duration(day.get("train_seconds"))]
         rows.append([_name(day, linked), *cells])
-    return Table([*head, "minutes, evaluation", "minutes, training"], rows)
+    return Table([*head, "evaluation", "training"], rows)
 
 
 def _name(day: dict[str, Any], linked: set[str]) -> str:
@@ -261,6 +264,6 @@ def _navigation(day: dict[str, Any], before: str | None, after: str | None) -> M
         counts = [_count(tables.get(key)) for key in ("new", "expired", "rows")]
         facts.append("{} new ids, {} expired, {} rows of tables".format(*counts))
     if day.get("train_seconds") is not None:
-        facts.append(f"trained in {_minutes(day['train_seconds'])} minutes")
+        facts.append(f"trained in {_duration(day['train_seconds'])}")
     line = Markup('\n<nav class="days" aria-label="Days">{}</nav>\n<p class="soft">{}.</p>\n')
     return line.format(Markup(" ").join(links), " · ".join(facts))
