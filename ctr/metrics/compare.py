@@ -93,25 +93,21 @@ def row_loss(prediction: np.ndarray, positive: np.ndarray) -> np.ndarray:
 
 
 def _auc_influence(prediction: np.ndarray, rows: PairedRows) -> tuple[float, np.ndarray]:
-    """AUC, and what each row adds to it beyond the average row; float64 [rows]."""
+    """AUC, and what each row adds to it beyond the average row of its class; float64 [rows]."""
     weight = _weight(rows)
     order = np.argsort(prediction, kind="stable")
     starts = run_starts(prediction[order])
     lengths = np.diff(starts, append=len(order))
-    placement = np.empty(len(order))
-    totals = {}
-    for mask in (rows.positive, ~rows.positive):
-        sums = np.add.reduceat(np.where(mask, weight, 0)[order], starts)
-        below = np.cumsum(sums) - 0.5 * sums  # half of those that tie
-        totals[mask is rows.positive] = sums.sum()
-        others = ~mask
-        below = np.repeat(below, lengths) / sums.sum()
-        # A positive counts the negatives below it, a negative the positives above it.
-        ranked = np.empty(len(order))
-        ranked[order] = below if mask is not rows.positive else 1 - below
-        placement[others] = ranked[others]
-    auc = float(np.dot(weight[rows.positive], placement[rows.positive]) / totals[True])
-    share = np.where(rows.positive, weight / totals[True], weight / totals[False])
+    placement, share = np.empty(len(order)), np.empty(len(order))
+    for own in (rows.positive, ~rows.positive):
+        others = np.add.reduceat(np.where(own, 0.0, weight)[order], starts)
+        below = (np.cumsum(others) - 0.5 * others) / others.sum()  # half of those that tie
+        # A positive wins over the negatives below it, a negative loses to the positives above it.
+        won = np.repeat(below if own is rows.positive else 1 - below, lengths)
+        mine = own[order]
+        placement[order[mine]] = won[mine]
+        share[own] = weight[own] / weight[own].sum()
+    auc = float(np.dot(share[rows.positive], placement[rows.positive]))
     return auc, share * (placement - auc)
 
 
