@@ -11,7 +11,18 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from ctr.metrics.score_table import CalibrationBins, ScoreTable
 from ctr.report.curves import Curve, histogram, pr_curve, roc_curve, thin_pr, thin_roc, wilson_interval
-from ctr.report.plot import DASHES, INK, SERIES, Plot, Table, canvas, inline_svg, short_number, split_styles
+from ctr.report.plot import (
+    DASHES,
+    INK,
+    SERIES,
+    Plot,
+    Table,
+    canvas,
+    inline_svg,
+    legend_above,
+    short_number,
+    split_styles,
+)
 
 HISTOGRAM_BINS = 50
 FALSE_POSITIVE_RATES = np.array([0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5])
@@ -214,7 +225,7 @@ def prediction_plot(one: SplitCurves) -> Plot | None:
         axes.set(xlabel="prediction", ylabel="share of the class")
         axes.set(xlim=(spread.edges[0], spread.edges[-1]), ylim=(0, None))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.legend(loc="upper right")
+        legend_above(axes)  # either class may fill any corner
     starts = np.arange(0, HISTOGRAM_BINS, HISTOGRAM_BINS // 10)
     edges = spread.edges[:: HISTOGRAM_BINS // 10]
     sums = [np.add.reduceat(weight, starts) for _, weight in classes]
