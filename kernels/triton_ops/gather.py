@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.triton_ops.arithmetic import address_of
 from kernels.triton_ops.faults import check_interpreted, known_positions, known_rows, note_of
-from kernels.triton_ops.launch import launch, tile, warps_of
+from kernels.triton_ops.launch import kernel, launch, tile, warps_of
 from kernels.triton_ops.rows import place_of
 
 
@@ -24,7 +24,7 @@ def rows_at(rows, inverse, at, inside, count, note, HAS_INVERSE: tl.constexpr):
     return tl.load(rows + at, mask=inside, other=-1)
 
 
-@triton.jit
+@kernel
 def _gather_kernel(
     out,
     bases,

@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.reference.id_map import LINE, SEGMENTS_PER_CHUNK, SLOTS, split_limit
 from kernels.triton_ops.arithmetic import hash_of
 from kernels.triton_ops.faults import note_duplicates
-from kernels.triton_ops.launch import block, launch
+from kernels.triton_ops.launch import block, kernel, launch
 from kernels.triton_ops.rows import bases_of
 
 _TAKEN_OUT = 1024  # segments whose pairs are in temporary memory at once: 64 MiB
@@ -74,7 +74,7 @@ def _find(slots, hashes, inside):
     return row, slot
 
 
-@triton.jit(do_not_specialize=["bits"])
+@kernel
 def _find_kernel(ids, directory, bases, rows, places, count, bits, WITH_PLACES: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -86,7 +86,7 @@ def _find_kernel(ids, directory, bases, rows, places, count, bits, WITH_PLACES: 
         tl.store(places + at, tl.where(slot < 0, -1, segment * _SLOTS + slot), mask=inside)
 
 
-@triton.jit(do_not_specialize=["bits"])
+@kernel
 def _count_kernel(ids, rows, directory, bases, wanted, met, count, bits, BLOCK: tl.constexpr):
     """Add the ids to those wanted of their segments; note ids that are known and rows below 0."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -102,7 +102,7 @@ def _count_kernel(ids, rows, directory, bases, wanted, met, count, bits, BLOCK: 
     tl.atomic_max(met + _NEGATIVE + zeros, one, mask=inside & (row < 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["bits"])
+@kernel
 def _place_kernel(hashes, rows, directory, bases, count, bits, HASHED: tl.constexpr, BLOCK: tl.constexpr):
     """Put pairs into the first empty slots from their homes on; a row below 0 is skipped."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -130,7 +130,7 @@ def _place_kernel(hashes, rows, directory, bases, count, bits, HASHED: tl.conste
         turns += 1
 
 
-@triton.jit
+@kernel
 def _take_out_kernel(segments, bases, hashes, rows, BLOCK: tl.constexpr):
     """Copy the pairs of a segment and empty it; programs are blocks of the segments' slots."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -138,10 +138,11 @@ def _take_out_kernel(segments, bases, hashes, rows, BLOCK: tl.constexpr):
     pair = _slots_of(bases, segment, at >= 0) + (at % _SLOTS) * 2
     tl.store(hashes + at, tl.load(pair))
     tl.store(rows + at, tl.load(pair + 1))
+    tl.debug_barrier()  # nothing of the block is emptied before all of it has been read
     tl.store(pair + 1, tl.full([BLOCK], -1, tl.int64))
 
 
-@triton.jit
+@kernel
 def _clear_kernel(places, bases, count, BLOCK: tl.constexpr):
     """Empty slots, whatever is left of lines' order; -1 is skipped."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_ops import arithmetic
 from kernels.triton_ops.faults import check_interpreted, known_rows, note_of
-from kernels.triton_ops.launch import launch, tile, warps_of
+from kernels.triton_ops.launch import kernel, launch, tile, warps_of
 from kernels.triton_ops.rows import place_of
 
 
-@triton.jit(do_not_specialize=["stream"])
+@kernel
 def _init_kernel(
     rows,
     ids,

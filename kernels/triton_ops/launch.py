@@ -23,6 +23,12 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 _SPREAD = 1 << 13 if INTERPRETED else 256  # elements of a tile; the interpreter pays by the operation, not the element
 
+#: Declares a kernel that is launched. Its sizes change with every batch: Triton would compile again for each kind of
+#: number (1, a multiple of 16, another).
+kernel = triton.jit(
+    do_not_specialize=["bags", "begin", "bits", "count", "limit", "pieces", "positions", "stream", "total"]
+)
+
 #: Instead of a launch, call this with (kernel, arguments, constants): for a test that compiles without a GPU.
 recorder: Callable[[object, tuple, dict], None] | None = None
 
@@ -39,19 +45,23 @@ def block() -> int:
 
 
 def warps_of(elements: int) -> int:
-    """Warps of a program that works on a tile of so many elements."""
+    """Warps of a program that works on a tile of so many elements.
+
+    A program that changes rows in place has one warp: a value that belongs to a whole row is held by every warp, and
+    one warp could write it before another has read it.
+    """
     return max(1, min(8, elements // 128))
 
 
-def launch(kernel, programs: int, *arguments: object, warps: int = 4, **constants: object) -> None:
+def launch(function, programs: int, *arguments: object, warps: int = 4, **constants: object) -> None:
     """Start `programs` programs of a kernel. The first argument is a tensor: its device is where they run."""
     if programs == 0:
         return
     if recorder is not None:
-        recorder(kernel, arguments, constants | {"num_warps": warps})
+        recorder(function, arguments, constants | {"num_warps": warps})
         return
     with _device(arguments[0]):
-        kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
+        function[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
 
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager:

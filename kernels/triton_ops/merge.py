@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_ops.faults import known_positions
-from kernels.triton_ops.launch import launch, tile, warps_of
+from kernels.triton_ops.launch import kernel, launch, tile, warps_of
 
 PIECE = 64
 TURN = tl.constexpr(4)  # gradients asked for before the first is added
@@ -34,7 +34,7 @@ class Merge(NamedTuple):
     long: bool  # there may be rows of more than PIECE positions
 
 
-@triton.jit
+@kernel
 def _piece_kernel(
     sums,
     grads,
@@ -119,7 +119,7 @@ def merged(
     return total + _summed(sums, order, first, pieces, False, DIM, ROWS, COLUMNS)
 
 
-@triton.jit
+@kernel
 def _check_kernel(ordered, note, positions, count):
     """Note an inverse out of range: it is the first or the last of the sorted ones."""
     at = tl.arange(0, 2) * (positions - 1)

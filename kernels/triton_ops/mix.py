@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_ops import arithmetic
-from kernels.triton_ops.launch import block, launch
+from kernels.triton_ops.launch import block, kernel, launch
 
 
-@triton.jit
+@kernel
 def _mix_kernel(x, out, count, INVERSE: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count

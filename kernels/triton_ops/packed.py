@@ -18,7 +18,7 @@ from kernels.formats import BITS, FORMATS, is_int
 from kernels.triton_ops import arithmetic
 from kernels.triton_ops.faults import check_interpreted, known_rows, note_of
 from kernels.triton_ops.gather import rows_at
-from kernels.triton_ops.launch import launch, tile, warps_of
+from kernels.triton_ops.launch import kernel, launch, tile, warps_of
 from kernels.triton_ops.merge import PIECE, Merge, merge, merged
 from kernels.triton_ops.optimizers import ADAM, adam_values, numbers, step
 from kernels.triton_ops.rows import Place, place_of
@@ -60,7 +60,7 @@ def layout_of(given: list[int]) -> Layout:
     )
 
 
-@triton.jit
+@kernel
 def _read_kernel(
     out,
     bases,
@@ -150,7 +150,7 @@ def _read(
     return out
 
 
-@triton.jit(do_not_specialize=["stream"])
+@kernel
 def _update_kernel(
     bases,
     rows,
@@ -300,7 +300,7 @@ def _update(
         DIM=layout.dim,
         ROWS=height,
         COLUMNS=width,
-        warps=warps_of(height * width),
+        warps=1,
     )
     check_interpreted(rows.device)
 
@@ -309,7 +309,7 @@ def _merge_constants(given: Merge) -> dict[str, object]:
     return {"DIRECT": given.direct, "LONG": given.long, "PIECE": PIECE}
 
 
-@triton.jit(do_not_specialize=["stream"])
+@kernel
 def _learn_kernel(
     bases,
     rows,
@@ -429,6 +429,6 @@ def packed_learn_steps(
         DIM=where.dim,
         ROWS=height,
         COLUMNS=width,
-        warps=warps_of(height * width),
+        warps=1,
     )
     check_interpreted(rows.device)

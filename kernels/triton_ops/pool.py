@@ -8,11 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_ops.faults import OFFSETS, check_interpreted, known_positions, note_of
-from kernels.triton_ops.launch import launch, tile, warps_of
+from kernels.triton_ops.launch import kernel, launch, tile, warps_of
 from kernels.triton_ops.merge import PIECE, merge, merged
 
 
-@triton.jit
+@kernel
 def _pool_kernel(
     out,
     values,
@@ -75,7 +75,7 @@ def pool(values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None)
     return out
 
 
-@triton.jit
+@kernel
 def _merged_kernel(
     out,
     grads,
@@ -84,7 +84,7 @@ def _merged_kernel(
     ends,
     sums,
     note,
-    rows,
+    count,
     DIRECT: tl.constexpr,
     LONG: tl.constexpr,
     PIECE: tl.constexpr,
@@ -94,7 +94,7 @@ def _merged_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)[None, :]
-    inside = row < rows
+    inside = row < count
     total = merged(grads, order, begins, ends, sums, row, inside, note, DIRECT, LONG, PIECE, DIM, ROWS, COLUMNS)
     tl.store(out + row[:, None] * DIM + column, total, mask=inside[:, None] & (column < DIM))
 

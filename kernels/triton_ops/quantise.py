@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.formats import BITS, FORMATS, is_int, stored_columns, stored_dtype
 from kernels.triton_ops import arithmetic
-from kernels.triton_ops.launch import launch, tile, warps_of
+from kernels.triton_ops.launch import kernel, launch, tile, warps_of
 
 
-@triton.jit(do_not_specialize=["stream"])
+@kernel
 def _quantise_kernel(
     values,
     steps,
@@ -72,7 +71,7 @@ def quantise(values: Tensor, steps: Tensor | None, format: int, nearest: bool, i
     return out
 
 
-@triton.jit
+@kernel
 def _dequantise_kernel(
     stored,
     steps,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_ops import arithmetic
-from kernels.triton_ops.launch import launch, tile, warps_of
+from kernels.triton_ops.launch import kernel, launch, tile, warps_of
 
 
-@triton.jit(do_not_specialize=["stream"])
+@kernel
 def _draw_kernel(
     ids, out, count, stream, DIM: tl.constexpr, BELL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):

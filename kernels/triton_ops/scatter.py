@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_ops.arithmetic import address_of
 from kernels.triton_ops.faults import check_interpreted, known_rows, note_of
-from kernels.triton_ops.launch import launch, tile, warps_of
+from kernels.triton_ops.launch import kernel, launch, tile, warps_of
 from kernels.triton_ops.rows import place_of
 
 
-@triton.jit
+@kernel
 def _scatter_kernel(
     values,
     bases,

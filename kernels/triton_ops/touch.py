@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.triton_ops.arithmetic import address_of
 from kernels.triton_ops.faults import check, check_interpreted, known_rows, note_of
-from kernels.triton_ops.launch import block, launch
+from kernels.triton_ops.launch import block, kernel, launch
 from kernels.triton_ops.rows import place_of
 
 
-@triton.jit
+@kernel
 def _touch_kernel(
     rows,
     now,
@@ -63,11 +62,12 @@ def touch(chunks: Sequence[Tensor], rows: Tensor, now: Tensor, counts: Tensor | 
         SHIFT=place.shift,
         BYTES=place.bytes,
         BLOCK=block(),
+        warps=1,
     )
     check_interpreted(rows.device)
 
 
-@triton.jit
+@kernel
 def _expired_kernel(out, bases, begin, limit, count, SHIFT: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count

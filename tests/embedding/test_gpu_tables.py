@@ -164,3 +164,20 @@ def test_rows_from_the_host_are_taken_in():
     order, other = found.pop("ids").argsort(), expected.pop("ids").argsort()
     del found["rows"], expected["rows"]
     assert all(found[name][order].equal(value[other]) for name, value in expected.items())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="waits are counted on the pretended GPU")
+@pytest.mark.parametrize("name", ["rowwise_adagrad", "int8"])
+def test_a_step_waits_for_the_gpu_twice(name):
+    """For the number of distinct ids and of unknown ones; gather and update wait for nothing."""
+    with gpu() as pretended:
+        table = DynamicTable(config_of(name), "cuda")
+        ids, grads = torch.arange(40, device="cuda") // 2, torch.ones((40, 7), device="cuda")
+        table.lookup(unique_inverse(ids)[0], 0)
+        pretended.waits = 0
+        unique, inverse, counts = unique_inverse(ids)
+        rows = table.lookup(unique, 1, counts)
+        assert pretended.waits == 2
+        table.gather(rows, inverse)
+        table.update(rows, grads, inverse)
+        assert pretended.waits == 2

@@ -3,7 +3,7 @@
 Inside `PretendedGpu`, a tensor made or moved with a CUDA device is marked, says that it is on `cuda:0`, and goes to the
 Triton kernels, which the interpreter runs. What is computed of marked tensors is marked. An op of marked and unmarked
 tensors raises, as it would on a GPU, and so does `numpy()`. Reading numbers of marked tensors on the host is counted:
-`waits` is how often a GPU would have had to be waited for by name (`item`, `tolist`, `int`, `bool`, `nonzero`).
+`waits` is how often the host would have waited for a GPU (`item`, `tolist`, `int`, `bool`, `nonzero`, boolean masks).
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ def _is_gpu(device: object) -> bool:
     return device is not None and not isinstance(device, torch.dtype) and torch.device(device).type == "cuda"
 
 
+def _is_mask(index: object) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.bool for leaf in tree_leaves(index))
+
+
 class PretendedGpu(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +59,8 @@ class PretendedGpu(TorchFunctionMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         on_gpu = any(marked(tensor) for tensor in tensors)
         self._refuse(name, tensors, on_gpu)
-        self.waits += on_gpu and name in _WAITS
+        by_mask = name in ("__getitem__", "__setitem__") and _is_mask(args[1])
+        self.waits += on_gpu and (name in _WAITS or by_mask)
         if name == "to":
             target = kwargs.pop("device", None)
             if target is None and len(args) > 1 and isinstance(args[1], (str, torch.device)):
