@@ -10,8 +10,9 @@ from kernels.triton_ops.faults import check
 from kernels.triton_ops.gather import gather
 from kernels.triton_ops.id_map import id_map_erase, id_map_find, id_map_insert
 from kernels.triton_ops.initialise import init_rows
+from kernels.triton_ops.learned import packed_learn_steps
 from kernels.triton_ops.mix import mix64, unmix64
-from kernels.triton_ops.packed import packed_gather, packed_learn_steps, packed_look_ahead, packed_update, update
+from kernels.triton_ops.packed import packed_gather, packed_look_ahead, packed_update, update
 from kernels.triton_ops.pool import pool, pool_backward
 from kernels.triton_ops.quantise import dequantise, quantise
 from kernels.triton_ops.random import normal, uniform

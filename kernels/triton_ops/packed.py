@@ -1,4 +1,4 @@
-"""Rows with optimizer state: read, updated, and, with a learned step size, updated twice.
+"""Rows with optimizer state: read and updated. What a learned step size adds is in `learned.py`.
 
 One set of kernels for packed rows (`kernels/formats.py`) and for plain float32 rows (`kernels/update.py`), which differ
 in where in a row things are.
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from kernels.triton_ops.faults import check_interpreted, known_rows, note_of
 from kernels.triton_ops.gather import rows_at
 from kernels.triton_ops.launch import kernel, launch, tile, warps_of
 from kernels.triton_ops.merge import PIECE, Merge, merge, merged
-from kernels.triton_ops.optimizers import ADAM, adam_values, numbers, step
+from kernels.triton_ops.optimizers import numbers, step
 from kernels.triton_ops.rows import Place, place_of
 from kernels.update import OPTIMIZERS
 
@@ -200,22 +199,8 @@ def _update_kernel(
     if HALF_MOMENTS or not (NEAREST or FORMAT == arithmetic.FP32):
         key = arithmetic.row_key(stream, tl.load(ids + at, mask=inside, other=0))[:, None]
     w = arithmetic.load_values(address + VALUES_AT, column, mask, size, FORMAT, BITS)
-    w = step(
-        w,
-        g,
-        address + STATE_AT,
-        address + MOMENTS_AT,
-        column,
-        known,
-        mask,
-        key,
-        hyper,
-        KIND,
-        DIM,
-        HALF_MOMENTS,
-        ROWS,
-        COLUMNS,
-    )
+    state, moments = address + STATE_AT, address + MOMENTS_AT
+    w = step(w, g, state, moments, column, known, mask, key, hyper, KIND, DIM, HALF_MOMENTS, ROWS, COLUMNS)
     if HOLD:
         tl.store(held + at[:, None] * DIM + column, tl.where(mask, w, 0.0), mask=inside[:, None] & (column < DIM))
     else:
@@ -285,7 +270,7 @@ def _update(
         place.total,
         stream,
         numbers(tuple(hyper)),
-        **_merge_constants(given),
+        **merge_constants(given),
         KIND=OPTIMIZERS.index(optimizer),
         HOLD=held is not None,
         NEAREST=nearest,
@@ -305,130 +290,5 @@ def _update(
     check_interpreted(rows.device)
 
 
-def _merge_constants(given: Merge) -> dict[str, object]:
+def merge_constants(given: Merge) -> dict[str, object]:
     return {"DIRECT": given.direct, "LONG": given.long, "PIECE": PIECE}
-
-
-@kernel
-def _learn_kernel(
-    bases,
-    rows,
-    ids,
-    held,
-    note,
-    grads,
-    order,
-    begins,
-    ends,
-    sums,
-    count,
-    total,
-    scale,
-    stream,
-    hyper,
-    DIRECT: tl.constexpr,
-    LONG: tl.constexpr,
-    PIECE: tl.constexpr,
-    KIND: tl.constexpr,
-    NEAREST: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BITS: tl.constexpr,
-    COUNT_AT: tl.constexpr,
-    VALUES_AT: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BYTES: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
-    inside = at < count
-    row = tl.load(rows + at, mask=inside, other=-1)
-    is_known = known_rows(row, inside, total, note)
-    g = merged(grads, order, begins, ends, sums, at, is_known, note, DIRECT, LONG, PIECE, DIM, ROWS, COLUMNS)
-    address = arithmetic.address_of(bases, row, is_known, SHIFT, BYTES)[:, None]
-    known = is_known[:, None]
-    mask = known & (column < DIM)
-    w = tl.load(held + at[:, None] * DIM + column, mask=mask, other=0.0)
-    pointer = address.to(tl.pointer_type(tl.float32))
-    size = tl.load(pointer, mask=known, other=1.0)
-    high: tl.constexpr = (1 << (BITS - 1)) - 1
-    low: tl.constexpr = -high - 1
-    x = tl.div_rn(w, size + tl.zeros_like(w))
-    inner = tl.minimum(tl.maximum(x, low * 1.0), high * 1.0)
-    slope = tl.where(x <= low, low * 1.0, tl.where(x >= high, high * 1.0, arithmetic.nearest(inner) - inner))
-    slope = scale * tl.sum(tl.where(mask, g * slope, 0.0), axis=1, keep_dims=True)
-    new = step_size(size, slope, address, known, hyper, KIND, COUNT_AT)
-    new = tl.maximum(new, 0.5 * size)  # a step size stays above zero
-    tl.store(pointer, new, mask=known)
-    key = tl.full([ROWS, 1], 0, tl.uint64)
-    if not NEAREST:
-        key = arithmetic.row_key(stream, tl.load(ids + at, mask=inside, other=0))[:, None]
-    arithmetic.store_values(address + VALUES_AT, column, mask, w, new, key, 0, FORMAT, BITS, NEAREST, ROWS, COLUMNS)
-
-
-@triton.jit
-def step_size(size, slope, address, known, hyper, KIND: tl.constexpr, COUNT_AT: tl.constexpr):
-    """The optimizer on step sizes [ROWS, 1], whose state is at byte 4; Adam shares the row's count of steps."""
-    if KIND == ADAM:
-        from_state = address.to(tl.pointer_type(tl.float32))
-        m, v = tl.load(from_state + 1, mask=known, other=0.0), tl.load(from_state + 2, mask=known, other=0.0)
-        t = tl.load((address + COUNT_AT).to(tl.pointer_type(tl.float32)), mask=known, other=1.0)
-        new, m, v = adam_values(size, slope + hyper.decay * size, m, v, t, hyper)
-        tl.store(from_state + 1, m, mask=known)
-        tl.store(from_state + 2, v, mask=known)
-        return new
-    else:
-        zero = tl.zeros_like(address).to(tl.int32)
-        return step(size, slope, address + 4, address, zero, known, known, size, hyper, KIND, 1, False, 1, 1)
-
-
-def packed_learn_steps(
-    chunks: Sequence[Tensor],
-    rows: Tensor,
-    held: Tensor,
-    grads: Tensor,
-    inverse: Tensor | None,
-    ids: Tensor,
-    layout: list[int],
-    optimizer: str,
-    gradient_scale: float,
-    hyper: Sequence[float],
-    stream: int,
-    nearest: bool,
-) -> None:
-    place, where = place_of(chunks, rows.device), layout_of(layout)
-    rows, ids, count = rows.contiguous(), ids.contiguous(), rows.numel()
-    note = note_of(rows.device, place.total, count)
-    given = merge(grads, inverse, count, note)
-    height, width = tile(where.dim, least=4)
-    launch(
-        _learn_kernel,
-        -(-count // height),
-        place.bases,
-        rows,
-        ids,
-        held,
-        note,
-        *given[:5],
-        count,
-        place.total,
-        float(gradient_scale),
-        stream,
-        numbers(tuple(hyper)),
-        **_merge_constants(given),
-        KIND=OPTIMIZERS.index(optimizer),
-        NEAREST=nearest,
-        FORMAT=where.format,
-        BITS=where.bits,
-        COUNT_AT=where.state_at + 4 * (where.state_floats - 1),
-        VALUES_AT=where.values_at,
-        SHIFT=place.shift,
-        BYTES=place.bytes,
-        DIM=where.dim,
-        ROWS=height,
-        COLUMNS=width,
-        warps=1,
-    )
-    check_interpreted(rows.device)
