@@ -44,6 +44,8 @@ def bases_of(chunks: Sequence[Tensor], device: torch.device) -> Tensor:
     for chunk in chunks:
         if chunk.shape != first.shape or chunk.dtype != first.dtype or not chunk.is_contiguous():
             raise ValueError(f"chunks: expected all contiguous and like the first, found {list(chunk.shape)}")
+        if chunk.device != device:
+            raise ValueError(f"chunks: expected on {device} as the rows are, found one on {chunk.device}")
     bases = torch.tensor([chunk.data_ptr() for chunk in chunks], dtype=torch.int64, device=device)
     setattr(first, _KEPT, (bases, last.data_ptr()))
     return bases

@@ -18,6 +18,13 @@ LONG_INTERPRETED = {
     "test_ids_made_to_collide_are_refused",
     "test_the_expectation_of_stochastic_rounding_is_the_value",
 }
+# Tests of many sizes, and those that the interpreter runs by default.
+SAMPLED = {
+    "test_equals_torch_optim_on_a_dense_copy": {"dim": [7]},
+    "test_codes_equal_the_definition_in_float64": {"dim": [3, 64], "step": [0.01]},
+    "test_pooling_equals_embedding_bag": {"dim": [21]},
+    "test_gather_reads_rows": {"dim": [3, 64]},
+}
 
 
 def implementations():
@@ -53,8 +60,10 @@ def backend(request):
 def pytest_collection_modifyitems(items):
     for item in items:
         callspec = getattr(item, "callspec", None)
-        interpreted = callspec is not None and callspec.params.get("backend") == "triton"
-        if interpreted and item.originalname in LONG_INTERPRETED:
+        if callspec is None or callspec.params.get("backend") != "triton":
+            continue
+        kept = SAMPLED.get(item.originalname, {})
+        if item.originalname in LONG_INTERPRETED or any(callspec.params[name] not in kept[name] for name in kept):
             item.add_marker(pytest.mark.slow)
 
 

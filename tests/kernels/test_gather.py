@@ -6,8 +6,11 @@ from kernels.gather import gather
 from kernels.scatter import scatter
 from tests.kernels.tables import some_rows, table
 
-NO_ROWS = torch.zeros(0, dtype=torch.int64)
 needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
+
+
+def no_rows():
+    return torch.zeros(0, dtype=torch.int64)
 
 
 def read(dense, rows, default):
@@ -38,7 +41,7 @@ def test_gather_keeps_the_type(backend, dtype):
 
 def test_gather_without_rows(backend):
     chunks, _ = table(8, 4)
-    assert gather(chunks, NO_ROWS, 4).shape == (0, 4)
+    assert gather(chunks, no_rows(), 4).shape == (0, 4)
     assert gather([], torch.tensor([-1, -1]), 3).equal(torch.zeros(2, 3))
     assert gather([], torch.tensor([-1]), 2, torch.tensor([0, 0]), torch.ones(2)).equal(torch.ones(2, 2))
 
@@ -53,7 +56,7 @@ def test_scatter_writes_rows(backend):
     scatter(chunks, rows, torch.zeros(1, 7))
     dense[rows[rows >= 0]] = 0
     assert torch.cat(chunks).equal(dense)
-    scatter(chunks, NO_ROWS, torch.zeros(0, 7))
+    scatter(chunks, no_rows(), torch.zeros(0, 7))
     assert gather(chunks, torch.arange(64), 7).equal(dense)
 
 

@@ -27,8 +27,13 @@ def content(id_map, batch=5_000):
     return found
 
 
+def new_map():
+    """An empty map where new tensors are."""
+    return IdMap(torch.zeros(0).device)
+
+
 def filled(ids):
-    id_map = IdMap()
+    id_map = new_map()
     id_map.insert(ids, torch.arange(ids.numel()))
     return id_map
 
@@ -89,7 +94,7 @@ def live(steps, start):
 
 
 def test_growth_by_many_splits(backend):
-    id_map, ids = IdMap(), random_ids(60_000)
+    id_map, ids = new_map(), random_ids(60_000)
     for begin in range(0, ids.numel(), 20_000):
         rows, new = id_map.find_or_insert(ids[begin : begin + 20_000], torch.arange(begin, begin + 20_000))
         assert rows.equal(torch.arange(begin, begin + 20_000)) and new.numel() == 20_000
@@ -138,7 +143,7 @@ def test_long_runs_in_one_line(first, second):
 
 
 def test_large_row_numbers(backend):
-    id_map = IdMap()
+    id_map = new_map()
     id_map.insert(tensor([5, 6]), tensor([2**31 + 1, 2**62]))
     assert id_map.find(tensor([6, 5, 6])).tolist() == [2**62, 2**31 + 1, 2**62]
 
@@ -146,7 +151,7 @@ def test_large_row_numbers(backend):
 def test_ids_made_to_collide_are_refused(backend):
     upper = id_of(torch.arange(6_000) << 12)  # the upper 39 bits are zero: no directory tells them apart
     with pytest.raises(RuntimeError, match="the ids were made to collide"):
-        IdMap().insert(upper, torch.arange(6_000))
+        new_map().insert(upper, torch.arange(6_000))
 
 
 def test_refused_arguments(backend):
@@ -154,9 +159,9 @@ def test_refused_arguments(backend):
     with pytest.raises(ValueError, match="already known"):
         id_map.insert(tensor([9, 2]), tensor([3, 4]))
     with pytest.raises(ValueError, match="already known"):
-        IdMap().insert(tensor([7, 7]), tensor([3, 4]))
+        new_map().insert(tensor([7, 7]), tensor([3, 4]))
     with pytest.raises(ValueError, match="rows: expected 0 or more"):
-        IdMap().insert(tensor([7]), tensor([-1]))
+        new_map().insert(tensor([7]), tensor([-1]))
     with pytest.raises(ValueError, match="rows: expected 2, found 1"):
         id_map.insert(tensor([7, 8]), tensor([3]))
     with pytest.raises(ValueError, match="new_rows: expected 2 or more, found 1"):
@@ -166,7 +171,7 @@ def test_refused_arguments(backend):
 
 
 def test_empty_batches(backend):
-    id_map, none = IdMap(), tensor([])
+    id_map, none = new_map(), tensor([])
     assert id_map.find(none).shape == id_map.erase(none).shape == (0,)
     rows, new = id_map.find_or_insert(none, none)
     assert rows.shape == new.shape == (0,) and content(id_map) == {}
@@ -175,7 +180,7 @@ def test_empty_batches(backend):
 
 @pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
 def test_backends_hand_out_the_same_rows():
-    maps = {name: IdMap() for name in available_backends()}
+    maps = {name: new_map() for name in available_backends()}
     for batch in range(5):
         ids = torch.unique(random_ids(20_000, seed=batch) % 40_000)
         new_rows = torch.arange(20_000) + 20_000 * batch

@@ -7,7 +7,9 @@ from kernels.backend import available_backends, use_backend
 from kernels.random import normal, uniform
 from kernels.reference.mix import mix64_number
 
-IDS = torch.arange(-5_000, 5_000) * 7919
+
+def some_ids():
+    return torch.arange(-5_000, 5_000) * 7919
 
 
 def bits_of(seed, table, id_, column, step):
@@ -33,25 +35,27 @@ def test_formula_on_python_integers(backend, seed, table, step):
 
 @pytest.mark.parametrize("draw", [uniform, normal])
 def test_a_row_depends_on_nothing_but_its_key(backend, draw):
-    whole = draw(3, 11, IDS, 9)
-    order = torch.randperm(IDS.numel(), generator=torch.Generator().manual_seed(1))
-    assert draw(3, 11, IDS[order], 9).equal(whole[order])
-    assert draw(3, 11, IDS[42:43], 9).equal(whole[42:43])
-    assert draw(3, 11, IDS[::3], 4).equal(whole[::3, :4])
+    ids = some_ids()
+    whole = draw(3, 11, ids, 9)
+    order = torch.randperm(ids.numel(), generator=torch.Generator().manual_seed(1))
+    assert draw(3, 11, ids[order], 9).equal(whole[order])
+    assert draw(3, 11, ids[42:43], 9).equal(whole[42:43])
+    assert draw(3, 11, ids[::3], 4).equal(whole[::3, :4])
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            assert draw(3, 11, IDS, 9).equal(whole)
+            assert draw(3, 11, ids, 9).equal(whole)
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("draw", [uniform, normal])
 def test_every_part_of_the_key_matters(backend, draw):
-    base = draw(3, 11, IDS, 8)
-    for seed, table, ids, step in ((4, 11, IDS, 0), (3, 12, IDS, 0), (3, 11, IDS + 1, 0), (3, 11, IDS, 1)):
-        other = draw(seed, table, ids, 8, step)
+    ids = some_ids()
+    base = draw(3, 11, ids, 8)
+    for seed, table, more, step in ((4, 11, 0, 0), (3, 12, 0, 0), (3, 11, 1, 0), (3, 11, 0, 1)):
+        other = draw(seed, table, ids + more, 8, step)
         pair = torch.stack([base.flatten(), other.flatten()]).double()
         # 80,000 independent pairs: the correlation has a standard deviation of 0.0035
         assert abs(torch.corrcoef(pair)[0, 1]) < 0.02
@@ -90,9 +94,10 @@ def test_empty_and_refused_arguments(backend):
 @pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
 @pytest.mark.parametrize("dim", [1, 2, 7, 16, 40])
 def test_compiled_equals_the_definition(dim):
-    flat, bell = uniform(5, 6, IDS, dim, 2), normal(5, 6, IDS, dim, 2)
+    ids = some_ids()
+    flat, bell = uniform(5, 6, ids, dim, 2), normal(5, 6, ids, dim, 2)
     with use_backend("reference"):
-        assert flat.equal(uniform(5, 6, IDS, dim, 2))
-        torch.testing.assert_close(bell, normal(5, 6, IDS, dim, 2), rtol=2.0**-23, atol=0)
-    torch.library.opcheck(torch.ops.tessera.uniform.default, (9, IDS[:5], dim))
-    torch.library.opcheck(torch.ops.tessera.normal.default, (9, IDS[:5], dim))
+        assert flat.equal(uniform(5, 6, ids, dim, 2))
+        torch.testing.assert_close(bell, normal(5, 6, ids, dim, 2), rtol=2.0**-23, atol=0)
+    torch.library.opcheck(torch.ops.tessera.uniform.default, (9, ids[:5], dim))
+    torch.library.opcheck(torch.ops.tessera.normal.default, (9, ids[:5], dim))
