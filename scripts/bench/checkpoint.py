@@ -37,15 +37,10 @@ from distributed.process import Process  # noqa: E402
 from embedding.config import DynamicTableConfig, Group, RowOptimizer  # noqa: E402
 from embedding.snapshot import Snapshot  # noqa: E402
 from embedding.table import DynamicTable  # noqa: E402
+from scripts.bench.timing import seconds  # noqa: E402
 
 BLOCK = 1 << 22
 BATCH = 4096
-
-
-def timed(action: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
 
 
 def fill(table: DynamicTable, rows: int) -> None:
@@ -126,7 +121,7 @@ def stall(table: DynamicTable, rows: int, root: Storage, process: Process) -> di
 
     def timed_keep(snapshot: Snapshot, rows: torch.Tensor) -> None:
         nonlocal keeping
-        keeping += timed(partial(keep, snapshot, rows))
+        keeping += seconds(partial(keep, snapshot, rows))
 
     Snapshot.keep = timed_keep
     began = time.perf_counter()
@@ -172,15 +167,15 @@ def measure(table: DynamicTable, rows: int, root: Storage, plain: Path, process:
         began = time.perf_counter()
         size = write_state(root, TableSaver({"a": table}).take(delta=False), table, process)
         note("save", time.perf_counter() - began)
-        note("plain write", timed(partial(write_plain, plain, size)))
+        note("plain write", seconds(partial(write_plain, plain, size)))
         cold = drop_cache()
         verify, read = load_state(root, table.config, process, in_place=True)
         note("verify", verify)
         note("rows", read)
         note("load", verify + read)
         cold = drop_cache() and cold
-        note("plain read", timed(partial(read_plain, plain)))
-        note("new memory", timed(partial(read_into_new_memory, plain, size)))
+        note("plain read", seconds(partial(read_plain, plain)))
+        note("new memory", seconds(partial(read_into_new_memory, plain, size)))
         plain.unlink()
     rate = {name: size / seconds / 1e6 for name, seconds in best.items()}
     print(f"{rows:,} rows of {table.config.bytes_per_row} bytes in memory, {size / rows:.1f} bytes on disk; ", end="")

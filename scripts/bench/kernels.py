@@ -9,10 +9,8 @@ and less in the ratios.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,29 +22,13 @@ from kernels.chunks import allocate_chunk  # noqa: E402
 from kernels.gather import gather  # noqa: E402
 from kernels.unique import unique_inverse  # noqa: E402
 from kernels.update import state_width, update  # noqa: E402
+from scripts.bench.timing import alternate  # noqa: E402
 
 FEATURES, BATCH, DIM = 26, 4096, 16
 IDS = FEATURES * BATCH  # 106,496 ids per step
 ROWS = FEATURES * 50_000
 CHUNK_ROWS = 1 << 18
 MILLION = 1_000_000
-
-
-def seconds(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
-def alternate(repeat: int, **works: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each of several works, run in turn so that disturbances meet them alike."""
-    for work in works.values():
-        work()
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeat):
-        for name, work in works.items():
-            times[name].append(seconds(work))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def show(what: str, *columns: str) -> None:
@@ -78,11 +60,11 @@ def bench_unique(repeat: int) -> None:
         turn[name] += 1
         return steps[turn[name] % len(steps)]
 
-    found = alternate(
-        repeat,
-        ours=lambda: unique_inverse(of_turn("ours")),
-        torch=lambda: torch.unique(of_turn("torch"), return_inverse=True, return_counts=True),
-    )
+    works = {
+        "ours": lambda: unique_inverse(of_turn("ours")),
+        "torch": lambda: torch.unique(of_turn("torch"), return_inverse=True, return_counts=True),
+    }
+    found = alternate(works, repeat)
     share = unique_inverse(steps[0])[0].numel() / IDS
     show(f"unique + inverse + counts, {share:.0%} distinct", "tessera", "torch.unique")
     show(f"  {IDS:,} ids", f"{found['ours'] * 1e3:.2f} ms", f"{found['torch'] * 1e3:.2f} ms")
@@ -95,13 +77,13 @@ def bench_rows(repeat: int) -> None:
     rows = torch.randperm(ROWS, generator=generator)[:IDS]
     out, grads = torch.empty(IDS, DIM), torch.randn(IDS, DIM)
     tables = {name: empty_table(ROWS, DIM + state_width(name, DIM)) for name in ("rowwise_adagrad", "adam")}
-    found = alternate(
-        repeat,
-        plain=lambda: torch.index_select(dense, 0, rows, out=out),
-        gather=lambda: gather(tables["rowwise_adagrad"], rows, DIM),
-        rowwise_adagrad=lambda: update("rowwise_adagrad", tables["rowwise_adagrad"], rows, grads, learning_rate=0.1),
-        adam=lambda: update("adam", tables["adam"], rows, grads, learning_rate=0.1),
-    )
+    works = {
+        "plain": lambda: torch.index_select(dense, 0, rows, out=out),
+        "gather": lambda: gather(tables["rowwise_adagrad"], rows, DIM),
+    }
+    for name, chunks in tables.items():
+        works[name] = partial(update, name, chunks, rows, grads, learning_rate=0.1)
+    found = alternate(works, repeat)
     plain = IDS * DIM * 4 / found["plain"] / 1e9
     show(f"{IDS:,} random rows of {ROWS / MILLION:.1f} M, dim {DIM}", "time", "GB/s", "of plain gather")
     bytes_of = {"plain": DIM * 4, "gather": DIM * 4}

@@ -8,10 +8,8 @@ step, which also reads, looks rows up, updates them and checks. Each model takes
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from ctr.data.synthetic_rows import SyntheticConfig  # noqa: E402
 from ctr.models.network import build_tower  # noqa: E402
 from ctr.train.trainer import Trainer  # noqa: E402
 from distributed.process import Process, run  # noqa: E402
+from scripts.bench.timing import alternate  # noqa: E402
 
 BATCH = 4096
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -75,20 +74,6 @@ def whole(trainer: Trainer) -> Callable[[bool], None]:
     return step
 
 
-def measure(contenders: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Median milliseconds per step over the rounds."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for step in contenders.values():
-        step()
-    for _ in range(options.rounds):
-        for name, step in contenders.items():
-            began = time.perf_counter()
-            for _ in range(options.steps):
-                step()
-            times[name].append((time.perf_counter() - began) / options.steps * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def bench(config: Config, process: Process) -> None:
     print(f"{'':<14}{'':>6}{'whole, ms':>11}{'samples/s':>12}{'tower, ms':>11}{'samples/s':>12}{'whole/tower':>13}")
     for model in options.models.split(","):
@@ -100,7 +85,7 @@ def bench(config: Config, process: Process) -> None:
             for amp in (False, True)
             for side, step in (("whole", from_parquet), ("tower", alone))
         }
-        medians = measure(contenders)
+        medians = {name: 1e3 * s for name, s in alternate(contenders, options.rounds, options.steps).items()}
         trainer.log.close()
         for amp in (False, True):
             ours, bound = medians["whole", amp], medians["tower", amp]

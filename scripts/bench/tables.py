@@ -28,29 +28,13 @@ from embedding.table import DynamicTable  # noqa: E402
 from kernels.backend import backend  # noqa: E402
 from kernels.id_map import IdMap  # noqa: E402
 from kernels.unique import unique_inverse  # noqa: E402
+from scripts.bench.timing import alternate, seconds  # noqa: E402
 
 FEATURES, BATCH, DIM = 26, 4096, 16
 IDS = FEATURES * BATCH  # 106,496 per step
 ROWS = FEATURES * 50_000  # 1.3 M
 MILLION = 1_000_000
 STEPS = 20  # different batches, one after the other
-
-
-def seconds(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
-def alternate(repeat: int, works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each of several works, run in turn."""
-    for work in works.values():
-        work(), work()
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeat):
-        for name, work in works.items():
-            times[name].append(seconds(work))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def show(what: str, *columns: str) -> None:
@@ -140,7 +124,7 @@ def bench_step(repeat: int) -> None:
         "fbgemm static SUM, 1 table": in_turn(steps, fbgemm_step(1)),
         f"fbgemm static SUM, {FEATURES} tables": in_turn(steps, fbgemm_step(FEATURES)),
     }
-    found = alternate(repeat, works)
+    found = alternate(works, repeat)
     ours = next(iter(found.values()))
     distinct = statistics.mean(step.unique().numel() for step in steps) / IDS
     show(f"(a) step of {IDS:,} ids ({distinct:.0%} distinct), {ROWS / MILLION} M rows", "ms", "ours / this")
@@ -186,7 +170,7 @@ def bench_map(repeat: int) -> None:
         "dict": in_turn([step.tolist() for step in unique], lambda step: [dictionary[key] for key in step]),
         "torchrec MCH remap": in_turn(unique, mch_remap(ids)),
     }
-    found = alternate(repeat, works)
+    found = alternate(works, repeat)
     count = statistics.mean(step.numel() for step in unique)
     counts = dict.fromkeys(works, count) | {"tessera, ids it has not": IDS}
     show(f"(b) id map, {ROWS / MILLION} M entries, {id_map.nbytes / ROWS:.0f} bytes each", "M ids/s", "ours / this")
@@ -232,7 +216,7 @@ def bench_growth(top: float, repeat: int) -> None:
             size: in_turn([id_of(batch) for batch in batches_], table_step(which, grads))
             for size, which, batches_ in zip(("large", "small"), (table, small), pair, strict=True)
         }
-        found = alternate(max(repeat, 2 * STEPS), works)
+        found = alternate(works, max(repeat, 2 * STEPS))
         ratio = found["large"] / found["small"]
         show(f"    {name}", f"{found['large'] * 1e3:.1f}", f"{found['small'] * 1e3:.1f}", f"{ratio:.2f}")
 
@@ -252,7 +236,7 @@ def bench_bandwidth(repeat: int) -> None:
     }
     # A row of values is read; its update reads and writes it with its state; a step does both.
     floats = dict(zip(works, (DIM, DIM, 2 * (DIM + 1), DIM + 2 * (DIM + 1)), strict=True))
-    found = alternate(repeat, works)
+    found = alternate(works, repeat)
     rates = {name: IDS * 4 * floats[name] / time_ / 1e9 for name, time_ in found.items()}
     plain = next(iter(rates.values()))
     show(f"(d) {IDS:,} distinct random rows of {ROWS / MILLION} M, dim {DIM}", "ms", "GB/s of rows", "of the first")

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from ctr.models.tower import Fields  # noqa: E402
 from ctr.train.run_log import versions  # noqa: E402
 from ctr.train.trainer import Trainer  # noqa: E402
 from distributed.process import Process, run  # noqa: E402
+from scripts.bench.timing import alternate  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--threads", type=int, default=1)
@@ -108,20 +107,6 @@ def our_step(trainer: Trainer, batches: list | None, amp: bool) -> Callable[[], 
     return step
 
 
-def measure(contenders: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Median milliseconds per step."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for step in contenders.values():
-        step(), step()
-    for _ in range(options.rounds):
-        for name, step in contenders.items():
-            began = time.perf_counter()
-            for _ in range(options.steps):
-                step()
-            times[name].append((time.perf_counter() - began) / options.steps * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def bench(config: Config, process: Process) -> None:
     trainer = Trainer(config, process)
     full = [batch for batch in trainer.readers["train"].epoch(0) if batch.rows == BATCH]
@@ -133,7 +118,7 @@ def bench(config: Config, process: Process) -> None:
         "ours, from parquet, bf16": our_step(trainer, None, amp=True),
         "tower alone, preloaded, bf16": tower_alone_step(amp=True),
     }
-    medians = measure(contenders)
+    medians = {name: 1e3 * s for name, s in alternate(contenders, options.rounds, options.steps).items()}
     trainer.log.close()
     installed = versions()
     print(
