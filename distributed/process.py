@@ -260,32 +260,31 @@ def _find_failed_rank(process: Process, others_to_blame: bool) -> str | None:
     """Wait until another rank reports, or its heartbeat goes stale, or (all alive) name the one that lags."""
     if not others_to_blame:
         return None
-    deadline = time.time() + STALE_SECONDS + 3 * HEARTBEAT_SECONDS
+    deadline = time.monotonic() + STALE_SECONDS + 3 * HEARTBEAT_SECONDS
     others = [rank for rank in range(process.world_size) if rank != process.rank]
     beats = {}
-    seen_change = {rank: time.time() for rank in others}
-    while time.time() < deadline:
+    seen_change = {rank: time.monotonic() for rank in others}
+    while time.monotonic() < deadline:
         try:
             if process.store.check(["failure"]):
                 return process.store.get("failure").decode()
             for rank in others:
                 beat = process.store.get(f"alive/{rank}").decode()
                 if beats.get(rank) not in (None, beat):
-                    seen_change[rank] = time.time()
+                    seen_change[rank] = time.monotonic()
                 beats[rank] = beat
         except Exception:  # the store died with its host, rank 0's machine
             return f"the job's store on the first host is gone; rank {process.rank} was at {process.stage}"
         for rank in others:
-            if time.time() - seen_change[rank] > STALE_SECONDS:
+            if time.monotonic() - seen_change[rank] > STALE_SECONDS:
                 stage = json.loads(beats[rank])["stage"]
                 return f"rank {rank} died (no heartbeat for {STALE_SECONDS:.0f} s); it was last at {stage}"
         time.sleep(0.2)
-    slow = min(others, key=lambda rank: json.loads(beats[rank])["since"])
-    since = json.loads(beats[slow])
-    stuck_seconds = time.time() - since["since"]
-    if stuck_seconds < STALE_SECONDS:
+    stages = {rank: json.loads(beats[rank]) for rank in others}
+    slow = max(others, key=lambda rank: stages[rank]["seconds"])
+    if stages[slow]["seconds"] < STALE_SECONDS:
         return None
-    return f"rank {slow} did not answer; it has been at {since['stage']} for {stuck_seconds:.0f} s"
+    return f"rank {slow} did not answer; it has been at {stages[slow]['stage']} for {stages[slow]['seconds']:.0f} s"
 
 
 def _first_to_report(process: Process | None, line: str) -> bool:
@@ -309,8 +308,9 @@ def _claim(process: Process) -> bool:
 def _beat(process: Process) -> None:
     stage = process.stage
     if stage != getattr(process, "_beat_stage", None):
-        process._beat_stage, process._beat_since = stage, time.time()
-    beat = {"at": time.time(), "stage": stage, "since": process._beat_since}
+        process._beat_stage, process._beat_since = stage, time.monotonic()
+    # Hosts' clocks differ and may jump: how long a stage has lasted is told, not since when.
+    beat = {"at": time.monotonic(), "stage": stage, "seconds": time.monotonic() - process._beat_since}
     process.store.set(f"alive/{process.rank}", json.dumps(beat))
 
 
@@ -320,8 +320,8 @@ def _heartbeat(process: Process) -> None:
         try:
             _beat(process)
             if failed_at is None and process.store.check(["failure"]):
-                failed_at = time.time()
+                failed_at = time.monotonic()
         except Exception:
             return  # the store is gone; the main thread's collectives fail by themselves
-        if failed_at is not None and time.time() - failed_at > LEAVE_SECONDS:
+        if failed_at is not None and time.monotonic() - failed_at > LEAVE_SECONDS:
             os._exit(1)  # another rank reported why; this one hangs in a collective that will never complete
