@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from distributed.process import STALE_SECONDS, Process, leave
 
@@ -36,6 +36,7 @@ class SaveWatch:
     def watching(self, name: str) -> Iterator[None]:
         """While the block saves the state `name`, end the process when no rank gets any further."""
         self.note("beginning")
+        self._publish()
         done = threading.Event()
         threading.Thread(target=self._watch, args=(name, done), daemon=True, name="checkpoint watch").start()
         try:
@@ -43,15 +44,15 @@ class SaveWatch:
         finally:
             done.set()
             self.note(ELSEWHERE)
+            with suppress(Exception):  # a job that ends has no store any more
+                self._publish()
 
     def _watch(self, name: str, done: threading.Event) -> None:
         seen, since = None, time.monotonic()
         while not done.wait(min(MOST_SECONDS, self._limit / 10)):
             try:
                 found = self._everyone()
-            except (
-                Exception
-            ):  # rank 0 has gone, and may have taken the others with it; but not one that hangs in a file
+            except Exception:  # rank 0 has gone; the others end by that, but not one that hangs in a file
                 if not done.wait(STALE_SECONDS):
                     gone = f"the job's store on the first host is gone; {describe([[self._at, 0]], self._process.rank)}"
                     leave(self._process, f"error: {name} cannot be saved: {gone}")
