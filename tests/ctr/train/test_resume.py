@@ -115,12 +115,18 @@ def test_a_finished_run_only_reports_again(ranks, data, tmp_path):
     assert metrics_of(tmp_path / "run") == before
 
 
-def test_ranks_come_and_go(ranks, data, tmp_path):
-    """2 -> 1 -> 3 -> 2 ranks: every row as often as before, the loss as if nothing had happened, to rounding."""
+@pytest.mark.parametrize(
+    ("setting", "rounding"), [("dynamic", 2e-5), pytest.param("int8", 1e-3, marks=pytest.mark.slow)]
+)
+def test_ranks_come_and_go(ranks, data, tmp_path, setting, rounding):
+    """2 -> 1 -> 3 -> 2 ranks: every row as often as before, the loss as if nothing had happened, to rounding.
+
+    Where sums of gradients differ in the last bit, a lot of int8's stochastic rounding now and then falls differently.
+    """
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more = ["model.dropout=0.0", "embedding.admission.kind=exact", "embedding.admission.threshold=2"]
-    trained(ranks, 2, job(data, whole, "dynamic", *more), tmp_path)
-    command = job(data, parts, "dynamic", *more)
+    trained(ranks, 2, job(data, whole, setting, *more), tmp_path)
+    command = job(data, parts, setting, *more)
     for world, step in ((2, 6), (1, 13), (3, 21)):
         said = trained(ranks, world, command, tmp_path, 75, (step, signal.SIGTERM, [0]))
         assert f"step {step + 1} · stopped by SIGTERM" in said
@@ -130,7 +136,7 @@ def test_ranks_come_and_go(ranks, data, tmp_path):
     for one, two in zip(mine, other, strict=True):
         if one["kind"] == "train":
             assert one["rows"] == two["rows"]
-            assert one["loss"] == pytest.approx(two["loss"], rel=2e-5)
+            assert one["loss"] == pytest.approx(two["loss"], rel=rounding)
         if one["kind"] == "tables":
             assert one == two
     found, expected = (rows_of_state(newest(folder), numbers=False) for folder in (parts, whole))
