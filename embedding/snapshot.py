@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from embedding.table import RowBatch
 
 OPEN, KEPT, PASSED = 0, 1, 2  # as the table has it; changed since and kept here; read already or not of the moment
-PIECE_ROWS = 1 << 12  # rows read at once: training waits for the reader at most so long
 KEPT_ROWS = 1 << 14  # rows of a chunk of kept rows
 SCAN_ROWS = 1 << 16
 
@@ -81,9 +80,8 @@ class Snapshot:
     def _walk(self, since: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         for begin in range(0, self._end, SCAN_ROWS):
             rows = torch.arange(begin, min(begin + SCAN_ROWS, self._end))
-            with self._lock:
-                (meta,) = self._read(rows, 1)
-                chosen = (meta[:, COUNT] > 0) & (self._status[rows] != PASSED)
+            (meta,), status = self._read(rows, 1)
+            chosen = (meta[:, COUNT] > 0) & (status != PASSED)
             if since is not None:
                 chosen &= meta[:, MARK] >= since
             chosen = chosen.nonzero().flatten()
@@ -91,22 +89,25 @@ class Snapshot:
 
     def read(self, rows: Tensor) -> RowBatch:
         """Rows (int64 [n], distinct) as they were. Of no rows: empty tensors of the right kinds."""
-        pieces = []
-        for piece in rows.split(PIECE_ROWS) if rows.numel() else [rows]:
-            with self._lock:
-                pieces.append(self._read(piece, len(self._chunks)))
-                self._status[piece] = PASSED
-        return self._batch_of(rows, [torch.cat(parts) for parts in zip(*pieces, strict=True)])
+        return self._batch_of(rows, self._read(rows, len(self._chunks), passing=True)[0])
 
-    def _read(self, rows: Tensor, groups: int) -> list[Tensor]:
-        """Rows of the first `groups` chunk lists: from the table, and over them those that are kept."""
+    def _read(self, rows: Tensor, groups: int, passing: bool = False) -> tuple[list[Tensor], Tensor]:
+        """Rows of the first `groups` chunk lists, and their status before. passing: they are not read again.
+
+        Training need not wait for this: whatever it changes while the table is read has been kept before, and what is
+        kept is put over what was read.
+        """
         found = self._read_open(rows, groups)
-        kept = (self._status[rows] == KEPT).nonzero().flatten()
+        with self._lock:
+            status = self._status[rows]
+            if passing:
+                self._status[rows] = PASSED
+        kept = (status == KEPT).nonzero().flatten()
         if kept.numel():
             places = self._place[rows[kept]].long()
             for part, copies in zip(found, self.copies, strict=False):
                 part[kept] = gather(copies, places, part.shape[1])
-        return found
+        return found, status
 
     def _read_open(self, rows: Tensor, groups: int | None = None) -> list[Tensor]:
         """[n, width of the chunks] each."""
