@@ -105,6 +105,8 @@ class DynamicTables(nn.Module):
         self.groups = {group.name: group.dim for group in tables[0].groups}
         self.learns_steps = any(table.learns_steps for table in tables)
         self._begin_as_others = first_values == "others"
+        # New rows that begin as the learned row cannot be added before the step before has changed it.
+        self.brings_ahead = self.cached and not self._begin_as_others
         assert others == "learned" or not self._begin_as_others
         self.others = nn.Parameter(torch.zeros(len(tables), tables[0].width)) if others == "learned" else None
         self._id_names, self._averaged = list(id_names), [i for i, name in enumerate(id_names) if name in averaged]
@@ -157,13 +159,13 @@ class DynamicTables(nn.Module):
     @torch.no_grad()
     def prepare(self, ids: KeyedJaggedTensor, now: int) -> None:
         """Send the ids of a coming training batch to their owners, each of which lets a thread bring the rows to the
-        device (tables with a cache only). Collective: on all ranks in the same place.
+        device (where tables have a cache: `brings_ahead`). Collective: on all ranks in the same place.
 
         now: its time, as for `begin_step`. Batches are prepared in the order of their steps, whose forward pass takes
         the same `ids`; that of the next step at the earliest when this step begins. From then on nothing may be asked
         of the tables, evaluation and saving included, until that step has begun.
         """
-        assert self.cached and self.training
+        assert self.brings_ahead and self.training
         if self._manager is None:
             self._manager = HostManager(ids.values().device, self._timeout_seconds)
         coming = _Coming(ids)
@@ -267,7 +269,7 @@ class DynamicTables(nn.Module):
             kernel.phase = Pass.FIRST if learn_steps else Pass.ONLY
         if self._begin_as_others:
             for table, others in zip(self.owned().values(), self.others.detach(), strict=True):
-                table.first_values = others
+                table.first_values = others.to(table.device)
 
     def begin_period(self) -> None:
         """From here on, rows that are there now are old: the optimizer's `old_rows_factor` slows them."""

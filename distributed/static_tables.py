@@ -50,7 +50,7 @@ class StaticTables(nn.Module):
     """
 
     compute_kernel = EmbeddingComputeKernel.FUSED.value
-    cached = False
+    brings_ahead = False
     learns_steps = False
 
     def __init__(

@@ -46,8 +46,9 @@ class CachedTable(DynamicTable):
         rows = super().lookup(ids, now, counts)
         if self._mark:
             self._index.set_mark(rows, self._mark)
-        slots = self.cache.bring(rows)
-        return CachedRows(self.cache, self._step), slots.to(self.cache.device)
+        slots, old = self.cache.bring(rows), self._old(rows)
+        old = None if old is None else old.to(self.cache.device)
+        return CachedRows(self.cache, self._step, old), slots.to(self.cache.device)
 
     def _free(self, rows: Tensor) -> None:
         self.cache.drop(rows)
@@ -110,6 +111,10 @@ class CachedTable(DynamicTable):
         # What is written back later is of batches brought later: `lookup` has these rows kept first.
         self._settle()
         return super().snapshot()
+
+    def begin_period(self) -> None:
+        self._assert_alone()
+        super().begin_period()
 
     def import_rows(self, batch: RowBatch) -> None:
         self._replace(self._index.find(batch.ids))

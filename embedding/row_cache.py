@@ -13,7 +13,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from embedding.alpt import RowsAhead
+from embedding.alpt import RowsAhead, by_age
 from embedding.config import DynamicTableConfig
 from embedding.errors import CacheFull
 from embedding.row_store import RowStore
@@ -36,7 +36,7 @@ class RowCache:
 
     def __init__(self, config: DynamicTableConfig, host: RowStore, device: torch.device | str) -> None:
         assert config.cache_limit is not None, config.name
-        self.capacity = config.cache_limit
+        self.capacity, self.optimizer = config.cache_limit, config.optimizer
         self.device = torch.device(device)
         part = 1 << max(0, (self.capacity // CHUNKS).bit_length() - 1)
         self.store = RowStore(dataclasses.replace(config, chunk_rows=min(config.chunk_rows, part)), device)
@@ -170,24 +170,30 @@ class RowCache:
 
 
 class CachedRows:
-    """Stands for the table in the step of one batch: its methods are those of `DynamicTable`, with slots for rows."""
+    """Stands for the table in the step of one batch: its methods are those of `DynamicTable`, with slots for rows.
 
-    def __init__(self, cache: RowCache, step: int) -> None:
-        self._cache, self._step = cache, step
+    old: bool [u] of the batch's rows, as `by_age` takes it.
+    """
+
+    def __init__(self, cache: RowCache, step: int, old: Tensor | None) -> None:
+        self._cache, self._step, self._old = cache, step, old
 
     def gather(self, rows: Tensor, inverse: Tensor | None = None) -> Tensor:
         return self._cache.store.gather(rows, inverse)
 
     def update(self, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float | None, ids: Tensor | None) -> None:
         self._cache.changed = True
-        self._cache.store.update(rows, grads, inverse, lr, ids, self._step)
+        parts, grads, inverse = by_age(rows, self._old, grads, inverse, self._cache.optimizer, lr)
+        for part, rate in parts:
+            self._cache.store.update(part, grads, inverse, rate, ids, self._step)
 
     def update_ahead(
-        self, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float, ids: Tensor | None
+        self, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float | None, ids: Tensor | None
     ) -> RowsAhead:
         self._cache.changed = True
         ahead = RowsAhead(self._cache.store, rows, ids, self._step)
-        ahead.update(grads, inverse, [(rows, lr)])
+        parts, grads, inverse = by_age(rows, self._old, grads, inverse, self._cache.optimizer, lr)
+        ahead.update(grads, inverse, parts)
         return ahead
 
 

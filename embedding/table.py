@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embedding.admission import admission_filter
-from embedding.alpt import RowsAhead
+from embedding.alpt import RowsAhead, by_age
 from embedding.cold_rows import ColdRows
 from embedding.config import DynamicTableConfig, key_of
 from embedding.errors import TableFull
@@ -161,7 +161,7 @@ class DynamicTable:
         """
         self._keep(rows)
         ids = self._ids_of(rows, ids)
-        parts, grads, inverse = self._by_age(rows, grads, inverse, lr)
+        parts, grads, inverse = by_age(rows, self._old(rows), grads, inverse, self.config.optimizer, lr)
         for part, rate in parts:
             self._store.update(part, grads, inverse, rate, ids, self._step)
         if self._mark:
@@ -178,7 +178,7 @@ class DynamicTable:
         """`update` where step sizes are learned: its result looks ahead and, by a second gradient, stores the rows."""
         self._keep(rows)
         ahead = RowsAhead(self._store, rows, self._ids_of(rows, ids), self._step)
-        parts, grads, inverse = self._by_age(rows, grads, inverse, lr)
+        parts, grads, inverse = by_age(rows, self._old(rows), grads, inverse, self.config.optimizer, lr)
         ahead.update(grads, inverse, parts)
         if self._mark:
             self._index.set_mark(rows, self._mark)
@@ -188,18 +188,11 @@ class DynamicTable:
         """From here on, rows that are there now are old: the optimizer's `old_rows_factor` slows them."""
         self._period += 1
 
-    def _by_age(
-        self, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float | None
-    ) -> tuple[list[tuple[Tensor, float]], Tensor, Tensor | None]:
-        """Rows by their learning rate, and the gradients for each of these parts: all rows with one rate, or the old
-        ones and the others, -1 in place of those of the other part. Then gradients are merged here, once for both."""
-        lr, factor = self.config.optimizer.lr if lr is None else lr, self.config.optimizer.old_rows_factor
+    def _old(self, rows: Tensor) -> Tensor | None:
+        """bool [u], which rows (int64 [u]) were there when the period began; None where that does not matter."""
         if not self.config.knows_periods or not self._index.meta:
-            return [(rows, lr)], grads, inverse
-        old = gather(self._index.meta, rows, 1, begin=PERIOD).flatten() < self._period
-        if inverse is not None:
-            grads = grads.new_zeros((rows.numel(), grads.shape[1])).index_add_(0, inverse, grads)
-        return [(rows.masked_fill(~old, -1), lr * factor), (rows.masked_fill(old, -1), lr)], grads, None
+            return None
+        return gather(self._index.meta, rows, 1, begin=PERIOD).flatten() < self._period
 
     def _ids_of(self, rows: Tensor, ids: Tensor | None) -> Tensor | None:
         """What the lots of rounding are drawn by, where they are."""

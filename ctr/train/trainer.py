@@ -166,14 +166,14 @@ class Trainer:
         """Agree on a batch, bring it to the device and, where tables have a cache, begin to bring its rows."""
         weight, now, stop = self.agree(batch)  # before it goes to the device: these are numbers for the host
         on_device = batch.to(self.process.device)
-        if self.tables.cached:
+        if self.tables.brings_ahead:
             self.tables.prepare(on_device.ids, now)
         return ReadyBatch(batch, on_device, weight, now, stop)
 
     def get_next_ready(self) -> ReadyBatch | None:
         """Begin with the next step's batch while this step is trained, where tables have a cache; unless something
         looks at the tables between the two steps, which must not see what the next one changes."""
-        if not self.tables.cached or self.batches is None or self.pauses_after(self.step + 1):
+        if not self.tables.brings_ahead or self.batches is None or self.pauses_after(self.step + 1):
             return None
         coming = self.batches.peek()
         self.process.stage = f"step {self.step}: forward"

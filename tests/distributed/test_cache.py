@@ -44,8 +44,8 @@ CASES = {
 }
 
 
-def tables_of(cache_rows, optimizer, groups=FP32, admission=None, **more):
-    optimizer = RowOptimizer(optimizer, lr=0.1)
+def tables_of(cache_rows, optimizer, groups=FP32, admission=None, old_rows_factor=1.0, **more):
+    optimizer = RowOptimizer(optimizer, lr=0.1, old_rows_factor=old_rows_factor)
     common = {"admission": admission or Admission(), "seed": 3, "ttl_seconds": 5, "chunk_rows": 64, **more}
     return [
         DynamicTableConfig(name, features, groups, optimizer, cache_rows=cache_rows, **common)
@@ -54,12 +54,12 @@ def tables_of(cache_rows, optimizer, groups=FP32, admission=None, **more):
 
 
 class Model(nn.Module):
-    def __init__(self, cache_rows, others="zeros", bag_tables=(), weighted=False, timeout_seconds=60.0, **tables):
+    def __init__(self, cache_rows, weighted=False, **options):
         super().__init__()
         self.weighted = weighted
-        self.tables = DynamicTables(
-            tables_of(cache_rows, **tables), IDS, 100, ["b"], "fp32", others, bag_tables, timeout_seconds
-        )
+        names = ("others", "bag_tables", "first_values", "timeout_seconds")
+        of_tables = {name: options.pop(name) for name in names if name in options}
+        self.tables = DynamicTables(tables_of(cache_rows, **options), IDS, 100, ["b"], **of_tables)
         self.mix = nn.Parameter(torch.randn(3 * 5, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, ids):
@@ -82,6 +82,7 @@ def batch_of(process, step, weighted):
 def looked_at(model, sharded, process, step):
     """What may happen between two steps: expiry, evaluation, rows for a saved state."""
     model.tables.expire(100 + step)
+    model.tables.begin_period()
     sharded.eval()
     with torch.no_grad():
         seen = sharded(batch_of(process, step + 50, model.weighted))
@@ -105,7 +106,7 @@ def train(process, cache_rows, ahead, **case):
     sharded, _ = shard(model, model.tables, process, BATCH)
     tables, found = model.tables, []
     batches = [batch_of(process, step, model.weighted) for step in range(STEPS)]
-    prepared = -1
+    prepared, ahead = -1, ahead and tables.brings_ahead
     for step, ids in enumerate(batches):
         if ahead and prepared < step:
             tables.prepare(ids, 100 + step)

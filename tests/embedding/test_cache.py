@@ -19,12 +19,15 @@ WIDTH = 7
 FP32 = (Group("v", 6, 0.3), Group("w", 1, 0.1))
 KINDS = {
     **{name: (FP32, RowOptimizer(name, lr=0.1)) for name in ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")},
+    "old rows": (FP32, RowOptimizer("adagrad", lr=0.1, old_rows_factor=0.25)),
     **test_formats.CONFIGS,
+    "old rows learned": (test_formats.CONFIGS["learned"][0], RowOptimizer("sgd", lr=0.1, old_rows_factor=0.25)),
 }
 POOL = [0, 1, -1, 2**63 - 1, -(2**63), *range(1000, 1024), *range(-30, -20)]
 
 #: between two steps: nothing (the second batch is brought during the first step), or what looks at the table
-pauses = st.sampled_from([*[None] * 20, "expire", "export", "evaluate", "mark", "take in", "move", "host step"])
+PAUSES = ["expire", "export", "evaluate", "mark", "take in", "move", "host step", "period", "snapshot", "snapshot"]
+pauses = st.sampled_from([*[None] * 20, *PAUSES])
 admissions = [Admission("exact", 2), Admission("sliding", 2, 64), Admission("probabilistic", 2)]
 lives = st.fixed_dictionaries(
     {
@@ -102,6 +105,8 @@ def pause(table, what, batch):
         return table, [everything(table), table.take_evicted().sort().values]
     if what == "evaluate":
         return table, [table.gather(table.lookup(batch.ids, 0, training=False), batch.inverse)]
+    if what == "period":
+        table.begin_period()
     if what == "mark":
         return table, [table.mark()]
     if what == "take in":  # rows as they are, of known ids
@@ -114,6 +119,14 @@ def pause(table, what, batch):
     if what == "move":
         return moved(table), []
     return table, []
+
+
+def of_snapshot(snapshot):
+    """The rows of the moment, read in pieces."""
+    rows, ids = snapshot.rows_in_use()
+    parts = [vars(snapshot.read(piece)) for piece in rows.split(7)]
+    names = [name for name, column in parts[0].items() if column is not None]
+    return {"rows in use": rows, "ids in use": ids, **{n: torch.cat([part[n] for part in parts]) for n in names}}
 
 
 def ids_of_two_batches(batches):
@@ -137,6 +150,7 @@ def check(life):
     assert isinstance(cached, CachedTable)
     learns, coming = config.learns_steps, None
     plain.take_evicted(), cached.take_evicted()
+    moments = []
     for number, (batch, what) in enumerate(steps):
         rows = plain.lookup(batch.ids, batch.now, batch.counts)
         where, slots = coming or cached.bring(batch.ids, batch.now, batch.counts)
@@ -148,13 +162,20 @@ def check(life):
             cached.coming = 1
         for one, other in zip(train(plain, rows, batch, learns), train(where, slots, batch, learns), strict=True):
             assert torch.equal(one, other)
-        if coming is None:
+        if coming is None and what == "snapshot":
+            for one, other in moments:
+                same(of_snapshot(one), of_snapshot(other))
+                plain.release(one), cached.release(other)
+            moments = [(plain.snapshot(), cached.snapshot())]
+        elif coming is None:
             plain, said = pause(plain, what, batch)
             cached, said_too = pause(cached, what, batch)
             for one, other in zip(said, said_too, strict=True):
                 pair = (one, other) if isinstance(one, dict) else ({"": torch.as_tensor(x)} for x in (one, other))
                 same(*pair)
     same(everything(plain), everything(cached))
+    for one, other in moments:
+        same(of_snapshot(one), of_snapshot(other))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,7 +212,7 @@ def test_a_table_smaller_than_its_cache_takes_little_of_it():
     table = small(1 << 20)
     table.bring(torch.arange(10), 0)
     assert table.cache.nbytes == 10 * table.config.stored_bytes
-    assert sum(chunk.shape[0] for chunk in table.cache.store.groups[0]._chunks) <= 1 << 16
+    assert sum(chunk.shape[0] for chunk in table.cache.store.groups[0].chunks) <= 1 << 16
 
 
 def test_written_back_once_when_nothing_changes():
@@ -240,6 +261,8 @@ def test_nothing_else_may_ask_while_a_batch_is_ahead():
         lambda: table.expire(100),
         lambda: list(table.export_rows()),
         lambda: table.lookup(torch.arange(3), 0, training=False),
+        table.snapshot,
+        table.begin_period,
         table.export_state,
         table.mark,
     ):
