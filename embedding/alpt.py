@@ -15,7 +15,7 @@ def by_age(
 ) -> tuple[list[tuple[Tensor, float]], Tensor, Tensor | None]:
     """Rows by their learning rate, and gradients and inverse for each of these parts.
 
-    All rows with one rate, `lr` or the configured one; or, where old (bool [u]) tells, the old ones and the others, -1 in
+    All rows with one rate, `lr` or the configured one; or, with `old` (bool [u]), the old ones and the others, -1 in
     place of those of the other part. Then gradients are merged here, once for both.
     """
     lr = optimizer.lr if lr is None else lr

@@ -40,6 +40,10 @@ class RowCache:
         self.device = torch.device(device)
         part = 1 << max(0, (self.capacity // CHUNKS).bit_length() - 1)
         self.store = RowStore(dataclasses.replace(config, chunk_rows=min(config.chunk_rows, part)), device)
+        self._copies = self.device.type == "cuda" and torch.cuda.is_available()  # in the order of a stream
+        if self._copies:
+            # Addresses of chunks are kept on the device: they must not change while a step and a fetch both read them.
+            self.store.reserve(self.capacity)
         self.total = dict.fromkeys(COUNTERS, 0)
         self.changed = False  # whether something may not have been written back
         self._name, self._host, self._chunk_rows = config.name, host, config.chunk_rows
@@ -86,8 +90,10 @@ class RowCache:
         end = int(slots.max()) + 1
         self._end = max(self._end, end)
         self.store.reserve(end)
-        parts = [_to_device(part, self.device) for part in self._host.stored(rows)]
-        self.store.store(slots.to(self.device), parts)
+        parts = self._host.stored(rows)
+        if self._copies:
+            parts = [part.pin_memory() for part in parts]
+        self.store.store(slots.to(self.device), [part.to(self.device, non_blocking=True) for part in parts])
         return slots
 
     def _take(self, count: int) -> Tensor:
@@ -141,8 +147,9 @@ class RowCache:
 
     def _write_back(self, slots: Tensor) -> None:
         if slots.numel():
-            parts = [_to_host(part) for part in self.store.stored(slots.to(self.device))]
-            if self.device.type == "cuda":
+            parts = self.store.stored(slots.to(self.device))
+            parts = [part.to("cpu", non_blocking=True) for part in parts]  # to pinned memory
+            if self._copies:
                 torch.cuda.current_stream(self.device).synchronize()
             self._host.store(self._row[slots] - 1, parts)
             self._count(written_back=slots.numel())
@@ -195,14 +202,3 @@ class CachedRows:
         parts, grads, inverse = by_age(rows, self._old, grads, inverse, self._cache.optimizer, lr)
         ahead.update(grads, inverse, parts)
         return ahead
-
-
-def _to_device(part: Tensor, device: torch.device) -> Tensor:
-    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part
-
-
-def _to_host(part: Tensor) -> Tensor:
-    """Pinned, and not there before the stream is done, if it comes from a GPU."""
-    if part.device.type != "cuda":
-        return part
-    return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)

@@ -62,6 +62,7 @@ class PretendedGpu(TorchFunctionMode):
         by_mask = name in ("__getitem__", "__setitem__") and _is_mask(args[1])
         self.waits += on_gpu and (name in _WAITS or by_mask)
         if name == "to":
+            kwargs.pop("non_blocking", None)
             target = kwargs.pop("device", None)
             if target is None and len(args) > 1 and isinstance(args[1], (str, torch.device)):
                 target, args = args[1], (args[0], *args[2:])
