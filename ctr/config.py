@@ -355,15 +355,6 @@ def _check_incremental(config: Config) -> None:
         raise ConfigError(
             f"optimizer.sparse.old_rows_factor is {factor}; static tables have no new rows (embedding=dynamic has)"
         )
-    embedding = config.embedding
-    if embedding.cache_rows is not None or embedding.cache_bytes is not None:
-        # Rows of the coming batch are added and fetched before this step has trained what they would begin with.
-        for key, value, only in (
-            ("optimizer.sparse.old_rows_factor", factor, 1),
-            ("embedding.first_values", embedding.first_values, "random"),
-        ):
-            if value != only:
-                raise ConfigError(f"{key} is {value}; tables with a cache (cache_rows, cache_bytes) have {only} alone")
     if not replay.weight >= 0:
         raise ConfigError(f"trainer.replay.weight is {replay.weight}; expected 0 or above")
     distil.check(config.trainer.epochs)

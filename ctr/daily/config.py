@@ -31,6 +31,7 @@ class DailyConfig:
     method: str = "incremental"
     window_days: int = 7
     stale_after: int = 7
+    replay_rows: int | None = None
     accept: list[str] = field(default_factory=list)
     skip: list[str] = field(default_factory=list)
     rollback_to: str | None = None
@@ -52,6 +53,7 @@ def check_daily(daily: DailyConfig) -> None:
         "window_days": (daily.window_days, 1),
         "stale_after": (daily.stale_after, 1),
         "keep_days": (daily.keep_days, 1),
+        "replay_rows": (daily.replay_rows, 1),
         "full_every": (daily.full_every, 1),
         "guard.window": (daily.guard.window, 0),
         "guard.min_days": (daily.guard.min_days, 1),

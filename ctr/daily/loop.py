@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ctr.daily.calendar import Calendar, Due, any_asked_to_stop, on_first_rank
 from ctr.daily.guard import out_of_band
+from ctr.daily.incremental import Incremental
 from ctr.daily.partitions import PartitionError, folder_of
 from ctr.daily.publish import Publisher, point
 from ctr.daily.records import (
@@ -32,6 +33,7 @@ from ctr.daily.records import (
     write_records,
 )
 from ctr.data.reader import ParquetReader
+from ctr.report.days import write_index
 from ctr.train.evaluate import evaluate, open_reader
 from ctr.train.optimizers import Optimizers
 from ctr.train.trainer import Trainer
@@ -62,6 +64,7 @@ class Daily(Trainer):
         self.publisher = Publisher(self.log.folder, self.config, self.model.module, self.process)
         if self.config.daily.method == "window":
             self.first_tower = copy.deepcopy(self.model.module.tower.state_dict())
+        self.incremental = Incremental(self)
         super().begin()
 
     def state(self) -> dict[str, Any]:
@@ -200,22 +203,27 @@ class Daily(Trainer):
     def train_day(self) -> None:
         """`daily.epochs` passes over the partition (method window: over the last ones), then expire."""
         reader, epochs, began = self.readers["train"], self.config.daily.epochs, time.perf_counter()
-        if self.record["train_seconds"] is None:  # else a state inside the day goes on
-            self.begin_period()
+        self.begin_period(goes_on=self.record["train_seconds"] is not None)
         before = self.record["train_seconds"] or 0.0
-        while self.epoch < epochs:
+        while self.epoch < epochs or (self.distil and self.distil.wants_more(self.epoch)):
             for _ in self.steps(reader):
                 self.record["train_seconds"] = before + time.perf_counter() - began
-                is_last = self.epoch == epochs - 1 and reader.steps_done == reader.steps_per_epoch
+                is_last = self.epoch >= epochs - 1 and reader.steps_done == reader.steps_per_epoch
                 self.checkpoints.after_step(save_follows=is_last)
             self.epoch += 1
+            if self.distil:
+                self.log.distil(self.step, self.epoch, self.distil.end_epoch())
         self.tables.expire(self.now, everywhere=True)
         self.record["train_seconds"] = before + time.perf_counter() - began
 
-    def begin_period(self) -> None:
-        """Before the first step on a partition; what else looks at days begins its day here."""
-        if self.config.daily.method == "window":
-            self._start_anew()
+    def begin_period(self, goes_on: bool) -> None:
+        """Before the first step on a partition, or (goes_on) before the next one of a state inside it."""
+        if not goes_on:
+            if self.config.daily.method == "window":
+                self._start_anew()
+            self.tables.begin_period()
+        if self.distil:
+            self.incremental.ask_teacher(goes_on)
 
     def close_day(self) -> None:
         """Make the day part of the state, then publish and tell it; `catch_up` does so if the job is killed here."""
@@ -277,6 +285,7 @@ class Daily(Trainer):
             if self.config.daily.report and record["rows"] is not None:
                 write_day_report(self.log.folder, record, before["step"] if before else 0)
         write_records(self.log.folder, self.records)
+        write_index(self.log.folder)
 
     def _open(self, key: str) -> None:
         """Readers of a partition: for evaluation in the order of the files, for training shuffled, and with method
@@ -286,6 +295,8 @@ class Daily(Trainer):
             trained = [record["partition"] for record in self.records if record["status"] == TRAINED]
             keys = [*trained[max(0, len(trained) - daily.window_days + 1) :], key]
         paths = [folder_of(root, one) for one in keys]
+        if daily.replay_rows is not None:
+            self.config.trainer.replay.path = self.incremental.sample_of_history()
         self.readers = {
             "train": open_reader(self.config, self.schema, self.process, paths, training=True),
             "day": open_reader(self.config, self.schema, self.process, paths[-1], training=False),

@@ -22,6 +22,12 @@ KINDS = {
         "embedding.max_rows=400",
         "embedding.eviction=lru",
     ],
+    "incctr": [
+        "trainer.distil.kind=self",
+        "trainer.distil.max_epochs=3",
+        "optimizer.sparse.old_rows_factor=0.5",
+        "daily.replay_rows=60",
+    ],
     "window": ["daily.method=window", "daily.window_days=2", "daily.epochs=2"],
 }
 
@@ -52,7 +58,7 @@ def test_killed_inside_a_day(ranks, tmp_path, kind):
     assert ranks.run(2, job(tmp_path / "killed"), output) == [0, 0], output.read_text()
     assert_same_life(tmp_path / "killed", tmp_path / "whole")
     published = [record["published"] for record in records(tmp_path / "whole")]
-    assert published == (["full", "delta", "delta"] if kind == "int8" else ["full"] * 3)
+    assert published == (["full", "delta", "delta"] if kind in ("int8", "incctr") else ["full"] * 3)
 
 
 @pytest.mark.slow

@@ -166,9 +166,13 @@ def test_tombstones_of_expired_ids(ranks, tmp_path):
     same_model(tmp_path / "served", newest(tmp_path / "run"))
 
 
+INCCTR = ["trainer.distil.kind=self", "optimizer.sparse.old_rows_factor=0.5", "daily.replay_rows=100"]
+
+
 @pytest.mark.slow
-def test_one_rank_and_two_lead_the_same_life(whole, ranks, tmp_path):
-    options = ["daily.full_every=3", "daily.epochs=2", "model.dropout=0"]
+@pytest.mark.parametrize("more", [[], INCCTR], ids=["plain", "incctr"])
+def test_one_rank_and_two_lead_the_same_life(whole, ranks, tmp_path, more):
+    options = ["daily.full_every=3", "daily.epochs=2", "model.dropout=0", *more]
     for world in (1, 2):
         retrained(ranks, whole / "data", tmp_path / str(world), *options, f"daily.to={key_of(2)}", world=world)
     one, two = (without_gauges(records(tmp_path / world)) for world in ("1", "2"))
