@@ -1,6 +1,6 @@
 """Who the teacher is and what it says: logits of all rows of a period, from one pass of evaluation.
 
-They are kept as predictions are, parquet files with the columns `number` and `logit`. So whoever has evaluated the
+They are kept as predictions are, parquet files with numbers of rows and their logits. So whoever has evaluated the
 model on the rows of a period before training on them (progressive validation) has the logits of KD-self already.
 """
 
