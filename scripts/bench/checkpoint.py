@@ -183,10 +183,7 @@ def measure(table: DynamicTable, rows: int, root: Storage, plain: Path, process:
     for name, plain_name in (("save", "plain write"), ("load", "plain read")):
         print(f"{name:<6}{rate[name]:>8,.0f} MB/s   {plain_name} {rate[plain_name]:>8,.0f} MB/s   ", end="")
         print(f"ratio {rate[name] / rate[plain_name]:.2f}")
-    print(
-        f"       of the load: checksums {rate['verify']:,.0f} MB/s, rows into the table {rate['rows']:,.0f} MB/s; ",
-        end="",
-    )
+    print(f"       of the load: checksums {rate['verify']:,.0f} MB/s, rows into the table {rate['rows']:,.0f} MB/s")
     print(f"       plain read from the page cache into new memory {rate['new memory']:,.0f} MB/s")
     stall(table, rows, root, process)
     behind = stall(table, rows, root, process)  # now the memory for rows that are kept is there
