@@ -55,7 +55,7 @@ def _piece_kernel(
     first = tl.load(begins + owner, mask=inside, other=0)
     last = tl.load(begins + owner + 1, mask=inside, other=0)
     number = piece - (tl.load(ends + owner, mask=inside, other=0) - (last - first + PIECE - 1) // PIECE)
-    begin = first + number * PIECE
+    begin = tl.where(inside, first + number * PIECE, 0)  # within the positions, for loads without a mask
     length = tl.where(inside, tl.minimum(last - begin, PIECE), 0)
     total = _summed(grads, order, begin, length, True, DIM, ROWS, COLUMNS)
     column = tl.arange(0, COLUMNS)[None, :]
@@ -78,7 +78,8 @@ def _summed(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for j in range(0, tl.max(length, axis=0), TURN):
         for k in tl.static_range(TURN):
-            # Beyond the end the last one is read again and not added: a load without a mask.
+            # Beyond the end the last one is read again and not added: a load without a mask, so begin must be a position
+            # (or the end of all) for every row, also for one of length 0.
             at = tl.maximum(begin + tl.minimum(j + k, length - 1), 0)
             if ORDERED:
                 at = tl.load(order + at)

@@ -1,5 +1,6 @@
 """What is special to the Triton kernels: registration, faults noted on the device, long merges, compilation."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -23,7 +24,16 @@ ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(
     "triton" not in available_backends(), reason="Triton is not installed, or was imported without TRITON_INTERPRET=1"
 )
+needs_triton_somewhere = pytest.mark.skipif(
+    "triton" not in available_backends() and not (torch.cuda.is_available() and backend.triton_problem is None),
+    reason="Triton is not installed, or was imported without TRITON_INTERPRET=1",
+)
 needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
+
+
+def moved(tensors, name):
+    """Tensors where the backend runs: Triton on the GPU if there is one."""
+    return [tensor.to("cuda" if name == "triton" and torch.cuda.is_available() else "cpu") for tensor in tensors]
 
 
 @needs_cpp
@@ -54,7 +64,7 @@ def test_without_the_compiled_library_ops_are_defined_for_tracing():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=300)
 
 
-@needs_triton
+@needs_triton_somewhere
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
 def test_rows_with_many_positions_are_merged_in_pieces(optimizer):
     """Rows of 1, 64, 65 and several hundred positions: deterministic, and the sums of the definition."""
@@ -65,15 +75,15 @@ def test_rows_with_many_positions_are_merged_in_pieces(optimizer):
     rows[3] = 20
     found = []
     for name in ("reference", "triton", "triton"):
-        chunks = fresh_table(optimizer, 24, 5)
+        chunks = moved(fresh_table(optimizer, 24, 5), name)
         with use_backend(name):
-            update(optimizer, chunks, rows, grads, inverse, learning_rate=LR)
-        found.append(torch.cat(chunks))
+            update(optimizer, chunks, *moved((rows, grads, inverse), name), learning_rate=LR)
+        found.append(torch.cat(chunks).cpu())
     assert found[1].equal(found[2])
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
-@needs_triton
+@needs_triton_somewhere
 @needs_cpp
 @pytest.mark.parametrize("dim", [3, 16])
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in ("rowwise_adagrad", "adam")])
@@ -83,48 +93,50 @@ def test_updates_are_those_of_the_compiled_kernels_bit_for_bit(optimizer, dim):
     rows, inverse = some_rows(12, 24, distinct=True), torch.randint(0, 12, (60,), generator=generator)
     found = []
     for name in ("cpp", "triton"):
-        chunks = fresh_table(optimizer, 24, dim)
+        chunks = moved(fresh_table(optimizer, 24, dim), name)
         with use_backend(name):
             for step in range(3):
                 grads = torch.randn((60, dim), generator=torch.Generator().manual_seed(step))
-                update(optimizer, chunks, rows, grads, inverse, learning_rate=LR, weight_decay=0.01, l1=0.01, l2=0.1)
-        found.append(torch.cat(chunks))
+                given = moved((rows, grads, inverse), name)
+                update(optimizer, chunks, *given, learning_rate=LR, weight_decay=0.01, l1=0.01, l2=0.1)
+        found.append(torch.cat(chunks).cpu())
     assert found[0].equal(found[1])
 
 
-@needs_triton
+@needs_triton_somewhere
 @needs_cpp
 @pytest.mark.parametrize("dim", [1, 7, 16])
 def test_random_numbers_are_those_of_the_compiled_kernels(dim):
-    ids = torch.arange(-300, 300) * 7919
+    key = {"offset": 0.1, "scale": 0.3, "seed": 1, "table": 2}
     drawn = []
     for name in ("cpp", "triton"):
+        rows, ids, chunk = moved((torch.arange(600), torch.arange(-300, 300) * 7919, torch.zeros(1024, dim + 1)), name)
         with use_backend(name):
-            chunks = [torch.zeros(1024, dim + 1)]
-            key = {"offset": 0.1, "scale": 0.3, "seed": 1, "table": 2}
-            init_rows(chunks, torch.arange(600), ids, dim, distribution="normal", **key)
-            drawn.append((uniform(5, 6, ids, dim, 2), normal(5, 6, ids, dim, 2), chunks[0]))
+            init_rows([chunk], rows, ids, dim, distribution="normal", **key)
+            drawn.append([x.cpu() for x in (uniform(5, 6, ids, dim, 2), normal(5, 6, ids, dim, 2), chunk)])
     assert drawn[0][0].equal(drawn[1][0])
     for one, other in zip(drawn[0][1:], drawn[1][1:], strict=True):
         torch.testing.assert_close(one, other, rtol=2.0**-22, atol=1e-7)
 
 
-@needs_triton
+@needs_triton_somewhere
 def test_what_is_out_of_range_is_skipped_and_raised_once_when_asked(monkeypatch):
     """As on a GPU, where no op waits: the kernel goes on, `check` raises."""
     from kernels.triton_ops import faults
 
     chunks, dense = table(16, 4)
+    chunks = moved(chunks, "triton")
     with use_backend("triton"):
-        monkeypatch.setattr(faults.launch, "_device", lambda tensor: torch.no_grad())
         monkeypatch.setattr(faults.launch, "INTERPRETED", False)
-        found = gather(chunks, torch.tensor([3, 16, 5, 40]), 4)
-        assert found.equal(torch.stack([dense[3], torch.zeros(4), dense[5], torch.zeros(4)]))
-        update("sgd", chunks, torch.tensor([99]), torch.ones(1, 4), learning_rate=1.0)
-        assert torch.cat(chunks).equal(dense)
+        if not torch.cuda.is_available():
+            monkeypatch.setattr(faults.launch, "_device", lambda tensor: contextlib.nullcontext())
+        found = gather(chunks, *moved([torch.tensor([3, 16, 5, 40])], "triton"), 4)
+        assert found.cpu().equal(torch.stack([dense[3], torch.zeros(4), dense[5], torch.zeros(4)]))
+        update("sgd", chunks, *moved([torch.tensor([99]), torch.ones(1, 4)], "triton"), learning_rate=1.0)
+        assert torch.cat(chunks).cpu().equal(dense)
         with pytest.raises(IndexError, match="rows: expected below 16, found 99"):
-            faults.check(torch.device("cpu"))
-        faults.check(torch.device("cpu"))
+            faults.check(chunks[0].device)
+        faults.check(chunks[0].device)
 
 
 @needs_triton
