@@ -78,8 +78,8 @@ def _summed(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for j in range(0, tl.max(length, axis=0), TURN):
         for k in tl.static_range(TURN):
-            # Beyond the end the last one is read again and not added: a load without a mask, so begin must be a position
-            # (or the end of all) for every row, also for one of length 0.
+            # Beyond the end the last one is read again and not added: a load without a mask. So begin must be a
+            # position (or the end of all) for every row, also for one of length 0.
             at = tl.maximum(begin + tl.minimum(j + k, length - 1), 0)
             if ORDERED:
                 at = tl.load(order + at)
