@@ -295,10 +295,11 @@ class Daily(Trainer):
             trained = [record["partition"] for record in self.records if record["status"] == TRAINED]
             keys = [*trained[max(0, len(trained) - daily.window_days + 1) :], key]
         paths = [folder_of(root, one) for one in keys]
+        replay = self.config.trainer.replay.path
         if daily.replay_rows is not None:
-            self.config.trainer.replay.path = self.incremental.sample_of_history()
+            replay = self.incremental.sample_of_history()
         self.readers = {
-            "train": open_reader(self.config, self.schema, self.process, paths, training=True),
+            "train": open_reader(self.config, self.schema, self.process, paths, training=True, replay=replay),
             "day": open_reader(self.config, self.schema, self.process, paths[-1], training=False),
         }
 

@@ -32,7 +32,7 @@ from distributed.table_files import ColumnSource, copied, files_of, read_columns
 FOLDER, LATEST = "published", "latest"
 READER = "published"  # of ids that tables gave up
 TOUCHED, GIVEN_UP = "touched", "given_up"  # kinds of files of a state: what is not published yet
-LEFT_OUT = ("state", "row")  # columns of rows that serving has no use for
+LEFT_OUT = ("state", "row", "period")  # columns of rows that serving has no use for
 
 
 class Publisher:

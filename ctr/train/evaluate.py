@@ -29,7 +29,9 @@ def read_split(config: Config, schema: Schema, process: Process, split: str) -> 
         return None
     rooted = "://" in folder or os.path.isabs(folder)
     path = folder if rooted else os.path.join(config.data.path, folder)
-    return open_reader(config, schema, process, path, training=split == "train", days=config.data.days)
+    training = split == "train"
+    replay = config.trainer.replay.path if training else None
+    return open_reader(config, schema, process, path, training, config.data.days, replay)
 
 
 def open_reader(
@@ -39,8 +41,12 @@ def open_reader(
     path: str | list[str],
     training: bool,
     days: list[str] | None = None,
+    replay: str | None = None,
 ) -> ParquetReader:
-    """A reader of folders, files or URIs as the configuration says; only one for training shuffles."""
+    """A reader of folders, files or URIs as the configuration says; only one for training shuffles.
+
+    days: only these partitions of `path`. replay: a file with more rows, of any day.
+    """
     data, trainer = config.data, config.trainer
     return ParquetReader(
         path,
@@ -55,7 +61,7 @@ def open_reader(
         threads=data.threads,
         bad_rows=data.bad_rows,
         days=days,
-        replay=trainer.replay.path if training else None,
+        replay=replay,
         replay_weight=trainer.replay.weight,
         # Numbers of rows tell two runs' predictions apart, and the teacher's.
         numbered=not training or trainer.distil.kind != "none",

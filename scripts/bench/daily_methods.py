@@ -92,9 +92,9 @@ class Model:
         self.seconds = 0.0
 
     def reader(self, days: list[str], replay: Path | None = None, training: bool = False) -> ParquetReader:
-        self.config.data.days, self.config.trainer.replay.path = days, replay and str(replay)
         path = f"{self.config.data.path}/{self.config.data.train}"
-        return open_reader(self.config, self.trainer.schema, self.process, path, training, days)
+        replay = replay and str(replay)
+        return open_reader(self.config, self.trainer.schema, self.process, path, training, days, replay)
 
     def score(self, days: list[str]) -> dict[str, np.ndarray]:
         """Predictions of the model as it is: before the days are trained on, the logits of KD-self are among them."""
