@@ -170,17 +170,17 @@ def data(tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_columns_of_features_hold_each_rows_values(data, ranks):
-    """Over ranks, and with the padding that a step of unequal ranks has: in the place that `row` says."""
+    """Over ranks, and with the padding that a step of unequal ranks has: in the place that its number says."""
     path, table = data
     schema = Schema.from_config(SCHEMA)
     slices = [SliceColumn(schema, name) for name in ("site", "user", "tags", "age", "age_missing", "age_bucket")]
     found = {column.feature: {} for column in slices}
     for rank in range(ranks):
-        for batch in ParquetReader(str(path), schema, 70, rank, ranks, shuffle=False).epoch(0):
+        for batch in ParquetReader(str(path), schema, 70, rank, ranks, shuffle=False, numbered=True).epoch(0):
             for column in slices:
                 values = column.values(batch)
                 assert values.type == column.field.type and len(values) == batch.rows
-                found[column.feature] |= dict(zip(batch.row.tolist(), values.to_pylist(), strict=True))
+                found[column.feature] |= dict(zip(batch.number[: batch.rows].tolist(), values.to_pylist(), strict=True))
     found = {name: [values[row] for row in range(ROWS)] for name, values in found.items()}
     assert found["user"] == MANY.tolist()
     assert found["site"] == [None if site is None else hashed(site) for site in table["site"].to_pylist()]
