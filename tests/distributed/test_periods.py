@@ -63,6 +63,7 @@ def train_and_save(process, folder, begin: int, end: int):
     return content(tables)
 
 
+@pytest.mark.slow
 def test_two_to_one_to_three_ranks(tmp_path, process):
     """Ages of rows, and which period it is, are those of tables that never changed their ranks."""
     for world, begin, end in ((2, 0, 4), (1, 4, 7), (3, 7, 10)):

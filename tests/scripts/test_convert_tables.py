@@ -36,6 +36,7 @@ def trained(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_to_int8_and_back(trained):
     int8, back = trained.parent / "int8", trained.parent / "back"
     done = call("convert_tables.py", trained, int8, "format=int8", "alpt.every=4")

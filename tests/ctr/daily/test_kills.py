@@ -77,6 +77,7 @@ def check(tmp_path: Path, days: int, rows: int, least_kills: int, seed: int) -> 
     assert total["checkpoints"] >= least_kills // 8
 
 
+@pytest.mark.slow
 def test_a_few_kills_change_nothing(tmp_path):
     check(tmp_path, days=4, rows=160, least_kills=4, seed=1)
 

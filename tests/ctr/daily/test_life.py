@@ -88,6 +88,7 @@ def test_a_run_over_days_keeps_what_it_promises(whole):
     assert (whole / "run" / "published" / "latest").exists() and not list((whole / "run").glob("**/.partial-*"))
 
 
+@pytest.mark.slow
 def test_progressive_predictions_are_those_of_the_model_before_the_day(whole, ranks, tmp_path):
     """A job that ends with day 2 leaves the model that day 3 is evaluated with."""
     found = predictions(whole / "run")

@@ -75,6 +75,7 @@ def check(runs: Path, model: str) -> None:
     assert json.loads((runs / model / "report.json").read_text())["rows"] == 200
 
 
+@pytest.mark.slow
 def test_two_ranks_train_fgcnn_as_one_does(runs, data, tmp_path):
     on_ranks(2, train, options("fgcnn", data, tmp_path / "run"))
     one, two = (lines(folder, "train") for folder in (runs / "fgcnn", tmp_path / "run"))
@@ -91,6 +92,7 @@ def test_ids_alone_train(data, tmp_path):
         assert (tmp_path / model / "report.json").exists()
 
 
+@pytest.mark.slow
 def test_a_plateau_lowers_both_rates(data, tmp_path):
     plateau = ["optimizer.plateau.factor=0.1", "optimizer.plateau.floor=0.0002", "trainer.eval_every=1"]
     on_ranks(1, train, options("dnn", data, tmp_path / "run", *plateau, "trainer.max_steps=30"))

@@ -193,6 +193,7 @@ def floats(state: Path) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_as_one_that_never_was(ranks, first, tmp_path):
     """Within epochs that only the teacher asks for, and with rows of two ages; on 2 ranks."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

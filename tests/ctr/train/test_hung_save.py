@@ -55,6 +55,7 @@ def test_a_write_that_hangs_is_named_within_the_limit(ranks, data, tmp_path, ran
     assert (tmp_path / "states" / folder_name(5) / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_stands_still_while_others_save_is_named(ranks, data, tmp_path):
     pids = ranks.start(2, job(data, tmp_path, True), tmp_path / "output")
     end = time.monotonic() + 60

@@ -31,6 +31,7 @@ def whole(data, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_restart_by_torchrun_goes_on_by_itself(data, whole, tmp_path):
     """Without trainer.resume: the launcher's store tells the restarted ranks which folder is theirs."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
