@@ -26,7 +26,16 @@ def trained(process, cases):
 
 @pytest.mark.parametrize(
     ("name", "world"),
-    [("sum", 1), ("mean", 1), ("weighted", 1), ("others", 1), ("weighted", 2), ("others", 2), ("mean", 3), ("sum", 3)],
+    [
+        ("sum", 1),
+        ("mean", 1),
+        ("weighted", 1),
+        ("others", 1),
+        ("weighted", 2),
+        ("others", 2),
+        ("mean", 3),
+        pytest.param("sum", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_it_equals_the_path_of_rows_and_autograd(name, world):
     case = LONG[name]

@@ -227,6 +227,7 @@ def sliding(process, folder, begin: int):
     return lost
 
 
+@pytest.mark.slow
 def test_a_sliding_filter_goes_to_more_ranks_and_says_when_it_cannot(tmp_path):
     on_ranks(1, sliding, tmp_path, 0)
     assert on_ranks(2, sliding, tmp_path, 1) == [[], []]

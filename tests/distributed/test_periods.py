@@ -28,7 +28,7 @@ PERIODS = (3, 6, 8)  # the steps before which one begins
         pytest.param(1, "old rows", marks=pytest.mark.slow),  # 5 s
         pytest.param(1, "first values", marks=pytest.mark.slow),
         (2, "old rows"),
-        (2, "first values"),
+        pytest.param(2, "first values", marks=pytest.mark.slow),
         (2, "both, bags"),
     ],
 )

@@ -122,6 +122,7 @@ def test_a_loss_that_is_not_finite_names_the_module(tmp_path, run_dir):
     assert not (run_dir / "best").exists()
 
 
+@pytest.mark.slow
 def test_more_ranks_than_row_groups_works(tmp_path, run_dir):
     (tmp_path / "train").mkdir()
     pq.write_table(table(), tmp_path / "train" / "part-0.parquet")

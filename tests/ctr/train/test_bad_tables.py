@@ -79,7 +79,7 @@ def test_a_full_table_that_may_not_evict_ends_the_job(tmp_path, run_dir, world):
     assert ("rank " in line) == (world > 1)  # the rank whose part is full; the other one has stopped too
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("eviction", ["lru", pytest.param("lfu", marks=pytest.mark.slow)])
 def test_a_full_table_evicts(tmp_path, run_dir, eviction, world):  # noqa: F811
     full = [f"embedding.eviction={eviction}", "embedding.max_rows=48", *SPLITS]
@@ -92,7 +92,7 @@ def test_a_full_table_evicts(tmp_path, run_dir, eviction, world):  # noqa: F811
     assert counts["rows"] <= 48 and counts["rows"] + counts["evicted"] == ROWS
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_one_batch_of_long_bags_that_no_eviction_can_hold(tmp_path, run_dir, world):  # noqa: F811
     bags = pa.ListArray.from_arrays(np.arange(ROWS + 1) * 10, np.arange(ROWS * 10))
     features = "data.schema.features=[{name: x, kind: numeric}, {name: tags, kind: ids}]"

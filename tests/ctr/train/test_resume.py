@@ -81,7 +81,7 @@ def trained(ranks: WarmRanks, world: int, command: list[str], folder: Path, stat
     return output.read_text()
 
 
-QUICK = ((1, "dynamic"), (2, "deltas"), (2, "int8"))
+QUICK = ((1, "dynamic"), (2, "deltas"))
 CASES = [*((1, setting) for setting in ("dynamic", "static")), *((2, setting) for setting in SETTINGS)]
 
 

@@ -28,7 +28,7 @@ def split_files(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("kind", "sample", "rows", "least_auc"),
-    [("criteo", "criteo-sample", 391, 0.6), ("avazu", "avazu-sample", 432, 0.6)],
+    [("criteo", "criteo-sample", 391, 0.6), pytest.param("avazu", "avazu-sample", 432, 0.6, marks=pytest.mark.slow)],
 )
 def test_samples_train_end_to_end(tmp_path, kind, sample, rows, least_auc):
     prepare(kind, *split_files(SHARED / sample), "--output", str(tmp_path / "data"))

@@ -106,6 +106,7 @@ def test_training_learns(tmp_path, data):
     assert max(aucs) > 0.6
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_the_run_and_the_best_model_is_scored(tmp_path, data):
     folder = tmp_path / "run"
     stop = ["trainer.epochs=50", "trainer.early_stop.patience=2", "optimizer.sparse.lr=0.3", "optimizer.dense.lr=0.02"]
@@ -130,6 +131,7 @@ def test_learned_step_sizes_on_one_and_two_ranks(tmp_path, data):
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_amp_and_warm_up_and_limits_run(tmp_path, data):
     options = [
         "trainer.amp=true",
