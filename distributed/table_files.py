@@ -26,7 +26,8 @@ from distributed.checkpoint_files import Storage
 from distributed.ownership import owner_of
 from distributed.process import Process
 from embedding.errors import TesseraError
-from embedding.table import DynamicTable, RowBatch
+from embedding.row_batch import RowBatch
+from embedding.table import DynamicTable
 from kernels.mix import mix64
 
 Columns = dict[str, Tensor]

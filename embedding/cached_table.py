@@ -7,9 +7,10 @@ from torch import Tensor
 
 from embedding.alpt import RowsAhead
 from embedding.config import DynamicTableConfig
+from embedding.row_batch import RowBatch
 from embedding.row_cache import COUNTERS, CachedRows, RowCache
 from embedding.snapshot import Snapshot
-from embedding.table import DynamicTable, RowBatch
+from embedding.table import DynamicTable
 
 
 def make_table(config: DynamicTableConfig, device: torch.device | str) -> DynamicTable:

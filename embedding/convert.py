@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from embedding.config import DynamicTableConfig, Group
-from embedding.table import RowBatch
+from embedding.row_batch import RowBatch
 from kernels.formats import code_range, is_int, stored_dtype
 from kernels.quantise import dequantise, quantise
 

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from embedding.row_batch import RowBatch
 from embedding.row_index import ID, MARK
 from kernels.chunks import allocate_chunk
 from kernels.gather import gather
 from kernels.scatter import scatter
 from kernels.touch import COUNT
-
-if TYPE_CHECKING:
-    from embedding.table import RowBatch
 
 OPEN, KEPT, PASSED = 0, 1, 2  # as the table has it; changed since and kept here; read already or not of the moment
 KEPT_ROWS = 1 << 14  # rows of a chunk of kept rows

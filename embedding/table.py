@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from embedding.cold_rows import ColdRows
 from embedding.config import DynamicTableConfig, key_of
 from embedding.errors import TableFull
 from embedding.evicted import EvictedIds
+from embedding.row_batch import RowBatch
 from embedding.row_index import COLUMNS, ID, PERIOD, RowIndex
 from embedding.row_store import RowStore
 from embedding.snapshot import Snapshot
@@ -22,31 +23,6 @@ from kernels.touch import COUNT, LAST_SEEN
 
 COUNTERS = ("new", "admitted", "rejected", "expired", "evicted")
 BEFORE = -1  # the period of rows that come from elsewhere: before any of this table
-
-
-@dataclass
-class RowBatch:
-    """Rows on their way out of a table or into one, as they are stored, so that the way is exact.
-
-    ids, last_seen (seconds), count (1 or more): int64 [n]; values: [n, columns] of the config's `values_dtype`, one
-    group after the other: floats, or uint8 codes (or bytes, where groups have formats of different dtypes); state:
-    float32 [n, state_width], likewise, that of a learned step size after its group's. rows: int64 [n], the row numbers
-    they had, or None. step_size: float32 [n, groups], 0 for a group without; None if no group has step sizes. period:
-    int64 [n], in which they were added; None in a table that does not keep it, or for rows that come from elsewhere.
-    """
-
-    ids: Tensor
-    values: Tensor
-    state: Tensor
-    last_seen: Tensor
-    count: Tensor
-    rows: Tensor | None = None
-    step_size: Tensor | None = None
-    period: Tensor | None = None
-
-    def to(self, device: torch.device) -> RowBatch:
-        """The same rows in the memory of a device."""
-        return RowBatch(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
 
 
 class DynamicTable:
@@ -67,6 +43,7 @@ class DynamicTable:
         self._cold = None if config.eviction == "raise" else ColdRows(self._index, config.eviction)
         self._evicted = EvictedIds(config.evicted_kept, device)
         self._snapshots: list[Snapshot] = []
+        self._snapshots_change = threading.Lock()  # they are released by the threads that read them
         self._spare_copies: list[list[Tensor]] = []
         self._mark = 0  # no marks are written before the first one is asked for
         self._step = self._period = 0
@@ -300,15 +277,18 @@ class DynamicTable:
         def batch_of(rows: Tensor, raw: list[Tensor]) -> RowBatch:
             return self._batch(rows, raw[0], *self._store.decode(raw[1:]))
 
-        copies, self._spare_copies = self._spare_copies, []
-        self._snapshots.append(Snapshot(chunks, self._index.end, self._index.free, batch_of, copies))
-        return self._snapshots[-1]
+        with self._snapshots_change:
+            copies, self._spare_copies = self._spare_copies, []
+            snapshot = Snapshot(chunks, self._index.end, self._index.free, batch_of, copies)
+            self._snapshots = [*self._snapshots, snapshot]
+        return snapshot
 
     def release(self, snapshot: Snapshot) -> None:
         """Nobody reads a snapshot any more. Its memory is for the next one."""
-        if any(other is snapshot for other in self._snapshots):
-            self._snapshots = [other for other in self._snapshots if other is not snapshot]
-            self._spare_copies = snapshot.copies
+        with self._snapshots_change:
+            if any(other is snapshot for other in self._snapshots):
+                self._snapshots = [other for other in self._snapshots if other is not snapshot]
+                self._spare_copies = snapshot.copies
 
     def _keep(self, rows: Tensor) -> None:
         """Before rows change."""

@@ -8,7 +8,8 @@ import torch
 from embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer, step_of_range
 from embedding.convert import convert_rows
 from embedding.errors import ConfigError
-from embedding.table import DynamicTable, RowBatch
+from embedding.row_batch import RowBatch
+from embedding.table import DynamicTable
 from kernels.formats import code_range
 
 LEARNED = StepOptimizer(lr=1e-3, weight_decay=0.01, gradient_scale=0.5)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from embedding.config import Admission, DynamicTableConfig, RowOptimizer
-from embedding.table import DynamicTable, RowBatch
+from embedding.row_batch import RowBatch
+from embedding.table import DynamicTable
 from kernels import backend
 from kernels.unique import unique_inverse
 from tests.embedding.test_formats import CONFIGS, groups_of

@@ -15,7 +15,8 @@ from hypothesis.stateful import (
 
 from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
 from embedding.errors import TableFull
-from embedding.table import DynamicTable, RowBatch
+from embedding.row_batch import RowBatch
+from embedding.table import DynamicTable
 from kernels.backend import available_backends, use_backend
 from kernels.unique import unique_inverse
 from tests.embedding.conftest import MARKS

@@ -7,7 +7,8 @@ import torch
 
 from embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer
 from embedding.errors import ConfigError
-from embedding.table import DynamicTable, RowBatch
+from embedding.row_batch import RowBatch
+from embedding.table import DynamicTable
 
 LR, FACTOR, TTL = 0.1, 0.3, 3
 STEPS_OF_PERIOD, STEPS = 4, 14

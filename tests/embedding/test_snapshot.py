@@ -1,5 +1,7 @@
 """A snapshot gives the rows of its moment, whatever happens to the table before they are read."""
 
+import queue
+import sys
 import threading
 
 import pytest
@@ -68,6 +70,32 @@ def test_rows_are_those_of_the_moment(groups, steps_before, late):
     assert not table._snapshots
     again, third = table.snapshot(), table.snapshot()
     assert again.copies is snapshot.copies is not third.copies
+
+
+def test_one_is_released_while_another_is_taken():
+    """A thread that has written one state lets go of its snapshot just as the next is taken."""
+    table = make()
+    step(table, 1)
+    released: queue.SimpleQueue = queue.SimpleQueue()
+
+    def release() -> None:
+        while (snapshot := released.get()) is not None:
+            table.release(snapshot)
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    switch_interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(2000):
+            snapshot = table.snapshot()
+            assert any(known is snapshot for known in table._snapshots)
+            released.put(snapshot)
+    finally:
+        sys.setswitchinterval(switch_interval)
+        released.put(None)
+        thread.join()
+    assert not table._snapshots
 
 
 def test_rows_touched_since_a_mark():

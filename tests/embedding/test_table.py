@@ -5,7 +5,8 @@ import torch
 
 from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, TableConfig
 from embedding.errors import TableFull
-from embedding.table import DynamicTable, RowBatch
+from embedding.row_batch import RowBatch
+from embedding.table import DynamicTable
 from kernels.random import normal
 
 GROUPS = (Group("v", 4, 0.1), Group("w", 1, 0.01))

@@ -1,0 +1,33 @@
+"""What tables give and take of their rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class RowBatch:
+    """Rows on their way out of a table or into one, as they are stored, so that the way is exact.
+
+    ids, last_seen (seconds), count (1 or more): int64 [n]; values: [n, columns] of the config's `values_dtype`, one
+    group after the other: floats, or uint8 codes (or bytes, where groups have formats of different dtypes); state:
+    float32 [n, state_width], likewise, that of a learned step size after its group's. rows: int64 [n], the row numbers
+    they had, or None. step_size: float32 [n, groups], 0 for a group without; None if no group has step sizes. period:
+    int64 [n], in which they were added; None in a table that does not keep it, or for rows that come from elsewhere.
+    """
+
+    ids: Tensor
+    values: Tensor
+    state: Tensor
+    last_seen: Tensor
+    count: Tensor
+    rows: Tensor | None = None
+    step_size: Tensor | None = None
+    period: Tensor | None = None
+
+    def to(self, device: torch.device) -> RowBatch:
+        """The same rows in the memory of a device."""
+        return RowBatch(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
