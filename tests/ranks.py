@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,35 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(process, *arguments)` on `world` ranks; their results in rank order. It must be importable."""
-    port = _free_port()
-    with mp.get_context("spawn").Pool(world) as pool:
-        jobs = [pool.apply_async(_rank, (rank, world, port, function, arguments)) for rank in range(world)]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    with _context().Pool(world) as pool:
+        jobs = [pool.apply_async(_rank, (rank, world, environment, function, arguments)) for rank in range(world)]
         return [job.get(timeout=300) for job in jobs]
 
 
-def _rank(rank: int, world: int, port: int, function: Callable[..., Any], arguments: tuple) -> Any:
+@cache
+def _context() -> mp.context.BaseContext:
+    """Ranks are forked from one process that has imported all: torchrec's import takes longer than most tests."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "hypothesis", "ctr.train.trainer", "ctr.models.deepfm"])
+    saved = dict(os.environ)
+    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ |= saved
+    return context
+
+
+def _rank(rank: int, world: int, environment: dict[str, str], function: Callable[..., Any], arguments: tuple) -> Any:
+    os.environ.clear()  # what the fork server has is that of its start
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world),
         LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
     process = process_module.start("cpu", timeout_seconds=60)
