@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver
@@ -57,6 +59,29 @@ def _rank(rank: int, world: int, environment: dict[str, str], function: Callable
     result = function(process, *arguments)
     process_module.stop(process)
     return result
+
+
+def run_script(script: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
+    """`python script arguments...` from the repository's root, in a process that has imported all."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        child = _context().Process(target=_script, args=([script, *arguments], dict(os.environ), out, err))
+        child.start()
+        child.join(timeout)
+        if child.exitcode is None:
+            child.kill()
+            raise subprocess.TimeoutExpired([script, *arguments], timeout, out.read_text(), err.read_text())
+        return subprocess.CompletedProcess([script], child.exitcode, out.read_text(), err.read_text())
+
+
+def _script(command: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+    os.environ.clear()
+    os.environ.update(environment, OMP_NUM_THREADS="1")
+    os.chdir(ROOT)
+    for stream, path in ((sys.stdout, out), (sys.stderr, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def torchrun(world: int, *command: str, timeout: float = 180, **environment: str) -> subprocess.CompletedProcess:

@@ -3,22 +3,20 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ctr.data.synthetic import write_synthetic
 from ctr.data.synthetic_rows import SyntheticConfig
-from tests.ranks import ROOT
+from tests.ranks import run_script
 
 SMALL = ["data=synthetic", "model.hidden=[16]", "model.embedding_dim=8", "embedding.rows=500", "embedding.init_std=0.1"]
 SMALL += ["trainer.batch_size=250", "trainer.device=cpu", "optimizer.sparse.name=adam", "optimizer.sparse.lr=0.01"]
 
 
 def call(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, f"scripts/{script}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    return run_script(f"scripts/{script}", *map(str, arguments))
 
 
 def score(run: Path) -> dict:

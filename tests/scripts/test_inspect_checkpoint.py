@@ -1,8 +1,6 @@
 """`scripts/inspect_checkpoint.py` on whole, damaged and chained states, and the rows read without any of our code."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ from embedding.errors import ConfigError
 from embedding.table import DynamicTable
 from tests.distributed.conftest import process  # noqa: F401 (a fixture)
 from tests.distributed.saved_tables import config, content, save_tables, step
-from tests.ranks import ROOT
+from tests.ranks import run_script
 
 GROUPS = (Group("v", 4, 0.5), Group("w", 1, 0.5, format="bf16"))
 
@@ -38,8 +36,7 @@ def saved(process, tmp_path) -> tuple[Path, DynamicTable]:  # noqa: F811
 
 
 def shown(path: Path, *options: str) -> tuple[int, str, str]:
-    command = [sys.executable, "scripts/inspect_checkpoint.py", str(path), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_script("scripts/inspect_checkpoint.py", str(path), *options)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -30,7 +28,7 @@ from tests.ctr.daily.days import (
 )
 from tests.ctr.train.states import newest, rows_of_state, tensors_of_state
 from tests.ctr.train.warm_ranks import WarmRanks
-from tests.ranks import ROOT
+from tests.ranks import run_script
 
 ROWS = 300
 #: Without the column whose ids are all new, and with a guard that acts.
@@ -128,8 +126,7 @@ def same_model(folder: Path, state: Path) -> None:
 
 def test_whole_model_and_changes_are_the_live_model(whole, ranks, tmp_path):
     """Published by 2 ranks, read by 1."""
-    script = [sys.executable, "scripts/apply_delta.py", str(whole / "run" / "published"), str(tmp_path / "served")]
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    done = run_script("scripts/apply_delta.py", str(whole / "run" / "published"), str(tmp_path / "served"))
     assert "the whole model and 1 publication(s) of changes" in done.stdout, done.stderr
     same_model(tmp_path / "served", newest(whole / "run"))
     assert "served is 2026-01-05 already" in applied(whole, tmp_path / "served")

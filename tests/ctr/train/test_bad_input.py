@@ -1,7 +1,6 @@
 """Each mistake ends a job with one line that names what is wrong, and leaves no run folder behind."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.ranks import ROOT, torchrun
+from tests.ranks import run_script, torchrun
 
 ROWS = 64
 SCHEMA = "data.schema.features=[{name: x, kind: numeric}, {name: c}]"
@@ -39,8 +38,7 @@ def arguments(data: Path, run_dir: Path, *overrides: str) -> list[str]:
 
 
 def train(data: Path, run_dir: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, *arguments(data, run_dir, *overrides)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return run_script(*arguments(data, run_dir, *overrides))
 
 
 def refused(done: subprocess.CompletedProcess, *words: str) -> None:

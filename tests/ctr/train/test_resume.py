@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from tests.ctr.train.states import (
     write_data,
 )
 from tests.ctr.train.warm_ranks import WarmRanks
-from tests.ranks import ROOT
+from tests.ranks import run_script
 
 ROWS, BATCH = 1500, 100
 #: name of a setting -> its overrides: filters, limits, expiry, dropout, both kinds of tables, several optimizers
@@ -169,7 +167,7 @@ def test_the_second_job_on_a_folder_is_refused(ranks, data, tmp_path):
     end = time.monotonic() + 60
     while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < end:
         time.sleep(0.05)
-    done = subprocess.run([sys.executable, "scripts/train.py", *command], cwd=ROOT, capture_output=True, text=True)
+    done = run_script("scripts/train.py", *command)
     os.kill(pid, signal.SIGTERM)
     assert ranks.wait() == [75]
     assert done.returncode == 2

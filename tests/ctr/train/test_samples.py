@@ -2,13 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT, torchrun
+from tests.ranks import ROOT, run_script, torchrun
 
 SHARED = Path(os.environ.get("TESSERA_SHARED", ROOT / ".." / "shared")) / "data"
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the small real data sets are not at {SHARED}")
@@ -16,8 +14,7 @@ SMALL = ["model.hidden=[32]", "embedding.rows=5000", "trainer.batch_size=256", "
 
 
 def prepare(*arguments: str) -> None:
-    command = [sys.executable, "scripts/prepare.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_script("scripts/prepare.py", *arguments)
     assert done.returncode == 0, done.stderr
 
 
@@ -43,7 +40,7 @@ def test_samples_train_end_to_end(tmp_path, kind, sample, rows, least_auc):
 def test_movielens_trains_from_its_ratings(tmp_path):
     prepare("movielens", "--input", str(SHARED / "ml-100k"), "--output", str(tmp_path / "data"))
     options = ["data=movielens", f"data.path={tmp_path}/data", f"trainer.run_dir={tmp_path}/run", *SMALL]
-    done = subprocess.run([sys.executable, "scripts/train.py", *options], cwd=ROOT, capture_output=True, text=True)
+    done = run_script("scripts/train.py", *options)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["auc"] > 0.75

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,7 +10,7 @@ import pytest
 from ctr.data.synthetic import write_synthetic
 from ctr.data.synthetic_rows import SyntheticConfig
 from ctr.report.comparison import compare_runs
-from tests.ranks import ROOT, torchrun
+from tests.ranks import run_script, torchrun
 
 SMALL = [
     "data=synthetic",
@@ -34,10 +33,7 @@ def data(tmp_path_factory) -> Path:
 
 def train(run_dir: Path, data: Path, *overrides: str, world: int = 1) -> subprocess.CompletedProcess:
     arguments = ["scripts/train.py", *SMALL, f"data.path={data}", f"trainer.run_dir={run_dir}", *overrides]
-    if world > 1:
-        return torchrun(world, *arguments)
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return torchrun(world, *arguments) if world > 1 else run_script(*arguments)
 
 
 @pytest.fixture(scope="module")
