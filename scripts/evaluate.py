@@ -15,7 +15,11 @@ parser.add_argument("run_dir", type=Path)
 parser.add_argument("overrides", nargs="*", help="data.path=/data/new data.test=folder trainer.batch_size=8192")
 parser.add_argument("--split", choices=("train", "valid", "test"), default="test")
 parser.add_argument(
-    "--slice", action="append", default=[], metavar="FEATURE", help="report metrics by value of this feature, too"
+    "--slice",
+    action="append",
+    default=[],
+    metavar="FEATURE",
+    help="report metrics by value of this feature, too; new_ids: of rows with and without ids that have no row",
 )
 parser.add_argument("--output", type=Path, help="default: evaluations/<time> in the run folder")
 options = parser.parse_args()

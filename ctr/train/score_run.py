@@ -16,7 +16,7 @@ from ctr.data.id_names import names_of_ids
 from ctr.data.reader import ParquetReader
 from ctr.data.schema import Schema
 from ctr.report.files import json_text, write_text
-from ctr.report.predictions import SLICE
+from ctr.report.predictions import NEW_IDS, SLICE
 from ctr.report.report import write_report
 from ctr.report.slices import SLICE_NAMES, largest_ids
 from ctr.train.evaluate import evaluate, read_split
@@ -58,7 +58,8 @@ def score_run(
 ) -> None:
     """Write predictions and the report of one split to `output` (default: evaluations/<time> in the run folder).
 
-    slices: features by whose values the report breaks the metrics down.
+    slices: features by whose values the report breaks the metrics down; `new_ids` are rows with ids that the model's
+    tables do not know.
     """
     set_threads(config)
     config.trainer.shuffle = False  # so that predictions carry the places of their rows, also those of training data
@@ -66,19 +67,23 @@ def score_run(
     reader = read_split(config, schema, process, split)
     if reader is None:
         raise ConfigError(f"data.{split} is null; there is nothing to score")
-    for feature in slices:
+    features = [name for name in slices if name != NEW_IDS]
+    for feature in features:
         SliceColumn(schema, feature)  # a name that the schema lacks ends the job before anything is written
     model, _ = build_model(config, schema, process)
+    marks = NEW_IDS in slices
+    if marks and not model.module.tables.owned():
+        raise ConfigError("slice new_ids: embedding.kind is static; expected dynamic, which knows its ids")
     load_model(model, run_dir / "best", process)
     folder = create_folder(output or run_dir / f"evaluations/{datetime.now():%Y%m%d-%H%M%S}", "--output", process)
     if process.is_main:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
         copy_teacher(config, folder)
-    metrics = evaluate(model, reader, process, folder / "predictions", split, slices)
+    metrics = evaluate(model, reader, process, folder / "predictions", split, features, marks)
     if process.world_size > 1:
         dist.barrier()
     if process.is_main:
-        _write_slice_names(folder, reader, split, slices)
+        _write_slice_names(folder, reader, split, features)
         with open(folder / "metrics.jsonl", "w") as file:
             file.write(json.dumps({"kind": "eval", "split": split, "step": 0, **metrics}) + "\n")
         print(write_report(folder).summary())

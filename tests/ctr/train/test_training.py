@@ -77,10 +77,10 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(runs, world):
     assert aucs == pytest.approx([line["auc"] for line in lines(runs[1], "eval")], abs=1e-4)
 
 
-def test_a_run_is_scored_again_on_another_number_of_ranks(runs, tmp_path):
+def test_a_run_is_scored_again_on_another_number_of_ranks(runs, data, tmp_path):
     output = tmp_path / "scores"
-    command = ["scripts/evaluate.py", str(runs[3]), "--split", "test", "--output", str(output), "--slice", "C2"]
-    done = torchrun(2, *command)
+    slices = ["--slice", "C2", "--slice", "new_ids"]
+    done = torchrun(2, "scripts/evaluate.py", str(runs[3]), "--split", "test", "--output", str(output), *slices)
     assert done.returncode == 0, done.stderr
     again, first = (json.loads((folder / "report.json").read_text()) for folder in (output, runs[3]))
     assert again["rows"] == first["rows"]
@@ -93,6 +93,18 @@ def test_a_run_is_scored_again_on_another_number_of_ranks(runs, tmp_path):
     assert abs(other["differences"]["auc"]["difference"]) < 1e-3
     slices = again["slices"]["C2"]["slices"]
     assert sum(one["rows"] for one in slices) == 300 and len(slices) > 1
+    new = {one["value"]: one["rows"] for one in again["slices"]["new ids"]["slices"]}
+    assert new == {"all ids known": 300 - (rows := rows_with_new_ids(runs[3] / "best", data)), "with new ids": rows}
+    assert 0 < rows < 300
+
+
+def rows_with_new_ids(best: Path, data: Path) -> int:
+    """Of the test split: rows with an id that is not in the saved rows of its column's table."""
+    columns, new = pq.read_table(data / "test").to_pydict(), set()
+    for column in (name for name in columns if name.startswith("C")):
+        known = set(pq.read_table(best / "rows" / column, columns=["id"])["id"].to_pylist())
+        new |= {row for row, one in enumerate(columns[column]) if one is not None and one not in known}
+    return len(new)
 
 
 def test_training_learns(tmp_path, data):
