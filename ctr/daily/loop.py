@@ -125,9 +125,13 @@ class Daily(Trainer):
                 self.log.warn(f"{self.publisher.root.name}: {missing[0]} is missing or damaged; the next one is whole")
             elif at_its_end:
                 self.publisher.follow()
-            records[-1]["published_bytes"] = self.publisher.bytes_of(records[-1]["partition"])
+            self._weigh_published(len(records), records[-1])
         if self.process.is_main and self.records:
             self._tell()
+
+    def _weigh_published(self, number: int, record: dict[str, Any]) -> None:
+        record["published_bytes"] = self.publisher.bytes_of(record["partition"])
+        self.log.published(number, record["published_bytes"])
 
     def open_day(self, due: Due) -> None:
         """Open the partition's files; a state inside it goes on with its record."""
@@ -241,7 +245,7 @@ class Daily(Trainer):
         self._add(record)
         if trained:
             self.publisher.publish(self.records)
-            record["published_bytes"] = self.publisher.bytes_of(record["partition"])
+            self._weigh_published(len(self.records), record)
             self.log.say(
                 f"{record['partition']} · trained {rows:,} rows in {record['train_seconds']:.1f} s · "
                 f"published {size(record['published_bytes'])} ({record['published']})"

@@ -229,6 +229,11 @@ class RunLog:
                 if isinstance(one, int | float):
                     self._tensorboard.add_scalar("/".join(filter(None, ("day", name, part))), one, number)
 
+    def published(self, number: int, size: int | None) -> None:
+        """Bytes of what the `number`-th partition published, which are known after the rest of its record."""
+        if self._tensorboard and size is not None:
+            self._tensorboard.add_scalar("day/published_bytes", size, number)
+
     def write(self, line: dict, scalars: bool = True) -> None:
         """Append to metrics.jsonl, and its numbers to TensorBoard."""
         if not self._process.is_main:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctr.daily.publish import apply
 from distributed.process import Process
@@ -83,6 +84,9 @@ def test_a_run_over_days_keeps_what_it_promises(whole):
     # embedding.ttl_days=3: of days 1 and 2 nothing is left but what has been seen again, of the others each row twice
     trained = times_trained(newest(whole / "run"), 5, ROWS)
     assert trained[2:] == [[2] * ROWS] * 3 and trained[0] == [0] * ROWS
+    events = EventAccumulator(str(next((whole / "run").rglob("events.out.tfevents*")).parent)).Reload()
+    shown = {event.step: event.value for event in events.Scalars("day/published_bytes")}
+    assert shown == pytest.approx({n: line["published_bytes"] for n, line in enumerate(lines, 1)})
     assert (whole / "run" / "published" / "latest").exists() and not list((whole / "run").glob("**/.partial-*"))
 
 
