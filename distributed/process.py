@@ -130,6 +130,11 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
         raise ConfigError("trainer.device is cuda but torch finds no GPU here; run scripts/doctor.py")
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: torch finds {torch.cuda.device_count()} here, expected one for each "
+            "rank of the host; start fewer ranks or set trainer.device=cpu"
+        )
     chosen = torch.device("cuda", local_rank)
     torch.cuda.set_device(chosen)
     return chosen
@@ -233,6 +238,12 @@ def _explain(error: BaseException, process: Process | None) -> tuple[int, str]:
     """The exit status and the line for an error on this rank; for a broken collective, find the rank to blame."""
     if isinstance(error, TesseraError):
         return 2, f"error: {error}"
+    if "device-side assert" in str(error):  # no other call to the GPU would succeed, so nothing can be asked of it
+        where = f"rank {process.rank}, {process.stage}: " if process else ""
+        return 1, (
+            f"error: {where}the GPU stopped at a failed assertion, which it printed above (a loss or gradient that is "
+            "not finite, or a number out of range); nothing was updated with it, and saved states are as they were"
+        )
     if process is not None and process.world_size > 1:
         blamed = _find_failed_rank(process, _is_broken_collective(error) or isinstance(error, Terminated))
         if blamed:

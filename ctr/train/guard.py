@@ -15,12 +15,21 @@ class NonFiniteError(TesseraError):
 
 
 def check_loss(loss: Tensor, network: Network, batch: Batch, embeddings: dict[str, Tensor], step: int) -> None:
-    """Raise NonFiniteError before the backward pass. On a GPU the check is queued, so that the host need not wait."""
+    """Raise NonFiniteError before the backward pass. On a GPU the check is queued, see `_queue`."""
     if loss.is_cuda:
-        torch._assert_async(torch.isfinite(loss))
+        _queue(torch.isfinite(loss), f"the loss of step {step} is not finite")
     elif not torch.isfinite(loss):
         culprit = _first_culprit(network, batch.numeric, embeddings)
         raise NonFiniteError(f"the loss of step {step} is {loss.item()}: {culprit}")
+
+
+def _queue(finite: Tensor, message: str) -> None:
+    """Have a GPU stop with the message before it comes to what is queued after this, if `finite` (bool []) is false.
+
+    The host does not wait: it learns of it in a later call, and `distributed.process.run` says what it means. What
+    module made the number cannot be asked any more, as the process has lost its GPU.
+    """
+    torch._assert_async(finite, message)
 
 
 @torch.no_grad()
@@ -66,7 +75,7 @@ def _check_rows(grad_bfd: Tensor, group: str, network: Network) -> None:
     # A sum is finite only if all terms are (overflow of a sum of finite float32 gradients is as good a reason to stop).
     finite = torch.isfinite(grad_bfd.sum())
     if grad_bfd.is_cuda:
-        torch._assert_async(finite)
+        _queue(finite, f"the gradient of the id fields, group {group}, is not finite")
     elif not finite:
         bad = (~grad_bfd.isfinite()).any(2).any(0).nonzero()
         field = network.id_names[int(bad[0])] if len(bad) else "?"
@@ -80,7 +89,7 @@ def check_gradients(parameters: dict[str, nn.Parameter], step: int) -> None:
         return
     finite = torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
     if finite.is_cuda:
-        torch._assert_async(finite)
+        _queue(finite, f"the gradient of a dense parameter is not finite in step {step}")
     elif not finite:
         name = next(n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all())
         raise NonFiniteError(f"the gradient of {name!r} is not finite in step {step}")
