@@ -9,6 +9,7 @@ from torchrec import KeyedJaggedTensor
 
 from distributed.dynamic_tables import DynamicTables
 from distributed.ownership import owner_of
+from embedding.table import DynamicTable
 from kernels.mix import mix64
 from kernels.unique import unique_inverse
 
@@ -39,7 +40,7 @@ def _without_row(tables: DynamicTables, asked: list[Tensor]) -> list[Tensor]:
     """For each table bool [n], whether ids (int64 [n]) have no row. One exchange for all tables there and one back."""
     owned, world = list(tables.owned().values()), dist.get_world_size()
     if world == 1:
-        return [table.lookup(ids, 0, training=False) < 0 for table, ids in zip(owned, asked, strict=True)]
+        return [_unknown(table, ids) for table, ids in zip(owned, asked, strict=True)]
     distinct, inverses, tables_of = [], [], []
     for number, ids in enumerate(asked):
         unique, inverse, _ = unique_inverse(ids)
@@ -57,9 +58,14 @@ def _without_row(tables: DynamicTables, asked: list[Tensor]) -> list[Tensor]:
     wanted = ids.new_empty(sum(there))
     dist.all_to_all_single(wanted, ids[order], there, here)
     pieces = wanted.split(got.tolist())
-    answers = [owned[i % len(asked)].lookup(piece, 0, training=False) < 0 for i, piece in enumerate(pieces)]
+    answers = [_unknown(owned[i % len(asked)], piece) for i, piece in enumerate(pieces)]
     heard = torch.empty(ids.numel(), dtype=torch.uint8, device=ids.device)
     dist.all_to_all_single(heard, torch.cat(answers).to(torch.uint8), here, there)
     new = torch.empty_like(heard, dtype=torch.bool)
     new[order] = heard.bool()
     return [part[inverse] for part, inverse in zip(new.split([d.numel() for d in distinct]), inverses, strict=True)]
+
+
+def _unknown(table: DynamicTable, ids: Tensor) -> Tensor:
+    """bool [n]. Tables with a cache are on the host, whatever device asks."""
+    return (table.lookup(ids.to(table.device), 0, training=False) < 0).to(ids.device)
