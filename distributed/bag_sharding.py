@@ -26,7 +26,7 @@ from torchrec.distributed.types import (
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from distributed.dynamic_sharding import DYNAMIC, RowWiseDynamic, SendsIds, raw_ids_dist
+from distributed.dynamic_sharding import DYNAMIC, HasKernels, RowWiseDynamic, raw_ids_dist
 from distributed.table_kernel import DynamicTableKernel, Request
 from kernels.unique import unique_inverse
 
@@ -131,7 +131,7 @@ class DynamicBagSharding(RwPooledEmbeddingSharding):
         return SumsOfOwners(self._pg, registry.get(CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER.name))
 
 
-class ShardedDynamicBags(SendsIds, ShardedEmbeddingBagCollection):
+class ShardedDynamicBags(HasKernels, ShardedEmbeddingBagCollection):
     @classmethod
     def create_embedding_bag_sharding(
         cls, sharding_infos, env, device=None, permute_embeddings=False, qcomm_codecs_registry=None

@@ -8,7 +8,6 @@ owner of a value is then the value modulo the ranks. We send mixed ids, so owner
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -48,13 +47,8 @@ def raw_ids_dist(
     )
 
 
-class SendsIds:
-    """Of sharded collections: the two halves of a forward pass, ids to their owners, and all the rest."""
-
-    def send(self, features: KeyedJaggedTensor) -> tuple[Any, KJTList]:
-        """What `compute_and_output_dist` takes later. Collective."""
-        context = self.create_context()
-        return context, self.input_dist(context, features).wait().wait()
+class HasKernels:
+    """Of sharded collections: the kernels inside."""
 
     def received(self, features: KJTList) -> Iterator[tuple[DynamicTableKernel, KeyedJaggedTensor]]:
         """Each kernel with what it will be asked."""
@@ -73,7 +67,7 @@ class DynamicSharding(RwSequenceEmbeddingSharding):
         return DynamicLookup(self._grouped_embedding_configs, self._pg, device or self._device, self._env)
 
 
-class ShardedDynamicCollection(SendsIds, ShardedEmbeddingCollection):
+class ShardedDynamicCollection(HasKernels, ShardedEmbeddingCollection):
     @classmethod
     def create_embedding_sharding(
         cls, sharding_type, sharding_infos, env, device=None, qcomm_codecs_registry=None

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
-from torchrec.distributed.embedding_types import KJTList
 
 from distributed.bag_sharding import DynamicBagSharder
 from distributed.dynamic_sharding import DYNAMIC, DynamicSharder
+from distributed.fields import OnDevice, scale_to_mean
 from distributed.host_manager import HostManager
+from distributed.ids_ahead import IdsAhead
 from distributed.plan import TableSize
 from distributed.table_kernel import DynamicTableKernel, Pass
 from distributed.transport import codecs
@@ -55,12 +56,12 @@ class _Coming:
 
     ids: KeyedJaggedTensor
     asked: tuple[KeyedJaggedTensor, Tensor] | None = None  # what `_distinct` gives
-    rows: tuple[Any, KJTList] | None = None  # what `send` gives, of the row path and of the bag path
-    bags: tuple[Any, KJTList] | None = None
+    rows: IdsAhead | None = None  # of the row path and of the bag path
+    bags: IdsAhead | None = None
 
 
-def _answer(module: nn.Module, asked: KeyedJaggedTensor | None, sent: tuple[Any, KJTList] | None) -> Any:
-    return module(asked) if sent is None else module.compute_and_output_dist(*sent)
+def _chosen(ids: KeyedJaggedTensor, fields: OnDevice) -> KeyedJaggedTensor:
+    return ids.permute(fields.values, fields.on(ids.values().device))
 
 
 class DynamicTables(nn.Module):
@@ -109,7 +110,8 @@ class DynamicTables(nn.Module):
         self.brings_ahead = self.cached and not self._begin_as_others
         assert others == "learned" or not self._begin_as_others
         self.others = nn.Parameter(torch.zeros(len(tables), tables[0].width)) if others == "learned" else None
-        self._id_names, self._averaged = list(id_names), [i for i, name in enumerate(id_names) if name in averaged]
+        self._id_names = list(id_names)
+        self._averaged = OnDevice([name in averaged for name in id_names]) if averaged else None
         self._row_tables = [i for i, table in enumerate(tables) if table.name not in bag_tables]
         self._bag_tables = [i for i, table in enumerate(tables) if table.name in bag_tables]
         self.collection = self.bags = None
@@ -128,7 +130,8 @@ class DynamicTables(nn.Module):
         table_of = {name: i for i in self._bag_tables for name in tables[i].features}
         self._bags_of = [(self._id_names[field], table_of[self._id_names[field]]) for field in self._bag_fields]
         both = self._row_fields + self._bag_fields
-        self._order = None if both == sorted(both) else [both.index(field) for field in range(len(both))]
+        self._order = None if both == sorted(both) else OnDevice([both.index(field) for field in range(len(both))])
+        self._rows_of_all, self._bags_of_all = OnDevice(self._row_fields), OnDevice(self._bag_fields)
 
     def _torchrec_config(self, kind: type, table: int, features: list[str]) -> EmbeddingConfig | EmbeddingBagConfig:
         config = self.tables[table]
@@ -151,55 +154,68 @@ class DynamicTables(nn.Module):
             parts_fbd.append(self._sums_of_owners(self._on_bag_path(ids), coming))
         sums_fbd = parts_fbd[0] if len(parts_fbd) == 1 else torch.cat(parts_fbd)
         if self._order is not None:
-            sums_fbd = sums_fbd[self._order]
-        if self._averaged:
-            sums_fbd = sums_fbd * self._scale_to_mean(ids)
+            sums_fbd = sums_fbd[self._order.on(sums_fbd.device)]
+        if self._averaged is not None:
+            sums_fbd = sums_fbd * scale_to_mean(ids, self._averaged).unsqueeze(2)
         return dict(zip(self.groups, sums_fbd.transpose(0, 1).split(list(self.groups.values()), 2), strict=True))
 
     @torch.no_grad()
-    def prepare(self, ids: KeyedJaggedTensor, now: int) -> None:
-        """Send the ids of a coming training batch to their owners, each of which lets a thread bring the rows to the
-        device (where tables have a cache: `brings_ahead`). Collective: on all ranks in the same place.
+    def prepare(self, ids: KeyedJaggedTensor, now: int) -> Any:
+        """Merge the ids of a coming training batch and begin to send them to their owners; with `brings_ahead` send
+        them, and let a thread of each owner bring the rows to the device. Collective: on all ranks in the same place.
 
         now: its time, as for `begin_step`. Batches are prepared in the order of their steps, whose forward pass takes
-        the same `ids`; that of the next step at the earliest when this step begins. From then on nothing may be asked
-        of the tables, evaluation and saving included, until that step has begun.
+        the same `ids`; that of the next step at the earliest when this step begins. With `brings_ahead` nothing may be
+        asked of the tables from then on, evaluation and saving included, until that step has begun. Returns what holds
+        the memory that the step will use.
         """
-        assert self.brings_ahead and self.training
-        if self._manager is None:
-            self._manager = HostManager(ids.values().device, self._timeout_seconds)
+        assert self.training
         coming = _Coming(ids)
-        sent = []
         if self.collection is not None:
             coming.asked = self._distinct(self._on_row_path(ids))
-            coming.rows = self.collection.send(coming.asked[0])
-            sent.append((self.collection, coming.rows))
+            coming.rows = IdsAhead(self.collection, coming.asked[0])
         if self.bags is not None:
-            coming.bags = self.bags.send(self._mixed(self._on_bag_path(ids)))
-            sent.append((self.bags, coming.bags))
-        for module, (_, received) in sent:
+            coming.bags = IdsAhead(self.bags, self._mixed(self._on_bag_path(ids)))
+        if self.brings_ahead:
+            self._bring(coming, now)
+        self._coming.append(coming)
+        return coming
+
+    def send_prepared(self) -> None:
+        """Go on with what `prepare` has begun, as long as the device is busy. Collective."""
+        for coming in self._coming:
+            for _, sent in self._paths(coming):
+                sent.send()
+
+    def _bring(self, coming: _Coming, now: int) -> None:
+        if self._manager is None:
+            self._manager = HostManager(coming.ids.values().device, self._timeout_seconds)
+        for module, received in [(module, sent.send()) for module, sent in self._paths(coming)]:
             for kernel, features in module.received(received):
                 kernel.bring_ahead(features, now, self._manager)
-        self._coming.append(coming)
+
+    def _paths(self, coming: _Coming) -> list[tuple[nn.Module, IdsAhead]]:
+        paths = [(self.collection, coming.rows), (self.bags, coming.bags)]
+        return [(module, sent) for module, sent in paths if sent is not None]
 
     def _on_row_path(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        return ids.permute(self._row_fields) if self._bag_fields else ids
+        return _chosen(ids, self._rows_of_all) if self._bag_fields else ids
 
     def _on_bag_path(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        return ids.permute(self._bag_fields) if self._row_fields else ids
+        return _chosen(ids, self._bags_of_all) if self._row_fields else ids
 
     def _sums_of_rows(self, ids: KeyedJaggedTensor, coming: _Coming) -> Tensor:
         """[fields, B, width] of the fields whose tables answer with rows."""
         if not self._second:
             self._asked = coming.asked or self._distinct(ids)
         asked, index = self._asked
-        answered = _answer(self.collection, asked, coming.rows)
+        answered = self.collection(asked) if coming.rows is None else coming.rows.answer()
         rows = torch.cat([self._with_others(answered[self.tables[i].name].values(), i) for i in self._row_tables])
         return self._pool(rows, index, ids).view(len(self._row_fields), ids.stride(), rows.shape[1])
 
     def _sums_of_owners(self, ids: KeyedJaggedTensor, coming: _Coming) -> Tensor:
         """[fields, B, width] of the fields on the bag path."""
-        answered = _answer(self.bags, None if coming.bags else self._mixed(ids), coming.bags)
+        answered = self.bags(self._mixed(ids)) if coming.bags is None else coming.bags.answer()
         return torch.stack([self._with_others(answered[name], table) for name, table in self._bags_of])
 
     def _mixed(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
@@ -211,13 +227,6 @@ class DynamicTables(nn.Module):
             offsets=ids.offsets(),
             stride=ids.stride(),
         )
-
-    def _scale_to_mean(self, ids: KeyedJaggedTensor) -> Tensor:
-        """[fields, B, 1]: 1 / bag length for averaged features, 1 elsewhere."""
-        lengths_fb = ids.lengths().view(len(self._id_names), -1)
-        scale_fb = torch.ones_like(lengths_fb, dtype=torch.float32)
-        scale_fb[self._averaged] = 1.0 / lengths_fb[self._averaged].clamp_min(1)
-        return scale_fb.unsqueeze(2)
 
     def _with_others(self, answered: Tensor, table: int) -> Tensor:
         """[n, columns] as the owners answer -> [n, width], the table's learned row added where ids have none."""
@@ -352,7 +361,7 @@ class DynamicTables(nn.Module):
             values=mix64(torch.cat(distinct)),
             # Counts ride along as weights. float32 holds them exactly up to 2^24 of one id in one batch.
             weights=torch.cat(counts).float(),
-            lengths=torch.tensor(lengths, dtype=torch.int32, device=values.device),
+            lengths=torch.tensor(lengths, dtype=torch.int32).to(values.device, non_blocking=True),
             stride=1,
         )
         return asked, index

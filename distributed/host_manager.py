@@ -2,8 +2,9 @@
 
 The middle of three stages (ScaleFreeCTR, arXiv 2104.08542): the reader's threads decode batch t + 2, this one works on
 batch t + 1, the device trains batch t. It takes no part in collectives: ids travel on the main thread, so that all
-ranks issue collectives in one order. On a GPU its work is in a stream of its own, between two events: it begins after
-what the device was given before, and the step that needs the rows begins after it.
+ranks issue collectives in one order. On a GPU its work is in a stream of its own, between events: it begins after what
+the device was given before, ids ahead in one stream and steps in the default one, and the step that needs the rows
+begins after it.
 """
 
 from __future__ import annotations
@@ -37,17 +38,20 @@ class HostManager:
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Let the thread do `work` after what it has to do already."""
-        given = None if self._stream is None else torch.cuda.current_stream().record_event()
+        given = []
+        if self._stream is not None:
+            device = self._stream.device
+            given = [s.record_event() for s in (torch.cuda.current_stream(device), torch.cuda.default_stream(device))]
         return self._thread.submit(self._run, work, given)
 
-    def _run(self, work: Callable[[], T], given: torch.cuda.Event | None) -> tuple[T, torch.cuda.Event | None]:
+    def _run(self, work: Callable[[], T], given: list[torch.cuda.Event]) -> tuple[T, torch.cuda.Event | None]:
         began = time.perf_counter()
         ready = None
         with torch.no_grad(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            if given is not None:
-                given.wait()
+            for event in given:
+                event.wait()
             result = work()
-            if given is not None:
+            if self._stream is not None:
                 ready = torch.cuda.current_stream().record_event()
         self._busy_seconds += time.perf_counter() - began
         return result, ready

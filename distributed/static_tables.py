@@ -6,6 +6,7 @@ price. Output is the same for any number of ranks: initial rows depend on (seed,
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ShardingType
 
+from distributed.fields import OnDevice, scale_to_mean
+from distributed.ids_ahead import IdsAhead
 from distributed.plan import TableSize
 from embedding.config import RowOptimizer, TableConfig
 from embedding.errors import ConfigError
@@ -86,33 +89,43 @@ class StaticTables(nn.Module):
         )
         self._fields = len(id_names)
         self._dims = [tables[0].dim for tables in groups.values()]
-        self._averaged = [i for i, name in enumerate(id_names) if name in averaged]
+        self._averaged = OnDevice([name in averaged for name in id_names]) if averaged else None
+        self._coming: deque[tuple[KeyedJaggedTensor, IdsAhead]] = deque()
         self._groups = list(groups)
         self._output_keys = [_output_keys(tables, id_names, self.tables) for tables in groups.values()]
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """ids: raw int64 ids, stride B. Returns group -> [B, fields, dim] float32; an empty bag gives zeros."""
-        pooled = self.ebc(self._to_rows(ids))
+        if self._coming and self.training:
+            coming, sent = self._coming.popleft()
+            assert coming is ids, "another batch was prepared for this step"
+            pooled = sent.answer()
+        else:
+            pooled = self.ebc(self._to_rows(ids))
         outputs = KeyedTensor.regroup([pooled], self._output_keys)
         embeddings = {
             group: output.unflatten(1, (self._fields, -1))[..., :dim]
             for group, dim, output in zip(self._groups, self._dims, outputs, strict=True)
         }
-        if not self._averaged:
+        if self._averaged is None:
             return embeddings
-        scale_bf1 = self._scale_to_mean(ids).unsqueeze(2)
+        # Averaged here and not by torchrec: its row-wise mean divides the wrong outputs where a summed feature is
+        # looked up in several tables.
+        scale_bf1 = scale_to_mean(ids, self._averaged).t().unsqueeze(2)
         return {group: emb_bfd * scale_bf1 for group, emb_bfd in embeddings.items()}
 
-    def _scale_to_mean(self, ids: KeyedJaggedTensor) -> Tensor:
-        """[B, fields]: 1 / bag length for averaged features, 1 elsewhere.
+    @torch.no_grad()
+    def prepare(self, ids: KeyedJaggedTensor, now: int) -> Any:
+        """Begin to send the ids of a coming training batch to the owners of their rows. Collective; as that of
+        `DynamicTables`."""
+        assert self.training
+        self._coming.append((ids, IdsAhead(self.ebc, self._to_rows(ids))))
+        return self._coming[-1]
 
-        Averaged here and not by torchrec: its row-wise mean divides the wrong outputs where a summed feature is
-        looked up in several tables.
-        """
-        lengths_fb = ids.lengths().view(self._fields, -1)
-        scale_fb = torch.ones_like(lengths_fb, dtype=torch.float32)
-        scale_fb[self._averaged] = 1.0 / lengths_fb[self._averaged].clamp_min(1)
-        return scale_fb.t()
+    def send_prepared(self) -> None:
+        """Go on with what `prepare` has begun, as long as the device is busy. Collective."""
+        for _, sent in self._coming:
+            sent.send()
 
     def _to_rows(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return KeyedJaggedTensor(

@@ -83,7 +83,8 @@ class Distillation:
         """
         assert self.logits is not None, "the teacher has not scored the rows of this period"
         assert batch.number is not None, "the reader does not number rows"
-        teacher = self.logits[batch.number].to(logits.device)  # padding takes any: its weight is 0
+        # Padding takes any: its weight is 0.
+        teacher = self.logits[batch.number].to(logits.device, non_blocking=True)
         config, known = self.config, ~teacher.isnan()
         soft = torch.sigmoid(torch.where(known, teacher, 0.0) / config.temperature)
         entropy = F.binary_cross_entropy_with_logits(

@@ -17,6 +17,7 @@ from ctr.data.batch import Batch
 from ctr.data.reader import ParquetReader
 from ctr.data.schema import Schema
 from ctr.metrics.streaming import StreamingMetrics
+from ctr.train.look_ahead import to_device
 from ctr.train.slice_columns import SliceColumn
 from distributed.new_ids import rows_with_new_ids
 from distributed.process import Process
@@ -96,7 +97,7 @@ def evaluate(
     writer = _PredictionWriter(predictions, split, process.rank, columns) if predictions else None
     for number, batch in enumerate(reader.epoch(0)):
         process.stage = f"evaluation of {split}, batch {number}"
-        batch = batch.to(process.device)
+        batch = to_device(batch, process.device)
         logits, _ = model(batch)
         metrics.update(logits, batch.labels[:, 0], batch.weight)
         if writer:

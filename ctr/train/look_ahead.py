@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from ctr.data.batch import Batch
 
@@ -31,12 +34,22 @@ class LookAhead:
 class ReadyBatch:
     """A batch on its device, and what all ranks know of its step.
 
-    batch: as it was read; weight: summed over the global batch; now: its time in seconds; stop: whether to leave after
-    its step.
+    batch: as it was read; sent: what of it is on its way to other ranks, if anything; weight: summed over the global
+    batch; now: its time in seconds; stop: whether to leave after its step.
     """
 
     batch: Batch
     on_device: Batch
+    sent: Any
     weight: float
     now: int
     stop: bool
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device. The host does not wait for what a GPU has to do before the copy, and keeps what it
+    would have to ask the GPU for later."""
+    if device.type != "cuda":
+        return batch.to(device)
+    batch.ids.offset_per_key()  # kept by the batch, and taken over by its copies
+    return batch.pin_memory().to(device, non_blocking=True)

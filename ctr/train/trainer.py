@@ -23,7 +23,7 @@ from ctr.train.checkpoints import Checkpoints
 from ctr.train.distil import Distillation
 from ctr.train.evaluate import evaluate, read_split
 from ctr.train.guard import check_gradients, check_loss, watch_gradients
-from ctr.train.look_ahead import LookAhead, ReadyBatch
+from ctr.train.look_ahead import LookAhead, ReadyBatch, to_device
 from ctr.train.optimizers import Optimizers
 from ctr.train.run_log import RunLog
 from ctr.train.saved_model import load_model, save_model
@@ -32,6 +32,7 @@ from ctr.train.warm_start import warm_start
 from distributed.checkpoint import Saved
 from distributed.process import Process
 from distributed.sharding import shard
+from distributed.side_stream import SideStream
 from distributed.table_files import ColumnSource
 from embedding.errors import ConfigError
 
@@ -64,6 +65,8 @@ class Trainer:
         self.evaluated_step = -1
         self.batches: LookAhead | None = None
         self.ready: ReadyBatch | None = None  # the next step's batch, if this step has begun with it
+        self.overlaps = process.device.type == "cuda" or self.tables.brings_ahead
+        self.ahead = SideStream(process.device)
         self.stopping = False  # a rank was asked to stop; all ranks learn it in the same step
         self.checkpoints = Checkpoints(self)
         self.begin()
@@ -126,11 +129,13 @@ class Trainer:
         self.process.stage = f"step {self.step}: forward"
         ready = self.get_ready(batch) if self.ready is None else self.ready
         assert ready.batch is batch
+        self.ahead.begin_step(ready)
         batch, self.now, self.stopping = ready.on_device, ready.now, ready.stop
         learn_steps = self.steps_every is not None and self.step % self.steps_every == 0
         self.tables.begin_step(self.now, learn_steps)
         self.ready = self.get_next_ready()
         logits, embeddings = self.model(batch)
+        self.send_next()
         loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
         teacher_loss = self.distil.loss(logits, batch) if self.distil else 0.0
         check_loss(loss_sum + teacher_loss, network, batch, embeddings, self.step)
@@ -163,21 +168,27 @@ class Trainer:
             torch.autograd.backward(rows, torch.autograd.grad((loss_sum + self.l2(embeddings)) * scale, rows))
 
     def get_ready(self, batch: Batch) -> ReadyBatch:
-        """Agree on a batch, bring it to the device and, where tables have a cache, begin to bring its rows."""
+        """Agree on a batch, bring it to the device and, where steps overlap, begin to send its ids to their owners."""
         weight, now, stop = self.agree(batch)  # before it goes to the device: these are numbers for the host
-        on_device = batch.to(self.process.device)
-        if self.tables.brings_ahead:
-            self.tables.prepare(on_device.ids, now)
-        return ReadyBatch(batch, on_device, weight, now, stop)
+        with self.ahead.queued():
+            on_device = to_device(batch, self.process.device)
+            sent = self.tables.prepare(on_device.ids, now) if self.overlaps else None
+        return ReadyBatch(batch, on_device, sent, weight, now, stop)
 
     def get_next_ready(self) -> ReadyBatch | None:
-        """Begin with the next step's batch while this step is trained, where tables have a cache; unless something
-        looks at the tables between the two steps, which must not see what the next one changes."""
-        if not self.tables.brings_ahead or self.batches is None or self.pauses_after(self.step + 1):
+        """Begin with the next step's batch while this step is trained, on a GPU or where tables have a cache; unless
+        something looks at the tables or the reader between the two steps, which must not see what is ahead."""
+        if not self.overlaps or self.batches is None or self.pauses_after(self.step + 1):
             return None
         coming = self.batches.peek()
         self.process.stage = f"step {self.step}: forward"
         return None if coming is None else self.get_ready(coming)
+
+    def send_next(self) -> None:
+        """Send the ids of the next step's batch, of which their owners know the number now. The device is busy with
+        the forward pass of this step."""
+        with self.ahead.queued():
+            self.tables.send_prepared()
 
     def pauses_after(self, step: int) -> bool:
         """Whether there is a log line (and expiry), an evaluation, a saved state or the end between a step and the

@@ -1,4 +1,4 @@
-"""Sharded tables on the host with a cache against the same without: the same bits, with the next batch on its way."""
+"""Sharded tables against the same on the host with a cache, and with the next batch on its way: the same bits."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def train(process, cache_rows, ahead, **case):
     sharded, _ = shard(model, model.tables, process, BATCH)
     tables, found = model.tables, []
     batches = [batch_of(process, step, model.weighted) for step in range(STEPS)]
-    prepared, ahead = -1, ahead and tables.brings_ahead
+    prepared = -1
     for step, ids in enumerate(batches):
         if ahead and prepared < step:
             tables.prepare(ids, 100 + step)
@@ -115,6 +115,7 @@ def train(process, cache_rows, ahead, **case):
             prepared = step + 1
             tables.prepare(batches[prepared], 100 + prepared)
         out = sharded(ids)
+        tables.send_prepared()
         out.sum().backward()
         found.append(out.detach())
         if tables.learns_steps:
@@ -138,11 +139,11 @@ def same_with_and_without(process):
         cache_rows = options["rows"] if process.world_size == 1 else options["rows"] // process.world_size + 12
         plain, none = train(process, None, ahead=False, **case)
         assert none is None
-        for ahead in (False, True):
-            found, stats = train(process, cache_rows, ahead, **case)
+        for rows, ahead in ((None, True), (cache_rows, False), (cache_rows, True)):
+            found, stats = train(process, rows, ahead, **case)
             assert len(found) == len(plain), name
             for one, other in zip(found, plain, strict=True):
-                assert one.dtype == other.dtype and torch.equal(one, other), (name, ahead)
+                assert one.dtype == other.dtype and torch.equal(one, other), (name, rows, ahead)
         results[name] = [sum(one[key] for one in stats.by_table.values()) for key in ("hits", "misses", "written_back")]
     return results
 

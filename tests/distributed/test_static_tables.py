@@ -50,23 +50,37 @@ def draw_bags(step: int) -> list[list[list[int]]]:
     return [[bag() for _ in range(BATCH)] for _ in IDS]
 
 
-def train(process, steps: int):
+def train(process, steps: int, ahead: bool = False):
+    """ahead: ids of the next batch are sent while a step is trained, and another batch is evaluated between steps."""
     model = Model()
     sharded, plan = shard(model, model.tables, process, BATCH // process.world_size)
-    outputs = []
-    for step in range(steps):
-        share = BATCH // process.world_size
-        mine = [bags[process.rank * share : (process.rank + 1) * share] for bags in draw_bags(step)]
-        flat = [bag for bags in mine for bag in bags]
-        ids = KeyedJaggedTensor(
-            keys=IDS,
-            values=torch.tensor([i for bag in flat for i in bag], dtype=torch.int64),
-            lengths=torch.tensor([len(bag) for bag in flat], dtype=torch.int32),
-        )
+    outputs, batches = [], [batch_of(process, step) for step in range(steps)]
+    for step, ids in enumerate(batches):
+        if ahead and not step:
+            model.tables.prepare(ids, 0)
+        if ahead and step:
+            sharded.eval()
+            sharded(batches[0])
+            sharded.train()
+        if ahead and step + 1 < steps:
+            model.tables.prepare(batches[step + 1], 0)
         out = sharded(ids)
+        model.tables.send_prepared()
         (out.sum() * process.world_size / BATCH).backward()
         outputs.append(out.detach().tolist())
     return outputs, plan
+
+
+def batch_of(process, step: int) -> KeyedJaggedTensor:
+    """This rank's part."""
+    share = BATCH // process.world_size
+    mine = [bags[process.rank * share : (process.rank + 1) * share] for bags in draw_bags(step)]
+    flat = [bag for bags in mine for bag in bags]
+    return KeyedJaggedTensor(
+        keys=IDS,
+        values=torch.tensor([i for bag in flat for i in bag], dtype=torch.int64),
+        lengths=torch.tensor([len(bag) for bag in flat], dtype=torch.int32),
+    )
 
 
 def reference(steps: int) -> list[list[float]]:
@@ -107,6 +121,7 @@ def test_training_equals_plain_tensors(world):
     for step in range(4):
         got = [value for outputs, _ in results for value in outputs[step]]
         assert got == pytest.approx(expected[step], rel=2e-5, abs=1e-6)
+    assert on_ranks(world, train, 4, True) == results
 
 
 def test_the_plan_names_every_table_and_its_bytes():

@@ -57,12 +57,13 @@ def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "data", ROWS)
 
 
-def trained(ranks: WarmRanks, world: int, data: Path, run_dir: Path, *more: str, status: int = 0, end=None) -> str:
+def trained(
+    ranks: WarmRanks, world: int, data: Path, run_dir: Path, *more: str, status: int = 0, end=None, overlap=False
+) -> str:
     common = [f"trainer.batch_size={BATCH}", "trainer.checkpoint.every=5", "trainer.checkpoint.keep=9"]
     output = run_dir.with_suffix(".output")
-    assert ranks.run(world, arguments(data, run_dir, *common, *more), output, end=end) == [status] * world, (
-        output.read_text()
-    )
+    statuses = ranks.run(world, arguments(data, run_dir, *common, *more), output, end=end, overlap=overlap)
+    assert statuses == [status] * world, output.read_text()
     return output.read_text()
 
 

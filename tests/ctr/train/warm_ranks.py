@@ -28,16 +28,22 @@ class WarmRanks:
         )
 
     def start(
-        self, world: int, arguments: list[str], output: Path, end: tuple | None = None, **constants: float
+        self,
+        world: int,
+        arguments: list[str],
+        output: Path,
+        end: tuple | None = None,
+        overlap: bool = False,
+        **constants: float,
     ) -> list[int]:
         """Fork the ranks of the script. Returns their pids.
 
-        end: (step, signal, ranks): these ranks send themselves the signal behind the step. constants: of
-        distributed/process.py.
+        end: (step, signal, ranks): these ranks send themselves the signal behind the step. overlap: begin with the
+        next batch while a step is trained, as on a GPU. constants: of distributed/process.py.
         """
         port = _free_port()
         command = {"script": self._script, "world": world, "arguments": arguments, "output": str(output), "port": port}
-        return self._ask(**command, end=end, constants=constants)
+        return self._ask(**command, end=end, overlap=overlap, constants=constants)
 
     def wait(self, seconds: float = 120.0) -> list[int | None]:
         """Exit statuses of the ranks started last, -9 for one that was killed; None for one that still runs."""
@@ -78,6 +84,8 @@ def _fork_rank(rank: int, command: dict) -> int:
         setattr(process, name, value)
     if command["end"]:
         _end_behind(*command["end"], rank)
+    if command["overlap"]:
+        _overlap()
     status = 1
     try:
         status = process.run(script.load, script.train)
@@ -98,6 +106,18 @@ def _end_behind(step: int, number: int, ranks: list[int], rank: int) -> None:
         return result
 
     Trainer.train_step = step_then_end
+
+
+def _overlap() -> None:
+    from ctr.train.trainer import Trainer
+
+    begin = Trainer.begin
+
+    def begin_with_overlap(trainer):
+        trainer.overlaps = True
+        begin(trainer)
+
+    Trainer.begin = begin_with_overlap
 
 
 def _wait(pids: list[int], seconds: float) -> list[int | None]:

@@ -1,0 +1,34 @@
+"""What is known of a model's id features before any batch, on the device where batches are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchrec import KeyedJaggedTensor
+
+
+class OnDevice:
+    """A small constant. It is sent to a device once, not in every step: the host would wait for a GPU each time."""
+
+    def __init__(self, values: Sequence[int] | Sequence[bool]) -> None:
+        self.values = list(values)
+        are_bool = all(isinstance(value, bool) for value in self.values)
+        self._tensor = torch.tensor(self.values, dtype=torch.bool if are_bool else torch.int32)
+
+    def on(self, device: torch.device) -> Tensor:
+        """[n] bool or, as torchrec wants places of keys, int32."""
+        if self._tensor.device != device:
+            self._tensor = self._tensor.to(device)
+        return self._tensor
+
+
+def scale_to_mean(ids: KeyedJaggedTensor, averaged: OnDevice) -> Tensor:
+    """float32 [fields, B]: 1 / bag length for averaged fields, 1 elsewhere; an empty bag counts as one of length 1.
+
+    averaged: of each key of `ids`, in order, whether its bags are averaged.
+    """
+    lengths_fb = ids.lengths().view(len(averaged.values), -1)
+    averaged_f1 = averaged.on(lengths_fb.device).unsqueeze(1)
+    return torch.where(averaged_f1, 1.0 / lengths_fb.clamp_min(1), 1.0)

@@ -1,0 +1,34 @@
+"""The first part of a sharded collection's forward pass, apart: the ids of a batch go to their owners."""
+
+from __future__ import annotations
+
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
+from torchrec.distributed.types import Awaitable, LazyAwaitable
+
+
+class IdsAhead:
+    """A batch on its way. It is begun, sent on and answered by all ranks in the same places, as each is collective.
+
+    How many ids go where is exchanged first, and only when the host knows that can ids be sent. So a caller has
+    something else queued on the device between the two, as torchrec's TrainPipelineSparseDist has.
+
+    Args:
+        module: a sharded EmbeddingCollection or EmbeddingBagCollection.
+    """
+
+    def __init__(self, module: ShardedEmbeddingModule, features: KeyedJaggedTensor) -> None:
+        self._module, self._context = module, module.create_context()
+        self._numbers: Awaitable[Awaitable[KJTList]] = module.input_dist(self._context, features)
+        self._ids: KJTList | None = None
+
+    def send(self) -> KJTList:
+        """Send the ids, if that is not done. Returns those that this rank received. On a GPU the current stream waits
+        for them, the host for their numbers alone."""
+        if self._ids is None:
+            self._ids = self._numbers.wait().wait()
+        return self._ids
+
+    def answer(self) -> LazyAwaitable:
+        """What the module's forward pass returns."""
+        return self._module.compute_and_output_dist(self._context, self.send())

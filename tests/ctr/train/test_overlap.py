@@ -1,0 +1,73 @@
+"""Beginning with the next batch while a step is trained, as on a GPU: the run and its states are those without it."""
+
+from __future__ import annotations
+
+import functools
+import signal
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from ctr.config import load_config
+from ctr.train.trainer import Trainer
+from tests.ctr.train.states import arguments, metrics_of, newest, tensors_of_state, write_data
+from tests.ctr.train.test_cache import BATCH, ROWS, assert_same_states, trained
+from tests.ctr.train.warm_ranks import WarmRanks
+from tests.distributed.saved_tables import alone
+
+STATIC = ["embedding=static", "embedding.rows=400", "optimizer.sparse.name=rowwise_adagrad"]
+#: The last step of the epoch has other sizes on the two ranks.
+SETTINGS = {
+    "dynamic": ["embedding.ttl_days=2", "embedding.others=learned", "embedding.first_values=others"],
+    "static": STATIC,
+    "bags and step sizes": ["embedding.format=int8", "embedding.alpt.every=2", "embedding.bag_path=always"],
+}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    server = WarmRanks()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "data", ROWS + 33)
+
+
+@pytest.mark.parametrize("setting", ["dynamic", "static", pytest.param("bags and step sizes", marks=pytest.mark.slow)])
+def test_an_overlapped_run_is_the_run_without(ranks, data, tmp_path, setting):
+    """Saved states too, the reader's position in them, and the run that goes on from one that was asked to stop."""
+    plain, overlapped, stopped = (tmp_path / name for name in ("plain", "overlapped", "stopped"))
+    more = [*SETTINGS[setting], "trainer.eval_every=7"]
+    trained(ranks, 2, data, plain, *more)
+    trained(ranks, 2, data, overlapped, *more, overlap=True)
+    assert metrics_of(overlapped) == metrics_of(plain)
+    assert_same_states(overlapped / "checkpoints", plain / "checkpoints")
+    assert tensors_of_state(overlapped / "best") == tensors_of_state(plain / "best")
+    resume = "trainer.resume=auto"
+    end = (7, signal.SIGTERM, [1])
+    trained(ranks, 2, data, stopped, *more, resume, overlap=True, status=75, end=end)
+    assert newest(stopped).name not in ("step-000000000005", "step-000000000010")
+    trained(ranks, 2, data, stopped, *more, resume, overlap=True)
+    assert metrics_of(stopped) == metrics_of(plain)
+    assert tensors_of_state(newest(stopped)) == tensors_of_state(newest(plain))
+
+
+def test_what_is_ahead_when(data, tmp_path):
+    """The next batch is begun before a step's forward pass and sent behind it, unless something looks in between."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    when = ["trainer.checkpoint.every=5", "trainer.max_steps=8", f"trainer.batch_size={BATCH}"]
+    trainer = Trainer(load_config(arguments(data, tmp_path / "run", *when), ""), alone())
+    assert not trainer.overlaps
+    trainer.overlaps, happened = True, []
+    for name in ("prepare", "begin_step", "send_prepared"):
+        noted = functools.partial(lambda name, call, *a: (happened.append((trainer.step, name)), call(*a))[1], name)
+        setattr(trainer.tables, name, functools.partial(noted, getattr(trainer.tables, name)))
+    trainer.fit()
+    dist.destroy_process_group()
+    begun_in = [step for step, name in happened if name == "prepare"]
+    assert begun_in == [0, 0, 1, 3, 3, 5, 6, 6]  # log lines behind 3 and 6 steps, a state behind 5
+    assert [name for step, name in happened if step == 1] == ["begin_step", "prepare", "send_prepared"]
