@@ -171,6 +171,7 @@ class TrainerConfig:
     threads: int | None = None
     amp: bool = False
     compile: bool = False
+    cuda_graphs: bool = False
     log_every: int = MISSING
     eval_every: int | None = None
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
@@ -341,6 +342,8 @@ def _check(config: Config) -> None:
             "embedding.ttl_days is set, but data.schema.time names no column and embedding.clock is event; "
             "name the column of event times, or set embedding.clock=wall"
         )
+    if trainer.cuda_graphs and not trainer.compile:
+        raise ConfigError("trainer.cuda_graphs is true; expected trainer.compile true, as the compiler records them")
     if trainer.resume is not None and trainer.run_dir is None:
         raise ConfigError("trainer.resume is set but trainer.run_dir is null; name the folder of the run to go on with")
     check_daily(config.daily)

@@ -49,6 +49,7 @@ class Trainer:
     def __init__(self, config: Config, process: Process) -> None:
         self.config, self.process = config, process
         set_threads(config)
+        check_device(config, process)
         torch.manual_seed(config.trainer.seed)
         self.schema = Schema(config.data.schema)
         self.readers = self.open_readers()
@@ -287,9 +288,23 @@ def build_model(config: Config, schema: Schema, process: Process) -> tuple[Distr
     """The sharded model, with the same initial values on any number of ranks, and its plan as text."""
     tower = build_tower(config, schema)
     if config.trainer.compile:
-        tower.compile()
+        tower.compile(mode=compiler_mode(config, process.device))
     network = Network(build_tables(config, schema, tower), tower, schema.id_names, config.trainer.amp)
     return shard(network, network.tables, process, -(-config.trainer.batch_size // process.world_size))
+
+
+def compiler_mode(config: Config, device: torch.device) -> str | None:
+    """torch.compile's. Its CUDA graphs are recorded for each size of batch, the short last ones of an epoch too."""
+    return "reduce-overhead" if config.trainer.cuda_graphs and device.type == "cuda" else None
+
+
+def check_device(config: Config, process: Process) -> None:
+    """Raise ConfigError for what this run's device cannot do."""
+    if config.trainer.cuda_graphs and process.device.type != "cuda":
+        raise ConfigError(
+            "trainer.cuda_graphs is true and the run is on the CPU, which has none; "
+            "set trainer.device=cuda or trainer.cuda_graphs=false"
+        )
 
 
 def set_threads(config: Config) -> None:
