@@ -13,20 +13,12 @@ from embedding.errors import ConfigError
 
 SCHEMA = "data.schema.features=[{name: x, kind: numeric}, {name: a}, {name: b}, {name: c}]"
 SMALL = {"fgcnn": ["model.kernel=3", "model.channels=[2]", "model.classifier.hidden=[8]"]}
-
-
 MODELS = ["deepfm", "ipnn", "autoint_plus", "pin", "fgcnn", "xdeepfm"]
 
 
 # Each takes half a minute to compile; the others share these layers.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "mode"),
-    [
-        ("deepfm", "reduce-overhead"),
-        *((m, None) for m in ("deepfm", "ipnn", "autoint_plus", "pin", "fgcnn", "xdeepfm")),
-    ],
-)
+@pytest.mark.parametrize(("model", "mode"), [("deepfm", "reduce-overhead"), *((model, None) for model in MODELS)])
 def test_compiled_equals_eager(model, mode):
     """On the CPU the mode of CUDA graphs compiles the same and records none."""
     config = load_config(
