@@ -17,7 +17,7 @@ from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_sharding import BaseEmbeddingDist, EmbeddingShardingContext
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardingType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
-from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding, RwSparseFeaturesDist
+from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.types import (
     Awaitable,
     CommOp,
@@ -26,7 +26,7 @@ from torchrec.distributed.types import (
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from distributed.dynamic_sharding import DYNAMIC, HasKernels, RowWiseDynamic, raw_ids_dist
+from distributed.dynamic_sharding import DYNAMIC, HasKernels, RawIdsDist, RowWiseDynamic, raw_ids_dist
 from distributed.table_kernel import DynamicTableKernel, Request
 from kernels.unique import unique_inverse
 
@@ -114,7 +114,7 @@ class _SumOfOwners(torch.autograd.Function):
 
 
 class DynamicBagSharding(RwPooledEmbeddingSharding):
-    def create_input_dist(self, device: torch.device | None = None) -> RwSparseFeaturesDist:
+    def create_input_dist(self, device: torch.device | None = None) -> RawIdsDist:
         return raw_ids_dist(self, is_sequence=False, device=device)
 
     def create_lookup(self, device=None, fused_params=None, feature_processor=None) -> DynamicBagLookup:

@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, KJTList
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import BaseRwEmbeddingSharding, RwSparseFeaturesDist
-from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
+from torchrec.distributed.types import Awaitable, ParameterSharding, ShardingEnv, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from distributed.ownership import owner_of
 from distributed.table_kernel import DynamicTableKernel
 
 DYNAMIC = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
@@ -30,12 +31,47 @@ class DynamicLookup(GroupedEmbeddingsLookup):
         return DynamicTableKernel(config, pg, device)
 
 
-def raw_ids_dist(
-    sharding: BaseRwEmbeddingSharding, is_sequence: bool, device: torch.device | None
-) -> RwSparseFeaturesDist:
-    """The input dist that sends each value, unchanged, to the rank that is the value modulo the ranks."""
+class RawIdsDist(RwSparseFeaturesDist):
+    """Sends each value, unchanged, to the rank that is the value modulo the ranks."""
+
+    def forward(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
+        if sparse_features.values().device.type == "cpu":
+            return super().forward(sparse_features)
+        return self.by_sort(sparse_features)
+
+    def by_sort(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
+        """The same by a stable sort. On a GPU fbgemm groups the values of a sequence by rank with one thread per bag,
+        and all distinct ids of a table are one bag here; and it leaves the order in bags that are summed to a race."""
+        grouped, places = by_owner(sparse_features, self._world_size)
+        self.unbucketize_permute_tensor = places if self._is_sequence else None
+        return self._dist(grouped)
+
+
+def by_owner(features: KeyedJaggedTensor, ranks: int) -> tuple[KeyedJaggedTensor, Tensor]:
+    """Features for each rank, one rank's after the other's, with the values that it owns in the order that they had;
+    and the place that each value has taken, int64 [n]. As fbgemm's `block_bucketize_sparse_features`."""
+    values, lengths, weights = features.values(), features.lengths(), features.weights_or_none()
+    owner, bags = owner_of(values, ranks), lengths.numel()
+    bag = torch.repeat_interleave(lengths, output_size=values.numel())
+    counts = torch.zeros(ranks * bags, dtype=lengths.dtype, device=lengths.device)
+    counts.index_add_(0, owner * bags + bag, torch.ones_like(bag, dtype=lengths.dtype))
+    order = owner.argsort(stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(order.numel(), device=order.device)
+    grouped = KeyedJaggedTensor(
+        keys=features.keys() * ranks,
+        values=values[order],
+        weights=None if weights is None else weights[order],
+        lengths=counts,
+        stride=features.stride(),
+    )
+    return grouped, places
+
+
+def raw_ids_dist(sharding: BaseRwEmbeddingSharding, is_sequence: bool, device: torch.device | None) -> RawIdsDist:
+    """The input dist of dynamic tables."""
     features = sharding._get_num_features()
-    return RwSparseFeaturesDist(
+    return RawIdsDist(
         pg=sharding._pg,
         num_features=features,
         feature_hash_sizes=[sharding._pg.size()] * features,
@@ -60,7 +96,7 @@ class HasKernels:
 
 
 class DynamicSharding(RwSequenceEmbeddingSharding):
-    def create_input_dist(self, device: torch.device | None = None) -> RwSparseFeaturesDist:
+    def create_input_dist(self, device: torch.device | None = None) -> RawIdsDist:
         return raw_ids_dist(self, is_sequence=True, device=device)
 
     def create_lookup(self, device=None, fused_params=None, feature_processor=None) -> DynamicLookup:

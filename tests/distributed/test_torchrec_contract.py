@@ -4,11 +4,15 @@ import inspect
 from importlib import metadata
 
 import pytest
+import torch
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed import comm_ops, embedding, embedding_lookup, embedding_sharding, embeddingbag, types
 from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding, RwSparseFeaturesDist
+
+from distributed.dynamic_sharding import by_owner
 
 
 def test_the_pinned_release():
@@ -52,6 +56,30 @@ def test_signatures(function, parameters):
 def test_the_input_dist_takes_what_moves_raw_ids():
     needed = {"pg", "num_features", "feature_hash_sizes", "is_sequence", "need_pos", "keep_original_indices"}
     assert needed <= set(inspect.signature(RwSparseFeaturesDist.__init__).parameters)
+    source = inspect.getsource(RwSparseFeaturesDist)
+    for name in ("self._world_size", "self._is_sequence", "self.unbucketize_permute_tensor", "self._dist("):
+        assert name in source
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("stride", [1, 5])
+def test_grouping_by_owner_is_fbgemms(ranks, stride):
+    """What groups ids on a GPU, on the CPU beside what groups them there."""
+    generator = torch.Generator().manual_seed(ranks)
+    for longest in (0, 1, 40):
+        lengths = torch.randint(0, longest + 1, (3 * stride,), generator=generator, dtype=torch.int32)
+        ids = torch.randint(-(2**63), 2**63 - 1, (int(lengths.sum()),), generator=generator)
+        ids[: len(ids) // 4] %= 2 * ranks
+        for weights in (None, torch.rand(len(ids), generator=generator)):
+            features = KeyedJaggedTensor(["a", "b", "c"], ids, weights, lengths=lengths, stride=stride)
+            expected, places = embedding_sharding.bucketize_kjt_before_all2all(
+                features, ranks, torch.ones(3, dtype=torch.int64), output_permute=True, keep_original_indices=True
+            )
+            grouped, found_places = by_owner(features, ranks)
+            assert grouped.keys() == expected.keys() and grouped.stride() == expected.stride()
+            assert grouped.values().equal(expected.values()) and grouped.lengths().equal(expected.lengths())
+            assert found_places.equal(places)
+            assert weights is None or grouped.weights().equal(expected.weights())
 
 
 def test_attributes_that_subclasses_read():
