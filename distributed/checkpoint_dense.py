@@ -5,6 +5,7 @@ Names that only one rank has ("rank/1/rng") are saved too; each rank may read al
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import warnings
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystemBase
@@ -109,7 +111,16 @@ def copy_of(tensor: Tensor | ShardedTensor) -> Tensor | ShardedTensor:
     """The same values in host memory that training does not touch."""
     if not isinstance(tensor, ShardedTensor):
         return tensor.detach().to("cpu", copy=True)
-    shards = [Shard(shard.tensor.detach().clone(), shard.metadata) for shard in tensor.local_shards()]
+    shards = [
+        Shard(shard.tensor.detach().to("cpu", copy=True), _on_host(shard.metadata)) for shard in tensor.local_shards()
+    ]
+    metadata = copy.deepcopy(tensor.metadata())
+    metadata.shards_metadata = [_on_host(shard) for shard in metadata.shards_metadata]
     return ShardedTensor._init_from_local_shards_and_global_metadata(
-        shards, tensor.metadata(), process_group=tensor._process_group
+        shards, metadata, process_group=tensor._process_group
     )
+
+
+def _on_host(shard: ShardMetadata) -> ShardMetadata:
+    assert shard.placement is not None
+    return ShardMetadata(shard.shard_offsets, shard.shard_sizes, f"rank:{shard.placement.rank()}/cpu")
