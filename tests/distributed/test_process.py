@@ -4,7 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from distributed import process as process_module
+from embedding.errors import ConfigError
 from tests.ranks import ROOT, torchrun
 
 JOB = "tests/distributed/failing_job.py"
@@ -49,3 +53,24 @@ def test_without_torchrun_a_mistake_is_one_line_and_status_2():
     done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == "error: key x is 7; expected 1\n"
+
+
+def test_a_rank_without_a_gpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert process_module._choose_device("auto", 1) == torch.device("cuda", 1)
+    assert process_module._choose_device("cpu", 2) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="local rank 2 has no GPU: torch finds 2 here"):
+        process_module._choose_device("auto", 2)
+
+
+def test_what_a_gpu_asserted_is_one_line():
+    """The first call after it fails, whatever that is."""
+    error = RuntimeError(
+        "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"
+    )
+    process = process_module.Process(1, 1, 2, torch.device("cuda", 1), dist.HashStore(), stage="step 7: forward")
+    status, line = process_module._explain(error, process)
+    assert status == 1 and "\n" not in line
+    assert line.startswith("error: rank 1, step 7: forward: the GPU stopped at a failed assertion")
