@@ -1,0 +1,106 @@
+"""What the training step does with tensors on a GPU, on a pretended one: nothing meets a tensor of the CPU, and the
+host waits only where docs/gpu.md says so."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torchrec import KeyedJaggedTensor
+
+from ctr.data.batch import Batch
+from ctr.metrics.streaming import StreamingMetrics
+from ctr.train.distil import DistilConfig, Distillation
+from ctr.train.look_ahead import to_device
+from distributed.dynamic_sharding import by_owner
+from distributed.dynamic_tables import DynamicTables
+from distributed.fields import OnDevice, scale_to_mean
+from embedding.config import DynamicTableConfig, Group, RowOptimizer
+from kernels import backend
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if torch.cuda.is_available() or "triton" not in backend.available_backends():
+    pytest.skip("needs Triton's interpreter, and no GPU", allow_module_level=True)
+
+from tests.kernels.pretended_gpu import GPU, PretendedGpu
+
+FIELDS, ROWS = ["a", "b", "c"], 6
+
+
+def batch_of(weighted: bool = False) -> Batch:
+    lengths = torch.tensor([1, 0, 2, 1, 1, 1] * len(FIELDS), dtype=torch.int32)
+    ids = torch.arange(int(lengths.sum())) // 2 - 5
+    weights = torch.rand(len(ids)) if weighted else None
+    keyed = KeyedJaggedTensor(FIELDS, ids, weights, lengths=lengths, stride=ROWS)
+    labels = torch.tensor([[0.0], [1.0]] * (ROWS // 2))
+    return Batch(torch.rand(ROWS, 2), keyed, labels, torch.ones(ROWS), None, None, ROWS, number=torch.arange(ROWS))
+
+
+@contextlib.contextmanager
+def on_gpu(monkeypatch, batch: Batch):
+    """The pretended GPU and the batch on it, when nothing has waited yet."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    with PretendedGpu() as pretended:
+        there = to_device(batch, GPU)
+        assert there.ids.values().device == there.labels.device == GPU and there.number.device.type == "cpu"
+        pretended.waits = 0
+        yield there, pretended
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ids_are_grouped_without_waiting(monkeypatch, weighted):
+    batch = batch_of(weighted)
+    with on_gpu(monkeypatch, batch) as (there, pretended):
+        grouped, places = by_owner(there.ids, 3)
+        assert pretended.waits == 0
+        found = [grouped.values().cpu(), grouped.lengths().cpu(), places.cpu()]
+    expected, expected_places = by_owner(batch.ids, 3)
+    assert all(map(torch.equal, found, (expected.values(), expected.lengths(), expected_places)))
+
+
+def test_ids_are_merged_with_one_wait_for_each_table(monkeypatch):
+    groups = (Group("v", 4, 0.5), Group("w", 1, 0.5))
+    configs = [
+        DynamicTableConfig(name, features, groups, RowOptimizer("sgd"))
+        for name, features in (("a", ("a",)), ("bc", ("b", "c")))
+    ]
+    tables, batch = DynamicTables(configs, FIELDS, 100, ["b"]), batch_of()
+    with on_gpu(monkeypatch, batch) as (there, pretended):
+        asked, index = tables._distinct(there.ids)
+        assert pretended.waits == len(configs)
+        rows = torch.rand(asked.values().numel(), 5, device=GPU)
+        sums = tables._pool(rows, index, there.ids).view(len(FIELDS), ROWS, 5)  # here the interpreter looks for faults
+        pretended.waits = 0
+        scaled = sums * scale_to_mean(there.ids, tables._averaged).unsqueeze(2)
+        assert pretended.waits == 0
+        found = [asked.values().cpu(), asked.lengths().cpu(), index.cpu(), scaled.cpu()]
+        rows = rows.cpu()
+    asked, index = tables._distinct(batch.ids)
+    sums = tables._pool(rows, index, batch.ids).view(len(FIELDS), ROWS, 5)
+    scale = scale_to_mean(batch.ids, OnDevice([False, True, False])).unsqueeze(2)
+    assert all(map(torch.equal, found[:3], (asked.values(), asked.lengths(), index)))
+    torch.testing.assert_close(found[3], sums * scale)
+
+
+def test_metrics_and_the_teachers_loss_do_not_wait(monkeypatch):
+    batch, logits = batch_of(), torch.linspace(-2, 2, ROWS)
+    results = []
+    for device in (None, GPU):
+        distil = Distillation(DistilConfig(kind="self"), "cpu")
+        distil.begin_period(torch.tensor([0.5, float("nan"), -1.0, 0.0, 2.0, -2.0]))
+        metrics = StreamingMetrics(bins=8)
+        if device is None:
+            loss = distil.loss(logits, batch)
+            metrics.update(logits, batch.labels[:, 0], batch.weight)
+        else:
+            with on_gpu(monkeypatch, batch) as (there, pretended):
+                metrics.to(GPU)
+                distil.sums = distil.sums.to(GPU)
+                loss = distil.loss(logits.to(GPU), there)
+                metrics.update(logits.to(GPU), there.labels[:, 0], there.weight)
+                assert pretended.waits == 0
+                loss = loss.cpu()
+                metrics.to("cpu")
+        results.append((loss, metrics.compute()))
+    torch.testing.assert_close(results[0], results[1])
