@@ -363,6 +363,7 @@ class DynamicTables(nn.Module):
             weights=torch.cat(counts).float(),
             lengths=torch.tensor(lengths, dtype=torch.int32).to(values.device, non_blocking=True),
             stride=1,
+            length_per_key=lengths,
         )
         return asked, index
 
