@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+from distributed.host_manager import HostManager
 from distributed.side_stream import SideStream
 
 STEPS = 12
@@ -33,6 +34,15 @@ class Stream:
 
     def wait_stream(self, other: Stream) -> None:
         self.before |= other.before
+
+
+class Event(set):
+    def __init__(self, before: set[str], current: list[Stream]):
+        super().__init__(before)
+        self._current = current
+
+    def wait(self) -> None:
+        self._current[-1].before |= self
 
 
 class Batch:
@@ -77,6 +87,24 @@ def test_copies_run_beside_steps_and_memory_outlives_them(streams):
         batch = copy(number + 1)
         assert f"copy {number}" in steps.do(f"step {number}")
     assert sum(one() is not None for one in alive.values()) <= 4 and alive[number]() is not None
+
+
+def test_rows_are_brought_after_both_streams(streams, monkeypatch):
+    """Slots that are written back were changed by steps, in one stream; the ids were sent in the other."""
+    steps, current = streams
+    side = Stream()
+    monkeypatch.setattr(Stream, "record_event", lambda one: Event(one.before, current))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+    manager, ahead = HostManager(torch.device("cuda", 0), 10.0), SideStream(torch.device("cuda", 0))
+    ahead._stream = side
+    steps.do("step 1")
+    with ahead.queued():
+        side.do("ids 2")
+        future = manager.submit(lambda: current[-1].do("rows 2"))
+        future.result(10)
+    current.append(steps)
+    assert manager.result(future) == {"step 1", "ids 2"}
+    assert {"step 1", "ids 2", "rows 2"} <= steps.before
 
 
 def test_on_the_cpu_nothing_is_held():
