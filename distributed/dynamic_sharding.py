@@ -55,7 +55,7 @@ def by_owner(features: KeyedJaggedTensor, ranks: int) -> tuple[KeyedJaggedTensor
     bag = torch.repeat_interleave(lengths, output_size=values.numel())
     counts = torch.zeros(ranks * bags, dtype=lengths.dtype, device=lengths.device)
     counts.index_add_(0, owner * bags + bag, torch.ones_like(bag, dtype=lengths.dtype))
-    order = owner.argsort(stable=True)
+    order = owner.short().argsort(stable=True)  # 16 bits are sorted in a quarter of the passes
     places = torch.empty_like(order)
     places[order] = torch.arange(order.numel(), device=order.device)
     grouped = KeyedJaggedTensor(

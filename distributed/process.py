@@ -130,10 +130,11 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
         raise ConfigError("trainer.device is cuda but torch finds no GPU here; run scripts/doctor.py")
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    ranks, found = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if ranks > found:  # all ranks of the host say so, of which one is heard
         raise ConfigError(
-            f"local rank {local_rank} has no GPU: torch finds {torch.cuda.device_count()} here, expected one for each "
-            "rank of the host; start fewer ranks or set trainer.device=cpu"
+            f"{ranks} ranks on this host, and torch finds {found} GPU(s), expected one for each rank; "
+            "start fewer ranks or set trainer.device=cpu"
         )
     chosen = torch.device("cuda", local_rank)
     torch.cuda.set_device(chosen)

@@ -55,14 +55,17 @@ def test_without_torchrun_a_mistake_is_one_line_and_status_2():
     assert done.stderr == "error: key x is 7; expected 1\n"
 
 
-def test_a_rank_without_a_gpu_is_named(monkeypatch):
+def test_more_ranks_than_gpus_are_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert process_module._choose_device("auto", 1) == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert process_module._choose_device("cpu", 2) == torch.device("cpu")
-    with pytest.raises(ConfigError, match="local rank 2 has no GPU: torch finds 2 here"):
-        process_module._choose_device("auto", 2)
+    for rank in range(3):
+        with pytest.raises(ConfigError, match="3 ranks on this host, and torch finds 2 GPU"):
+            process_module._choose_device("auto", rank)
 
 
 def test_what_a_gpu_asserted_is_one_line():
