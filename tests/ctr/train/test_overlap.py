@@ -37,7 +37,10 @@ def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "data", ROWS + 33)
 
 
-@pytest.mark.parametrize("setting", ["dynamic", "static", pytest.param("bags and step sizes", marks=pytest.mark.slow)])
+LONG = ["static", "bags and step sizes"]  # 10 s each
+
+
+@pytest.mark.parametrize("setting", ["dynamic", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)])
 def test_an_overlapped_run_is_the_run_without(ranks, data, tmp_path, setting):
     """Saved states too, the reader's position in them, and the run that goes on from one that was asked to stop."""
     plain, overlapped, stopped = (tmp_path / name for name in ("plain", "overlapped", "stopped"))
