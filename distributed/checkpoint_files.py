@@ -117,8 +117,11 @@ class Storage:
         self.written[path] = Sealed(stream.bytes, stream.crc32)
         self.note(f"behind {path}")
 
-    def open(self, path: str) -> IO[bytes]:
-        return open(self.full(path), "rb") if self.local else self._fs.open(self.full(path), "rb")
+    def open(self, path: str, buffered: bool = True) -> IO[bytes]:
+        """buffered: small reads are gathered; behind a URI they always are."""
+        if self.local:
+            return open(self.full(path), "rb", **({} if buffered else {"buffering": 0}))
+        return self._fs.open(self.full(path), "rb")
 
     def read(self, path: str) -> bytes:
         with self.open(path) as file:

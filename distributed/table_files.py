@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from distributed.checked_parquet import CheckedParquet, Notes
 from distributed.checkpoint_files import Storage
 from distributed.ownership import owner_of
 from distributed.process import Process
@@ -104,11 +105,13 @@ def write_columns(storage: Storage, path: str, source: ColumnSource, ranks: int)
         storage.write(path) as stream,
         pq.ParquetWriter(stream, schema, compression="NONE", use_dictionary=False, write_statistics=False) as writer,
     ):
+        notes = Notes(stream)
         for columns in ahead(partial(source.read, positions) for _, positions in spans):
             arrays = [_to_arrow(columns[name], schema.field(name).type) for name in schema.names]
             writer.write_table(pa.table(arrays, schema=schema), row_group_size=GROUP_ROWS)
+            notes.add()
         group_buckets = json.dumps([number for number, _ in spans])
-        writer.add_key_value_metadata({"tessera.bucket_of_row_group": group_buckets})
+        writer.add_key_value_metadata({"tessera.bucket_of_row_group": group_buckets, **notes.metadata()})
 
 
 def ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
@@ -146,26 +149,29 @@ def _to_arrow(column: Tensor, kind: pa.DataType) -> pa.Array:
 
 
 def _to_tensor(array: pa.Array, field: pa.Field) -> Tensor:
+    """The same memory: only the tensor refers to it any more."""
     if not pa.types.is_fixed_size_binary(field.type):
-        return torch.from_numpy(array.to_numpy().copy())  # Arrow's memory is read-only, which torch warns about
-    data = np.frombuffer(array.buffers()[1], dtype=np.uint8)
+        return torch.from_dlpack(array)
     begin, size = array.offset * field.type.byte_width, len(array) * field.type.byte_width
+    data = pa.UInt8Array.from_buffers(pa.uint8(), size, [None, array.buffers()[1]], offset=begin)
     dtype = DTYPES[field.metadata[b"dtype"].decode()]
-    flat = torch.from_numpy(data[begin : begin + size].copy()).view(dtype)
-    return flat.view(len(array), int(field.metadata[b"width"]))
+    return torch.from_dlpack(data).view(dtype).view(len(array), int(field.metadata[b"width"]))
 
 
 def read_columns(storage: Storage, path: str, rank: int, ranks: int) -> Iterator[Columns]:
-    """The rows of a file that `rank` of `ranks` owns, a row group at a time. Only such are read as may hold some."""
-    with storage.parquet(path) as file:
-        schema = file.schema_arrow
-        buckets = int(file.metadata.metadata[b"tessera.buckets"])
-        of_group = json.loads(file.metadata.metadata[b"tessera.bucket_of_row_group"])
+    """The rows of a file that `rank` of `ranks` owns, a row group at a time. Only such are read as may hold some.
+
+    Raises DamagedFile: a row group is not what was written (it is looked at before it is believed), or cannot be read.
+    """
+    with CheckedParquet(storage, path) as file:
+        about = file.metadata.metadata
+        buckets = int(about[b"tessera.buckets"])
+        of_group = json.loads(about[b"tessera.bucket_of_row_group"])
         common = math.gcd(buckets, ranks)
 
         def read(group: int) -> Columns:
-            table = file.read_row_group(group, use_threads=False).combine_chunks()
-            columns = {f.name: _to_tensor(table.column(f.name).chunk(0), f) for f in schema}
+            table = file.read(group).combine_chunks()
+            columns = {f.name: _to_tensor(table.column(f.name).chunk(0), f) for f in file.schema}
             if common < ranks:
                 mine = (owner_of(mix64(columns["id"]), ranks) == rank).nonzero().flatten()
                 columns = {name: column.index_select(0, mine) for name, column in columns.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.chunks import allocate_chunk
 from kernels.gather import gather
 from kernels.id_map import IdMap
-from kernels.scatter import scatter
+from kernels.scatter import scatter, scatter_columns
 from kernels.touch import COUNT, expired, touch
 
 ID, MARK, PERIOD = 2, 3, 4
@@ -88,11 +88,9 @@ class RowIndex:
         period: Tensor | int = 0,
     ) -> None:
         """Set all that is known of rows that have been taken (tensors int64 [n])."""
-        meta = torch.empty((rows.numel(), self._columns), dtype=torch.int64, device=self.device)
-        known = (last_seen, count, ids, mark, period)
-        for column in range(self._columns):
-            meta[:, column] = known[column]
-        scatter(self.meta, rows, meta)
+        known = (last_seen, count, ids, mark, period)[: self._columns]
+        numbers = [n if isinstance(n, Tensor) else torch.tensor([n], device=self.device) for n in known]
+        scatter_columns(self.meta, rows, [n[:, None] for n in numbers])
 
     def expired(self, now: int, ttl: int, budget_rows: int | None = None) -> Iterator[Tensor]:
         """Yield rows with now - last seen >= ttl, piece by piece, from where the last walk stopped.

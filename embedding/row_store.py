@@ -16,7 +16,7 @@ from embedding.packed_rows import PackedRows
 from kernels.chunks import allocate_chunk
 from kernels.gather import gather
 from kernels.initialise import init_rows
-from kernels.scatter import scatter
+from kernels.scatter import scatter, scatter_columns
 from kernels.update import state_width, update
 
 
@@ -86,7 +86,7 @@ class PlainRows:
         if values.dtype != torch.float32:
             # Columns of a single row count as contiguous where they are, which need not be where a float may begin.
             values = values.clone(memory_format=torch.contiguous_format).view(torch.float32)
-        scatter(self.chunks, rows, torch.cat([values, state], dim=1))
+        scatter_columns(self.chunks, rows, [values, state])
 
     def stored(self, rows: Tensor) -> Tensor:
         """Rows as they lie in the chunks, one tensor, for a store of the same kind elsewhere."""

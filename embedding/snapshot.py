@@ -16,11 +16,13 @@ from torch import Tensor
 from embedding.row_batch import RowBatch
 from embedding.row_index import ID, MARK
 from kernels.chunks import allocate_chunk
+from kernels.copy_rows import copy_rows
 from kernels.gather import gather
 from kernels.scatter import scatter
+from kernels.take_places import take_places
 from kernels.touch import COUNT
 
-OPEN, KEPT, PASSED = 0, 1, 2  # as the table has it; changed since and kept here; read already or not of the moment
+OPEN, PASSED = 0, -1  # as the table has it; read already or not of the moment. Otherwise kept here: 1 + its place
 KEPT_ROWS = 1 << 14  # rows of a chunk of kept rows
 SCAN_ROWS = 1 << 16
 
@@ -45,10 +47,9 @@ class Snapshot:
         self._chunks = [list(group) for group in chunks]
         #: Memory for rows that are kept, from a snapshot before: new memory costs several times the copy of a row.
         self.copies = copies or [[] for _ in chunks]
-        self._status = torch.zeros(end + 1, dtype=torch.uint8)
-        self._status[free.cpu()] = PASSED
-        self._status[end] = PASSED  # stands for rows from `end` on, and being the last one, for row -1
-        self._place = torch.empty(end, dtype=torch.int32)  # of rows that are kept
+        self._places = allocate_chunk((end + 1,), torch.int32)
+        self._places[free.cpu()] = PASSED
+        self._places[end] = PASSED  # stands for rows from `end` on and for row -1
         self._kept = 0
         self._lock = threading.Lock()
 
@@ -56,17 +57,18 @@ class Snapshot:
         """Rows (int64 [n], distinct, -1 skipped) are about to change."""
         rows = rows.cpu()
         with self._lock:
-            rows = rows[(self._status[rows.clamp(max=self._end)] == OPEN).nonzero().flatten()]
+            rows = take_places(self._places, rows, self._kept)
             if not rows.numel():
                 return
             places = torch.arange(self._kept, self._kept + rows.numel())
             self._kept += rows.numel()
-            for copies, found in zip(self.copies, self._read_open(rows), strict=True):
+            for copies, chunks in zip(self.copies, self._chunks, strict=True):
                 while len(copies) * KEPT_ROWS < self._kept:
-                    copies.append(allocate_chunk((KEPT_ROWS, found.shape[1]), found.dtype))
-                scatter(copies, places, found)
-            self._place[rows] = places.int()
-            self._status[rows] = KEPT
+                    copies.append(allocate_chunk((KEPT_ROWS, chunks[0].shape[1]), chunks[0].dtype))
+                if chunks[0].device.type == "cpu":
+                    copy_rows(chunks, rows, copies, places)
+                else:
+                    scatter(copies, places, gather(chunks, rows.to(chunks[0].device), chunks[0].shape[1]).cpu())
 
     def rows_in_use(self, since: int | None = None) -> tuple[Tensor, Tensor]:
         """Rows of the moment, ascending, and their ids: int64 [n] each. since: only those touched since a mark."""
@@ -77,8 +79,8 @@ class Snapshot:
     def _walk(self, since: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         for begin in range(0, self._end, SCAN_ROWS):
             rows = torch.arange(begin, min(begin + SCAN_ROWS, self._end))
-            (meta,), status = self._read(rows, 1)
-            chosen = (meta[:, COUNT] > 0) & (status != PASSED)
+            (meta,), places = self._read(rows, 1)
+            chosen = (meta[:, COUNT] > 0) & (places != PASSED)
             if since is not None:
                 chosen &= meta[:, MARK] >= since
             chosen = chosen.nonzero().flatten()
@@ -89,22 +91,22 @@ class Snapshot:
         return self._batch_of(rows, self._read(rows, len(self._chunks), passing=True)[0])
 
     def _read(self, rows: Tensor, groups: int, passing: bool = False) -> tuple[list[Tensor], Tensor]:
-        """Rows of the first `groups` chunk lists, and their status before. passing: they are not read again.
+        """Rows of the first `groups` chunk lists, and their `_places` before. passing: they are not read again.
 
         Training need not wait for this: whatever it changes while the table is read has been kept before, and what is
         kept is put over what was read.
         """
         found = self._read_open(rows, groups)
         with self._lock:
-            status = self._status[rows]
+            places = self._places[rows]
             if passing:
-                self._status[rows] = PASSED
-        kept = (status == KEPT).nonzero().flatten()
+                self._places[rows] = PASSED
+        kept = (places > OPEN).nonzero().flatten()
         if kept.numel():
-            places = self._place[rows[kept]].long()
+            numbers = places[kept].long() - 1
             for part, copies in zip(found, self.copies, strict=False):
-                part[kept] = gather(copies, places, part.shape[1])
-        return found, status
+                part[kept] = gather(copies, numbers, part.shape[1])
+        return found, places
 
     def _read_open(self, rows: Tensor, groups: int | None = None) -> list[Tensor]:
         """[n, width of the chunks] each."""

@@ -31,6 +31,30 @@ def scatter(chunks: Sequence[Tensor], rows: Tensor, values: Tensor, begin: int =
         reference.scatter(chunks, rows, values, begin)
 
 
+def scatter_columns(chunks: Sequence[Tensor], rows: Tensor, parts: Sequence[Tensor], begin: int = 0) -> None:
+    """Write tensors side by side into columns [begin, begin + sum of k) of rows, in place.
+
+    parts: one or more, each [n, k] of the chunks' dtype, or [1, k] for all rows alike; otherwise as `scatter`, which
+    would need them in one tensor.
+    """
+    check_index("rows", rows)
+    dtype = chunks[0].dtype if chunks else parts[0].dtype
+    for part in parts:
+        if part.dim() != 2 or part.shape[0] not in (1, rows.numel()) or part.dtype != dtype or begin < 0:
+            found = f"{part.dtype} {list(part.shape)}, begin {begin}"
+            raise ValueError(f"parts: expected {dtype} [{rows.numel()} or 1, k], begin >= 0, found {found}")
+    check_chunks(chunks, begin + sum(part.shape[1] for part in parts))
+    if ops := backend.ops_for(rows):
+        ops.scatter_columns(chunks, rows, parts, begin)
+    else:
+        reference.scatter_columns(chunks, rows, parts, begin)
+
+
 @torch.library.register_fake("tessera::scatter")
 def _scatter_fake(chunks: Sequence[Tensor], rows: Tensor, values: Tensor, begin: int) -> None:
+    return None
+
+
+@torch.library.register_fake("tessera::scatter_columns")
+def _scatter_columns_fake(chunks: Sequence[Tensor], rows: Tensor, parts: Sequence[Tensor], begin: int) -> None:
     return None

@@ -13,6 +13,7 @@ import torch
 SCHEMAS = (
     "xxh64(Tensor data, Tensor offsets) -> Tensor",
     "hex_to_int64(Tensor data, Tensor offsets) -> (Tensor, Tensor)",
+    "crc32(Tensor data, int crc) -> int",
     "mix64(Tensor x) -> Tensor",
     "unmix64(Tensor x) -> Tensor",
     "uniform(int stream, Tensor ids, int dim) -> Tensor",
@@ -27,6 +28,8 @@ SCHEMAS = (
     "pool(Tensor values, Tensor index, Tensor offsets, Tensor? weights) -> Tensor",
     "pool_backward(Tensor grads, Tensor index, Tensor offsets, Tensor? weights, int rows) -> Tensor",
     "scatter(Tensor(a!)[] chunks, Tensor rows, Tensor values, int begin) -> ()",
+    "scatter_columns(Tensor(a!)[] chunks, Tensor rows, Tensor[] parts, int begin) -> ()",
+    "copy_rows(Tensor[] source, Tensor rows, Tensor(a!)[] target, Tensor places) -> ()",
     "init_rows(Tensor(a!)[] chunks, Tensor rows, Tensor ids, int dim, bool bell, float offset, float scale, "
     "int stream, float state) -> ()",
     "update(Tensor(a!)[] chunks, Tensor rows, Tensor grads, Tensor? inverse, str optimizer, float learning_rate, "
@@ -39,6 +42,7 @@ SCHEMAS = (
     "packed_look_ahead(Tensor[] chunks, Tensor rows, Tensor held, int[] layout, Tensor? inverse) -> Tensor",
     "packed_learn_steps(Tensor(a!)[] chunks, Tensor rows, Tensor held, Tensor grads, Tensor? inverse, Tensor ids, "
     "int[] layout, str optimizer, float gradient_scale, float[] hyper, int stream, bool nearest) -> ()",
+    "take_places(Tensor(a!) places, Tensor rows, int taken) -> Tensor",
     "touch(Tensor(a!)[] chunks, Tensor rows, Tensor now, Tensor? counts) -> ()",
     "expired(Tensor[] chunks, int limit, int begin, int end) -> Tensor",
     "coldest(Tensor[] chunks, int column, int k, int begin, int end, Tensor? keep) -> Tensor",

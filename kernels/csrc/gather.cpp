@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <vector>
 
 #include "chunks.h"
 #include "positions.h"
@@ -104,9 +105,78 @@ void scatter(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& v
   });
 }
 
+// One of several tensors that lie side by side in a row.
+struct Column {
+  at::Tensor values;  // keeps the memory
+  const char* from;
+  int64_t size;  // bytes of a row
+  int64_t step;  // bytes to the next row: 0 if all are alike
+};
+
+std::vector<Column> columns_of(at::TensorList parts, int64_t rows) {
+  std::vector<Column> columns;
+  for (const at::Tensor& part : parts) {
+    TORCH_CHECK_VALUE(part.dim() == 2 && (part.size(0) == rows || part.size(0) == 1) && part.dtype() == parts[0].dtype(),
+                      "parts: expected [", rows, " or 1, k] of one dtype, found ", part.sizes());
+    const at::Tensor values = part.contiguous();
+    const int64_t size = values.size(1) * values.element_size();
+    columns.push_back({values, static_cast<const char*>(values.const_data_ptr()), size, part.size(0) == 1 ? 0 : size});
+  }
+  return columns;
+}
+
+void scatter_columns(at::TensorList chunks, const at::Tensor& rows_, at::TensorList parts, int64_t begin) {
+  const at::Tensor rows = rows_.contiguous();
+  const std::vector<Column> columns = columns_of(parts, rows.numel());
+  int64_t width = 0, size = 0;
+  for (const at::Tensor& part : parts) width += part.size(1);
+  for (const Column& column : columns) size += column.size;
+  if (width == 0 || rows.numel() == 0) return;
+  const Rows<char> table(chunks, begin + width);
+  const int64_t* in = rows.const_data_ptr<int64_t>();
+  const int64_t offset = begin * parts[0].element_size();
+  at::parallel_for(0, rows.numel(), grain_of(size), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      if (i + kAhead < last) table.prefetch(in[i + kAhead], offset + size);
+      if (table.beyond(in[i])) table.fault(in[i]).raise();
+      if (in[i] < 0) continue;
+      char* to = table[in[i]] + offset;
+      for (const Column& column : columns) {
+        const char* const from = column.from + i * column.step;
+        if (column.size == 8)
+          std::memcpy(to, from, 8);
+        else
+          std::memcpy(to, from, column.size);
+        to += column.size;
+      }
+    }
+  });
+}
+
+void copy_rows_between(at::TensorList source, const at::Tensor& rows_, at::TensorList target, const at::Tensor& places_) {
+  if (rows_.numel() == 0) return;
+  const Rows<char> from(source, 0), to(target, 0);
+  TORCH_CHECK_VALUE(from.width == to.width && (source.empty() || target.empty() || source[0].dtype() == target[0].dtype()),
+                    "target: expected rows like those of source");
+  const at::Tensor rows = rows_.contiguous(), places = places_.contiguous();
+  TORCH_CHECK_VALUE(rows.numel() == places.numel(), "places: expected ", rows.numel(), ", found ", places.numel());
+  const int64_t* in = rows.const_data_ptr<int64_t>();
+  const int64_t* out = places.const_data_ptr<int64_t>();
+  at::parallel_for(0, rows.numel(), grain_of(from.width), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      if (i + kAhead < last) from.prefetch(in[i + kAhead], from.width);
+      TORCH_CHECK_INDEX(in[i] >= 0 && !from.beyond(in[i]), "rows: expected below ", from.count, ", found ", in[i]);
+      TORCH_CHECK_INDEX(out[i] >= 0 && !to.beyond(out[i]), "places: expected below ", to.count, ", found ", out[i]);
+      std::memcpy(to[out[i]], from[in[i]], from.width);
+    }
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(tessera, CPU, m) {
   m.impl("gather", &gather);
   m.impl("scatter", &scatter);
+  m.impl("scatter_columns", &scatter_columns);
+  m.impl("copy_rows", &copy_rows_between);
 }

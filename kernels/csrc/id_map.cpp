@@ -24,7 +24,8 @@ constexpr double kLimit = 0.8;
 constexpr double kSpread = 0.5;
 
 constexpr int64_t kGrain = 1 << 13;  // ids per thread below which another thread does not pay
-constexpr int64_t kBlock = 64;       // ids whose slots are requested together
+constexpr int64_t kAhead = 16;       // ids between the request for a slot and its use
+constexpr int64_t kBlock = 64;       // ids hashed together
 
 struct Slot {
   uint64_t hash;
@@ -160,10 +161,9 @@ class Insertion {
     for (int64_t begin = 0; begin < n; begin += kBlock) {
       const int64_t block = std::min(kBlock, n - begin);
       hash_ids(ids + begin, block, hashes);
+      for (int64_t i = 0; i < std::min(kAhead, block); ++i) map_.place(hashes[i]).prefetch();
       for (int64_t i = 0; i < block; ++i) {
-        map_.place(hashes[i]).prefetch();
-      }
-      for (int64_t i = 0; i < block; ++i) {
+        if (i + kAhead < block) map_.place(hashes[i + kAhead]).prefetch();
         TORCH_CHECK_VALUE(rows[begin + i] >= 0, "rows: expected 0 or more, found ", rows[begin + i]);
         if (!make_room(hashes[i])) return begin + i;
         add(ids[begin + i], hashes[i], rows[begin + i]);

@@ -5,6 +5,7 @@
 TORCH_LIBRARY(tessera, m) {
   m.def("xxh64(Tensor data, Tensor offsets) -> Tensor");
   m.def("hex_to_int64(Tensor data, Tensor offsets) -> (Tensor, Tensor)");
+  m.def("crc32(Tensor data, int crc) -> int");
   m.def("mix64(Tensor x) -> Tensor");
   m.def("unmix64(Tensor x) -> Tensor");
   m.def("uniform(int stream, Tensor ids, int dim) -> Tensor");
@@ -23,6 +24,8 @@ TORCH_LIBRARY(tessera, m) {
   m.def("pool(Tensor values, Tensor index, Tensor offsets, Tensor? weights) -> Tensor");
   m.def("pool_backward(Tensor grads, Tensor index, Tensor offsets, Tensor? weights, int rows) -> Tensor");
   m.def("scatter(Tensor(a!)[] chunks, Tensor rows, Tensor values, int begin) -> ()");
+  m.def("scatter_columns(Tensor(a!)[] chunks, Tensor rows, Tensor[] parts, int begin) -> ()");
+  m.def("copy_rows(Tensor[] source, Tensor rows, Tensor(a!)[] target, Tensor places) -> ()");
   m.def(
       "init_rows(Tensor(a!)[] chunks, Tensor rows, Tensor ids, int dim, bool bell, float offset, float scale, "
       "int stream, float state) -> ()");
@@ -42,6 +45,7 @@ TORCH_LIBRARY(tessera, m) {
       "packed_learn_steps(Tensor(a!)[] chunks, Tensor rows, Tensor held, Tensor grads, Tensor? inverse, Tensor ids, "
       "int[] layout, str optimizer, float gradient_scale, float[] hyper, int stream, bool nearest) -> ()");
 
+  m.def("take_places(Tensor(a!) places, Tensor rows, int taken) -> Tensor");
   m.def("touch(Tensor(a!)[] chunks, Tensor rows, Tensor now, Tensor? counts) -> ()");
   m.def("expired(Tensor[] chunks, int limit, int begin, int end) -> Tensor");
   m.def("coldest(Tensor[] chunks, int column, int k, int begin, int end, Tensor? keep) -> Tensor");

@@ -1,10 +1,14 @@
 """Every op of this package as Triton kernels, on the GPU or under Triton's interpreter (`launch.py`).
 
 The functions take what the ops of `torch.ops.tessera` take (`kernels/schemas.py`). What no
-training step calls on a GPU is the definition in torch: the reader's string ops, and `coldest`.
+training step calls on a GPU is the definition in torch: the reader's string ops, `coldest`, and
+`copy_rows`, `crc32` and `take_places`, of saved states.
 """
 
+from kernels.reference.copy_rows import copy_rows
+from kernels.reference.crc32 import crc32
 from kernels.reference.string_hash import hex_to_int64, xxh64
+from kernels.reference.take_places import take_places
 from kernels.reference.touch import coldest
 from kernels.triton_ops.faults import check
 from kernels.triton_ops.gather import gather
@@ -16,13 +20,15 @@ from kernels.triton_ops.packed import packed_gather, packed_look_ahead, packed_u
 from kernels.triton_ops.pool import pool, pool_backward
 from kernels.triton_ops.quantise import dequantise, quantise
 from kernels.triton_ops.random import normal, uniform
-from kernels.triton_ops.scatter import scatter
+from kernels.triton_ops.scatter import scatter, scatter_columns
 from kernels.triton_ops.touch import expired, touch
 from kernels.triton_ops.unique import unique_inverse
 
 __all__ = [
     "check",
     "coldest",
+    "copy_rows",
+    "crc32",
     "dequantise",
     "expired",
     "gather",
@@ -41,6 +47,8 @@ __all__ = [
     "pool_backward",
     "quantise",
     "scatter",
+    "scatter_columns",
+    "take_places",
     "touch",
     "uniform",
     "unique_inverse",

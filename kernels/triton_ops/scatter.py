@@ -8,6 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from kernels.reference.scatter import side_by_side
 from kernels.triton_ops.arithmetic import address_of
 from kernels.triton_ops.faults import check_interpreted, known_rows, note_of
 from kernels.triton_ops.launch import kernel, launch, tile, warps_of
@@ -66,3 +67,7 @@ def scatter(chunks: Sequence[Tensor], rows: Tensor, values: Tensor, begin: int) 
         warps=warps_of(height * width),
     )
     check_interpreted(rows.device)
+
+
+def scatter_columns(chunks: Sequence[Tensor], rows: Tensor, parts: Sequence[Tensor], begin: int) -> None:
+    scatter(chunks, rows, side_by_side(parts, rows.numel()), begin)

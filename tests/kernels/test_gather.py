@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from kernels.backend import available_backends, use_backend
+from kernels.copy_rows import copy_rows
 from kernels.gather import gather
-from kernels.scatter import scatter
+from kernels.scatter import scatter, scatter_columns
 from tests.kernels.tables import some_rows, table
 
 needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
@@ -60,6 +61,46 @@ def test_scatter_writes_rows(backend):
     assert gather(chunks, torch.arange(64), 7).equal(dense)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
+def test_tensors_side_by_side(backend, dtype):
+    chunks, dense = table(60, 9, dtype=dtype)
+    rows = some_rows(40, 60, distinct=True)
+    parts = [part[:, 2:].to(dtype) for part in torch.randint(0, 99, (3, 40, 4)).unbind()]
+    parts[1] = parts[1][:1]
+    scatter_columns(chunks, rows, parts, begin=2)
+    dense[rows[rows >= 0], 2:8] = torch.cat([parts[0], parts[1].expand(40, -1), parts[2]], dim=1)[rows >= 0]
+    assert torch.cat(chunks).equal(dense)
+    scatter_columns(chunks, rows, [torch.zeros(40, 9, dtype=dtype), torch.zeros(40, 0, dtype=dtype)])
+    dense[rows[rows >= 0]] = 0
+    assert torch.cat(chunks).equal(dense)
+    scatter_columns(chunks, no_rows(), [torch.zeros(0, 9, dtype=dtype)])
+    with pytest.raises(ValueError, match="chunks: expected"):
+        scatter_columns(chunks, rows, [*parts, parts[0], parts[0]])
+    with pytest.raises(ValueError, match=r"parts: expected .* \[40 or 1, k\]"):
+        scatter_columns(chunks, rows, [parts[0][:39]])
+    with pytest.raises(IndexError, match="rows: expected below 64, found 99"):
+        scatter_columns(chunks, torch.tensor([99]), [parts[0][:1]])
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 7), (torch.int64, 4), (torch.uint8, 13)])
+def test_rows_are_copied_to_another_table(backend, dtype, width):
+    (source, dense), (target, expected) = table(60, width, dtype=dtype), table(96, width, 32, dtype, seed=1)
+    rows, places = some_rows(40, 60, missing=0), some_rows(40, 96, seed=2, missing=0, distinct=True)
+    copy_rows(source, rows, target, places)
+    expected[places] = dense[rows]
+    assert torch.cat(target).equal(expected) and torch.cat(source).equal(dense)
+    copy_rows(source, no_rows(), target, no_rows())
+    for wrong in (-1, 64):
+        with pytest.raises(IndexError, match=f"rows: expected below 64, found .*{wrong}"):
+            copy_rows(source, torch.tensor([wrong]), target, torch.tensor([0]))
+    with pytest.raises(IndexError, match="places: expected below 96, found"):
+        copy_rows(source, torch.tensor([0]), target, torch.tensor([96]))
+    with pytest.raises(ValueError, match="target: expected"):
+        copy_rows(source, rows, [torch.zeros(8, width + 1, dtype=dtype)], places)
+    with pytest.raises(ValueError, match="places: expected 40, found 39"):
+        copy_rows(source, rows, target, places[1:])
+
+
 def test_refused_arguments(backend):
     chunks, _ = table(16, 4)
     rows = torch.tensor([1, 2])
@@ -107,3 +148,5 @@ def test_schemas_and_fake_kernels():
     torch.library.opcheck(ops.gather.default, (chunks, rows, 3, inverse, torch.ones(3), 1))
     torch.library.opcheck(ops.gather.default, (chunks, rows, 3, None, None, 0))
     torch.library.opcheck(ops.scatter.default, (chunks, rows, torch.ones(3, 2), 1))
+    torch.library.opcheck(ops.scatter_columns.default, (chunks, rows, [torch.ones(3, 2), torch.ones(1, 1)], 1))
+    torch.library.opcheck(ops.copy_rows.default, (chunks, rows.abs(), table(8, 4)[0], torch.tensor([2, 0, 7])))

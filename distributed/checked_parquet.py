@@ -1,0 +1,166 @@
+"""Parquet files whose row groups are each checked before they are believed, so that loading reads a file once.
+
+While a file is written, the CRC-32 of all bytes so far is noted behind each row group, and the notes go into the file's
+metadata, which is its end. The manifest has the CRC-32 of the whole file. So continued from the last note, the bytes
+behind the last row group lead to the manifest's number only if notes and metadata are as they were written; and each
+row group must lead from one note to the next.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from distributed.checkpoint_files import ChecksumStream, Sealed, Storage
+from embedding.errors import TesseraError
+from kernels.crc32 import crc32
+
+NOTES = "tessera.crc32_behind_row_groups"
+PIECE_BYTES = 1 << 20  # read and checked at once: it is in the processor's cache for the second
+
+
+class DamagedFile(TesseraError):
+    """A row group is not what was written, or cannot be read.
+
+    Attributes: storage, path: the file.
+    """
+
+    def __init__(self, storage: Storage, path: str, problem: str) -> None:
+        super().__init__(f"{path} {problem}")
+        self.storage, self.path = storage, path
+
+
+class Notes:
+    """Made when a parquet writer has begun a file; `add` behind each row group; `metadata` before the writer ends."""
+
+    def __init__(self, stream: ChecksumStream) -> None:
+        self._stream, self._notes = stream, [(stream.bytes, stream.crc32)]
+
+    def add(self) -> None:
+        self._notes.append((self._stream.bytes, self._stream.crc32))
+
+    def metadata(self) -> dict[str, str]:
+        return {NOTES: json.dumps(self._notes)}
+
+
+class CheckedParquet:
+    """A file as `write_columns` makes them. Files of before there were notes are read unchecked.
+
+    Attributes:
+        metadata: Arrow's of the file. schema: of its rows. They are not checked but by `leads_to`.
+    """
+
+    def __init__(self, storage: Storage, path: str) -> None:
+        self._storage, self._path = storage, path
+        self._file = storage.open(path, buffered=False)
+        try:
+            self._window = _Window(self._file)
+            self._parquet = pq.ParquetFile(pa.PythonFile(self._window, mode="r"))
+            self.metadata, self.schema = self._parquet.metadata, self._parquet.schema_arrow
+            notes = json.loads(self.metadata.metadata.get(NOTES.encode(), "null"))
+            assert notes is None or len(notes) == self.metadata.num_row_groups + 1, path
+            self._notes = notes
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> CheckedParquet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def leads_to(self, sealed: Sealed) -> bool:
+        """Whether notes and metadata are those of the file that the manifest knows. Then only `read` is left to
+        check."""
+        if self._notes is None:
+            return False
+        begin, crc = self._notes[-1]
+        return self._window.load(begin, self._window.size(), crc) == sealed.crc32 and (
+            self._window.size() == sealed.bytes
+        )
+
+    def read(self, group: int) -> pa.Table:
+        """Raises DamagedFile."""
+        if self._notes is not None:
+            (begin, before), (end, behind) = self._notes[group : group + 2]
+            try:
+                found = self._window.load(begin, end, before)
+            except OSError as error:
+                raise DamagedFile(self._storage, self._path, f"cannot be read: {error.strerror or error}") from error
+            if found != behind:
+                raise DamagedFile(self._storage, self._path, f"is damaged in row group {group}")
+        return self._parquet.read_row_group(group, use_threads=False)
+
+
+class _Window:
+    """A file as Arrow reads one, without a copy of the part that was loaded last."""
+
+    closed = False
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._at = file, 0
+        self._size = file.seek(0, 2)
+        self._memory, self._begin, self._end = bytearray(), 0, 0
+
+    def load(self, begin: int, end: int, crc: int) -> int | None:
+        """Have bytes [begin, end) in memory. Returns the CRC-32 continued over them, None if the file ends before."""
+        if len(self._memory) < end - begin:
+            self._memory = bytearray(end - begin)
+        self._begin = self._end = begin
+        self._file.seek(begin)
+        view, data = memoryview(self._memory), torch.frombuffer(self._memory, dtype=torch.uint8)
+        while self._end < end:
+            at = self._end - begin
+            count = self._file.readinto(view[at : min(at + PIECE_BYTES, end - begin)])
+            if not count:
+                return None
+            crc = crc32(data[at : at + count], crc)
+            self._end += count
+        return crc
+
+    def size(self) -> int:
+        return self._size
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read_buffer(self, count: int) -> pa.Buffer:
+        begin, end = self._at, min(self._at + count, self._size)
+        self._at = end
+        if self._begin <= begin and end <= self._end:
+            return pa.py_buffer(memoryview(self._memory)[begin - self._begin : end - self._begin])
+        self._file.seek(begin)
+        return pa.py_buffer(self._file.read(end - begin))
+
+    read = read_buffer
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """The file is closed by who opened it."""
+
+
+def problem_but_for_groups(storage: Storage, path: str, sealed: Sealed) -> str | None:
+    """As `Storage.problem`, but what `CheckedParquet.read` will check is not read now."""
+    with suppress(OSError, ValueError, AssertionError, pa.ArrowException):
+        with CheckedParquet(storage, path) as file:
+            if file.leads_to(sealed):
+                return None
+    return storage.problem(path, sealed)
