@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from distributed.checked_parquet import problem_but_for_groups
 from distributed.checkpoint_files import Sealed, Storage
 from distributed.checkpoint_watch import WAITING
 from distributed.process import Process
@@ -34,9 +35,13 @@ class CheckpointError(TesseraError):
     """A state cannot be written, or the one asked for cannot be read."""
 
 
+class DamagedState(CheckpointError):
+    """Of a state that was opened, rows turned out not to be those that were saved."""
+
+
 @dataclass(frozen=True)
 class Saved:
-    """A state that verified.
+    """A state that verified; what is still to be checked of its rows, `load_rows` checks (`open_saved`).
 
     folders: where it lies, newest first: one folder, or a delta and those before it down to the full one.
     manifest: of the newest. training: what `save` was given to describe it.
@@ -205,8 +210,11 @@ def _chain(folder: Storage, manifest: dict[str, Any]) -> list[tuple[Storage, dic
     return found
 
 
-def open_saved(folder: Storage, process: Process) -> Saved:
+def open_saved(folder: Storage, process: Process, rows_later: bool = False) -> Saved:
     """Check every file of a state, an equal part on each rank.
+
+    rows_later: not the row groups that `load_rows` checks on its way. So a state is read once and not twice, and
+    `load_rows` may raise DamagedState.
 
     Raises:
         CheckpointError: on every rank; what is wrong.
@@ -221,12 +229,22 @@ def open_saved(folder: Storage, process: Process) -> Saved:
     if problem is None:
         files = [(Storage(name), path, Sealed(**s)) for name, m in chain for path, s in sorted(m["files"].items())]
         mine = files[process.rank :: process.world_size]
-        problems = [found for one, path, sealed in mine if (found := one.problem(path, sealed))]
-        problem = next((p for part in _gather(problems, process, None) for p in part), None)
+        problem = first_problem(next((p for one in mine if (p := _problem(*one, rows_later))), None), process)
     if problem is not None:
         raise CheckpointError(f"{folder.name} is passed over: {problem}")
     folders = [Storage(name) for name, _ in chain]
     return Saved(folders, chain[0][1], json.loads(folders[0].read(TRAINING)))
+
+
+def _problem(folder: Storage, path: str, sealed: Sealed, rows_later: bool) -> str | None:
+    if rows_later and path.startswith("rows/"):
+        return problem_but_for_groups(folder, path, sealed)
+    return folder.problem(path, sealed)
+
+
+def first_problem(mine: str | None, process: Process) -> str | None:
+    """What is wrong on the first rank where something is. All ranks must ask."""
+    return next((problem for problem in _gather(mine, process, None) if problem is not None), None)
 
 
 def names_of_states(root: Storage) -> list[str]:
@@ -234,15 +252,21 @@ def names_of_states(root: Storage) -> list[str]:
     return sorted((name for name in root.names() if NAME.fullmatch(name)), reverse=True)
 
 
-def latest(root: Storage, process: Process, warn: Callable[[str], None]) -> Saved | None:
-    """The newest state that verifies, the same on all ranks; what is passed over is told to `warn`."""
+def states(root: Storage, process: Process, warn: Callable[[str], None], rows_later: bool = False) -> Iterator[Saved]:
+    """The states that verify, newest first, the same on all ranks; what is passed over is told to `warn`."""
     names = _broadcast(names_of_states(root) if process.is_main else None, process, None)
     for name in names:
         try:
-            return open_saved(root.below(name), process)
+            saved = open_saved(root.below(name), process, rows_later)
         except CheckpointError as error:
             warn(str(error))
-    return None
+            continue
+        yield saved
+
+
+def latest(root: Storage, process: Process, warn: Callable[[str], None]) -> Saved | None:
+    """The first of `states`."""
+    return next(states(root, process, warn), None)
 
 
 def retain(root: Storage, keep: int, also: Collection[str] = ()) -> None:

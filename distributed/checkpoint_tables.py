@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distributed.checkpoint import Saved
-from distributed.checkpoint_files import Storage
+from distributed.checked_parquet import DamagedFile
+from distributed.checkpoint import DamagedState, Saved, first_problem, read_manifest
+from distributed.checkpoint_files import Sealed, Storage
 from distributed.process import Process
 from distributed.table_files import (
     Columns,
@@ -134,9 +135,37 @@ def load_rows(
         period in which they were added; otherwise all are old.
 
     Raises:
+        DamagedState: on every rank; rows are not those that were saved. Tables may hold some of the others.
         TesseraError: a table is missing there, or its rows are of another kind.
     """
-    read = 0
+    read, problem = 0, None
+    try:
+        for columns in _fill(tables, saved, process, name_there, with_state, in_place, with_periods):
+            read += sum(column.nbytes for column in columns.values())
+    except DamagedFile as error:
+        problem = _all_that_is_wrong(error)
+    problem = first_problem(problem, process)
+    if problem is not None:
+        raise DamagedState(f"{saved.name} is passed over: {problem}")
+    return read
+
+
+def _all_that_is_wrong(error: DamagedFile) -> str:
+    """What a check of the whole file would say; what was found, if it has changed meanwhile."""
+    sealed = Sealed(**read_manifest(error.storage)["files"][error.path])
+    return error.storage.problem(error.path, sealed) or str(error)
+
+
+def _fill(
+    tables: Tables,
+    saved: Saved,
+    process: Process,
+    name_there: Callable[[str], str],
+    with_state: Callable[[str], bool],
+    in_place: bool,
+    with_periods: bool,
+) -> Iterator[Columns]:
+    """As `load_rows` says. Yields what was read."""
     for name, table in tables.items():
         there = name_there(name)
         if not saved.folders[-1].names(f"rows/{file_name('', there, 0, 1).split('/')[1]}"):
@@ -150,14 +179,13 @@ def load_rows(
         for folder in saved.folders:
             for path in files_of(folder, "rows", there, process):
                 for columns in read_columns(folder, path, process.rank, process.world_size):
-                    read += sum(column.nbytes for column in columns.values())
+                    yield columns
                     if len(saved.folders) > 1:
                         columns = _without(columns, table, hidden)
                     batch = to_batch(columns, table, f"{folder.name}/{path}", with_state(name), in_place, with_periods)
                     table.import_rows(batch)
             gone = [columns["id"] for columns in _columns(folder, "gone", there, process)]
             hidden = torch.cat([hidden, *gone]).unique()
-    return read
 
 
 def _without(columns: Columns, table: DynamicTable, hidden: Tensor) -> Columns:

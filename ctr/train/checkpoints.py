@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,13 +24,23 @@ from omegaconf import OmegaConf
 
 from ctr.config import Config
 from ctr.train.saved_model import fill_model, link_model, put_into, take_out
-from distributed.checkpoint import CheckpointError, Saved, clean, folder_name, latest, open_saved, retain, save
+from distributed.checkpoint import (
+    CheckpointError,
+    DamagedState,
+    Saved,
+    clean,
+    folder_name,
+    open_saved,
+    retain,
+    save,
+    states,
+)
 from distributed.checkpoint_dense import Tensors, copy_of, load_tensors, save_tensors
 from distributed.checkpoint_files import Storage
 from distributed.checkpoint_tables import TableParts, TableSaver, describe_tables, load_table_state, load_waiting
 from distributed.checkpoint_watch import SaveWatch
 from distributed.plan import size
-from distributed.process import Stopped
+from distributed.process import Process, Stopped
 
 if TYPE_CHECKING:
     from ctr.train.trainer import Trainer
@@ -238,18 +248,27 @@ class Checkpoints:
         if process.is_main:
             clean(self.root)
             shutil.rmtree(trainer.log.folder / STAGED_BEST, ignore_errors=True)
-        saved, named = latest(self.root, process, trainer.log.warn), trainer.config.trainer.resume
-        own = saved is not None
-        if saved is None and named not in (None, "auto"):
-            saved = find_saved(named, process, trainer.log.warn)
-        if saved is None:
+        for saved, own in self._to_go_on_from():
+            process.stage = f"loading {saved.name}"
+            try:
+                self._restore(saved, own)
+                break
+            except DamagedState as error:
+                trainer.log.warn(str(error))
+                self._tables = TableSaver(trainer.tables.owned())
+        else:
             return False
-        process.stage = f"loading {saved.name}"
-        self._restore(saved, own)
         trainer.log.say(f"step {trainer.step} · goes on from {saved.name}, saved by {saved.ranks} rank(s)")
         for line in changed_keys(saved.training["config"], trainer.config):
             trainer.log.say(f"configuration: {line}")
         return True
+
+    def _to_go_on_from(self) -> Iterator[tuple[Saved, bool]]:
+        """States, the best first, and whether they are of this run. Their rows are still to be checked."""
+        process, warn, named = self._process, self._trainer.log.warn, self._trainer.config.trainer.resume
+        yield from ((saved, True) for saved in states(self.root, process, warn, rows_later=True))
+        if named not in (None, "auto"):
+            yield from ((saved, False) for saved in _states_at(named, process, warn, rows_later=True))
 
     def _restore(self, saved: Saved, own: bool) -> None:
         trainer, process, training = self._trainer, self._process, saved.training
@@ -315,18 +334,22 @@ def available_memory() -> float:
         return math.inf
 
 
-def find_saved(path: str, process: Any, warn: Callable[[str], None]) -> Saved:
+def find_saved(path: str, process: Process, warn: Callable[[str], None]) -> Saved:
     """The state that a folder is, or the newest below it; also below `checkpoints` in a run's folder.
 
     Raises CheckpointError: there is none that can be read.
     """
+    return next(_states_at(path, process, warn))
+
+
+def _states_at(path: str, process: Process, warn: Callable[[str], None], rows_later: bool = False) -> Iterator[Saved]:
+    """Those of `find_saved`, in order; behind the last one CheckpointError."""
     folder = Storage(path)
     if folder.exists("manifest.json"):
-        return open_saved(folder, process)
-    for root in (folder, folder.below("checkpoints")):
-        saved = latest(root, process, warn)
-        if saved is not None:
-            return saved
+        yield open_saved(folder, process, rows_later)
+    else:
+        for root in (folder, folder.below("checkpoints")):
+            yield from states(root, process, warn, rows_later)
     raise CheckpointError(f"{path} holds no saved state that can be read; expected a state's folder or a run's")
 
 

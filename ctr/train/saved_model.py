@@ -8,7 +8,7 @@ from typing import Any
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from distributed.checkpoint import MANIFEST, CheckpointError, Saved, open_saved, read_manifest, save
+from distributed.checkpoint import MANIFEST, CheckpointError, DamagedState, Saved, open_saved, read_manifest, save
 from distributed.checkpoint_dense import load_into, load_tensors, save_tensors, tensor_shapes
 from distributed.checkpoint_files import Sealed, Storage, seal
 from distributed.checkpoint_tables import TableParts, describe_tables, load_rows
@@ -56,13 +56,17 @@ def load_model(model: DistributedModelParallel, folder: Path, process: Process) 
     if not folder.exists():
         raise TesseraError(f"{folder} holds no saved model; train the run first")
     process.stage = f"loading {folder.name}"
-    fill_model(model, open_saved(Storage(folder), process), process, in_place=False)
+    fill_model(model, open_saved(Storage(folder), process, rows_later=True), process, in_place=False)
 
 
 def fill_model(model: DistributedModelParallel, saved: Saved, process: Process, in_place: bool) -> None:
     """Dense weights, static tables and rows of a state that fits the model exactly.
 
     in_place: rows keep their numbers, for the same ranks to go on.
+
+    Raises:
+        CheckpointError: it does not fit; the model is as before.
+        DamagedState: rows are not those that were saved; the tables are empty, all else is as before.
     """
     network = model.module
     there, tower, shards = tensor_shapes(saved.folders[0]), network.tower.state_dict(), network.tables.tensors()
@@ -78,12 +82,16 @@ def fill_model(model: DistributedModelParallel, saved: Saved, process: Process, 
     if extra:
         hint = "trainer.warm_start takes what fits"
         raise CheckpointError(f"{saved.name} holds {extra[0]}, which the model lacks; {hint}")
+    network.tables.clear()
+    try:
+        load_rows(network.tables.owned(), saved, process, in_place=in_place)
+    except DamagedState:
+        network.tables.clear()
+        raise
     found = load_tensors(saved.folders[0], lambda name: name.startswith("tower/"))
     network.tower.load_state_dict({name.removeprefix("tower/"): value for name, value in found.items()})
     if shards:
         load_into(saved.folders[0], shards)
-    network.tables.clear()
-    load_rows(network.tables.owned(), saved, process, in_place=in_place)
 
 
 def _weights(shards: dict[str, Any]) -> dict[str, Any]:
