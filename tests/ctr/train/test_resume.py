@@ -104,6 +104,30 @@ def test_a_run_that_was_stopped_three_times_ends_as_one_that_never_was(ranks, da
         assert times_trained(newest(parts)).tolist() == [2] * ROWS
 
 
+def damage(states: list[Path]) -> None:
+    """Flip one bit among the rows of each state."""
+    for state in states:
+        path = next(state.glob("rows/c/*-of-*.parquet"))
+        content = bytearray(path.read_bytes())
+        content[len(content) // 3] ^= 1
+        path.write_bytes(content)
+
+
+def test_rows_that_turn_out_damaged_while_they_are_loaded(ranks, data, tmp_path):
+    """The state before is taken; without one the run begins anew, as if nothing had been loaded."""
+    trained(ranks, 2, job(data, tmp_path / "whole", "dynamic"), tmp_path)
+    for name, damaged in (("newest", 1), ("all", 100)):
+        command = job(data, tmp_path / name, "dynamic")
+        trained(ranks, 2, command, tmp_path, 75, (14, signal.SIGTERM, [0]))
+        states = sorted((tmp_path / name / "checkpoints").glob("step-*"), reverse=True)
+        assert len(states) > 1
+        damage(states[:damaged])
+        said = trained(ranks, 2, command, tmp_path)
+        assert f"{states[0].name} is passed over: rows/c/" in said
+        assert ("goes on from" in said) == (name == "newest"), said
+        assert_same_end(tmp_path / name, tmp_path / "whole")
+
+
 def test_a_finished_run_only_reports_again(ranks, data, tmp_path):
     command = job(data, tmp_path / "run", "dynamic")
     trained(ranks, 1, command, tmp_path)
