@@ -19,6 +19,7 @@ from distributed.checkpoint_files import ChecksumStream, Sealed, Storage, crc32_
 from embedding.errors import TesseraError
 
 NOTES = "tessera.crc32_behind_row_groups"
+MAGIC = b"PAR1"  # begins and ends a parquet file; before its end stands the size of the metadata, in 4 bytes
 PIECE_BYTES = 1 << 20  # read and checked at once: it is in the processor's cache for the second
 
 
@@ -76,11 +77,14 @@ class CheckedParquet:
         check."""
         if self._notes is None:
             return False
-        first, crc = self._notes[0]
-        begin_is_right = self._window.load(0, first, 0) == crc
-        last, crc = self._notes[-1]
-        end_is_right = self._window.load(last, sealed.bytes, crc) == sealed.crc32
-        return begin_is_right and end_is_right and self._window.size() == sealed.bytes
+        (first, begun), (last, ended) = self._notes[0], self._notes[-1]
+        sizes = first == len(MAGIC) and last + self.metadata.serialized_size + 4 + len(MAGIC) == sealed.bytes
+        return (
+            sizes  # so that little is read
+            and self._window.size() == sealed.bytes
+            and self._window.load(0, first, 0) == begun
+            and self._window.load(last, sealed.bytes, ended) == sealed.crc32
+        )
 
     def read(self, group: int) -> pa.Table:
         """Raises DamagedFile."""
