@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distributed.checked_parquet import DamagedFile
-from distributed.checkpoint import DamagedState, Saved, first_problem, read_manifest
+from distributed.checkpoint import CheckpointError, DamagedState, Saved, first_problem, read_manifest
 from distributed.checkpoint_files import Sealed, Storage
 from distributed.process import Process
 from distributed.table_files import (
@@ -30,6 +30,7 @@ from distributed.table_files import (
     write_columns,
 )
 from embedding.errors import TesseraError
+from embedding.row_batch import RowBatch
 from embedding.table import DynamicTable
 
 Tables = dict[str, DynamicTable]
@@ -126,8 +127,8 @@ def load_rows(
     with_state: Callable[[str], bool] = lambda name: True,
     in_place: bool = False,
     with_periods: bool = True,
-) -> int:
-    """Fill this rank's empty tables with the rows that it owns, one row group at a time. Returns bytes of rows read.
+) -> None:
+    """Fill this rank's empty tables with the rows that it owns, a few row groups at a time.
 
     Args:
         name_there: the name under which a table was saved. with_state: whether its optimizer state is wanted.
@@ -138,21 +139,22 @@ def load_rows(
         DamagedState: on every rank; rows are not those that were saved. Tables may hold some of the others.
         TesseraError: a table is missing there, or its rows are of another kind.
     """
-    read, problem = 0, None
+    problem = None
     try:
-        for columns in _fill(tables, saved, process, name_there, with_state, in_place, with_periods):
-            read += sum(column.nbytes for column in columns.values())
+        _fill(tables, saved, process, name_there, with_state, in_place, with_periods)
     except DamagedFile as error:
         problem = _all_that_is_wrong(error)
     problem = first_problem(problem, process)
     if problem is not None:
         raise DamagedState(f"{saved.name} is passed over: {problem}")
-    return read
 
 
 def _all_that_is_wrong(error: DamagedFile) -> str:
     """What a check of the whole file would say; what was found, if it has changed meanwhile."""
-    sealed = Sealed(**read_manifest(error.storage)["files"][error.path])
+    try:
+        sealed = Sealed(**read_manifest(error.storage)["files"][error.path])
+    except CheckpointError as changed:
+        return str(changed)
     return error.storage.problem(error.path, sealed) or str(error)
 
 
@@ -164,8 +166,8 @@ def _fill(
     with_state: Callable[[str], bool],
     in_place: bool,
     with_periods: bool,
-) -> Iterator[Columns]:
-    """As `load_rows` says. Yields what was read."""
+) -> None:
+    """As `load_rows` says, but DamagedFile is raised where it is found."""
     for name, table in tables.items():
         there = name_there(name)
         if not saved.folders[-1].names(f"rows/{file_name('', there, 0, 1).split('/')[1]}"):
@@ -175,17 +177,27 @@ def _fill(
         if found != expected:
             hint = "scripts/convert_tables.py converts"
             raise TesseraError(f"{saved.name}: rows of table {there} have {found}; the model has {expected} ({hint})")
-        hidden = torch.empty(0, dtype=torch.int64)
+        hidden = torch.empty(0, dtype=torch.int64) if len(saved.folders) > 1 else None
         for folder in saved.folders:
-            for path in files_of(folder, "rows", there, process):
-                for columns in read_columns(folder, path, process.rank, process.world_size):
-                    yield columns
-                    if len(saved.folders) > 1:
-                        columns = _without(columns, table, hidden)
-                    batch = to_batch(columns, table, f"{folder.name}/{path}", with_state(name), in_place, with_periods)
-                    table.import_rows(batch)
+            kinds = (with_state(name), in_place, with_periods)
+            for batch in _batches(table, folder, there, process, hidden, kinds):
+                table.import_rows(batch)
+            if hidden is None:
+                break
             gone = [columns["id"] for columns in _columns(folder, "gone", there, process)]
             hidden = torch.cat([hidden, *gone]).unique()
+
+
+def _batches(
+    table: DynamicTable, folder: Storage, there: str, process: Process, hidden: Tensor | None, kinds: tuple[bool, ...]
+) -> Iterator[RowBatch]:
+    """What the table takes of its rows in a folder. hidden: ids given up since, if a newer one was read. kinds: of what
+    `to_batch` takes."""
+    for path in files_of(folder, "rows", there, process):
+        for columns in read_columns(folder, path, process.rank, process.world_size):
+            if hidden is not None:
+                columns = _without(columns, table, hidden)
+            yield to_batch(columns, table, f"{folder.name}/{path}", *kinds)
 
 
 def _without(columns: Columns, table: DynamicTable, hidden: Tensor) -> Columns:

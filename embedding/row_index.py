@@ -89,8 +89,14 @@ class RowIndex:
     ) -> None:
         """Set all that is known of rows that have been taken (tensors int64 [n])."""
         known = (last_seen, count, ids, mark, period)[: self._columns]
-        numbers = [n if isinstance(n, Tensor) else torch.tensor([n], device=self.device) for n in known]
-        scatter_columns(self.meta, rows, [n[:, None] for n in numbers])
+        parts = [self._column(number) for number in known]
+        scatter_columns(self.meta, rows, parts)
+
+    def _column(self, numbers: Tensor | int) -> Tensor:
+        """[n, 1], or [1, 1] of one number for all rows."""
+        if isinstance(numbers, Tensor):
+            return numbers[:, None]
+        return torch.full((1, 1), numbers, dtype=torch.int64, device=self.device)
 
     def expired(self, now: int, ttl: int, budget_rows: int | None = None) -> Iterator[Tensor]:
         """Yield rows with now - last seen >= ttl, piece by piece, from where the last walk stopped.
