@@ -20,7 +20,7 @@ from embedding.errors import TesseraError
 
 NOTES = "tessera.crc32_behind_row_groups"
 MAGIC = b"PAR1"  # begins and ends a parquet file; before its end stands the size of the metadata, in 4 bytes
-PIECE_BYTES = 1 << 20  # read and checked at once: it is in the processor's cache for the second
+PIECE_BYTES = 1 << 22  # read and checked at once: it is in the processor's cache for the second
 
 
 class DamagedFile(TesseraError):

@@ -20,8 +20,8 @@ from distributed.process import Process
 from distributed.table_files import (
     Columns,
     ColumnSource,
-    columns_of,
     copied,
+    empty_columns,
     file_name,
     files_of,
     read_columns,
@@ -108,7 +108,7 @@ def describe_tables(tables: Tables) -> dict[str, dict]:
     """What the rows of each table are made of, for whoever loads them into another model."""
     described = {}
     for name, table in tables.items():
-        columns = columns_of(table.read_rows(torch.empty(0, dtype=torch.int64, device=table.device)))
+        columns = empty_columns(table)
         shapes = {key: [str(c.dtype).removeprefix("torch."), *c.shape[1:]] for key, c in columns.items()}
         groups = [[group.name, group.dim, group.format] for group in table.config.groups]
         described[name] = {"columns": shapes, "groups": groups, "optimizer": table.config.optimizer.name}
@@ -193,11 +193,12 @@ def _batches(
 ) -> Iterator[RowBatch]:
     """What the table takes of its rows in a folder. hidden: ids given up since, if a newer one was read. kinds: of what
     `to_batch` takes."""
+    expected = empty_columns(table)
     for path in files_of(folder, "rows", there, process):
         for columns in read_columns(folder, path, process.rank, process.world_size):
             if hidden is not None:
                 columns = _without(columns, table, hidden)
-            yield to_batch(columns, table, f"{folder.name}/{path}", *kinds)
+            yield to_batch(columns, expected, table, f"{folder.name}/{path}", *kinds)
 
 
 def _without(columns: Columns, table: DynamicTable, hidden: Tensor) -> Columns:

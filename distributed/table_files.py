@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -96,11 +97,7 @@ def write_columns(storage: Storage, path: str, source: ColumnSource, ranks: int)
     order = torch.from_numpy(bucket.argsort(kind="stable"))
     ends = np.bincount(bucket, minlength=buckets).cumsum().tolist()
     schema = _schema(source.read(order[:0]), buckets)
-    spans = [
-        (number, order[first : min(first + GROUP_ROWS, end)])
-        for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
-        for first in range(begin, end, GROUP_ROWS)
-    ]
+    spans = [(number, order[begin:end]) for number, begin, end in _spans(ends)]
     with (
         storage.write(path) as stream,
         pq.ParquetWriter(stream, schema, compression="NONE", use_dictionary=False, write_statistics=False) as writer,
@@ -115,16 +112,28 @@ def write_columns(storage: Storage, path: str, source: ColumnSource, ranks: int)
 
 
 def ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What the calls return, in order. The next one runs in a thread while the caller works on one's result."""
+    """What the calls return, in order. The next two run in a thread while the caller works on one's result: two, for a
+    large row group between small ones would wait."""
     with ThreadPoolExecutor(1, "rows ahead") as thread:
-        waiting: Future | None = None
+        waiting: deque[Future] = deque()
         for call in calls:
-            following = thread.submit(call)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()
+            waiting.append(thread.submit(call))
+            if len(waiting) > 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _spans(ends: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Of buckets that end there: number, begin and end of row groups, equal parts of their bucket."""
+    for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        groups = -(-(end - begin) // GROUP_ROWS)
+        for group in range(groups):
+            yield (
+                number,
+                begin + (end - begin) * group // groups,
+                begin + (end - begin) * (group + 1) // groups,
+            )
 
 
 def _schema(empty: Columns, buckets: int) -> pa.Schema:
@@ -193,16 +202,28 @@ def files_of(storage: Storage, kind: str, table: str, process: Process) -> list[
     return chosen
 
 
+def empty_columns(table: DynamicTable) -> Columns:
+    """No rows of the table: what they are made of."""
+    return columns_of(table.read_rows(torch.empty(0, dtype=torch.int64, device=table.device)))
+
+
 def to_batch(
-    columns: Columns, table: DynamicTable, path: str, with_state: bool, with_rows: bool, with_periods: bool = True
+    columns: Columns,
+    expected: Columns,
+    table: DynamicTable,
+    path: str,
+    with_state: bool,
+    with_rows: bool,
+    with_periods: bool = True,
 ) -> RowBatch:
     """What `import_rows` takes. Optimizer state that the file lacks, or is not wanted, is a new row's; rows whose
     period it lacks, or is not wanted, are older than any period of the table.
 
+    expected: the table's `empty_columns`.
+
     Raises:
         TesseraError: a column has another type or width than the table.
     """
-    expected = columns_of(table.read_rows(torch.empty(0, dtype=torch.int64, device=table.device)))
     if not with_state or "state" not in columns:
         first = table.config.optimizer.initial_accumulator
         columns = {**columns, "state": torch.full((columns["id"].numel(), expected["state"].shape[1]), first)}

@@ -23,6 +23,7 @@ from distributed.table_files import (
     ColumnSource,
     columns_of,
     copied,
+    empty_columns,
     file_name,
     files_of,
     read_columns,
@@ -86,7 +87,7 @@ def _converted(
     like, parts = DynamicTable(old), []
     for path in files_of(saved.folders[0], "rows", old.name, process):
         for columns in read_columns(saved.folders[0], path, process.rank, process.world_size):
-            batch = to_batch(columns, like, path, with_state=False, with_rows=False)
+            batch = to_batch(columns, empty_columns(like), like, path, with_state=False, with_rows=False)
             converted = columns_of(convert_rows(batch, old, new, errors))
             parts.append({name: column for name, column in converted.items() if name not in ("state", "row")})
     return copied({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
