@@ -9,13 +9,14 @@ row group must lead from one note to the next.
 from __future__ import annotations
 
 import json
+import zlib
 from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distributed.checkpoint_files import ChecksumStream, Sealed, Storage, crc32_of
+from distributed.checkpoint_files import ChecksumStream, Sealed, Storage
 from embedding.errors import TesseraError
 
 NOTES = "tessera.crc32_behind_row_groups"
@@ -124,7 +125,7 @@ class _Window:
             count = self._file.readinto(view[at : min(at + PIECE_BYTES, end - begin)])
             if not count:
                 return None
-            crc = crc32_of(view[at : at + count], crc)
+            crc = zlib.crc32(view[at : at + count], crc)
             self._end += count
         return crc
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow as pa
-import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-
-from kernels.crc32 import crc32
 
 READ_BYTES = 1 << 22
 HAND_OVER_BYTES = 1 << 23
@@ -28,15 +25,8 @@ class Sealed:
     crc32: int
 
 
-def crc32_of(data: Any, crc: int = 0) -> int:
-    """Of bytes that follow others with the CRC-32 `crc`."""
-    buffer = pa.py_buffer(data)
-    # Not torch.frombuffer, which warns of memory that is not to be written.
-    return crc32(torch.from_dlpack(pa.UInt8Array.from_buffers(pa.uint8(), buffer.size, [None, buffer])), crc)
-
-
 def seal(content: bytes) -> Sealed:
-    return Sealed(len(content), crc32_of(content))
+    return Sealed(len(content), zlib.crc32(content))
 
 
 class ChecksumStream:
@@ -53,7 +43,7 @@ class ChecksumStream:
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
-        self.crc32 = crc32_of(view, self.crc32)
+        self.crc32 = zlib.crc32(view, self.crc32)
         self.bytes += view.nbytes
         self._inner.write(view)
         self._progress(self.bytes)
@@ -142,7 +132,7 @@ class Storage:
             with self.open(path, buffered=False) as file:
                 while count := file.readinto(memory):
                     size += count
-                    crc = crc32_of(memory[:count], crc)
+                    crc = zlib.crc32(memory[:count], crc)
         except FileNotFoundError:
             return f"{path} is missing"
         except OSError as error:

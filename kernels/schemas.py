@@ -13,7 +13,6 @@ import torch
 SCHEMAS = (
     "xxh64(Tensor data, Tensor offsets) -> Tensor",
     "hex_to_int64(Tensor data, Tensor offsets) -> (Tensor, Tensor)",
-    "crc32(Tensor data, int crc) -> int",
     "mix64(Tensor x) -> Tensor",
     "unmix64(Tensor x) -> Tensor",
     "uniform(int stream, Tensor ids, int dim) -> Tensor",

@@ -5,7 +5,6 @@
 TORCH_LIBRARY(tessera, m) {
   m.def("xxh64(Tensor data, Tensor offsets) -> Tensor");
   m.def("hex_to_int64(Tensor data, Tensor offsets) -> (Tensor, Tensor)");
-  m.def("crc32(Tensor data, int crc) -> int");
   m.def("mix64(Tensor x) -> Tensor");
   m.def("unmix64(Tensor x) -> Tensor");
   m.def("uniform(int stream, Tensor ids, int dim) -> Tensor");

@@ -2,11 +2,10 @@
 
 The functions take what the ops of `torch.ops.tessera` take (`kernels/schemas.py`). What no
 training step calls on a GPU is the definition in torch: the reader's string ops, `coldest`, and
-`copy_rows`, `crc32` and `take_places`, of saved states.
+`copy_rows` and `take_places`, of saved states.
 """
 
 from kernels.reference.copy_rows import copy_rows
-from kernels.reference.crc32 import crc32
 from kernels.reference.string_hash import hex_to_int64, xxh64
 from kernels.reference.take_places import take_places
 from kernels.reference.touch import coldest
@@ -28,7 +27,6 @@ __all__ = [
     "check",
     "coldest",
     "copy_rows",
-    "crc32",
     "dequantise",
     "expired",
     "gather",
