@@ -80,7 +80,7 @@ class EmbeddingConfig:
     formats: dict[str, str] | None = None
     rounding: str = "stochastic"
     step: float | None = None
-    range: float = 1.0
+    range: float = 0.3
     alpt: AlptConfig = field(default_factory=AlptConfig)
     transport: str = "fp32"
 
