@@ -46,13 +46,6 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    server = WarmRanks()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "data", ROWS)
 

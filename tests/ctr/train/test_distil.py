@@ -35,13 +35,6 @@ FREE = "model.dropout=0.0"
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    server = WarmRanks()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def first(ranks, tmp_path_factory) -> tuple[Path, Path]:
     """The data of two days, and a run on the first of them."""
     folder = tmp_path_factory.mktemp("first")

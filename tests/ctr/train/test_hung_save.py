@@ -10,16 +10,8 @@ import pytest
 from distributed.checkpoint import folder_name
 from distributed.checkpoint_watch import ELSEWHERE, WAITING, describe
 from tests.ctr.train.states import arguments, write_data
-from tests.ctr.train.warm_ranks import WarmRanks
 
 LIMIT = 6
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    server = WarmRanks()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from ctr.config import load_config
 from ctr.data.reservoir import add_to_reservoir
 from ctr.data.schema import Schema
 from tests.ctr.train.states import arguments, newest, rows_of_state, times_trained, write_data
-from tests.ctr.train.warm_ranks import WarmRanks
 
 ROWS = 400
 COMMON = ["trainer.batch_size=100", "embedding.admission.kind=exact", "embedding.admission.threshold=2"]
 COMMON += ["optimizer.sparse.old_rows_factor=0.5"]
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    server = WarmRanks()
-    yield server
-    server.close()
 
 
 def number(value: bytes) -> int:

@@ -13,7 +13,6 @@ from ctr.config import load_config
 from ctr.train.trainer import Trainer
 from tests.ctr.train.states import arguments, metrics_of, newest, tensors_of_state, write_data
 from tests.ctr.train.test_cache import BATCH, ROWS, assert_same_states, trained
-from tests.ctr.train.warm_ranks import WarmRanks
 from tests.distributed.saved_tables import alone
 
 STATIC = ["embedding=static", "embedding.rows=400", "optimizer.sparse.name=rowwise_adagrad"]
@@ -23,13 +22,6 @@ SETTINGS = {
     "static": STATIC,
     "bags and step sizes": ["embedding.format=int8", "embedding.alpt.every=2", "embedding.bag_path=always"],
 }
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    server = WarmRanks()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.ctr.train.states import SCHEMA, arguments, newest, rows_of_state, tensors_of_state, write_data
-from tests.ctr.train.warm_ranks import WarmRanks
 
 #: d is gone, c is called e (one more table of the same column), f is new
 CHANGED = SCHEMA.replace(
     "{name: c, kind: id}, {name: d, kind: id}", "{name: c, kind: id, table: e}, {name: f, kind: id}"
 )
 STEPS = ["trainer.batch_size=100", "trainer.max_steps=8", "model.dropout=0.0"]
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    server = WarmRanks()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module", params=["dynamic", "static"])
