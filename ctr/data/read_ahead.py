@@ -26,6 +26,8 @@ from ctr.data.lanes import (
 from ctr.data.row_groups import RowGroupReader
 from ctr.data.window import Slice, Window
 
+CHUNKS_PER_ORDER = 8  # at most 16 windows of a row group's size; other lanes have orders of their own
+
 if TYPE_CHECKING:
     from ctr.data.reader import ParquetReader
 
@@ -54,6 +56,7 @@ class _Lane:
         self.first = self.stop = offset  # rows of the lane in that window
         self.next: Future[Window | None] | None = None
         self.decoded: Iterator[Window] = iter(())
+        self.orders: tuple[int, dict[int, np.ndarray]] = (-1, {})  # of some chunks' windows, by their rows
 
 
 class ReadAhead:
@@ -172,12 +175,18 @@ class ReadAhead:
 
     def _decoded(self, lane: _Lane, sources: list[Source], windows: list[_Planned]) -> list[Window]:
         reader = self.reader
-        # Windows of one chunk that are as long as each other share their order: it stays in the cache with the
-        # column that it permutes, and they are delivered one after the other.
-        orders: dict[int, np.ndarray | None] = {}
-        for window in windows:
-            if window.rows not in orders:
-                key = (WINDOW, reader.seed, self.epoch, lane.number, window.chunk)
-                orders[window.rows] = seeded_order(window.rows, *key) if reader.shuffle else None
-        pairs = [(window.rows, orders[window.rows]) for window in windows]
+        pairs = [(window.rows, self._order(lane, window)) for window in windows]
         return reader.decoder.decode(sources, pairs, reader.buffers)
+
+    def _order(self, lane: _Lane, window: _Planned) -> np.ndarray | None:
+        """Drawing an order costs a sixth of decoding, so windows of some chunks that are as long share one."""
+        reader = self.reader
+        if not reader.shuffle:
+            return None
+        block = window.chunk // CHUNKS_PER_ORDER
+        if lane.orders[0] != block:
+            lane.orders = (block, {})
+        orders = lane.orders[1]
+        if window.rows not in orders:
+            orders[window.rows] = seeded_order(window.rows, WINDOW, reader.seed, self.epoch, lane.number, block)
+        return orders[window.rows]

@@ -46,7 +46,7 @@ GOALS = {"integers": 0.7, "strings": 0.4}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=2_000_000)
-    parser.add_argument("--links", type=int, default=4, help="links to each file")
+    parser.add_argument("--links", type=int, default=16, help="links to each file: lanes read twice where they meet")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch-size", type=int, default=4096)
