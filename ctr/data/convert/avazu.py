@@ -10,11 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from ctr.data.convert.columns import Column
-from ctr.data.convert.delimited import TextFormat, TextTable
+from ctr.data.convert.delimited import TextFormat
 from ctr.data.convert.pipeline import Conversion, Input, Options, convert, schema_from_conf
 
 HEX = [
@@ -29,6 +26,7 @@ HEX = [
     "device_model",
 ]
 BEFORE_HEX = ["C1", "banner_pos"]
+TIME = "%y%m%d%H"
 AFTER_HEX = ["device_type", "device_conn_type", *(f"C{i}" for i in range(14, 22))]
 
 
@@ -37,17 +35,12 @@ def convert_avazu(source: Input, output: Path, options: Options) -> dict:
     text = TextFormat(",", ("id", "click", "hour", *BEFORE_HEX, *HEX, *AFTER_HEX), header="auto")
     columns = [
         Column("label", "click", type="int8", values=(0, 1)),
-        Column("time", "hour", type="time", format="%y%m%d%H"),
+        Column("time", "hour", type="time", format=TIME),
+        Column("hour", type="hour", format=TIME),
+        Column("weekday", "hour", type="weekday", format=TIME),
         *(Column(name) for name in BEFORE_HEX),
         *(Column(name, type="hex") for name in HEX),
         *(Column(name) for name in AFTER_HEX),
     ]
-    conversion = Conversion("avazu", text, columns, schema_from_conf("avazu"), _add_hour_and_weekday, "time")
+    conversion = Conversion("avazu", text, columns, schema_from_conf("avazu"), time="time")
     return convert(conversion, source, output, options)
-
-
-def _add_hour_and_weekday(rows: TextTable) -> TextTable:
-    moment = rows.table.column("time").cast(pa.timestamp("s"))
-    table = rows.table.add_column(2, "hour", pc.hour(moment))
-    table = table.add_column(3, "weekday", pc.day_of_week(moment))
-    return TextTable(rows.path, table, rows.lines)

@@ -28,10 +28,13 @@ PLAIN_TYPES = {
 MADE_TYPES = {
     "hex": pa.int64(),
     "time": pa.int64(),
+    "hour": pa.int64(),
+    "weekday": pa.int64(),
     "list<string>": pa.list_(pa.string()),
     "list<int64>": pa.list_(pa.int64()),
     "list<float32>": pa.list_(pa.float32()),
 }
+OF_A_TIME = {"hour": pc.hour, "weekday": pc.day_of_week}
 PER_SECOND = {"seconds": 1.0, "milliseconds": 1e3, "microseconds": 1e6}
 
 
@@ -41,8 +44,8 @@ class Column:
 
     name: in the output. source: in the text (default: name). type: a plain arrow type, or "hex" (1 to 16
     hexadecimal digits -> the 64 bits as int64), "time" (-> int64 seconds since 1970 UTC, by `format`:
-    "seconds", "milliseconds", "microseconds" or a strptime pattern), "list<...>" (split at `delimiter`, runs
-    of it count once). stored: plain type to write instead of `type`. values: the only values accepted; null
+    "seconds", "milliseconds", "microseconds" or a strptime pattern), "hour" and "weekday" (of such a time: 0 to 23,
+    Monday is 0), "list<...>" (split at `delimiter`, runs of it count once). stored: plain type to write instead of `type`. values: the only values accepted; null
     is then bad too. required: null is bad.
     """
 
@@ -60,9 +63,13 @@ class Column:
         return self.source or self.name
 
     @property
+    def of_time(self) -> bool:
+        return self.type == "time" or self.type in OF_A_TIME
+
+    @property
     def text_type(self) -> pa.DataType:
         """The type arrow parses the text to."""
-        if self.type == "time" and self.format in PER_SECOND:
+        if self.of_time and self.format in PER_SECOND:
             return pa.float64()
         return PLAIN_TYPES.get(self.type, pa.string())
 
@@ -135,7 +142,7 @@ def _expected(column: Column) -> str:
         return "one of " + ", ".join(map(str, column.values))
     if column.type == "hex":
         return "1 to 16 hexadecimal digits"
-    if column.type == "time":
+    if column.of_time:
         return f"a time as {column.format}"
     if column.type.startswith("list"):
         return f"{column.type} separated by {column.delimiter!r}"
@@ -147,8 +154,10 @@ def _make(source: pa.Array, column: Column) -> tuple[pa.Array, np.ndarray | None
     wrong = None
     if column.type == "hex":
         array, wrong = _from_hex(source)
-    elif column.type == "time":
+    elif column.of_time:
         array, wrong = _from_time(source, column.format)
+        if column.type in OF_A_TIME:
+            array = OF_A_TIME[column.type](array.cast(pa.timestamp("s")))
     elif column.type.startswith("list"):
         array, wrong = _from_delimited(source, column)
     else:

@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
@@ -12,6 +14,7 @@ from ctr.data.convert.pipeline import Options
 from ctr.data.errors import DataError
 from ctr.data.reader import ParquetReader
 from ctr.data.schema import Schema
+from ctr.data.transforms import bucket
 from ctr.models.network import build_tower
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -21,8 +24,10 @@ PUBLISHED = sorted(path.stem for path in (ROOT / "conf/prepare").glob("*.yaml"))
 def copy(tmp_path: Path, name: str) -> Path:
     """The description beside three small files of its columns, with their sums."""
     description = OmegaConf.load(ROOT / f"conf/prepare/{name}.yaml")
-    columns = [column.name for column in description.columns]
-    line = ",".join("1" if column == "label" else "0.25" if column.startswith("I") else "77" for column in columns)
+    columns = {column.get("source", column.name): column for column in description.columns}  # of the text
+    values = {"label": "1", "hour": "14102100", "weekday": "14102100"}
+    numbers = {"float32": "0.25"}
+    line = ",".join(values.get(column.name, numbers.get(column.type, "77")) for column in columns.values())
     text = ",".join(columns) + "\n" + f"{line}\n" * 4
     sums = {}
     for split in ("train", "valid", "test"):
@@ -41,6 +46,7 @@ def test_a_published_split_converts_and_its_experiments_fit_it(tmp_path, name):
     assert len(experiments) >= 4
     for experiment in experiments:
         config = load_config([f"experiment={experiment}"], "")
+        assert config.data.name == name
         schema = Schema(config.data.schema)
         build_tower(config, schema)
         reader = ParquetReader(str(tmp_path / "out" / "train"), schema, batch_size=4)
@@ -55,6 +61,25 @@ def test_another_file_of_that_name_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["criteo_x1", "avazu_x1"])
+@pytest.mark.parametrize("name", ["criteo_x1", "avazu_x1", "criteo_x4", "avazu_x4"])
 def test_known_sums_are_in_the_description(name):
     assert set(OmegaConf.load(ROOT / f"conf/prepare/{name}.yaml").input.md5) == {"train.csv", "valid.csv", "test.csv"}
+
+
+def test_hour_and_weekday_are_those_of_the_time(tmp_path):
+    convert_csv(copy(tmp_path, "avazu_x4"), tmp_path / "out", Options())
+    table = pq.read_table(tmp_path / "out" / "train")
+    assert table["hour"].to_pylist() == [0] * 4
+    assert table["weekday"].to_pylist() == [1] * 4  # 21 October 2014 was a Tuesday
+
+
+def test_counts_of_criteo_x4_fall_into_the_published_buckets():
+    """floor(ln(x) squared) above 2, the number itself up to it; ours keeps 3 to 5 apart from 1 and 2."""
+    features = Schema(load_config(["experiment=criteo_x4_deepfm"], "").data.schema).categorical[:13]
+    counts = np.unique(np.concatenate([np.arange(6, 3000), np.geomspace(3000, 2.5e7, 20000).astype(np.int64)]))
+    published = np.floor(np.log(counts) ** 2).astype(np.int64)
+    for feature in features:
+        ours = bucket(feature, counts.astype(np.float64))
+        assert (np.diff(ours) == np.diff(published)).all()
+        assert bucket(feature, np.array([-2.0, -1, 0, 1, 2, 3, 4, 5])).tolist() == [1, 2, 3, 4, 5, 6, 6, 7]
+        assert feature.missing_id == 3
