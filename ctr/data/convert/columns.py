@@ -44,8 +44,9 @@ class Column:
 
     name: in the output. source: in the text (default: name). type: a plain arrow type, or "hex" (1 to 16
     hexadecimal digits -> the 64 bits as int64), "time" (-> int64 seconds since 1970 UTC, by `format`:
-    "seconds", "milliseconds", "microseconds" or a strptime pattern), "hour" and "weekday" (of such a time: 0 to 23,
-    Monday is 0), "list<...>" (split at `delimiter`, runs of it count once). stored: plain type to write instead of `type`. values: the only values accepted; null
+    "seconds", "milliseconds", "microseconds" or a strptime pattern), "hour" and "weekday" (of such a time: 0 to
+    23, Monday is 0), "list<...>" (split at `delimiter`, runs of it count once). stored: plain type to write
+    instead of `type`. values: the only values accepted; null
     is then bad too. required: null is bad.
     """
 
