@@ -2,12 +2,14 @@
 
 `python scripts/bench/models.py --models deepfm,autoint_plus,fgcnn`: batch 4096, 13 numeric and 26 id fields, dim 16,
 MLP 400x3, one process. "Tower alone" is forward, backward and Adam on one preloaded batch: the bound for the whole
-step, which also reads, looks rows up, updates them and checks. Each model takes its turn in every round.
+step, which also reads, looks rows up, updates them and checks. With `--peer ENVIRONMENT` (made by
+peers/deepctr_torch.sh) deepctr-torch's DeepFM, and its model of the same kind, take turns with each of ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from ctr.data.synthetic_rows import SyntheticConfig  # noqa: E402
 from ctr.models.network import build_tower  # noqa: E402
 from ctr.train.trainer import Trainer  # noqa: E402
 from distributed.process import Process, run  # noqa: E402
+from scripts.bench.deepctr_torch import MODELS, Peer  # noqa: E402
 from scripts.bench.timing import alternate  # noqa: E402
 
 BATCH = 4096
@@ -35,6 +38,8 @@ parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--steps", type=int, default=3, help="steps per round")
 parser.add_argument("--data", type=Path, help="prepared synthetic data (default: 200,000 rows made for this run)")
+parser.add_argument("--peer", type=Path, help="environment of deepctr-torch")
+parser.add_argument("--peer-ids", type=int, default=2_700_000, help="rows of the peer's tables together")
 options = parser.parse_args()
 
 
@@ -75,7 +80,8 @@ def whole(trainer: Trainer) -> Callable[[bool], None]:
 
 
 def bench(config: Config, process: Process) -> None:
-    print(f"{'':<14}{'':>6}{'whole, ms':>11}{'samples/s':>12}{'tower, ms':>11}{'samples/s':>12}{'whole/tower':>13}")
+    heading = f"{'':<14}{'':>6}{'whole, ms':>11}{'samples/s':>12}{'tower, ms':>11}{'samples/s':>12}{'whole/tower':>13}"
+    print(heading + (f"{'/ its DeepFM':>14}{'/ its own':>11}" if options.peer else ""))
     for model in options.models.split(","):
         config = load(config.data.path, model)
         trainer = Trainer(config, process)
@@ -85,12 +91,25 @@ def bench(config: Config, process: Process) -> None:
             for amp in (False, True)
             for side, step in (("whole", from_parquet), ("tower", alone))
         }
-        medians = {name: 1e3 * s for name, s in alternate(contenders, options.rounds, options.steps).items()}
+        with contextlib.ExitStack() as stack:
+            for name in {"DeepFM", MODELS.get(model, "DeepFM")} if options.peer else ():
+                peer = stack.enter_context(Peer(options.peer, name, options.peer_ids, options.threads))
+                contenders["peer", name] = peer.step
+            medians = {name: 1e3 * s for name, s in alternate(contenders, options.rounds, options.steps).items()}
         trainer.log.close()
         for amp in (False, True):
-            ours, bound = medians["whole", amp], medians["tower", amp]
-            rates = [f"{milliseconds:>11.1f}{BATCH / milliseconds * 1e3:>12,.0f}" for milliseconds in (ours, bound)]
-            print(f"{model:<14}{'bf16' if amp else 'fp32':>6}{''.join(rates)}{bound / ours:>13.2f}", flush=True)
+            show(model, amp, medians)
+
+
+def show(model: str, amp: bool, medians: dict) -> None:
+    ours, bound = medians["whole", amp], medians["tower", amp]
+    cells = [f"{milliseconds:>11.1f}{BATCH / milliseconds * 1e3:>12,.0f}" for milliseconds in (ours, bound)]
+    cells.append(f"{bound / ours:>13.2f}")
+    if options.peer:
+        cells.append(f"{medians['peer', 'DeepFM'] / ours:>14.3f}")
+        own = medians.get(("peer", MODELS.get(model)))
+        cells.append(f"{own / ours:>11.2f}" if own else f"{'':>11}")
+    print(f"{model:<14}{'bf16' if amp else 'fp32':>6}{''.join(cells)}", flush=True)
 
 
 def load(data: str, model: str) -> Config:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ parser.add_argument("--models", default="DeepFM,AutoInt,PNN")
 parser.add_argument("--ids", type=int, default=2_700_000, help="distinct ids of all fields together")
 parser.add_argument("--steps", type=int, default=5)
 parser.add_argument("--threads", type=int, default=2)
+parser.add_argument("--serve", action="store_true", help="take one step of the model for each line of standard input")
 options = parser.parse_args()
 
 
@@ -37,7 +40,7 @@ def build(name: str) -> torch.nn.Module:
     return models[name](columns, columns, l2_reg_linear=0, **plain)
 
 
-def milliseconds_per_step(name: str) -> float:
+def stepper(name: str) -> Callable[[], None]:
     model = build(name)
     optimizer = torch.optim.Adam(model.parameters())
     ids = torch.randint(0, options.ids // 26, (BATCH, 26)).float()  # its input is one float matrix
@@ -48,6 +51,11 @@ def milliseconds_per_step(name: str) -> float:
         F.binary_cross_entropy(model(inputs).squeeze(), labels).backward()
         optimizer.step()
 
+    return step
+
+
+def milliseconds_per_step(name: str) -> float:
+    step = stepper(name)
     step()
     times = []
     for _ in range(options.steps):
@@ -59,6 +67,13 @@ def milliseconds_per_step(name: str) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(options.threads)
+    if options.serve:
+        step = stepper(options.models)
+        print("ready", flush=True)
+        for _ in sys.stdin:
+            step()
+            print("done", flush=True)
+        sys.exit()
     for model_name in options.models.split(","):
         milliseconds = milliseconds_per_step(model_name)
         print(
