@@ -57,6 +57,8 @@ def shard(
         device=process.device,
         plan=plan,
         sharders=sharders,
+        # One rank has nobody to average gradients with, and needs no copies of them.
+        init_data_parallel=process.world_size > 1,
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
     tables.fill()
