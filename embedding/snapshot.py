@@ -72,7 +72,7 @@ class Snapshot:
 
     def rows_in_use(self, since: int | None = None) -> tuple[Tensor, Tensor]:
         """Rows of the moment, ascending, and their ids: int64 [n] each. since: only those touched since a mark."""
-        found = [(rows, meta[:, ID]) for rows, meta in self._walk(since)]
+        found = list(self._walk(since))
         none = torch.empty(0, dtype=torch.int64)
         return torch.cat([none, *(rows for rows, _ in found)]), torch.cat([none, *(ids for _, ids in found)])
 
@@ -84,7 +84,8 @@ class Snapshot:
             if since is not None:
                 chosen &= meta[:, MARK] >= since
             chosen = chosen.nonzero().flatten()
-            yield rows[chosen], meta[chosen]
+            # A copy: the ids of all rows are held, and not all that is known of them.
+            yield rows.index_select(0, chosen), meta[:, ID].index_select(0, chosen)
 
     def read(self, rows: Tensor) -> RowBatch:
         """Rows (int64 [n], distinct) as they were. Of no rows: empty tensors of the right kinds."""
@@ -98,9 +99,9 @@ class Snapshot:
         """
         found = self._read_open(rows, groups)
         with self._lock:
-            places = self._places[rows]
+            places = self._places.index_select(0, rows)
             if passing:
-                self._places[rows] = PASSED
+                self._places.index_fill_(0, rows, PASSED)
         kept = (places > OPEN).nonzero().flatten()
         if kept.numel():
             numbers = places[kept].long() - 1
