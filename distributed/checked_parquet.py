@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distributed.checkpoint_files import ChecksumStream, Sealed, Storage
+from distributed.checkpoint_files import ChecksumStream, Sealed, Storage, let_go
 from embedding.errors import TesseraError
 
 NOTES = "tessera.crc32_behind_row_groups"
@@ -87,12 +87,12 @@ class CheckedParquet:
             and self._window.load(last, sealed.bytes, ended) == sealed.crc32
         )
 
-    def read(self, group: int) -> pa.Table:
-        """Raises DamagedFile."""
+    def read(self, group: int, once: bool = False) -> pa.Table:
+        """once: nobody else reads this row group, and the system need not keep it in memory. Raises DamagedFile."""
         if self._notes is not None:
             (begin, before), (end, behind) = self._notes[group : group + 2]
             try:
-                found = self._window.load(begin, end, before)
+                found = self._window.load(begin, end, before, once and self._storage.local)
             except OSError as error:
                 raise DamagedFile(self._storage, self._path, f"cannot be read: {error.strerror or error}") from error
             if found != behind:
@@ -113,8 +113,12 @@ class _Window:
         self._size = file.seek(0, 2)
         self._memory, self._begin, self._end = bytearray(), 0, 0
 
-    def load(self, begin: int, end: int, crc: int) -> int | None:
-        """Have bytes [begin, end) in memory. Returns the CRC-32 continued over them, None if the file ends before."""
+    def load(self, begin: int, end: int, crc: int, once: bool = False) -> int | None:
+        """Have bytes [begin, end) in memory. Returns the CRC-32 continued over them, None if the file ends before.
+
+        once: of a local file; the page cache does not grow by it. New memory takes longer to get than the bytes
+        themselves where a host has to find it.
+        """
         if len(self._memory) < end - begin:
             self._memory = bytearray(end - begin)
         self._begin = self._end = begin
@@ -127,6 +131,9 @@ class _Window:
                 return None
             crc = zlib.crc32(view[at : at + count], crc)
             self._end += count
+            if once:
+                # The piece before again: of what the system reads at once, it gives back only what lies within.
+                let_go(self._file, max(0, self._end - count - PIECE_BYTES), self._end)
         return crc
 
     def size(self) -> int:

@@ -104,7 +104,7 @@ class Storage:
                 self.note(at)
                 if self.local and size - handed_over >= HAND_OVER_BYTES:
                     file.flush()
-                    _write_out(file, handed_over, size)
+                    let_go(file, handed_over, size)
                     handed_over = size
 
             stream = ChecksumStream(file, progress)
@@ -188,8 +188,9 @@ class Storage:
                 sync_folder(folder)
 
 
-def _write_out(file: IO[bytes], begin: int, end: int) -> None:
-    """Have the disk begin to write these bytes, so that it works while the next are made and the last sync is short."""
+def let_go(file: IO[bytes], begin: int, end: int) -> None:
+    """Of bytes of a local file that nobody will read soon. What was written the disk begins to write, so that it works
+    while the next are made and the last sync is short; what was read need not stay in memory."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 

@@ -21,6 +21,7 @@ from distributed.table_files import (
     Columns,
     ColumnSource,
     copied,
+    count_rows,
     empty_columns,
     file_name,
     files_of,
@@ -177,6 +178,7 @@ def _fill(
         if found != expected:
             hint = "scripts/convert_tables.py converts"
             raise TesseraError(f"{saved.name}: rows of table {there} have {found}; the model has {expected} ({hint})")
+        table.expect(_rows_expected(saved.folders[-1], there, process))
         hidden = torch.empty(0, dtype=torch.int64) if len(saved.folders) > 1 else None
         for folder in saved.folders:
             kinds = (with_state(name), in_place, with_periods)
@@ -186,6 +188,12 @@ def _fill(
                 break
             gone = [columns["id"] for columns in _columns(folder, "gone", there, process)]
             hidden = torch.cat([hidden, *gone]).unique()
+
+
+def _rows_expected(folder: Storage, there: str, process: Process) -> int:
+    """Of the full state that others build on, which has most."""
+    paths = files_of(folder, "rows", there, process)
+    return sum(count_rows(folder, path, process.rank, process.world_size) for path in paths)
 
 
 def _batches(

@@ -173,21 +173,32 @@ def read_columns(storage: Storage, path: str, rank: int, ranks: int) -> Iterator
     Raises DamagedFile: a row group is not what was written (it is looked at before it is believed), or cannot be read.
     """
     with CheckedParquet(storage, path) as file:
-        about = file.metadata.metadata
-        buckets = int(about[b"tessera.buckets"])
-        of_group = json.loads(about[b"tessera.bucket_of_row_group"])
-        common = math.gcd(buckets, ranks)
+        wanted, share = _groups_of(file, rank, ranks)
 
         def read(group: int) -> Columns:
-            table = file.read(group).combine_chunks()
+            table = file.read(group, once=share == 1).combine_chunks()
             columns = {f.name: _to_tensor(table.column(f.name).chunk(0), f) for f in file.schema}
-            if common < ranks:
+            if share > 1:
                 mine = (owner_of(mix64(columns["id"]), ranks) == rank).nonzero().flatten()
                 columns = {name: column.index_select(0, mine) for name, column in columns.items()}
             return columns
 
-        wanted = [group for group, bucket in enumerate(of_group) if bucket % common == rank % common]
         yield from ahead(partial(read, group) for group in wanted)
+
+
+def count_rows(storage: Storage, path: str, rank: int, ranks: int) -> int:
+    """How many rows of a file `rank` of `ranks` owns; about, where that is not decided by buckets."""
+    with CheckedParquet(storage, path) as file:
+        wanted, share = _groups_of(file, rank, ranks)
+        return sum(file.metadata.row_group(group).num_rows for group in wanted) // share
+
+
+def _groups_of(file: CheckedParquet, rank: int, ranks: int) -> tuple[list[int], int]:
+    """The row groups that may hold rows of `rank` of `ranks`, and how many ranks own the rows of each."""
+    about = file.metadata.metadata
+    common = math.gcd(int(about[b"tessera.buckets"]), ranks)
+    of_group = json.loads(about[b"tessera.bucket_of_row_group"])
+    return [group for group, bucket in enumerate(of_group) if bucket % common == rank % common], ranks // common
 
 
 def files_of(storage: Storage, kind: str, table: str, process: Process) -> list[str]:

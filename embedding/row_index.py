@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.chunks import allocate_chunk
+from kernels.chunks import allocate_chunk, commit, first_rows
 from kernels.gather import gather
 from kernels.id_map import IdMap
 from kernels.scatter import scatter, scatter_columns
@@ -119,7 +119,7 @@ class RowIndex:
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, what is known of it and those after it: int64 [k, 4 or 5]) for all rows ever taken."""
-        for begin, chunk in zip(range(0, self.end, self._chunk_rows), self.meta, strict=True):
+        for begin, chunk in zip(range(0, self.end, self._chunk_rows), self.meta, strict=False):
             yield begin, chunk[: self.end - begin]
 
     def walk(self, batch_rows: int, since: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -140,12 +140,22 @@ class RowIndex:
     def reserve(self, end: int) -> None:
         """Have memory for rows [0, end), the new ones free. Memory beyond is not touched."""
         begin, self.end = self.end, max(self.end, end)
-        while len(self.meta) * self._chunk_rows < end:
-            self.meta.append(allocate_chunk((self._chunk_rows, self._columns), torch.int64, self.device))
+        self._add_chunks(end)
         while begin < end:
             chunk, row = divmod(begin, self._chunk_rows)
             self.meta[chunk][row : row + end - begin] = 0
             begin = (chunk + 1) * self._chunk_rows
+
+    def _add_chunks(self, end: int) -> None:
+        while len(self.meta) * self._chunk_rows < end:
+            self.meta.append(allocate_chunk((self._chunk_rows, self._columns), torch.int64, self.device))
+
+    def expect(self, rows: int) -> None:
+        """Commit the memory of as many rows, still to be taken, and of their ids. No row must have been taken."""
+        assert self.end == 0, self.end
+        self.map.reserve(rows)
+        self._add_chunks(rows)
+        commit(first_rows(self.meta, rows))
 
     def place(self, ids: Tensor, rows: Tensor) -> None:
         """Give distinct, unknown ids the rows they had in the index whose state is imported."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embedding.config import DynamicTableConfig, Group
 from embedding.packed_rows import PackedRows
-from kernels.chunks import allocate_chunk
+from kernels.chunks import allocate_chunk, commit, first_rows
 from kernels.gather import gather
 from kernels.initialise import init_rows
 from kernels.scatter import scatter, scatter_columns
@@ -118,6 +118,11 @@ class RowStore:
             for group in self.groups:
                 group.grow()
             self._reserved += self._config.chunk_rows
+
+    def expect(self, rows: int) -> None:
+        """Commit the memory of rows [0, rows), none of which was written."""
+        self.reserve(rows)
+        commit([part for group in self.groups for part in first_rows(group.chunks, rows)])
 
     def initialise(self, rows: Tensor, ids: Tensor, first: Tensor | None = None) -> None:
         """First values, `first` (float32 [width]) or from (seed, table, group, id) alone; first state, step sizes."""

@@ -295,6 +295,13 @@ class DynamicTable:
         for snapshot in self._snapshots:
             snapshot.keep(rows)
 
+    def expect(self, rows: int) -> None:
+        """As many rows will be imported: an empty table gets their memory at once, which takes less time."""
+        if not self._index.end:
+            rows = rows if self._limit is None else min(rows, self._limit)
+            self._index.expect(rows)
+            self._store.expect(rows)
+
     def import_rows(self, batch: RowBatch) -> None:
         """Take rows in as they are; a known id is replaced. Raises TableFull as `lookup`.
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.chunks import allocate_chunk, check_index
+from kernels.chunks import allocate_chunk, check_index, commit, first_rows
 from kernels.reference import id_map as reference
-from kernels.reference.id_map import SEGMENTS_PER_CHUNK, SLOTS, split_limit
+from kernels.reference.id_map import LIMIT, SEGMENTS_PER_CHUNK, SLOTS, split_limit
 
 _DIRECTORY_PER_SEGMENT = 64  # a directory much larger than its segments means ids made to collide
+_SURELY_SPLIT = int(1.05 * LIMIT * SLOTS)  # hardly a segment in a thousand gets so few of this many expected ids
 
 
 class IdMap:
@@ -46,6 +47,29 @@ class IdMap:
         self._chunks[0][0, :, 1] = -1
         self._segments[0] = torch.tensor([0, 0, split_limit(0, 0)])
         self._counters[0] = 1
+
+    def reserve(self, ids: int) -> None:
+        """Have the segments that so many ids split the first one into, before they are inserted. The map must be empty.
+
+        What is looked for is found as without; it takes no more memory, for only the splits that are sure are done.
+        """
+        assert not len(self), len(self)
+        depth = 0
+        while ids >> depth > _SURELY_SPLIT:
+            depth += 1
+        segments = 1 << depth
+        if segments <= int(self._counters[0]):
+            return
+        while len(self._chunks) * SEGMENTS_PER_CHUNK < segments:
+            self._add_chunk()
+        used = first_rows(self._chunks, segments)
+        commit(used)
+        for part in used:
+            part[:, :, 1] = -1
+        self._directory = torch.arange(segments, dtype=torch.int32, device=self.device)
+        limits = [(depth, 0, split_limit(prefix, depth)) for prefix in range(segments)]
+        self._segments[:segments] = torch.tensor(limits, dtype=torch.int32)
+        self._counters[0] = segments
 
     def __len__(self) -> int:
         return int(self._counters[1])
