@@ -92,8 +92,10 @@ def write_columns(storage: Storage, path: str, source: ColumnSource, ranks: int)
     """Write rows by bucket. Columns are int64, or fixed-size binary: the bytes of a matrix's row."""
     ids = source.ids()
     buckets = max(b for b in BUCKETS if b == 1 or ids.numel() * ranks >= b * BUCKET_ROWS)
-    # As `owner_of`, in one pass. numpy sorts 16 bits by counting.
-    bucket = (mix64(ids).numpy().view(np.uint64) % np.uint64(buckets)).astype(np.uint16)
+    bucket = np.empty(ids.numel(), np.uint16)  # numpy sorts 16 bits by counting
+    for begin in range(0, ids.numel(), GROUP_ROWS):
+        mixed = mix64(ids[begin : begin + GROUP_ROWS]).numpy().view(np.uint64)  # as `owner_of`
+        bucket[begin : begin + GROUP_ROWS] = mixed % np.uint64(buckets)
     order = torch.from_numpy(bucket.argsort(kind="stable"))
     ends = np.bincount(bucket, minlength=buckets).cumsum().tolist()
     schema = _schema(source.read(order[:0]), buckets)

@@ -72,9 +72,13 @@ class Snapshot:
 
     def rows_in_use(self, since: int | None = None) -> tuple[Tensor, Tensor]:
         """Rows of the moment, ascending, and their ids: int64 [n] each. since: only those touched since a mark."""
-        found = list(self._walk(since))
-        none = torch.empty(0, dtype=torch.int64)
-        return torch.cat([none, *(rows for rows, _ in found)]), torch.cat([none, *(ids for _, ids in found)])
+        all_rows, all_ids = torch.empty((2, self._end), dtype=torch.int64)
+        count = 0
+        for rows, ids in self._walk(since):
+            all_rows[count : count + rows.numel()] = rows
+            all_ids[count : count + rows.numel()] = ids
+            count += rows.numel()
+        return all_rows[:count], all_ids[:count]
 
     def _walk(self, since: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         for begin in range(0, self._end, SCAN_ROWS):
@@ -84,7 +88,6 @@ class Snapshot:
             if since is not None:
                 chosen &= meta[:, MARK] >= since
             chosen = chosen.nonzero().flatten()
-            # A copy: the ids of all rows are held, and not all that is known of them.
             yield rows.index_select(0, chosen), meta[:, ID].index_select(0, chosen)
 
     def read(self, rows: Tensor) -> RowBatch:

@@ -22,7 +22,7 @@ from kernels.reference import id_map as reference
 from kernels.reference.id_map import LIMIT, SEGMENTS_PER_CHUNK, SLOTS, split_limit
 
 _DIRECTORY_PER_SEGMENT = 64  # a directory much larger than its segments means ids made to collide
-_SURELY_SPLIT = int(1.05 * LIMIT * SLOTS)  # hardly a segment in a thousand gets so few of this many expected ids
+_SURELY_SPLIT = int(1.15 * LIMIT * SLOTS)  # of as many expected ids the limit is eight standard deviations away
 
 
 class IdMap:

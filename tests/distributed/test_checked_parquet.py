@@ -5,12 +5,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distributed import table_files
+from distributed import checked_parquet, table_files
 from distributed.checked_parquet import NOTES, CheckedParquet, DamagedFile, problem_but_for_groups
 from distributed.checkpoint import DamagedState, folder_name, open_saved
 from distributed.checkpoint_files import Storage, seal
 from distributed.checkpoint_tables import TableSaver, load_rows
-from distributed.table_files import copied, read_columns, write_columns
+from distributed.table_files import copied, count_rows, read_columns, write_columns
 from embedding.table import DynamicTable
 from tests.distributed.saved_tables import config, content, save_tables, step
 from tests.ranks import on_ranks
@@ -50,6 +50,27 @@ def test_opening_reads_no_row_groups(storage, monkeypatch):
     (_, first), (last, end), *spans = loaded
     assert first == 4 and end == sealed.bytes and len(spans) == groups  # Parquet files begin with four letters
     assert [begin for begin, _ in spans] == [first, *(end for _, end in spans[:-1])] and spans[-1][1] == last
+
+
+@pytest.mark.parametrize(("ranks", "once"), [(1, True), (7, False)])
+def test_what_one_rank_alone_reads_is_let_go(storage, monkeypatch, ranks, once):
+    """Of one bucket: seven ranks all read all of it."""
+    spans = []
+    monkeypatch.setattr(checked_parquet, "let_go", lambda file, begin, end: spans.append((begin, end)))
+    found = [columns["id"] for rank in range(ranks) for columns in read_columns(storage, "rows/f", rank, ranks)]
+    assert torch.cat(found).sort().values.equal(torch.arange(ROWS))
+    assert bool(spans) == once
+    with CheckedParquet(storage, "rows/f") as file:
+        ends = [end for end, _ in file._notes]
+    assert [end for _, end in spans] == (ends[1:] if once else [])
+
+
+def test_counted_rows_are_those_that_are_read(storage):
+    for ranks in (1, 2, 3, 4, 7):
+        for rank in range(ranks):
+            read = sum(columns["id"].numel() for columns in read_columns(storage, "rows/f", rank, ranks))
+            counted = count_rows(storage, "rows/f", rank, ranks)
+            assert counted == read if ranks < 7 else counted == ROWS // 7
 
 
 def test_every_flipped_bit_is_found(storage, tmp_path):

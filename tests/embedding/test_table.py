@@ -1,5 +1,7 @@
 """What a table promises beyond single calls: order, exact continuation, bounded work, statistics."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -79,6 +81,31 @@ def test_a_table_made_of_exported_rows_and_state_goes_on_bit_for_bit(backend, op
     assert table.stats()["evicted"] > 0
     totals = "rows", "new", "admitted", "rejected", "expired", "evicted"
     assert [table.stats()[name] for name in totals] == [twin.stats()[name] for name in totals]
+
+
+@pytest.mark.parametrize("expected", [0, 150, 300, 1000])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_table_that_expects_rows_is_the_same_afterwards(backend, expected, in_place):
+    options = {"max_rows": 400, "eviction": "lru", "optimizer": RowOptimizer("adam")}
+    table, plain, ready = (DynamicTable(config_of(**options)) for _ in range(3))
+    generator = torch.Generator().manual_seed(0)
+    table.lookup(torch.arange(300) * 7, torch.randint(0, 90, (300,), generator=generator))
+    ready.expect(expected)
+    for other in (plain, ready):
+        for batch in table.export_rows(batch_rows=100):
+            other.import_rows(batch if in_place else dataclasses.replace(batch, rows=None))
+        other.import_state(table.export_state())
+    assert ready.nbytes == plain.nbytes and ready.stats() == plain.stats()
+    ready.expect(10**9)  # a table with rows takes what it needs
+    for begin in (1000, 2000, 3000):
+        ids, grads = torch.arange(begin, begin + 100), torch.randn(100, 5, generator=generator)
+        for other in (plain, ready):
+            other.update(other.lookup(ids, 100 + begin), grads)
+    rows = plain.rows_in_use()
+    assert ready.rows_in_use().equal(rows) and ready.stats() == plain.stats()
+    one, other = plain.read_rows(rows), ready.read_rows(rows)
+    for name in ("ids", "values", "state", "last_seen", "count"):
+        assert getattr(one, name).equal(getattr(other, name)), name
 
 
 def test_import_replaces_known_ids_and_checks_counts(backend):

@@ -1,9 +1,11 @@
 import gc
+import mmap
+from pathlib import Path
 
 import pytest
 import torch
 
-from kernels.chunks import allocate_chunk
+from kernels.chunks import allocate_chunk, commit, first_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
@@ -24,3 +26,26 @@ def test_chunks_outlive_what_made_them():
     del chunks
     gc.collect()
     assert view.eq(2).all()
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_first_rows_of_chunks():
+    chunks = [torch.arange(8).view(4, 2) + 8 * i for i in range(3)]
+    for rows in (0, 1, 4, 7, 12):
+        parts = first_rows(chunks, rows)
+        assert all(len(part) for part in parts)
+        assert torch.cat([chunks[0][:0], *parts]).equal(torch.arange(2 * rows).view(rows, 2))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what memory is resident")
+def test_committed_memory_is_there_and_zero():
+    chunks = [allocate_chunk((1 << 14, 1024)) for _ in range(3)]  # 64 MiB
+    before = resident()
+    commit(first_rows(chunks, (1 << 14) + (1 << 12)))
+    assert 80 << 20 <= resident() - before + (4 << 20) < 140 << 20
+    assert all(chunk.eq(0).all() for chunk in chunks)
+    commit([])

@@ -104,6 +104,27 @@ def test_growth_by_many_splits(backend):
     assert id_map.find(random_ids(1_000, seed=1)).eq(-1).all()
 
 
+@pytest.mark.parametrize("count", [0, 2_000, 9_000, 60_000])
+def test_reserved_segments_are_those_that_insertion_makes(backend, count):
+    ids, rows, reserved = random_ids(count), torch.arange(count), new_map()
+    reserved.reserve(count)
+    for begin in range(0, count, 20_000):
+        reserved.insert(ids[begin : begin + 20_000], rows[begin : begin + 20_000])
+    assert len(reserved) == count and reserved.find(ids).equal(rows)
+    assert reserved.find(random_ids(1_000, seed=1)).eq(-1).all()
+    assert reserved.nbytes == filled(ids).nbytes
+    reserved.erase(ids[::2])
+    assert reserved.find(ids).equal(torch.where(rows % 2 == 1, rows, -1))
+
+
+def test_reserved_segments_in_several_chunks():
+    ids, reserved = random_ids(1_300_000), new_map()
+    reserved.reserve(ids.numel())
+    assert reserved.nbytes > 256 * SLOTS * 16
+    reserved.insert(ids, torch.arange(ids.numel()))
+    assert reserved.find(ids).equal(torch.arange(ids.numel())) and reserved.nbytes == filled(ids).nbytes
+
+
 def test_erase_and_regrow(backend):
     ids = random_ids(20_000)
     id_map = filled(ids)
