@@ -26,10 +26,10 @@ from ctr.data.lanes import (
 from ctr.data.row_groups import RowGroupReader
 from ctr.data.window import Slice, Window
 
-CHUNKS_PER_ORDER = 8  # at most 16 windows of a row group's size; other lanes have orders of their own
-
 if TYPE_CHECKING:
     from ctr.data.reader import ParquetReader
+
+CHUNKS_PER_ORDER = 8  # other lanes have orders of their own. Another number is another lanes.ORDER
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ctr.data.decode import WindowDecoder
 from ctr.data.errors import DataError
 from ctr.data.files import list_files
 from ctr.data.footers import read_footers
-from ctr.data.lanes import lane_offsets, scheduled_rows
+from ctr.data.lanes import ORDER, lane_offsets, scheduled_rows
 from ctr.data.read_ahead import ReadAhead
 from ctr.data.schema import Schema, nearest
 from ctr.data.window import Buffers
@@ -120,6 +120,7 @@ class ParquetReader:
             "lanes": self.lanes,
             "window_rows": self.window_rows,
             "fingerprint": self._fingerprint,
+            "order": ORDER,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -133,6 +134,12 @@ class ParquetReader:
                 what = "the files have changed: fingerprint" if key == "fingerprint" else f"data.{key}"
                 raise DataError(f"reader state: {what} found {here!r}, expected {state.get(key)!r} as saved")
         position = int(sum(state["lane_offsets"]))
+        saved_order = state.get("order", 1)
+        if saved_order != ORDER and self.shuffle and 0 < position < self.rows:
+            raise DataError(
+                f"reader state: found row {position} of an epoch in row order {saved_order}, expected order {ORDER} "
+                "of this version: finish the epoch with the version that saved it, or start from a state between epochs"
+            )
         assert lane_offsets(position, self.lanes).tolist() == list(state["lane_offsets"]), state
         self._epoch, self._position, self._resumed = int(state["epoch"]), position, True
 

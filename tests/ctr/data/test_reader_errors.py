@@ -205,6 +205,25 @@ def test_a_state_inside_another_epoch_is_refused(tmp_path):
         reader.epoch(2)
 
 
+def test_a_state_inside_an_epoch_of_an_older_order_is_refused(tmp_path):
+    """Its position would mean other rows; at the end of an epoch, and unshuffled, all orders agree."""
+    path = write(tmp_path / "d", table())
+    for shuffle in (True, False):
+        reader = ParquetReader(path, SCHEMA, 10, shuffle=shuffle)
+        epoch = reader.epoch(1)
+        next(epoch)
+        inside = {key: value for key, value in reader.state().items() if key != "order"}
+        if shuffle:
+            with pytest.raises(DataError, match="found row 10 of an epoch in row order 1, expected order 2"):
+                reader.load_state(inside)
+        else:
+            reader.load_state(inside)
+        for _ in epoch:
+            pass
+        behind = {key: value for key, value in reader.state().items() if key != "order"}
+        reader.load_state(behind)
+
+
 def test_reading_in_order_helper_sees_all_rows(tmp_path):
     rows = read_in_order(write(tmp_path / "d", table()), SCHEMA)
     assert [row["ids"]["user"] for row in rows] == [[i] for i in range(N)]
