@@ -11,12 +11,16 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.embedding import (
+    EmbeddingCollectionContext,
+    EmbeddingCollectionSharder,
+    ShardedEmbeddingCollection,
+)
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, KJTList
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import BaseRwEmbeddingSharding, RwSparseFeaturesDist
-from torchrec.distributed.types import Awaitable, ParameterSharding, ShardingEnv, ShardingType
+from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterSharding, ShardingEnv, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distributed.ownership import owner_of
@@ -35,6 +39,9 @@ class RawIdsDist(RwSparseFeaturesDist):
     """Sends each value, unchanged, to the rank that is the value modulo the ranks."""
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
+        if self._world_size == 1:  # all ids are this rank's, in the order that they have
+            self.unbucketize_permute_tensor = None
+            return self._dist(sparse_features)
         if sparse_features.values().device.type == "cpu":
             return super().forward(sparse_features)
         return self.by_sort(sparse_features)
@@ -103,7 +110,25 @@ class DynamicSharding(RwSequenceEmbeddingSharding):
         return DynamicLookup(self._grouped_embedding_configs, self._pg, device or self._device, self._env)
 
 
+class AllRows(LazyAwaitable[Tensor]):
+    """The answer to a batch's request: the rows of all features, one feature's behind the other's, float32 [n, dim]."""
+
+    def __init__(self, rows: Awaitable[Tensor]) -> None:
+        super().__init__()
+        self._rows = rows
+
+    def _wait_impl(self) -> Tensor:
+        return self._rows.wait()
+
+
 class ShardedDynamicCollection(HasKernels, ShardedEmbeddingCollection):
+    def compute_and_output_dist(self, ctx: EmbeddingCollectionContext, input: KJTList) -> AllRows:
+        """As torchrec's, without cutting the rows into features, which here are read side by side at once."""
+        (sent,) = (sharding.features_before_input_dist.keys() for sharding in ctx.sharding_contexts)
+        assert sent == [name for config in self._embedding_configs for name in config.feature_names], sent
+        (rows,) = super().compute_and_output_dist(ctx, input)._awaitables_per_sharding
+        return AllRows(rows)
+
     @classmethod
     def create_embedding_sharding(
         cls, sharding_type, sharding_infos, env, device=None, qcomm_codecs_registry=None

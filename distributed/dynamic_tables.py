@@ -147,17 +147,18 @@ class DynamicTables(nn.Module):
         """ids: raw int64 ids, stride B. Returns group -> [B, fields, dim] float32; an empty bag gives zeros."""
         coming = self._coming.popleft() if self._coming and self.training and not self._second else _Coming(ids)
         assert coming.ids is ids, "another batch was prepared for this step"
-        parts_fbd = []
+        paths = []
         if self.collection is not None:
-            parts_fbd.append(self._sums_of_rows(self._on_row_path(ids), coming))
+            paths.append(self._sums_of_rows(self._on_row_path(ids), coming))
         if self.bags is not None:
-            parts_fbd.append(self._sums_of_owners(self._on_bag_path(ids), coming))
-        sums_fbd = parts_fbd[0] if len(parts_fbd) == 1 else torch.cat(parts_fbd)
+            paths.append(self._sums_of_owners(self._on_bag_path(ids), coming))
+        sums = [parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*paths, strict=True)]
         if self._order is not None:
-            sums_fbd = sums_fbd[self._order.on(sums_fbd.device)]
+            sums = [sums_bfd[:, self._order.on(sums_bfd.device)] for sums_bfd in sums]
         if self._averaged is not None:
-            sums_fbd = sums_fbd * scale_to_mean(ids, self._averaged).unsqueeze(2)
-        return dict(zip(self.groups, sums_fbd.transpose(0, 1).split(list(self.groups.values()), 2), strict=True))
+            scale_bf1 = scale_to_mean(ids, self._averaged).t().unsqueeze(2)
+            sums = [sums_bfd * scale_bf1 for sums_bfd in sums]
+        return dict(zip(self.groups, sums, strict=True))
 
     @torch.no_grad()
     def prepare(self, ids: KeyedJaggedTensor, now: int) -> Any:
@@ -204,19 +205,22 @@ class DynamicTables(nn.Module):
     def _on_bag_path(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return _chosen(ids, self._bags_of_all) if self._row_fields else ids
 
-    def _sums_of_rows(self, ids: KeyedJaggedTensor, coming: _Coming) -> Tensor:
-        """[fields, B, width] of the fields whose tables answer with rows."""
+    def _sums_of_rows(self, ids: KeyedJaggedTensor, coming: _Coming) -> Sequence[Tensor]:
+        """By group [B, fields, dim], of the fields whose tables answer with rows."""
         if not self._second:
             self._asked = coming.asked or self._distinct(ids)
         asked, index = self._asked
-        answered = self.collection(asked) if coming.rows is None else coming.rows.answer()
-        rows = torch.cat([self._with_others(answered[self.tables[i].name].values(), i) for i in self._row_tables])
-        return self._pool(rows, index, ids).view(len(self._row_fields), ids.stride(), rows.shape[1])
+        rows = (self.collection(asked) if coming.rows is None else coming.rows.answer()).wait()
+        if self.others is not None:
+            of_tables = zip(rows.split(asked.length_per_key()), self._row_tables, strict=True)
+            rows = torch.cat([self._with_others(answered, table) for answered, table in of_tables])
+        return self._pool(rows, index, ids)
 
-    def _sums_of_owners(self, ids: KeyedJaggedTensor, coming: _Coming) -> Tensor:
-        """[fields, B, width] of the fields on the bag path."""
+    def _sums_of_owners(self, ids: KeyedJaggedTensor, coming: _Coming) -> Sequence[Tensor]:
+        """By group [B, fields, dim], of the fields on the bag path."""
         answered = self.bags(self._mixed(ids)) if coming.bags is None else coming.bags.answer()
-        return torch.stack([self._with_others(answered[name], table) for name, table in self._bags_of])
+        sums = [self._with_others(answered[name], table) for name, table in self._bags_of]
+        return torch.stack(sums, 1).split(list(self.groups.values()), 2)
 
     def _mixed(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return KeyedJaggedTensor(
@@ -367,6 +371,7 @@ class DynamicTables(nn.Module):
         )
         return asked, index
 
-    def _pool(self, rows: Tensor, index: Tensor, ids: KeyedJaggedTensor) -> Tensor:
-        """Weighted sum over each bag. rows: [distinct, width]; index: [values]. Returns [fields * B, width]."""
-        return pool(rows, index, ids.offsets().long(), ids.weights_or_none())
+    def _pool(self, rows: Tensor, index: Tensor, ids: KeyedJaggedTensor) -> Sequence[Tensor]:
+        """Weighted sums over bags. rows: [distinct, width]; index: [values]. Returns by group [B, fields, dim]."""
+        widths = list(self.groups.values())
+        return pool(rows, index, ids.offsets().long(), ids.weights_or_none(), len(ids.keys()), widths)

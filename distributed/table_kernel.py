@@ -156,9 +156,9 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     def find(self, request: Request, now: int) -> list[FoundRows]:
         """Look the ids of a batch up in all tables, in training with all that this changes."""
         found, bounds = [], request.bounds
+        ids_of_all, counts_of_all = unmix64(request.mixed), request.counts.long()
         for table, begin, end in zip(self.tables, bounds, bounds[1:], strict=False):
-            ids, counts = unmix64(request.mixed[begin:end]), request.counts[begin:end].long()
-            inverse = None
+            ids, counts, inverse = ids_of_all[begin:end], counts_of_all[begin:end], None
             if self.repeats:
                 ids, inverse, _ = unique_inverse(ids)
                 counts = torch.zeros_like(ids).index_add_(0, inverse, counts)

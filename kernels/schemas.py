@@ -24,8 +24,8 @@ SCHEMAS = (
     "id_map_erase(Tensor directory, Tensor(a!)[] chunks, Tensor(b!) segments, Tensor(c!) counters, Tensor ids) -> "
     "Tensor",
     "gather(Tensor[] chunks, Tensor rows, int dim, Tensor? inverse, Tensor? default, int begin) -> Tensor",
-    "pool(Tensor values, Tensor index, Tensor offsets, Tensor? weights) -> Tensor",
-    "pool_backward(Tensor grads, Tensor index, Tensor offsets, Tensor? weights, int rows) -> Tensor",
+    "pool(Tensor values, Tensor index, Tensor offsets, Tensor? weights, int keys, int[] widths) -> Tensor[]",
+    "pool_backward(Tensor[] grads, Tensor index, Tensor offsets, Tensor? weights, int rows) -> Tensor",
     "scatter(Tensor(a!)[] chunks, Tensor rows, Tensor values, int begin) -> ()",
     "scatter_columns(Tensor(a!)[] chunks, Tensor rows, Tensor[] parts, int begin) -> ()",
     "copy_rows(Tensor[] source, Tensor rows, Tensor(a!)[] target, Tensor places) -> ()",

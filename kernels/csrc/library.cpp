@@ -20,8 +20,8 @@ TORCH_LIBRARY(tessera, m) {
       "Tensor");
 
   m.def("gather(Tensor[] chunks, Tensor rows, int dim, Tensor? inverse, Tensor? default, int begin) -> Tensor");
-  m.def("pool(Tensor values, Tensor index, Tensor offsets, Tensor? weights) -> Tensor");
-  m.def("pool_backward(Tensor grads, Tensor index, Tensor offsets, Tensor? weights, int rows) -> Tensor");
+  m.def("pool(Tensor values, Tensor index, Tensor offsets, Tensor? weights, int keys, int[] widths) -> Tensor[]");
+  m.def("pool_backward(Tensor[] grads, Tensor index, Tensor offsets, Tensor? weights, int rows) -> Tensor");
   m.def("scatter(Tensor(a!)[] chunks, Tensor rows, Tensor values, int begin) -> ()");
   m.def("scatter_columns(Tensor(a!)[] chunks, Tensor rows, Tensor[] parts, int begin) -> ()");
   m.def("copy_rows(Tensor[] source, Tensor rows, Tensor(a!)[] target, Tensor places) -> ()");

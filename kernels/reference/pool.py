@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def pool(values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+def pool(
+    values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None, keys: int, widths: Sequence[int]
+) -> list[Tensor]:
     inside, bags = _positions(index, offsets, values.shape[0])
     rows = values[index[inside]]
     if weights is not None:
         rows = rows * weights[inside, None]
-    return values.new_zeros(offsets.numel() - 1, values.shape[1]).index_add_(0, bags, rows)
+    sums = values.new_zeros(offsets.numel() - 1, values.shape[1]).index_add_(0, bags, rows)
+    return columns_of_groups(sums, keys, widths)
 
 
-def pool_backward(grads: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None, rows: int) -> Tensor:
+def pool_backward(grads: Sequence[Tensor], index: Tensor, offsets: Tensor, weights: Tensor | None, rows: int) -> Tensor:
     inside, bags = _positions(index, offsets, rows)
-    of_positions = grads[bags]
+    grads_kbw = torch.cat(list(grads), 2).transpose(0, 1)
+    of_positions = grads_kbw.flatten(0, 1)[bags]
     if weights is not None:
         of_positions = of_positions * weights[inside, None]
-    return grads.new_zeros(rows, grads.shape[1]).index_add_(0, index[inside], of_positions)
+    return grads_kbw.new_zeros(rows, grads_kbw.shape[2]).index_add_(0, index[inside], of_positions)
+
+
+def columns_of_groups(sums: Tensor, keys: int, widths: Sequence[int]) -> list[Tensor]:
+    """[keys * B, w] -> [B, keys, width] of each group, which have the columns one after the other."""
+    groups = sums.view(keys, len(sums) // keys, sums.shape[1]).transpose(0, 1).split(list(widths), 2)
+    return [group.clone(memory_format=torch.contiguous_format) for group in groups]
 
 
 def _positions(index: Tensor, offsets: Tensor, rows: int) -> tuple[slice, Tensor]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from kernels.reference.pool import columns_of_groups
 from kernels.triton_ops.faults import OFFSETS, check_interpreted, known_positions, note_of
 from kernels.triton_ops.launch import kernel, launch, tile, warps_of
 from kernels.triton_ops.merge import PIECE, merge, merged
@@ -48,7 +51,9 @@ def _pool_kernel(
     tl.store(out + bag[:, None] * DIM + column, sums, mask=inside[:, None] & (column < DIM))
 
 
-def pool(values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+def pool(
+    values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None, keys: int, widths: Sequence[int]
+) -> list[Tensor]:
     (rows, dim), bags = values.shape, offsets.numel() - 1
     out = torch.empty((bags, dim), device=values.device)
     height, width = tile(dim)
@@ -71,7 +76,7 @@ def pool(values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None)
         warps=warps_of(height * width),
     )
     check_interpreted(values.device)
-    return out
+    return columns_of_groups(out, keys, widths)
 
 
 @kernel
@@ -98,7 +103,10 @@ def _merged_kernel(
     tl.store(out + row[:, None] * DIM + column, total, mask=inside[:, None] & (column < DIM))
 
 
-def pool_backward(grads: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None, rows: int) -> Tensor:
+def pool_backward(
+    grads_of_groups: Sequence[Tensor], index: Tensor, offsets: Tensor, weights: Tensor | None, rows: int
+) -> Tensor:
+    grads = torch.cat(list(grads_of_groups), 2).transpose(0, 1).flatten(0, 1)
     bags, dim = grads.shape
     positions = torch.arange(index.numel(), device=grads.device)
     bag = torch.searchsorted(offsets.contiguous(), positions, right=True) - 1

@@ -141,8 +141,7 @@ class Model:
         rows = torch.cat([table.gather(one) for table, one in zip(self.tables, found, strict=True)]).requires_grad_()
         clock.mark()
         self._dense.zero_grad()
-        pooled = pool(rows, index, self._bounds).view(shape.ids, shape.batch, shape.dim + 1).transpose(0, 1)
-        v_bfd, w_bf1 = pooled.split([shape.dim, 1], 2)
+        v_bfd, w_bf1 = pool(rows, index, self._bounds, None, shape.ids, [shape.dim, 1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._amp):
             logits = self.tower(batch.numeric, {"v": v_bfd, "w": w_bf1})
         loss = F.binary_cross_entropy_with_logits(logits.float(), batch.label)

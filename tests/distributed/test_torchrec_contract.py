@@ -108,6 +108,16 @@ def test_a_forward_pass_is_the_two_halves_that_are_called_apart():
         assert module.forward is types.ShardedModule.forward
 
 
+def test_rows_are_read_before_they_are_cut_into_features():
+    source = inspect.getsource(embedding.ShardedEmbeddingCollection)
+    assert "self._embedding_configs: List[EmbeddingConfig] = module.embedding_configs()" in source
+    assert "features_before_input_dist=features" in source
+    assert "awaitables_per_sharding" in inspect.signature(embedding.EmbeddingCollectionAwaitable.__init__).parameters
+    assert "self._awaitables_per_sharding = awaitables_per_sharding" in inspect.getsource(
+        embedding.EmbeddingCollectionAwaitable.__init__
+    )
+
+
 def test_owners_of_bags_know_the_rows_of_each_rank():
     assert embedding_sharding.EmbeddingShardingContext().batch_size_per_rank == []
     assert "batch_size_per_rank = awaitable._stride_per_rank" in inspect.getsource(embedding_sharding)

@@ -90,8 +90,8 @@ def call_plain(n: int, dim: int) -> None:
         triton_ops.scatter(chunks, rows, torch.zeros((1, dim), dtype=dtype), 0)
     chunks = [torch.zeros((8, dim + 2))] * 2
     for weights in (None, values[:, 0]):
-        triton_ops.pool(values, inverse, torch.arange(n + 1), weights)
-        triton_ops.pool_backward(values, inverse, torch.arange(n + 1), weights, n)
+        triton_ops.pool(values, inverse, torch.arange(n + 1), weights, 1, [dim])
+        triton_ops.pool_backward([values.unsqueeze(1)], inverse, torch.arange(n + 1), weights, n)
     for bell, scale in ((True, 1.0), (False, 1.0), (False, 0.0)):
         triton_ops.init_rows(chunks, rows, rows, dim, bell, 0.0, scale, 2**40 + 1, 0.1)
     meta = [torch.zeros((8, 4), dtype=torch.int64)]

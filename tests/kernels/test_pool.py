@@ -18,6 +18,12 @@ def bags(seed, rows, count, longest, weighted):
     return index, offsets, weights
 
 
+def pool_one(values, index, offsets, weights=None):
+    """[B, w]: the sums of bags of one key, of one group."""
+    (sums,) = pool(values, index, offsets, weights)
+    return sums[:, 0]
+
+
 def pooled_and_gradients(work, values, seed=5):
     values = values.clone().requires_grad_()
     found = work(values)
@@ -35,7 +41,7 @@ def test_equals_embedding_bag_forward_and_backward(backend, weighted, longest, w
     def torchs(values):
         return F.embedding_bag(index, values, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
-    found = pooled_and_gradients(lambda values: pool(values, index, offsets, weights), values)
+    found = pooled_and_gradients(lambda values: pool_one(values, index, offsets, weights), values)
     expected = pooled_and_gradients(torchs, values)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
     assert found[0][offsets.diff() == 0].eq(0).all()
@@ -46,11 +52,11 @@ def test_equals_embedding_bag_forward_and_backward(backend, weighted, longest, w
 
 def test_positions_outside_of_bags_and_nothing_at_all(backend):
     values, index = torch.randn(2, 3), torch.tensor([1, 0, 1, 0])
-    found, gradients = pooled_and_gradients(lambda v: pool(v, index, torch.tensor([1, 3, 3])), values)
+    found, gradients = pooled_and_gradients(lambda v: pool_one(v, index, torch.tensor([1, 3, 3])), values)
     assert found.equal(torch.stack([values[0] + values[1], torch.zeros(3)]))
     assert gradients[0].equal(gradients[1])
     no_rows = torch.zeros(0, dtype=torch.int64)
-    found, gradients = pooled_and_gradients(lambda v: pool(v, no_rows, torch.tensor([0, 0])), torch.zeros(0, 3))
+    found, gradients = pooled_and_gradients(lambda v: pool_one(v, no_rows, torch.tensor([0, 0])), torch.zeros(0, 3))
     assert found.equal(torch.zeros(1, 3)) and gradients.shape == (0, 3)
 
 
@@ -64,10 +70,47 @@ def test_refused_arguments(backend):
             pool(values, index, torch.tensor(offsets))
     with pytest.raises(ValueError, match="offsets: expected int64"):
         pool(values, index, torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="offsets: expected as many bags of each of 2 keys, found 1"):
+        pool(values, index, torch.tensor([0, 2]), None, 2)
+    with pytest.raises(ValueError, match=r"widths: expected 2 columns together, found \[2, 1\]"):
+        pool(values, index, torch.tensor([0, 2]), None, 1, [2, 1])
     with pytest.raises(ValueError, match="weights: expected float32"):
         pool(values, index, torch.tensor([0, 2]), torch.ones(3))
     with pytest.raises(ValueError, match="values: expected float32"):
         pool(values.double(), index, torch.tensor([0, 2]))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("widths", [[17], [16, 1], [1, 8, 3]])
+@pytest.mark.parametrize("keys", [1, 3])
+def test_groups_of_columns_and_keys_are_cuts_of_one_pool(backend, keys, widths, weighted):
+    batch = 37
+    index, offsets, weights = bags(8, 60, keys * batch, 3, weighted)
+    values = torch.randn(60, sum(widths))
+    generator = torch.Generator().manual_seed(9)
+    # Gradients as towers give them: a part of the fields, transposed, and one number for all.
+    wide = [torch.randn(batch, keys + 2, width, generator=generator) for width in widths]
+    grads = [wide[0][:, 1:-1], *(part.transpose(0, 1)[1:-1].contiguous().transpose(0, 1) for part in wide[1:])]
+    grads[-1] = grads[-1][:1, :1, :1].expand_as(grads[-1])
+    one, whole = (values.clone().requires_grad_() for _ in range(2))
+    found = pool(one, index, offsets, weights, keys, widths)
+    torch.autograd.backward(found, grads)
+    expected = pool_one(whole, index, offsets, weights).view(keys, batch, -1).transpose(0, 1)
+    expected.backward(torch.cat(grads, 2))
+    assert [sums.shape for sums in found] == [(batch, keys, width) for width in widths]
+    assert all(sums.is_contiguous() for sums in found)
+    assert torch.cat(found, 2).equal(expected) and one.grad.equal(whole.grad)
+
+
+def test_a_group_that_nobody_reads_and_an_empty_batch(backend):
+    values = torch.randn(3, 3, requires_grad=True)
+    v, _ = pool(values, torch.tensor([0, 2]), torch.tensor([0, 1, 2]), None, 2, [2, 1])
+    v.sum().backward()
+    assert values.grad.equal(torch.tensor([[1.0, 1, 0], [0, 0, 0], [1, 1, 0]]))
+    nothing = torch.zeros(0, dtype=torch.int64)
+    v, w = pool(values, nothing, torch.tensor([0]), None, 2, [2, 1])
+    assert v.shape == (0, 2, 2) and w.shape == (0, 2, 1)
+    (v.sum() + w.sum()).backward()
 
 
 @needs_cpp
@@ -76,7 +119,7 @@ def test_compiled_equals_the_definition_on_any_number_of_threads(on_threads):
     values = torch.randn(3_000, 18)
 
     def work():
-        return pooled_and_gradients(lambda values: pool(values, index, offsets, weights), values)
+        return pooled_and_gradients(lambda values: pool_one(values, index, offsets, weights), values)
 
     with use_backend("reference"):
         expected = work()
@@ -89,5 +132,6 @@ def test_schemas_and_fake_kernels():
     values, index, offsets = torch.randn(4, 3), torch.tensor([0, 3, 1]), torch.tensor([0, 1, 3])
     ops = torch.ops.tessera
     for weights in (None, torch.ones(3)):
-        torch.library.opcheck(ops.pool.default, (values, index, offsets, weights))
-        torch.library.opcheck(ops.pool_backward.default, (torch.ones(2, 3), index, offsets, weights, 4))
+        torch.library.opcheck(ops.pool.default, (values, index, offsets, weights, 2, [2, 1]))
+        grads = [torch.ones(1, 2, 2), torch.ones(1, 2, 1)]
+        torch.library.opcheck(ops.pool_backward.default, (grads, index, offsets, weights, 4))
