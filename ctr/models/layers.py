@@ -12,7 +12,7 @@ from ctr.models.numeric import Raw, ScaledVectors
 from ctr.models.tower import Fields
 from embedding.errors import ConfigError
 
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 128
 
 
 class FieldEmbedding(nn.Module):
