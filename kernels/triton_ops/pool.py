@@ -106,15 +106,18 @@ def _merged_kernel(
 def pool_backward(
     grads_of_groups: Sequence[Tensor], index: Tensor, offsets: Tensor, weights: Tensor | None, rows: int
 ) -> Tensor:
-    grads = torch.cat(list(grads_of_groups), 2).transpose(0, 1).flatten(0, 1)
-    bags, dim = grads.shape
+    grads_bkw = torch.cat(list(grads_of_groups), 2)
+    batch, keys, dim = grads_bkw.shape
+    grads, bags = grads_bkw.flatten(0, 1), batch * keys
     positions = torch.arange(index.numel(), device=grads.device)
     bag = torch.searchsorted(offsets.contiguous(), positions, right=True) - 1
     inside = (bag >= 0) & (bag < bags)
     factors = inside.to(grads.dtype) if weights is None else inside * weights
-    of_positions = (
-        grads[bag.clamp(0, max(0, bags - 1))] * factors[:, None] if bags else grads.new_zeros(index.numel(), dim)
-    )
+    if bags:
+        bag = bag.clamp(0, bags - 1)
+        of_positions = grads[bag % batch * keys + bag // batch] * factors[:, None]
+    else:
+        of_positions = grads.new_zeros(index.numel(), dim)
     note = note_of(grads.device, rows, rows)
     parts = merge(of_positions, index, rows, note)
     out = torch.empty((rows, dim), device=grads.device)

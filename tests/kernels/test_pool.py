@@ -103,7 +103,7 @@ def test_groups_of_columns_and_keys_are_cuts_of_one_pool(backend, keys, widths, 
 
 
 def test_a_group_that_nobody_reads_and_an_empty_batch(backend):
-    values = torch.randn(3, 3, requires_grad=True)
+    values = torch.randn(3, 3).requires_grad_()
     v, _ = pool(values, torch.tensor([0, 2]), torch.tensor([0, 1, 2]), None, 2, [2, 1])
     v.sum().backward()
     assert values.grad.equal(torch.tensor([[1.0, 1, 0], [0, 0, 0], [1, 1, 0]]))
