@@ -19,6 +19,7 @@ using tessera::Fault;
 
 constexpr int64_t kGrain = 1 << 13;  // values per thread below which another thread does not pay
 constexpr int64_t kBlock = 32;       // bags of a key that are summed before those of the next key
+constexpr int64_t kAhead = 16;       // bags
 
 struct Bags {
   const int64_t* index;    // row of each position
@@ -33,6 +34,13 @@ struct Bags {
     return __builtin_expect(static_cast<uint64_t>(index[i]) >= static_cast<uint64_t>(rows), 0);
   }
   Fault fault(int64_t i) const { return {"index", index[i], rows}; }
+  // Ask for the first row of a bag that is summed soon.
+  TESSERA_INLINE void prefetch(const float* values, int64_t bag) const {
+    if (bag >= keys * batch || offsets[bag] == offsets[bag + 1] || wrong(offsets[bag])) return;
+    const float* const row = values + index[offsets[bag]] * dim;
+    __builtin_prefetch(row);
+    __builtin_prefetch(row + dim - 1);
+  }
   TESSERA_INLINE float weight(int64_t i) const { return weights == nullptr ? 1.0f : weights[i]; }
 };
 
@@ -87,6 +95,7 @@ TESSERA_INLINE Fault sum_bags(const Bags& given, const float* values, int64_t be
   for (int64_t block = begin; block < end; block += kBlock)
     for (int64_t key = 0; key < given.keys; ++key)
       for (int64_t b = block; b < std::min(block + kBlock, end); ++b) {
+        given.prefetch(values, key * given.batch + b + kAhead);
         const Fault fault = sum_bag<First>(given, values, b, key, sums);
         if (fault.name != nullptr) return fault;
       }
@@ -102,6 +111,7 @@ TESSERA_INLINE Fault sum_gradients(const Bags& given, const Groups<const float>&
   for (int64_t key = 0; key < given.keys; ++key)
     for (int64_t b = 0; b < given.batch; ++b) {
       const int64_t bag = key * given.batch + b;
+      if (b + kAhead < given.batch) __builtin_prefetch(grads[0].at(b + kAhead, key));
       for (int64_t i = given.offsets[bag]; i < given.offsets[bag + 1]; ++i) {
         if (given.wrong(i)) return given.fault(i);
         const int64_t row = given.index[i];
