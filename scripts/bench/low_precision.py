@@ -23,8 +23,8 @@ INT8 = ["embedding.format=int8"]
 # Few codes want a smaller range, and step sizes, which are larger, may want a larger rate: ranges of 0.1 and 0.3 and
 # rates of 2e-5 to 1e-2 were compared by the AUC on the valid split, one seed, DeepFM. MovieLens-100k wants the fast
 # rate, 2,000,000 synthetic rows in one pass the default one.
-INT4, INT2 = ["embedding.format=int4", "embedding.range=0.1"], ["embedding.format=int2"]
-FAST = [*ALPT, "embedding.range=0.1", "embedding.alpt.lr=1e-3", "embedding.alpt.gradient_scale=none"]
+INT4, INT2 = (["embedding.format=" + name, "embedding.range=0.1"] for name in ("int4", "int2"))
+FAST = [*ALPT, "embedding.alpt.lr=1e-3", "embedding.alpt.gradient_scale=none"]
 VARIANTS = {
     "fp32": [],
     "fp16": ["embedding.format=fp16"],
@@ -36,6 +36,7 @@ VARIANTS = {
     "int4-ALPT": [*INT4, *ALPT],
     "int4-ALPT-fast": [*INT4, *FAST],
     "int2-LPT": INT2,
+    "int2-ALPT": [*INT2, *ALPT],
     "int2-ALPT-fast": [*INT2, *FAST],
 }
 
