@@ -20,7 +20,7 @@ from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, KJTList
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import BaseRwEmbeddingSharding, RwSparseFeaturesDist
-from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterSharding, ShardingEnv, ShardingType
+from torchrec.distributed.types import Awaitable, ParameterSharding, ShardingEnv, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distributed.ownership import owner_of
@@ -110,24 +110,14 @@ class DynamicSharding(RwSequenceEmbeddingSharding):
         return DynamicLookup(self._grouped_embedding_configs, self._pg, device or self._device, self._env)
 
 
-class AllRows(LazyAwaitable[Tensor]):
-    """The answer to a batch's request: the rows of all features, one feature's behind the other's, float32 [n, dim]."""
-
-    def __init__(self, rows: Awaitable[Tensor]) -> None:
-        super().__init__()
-        self._rows = rows
-
-    def _wait_impl(self) -> Tensor:
-        return self._rows.wait()
-
-
 class ShardedDynamicCollection(HasKernels, ShardedEmbeddingCollection):
-    def compute_and_output_dist(self, ctx: EmbeddingCollectionContext, input: KJTList) -> AllRows:
-        """As torchrec's, without cutting the rows into features, which here are read side by side at once."""
+    def compute_and_output_dist(self, ctx: EmbeddingCollectionContext, input: KJTList) -> Awaitable[Tensor]:
+        """The rows of all features, one feature's behind the other's, float32 [n, dim]: torchrec's answer before it is
+        cut into features."""
         (sent,) = (sharding.features_before_input_dist.keys() for sharding in ctx.sharding_contexts)
         assert sent == [name for config in self._embedding_configs for name in config.feature_names], sent
         (rows,) = super().compute_and_output_dist(ctx, input)._awaitables_per_sharding
-        return AllRows(rows)
+        return rows
 
     @classmethod
     def create_embedding_sharding(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
-from torchrec.distributed.types import Awaitable, LazyAwaitable
+from torchrec.distributed.types import Awaitable
 
 
 class IdsAhead:
@@ -29,6 +29,6 @@ class IdsAhead:
             self._ids = self._numbers.wait().wait()
         return self._ids
 
-    def answer(self) -> LazyAwaitable:
+    def answer(self) -> Awaitable:
         """What the module's forward pass returns."""
         return self._module.compute_and_output_dist(self._context, self.send())
