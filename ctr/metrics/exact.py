@@ -17,6 +17,7 @@ from ctr.metrics.score_table import (
     Rows,
     ScoreTable,
     check_rows,
+    cumsum_runs,
     run_starts,
     score_table,
     sum_runs,
@@ -99,12 +100,8 @@ def group_auc(rows: Rows) -> GroupAuc:
     tie_negative = sum_runs(weight * ~positive, tie_starts)
     # Every group begins a tie: this is the first tie of each group.
     first_tie = np.searchsorted(tie_starts, group_starts)
-    ties_in_group = np.diff(first_tie, append=len(tie_starts))
     group_positive, group_negative = sum_runs(tie_positive, first_tie), sum_runs(tie_negative, first_tie)
-    beaten = np.cumsum(tie_negative)
-    before_group = beaten[first_tie] - tie_negative[first_tie]
-    beaten -= 0.5 * tie_negative
-    beaten -= np.repeat(before_group, ties_in_group)
+    beaten = cumsum_runs(tie_negative, first_tie) - 0.5 * tie_negative
     wins = sum_runs(tie_positive * beaten, first_tie)
     scored = (group_positive > 0) & (group_negative > 0)
     if not scored.any():

@@ -224,3 +224,20 @@ def run_starts(*sorted_keys: np.ndarray) -> np.ndarray:
 def sum_runs(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Sum of each run in float64. `reduceat` refuses an empty array."""
     return np.add.reduceat(values, starts, dtype=np.float64) if len(starts) else np.zeros(0)
+
+
+def cumsum_runs(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Running sums (float64) that begin anew with each run, of values not below 0.
+
+    One running sum over all runs, less what it was before a run, would lose a run of small values behind a large one.
+    Here no sum reaches over two runs: in pass j every place takes what lies 2^j before it in its run, so there are as
+    many passes as the longest run has binary digits.
+    """
+    sums = values.astype(np.float64)
+    place = np.arange(len(sums)) - np.repeat(starts, np.diff(starts, append=len(sums)))
+    distance, longest = 1, int(place.max(initial=0)) + 1
+    while distance < longest:
+        reached = np.flatnonzero(place >= distance)
+        sums[reached] += sums[reached - distance]
+        distance *= 2
+    return sums

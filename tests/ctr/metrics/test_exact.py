@@ -1,5 +1,7 @@
 """The exact metrics against scikit-learn, torchrec, loops over pairs and groups, and closed forms."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torchrec.metrics.ne import compute_ne, get_ne_states
 
 from ctr.data.errors import DataError
 from ctr.metrics import exact
-from ctr.metrics.score_table import check_rows, score_table
+from ctr.metrics.score_table import check_rows, cumsum_runs, score_table
 
 METRICS = ("auc", "logloss", "normalized_entropy", "calibration", "pr_auc", "expected_calibration_error")
 
@@ -93,6 +95,44 @@ def test_gauc_agrees_with_a_loop_over_groups(case):
     assert found.mean_auc == pytest.approx(np.mean(aucs), rel=1e-12)
     assert (found.groups, found.scored_groups) == (len(np.unique(group)), len(aucs))
     assert found.scored_rows == sum(counts)
+
+
+@pytest.mark.parametrize("spread", [(-3, 9), (-20, 20), (0, 0)])
+def test_gauc_of_weights_far_apart_against_fractions(spread):
+    """A group of small weights behind one of large weights keeps all its digits."""
+    generator = np.random.default_rng(sum(spread))
+    prediction = np.round(generator.random(600), 2).astype(np.float32)
+    label, group = (generator.random(600) < 0.4).astype(np.float32), np.sort(generator.integers(0, 30, 600))
+    scale = np.linspace(spread[1], spread[0], 30)[group]  # light groups come last
+    weight = (10.0**scale * generator.uniform(0.5, 2, 600)).astype(np.float32)
+    aucs, sizes = [], []
+    for one in range(30):
+        rows = [
+            (float(p), y == 1, Fraction(float(w)))
+            for p, y, w, g in zip(prediction, label, weight, group, strict=True)
+            if g == one
+        ]
+        positives, negatives = ([row for row in rows if row[1] == kind] for kind in (True, False))
+        if positives and negatives:
+            won = sum(
+                a[2] * b[2] * (1 if a[0] > b[0] else Fraction(1, 2) if a[0] == b[0] else 0)
+                for a in positives
+                for b in negatives
+            )
+            aucs.append(won / (sum(a[2] for a in positives) * sum(b[2] for b in negatives)))
+            sizes.append(sum(row[2] for row in rows))
+    expected = sum(auc * size for auc, size in zip(aucs, sizes, strict=True)) / sum(sizes)
+    found = exact.group_auc(check_rows(prediction, label, weight, group))
+    assert found.gauc == pytest.approx(float(expected), rel=1e-13)
+    assert found.mean_auc == pytest.approx(float(sum(aucs) / len(aucs)), rel=1e-13)
+
+
+@pytest.mark.parametrize("lengths", [[], [1], [1, 1, 1], [5, 1, 7, 2, 64, 3]])
+def test_running_sums_begin_anew_with_each_run(lengths):
+    values = np.random.default_rng(1).random(sum(lengths))
+    starts = np.cumsum([0, *lengths])[: len(lengths)]
+    expected = [np.cumsum(part) for part in np.split(values, starts[1:])] if lengths else [values]
+    np.testing.assert_allclose(cumsum_runs(values, starts), np.concatenate(expected), rtol=1e-14)
 
 
 def test_gauc_takes_string_groups():

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ctr.data.errors import DataError
 from ctr.metrics import exact
-from ctr.metrics.streaming import StreamingMetrics
+from ctr.metrics.streaming import StreamingMetrics, logit_keys
 
 
 def batches(seed, sizes=(1000, 0, 1, 777), weighted=True, loc=-2.0, scale=1.5):
@@ -118,7 +120,10 @@ def test_extreme_and_half_precision_logits():
         metrics = StreamingMetrics()
         metrics.update(logit.to(dtype), label)
         result = metrics.compute()
-        assert (result["auc"], result["auc_error_bound"]) == (1, 0) and result["logloss"] < 1e-8
+        # The clip of the probability costs 1e-7 where a row is right beyond doubt.
+        assert (result["auc"], result["auc_error_bound"]) == (1, 0) and result["logloss"] == pytest.approx(
+            1e-7, rel=1e-6
+        )
 
 
 def test_reset_starts_anew_and_misuse_is_caught():
@@ -134,12 +139,106 @@ def test_reset_starts_anew_and_misuse_is_caught():
     assert feed(metrics, made).compute() == first
 
 
+def exact_auc(logit, label, weight=None):
+    return exact.auc(logit.double().numpy(), label.numpy(), None if weight is None else weight.numpy())
+
+
+WIDE = {
+    "logits of 20 times the usual size": lambda normal: 20 * normal,
+    "a quarter beyond 16": lambda normal: 14 * normal - 2,
+    "as good as infinite": lambda normal: torch.where(normal.abs() > 1.5, 1e4 * normal.sign(), normal),
+    "one row far out": lambda normal: torch.cat([normal[1:], torch.tensor([1e30])]),
+    "a tiny spread around 1000": lambda normal: 1000 + 1e-3 * normal,
+    "a tiny spread around -3": lambda normal: -3 + 1e-5 * normal,
+    "all equal": lambda normal: torch.full_like(normal, 0.3),
+    "two values": lambda normal: torch.where(normal > 0.3, 40.0, -40.0),
+    "around zero": lambda normal: 1e-20 * normal,
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("made", WIDE.values(), ids=WIDE)
+def test_the_bound_holds_whatever_the_logits_are(made, weighted):
+    generator = torch.Generator().manual_seed(9)
+    normal = torch.randn(20_000, generator=generator)
+    logit = made(normal)
+    label = (torch.rand(len(normal), generator=generator) < torch.sigmoid(normal)).float()
+    weight = torch.rand(len(normal), generator=generator) * 3 if weighted else None
+    metrics = StreamingMetrics()
+    for at in (slice(0, 3), slice(3, 15_000), slice(15_000, None)):
+        metrics.update(logit[at], label[at], None if weight is None else weight[at])
+    result, expected = metrics.compute(), exact_auc(logit, label, weight)
+    assert abs(result["auc"] - expected) <= result["auc_error_bound"] + 1e-12
+    # Wide logits are told apart as well as others; where no bound can be small, few numbers are there to tell apart.
+    assert abs(result["auc"] - expected) < 1e-5 or len(logit.unique()) == 1 or logit.abs().max() < 1e-16
+
+
+def test_logits_beyond_16_are_ranked_as_offline():
+    # As many rows beyond 16 as in the run that showed it: an early stop must not be steered by another AUC.
+    generator = torch.Generator().manual_seed(3)
+    logit = 17 * torch.randn(50_000, generator=generator)
+    label = (torch.rand(len(logit), generator=generator) < torch.sigmoid(logit / 8)).float()
+    assert (logit.abs() > 16).float().mean() > 0.278
+    metrics = StreamingMetrics()
+    metrics.update(logit, label)
+    result = metrics.compute()
+    assert result["auc"] == pytest.approx(exact_auc(logit, label), abs=1e-6) and result["auc_error_bound"] < 1e-4
+
+
+@pytest.mark.parametrize("scale", [1.0, 12.0, 60.0])
+def test_logloss_is_clipped_as_offline(scale):
+    generator = torch.Generator().manual_seed(4)
+    logit = scale * torch.randn(5_000, generator=generator).double()
+    label = (torch.rand(5_000, generator=generator) < 0.4).float()
+    metrics = StreamingMetrics()
+    metrics.update(logit, label)
+    expected = exact.evaluate_predictions(torch.sigmoid(logit).numpy(), label.numpy())
+    for name in ("logloss", "normalized_entropy", "calibration"):
+        assert metrics.compute()[name] == pytest.approx(expected[name], rel=1e-8), name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    logits=st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=2, max_size=40),
+    bins=st.sampled_from([1, 2, 7, 64]),
+    seed=st.integers(0, 1 << 16),
+)
+def test_any_logits_in_any_order_give_the_same_histogram_within_its_bound(logits, bins, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logit = torch.tensor(logits)
+    label = (torch.rand(len(logits), generator=generator) < 0.5).float()
+    label[:2] = torch.tensor([0.0, 1.0])
+    weight = torch.randint(1, 9, (len(logits),), generator=generator).double()
+    whole, parts = StreamingMetrics(bins), StreamingMetrics(bins)
+    whole.update(logit, label, weight)
+    order = torch.randperm(len(logits), generator=generator)
+    for one in order.chunk(5):
+        parts.update(logit[one], label[one], weight[one])
+    assert torch.equal(whole._state[: 2 * bins], parts._state[: 2 * bins])
+    result = whole.compute()
+    assert abs(result["auc"] - exact_auc(logit, label, weight)) <= result["auc_error_bound"] + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keys_are_in_the_order_of_the_logits(dtype):
+    limits = torch.finfo(dtype)
+    logit = torch.tensor([limits.min, -1e30, -16, -1, -1e-3, 0, 1e-3, 0.5, 15.9, 16, 1e4, limits.max], dtype=dtype)
+    keys = logit_keys(logit.double())
+    assert (keys.diff() > 0).all() and keys.abs().max() < 1 << 62
+    assert logit_keys(torch.tensor([0.0, -0.0], dtype=torch.float64)).tolist() == [0, 0]
+
+
+def ranks_batches():
+    """Some wide and some narrow: the ranks' histograms are of other widths until they meet."""
+    return [one for scale in (1.5, 30.0, 0.01) for one in batches(6, sizes=(500, 0, 777), scale=scale)]
+
+
 def _rank(rank, world, store, out):
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     # The second rank also sees an empty batch; the ranks need not take the same number of steps.
-    metrics = feed(StreamingMetrics(), batches(6, weighted=True)[rank::world])
+    metrics = feed(StreamingMetrics(), ranks_batches()[rank::world])
     calls = []
     original = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
@@ -149,11 +248,12 @@ def _rank(rank, world, store, out):
     dist.destroy_process_group()
 
 
-def test_two_ranks_equal_one(tmp_path):
-    mp.spawn(_rank, args=(2, tmp_path / "store", tmp_path), nprocs=2, join=True)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    alone = feed(StreamingMetrics(), batches(6, weighted=True)).compute()
-    assert ranks[0] == ranks[1] and ranks[0]["collectives"] == 1
+@pytest.mark.parametrize("world", [2, 3])
+def test_many_ranks_equal_one(tmp_path, world):
+    mp.spawn(_rank, args=(world, tmp_path / "store", tmp_path), nprocs=world, join=True)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    alone = feed(StreamingMetrics(), ranks_batches()).compute()
+    assert all(one == ranks[0] for one in ranks) and ranks[0]["collectives"] == 2
     assert ranks[0]["result"] == pytest.approx(alone, rel=1e-12)
 
 
