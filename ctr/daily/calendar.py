@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import takewhile
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,10 @@ from ctr.daily.partitions import (
     order,
     period_of,
 )
+from distributed.first_rank import on_first_rank
 from distributed.process import Process, Stopped
-from embedding.errors import ConfigError, TesseraError
+from embedding.errors import ConfigError
 
-T = TypeVar("T")
 SLICE_SECONDS = 1.0  # of a wait: so soon all ranks know that one of them was asked to stop
 
 
@@ -153,21 +153,6 @@ class Calendar:
             over = on_first_rank(self._process, lambda: time.monotonic() >= end)
             if any_asked_to_stop(self._process):
                 raise Stopped
-
-
-def on_first_rank(process: Process, function: Callable[[], T]) -> T:
-    """What rank 0 finds out, on every rank; its TesseraError too, so that all ranks end alike."""
-    answer: list = [None, None]
-    if process.is_main:
-        try:
-            answer = [function(), None]
-        except TesseraError as error:
-            answer = [None, error]
-    if process.world_size > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
 
 
 def any_asked_to_stop(process: Process) -> bool:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from ctr.daily.calendar import on_first_rank
 from ctr.daily.partitions import folder_of
 from ctr.daily.records import TRAINED, day_dir
 from ctr.data.reservoir import add_to_reservoir
 from ctr.train.teacher_logits import read_logits, score_teacher
+from distributed.first_rank import on_first_rank
 from embedding.errors import ConfigError
 
 if TYPE_CHECKING:

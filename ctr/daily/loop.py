@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ctr.daily.calendar import Calendar, Due, any_asked_to_stop, on_first_rank
+from ctr.daily.calendar import Calendar, Due, any_asked_to_stop
 from ctr.daily.guard import out_of_band
 from ctr.daily.incremental import Incremental
 from ctr.daily.partitions import PartitionError, folder_of
@@ -38,6 +38,7 @@ from ctr.train.evaluate import evaluate, open_reader
 from ctr.train.optimizers import Optimizers
 from ctr.train.trainer import Trainer
 from distributed.checkpoint import CheckpointError, Saved, folder_name
+from distributed.first_rank import on_first_rank
 from distributed.plan import size
 from distributed.process import Stopped, say
 from distributed.table_files import ColumnSource

@@ -19,13 +19,13 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from ctr.config import Config
-from ctr.daily.calendar import on_first_rank
 from ctr.models.network import Network
 from distributed.checkpoint import CheckpointError, Saved, clean, discard, open_saved, read_manifest, save
 from distributed.checkpoint_compact import save_merged
 from distributed.checkpoint_dense import save_tensors
 from distributed.checkpoint_files import Storage, sync_folder
 from distributed.checkpoint_tables import TableParts, describe_tables
+from distributed.first_rank import on_first_rank
 from distributed.process import Process
 from distributed.table_files import ColumnSource, copied, files_of, read_columns, rows_of
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ctr.config import Config
-from ctr.daily.calendar import on_first_rank
 from ctr.daily.publish import FOLDER, chain_of, point
 from ctr.daily.records import FOLDER as DAYS_FOLDER
 from ctr.daily.records import TRAINED, clear_day, write_records
@@ -25,6 +24,7 @@ from distributed.checkpoint import (
 )
 from distributed.checkpoint_files import Storage
 from distributed.checkpoint_lock import FolderLock
+from distributed.first_rank import on_first_rank
 from distributed.process import Process
 
 ROLLBACKS = "rollbacks.jsonl"
