@@ -10,16 +10,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import conf
 from ctr.config_checks import check
 from ctr.daily.config import DailyConfig
 from ctr.data.schema import SchemaConfig
+from ctr.overrides import compose_overrides
 from ctr.train.distil import DistilConfig
 from embedding.errors import ConfigError
 
@@ -221,48 +218,12 @@ def load_config(arguments: Sequence[str], description: str) -> Config:
         options.overrides = [
             key + one.removeprefix(alias) if one.startswith(alias) else one for one in options.overrides
         ]
-    composed = _compose(options.overrides, [Path(folder).resolve() for folder in options.config_dir])
+    composed = compose_overrides(options.overrides, [Path(folder).resolve() for folder in options.config_dir], Config)
     config = typed(composed)
     if options.cfg:
         print(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
         raise SystemExit(0)
     return config
-
-
-def _compose(overrides: Sequence[str], folders: Iterable[Path]) -> DictConfig:
-    search_path = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(Path(conf.__file__).parent.resolve()), version_base="1.3"):
-        try:
-            return compose("config", overrides=search_path + list(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
-            defaults = compose("config")
-            raise ConfigError(_explain_override(error, overrides, defaults)) from None
-
-
-def _explain_override(error: Exception, overrides: Sequence[str], defaults: DictConfig) -> str:
-    """One line for hydra's several; the nearest known key where an override names one that does not exist."""
-    known = list(_keys(defaults))
-    for override in overrides:
-        key = override.lstrip("+~").split("=")[0].split("@")[0]
-        if f"'{key}'" in str(error) and key not in known:
-            near = get_close_matches(key, known, 1)
-            return f"unknown key {key!r} in override {override!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-    text = " ".join(str(error).split())
-    option = re.search(r"Could not find '(\w+)/(\S+)' Available options in '\w+': (.*?) Config search path", text)
-    if option:
-        group, choice, options = option[1], option[2], option[3].split()
-        near = get_close_matches(choice, options, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(options)}"
-        return f"no {group} {choice!r}; {hint} (a yaml of your own: --config-dir)"
-    return text
-
-
-def _keys(node: DictConfig, prefix: str = "") -> Iterable[str]:
-    for name, value in node.items_ex(resolve=False):
-        yield f"{prefix}{name}"
-        if isinstance(value, DictConfig):
-            yield from _keys(value, f"{prefix}{name}.")
 
 
 def typed(composed: DictConfig) -> Config:
@@ -291,6 +252,8 @@ def _explain_type(error: OmegaConfBaseException, composed: DictConfig) -> str:
         return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}")
     if "Missing mandatory value" in first_line:
         return f"{key} is not set"
+    if "is not a ListConfig" in first_line:
+        return f'{key}: expected a list, written "{key}=[a,b]"'
     return f"{key}: {first_line}"
 
 

@@ -40,6 +40,8 @@ def check(config: Config) -> None:
     for key, (value, least) in at_least.items():
         if value is not None and value < least:
             raise ConfigError(f"{key} is {value}; expected at least {least}")
+    if not 0 <= trainer.seed < 2**63:
+        raise ConfigError(f"trainer.seed is {trainer.seed}; expected a whole number from 0 to 2^63 - 1")
     for key, value in {"dense": optimizer.dense.lr, "sparse": optimizer.sparse.lr}.items():
         if not value > 0:
             raise ConfigError(f"optimizer.{key}.lr is {value}; expected a number above 0")

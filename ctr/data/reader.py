@@ -131,7 +131,8 @@ class ParquetReader:
         for key in ("lanes", "window_rows", "seed", "shuffle", "fingerprint"):
             here = self._fingerprint if key == "fingerprint" else getattr(self, key)
             if state.get(key) != here:
-                what = "the files have changed: fingerprint" if key == "fingerprint" else f"data.{key}"
+                key_of = f"trainer.{key}" if key in ("seed", "shuffle") else f"data.{key}"
+                what = "the files have changed: fingerprint" if key == "fingerprint" else key_of
                 raise DataError(f"reader state: {what} found {here!r}, expected {state.get(key)!r} as saved")
         position = int(sum(state["lane_offsets"]))
         saved_order = state.get("order", 1)

@@ -37,12 +37,81 @@ ROOT = Path(__file__).resolve().parents[2]
         (["embedding=static", "+embedding.format=int8"],
          "embedding.format is int8; static tables have fp32 alone (embedding=dynamic has more)"),
         (["--config-dir", "nowhere"], "--config-dir nowhere is not a folder"),
+        (["data.path"], "override 'data.path' has no '='; expected key=value"),
+        (["data.days=2026-11-01"], "data.days: expected a list, written \"data.days=[a,b]\""),
+        (["trainer.seed=18446744073709551616"],
+         "trainer.seed is 18446744073709551616; expected a whole number from 0 to 2^63 - 1"),
+        (["trainer.seed=-1"], "trainer.seed is -1; expected a whole number from 0 to 2^63 - 1"),
+        (["trainer.seed=1.5"], "trainer.seed: Value '1.5' of type 'float' could not be converted to Integer"),
+        (["trainer.seed=true"], "trainer.seed: Value 'True' of type 'bool' could not be converted to Integer"),
+        (["trainer.epochs=1=2"], "trainer.epochs: Value '1=2' of type 'str' could not be converted to Integer"),
+        (["tränier.epochs=1"], "unknown key 'tränier.epochs' in override 'tränier.epochs=1'; did you mean "
+                               "'trainer.epochs'?"),
+        (["+data.lane=1"], "unknown key 'data.lane' in override '+data.lane=1'; did you mean 'data.lanes'?"),
+        (["model.hiden=[1]"], "unknown key 'model.hiden' in override 'model.hiden=[1]'; did you mean 'model.hidden'? "
+                              "(+model.hiden=... gives the key to a model whose yaml does not name it)"),
+        (["model.hidden=[1,2"], "model.hidden is [1,2, which cannot be read as a list or a mapping; expected "
+                                "\"model.hidden=[a,b]\" or \"model.hidden={a: b}\", with texts that hold other than "
+                                "letters, digits and /-_.: between single quotes"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(overrides, message):
     with pytest.raises(ConfigError) as error:
         load_config(overrides, "")
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "override", ["model.hidden=1,2", "trainer.epochs=1,2", "model=deepfm,ipnn", "trainer.epochs=range(1,3)"]
+)
+def test_what_hydra_takes_for_several_runs_names_the_key_and_the_remedy(override):
+    key, _, value = override.partition("=")
+    with pytest.raises(ConfigError) as error:
+        load_config([override], "")
+    assert str(error.value).startswith(f"{key} is {value}: a comma, or a function like range(..), would mean several")
+    assert f'a list is written "{key}=[{value}]"' in str(error.value)
+
+
+TEXTS = [
+    "/data/dt=2026-11-01", "/data/a,b", "/data/日本/é", "/data/a b", "/d/$x", "it's", 'say "a"', "/d/[a]", "[a", "{a",
+    "(a)", "s3://b/x?y=1&z=2", "1_000", "1e3", "true", "2026", "a#b", "~/x", "a\\'b", "c:\\d\\", "range(1,3)", "%x*y!",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_key_that_holds_text_takes_the_text_as_typed(text):
+    config = load_config([f"data.path={text}", f"trainer.run_dir={text}", "data.test=null"], "")
+    assert config.data.path == config.trainer.run_dir == text and config.data.test is None
+
+
+def test_text_in_hydras_own_quotes_and_interpolations_mean_what_they_did():
+    config = load_config(["data.path='/data/a,b'", 'trainer.run_dir="null"', "data.name=${data.path}=1"], "")
+    assert config.data.path == "/data/a,b" and config.trainer.run_dir == "null" and config.data.name == "/data/a,b=1"
+
+
+def test_a_models_own_keys_take_text_that_hydra_cannot_read():
+    assert load_config(["+model.name=dt=é"], "").model["name"] == "dt=é"
+
+
+def test_lists_of_text_take_dates_and_what_hydra_cannot_read():
+    assert load_config(["data.days=[2026-11-01,dt=é]"], "").data.days == ["2026-11-01", "dt=é"]
+    assert load_config(["daily.skip=['a,b',c]"], "").daily.skip == ["a,b", "c"]
+
+
+def test_every_key_can_be_overridden_whether_or_not_the_yaml_names_it(tmp_path):
+    for group in ("data", "trainer"):
+        (tmp_path / group).mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("name: mine\npath: /data\nschema: {features: []}\n")
+    text = (ROOT / "conf/trainer/default.yaml").read_text()
+    kept = [line for line in text.splitlines() if not line.startswith(("shuffle:", "amp:"))]
+    (tmp_path / "trainer" / "mine.yaml").write_text("\n".join(kept))
+    mine = ["--config-dir", str(tmp_path), "data=mine", "trainer=mine"]
+    keys = ["data.lanes=4", "data.schema.time=t", "trainer.amp=true", "embedding.formats.w=int8"]
+    config = load_config([*mine, *keys], "")
+    assert (config.data.lanes, config.data.schema.time, config.trainer.amp) == (4, "t", True)
+    assert config.embedding.formats == {"w": "int8"} and config.trainer.shuffle
+    with pytest.raises(ConfigError, match=r"unknown key 'data.lane' in .* did you mean 'data.lanes'\?"):
+        load_config([*mine, "data.lane=4"], "")
 
 
 def test_unknown_key_in_a_users_own_yaml(tmp_path):

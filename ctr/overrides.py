@@ -1,0 +1,161 @@
+"""The overrides of a command line, `key=value`, and what hydra composes from them.
+
+Hydra reads a value by a grammar of its own, in which `=`, commas, quotes, `#`, `(` and letters outside of ASCII mean
+something or nothing. Users write paths and dates. So a key that holds text takes the text as it was typed, and what
+hydra cannot read otherwise becomes one line that names the key and says how to write the value.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+import conf
+from embedding.errors import ConfigError
+
+OVERRIDE = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[^=]*)(?P<equals>=)?(?P<value>.*)", re.DOTALL)
+FREE = ("model.", "numeric.")  # keys below are those of the yaml that was chosen, and may hold anything
+
+
+def compose_overrides(overrides: Sequence[str], folders: Sequence[Path], schema: type) -> DictConfig:
+    """Compose conf/ and the user's folders of yaml with overrides.
+
+    schema: the dataclass of all keys. Each of them can be set, whether or not a yaml names it.
+
+    Raises:
+        ConfigError: naming the key and what to write instead.
+    """
+    search_path = [f"hydra.searchpath=[{','.join(_quoted(f'file://{folder}') for folder in folders)}]"]
+    search_path = search_path if folders else []
+    groups = {path.name for folder in (Path(conf.__file__).parent, *folders) for path in folder.iterdir()}
+    keys = dict(keys_of(schema))
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(Path(conf.__file__).parent.resolve()), version_base="1.3"):
+        choices = search_path + [_ready(one, keys, groups, groups) for one in overrides if _key(one) in groups]
+        try:
+            known = {*keys, *groups, *_names(compose("config", overrides=choices))}
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_explain(error)) from None
+        ready = [_ready(override, keys, groups, known) for override in overrides]
+        try:
+            return compose("config", overrides=search_path + ready)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_explain(error)) from None
+
+
+def keys_of(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted name and the annotation of every key of a dataclass and of those in it."""
+    for name, annotation in typing.get_type_hints(schema).items():
+        yield prefix + name, annotation
+        if is_dataclass(annotation):
+            yield from keys_of(annotation, f"{prefix}{name}.")
+
+
+def _ready(override: str, keys: dict[str, Any], groups: set[str], known: set[str]) -> str:
+    """The override as hydra understands it as the user meant it."""
+    parts = OVERRIDE.fullmatch(override)
+    prefix, key, value = parts["prefix"] or "", parts["key"], parts["value"]
+    if prefix == "~" or key.startswith("hydra.") or "@" in key:
+        return override
+    if not parts["equals"]:
+        raise ConfigError(f"override {override!r} has no '='; expected key=value")
+    annotation = keys.get(key)
+    if annotation is None and key.startswith("embedding.formats."):
+        annotation = str
+    if annotation is not None and key not in groups:
+        return f"++{key}={_value(key, value, _types(annotation))}"
+    if key in groups:
+        return f"{prefix}{key}={_value(key, value, None)}"
+    if key.startswith(FREE) and (prefix or key in known):
+        return f"{prefix}{key}={_value(key, value, None)}"
+    near = get_close_matches(key, sorted(known), 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    if key.startswith(FREE):
+        hint += f" (+{key}=... gives the key to a model whose yaml does not name it)"
+    raise ConfigError(f"unknown key {key!r} in override {override!r}{hint}")
+
+
+def _types(annotation: Any) -> set[Any]:
+    """The types that an annotation admits: str | list[str] | None gives {str, list, NoneType}."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else [annotation]
+    return {typing.get_origin(one) or one for one in options}
+
+
+def _value(key: str, value: str, admitted: set[Any] | None) -> str:
+    """The value in hydra's grammar. `admitted` are the types that the key takes, None if anything."""
+    parsed = _parse(value)
+    if admitted is not None and str in admitted:
+        if value == "" or (value == "null" and type(None) in admitted):
+            return value
+        has_quotes = value[0] in "'\"" and value[-1] == value[0]
+        if parsed and ("${" in value or has_quotes):
+            return value
+        if list not in admitted or value[0] != "[":
+            return _quoted(value)
+    if value.startswith("[") and value.endswith("]") and not parsed and not set("'\"{") & set(value):
+        value = f"[{','.join(_quoted(one.strip()) for one in value[1:-1].split(','))}]"
+        parsed = _parse(value)
+    if parsed and not parsed.is_sweep_override():
+        return value
+    if parsed:
+        raise ConfigError(
+            f"{key} is {value}: a comma, or a function like range(..), would mean several runs (scripts/sweep.py does "
+            f'these); a list is written "{key}=[{value}]", a text "{key}=\'{value}\'"'
+        )
+    if admitted is not None and list not in admitted and dict not in admitted:
+        return _quoted(value)  # the check of its type says what is expected
+    if admitted is None and value[:1] not in ("[", "{"):
+        return _quoted(value)
+    raise ConfigError(
+        f'{key} is {value}, which cannot be read as a list or a mapping; expected "{key}=[a,b]" or '
+        f'"{key}={{a: b}}", with texts that hold other than letters, digits and /-_.: between single quotes'
+    )
+
+
+def _parse(value: str) -> Any:
+    """Hydra's override of a value, None if its grammar does not read it."""
+    try:
+        return OverridesParser.create().parse_override(f"key={value}")
+    except HydraException:
+        return None
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def _key(override: str) -> str:
+    return OVERRIDE.fullmatch(override)["key"].partition("@")[0]
+
+
+def _explain(error: Exception) -> str:
+    """One line for hydra's several; the nearest choice where a group has none of that name."""
+    text = " ".join(str(error).split())
+    option = re.search(r"Could not find '(\w+)/(\S+)' Available options in '\w+': (.*?) Config search path", text)
+    if option:
+        group, choice, options = option[1], option[2], option[3].split()
+        near = get_close_matches(choice, options, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(options)}"
+        return f"no {group} {choice!r}; {hint} (a yaml of your own: --config-dir)"
+    return text
+
+
+def _names(node: DictConfig, prefix: str = "") -> Iterable[str]:
+    for name, value in node.items_ex(resolve=False):
+        yield f"{prefix}{name}"
+        if isinstance(value, DictConfig):
+            yield from _names(value, f"{prefix}{name}.")
