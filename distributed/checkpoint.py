@@ -196,10 +196,9 @@ def read_manifest(folder: Storage) -> dict[str, Any]:
 
 def _chain(folder: Storage, manifest: dict[str, Any]) -> list[tuple[Storage, dict[str, Any]]]:
     """The folder and those it builds on, newest first."""
-    parent, _, _ = folder.name.rstrip("/").rpartition("/")
     found = [(folder, manifest)]
     for link in reversed(manifest["chain"]):
-        earlier = Storage(f"{parent}/{link['name']}")
+        earlier = folder.beside(link["name"])
         try:
             one = read_manifest(earlier)
         except CheckpointError as error:
@@ -222,17 +221,18 @@ def open_saved(folder: Storage, process: Process, rows_later: bool = False) -> S
     problem, chain = None, []
     if process.is_main:
         try:
-            chain = [(one.name, manifest) for one, manifest in _chain(folder, read_manifest(folder))]
+            chain = [(one.base_name, manifest) for one, manifest in _chain(folder, read_manifest(folder))]
         except CheckpointError as error:
             problem = str(error)
     problem, chain = _broadcast((problem, chain), process, None)
+    folders = [folder, *(folder.beside(name) for name, _ in chain[1:])]
     if problem is None:
-        files = [(Storage(name), path, Sealed(**s)) for name, m in chain for path, s in sorted(m["files"].items())]
+        sealed = [sorted(manifest["files"].items()) for _, manifest in chain]
+        files = [(one, path, Sealed(**s)) for one, its in zip(folders, sealed, strict=True) for path, s in its]
         mine = files[process.rank :: process.world_size]
         problem = first_problem(next((p for one in mine if (p := _problem(*one, rows_later))), None), process)
     if problem is not None:
         raise CheckpointError(f"{folder.name} is passed over: {problem}")
-    folders = [Storage(name) for name, _ in chain]
     return Saved(folders, chain[0][1], json.loads(folders[0].read(TRAINING)))
 
 

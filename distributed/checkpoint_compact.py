@@ -38,7 +38,7 @@ def compact(root: Storage, saved: Saved, process: Process) -> dict:
     Raises:
         CheckpointError: a newer state builds on it, or it cannot be written.
     """
-    name = saved.name.rstrip("/").rpartition("/")[2]
+    name = saved.folders[0].base_name
     for other in names_of_states(root):
         try:
             chain = read_manifest(root.below(other))["chain"]

@@ -1,8 +1,11 @@
-"""Files of saved states, in a local folder or behind an fsspec URI: written with checksums, made durable, read back."""
+"""Files of saved states, in a local folder or behind a URI: written with checksums, made durable, read back."""
 
 from __future__ import annotations
 
+import copy
+import io
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
+import pyarrow as pa
+import pyarrow.fs
+
+from distributed.locations import WITHOUT_FOLDERS, filesystem_of, joined
 
 READ_BYTES = 1 << 22
 HAND_OVER_BYTES = 1 << 23
+REMOTE_BUFFER_BYTES = 1 << 20  # one request each
 
 
 @dataclass(frozen=True)
@@ -69,23 +75,40 @@ class ChecksumStream:
 
 
 class Storage:
-    """A folder. Paths are relative to it, with "/" between names.
+    """A folder, local or behind a URI. Paths are relative to it, with "/" between names.
 
     note: told again and again what is being written.
 
     Attributes:
-        written: what `write` has finished so far, path -> size and checksum.
+        name: the path or URI. written: what `write` has finished so far, path -> size and checksum.
+
+    Raises ConfigError: nothing here can open the URI.
     """
 
     def __init__(self, root: str | Path, note: Callable[[str], None] = lambda _: None) -> None:
-        self._fs, self._root = url_to_fs(str(root))
+        self._fs, self._root = filesystem_of(str(root))
         self.name, self.note = str(root), note
         #: Only here is a rename atomic, and only here can files be synced to the disk.
-        self.local = isinstance(self._fs, LocalFileSystem)
+        self.local = isinstance(self._fs, pa.fs.LocalFileSystem)
         self.written: dict[str, Sealed] = {}
 
     def below(self, path: str) -> Storage:
-        return Storage(f"{self.name.rstrip('/')}/{path}", self.note)
+        return self._at(joined(self.name, path), self.full(path))
+
+    @property
+    def base_name(self) -> str:
+        return self._root.rstrip("/").rpartition("/")[2]
+
+    def beside(self, name: str) -> Storage:
+        """The folder of another name in the folder that this one lies in."""
+        path, mark, query = self.name.partition("?") if "://" in self.name else (self.name, "", "")
+        parent = str(path).rstrip("/").rpartition("/")[0]
+        return self._at(joined(f"{parent}{mark}{query}", name), f"{self._root.rstrip('/').rpartition('/')[0]}/{name}")
+
+    def _at(self, name: str, root: str) -> Storage:
+        other = copy.copy(self)  # of the same client, which took a while to make
+        other.name, other._root, other.written = name, root, {}
+        return other
 
     def full(self, path: str = "") -> str:
         return f"{self._root}/{path}" if path else self._root
@@ -95,8 +118,8 @@ class Storage:
         """Write a file. When the block ends well its bytes are on the disk and noted in `written`."""
         at = f"writing {path}"
         self.note(at)
-        self._fs.makedirs(os.path.dirname(self.full(path)), exist_ok=True)
-        with open(self.full(path), "wb") if self.local else self._fs.open(self.full(path), "wb") as file:
+        self.make(os.path.dirname(path))
+        with open(self.full(path), "wb") if self.local else self._fs.open_output_stream(self.full(path)) as file:
             handed_over = 0
 
             def progress(size: int) -> None:
@@ -116,10 +139,11 @@ class Storage:
         self.note(f"behind {path}")
 
     def open(self, path: str, buffered: bool = True) -> IO[bytes]:
-        """buffered: small reads are gathered; behind a URI they always are."""
+        """buffered: small reads are gathered."""
         if self.local:
             return open(self.full(path), "rb", **({} if buffered else {"buffering": 0}))
-        return self._fs.open(self.full(path), "rb")
+        file = self._fs.open_input_file(self.full(path))
+        return io.BufferedReader(file, REMOTE_BUFFER_BYTES) if buffered else file
 
     def read(self, path: str) -> bytes:
         with self.open(path) as file:
@@ -145,33 +169,44 @@ class Storage:
 
     def names(self, path: str = "") -> list[str]:
         """What lies directly in a folder, sorted; nothing if it does not exist."""
-        self._fs.invalidate_cache()
-        if not self._fs.isdir(self.full(path)):
+        try:
+            infos = self._fs.get_file_info(pa.fs.FileSelector(self.full(path), allow_not_found=True))
+        except NotADirectoryError:
             return []
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in self._fs.ls(self.full(path), detail=False))
+        return sorted(info.base_name for info in infos)
 
     def exists(self, path: str) -> bool:
-        self._fs.invalidate_cache()
-        return self._fs.exists(self.full(path))
+        return self._fs.get_file_info(self.full(path)).type != pa.fs.FileType.NotFound
 
     def make(self, path: str = "") -> None:
-        self._fs.makedirs(self.full(path), exist_ok=True)
+        if self.local:
+            os.makedirs(self.full(path), exist_ok=True)
+        elif self._fs.type_name not in WITHOUT_FOLDERS:
+            self._fs.create_dir(self.full(path), recursive=True)
 
     def remove(self, path: str) -> None:
         """Remove a file or a folder with all in it, if it is there."""
-        if self._fs.exists(self.full(path)):
-            self._fs.rm(self.full(path), recursive=True)
+        full = self.full(path)
+        kind = self._fs.get_file_info(full).type
+        if self.local and kind == pa.fs.FileType.Directory and not os.path.islink(full):
+            shutil.rmtree(full)
+        elif self.local and os.path.lexists(full):
+            os.remove(full)
+        elif kind == pa.fs.FileType.Directory:
+            self._fs.delete_dir(full)
+        elif kind != pa.fs.FileType.NotFound:
+            self._fs.delete_file(full)
 
     def rename(self, path: str, new: str) -> None:
         if self.local:
             os.rename(self.full(path), self.full(new))
         else:
-            self._fs.mv(self.full(path), self.full(new), recursive=True)
+            self._fs.move(self.full(path), self.full(new))
 
     def link_or_copy(self, source: Storage, path: str, new: str) -> None:
         """Have a file of another folder here too: one file under two names where the disk can, else a copy."""
-        self._fs.makedirs(os.path.dirname(self.full(new)), exist_ok=True)
         if self.local and source.local:
+            self.make(os.path.dirname(new))
             try:
                 os.link(source.full(path), self.full(new))
                 return

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.fs
 
 from ctr.data.errors import DataError
-from ctr.data.files import DataFile, filesystem_of, list_files, one_line
+from ctr.data.files import DataFile, list_files, one_line
 from ctr.data.footers import THREADS
+from distributed.locations import filesystem_of, joined
 from embedding.errors import ConfigError
 
 DAY = re.compile(r"day=(\d{4}-\d\d-\d\d)")
@@ -67,9 +68,7 @@ def find_partitions(root: str, first: str | None, last: str | None, marker: str 
     found = []
     for day, names in _days(filesystem, location, root).items():
         if _inside(day, first, last):
-            found += _partitions(
-                filesystem, f"{location.rstrip('/')}/{names}", f"{root.rstrip('/')}/{names}", day, marker
-            )
+            found += _partitions(filesystem, f"{location.rstrip('/')}/{names}", joined(root, names), day, marker)
     return sorted((p for p in found if _inside(p.key, first, last)), key=lambda p: p.key)
 
 
@@ -102,9 +101,9 @@ def _partitions(
     complete = [
         (hour, name)
         for hour, name in hours.items()
-        if marker is None or marker in [one for one, _ in _list(filesystem, f"{location}/{name}", f"{path}/{name}")]
+        if marker is None or marker in [one for one, _ in _list(filesystem, f"{location}/{name}", joined(path, name))]
     ]
-    return [Partition(f"{day}T{hour}", f"{path}/{name}") for hour, name in complete]
+    return [Partition(f"{day}T{hour}", joined(path, name)) for hour, name in complete]
 
 
 def _list(filesystem: pa.fs.FileSystem, location: str, path: str) -> list[tuple[str, bool]]:
@@ -119,7 +118,7 @@ def _list(filesystem: pa.fs.FileSystem, location: str, path: str) -> list[tuple[
 def folder_of(root: str, key: str) -> str:
     """Where a partition lies below the data set's root."""
     day, _, hour = key.partition("T")
-    return f"{root.rstrip('/')}/day={day}" + (f"/hour={hour}" if hour else "")
+    return joined(root, f"day={day}", *([f"hour={hour}"] if hour else []))
 
 
 def fingerprint(partition: Partition) -> str:

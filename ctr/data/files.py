@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from ctr.data.errors import DataError
 from ctr.data.schema import nearest
+from distributed.locations import filesystem_of, joined
 
 SUFFIXES = (".parquet", ".parq", ".pq")
 
@@ -56,24 +57,6 @@ def list_files(paths: str | list[str], days: list[str] | None = None) -> list[Da
     return files
 
 
-def filesystem_of(path: str) -> tuple[pa.fs.FileSystem, str]:
-    if "://" not in path:
-        return pa.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
-    try:  # arrow's own clients (s3, gs, hdfs, file) read without the interpreter's lock
-        return pa.fs.FileSystem.from_uri(path)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        pass  # not a scheme of arrow's
-    except OSError as error:
-        raise DataError(f"{path}: {one_line(error)}") from None
-    import fsspec
-
-    try:
-        filesystem, location = fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise DataError(f"{path}: {one_line(error)}") from None
-    return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(filesystem)), location
-
-
 def _list_path(path: str) -> list[DataFile]:
     filesystem, location = filesystem_of(path)
     try:
@@ -91,7 +74,7 @@ def _list_path(path: str) -> list[DataFile]:
         name = info.path.strip("/")[len(root) :].strip("/")
         hidden = any(part[0] in "_." for part in name.split("/") if part)
         if info.type == pa.fs.FileType.File and name.endswith(SUFFIXES) and not hidden:
-            files.append(DataFile(name, f"{path.rstrip('/')}/{name}", filesystem, info.path))
+            files.append(DataFile(name, joined(path, name), filesystem, info.path))
     if not files:
         raise DataError(f"{path}: found no parquet file, expected files ending in {' '.join(SUFFIXES)}")
     return sorted(files, key=lambda file: file.name)

@@ -19,6 +19,7 @@ from ctr.data.schema import Schema
 from ctr.metrics.streaming import StreamingMetrics
 from ctr.train.look_ahead import to_device
 from ctr.train.slice_columns import SliceColumn
+from distributed.locations import joined
 from distributed.new_ids import rows_with_new_ids
 from distributed.process import Process
 
@@ -29,7 +30,7 @@ def read_split(config: Config, schema: Schema, process: Process, split: str) -> 
     if folder is None:
         return None
     rooted = "://" in folder or os.path.isabs(folder)
-    path = folder if rooted else os.path.join(config.data.path, folder)
+    path = folder if rooted else joined(config.data.path, folder)
     training = split == "train"
     replay = config.trainer.replay.path if training else None
     return open_reader(config, schema, process, path, training, config.data.days, replay)

@@ -14,7 +14,6 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
-import fsspec
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
@@ -27,6 +26,7 @@ from ctr.data.batch import Batch
 from ctr.data.reader import ParquetReader
 from ctr.train.optimizers import Optimizers
 from ctr.train.run_folder import RunFolder
+from distributed.checkpoint_files import Storage
 from distributed.dynamic_tables import CacheStats
 from distributed.plan import size
 from distributed.process import Process
@@ -277,9 +277,9 @@ def _hit_rate(counts: dict[str, int]) -> float:
 
 def copy_teacher(config: Config, folder: Path) -> None:
     """Synthetic data says how good a model can be (teacher.json): the report shows it beside the result."""
-    source, path = fsspec.core.url_to_fs(f"{config.data.path}/teacher.json")
-    if source.exists(path):
-        (folder / "teacher.json").write_bytes(source.cat_file(path))
+    source = Storage(config.data.path)
+    if source.exists("teacher.json"):
+        (folder / "teacher.json").write_bytes(source.read("teacher.json"))
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ import pytest
 from ctr.data.errors import DataError
 from ctr.data.files import list_files
 from ctr.data.reader import ParquetReader
+from embedding.errors import ConfigError
 
 from .rows import features, taken_apart, write
 
@@ -87,7 +88,7 @@ def test_a_local_uri_is_a_local_path(tmp_path):
 
 
 def test_an_unknown_scheme_is_named():
-    with pytest.raises(DataError, match="nonsense://bucket/x: .*nonsense"):
+    with pytest.raises(ConfigError, match="nonsense://bucket/x cannot be opened: .*nonsense"):
         rows_of("nonsense://bucket/x")
 
 
