@@ -175,6 +175,18 @@ class Storage:
             return []
         return sorted(info.base_name for info in infos)
 
+    def all_files(self) -> list[str]:
+        """Return the paths of all that lies in this folder or below it and is no folder, sorted."""
+        if self.local:
+            found = []
+            for folder, folders, files in os.walk(self._root):  # a link to a folder is named and not followed
+                links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+                found += [os.path.relpath(os.path.join(folder, name), self._root) for name in [*files, *links]]
+            return sorted(found)
+        infos = self._fs.get_file_info(pa.fs.FileSelector(self._root, recursive=True, allow_not_found=True))
+        root = len(self._root.strip("/"))
+        return sorted(info.path.strip("/")[root:].strip("/") for info in infos if info.type != pa.fs.FileType.Directory)
+
     def exists(self, path: str) -> bool:
         return self._fs.get_file_info(self.full(path)).type != pa.fs.FileType.NotFound
 

@@ -23,6 +23,8 @@ def test_files_are_written_read_listed_and_removed(store: ObjectStore):
         assert folder.written[name] == seal(value) and folder.problem(name, seal(value)) is None
     assert folder.names() == ["a", "deep"] and folder.names("deep") == ["er", "large"] and folder.names("a") == []
     assert store.objects("runs") == ["runs/x/a", "runs/x/deep/er/b=1 %41", "runs/x/deep/large"]
+    assert folder.all_files() == ["a", "deep/er/b=1 %41", "deep/large"]
+    assert folder.below("deep").all_files() == ["er/b=1 %41", "large"] and folder.below("no").all_files() == []
     with folder.open("deep/large") as file:
         file.seek(-7, 2)
         assert file.read() == large[-7:]
@@ -73,3 +75,17 @@ def test_a_bucket_that_is_not_there_is_named(store: ObjectStore, process):
     table = DynamicTable(config())
     with pytest.raises(CheckpointError, match="cannot be written: rank 0: .*NO_SUCH_BUCKET"):
         save_tables(TableSaver({"a": table}), root, folder_name(1), process, 1)
+
+
+@pytest.mark.parametrize("where", ["local", "memory://all-files"])
+def test_all_files_below_a_folder_are_listed_anywhere(tmp_path, where):
+    folder = Storage(tmp_path / "x" if where == "local" else where)
+    assert folder.all_files() == []
+    for name in ("b", "a/c", "a/d e/f"):
+        with folder.write(name) as stream:
+            stream.write(b"1")
+    assert folder.all_files() == ["a/c", "a/d e/f", "b"]
+    if where == "local":
+        (tmp_path / "x" / "loop").symlink_to(tmp_path)
+        (tmp_path / "x" / "broken").symlink_to(tmp_path / "nowhere")
+        assert folder.all_files() == ["a/c", "a/d e/f", "b", "broken", "loop"]
