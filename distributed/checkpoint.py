@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,22 +16,25 @@ from datetime import datetime, timezone
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from distributed.checked_parquet import problem_but_for_groups
 from distributed.checkpoint_files import Sealed, Storage
+from distributed.checkpoint_manifest import (
+    FORMAT,
+    MANIFEST,
+    TRAINING,
+    CheckpointError,
+    SavedFolder,
+    checksum,
+    files_listed,
+    read_manifest,
+    read_training,
+)
 from distributed.checkpoint_watch import WAITING
 from distributed.process import Process
-from embedding.errors import TesseraError
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-TRAINING = "training.json"
 NAME = re.compile(r"step-(\d{12})")
-
-
-class CheckpointError(TesseraError):
-    """A state cannot be written, or the one asked for cannot be read."""
+PARTIAL, REPLACED, DELETED = ".partial-", ".replaced-", ".deleted-"  # before the names of folders that are no states
 
 
 class DamagedState(CheckpointError):
@@ -43,11 +45,12 @@ class DamagedState(CheckpointError):
 class Saved:
     """A state that verified; what is still to be checked of its rows, `load_rows` checks (`open_saved`).
 
-    folders: where it lies, newest first: one folder, or a delta and those before it down to the full one.
+    folders: where it lies, newest first: one folder, or a delta and those before it down to the full one. They show
+        the files that their manifests list, and no others.
     manifest: of the newest. training: what `save` was given to describe it.
     """
 
-    folders: list[Storage]
+    folders: list[SavedFolder]
     manifest: dict[str, Any]
     training: dict[str, Any]
 
@@ -100,13 +103,15 @@ def save(
     Raises:
         CheckpointError: on every rank, naming the rank that failed and why.
     """
-    partial = f".partial-{name}" if root.local else name
-    folder, said, problem = root.below(partial), {}, None
-    try:
-        folder.make()
-        said = write(folder)
-    except (OSError, CheckpointException) as error:
-        problem = f"rank {process.rank}: {_reason(error)}"
+    partial = f"{PARTIAL}{name}" if root.local else name
+    folder, said = root.below(partial), {}
+    problem = _broadcast(_clear(root, partial) if process.is_main and root.local else None, process, group)
+    if problem is None:
+        try:
+            folder.make()
+            said = write(folder)
+        except OSError as error:
+            problem = f"rank {process.rank}: {_reason(error)}"
     root.note(WAITING)
     reports = _gather((problem, said, folder.written), process, group)
     problem = next((report[0] for report in reports if report[0]), None)
@@ -127,6 +132,15 @@ def save(
     return manifest
 
 
+def _clear(root: Storage, path: str) -> str | None:
+    """Remove what a killed save has left where the next one writes; return what is wrong."""
+    try:
+        root.remove(path)
+    except OSError as error:
+        return f"rank 0: {_reason(error)}"
+    return None
+
+
 def _commit(root, folder, partial, name, reports, describe, head, chain) -> dict[str, Any]:
     for _, _, written in reports:
         folder.written.update(written)
@@ -140,24 +154,24 @@ def _commit(root, folder, partial, name, reports, describe, head, chain) -> dict
         "chain": chain,
         "files": {path: vars(sealed) for path, sealed in sorted(folder.written.items())},
     }
-    manifest["checksum"] = _checksum(manifest)
+    manifest["checksum"] = checksum(manifest)
     folder.sync_folders()
     with folder.write(MANIFEST) as stream:
         stream.write(json.dumps(manifest, indent=1).encode())
     if root.local:
         folder.sync_folders()
         if root.exists(name):  # it did not verify, or belongs to steps that are trained again
-            root.remove(f".deleted-{name}")
-            root.rename(name, f".deleted-{name}")
+            root.remove(f"{REPLACED}{name}")
+            root.rename(name, f"{REPLACED}{name}")
         root.rename(partial, name)
         root.sync_folders(below=False)
-        root.remove(f".deleted-{name}")
+        root.remove(f"{REPLACED}{name}")
+    else:
+        for path in SavedFolder(
+            folder.name, files_listed(manifest)
+        ).strays():  # of a killed save, by more ranks perhaps
+            folder.remove(path)
     return manifest
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    text = json.dumps({key: value for key, value in manifest.items() if key != "checksum"}, sort_keys=True)
-    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _remove_quietly(root: Storage, path: str) -> None:
@@ -167,35 +181,13 @@ def _remove_quietly(root: Storage, path: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """One line; for what went wrong inside torch.distributed.checkpoint, the cause on the first rank that failed."""
-    if isinstance(error, CheckpointException):
-        rank, (cause, _) = min(error.failures.items())
-        return f"dense side of rank {rank}: {_reason(cause)}"
-    cause = error
-    while not isinstance(cause, OSError) and cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = " ".join(str(cause).split()) or type(cause).__name__
-    return getattr(cause, "strerror", None) or text
-
-
-def read_manifest(folder: Storage) -> dict[str, Any]:
-    """Raises CheckpointError, one line: why the folder is no state that can be read."""
-    try:
-        manifest = json.loads(folder.read(MANIFEST))
-    except FileNotFoundError:
-        raise CheckpointError("it has no manifest: a save that did not end, or not a state") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"its manifest cannot be read: {_reason(error)}") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"it has format {found!r}; this version reads {FORMAT}")
-    if manifest.get("checksum") != _checksum(manifest):
-        raise CheckpointError("its manifest was changed: its checksum does not match")
-    return manifest
+    """Return what went wrong as one line: the system's own words where it has any."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return getattr(error, "strerror", None) or text
 
 
 def _chain(folder: Storage, manifest: dict[str, Any]) -> list[tuple[Storage, dict[str, Any]]]:
-    """The folder and those it builds on, newest first."""
+    """Return the folder and those it builds on with their manifests, newest first."""
     found = [(folder, manifest)]
     for link in reversed(manifest["chain"]):
         earlier = folder.beside(link["name"])
@@ -225,18 +217,25 @@ def open_saved(folder: Storage, process: Process, rows_later: bool = False) -> S
         except CheckpointError as error:
             problem = str(error)
     problem, chain = _broadcast((problem, chain), process, None)
-    folders = [folder, *(folder.beside(name) for name, _ in chain[1:])]
+    places = [folder, *(folder.beside(name) for name, _ in chain[1:])] if chain else []
+    folders = [SavedFolder(one, files_listed(m)) for one, (_, m) in zip(places, chain, strict=True)]
+    training: dict[str, Any] = {}
     if problem is None:
-        sealed = [sorted(manifest["files"].items()) for _, manifest in chain]
-        files = [(one, path, Sealed(**s)) for one, its in zip(folders, sealed, strict=True) for path, s in its]
+        files = [(one, path, sealed) for one in folders for path, sealed in sorted(one.files.items())]
         mine = files[process.rank :: process.world_size]
         problem = first_problem(next((p for one in mine if (p := _problem(*one, rows_later))), None), process)
+    if problem is None:
+        try:
+            training = read_training(folders[0])
+        except CheckpointError as error:
+            problem = str(error)
+        problem = first_problem(problem, process)
     if problem is not None:
         raise CheckpointError(f"{folder.name} is passed over: {problem}")
-    return Saved(folders, chain[0][1], json.loads(folders[0].read(TRAINING)))
+    return Saved(folders, chain[0][1], training)
 
 
-def _problem(folder: Storage, path: str, sealed: Sealed, rows_later: bool) -> str | None:
+def _problem(folder: SavedFolder, path: str, sealed: Sealed, rows_later: bool) -> str | None:
     if rows_later and path.startswith("rows/"):
         return problem_but_for_groups(folder, path, sealed)
     return folder.problem(path, sealed)
@@ -291,18 +290,23 @@ def discard(root: Storage, name: str) -> None:
     """Remove a state so that a half removed one is never taken for one."""
     root.note(f"removing {name}")
     if root.local:
-        root.rename(name, f".deleted-{name}")
-        root.remove(f".deleted-{name}")
+        root.remove(f"{DELETED}{name}")
+        root.rename(name, f"{DELETED}{name}")
+        root.remove(f"{DELETED}{name}")
     else:
         root.remove(f"{name}/{MANIFEST}")
         root.remove(name)
 
 
 def clean(root: Storage) -> None:
-    """Remove what earlier jobs left half written or half removed. Only for who holds the folder's lock."""
+    """Remove what earlier jobs left half written or half removed, and put back what a killed one was about to replace.
+    Only for who holds the folder's lock."""
     for name in root.names():
-        if name.startswith((".partial-", ".deleted-")):
+        meant = name.removeprefix(REPLACED)
+        if name.startswith((PARTIAL, DELETED)) or (meant != name and root.exists(meant)):
             root.remove(name)
+        elif meant != name:
+            root.rename(name, meant)
 
 
 def _gather(value: Any, process: Process, group: dist.ProcessGroup | None) -> list[Any]:

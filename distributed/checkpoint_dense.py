@@ -1,119 +1,245 @@
-"""The dense side of a state by torch.distributed.checkpoint: tensors by name, whole ones and shards of static tables.
+"""The dense side of a state: tensors by name in safetensors files, with JSON beside. Nothing in them can run code.
 
-Names that only one rank has ("rank/1/rng") are saved too; each rank may read all of them.
+Each rank writes what it has: rank 0 the tensors that are the same on all ranks, every rank those called `rank/<r>/…`
+and its own shards of static tables. Large tensors are cut into pieces of some MiB along their first dimension, so that
+neither side has to hold a table twice, and whoever reads opens only the files that hold rows of its own.
+
+    dense/00000-of-00002.json              file -> tensor -> dtype, shape (of the whole), offset and size (of the piece)
+    dense/00000-of-00002-000.safetensors   the pieces, under the names of their tensors
 """
 
 from __future__ import annotations
 
 import copy
-import io
-import os
-import warnings
+import json
+import math
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystemBase
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distributed.checkpoint_files import Storage
+from distributed.checkpoint_manifest import LARGEST, CheckpointError, SavedFolder, check, shown
+from distributed.process import Process
 
 FOLDER = "dense"
+PIECE_BYTES = 1 << 26  # of a tensor, and of a file, at most: that much is held twice while it is written or read
+DESCRIPTION = re.compile(r"\d{5}-of-\d{5}\.json")
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool)
+    + (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+}
+PATTERN = {str: {str: {"dtype": str, "shape": [int], "offset": [int], "size": [int]}}}
 Tensors = dict[str, Tensor | ShardedTensor]
 
 
-class _Files(FileSystemBase):
-    """Lets torch.distributed.checkpoint write through a `Storage`, so that its files have checksums like all others."""
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor: a box of `size` that begins at `offset` in the whole of `shape`; file: where it is saved."""
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    file: str = ""
 
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
-        with self._storage.write(str(path)) if "w" in mode else self._storage.open(str(path)) as stream:
-            yield stream
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)
 
-    def concat_path(self, path: str | os.PathLike, suffix: str) -> str:
-        return f"{path}/{suffix}"
-
-    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        self._storage.rename(str(path), str(new_path))
-        self._storage.written[str(new_path)] = self._storage.written.pop(str(path))
-
-    def init_path(self, path: str | os.PathLike) -> str:
-        return str(path)
-
-    def mkdir(self, path: str | os.PathLike) -> None:
-        self._storage.make(str(path))
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        return True
-
-    def exists(self, path: str | os.PathLike) -> bool:
-        return self._storage.exists(str(path))
-
-    def rm_file(self, path: str | os.PathLike) -> None:
-        self._storage.remove(str(path))
+    def meets(self, offset: tuple[int, ...], size: tuple[int, ...]) -> bool:
+        """Return whether the piece has elements of another box of the same tensor."""
+        return all(
+            a < b + m and b < a + n for a, n, b, m in zip(self.offset, self.size, offset, size, strict=True)
+        ) and 0 not in (*self.size, *size)
 
 
-def save_tensors(storage: Storage, tensors: Tensors, group: dist.ProcessGroup | None) -> None:
-    """Write the tensors that this rank has. A tensor that several ranks have is written once.
+def save_tensors(storage: Storage, tensors: Tensors, process: Process) -> None:
+    """Write the tensors and shards of this rank, without waiting for other ranks.
 
-    Raises CheckpointException on all ranks if one fails.
+    A tensor that is no shard and is not called `rank/<r>/…` is taken to be the same on all ranks; rank 0 writes it.
+
+    Raises OSError where the storage does.
     """
-    writer = FileSystemWriter(FOLDER, sync_files=False)  # `Storage.write` syncs
-    writer.fs, writer.path = _Files(storage), FOLDER
-    dcp.save(tensors, storage_writer=writer, process_group=group)
+    own = f"rank/{process.rank}/"
+    mine = {n: t for n, t in tensors.items() if isinstance(t, ShardedTensor) or process.is_main or n.startswith(own)}
+    stem = f"{FOLDER}/{process.rank:05d}-of-{process.world_size:05d}"
+    described: dict[str, dict[str, Any]] = {}
+    for number, group in enumerate(_files(mine)):
+        file = f"{stem}-{number:03d}.safetensors"
+        with storage.write(file) as stream:
+            stream.write(save({piece.name: whole_copy(values) for piece, values in group}))
+        described[file] = {
+            piece.name: {
+                "dtype": str(piece.dtype).removeprefix("torch."),
+                "shape": piece.shape,
+                "offset": piece.offset,
+                "size": piece.size,
+            }
+            for piece, _ in group
+        }
+    with storage.write(f"{stem}.json") as stream:
+        stream.write(json.dumps(described, indent=1).encode())
 
 
-def tensor_shapes(storage: Storage) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Name -> shape and dtype of every tensor saved."""
-    metadata = _reader(storage).read_metadata()
-    return {
-        name: (one.size, one.properties.dtype)
-        for name, one in metadata.state_dict_metadata.items()
-        if isinstance(one, TensorStorageMetadata)
-    }
+def _files(tensors: Tensors) -> Iterator[list[tuple[Piece, Tensor]]]:
+    """What goes into one file each: pieces of different tensors, of PIECE_BYTES together."""
+    group: dict[str, tuple[Piece, Tensor]] = {}
+    held = 0
+    for piece, values in _cut(tensors):
+        if piece.name in group or (group and held + values.nbytes > PIECE_BYTES):
+            yield list(group.values())
+            group, held = {}, 0
+        group[piece.name] = (piece, values)
+        held += values.nbytes
+    if group:
+        yield list(group.values())
 
 
-def load_tensors(storage: Storage, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Tensors whose names are wanted, whole, on the host."""
-    found = {
-        name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in tensor_shapes(storage).items() if wanted(name)
-    }
-    if found:
-        load_into(storage, found)
+def _cut(tensors: Tensors) -> Iterator[tuple[Piece, Tensor]]:
+    """Pieces of all tensors and shards, each with its live values."""
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.size())
+        for offset, values in _boxes(tensor):
+            rows = values.shape[0] if values.dim() else 1
+            step = max(1, PIECE_BYTES * rows // max(1, values.nbytes))
+            for begin in range(0, max(1, rows), step):
+                part = values[begin : begin + step] if values.dim() else values
+                if not part.numel() and math.prod(shape):
+                    continue  # a rank without rows of a small table
+                place = (offset[0] + begin, *offset[1:]) if values.dim() else ()
+                yield Piece(name, part.dtype, shape, place, tuple(part.shape)), part
+
+
+def _boxes(tensor: Tensor | ShardedTensor) -> list[tuple[tuple[int, ...], Tensor]]:
+    """The parts of a tensor that this rank has, each with its offset in the whole."""
+    if not isinstance(tensor, ShardedTensor):
+        return [((0,) * tensor.dim(), tensor)]
+    return [(tuple(shard.metadata.shard_offsets), shard.tensor) for shard in tensor.local_shards()]
+
+
+def tensor_shapes(folder: SavedFolder) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return shape and dtype of every tensor saved, by name.
+
+    Raises CheckpointError: what describes them is not what this version writes.
+    """
+    return {name: (torch.Size(parts[0].shape), parts[0].dtype) for name, parts in _saved_pieces(folder).items()}
+
+
+def load_tensors(folder: SavedFolder, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Return the tensors whose names are wanted, whole, on the host.
+
+    Raises CheckpointError: files are not what this version writes.
+    """
+    shapes = tensor_shapes(folder)
+    found = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items() if wanted(name)}
+    load_into(folder, found)
     return found
 
 
-def load_into(storage: Storage, tensors: Tensors) -> None:
-    """Fill tensors in place, each rank its own shards. Names and whole shapes must be those that were saved."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads what it needs by itself
-        dcp.load(tensors, storage_reader=_reader(storage), no_dist=True)
+def load_into(folder: SavedFolder, tensors: Tensors) -> None:
+    """Fill tensors in place, each rank its own shards, from what any number of ranks has saved.
+
+    Raises CheckpointError: names or whole shapes are not those that were saved.
+    """
+    saved = _saved_pieces(folder)
+    needed: dict[str, list[tuple[Piece, tuple[int, ...], Tensor]]] = {}
+    for name, tensor in tensors.items():
+        if name not in saved or saved[name][0].shape != tuple(tensor.size()):
+            there = list(saved[name][0].shape) if name in saved else "nothing"
+            raise CheckpointError(f"{folder.name}: found {there} for {name}; expected {list(tensor.size())}")
+        for offset, values in _boxes(tensor):
+            for piece in saved[name]:
+                if piece.meets(offset, tuple(values.shape)):
+                    needed.setdefault(piece.file, []).append((piece, offset, values))
+    for file, parts in needed.items():
+        content = _read(folder, file)
+        for piece, offset, values in parts:
+            found = content.get(piece.name)
+            if found is None or tuple(found.shape) != piece.size or found.dtype != piece.dtype:
+                raise CheckpointError(f"{folder.name}/{file} does not hold {piece.name} as its description says")
+            _copy(found, piece.offset, values, offset)
 
 
-def _reader(storage: Storage) -> FileSystemReader:
-    reader = FileSystemReader(Path(FOLDER))
-    reader.fs, reader.path = _Files(storage), FOLDER
-    return reader
+@torch.no_grad()
+def _copy(found: Tensor, at: tuple[int, ...], values: Tensor, offset: tuple[int, ...]) -> None:
+    """Copy what two boxes of one tensor have in common."""
+    begin = [max(a, b) for a, b in zip(at, offset, strict=True)]
+    end = [min(a + n, b + m) for a, n, b, m in zip(at, found.shape, offset, values.shape, strict=True)]
+    there = tuple(slice(b - a, e - a) for a, b, e in zip(at, begin, end, strict=True))
+    here = tuple(slice(b - a, e - a) for a, b, e in zip(offset, begin, end, strict=True))
+    values[here].copy_(found[there])
+
+
+def _read(folder: SavedFolder, file: str) -> dict[str, Tensor]:
+    try:
+        return load(folder.read(file))
+    except OSError as error:
+        raise CheckpointError(f"{folder.name}/{file} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder.name}/{file} is no safetensors file: {error}") from None
+
+
+def _saved_pieces(folder: SavedFolder) -> dict[str, list[Piece]]:
+    """The pieces of every tensor, by name, of all ranks that saved.
+
+    Raises CheckpointError: they do not make up their tensors, or no file can hold them.
+    """
+    found: dict[str, list[Piece]] = {}
+    for name in folder.names(FOLDER):
+        if DESCRIPTION.fullmatch(name):
+            for piece in _described(folder, f"{FOLDER}/{name}"):
+                found.setdefault(piece.name, []).append(piece)
+    for name, pieces in found.items():
+        first = pieces[0]
+        same = all((one.shape, one.dtype) == (first.shape, first.dtype) for one in pieces)
+        distinct = len({one.offset for one in pieces}) == len(pieces)
+        if not same or not distinct or sum(one.numel for one in pieces) != math.prod(first.shape):
+            raise CheckpointError(f"{folder.name}: the pieces of {shown(name)} do not make up {list(first.shape)}")
+    return found
+
+
+def _described(folder: SavedFolder, path: str) -> Iterator[Piece]:
+    where = f"{folder.name}/{path}"
+    try:
+        described = json.loads(folder.read(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} cannot be read: {error}") from None
+    check(described, PATTERN, where)
+    for file, tensors in described.items():
+        expected = 0
+        for name, one in tensors.items():
+            dtype, shape, offset, size = (one[key] for key in ("dtype", "shape", "offset", "size"))
+            fits = len(shape) == len(offset) == len(size) and all(
+                o + n <= whole for o, n, whole in zip(offset, size, shape, strict=True)
+            )
+            if dtype not in DTYPES or not fits or math.prod(shape) > LARGEST:
+                raise CheckpointError(f"{where}: {shown(name)} is {shown(one)}; expected a piece of a tensor")
+            expected += math.prod(size) * DTYPES[dtype].itemsize
+            yield Piece(name, DTYPES[dtype], tuple(shape), tuple(offset), tuple(size), file)
+        if file not in folder.files or folder.files[file].bytes < expected:
+            raise CheckpointError(f"{where}: {shown(file)} cannot hold {expected:,} bytes of tensors")
+
+
+def whole_copy(values: Tensor) -> Tensor:
+    """Return the values in host memory of their own, one after the other."""
+    return values.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def copy_of(tensor: Tensor | ShardedTensor) -> Tensor | ShardedTensor:
-    """The same values in host memory that training does not touch."""
+    """Return the same values in host memory that training does not touch."""
     if not isinstance(tensor, ShardedTensor):
-        return tensor.detach().to("cpu", copy=True)
-    shards = [
-        Shard(shard.tensor.detach().to("cpu", copy=True), _on_host(shard.metadata)) for shard in tensor.local_shards()
-    ]
+        return whole_copy(tensor)
+    shards = [Shard(whole_copy(shard.tensor), _on_host(shard.metadata)) for shard in tensor.local_shards()]
     metadata = copy.deepcopy(tensor.metadata())
     metadata.shards_metadata = [_on_host(shard) for shard in metadata.shards_metadata]
     return ShardedTensor._init_from_local_shards_and_global_metadata(

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distributed.checked_parquet import DamagedFile
-from distributed.checkpoint import CheckpointError, DamagedState, Saved, first_problem, read_manifest
-from distributed.checkpoint_files import Sealed, Storage
+from distributed.checkpoint import DamagedState, Saved, first_problem
+from distributed.checkpoint_files import Storage
+from distributed.checkpoint_manifest import CheckpointError, files_listed, read_manifest
 from distributed.process import Process
 from distributed.table_files import (
     Columns,
@@ -153,10 +154,10 @@ def load_rows(
 def _all_that_is_wrong(error: DamagedFile) -> str:
     """What a check of the whole file would say; what was found, if it has changed meanwhile."""
     try:
-        sealed = Sealed(**read_manifest(error.storage)["files"][error.path])
+        sealed = files_listed(read_manifest(error.storage)).get(error.path)
     except CheckpointError as changed:
         return str(changed)
-    return error.storage.problem(error.path, sealed) or str(error)
+    return sealed and error.storage.problem(error.path, sealed) or str(error)
 
 
 def _fill(

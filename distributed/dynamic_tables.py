@@ -324,7 +324,7 @@ class DynamicTables(nn.Module):
         return stats
 
     def tensors(self) -> dict[str, Any]:
-        """For torch.distributed.checkpoint. Rows of ids are saved by id, see `distributed/checkpoint_tables.py`."""
+        """Return what is saved by name, live. Rows are saved by id, see `distributed/checkpoint_tables.py`."""
         return {} if self.others is None else {"tables/others": self.others.detach()}
 
     def clear(self) -> None:

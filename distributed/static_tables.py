@@ -184,7 +184,7 @@ class StaticTables(nn.Module):
         return {}
 
     def tensors(self) -> dict[str, Any]:
-        """Weights and optimizer state, as live shards, for torch.distributed.checkpoint."""
+        """Weights and optimizer state, as live shards: what is saved by name."""
         weights = {f"tables/{name}": value for name, value in self.ebc.state_dict().items()}
         state = self.ebc.fused_optimizer.state_dict()["state"]
         return weights | {

@@ -91,9 +91,9 @@ class Publisher:
         delta = record["published"] == "delta"
 
         def write(storage: Storage) -> dict[str, Any]:
-            tower = {f"tower/{n}": value for n, value in self._network.tower.state_dict().items() if process.is_main}
+            tower = {f"tower/{n}": value for n, value in self._network.tower.state_dict().items()}
             weights = {n: v for n, v in self._network.tables.tensors().items() if n.startswith("tables/")}
-            save_tensors(storage, tower | weights, None)
+            save_tensors(storage, tower | weights, process)
             files = {
                 ("rows", name): rows_of(table, LEFT_OUT, self._marks.get(name, 0) if delta else 0)
                 for name, table in tables.items()

@@ -168,9 +168,8 @@ class Checkpoints:
         if self._process.device.type == "cuda":
             own["cuda_rng"] = torch.cuda.get_rng_state(self._process.device)
         found: Tensors = {f"rank/{rank}/{name}": value for name, value in (own | tables.state).items()}
-        if self._process.is_main:  # the same on all ranks
-            found |= {f"tower/{name}": value for name, value in tower.state_dict().items()}
-            found |= {f"optimizer/{name}": value for name, value in trainer.optimizers.state().items()}
+        found |= {f"tower/{name}": value for name, value in tower.state_dict().items()}
+        found |= {f"optimizer/{name}": value for name, value in trainer.optimizers.state().items()}
         found |= trainer.tables.tensors()
         return {name: copy_of(value) for name, value in found.items()}
 
@@ -201,7 +200,7 @@ class Checkpoints:
         trainer = self._trainer
 
         def write(storage: Storage) -> dict[str, Any]:
-            save_tensors(storage, moment.tensors, self._group)
+            save_tensors(storage, moment.tensors, self._process)
             moment.tables.write(storage, self._process)
             return moment.of_rank
 

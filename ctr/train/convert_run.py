@@ -62,7 +62,7 @@ def convert_run(
     errors: dict[str, dict[str, ConversionError]] = {table.name: {} for table in before.tables}
 
     def write(storage: Storage) -> dict:
-        save_tensors(storage, load_tensors(saved.folders[0], lambda name: True), None)
+        save_tensors(storage, load_tensors(saved.folders[0], lambda name: True), process)
         for old, new in zip(before.tables, after.tables, strict=True):
             rows = _converted(saved, old, new, errors[old.name], process)
             write_columns(storage, file_name("rows", new.name, 0, 1), rows, process.world_size)

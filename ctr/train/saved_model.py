@@ -8,9 +8,10 @@ from typing import Any
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from distributed.checkpoint import MANIFEST, CheckpointError, DamagedState, Saved, open_saved, read_manifest, save
+from distributed.checkpoint import REPLACED, DamagedState, Saved, open_saved, save
 from distributed.checkpoint_dense import load_into, load_tensors, save_tensors, tensor_shapes
 from distributed.checkpoint_files import Sealed, Storage, seal
+from distributed.checkpoint_manifest import MANIFEST, CheckpointError, read_manifest
 from distributed.checkpoint_tables import TableParts, describe_tables, load_rows
 from distributed.process import Process
 from distributed.table_files import rows_of
@@ -27,8 +28,8 @@ def save_model(model: DistributedModelParallel, folder: Path, process: Process, 
     tables = network.tables.owned()
 
     def write(storage: Storage) -> dict[str, Any]:
-        tower = {f"tower/{name}": value for name, value in network.tower.state_dict().items() if process.is_main}
-        save_tensors(storage, tower | _weights(network.tables.tensors()), None)
+        tower = {f"tower/{name}": value for name, value in network.tower.state_dict().items()}
+        save_tensors(storage, tower | _weights(network.tables.tensors()), process)
         rows = {("rows", name): rows_of(table, leave_out=("state", "row", "period")) for name, table in tables.items()}
         TableParts(rows, {}).write(storage, process)
         return {}
@@ -50,7 +51,7 @@ def load_model(model: DistributedModelParallel, folder: Path, process: Process) 
     Raises:
         TesseraError: no complete model there, or one of another shape.
     """
-    replaced = folder.with_name(f".deleted-{folder.name}")
+    replaced = folder.with_name(f"{REPLACED}{folder.name}")
     if not folder.exists() and replaced.exists():  # killed between two renames
         folder = replaced
     if not folder.exists():

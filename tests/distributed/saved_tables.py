@@ -69,7 +69,7 @@ def save_tables(
     tensors = {f"rank/{process.rank}/{key}": value for key, value in parts.state.items()}
 
     def write(storage: Storage) -> dict:
-        save_tensors(storage, tensors, None)
+        save_tensors(storage, tensors, process)
         parts.write(storage, process)
         return {}
 

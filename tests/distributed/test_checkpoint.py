@@ -72,7 +72,7 @@ def lose_a_shard(states: Path) -> str:
 
 def lose_the_dense_side(states: Path) -> str:
     shutil.rmtree(states / folder_name(2) / "dense")
-    return "dense/.metadata is missing"
+    return "dense/00000-of-00001-000.safetensors is missing"
 
 
 def lose_the_manifest(states: Path) -> str:
@@ -94,7 +94,7 @@ def change_the_manifest(states: Path) -> str:
 def come_from_the_future(states: Path) -> str:
     path = states / folder_name(2) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    return "it has format 99; this version reads 1"
+    return "it has format 99; this version reads 2"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,9 @@ def test_a_full_disk_leaves_the_state_before(tmp_path, process, table):
         subprocess.run(["umount", str(states)], check=True)
 
 
-@pytest.mark.parametrize("victim", ["rows/a", "dense/__0_0", "dense/.metadata", "training.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "victim", ["rows/a", "dense/00000-of-00001-000.s", "dense/00000-of-00001.json", "training.json", "manifest.json"]
+)
 def test_a_failing_write_leaves_the_state_before(states, process, table, monkeypatch, victim):
     """The disk is full in the middle of one file, whichever."""
     write = Storage.write

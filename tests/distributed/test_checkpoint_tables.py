@@ -215,8 +215,8 @@ def refuse(storage, path):
 
 def test_all_ranks_are_told_which_one_has_no_space(tmp_path):
     told = on_ranks(2, save_on_a_full_disk, tmp_path)
-    problem = "dense side of rank 1: No space left on device; what was saved before is untouched"
-    assert told == [(f"{tmp_path / folder_name(2)} cannot be written: rank 0: {problem}", 1, [folder_name(1)])] * 2
+    problem = "rank 1: No space left on device; what was saved before is untouched"
+    assert told == [(f"{tmp_path / folder_name(2)} cannot be written: {problem}", 1, [folder_name(1)])] * 2
 
 
 def sliding(process, folder, begin: int):

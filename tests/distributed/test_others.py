@@ -6,6 +6,7 @@ from torchrec import KeyedJaggedTensor
 
 from distributed.checkpoint_dense import load_into, save_tensors
 from distributed.checkpoint_files import Storage
+from distributed.checkpoint_manifest import SavedFolder
 from distributed.dynamic_tables import DynamicTables
 from distributed.sharding import shard
 from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, StepOptimizer
@@ -82,8 +83,9 @@ def test_learned_rows_are_saved_and_loaded(process, tmp_path):
     first, second = (DynamicTables(Case().tables, IDS, 100, others="learned") for _ in range(2))
     with torch.no_grad():
         first.others.normal_()
-    save_tensors(Storage(tmp_path), first.tensors(), None)
-    load_into(Storage(tmp_path), second.tensors())
+    storage = Storage(tmp_path)
+    save_tensors(storage, first.tensors(), process)
+    load_into(SavedFolder(storage, storage.written), second.tensors())
     assert torch.equal(first.others, second.others)
 
 

@@ -14,6 +14,7 @@ import torch
 from distributed.checkpoint_compact import newest_rows
 from distributed.checkpoint_dense import load_tensors
 from distributed.checkpoint_files import Storage
+from distributed.checkpoint_manifest import SavedFolder, files_listed, read_manifest
 
 SCHEMA = (
     "data.schema.features=[{name: x, kind: numeric}, {name: row, kind: id}, {name: c, kind: id}, {name: d, kind: id}]"
@@ -76,8 +77,13 @@ def rows_of_state(state: Path, kind: str = "rows", numbers: bool = True) -> dict
     return found
 
 
+def open_folder(folder: Path) -> SavedFolder:
+    storage = Storage(folder)
+    return SavedFolder(storage, files_listed(read_manifest(storage)))
+
+
 def tensors_of_state(state: Path, prefix: str = "") -> dict[str, bytes]:
-    found = load_tensors(Storage(state), lambda name: name.startswith(prefix))
+    found = load_tensors(open_folder(state), lambda name: name.startswith(prefix))
     return {name: value.numpy().tobytes() for name, value in found.items()}
 
 

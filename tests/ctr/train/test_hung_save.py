@@ -30,15 +30,13 @@ def job(data: Path, tmp_path: Path, overlap: bool) -> list[str]:
     ("rank", "file", "overlap"),
     [
         (1, "rows/row/00001-of-00002.parquet", True),
-        (1, "dense/__1_0.distcp", False),
+        (1, "dense/00001-of-00002-000.safetensors", False),
         (0, "manifest.json", True),
     ],
 )
 def test_a_write_that_hangs_is_named_within_the_limit(ranks, data, tmp_path, rank, file, overlap):
     where = tmp_path / "states" / f".partial-{folder_name(10)}" / file
-    where.parent.mkdir(parents=True, exist_ok=True)
-    os.mkfifo(where)  # opening it to write waits for a reader that never comes
-    ranks.start(2, job(data, tmp_path, overlap), tmp_path / "output")
+    ranks.start(2, job(data, tmp_path, overlap), tmp_path / "output", hang=str(where))
     assert ranks.wait(60 + 4 * LIMIT) == [1, 1]
     said = [line for line in (tmp_path / "output").read_text().splitlines() if line.startswith("error: ")]
     # The store ends with rank 0 here: another rank then says that it is gone, or cannot ask whether its line, the same,

@@ -34,16 +34,18 @@ class WarmRanks:
         output: Path,
         end: tuple | None = None,
         overlap: bool = False,
+        hang: str | None = None,
         **constants: float,
     ) -> list[int]:
         """Fork the ranks of the script. Returns their pids.
 
         end: (step, signal, ranks): these ranks send themselves the signal behind the step. overlap: begin with the
-        next batch while a step is trained, as on a GPU. constants: of distributed/process.py.
+        next batch while a step is trained, as on a GPU. hang: writing the file of this path never
+        ends. constants: of distributed/process.py.
         """
         port = _free_port()
         command = {"script": self._script, "world": world, "arguments": arguments, "output": str(output), "port": port}
-        return self._ask(**command, end=end, overlap=overlap, constants=constants)
+        return self._ask(**command, end=end, overlap=overlap, hang=hang, constants=constants)
 
     def wait(self, seconds: float = 120.0) -> list[int | None]:
         """Exit statuses of the ranks started last, -9 for one that was killed; None for one that still runs."""
@@ -86,6 +88,8 @@ def _fork_rank(rank: int, command: dict) -> int:
         _end_behind(*command["end"], rank)
     if command["overlap"]:
         _overlap()
+    if command["hang"]:
+        _hang(command["hang"])
     status = 1
     try:
         status = process.run(script.load, script.train)
@@ -118,6 +122,20 @@ def _overlap() -> None:
         begin(trainer)
 
     Trainer.begin = begin_with_overlap
+
+
+def _hang(path: str) -> None:
+    from distributed.checkpoint_files import Storage
+
+    write = Storage.write
+
+    def write_or_hang(storage, name):
+        if storage.full(name) == path:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.mkfifo(path)  # opening it to write waits for a reader that never comes
+        return write(storage, name)
+
+    Storage.write = write_or_hang
 
 
 def _wait(pids: list[int], seconds: float) -> list[int | None]:
