@@ -167,9 +167,7 @@ def _commit(root, folder, partial, name, reports, describe, head, chain) -> dict
         root.sync_folders(below=False)
         root.remove(f"{REPLACED}{name}")
     else:
-        for path in SavedFolder(
-            folder.name, files_listed(manifest)
-        ).strays():  # of a killed save, by more ranks perhaps
+        for path in SavedFolder(folder, files_listed(manifest)).strays():  # of a killed save, by more ranks perhaps
             folder.remove(path)
     return manifest
 
