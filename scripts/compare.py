@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ctr.report.comparison import compare_runs  # noqa: E402
+from ctr.report.comparison import PLACE, compare_runs  # noqa: E402
 from embedding.errors import TesseraError  # noqa: E402
 
 
@@ -27,7 +27,7 @@ def main() -> int:
     options = parser.parse_args()
     if not 0 < options.confidence < 1 or options.replicates < 0:
         parser.error("--confidence lies between 0 and 1, and --replicates is 0 or more")
-    output = options.output or options.second / "comparisons" / options.first.resolve().name
+    output = options.output or options.second / PLACE / options.first.resolve().name
     try:
         print(
             compare_runs(

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ctr.config import load_config  # noqa: E402
+from ctr.targets import claim  # noqa: E402
 from ctr.train.trainer import HIGHER_IS_BETTER  # noqa: E402
 from embedding.errors import ConfigError, TesseraError  # noqa: E402
 
@@ -40,12 +41,13 @@ def sweep(options: argparse.Namespace) -> None:
     """Run what is missing below `options.output` and write table.md there.
 
     Raises:
-        ConfigError: an override that no configuration takes; nothing has been trained then.
+        ConfigError: an override that no configuration takes, or an output that no sweep has made; nothing has been
+            trained then.
         TesseraError: a run failed.
     """
     combinations = list(itertools.product(*(_choices(entry) for entry in options.grid)))
-    for combination in combinations:
-        load_config([*options.overrides, *combination], "")
+    configs = [load_config([*options.overrides, *combination], "") for combination in combinations]
+    claim(options.output, "--output", "sweep.py", [config.data.path for config in configs])
     results = {}
     for combination in combinations:
         name = ",".join(combination) or "as given"
@@ -104,6 +106,7 @@ def _folder(name: str) -> str:
 
 def _train(launcher: str, overrides: Sequence[str], folder: Path) -> None:
     command = [*launcher.split(), str(ROOT / "scripts/train.py"), *overrides, f"trainer.run_dir={folder}"]
+    command += ["trainer.resume=auto"]  # of a sweep that was stopped, the run goes on
     print(" ".join(command), file=sys.stderr, flush=True)
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:

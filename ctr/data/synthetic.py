@@ -41,7 +41,7 @@ def write_synthetic(
 ) -> dict:
     """Write the data set; returns the content of teacher.json.
 
-    Raises DataError when `output` is in the way, ConfigError for a start date that is none or no threads.
+    Raises ConfigError when `output` is in the way, for a start date that is none or no threads.
     """
     if threads < 1:
         raise ConfigError(f"threads: found {threads}, expected at least 1")
@@ -51,7 +51,7 @@ def write_synthetic(
     teacher = Teacher(config, population)
     distinct, splits = _DistinctIds(population), {}
     with (
-        complete_folder(output, overwrite) as folder,
+        complete_folder(output, overwrite=overwrite) as folder,
         tqdm(total=config.rows, unit="rows", unit_scale=True, desc="synthetic", disable=None) as bar,
     ):
         writer = PartsWriter(folder, writing, _dictionary_columns(config, population))

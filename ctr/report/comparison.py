@@ -20,8 +20,10 @@ from ctr.report.page import Card, render
 from ctr.report.paired import Scored, pooled, read_pairs
 from ctr.report.plot import Table, json_points
 from ctr.report.quality import SplitCurves, roc_plot, split_curves
+from ctr.targets import replacing
 
 TITLES = {"auc": "AUC", "logloss": "logloss"}
+PLACE = "comparisons"  # in the folder of the second run
 CLOSED_FORMS = {"auc": auc_difference, "logloss": logloss_difference}
 
 
@@ -72,6 +74,7 @@ def compare_runs(
 
     Raises:
         DataError: the runs were not scored on the same rows; one line that says what differs.
+        ConfigError: `output` holds something else than an earlier comparison, or lies in one of the runs.
     """
     for folder in (first, second):
         if not folder.is_dir():
@@ -102,10 +105,10 @@ def compare_runs(
     }
     values |= {"days": days, "mean_of_days": _mean_of_days(days, confidence)} if days else {}
     values["plots"] = json_points(plots)
-    output.mkdir(parents=True, exist_ok=True)
     page = _page(names, what, intervals, curves, plots, days, remarks, values)
-    write_text(output / "comparison.json", json_text(values) + "\n")
-    write_text(output / "comparison.html", page)
+    with replacing(output, "--output", "compare.py", (first, second), [second / PLACE]) as folder:
+        write_text(folder / "comparison.json", json_text(values) + "\n")
+        write_text(folder / "comparison.html", page)
     return Comparison(output, values)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from omegaconf import OmegaConf
 from ctr.config import Config, EmbeddingConfig, typed
 from ctr.data.schema import Schema
 from ctr.models.network import build_tables, build_tower
+from ctr.targets import replacing
 from ctr.train.score_run import run_config
 from distributed.checkpoint import Saved, open_saved, save
 from distributed.checkpoint_dense import load_tensors, save_tensors
@@ -47,13 +47,12 @@ def convert_run(
     One table at a time is in memory. process: a job of one rank.
 
     Raises:
-        ConfigError: no run there, an output that exists, or an override of another key than the format's.
+        ConfigError: no run there, an output that is not an earlier conversion, or an override of another key than the
+            format's.
         CheckpointError: the saved model does not verify; what is wrong with it.
     """
     source = run_config(run_dir, [])
     target = _target(source, overrides)
-    if output.exists():
-        raise ConfigError(f"{output} exists already")
     saved = open_saved(Storage(run_dir / "best"), process)
     schema = Schema(source.data.schema)
     before, after = (build_tables(one, schema, build_tower(one, schema)) for one in (source, target))
@@ -71,12 +70,9 @@ def convert_run(
     def describe(*_) -> dict:
         return {"tables": describe_tables({table.name: DynamicTable(table) for table in after.tables})}
 
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save(Storage(partial), "best", write, describe, process, step=saved.step, kind="model")
-    (partial / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(target), resolve=True))
-    partial.rename(output)
+    with replacing(output, "OUTPUT", "convert_tables.py", [run_dir]) as folder:
+        save(Storage(folder), "best", write, describe, process, step=saved.step, kind="model")
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(target), resolve=True))
     return errors
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ctr.config import TrainerConfig
+from ctr.config import Config
+from ctr.targets import check_place
+from distributed.checkpoint import names_of_states
+from distributed.checkpoint_files import Storage
 from distributed.checkpoint_lock import FolderInUse, FolderLock
 from distributed.process import Process, job_store
 from embedding.errors import ConfigError
@@ -27,7 +30,7 @@ class RunFolder:
         ConfigError: it holds something else, cannot be made, or another job writes to it.
     """
 
-    def __init__(self, config: TrainerConfig, default: str, process: Process) -> None:
+    def __init__(self, config: Config, default: str, process: Process) -> None:
         self.lock: FolderLock | None = None
         agreed: list = [None, None, None]
         if process.is_main:
@@ -37,9 +40,10 @@ class RunFolder:
             known = store.get("run_dir").decode() if store.check(["run_dir"]) else me
             chooser, _, chosen = known.partition(" ")
             restarted = chooser != me
-            path = Path(chosen if restarted else config.run_dir or default)
-            may_go_on = restarted or config.resume is not None
-            problem = _make(path, "trainer.run_dir", may_go_on) or self._take(path, restarted)
+            path = Path(chosen if restarted else config.trainer.run_dir or default)
+            may_go_on = restarted or config.trainer.resume is not None
+            problem = _in_the_data(config, path) or _states_of_another(config, may_go_on)
+            problem = problem or _make(path, "trainer.run_dir", may_go_on) or self._take(path, restarted)
             if problem is None:
                 store.set("run_dir", f"{me} {path}")
             agreed = [str(path), may_go_on, problem]
@@ -58,17 +62,33 @@ class RunFolder:
         return None
 
 
-def create_folder(wanted: str | Path, key: str, process: Process) -> Path:
-    """Rank 0 makes a new folder; all ranks learn its name, or that it cannot be used.
+def _in_the_data(config: Config, run_dir: Path) -> str | None:
+    """What is wrong with where the run is to write: inside of the data, its predictions would be read as data."""
+    states = config.trainer.checkpoint.folder
+    try:
+        check_place(run_dir, "trainer.run_dir", [config.data.path])
+        if states is not None and "://" not in states:
+            check_place(Path(states), "trainer.checkpoint.folder", [config.data.path])
+    except ConfigError as error:
+        return str(error)
+    return None
 
-    Raises:
-        ConfigError: naming `key`: it exists and is not empty (two runs never mix), or cannot be made.
-    """
-    problem = _make(Path(wanted), key, may_go_on=False) if process.is_main else None
-    path, problem = _agree([str(wanted), problem], process)
-    if problem:
-        raise ConfigError(problem)
-    return Path(path)
+
+def _states_of_another(config: Config, may_go_on: bool) -> str | None:
+    """A new run removes old states of its folder, which must not be those of another run."""
+    folder = config.trainer.checkpoint.folder
+    if folder is None or may_go_on:
+        return None
+    try:
+        found = names_of_states(Storage(folder))
+    except (OSError, ConfigError) as error:
+        return f"trainer.checkpoint.folder {folder} cannot be read: {' '.join(str(error).split())}"
+    if found:
+        return (
+            f"trainer.checkpoint.folder {folder} holds {found[0]} of another run; expected a folder without states, so "
+            "that two runs never mix (trainer.resume=auto goes on with it)"
+        )
+    return None
 
 
 def _make(path: Path, key: str, may_go_on: bool) -> str | None:

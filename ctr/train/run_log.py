@@ -41,7 +41,7 @@ class RunLog:
         self._config, self._process = config, process
         model = config.model["target"].rpartition(".")[2].lower()
         default = f"runs/{config.data.name}-{model}-{datetime.now():%Y%m%d-%H%M%S}"
-        run = RunFolder(config.trainer, default, process)
+        run = RunFolder(config, default, process)
         self.folder, self.may_go_on, self._lock = run.path, run.may_go_on, run.lock
         self._logger = logging.getLogger("tessera")
         self._tensorboard: SummaryWriter | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -19,14 +20,16 @@ from ctr.report.files import json_text, write_text
 from ctr.report.predictions import NEW_IDS, SLICE
 from ctr.report.report import write_report
 from ctr.report.slices import SLICE_NAMES, largest_ids
+from ctr.targets import replacing_on_ranks
 from ctr.train.evaluate import evaluate, read_split
-from ctr.train.run_folder import create_folder
 from ctr.train.run_log import copy_teacher
 from ctr.train.saved_model import load_model
 from ctr.train.slice_columns import SliceColumn
 from ctr.train.trainer import build_model, set_threads
 from distributed.process import Process
 from embedding.errors import ConfigError
+
+PLACE = "evaluations"  # in the folder of the run
 
 
 def run_config(run_dir: Path, overrides: list[str]) -> Config:
@@ -75,18 +78,22 @@ def score_run(
     if marks and not model.module.tables.owned():
         raise ConfigError("slice new_ids: embedding.kind is static; expected dynamic, which knows its ids")
     load_model(model, run_dir / "best", process)
-    folder = create_folder(output or run_dir / f"evaluations/{datetime.now():%Y%m%d-%H%M%S}", "--output", process)
+    output, places = output or run_dir / PLACE / f"{datetime.now():%Y%m%d-%H%M%S}", [run_dir / PLACE]
+    sources = [run_dir, config.data.path]
+    with replacing_on_ranks(process, output, "--output", "evaluate.py", sources, places) as folder:
+        if process.is_main:
+            (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+            copy_teacher(config, folder)
+        metrics = evaluate(model, reader, process, folder / "predictions", split, features, marks)
+        if process.world_size > 1:
+            dist.barrier()
+        if process.is_main:
+            _write_slice_names(folder, reader, split, features)
+            with open(folder / "metrics.jsonl", "w") as file:
+                file.write(json.dumps({"kind": "eval", "split": split, "step": 0, **metrics}) + "\n")
+            report = write_report(folder)
     if process.is_main:
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
-        copy_teacher(config, folder)
-    metrics = evaluate(model, reader, process, folder / "predictions", split, features, marks)
-    if process.world_size > 1:
-        dist.barrier()
-    if process.is_main:
-        _write_slice_names(folder, reader, split, features)
-        with open(folder / "metrics.jsonl", "w") as file:
-            file.write(json.dumps({"kind": "eval", "split": split, "step": 0, **metrics}) + "\n")
-        print(write_report(folder).summary())
+        print(replace(report, folder=output).summary())
 
 
 def _write_slice_names(folder: Path, reader: ParquetReader, split: str, slices: Sequence[str]) -> None:

@@ -20,9 +20,9 @@ def call(script: str, *arguments: object) -> subprocess.CompletedProcess:
 
 
 def score(run: Path) -> dict:
-    done = call("evaluate.py", run, "--output", run / "scored")
+    done = call("evaluate.py", run, "--output", run / "evaluations" / "scored")
     assert done.returncode == 0, done.stderr
-    return json.loads((run / "scored" / "report.json").read_text())
+    return json.loads((run / "evaluations" / "scored" / "report.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,8 @@ def test_mistakes_are_one_line(trained, tmp_path):
         return done.stderr
 
     assert "is not a run folder" in error(tmp_path, tmp_path / "a", "format=int8")
-    assert f"{tmp_path} exists already" in error(trained, tmp_path, "format=int8")
+    (tmp_path / "thesis").write_text("mine")
+    assert "it holds thesis and no record" in error(trained, tmp_path, "format=int8")
     assert "embedding.format is 'int3'; expected fp32, fp16" in error(trained, tmp_path / "a", "format=int3")
     assert "a conversion changes the format of rows" in error(trained, tmp_path / "a", "rows=5")
     path = next((trained / "best" / "rows" / "C1").iterdir())

@@ -115,7 +115,7 @@ def convert_csv(config_path: Path, output: Path | None, options: Options) -> dic
     conversion = Conversion(config_path.stem, text, columns, _schema(config, columns), time=config.time)
     source = _input(config, config_path)
     _check_sums(config.input.md5, config_path)
-    return convert(conversion, source, target, options)
+    return convert(conversion, source, target, options, read_too=[config_path])
 
 
 def _load(path: Path) -> CsvConfig:

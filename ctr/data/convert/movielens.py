@@ -173,7 +173,7 @@ def convert_movielens(
     ]
     conversion = Conversion("movielens", layout.text, columns, schema_from_conf("movielens"), join, "timestamp")
     source = Input({"": [_one(folder, layout.ratings)]}, how, valid, test, seed)
-    return convert(conversion, source, output, options, bad_rows)
+    return convert(conversion, source, output, options, bad_rows, [folder])
 
 
 def _detect(folder: Path) -> Layout:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
-import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from ctr.data.errors import DataError
+from ctr.targets import replacing, written_by
 from embedding.errors import ConfigError
 
 SUMMARY = "prepare.json"
@@ -44,31 +42,21 @@ class Writing:
 
 
 @contextmanager
-def complete_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target`, renamed to it when the block ends well and removed when it does
-    not.
+def complete_folder(target: Path, sources: Sequence[Path] = (), overwrite: bool = False) -> Iterator[Path]:
+    """A folder beside `target` that takes its place when the block ends well, and is removed when it does not.
 
-    With `overwrite` an existing data set is replaced in the last step, and only if it was written by a
-    converter (it holds prepare.json), so that a mistyped path destroys nothing. Raises DataError if `target`
-    is in the way.
+    With `overwrite` an earlier data set is replaced, and only if all its files are those that this command wrote.
+
+    Raises ConfigError: `target` is in the way, or is, holds or lies in one of the sources.
     """
-    target = target.absolute()
-    _check_target(target, overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        leftover = next(target.parent.glob(f".{target.name}.preparing-*"), None)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.preparing-", dir=target.parent))
-        temporary.chmod(0o755)
-    except OSError as error:
-        raise DataError(f"{target}: cannot be created: {error.strerror}, expected a folder to write in") from error
-    if leftover is not None:
-        print(f"note: {leftover} is left from a run that was killed or still runs", file=sys.stderr)
-    try:
-        yield temporary
-        _check_target(target, overwrite)
-        _move_into_place(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    def own(folder: Path) -> str | None:
+        if not overwrite:
+            return "it is not empty (--overwrite replaces a prepared data set)"
+        return written_by("prepare.py")(folder)
+
+    with replacing(target, "--output", "prepare.py", sources, own=own) as folder:
+        yield folder
 
 
 def write_description(folder: Path, schema: dict, summary: dict) -> None:
@@ -165,26 +153,3 @@ class _Part:
             rest = table.slice(rows)
             self.waiting = [rest.take(pa.array(np.arange(rest.num_rows)))]
             self.waiting_rows -= rows
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise DataError(f"{target}: found a file, expected a free name for the output folder")
-    if not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise DataError(f"{target}: found a folder that is not empty, expected none (--overwrite replaces a data set)")
-    if not (target / SUMMARY).exists():
-        raise DataError(f"{target}: found a folder without {SUMMARY}, expected a prepared data set to overwrite")
-
-
-def _move_into_place(temporary: Path, target: Path) -> None:
-    replaced = None
-    if target.exists() and any(target.iterdir()):
-        replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
-        target.rename(replaced)
-    temporary.rename(target)
-    if replaced is not None:
-        shutil.rmtree(replaced)

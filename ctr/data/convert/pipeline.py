@@ -97,20 +97,27 @@ def schema_from_conf(name: str) -> dict:
 
 
 def convert(
-    conversion: Conversion, source: Input, output: Path, options: Options, bad_rows: BadRows | None = None
+    conversion: Conversion,
+    source: Input,
+    output: Path,
+    options: Options,
+    bad_rows: BadRows | None = None,
+    read_too: Sequence[Path] = (),
 ) -> dict:
     """Convert all files of `source` into the data set `output`; returns the summary written to prepare.json.
 
-    bad_rows: those met already (in files read before), to be counted together with those met here.
+    bad_rows: those met already (in files read before), to be counted together with those met here. read_too: files
+    and folders that are read besides, in which `output` must not lie.
 
     The summary has: kind, files, rows (per folder), dropped (rows left out by the transform), bad_rows (per
-    file). Raises DataError (bad rows, unreadable files, nothing left, output in the way), SchemaError
-    (columns missing), ConfigError (fractions, split by time without a time column). On any error `output` is
+    file). Raises DataError (bad rows, unreadable files, nothing left), SchemaError (columns missing),
+    ConfigError (output in the way, fractions, split by time without a time column). On any error `output` is
     untouched.
     """
     _check_split(conversion, source)
     bad_rows, dropped = bad_rows or BadRows(options.bad_rows), 0
-    with complete_folder(output, options.overwrite) as folder:
+    sources = [path for paths in source.files.values() for path in paths]
+    with complete_folder(output, [*sources, *read_too], options.overwrite) as folder:
         split = _splitter(conversion, source, options)
         writer = PartsWriter(folder, options.writing)
         for name, paths in source.files.items():

@@ -65,7 +65,7 @@ def test_what_is_there_is_replaced_only_when_asked_and_ours(tmp_path):
     (target).mkdir()
     with complete_folder(target) as folder:  # an empty folder is no obstacle
         write_description(folder, {"labels": ["label"]}, {"kind": "a"})
-    with pytest.raises(DataError, match="found a folder that is not empty"), complete_folder(target):
+    with pytest.raises(ConfigError, match="it is not empty .--overwrite replaces"), complete_folder(target):
         pass
     with complete_folder(target, overwrite=True) as folder:
         write_description(folder, {}, {"kind": "b"})
@@ -77,12 +77,12 @@ def test_what_is_there_is_replaced_only_when_asked_and_ours(tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis").write_text("")
     with (
-        pytest.raises(DataError, match="found a folder without prepare.json"),
+        pytest.raises(ConfigError, match="it holds thesis and no record that prepare.py wrote it"),
         complete_folder(tmp_path / "precious", overwrite=True),
     ):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "precious"]
-    with pytest.raises(DataError, match="found a file"), complete_folder(tmp_path / "precious" / "thesis"):
+    with pytest.raises(ConfigError, match="it is not a folder"), complete_folder(tmp_path / "precious" / "thesis"):
         pass
 
 
@@ -109,6 +109,7 @@ with complete_folder(Path({str(tmp_path / "data")!r})) as folder:
     with complete_folder(tmp_path / "data") as folder:
         (folder / "x").write_text("")
     assert (tmp_path / "data" / "x").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]  # what the killed one left is gone
 
 
 def test_settings_are_checked():
