@@ -218,6 +218,7 @@ class Daily(Trainer):
             self.epoch += 1
             if self.distil:
                 self.log.distil(self.step, self.epoch, self.distil.end_epoch())
+        self.log_interval()
         self.tables.expire(self.now, everywhere=True)
         self.record["train_seconds"] = before + time.perf_counter() - began
 

@@ -31,6 +31,7 @@ class History:
 
     train: names of TRAIN. evaluations: split -> names of EVALUATION. left_out: split -> reason -> rows.
     tables: "step" and names of TABLE_COUNTS, over all tables; last_tables: None without dynamic tables.
+    scored_step: of the model that the run scored at its end; None where it does not say.
     """
 
     train: dict[str, np.ndarray] = field(default_factory=dict)
@@ -38,13 +39,14 @@ class History:
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     tables: dict[str, np.ndarray] = field(default_factory=dict)
     last_tables: TableCounts | None = None
+    scored_step: int | None = None
 
 
 def read_history(path: Path) -> History:
     """Read the log; no file is an empty history. A last line without its end (a crash) is passed over.
 
     A run that went back to a checkpoint has logged some steps twice: the later line of training counts. Of
-    evaluations the first counts: the last one of a run scores the best model, not the model of that step. Of
+    evaluations the first counts: the run's end scores the best model again, which stands at its own step. Of
     tables, which have a state, what was logged of the same and later steps is undone.
 
     Raises:
@@ -67,6 +69,7 @@ def read_history(path: Path) -> History:
             train[line["step"]] = line
         elif line["kind"] == "eval":
             evaluations.setdefault(str(line.get("split", "valid")), {}).setdefault(line["step"], line)
+            history.scored_step = line["step"] if "model" in line else history.scored_step
         elif line["kind"] == "tables":
             while tables and next(reversed(tables)) >= line["step"]:
                 tables.popitem()

@@ -36,7 +36,8 @@ class Card:
 
 @dataclass(frozen=True)
 class Page:
-    """All that the template shows. `splits`: metrics of each split, the first is the one of the cards."""
+    """All that the template shows. `splits`: metrics of each split, the first is the one of the cards; none where
+    nothing was scored."""
 
     title: str
     subtitle: str
@@ -55,17 +56,17 @@ class Page:
         return [*self.quality_plots, *self.training_plots, *self.table_plots]
 
     def html(self) -> str:
-        split, metrics = next(iter(self.splits.items()))
+        split, metrics = next(iter(self.splits.items()), (None, {}))
         tables = self.history.last_tables
         return render(
             "run.html",
             title=self.title,
             subtitle=self.subtitle,
-            lead=lead(split, metrics, self.ceiling),
+            lead=lead(split, metrics | {"step": self.history.scored_step}, self.ceiling),
             remarks=course(self.history) + _left_out(self.history),
             numbers="report.json",
             split=split,
-            cards=[_card(definition, metrics, self.ceiling) for definition in DEFINITIONS],
+            cards=[_card(definition, metrics, self.ceiling) for definition in DEFINITIONS] if split else [],
             comparison=_comparison(self.splits) if len(self.splits) > 1 else None,
             quality_plots=self.quality_plots,
             training_plots=self.training_plots,
@@ -90,13 +91,16 @@ def versions_table(versions: dict[str, str]) -> Table | None:
     return Table(["package", "version"], [list(item) for item in versions.items()]) if versions else None
 
 
-def lead(split: str, metrics: dict[str, Any], ceiling: dict[str, float] | None) -> str:
-    """The result in one sentence."""
+def lead(split: str | None, metrics: dict[str, Any], ceiling: dict[str, float] | None) -> str:
+    """The result in one sentence. `metrics` may say of which step's model it is."""
+    if split is None:
+        return "Nothing was scored; this is the report of the training."
     parts = []
     for name, title in (("auc", "AUC"), ("logloss", "logloss")):
         best = f" (best possible {ceiling[name]:.4f})" if ceiling else ""
         parts.append(f"{title} undefined" if metrics[name] is None else f"{title} {metrics[name]:.4f}{best}")
-    return f"{parts[0]} and {parts[1]} on {metrics['rows']:,} rows of {split}."
+    model = "" if metrics.get("step") is None else f", by the model of step {metrics['step']:,}"
+    return f"{parts[0]} and {parts[1]} on {metrics['rows']:,} rows of {split}{model}."
 
 
 def _card(definition: Definition, metrics: dict[str, Any], ceiling: dict[str, float] | None) -> Card:

@@ -12,6 +12,7 @@ from ctr.data.errors import DataError
 from ctr.metrics.compare import PairedRows
 from ctr.metrics.score_table import Rows
 from ctr.report.predictions import PREFERRED_SPLITS, read_column, split_names
+from ctr.report.result import settle_result
 
 ROW = "row"
 
@@ -35,6 +36,8 @@ def read_pairs(first: Path, second: Path, split: str | None) -> tuple[list[Score
         DataError: one folder is of daily retraining and the other is not, there is nothing in common, or the rows are
             not the same; one line that names the folders and what differs.
     """
+    for folder in (first, second):
+        settle_result(folder)
     daily = [(folder / "days.jsonl").is_file() for folder in (first, second)]
     if daily[0] != daily[1]:
         having, lacking = (first, second) if daily[0] else (second, first)

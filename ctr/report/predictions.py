@@ -19,6 +19,7 @@ OPTIONAL = ("group", "split")
 DEFAULT_SPLIT = "test"
 # Columns of slices: of a feature (ctr/train/slice_columns.py), and whether a row has an id that the tables lacked.
 SLICE, NEW_IDS = "slice.", "new_ids"
+SPLIT_OF_FILE = b"split"  # in the metadata of a file
 # Of the splits there are, the first of these is the one that counts.
 PREFERRED_SPLITS = ("test", "valid", "train")
 
@@ -27,7 +28,8 @@ def read_predictions(folder: Path) -> dict[str, Rows]:
     """Rows of each split, over all files of the folder.
 
     The files hold prediction (probability), label (0 or 1), weight, and optionally group (integer) and split
-    (string; `test` where absent).
+    (string; `test` where absent). A file without a row may name the split that it is of in its metadata: a split of
+    which there are such files alone has no rows.
 
     Raises:
         DataError: no folder, no parquet file, no rows, a missing or mistyped column, a null, NaN or value out
@@ -53,7 +55,7 @@ def read_column(folder: Path, split: str, column: str) -> tuple[Rows, pa.Chunked
     parts, values = [], []
     for path in _files(folder):
         for name, rows, extra in _read_file(path, column):
-            if name == split:
+            if name == split and extra is not None:
                 parts.append((path, rows))
                 values += extra.chunks
     if not parts:
@@ -78,15 +80,24 @@ def split_names(folder: Path) -> list[str]:
 
 def slice_names(folder: Path) -> list[str]:
     """Columns that say to which slice a row belongs, in the order of the first file."""
-    with _opened(_files(folder)[0]) as file:
-        schema = file.schema_arrow
+    schema = _first_schema(folder)
     return [name for name in schema.names if name == NEW_IDS or name.startswith(SLICE)]
 
 
 def slice_field(folder: Path, column: str) -> pa.Field:
     """How the first file declares a column; its metadata says how values are shown."""
-    with _opened(_files(folder)[0]) as file:
-        return file.schema_arrow.field(column)
+    return _first_schema(folder).field(column)
+
+
+def _first_schema(folder: Path) -> pa.Schema:
+    """That of the first file with a row; a rank without rows writes fewer columns."""
+    schemas = []
+    for path in _files(folder):
+        with _opened(path) as file:
+            schemas.append(file.schema_arrow)
+            if file.metadata.num_rows:
+                return file.schema_arrow
+    return schemas[0]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -111,6 +122,10 @@ def _read_file(path: Path, extra: str | None = None) -> list[tuple[str, Rows, pa
     """Rows of each split of one file, with the column `extra` of the same rows."""
     with _opened(path) as file:
         present = file.schema_arrow.names
+        empty_split = None if file.metadata.num_rows else (file.schema_arrow.metadata or {}).get(SPLIT_OF_FILE)
+        if empty_split is not None:
+            nothing = np.zeros(0, np.float32)
+            return [(empty_split.decode(), Rows(nothing, nothing == 1, None, None), None)]
         for name in (*REQUIRED, *filter(None, [extra])):
             if name not in present:
                 raise DataError(f"{path}: no column {name}; found {', '.join(present)}")
@@ -162,6 +177,7 @@ def _checked(path: Path, columns: dict[str, np.ndarray]) -> Rows:
 
 def _join(parts: list[tuple[Path, Rows]]) -> Rows:
     """Rows of several files as one. A weight of None stands for ones."""
+    parts = [part for part in parts if len(part[1].prediction)] or parts[:1]
     (first_path, first), all_rows = parts[0], [rows for _, rows in parts]
     for path, rows in parts:
         if (rows.group is None) != (first.group is None):

@@ -14,9 +14,10 @@ from ctr.report import about
 from ctr.report.files import json_text, read_text, write_text
 from ctr.report.history import History, read_history
 from ctr.report.page import Page, lead
-from ctr.report.plot import json_points
+from ctr.report.plot import Plot, json_points
 from ctr.report.predictions import PREFERRED_SPLITS, SLICE, read_predictions, slice_names
 from ctr.report.quality import SplitCurves, calibration_plot, pr_plot, prediction_plot, roc_plot, split_curves
+from ctr.report.result import PREDICTIONS, settle_result
 from ctr.report.slices import SLICE_NAMES, Slices, measure_slices
 from ctr.report.tables import json_values, table_plots
 from ctr.report.training import training_plots
@@ -35,15 +36,23 @@ class Report:
         return f"{sentence} Report: {self.folder / 'report.html'}"
 
 
-def write_report(run_dir: str | Path, teacher: dict[str, Any] | None = None) -> Report:
+def write_report(
+    run_dir: str | Path,
+    teacher: dict[str, Any] | None = None,
+    result: Path | None = None,
+    scored: dict[str, int] | None = None,
+) -> Report:
     """Measure a run's predictions and write report.json and report.html into its folder, each whole or not.
 
     Reads predictions/*.parquet, and where present metrics.jsonl, config.yaml, plan.txt, versions.json and
-    teacher.json.
+    teacher.json. Without predictions, the report of a run that has trained tells of the training alone.
 
     Args:
         teacher: auc and logloss of the best possible predictions, {"auc": .., "logloss": ..}, or by split,
             {"splits": {"test": {"auc": .., "logloss": ..}}}. None: teacher.json, of the same form.
+        result: the folder where the predictions are and the report goes, for a result that is not yet that of the run
+            (ctr/report/result.py). None: the run's folder.
+        scored: how many rows of positive weight each split must have. None: as many as there are.
 
     Raises:
         DataError: the predictions or one of the other files cannot be used; one line that names the file.
@@ -51,24 +60,29 @@ def write_report(run_dir: str | Path, teacher: dict[str, Any] | None = None) -> 
     folder = Path(run_dir)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected a run folder with predictions")
-    rows_by_split = read_predictions(folder / "predictions")
+    if result is None:
+        settle_result(folder)
+    result = result or folder
     history = read_history(folder / "metrics.jsonl")
+    nothing_scored = not (result / PREDICTIONS).exists() and len(history.train.get("step", ()))
+    rows_by_split = {} if nothing_scored else read_predictions(result / PREDICTIONS)
+    if scored is not None:
+        _check_scored(result / PREDICTIONS, scored, rows_by_split)
     names = [name for name in PREFERRED_SPLITS if name in rows_by_split]
     names += [name for name in rows_by_split if name not in names]
     ceilings = _ceilings(folder / "teacher.json", teacher, [*names, *history.evaluations])
     # Rows are let go split by split: only the curves stay.
     measured = [_measure(name, rows_by_split.pop(name)) for name in names]
-    first, ceiling = measured[0], ceilings.get(names[0])
+    ceiling = ceilings.get(names[0]) if names else None
     # The split that training was steered by has the most evaluations; its own ceiling belongs beside it.
-    watched = max(history.evaluations, key=lambda split: len(history.evaluations[split]["step"]), default=names[0])
-    plots = [roc_plot(measured), pr_plot(measured), calibration_plot(first), prediction_plot(first)]
-    slices = _slices(folder, first.split)
+    watched = max(history.evaluations, key=lambda split: len(history.evaluations[split]["step"]), default="valid")
+    slices = _slices(folder, result / PREDICTIONS, names[0]) if names else []
     page = Page(
         title=folder.resolve().name,
         subtitle=about.subtitle(folder),
         splits={one.split: one.metrics for one in measured},
         ceiling=ceiling,
-        quality_plots=[plot for plot in plots if plot is not None],
+        quality_plots=_quality_plots(measured),
         training_plots=training_plots(history, watched, ceilings.get(watched)),
         table_plots=table_plots(history),
         slices=slices,
@@ -82,13 +96,32 @@ def write_report(run_dir: str | Path, teacher: dict[str, Any] | None = None) -> 
     values["plots"] = json_points(page.plots)
     content = {"report.json": json_text(values) + "\n", "report.html": page.html()}
     for name, text in content.items():
-        write_text(folder / name, text)
+        write_text(result / name, text)
     return Report(folder, values)
+
+
+def _check_scored(folder: Path, scored: dict[str, int], found: dict[str, Rows]) -> None:
+    """Raise DataError where the predictions are not the rows that were scored."""
+    for split, rows in scored.items():
+        there = len(found[split].prediction) if split in found else 0
+        if there != rows:
+            raise DataError(
+                f"{folder}: {there:,} rows of {split}, and {rows:,} were scored; all hosts must share the run's folder"
+            )
+
+
+def _quality_plots(measured: list[SplitCurves]) -> list[Plot]:
+    if not measured:
+        return []
+    plots = [roc_plot(measured), pr_plot(measured), calibration_plot(measured[0]), prediction_plot(measured[0])]
+    return [plot for plot in plots if plot is not None]
 
 
 def _values(measured: list[SplitCurves], ceiling: dict[str, float] | None, history: History) -> dict[str, Any]:
     """The content of report.json: the metrics of the first split, and what else there is."""
-    values = {"split": measured[0].split, **measured[0].metrics}
+    values: dict[str, Any] = {"split": None}
+    if measured:
+        values = {"split": measured[0].split, "step": history.scored_step, **measured[0].metrics}
     if len(measured) > 1:
         values["splits"] = {one.split: one.metrics for one in measured}
     if ceiling:
@@ -98,12 +131,12 @@ def _values(measured: list[SplitCurves], ceiling: dict[str, float] | None, histo
     return values
 
 
-def _slices(folder: Path, split: str) -> list[Slices]:
+def _slices(folder: Path, predictions: Path, split: str) -> list[Slices]:
     """By each column of slices, one at a time."""
     names = read_text(folder / SLICE_NAMES)
     names = json.loads(names) if names else {}
-    columns = slice_names(folder / "predictions")
-    return [measure_slices(folder / "predictions", split, one, names.get(one.removeprefix(SLICE))) for one in columns]
+    columns = slice_names(predictions)
+    return [measure_slices(predictions, split, one, names.get(one.removeprefix(SLICE))) for one in columns]
 
 
 def _measure(split: str, rows: Rows) -> SplitCurves:

@@ -17,6 +17,7 @@ from ctr.data.batch import Batch
 from ctr.data.reader import ParquetReader
 from ctr.data.schema import Schema
 from ctr.metrics.streaming import StreamingMetrics
+from ctr.report.predictions import REQUIRED, SPLIT_OF_FILE
 from ctr.train.look_ahead import to_device
 from ctr.train.slice_columns import SliceColumn
 from distributed.locations import joined
@@ -135,7 +136,7 @@ class _PredictionWriter:
             columns |= {"row": batch.number, "logit": logits}
         arrays = {name: pa.array(values[: batch.rows].cpu().numpy()) for name, values in columns.items()}
         arrays["split"] = pa.DictionaryArray.from_arrays(pa.array([0] * batch.rows, pa.int8()), pa.array([self._split]))
-        table = pa.table(arrays)
+        table = pa.table(arrays, metadata={SPLIT_OF_FILE: self._split})
         for column in self._slices:
             table = table.append_column(column.field, column.values(batch))
         if self._writer is None:
@@ -143,8 +144,10 @@ class _PredictionWriter:
         self._writer.write_table(table)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            with open(self._partial, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(self._partial, self._final)
+        if self._writer is None:  # this rank has no rows; the file tells that the split was scored
+            fields = [(name, pa.float32()) for name in REQUIRED]
+            self._writer = pq.ParquetWriter(self._partial, pa.schema(fields, {SPLIT_OF_FILE: self._split}))
+        self._writer.close()
+        with open(self._partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(self._partial, self._final)

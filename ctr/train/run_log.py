@@ -50,6 +50,7 @@ class RunLog:
         self.sums = torch.zeros(3, dtype=torch.float64, device=process.device)
         self._started = self._window_started = time.perf_counter()
         self._waited = 0.0
+        self._epoch = 0  # of the last step
         self._bar: tqdm | None = None
         self._tables_before = {"admitted": 0, "expired": 0, "evicted": 0}
 
@@ -71,6 +72,9 @@ class RunLog:
         state = state or {}
         self._started -= state.get("seconds", 0.0)
         self._tables_before |= state.get("tables_before", {})
+        interval = state.get("interval", {})
+        self._window_started -= interval.get("seconds", 0.0)
+        self._epoch = interval.get("epoch", 0)
         if self._process.is_main:
             metrics, size = self.folder / "metrics.jsonl", state.get("metrics_bytes", 0)
             if metrics.exists():
@@ -85,6 +89,7 @@ class RunLog:
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
             "seconds": time.perf_counter() - self._started,
             "tables_before": self._tables_before,
+            "interval": {"seconds": time.perf_counter() - self._window_started, "epoch": self._epoch},
         }
 
     def sync(self) -> None:
@@ -119,23 +124,29 @@ class RunLog:
                 yield batch
                 self._bar.update()
 
-    def train(self, step: int, epoch: int, rows: int, loss_sum: Tensor, weight: Tensor, optimizers: Optimizers) -> None:
-        """Add one step of this rank. Every `log_every` steps: sum over ranks, the only wait for the device."""
+    def train(self, step: int, epoch: int, rows: int, loss_sum: Tensor, weight: Tensor, optimizers: Optimizers) -> bool:
+        """Add one step of this rank. Every `log_every` steps log them, which alone waits for the device, and return
+        True."""
         self.sums += torch.stack([loss_sum.double(), weight.double(), torch.full_like(weight, rows).double()])
-        if step % self._config.trainer.log_every:
-            return False
+        self._epoch = epoch
+        return step % self._config.trainer.log_every == 0 and self.interval(step, optimizers)
+
+    def interval(self, step: int, optimizers: Optimizers) -> bool:
+        """Log the steps since the last line, over all ranks. Return False where there are none."""
         if self._process.world_size > 1:
             dist.all_reduce(self.sums)
         total_loss, total_weight, total_rows = self.sums.tolist()
         self.sums.zero_()
+        if not total_rows:
+            return False
         now = time.perf_counter()
         seconds = now - self._window_started
         line = {
             "kind": "train",
             "step": step,
-            "epoch": epoch,
+            "epoch": self._epoch,
             "rows": int(total_rows),
-            "loss": total_loss / max(total_weight, 1e-12),
+            "loss": total_loss / total_weight if total_weight else None,
             "samples_per_second": total_rows / seconds,
             "reader_wait": min(1.0, self._waited / seconds),
             "dense_lr": optimizers.dense_lr,
@@ -145,10 +156,14 @@ class RunLog:
         self._window_started, self._waited = now, 0.0
         self.write(line)
         self.say(
-            f"step {step} · loss {line['loss']:.4f} · {line['samples_per_second']:,.0f} samples/s · "
+            f"step {step} · loss {shown(line['loss'])} · {line['samples_per_second']:,.0f} samples/s · "
             f"reader {line['reader_wait']:.0%}"
         )
         return True
+
+    def not_training(self, seconds: float) -> None:
+        """Leave time that an evaluation took out of the speed of training."""
+        self._window_started += seconds
 
     def tables(self, step: int, stats: dict[str, dict[str, float]]) -> None:
         """Sum the counts of dynamic tables over ranks; write them by table and say them in all."""
@@ -211,14 +226,15 @@ class RunLog:
         )
 
     def evaluation(self, step: int, split: str, metrics: dict, is_best: bool) -> None:
+        """An evaluation of the model as it was behind `step`, during training."""
         self.write({"kind": "eval", "split": split, "step": step, **metrics})
-        shown = " · ".join(
-            f"{name} {metrics[name]:.4f}" if metrics[name] is not None else f"{name} undefined"
-            for name in ("auc", "logloss", "normalized_entropy", "calibration")
-        )
-        self.say(f"step {step} · {split} · {shown}" + (" · best so far" if is_best else ""))
-        # Evaluation is not training time.
-        self._window_started, self._waited = time.perf_counter(), 0.0
+        self.say(f"step {step} · {split} · {_in_words(metrics)}" + (" · best so far" if is_best else ""))
+
+    def final_evaluation(self, step: int, model: str, split: str, metrics: dict) -> None:
+        """The evaluation at the end of a run, of its `model` ("best" or "last"), which is that of `step`."""
+        watched = split == "valid" and model == "best"  # its numbers of that step are in TensorBoard already
+        self.write({"kind": "eval", "split": split, "step": step, "model": model, **metrics}, scalars=not watched)
+        self.say(f"{model} model, of step {step} · {split} · {_in_words(metrics)}")
 
     def day(self, number: int, step: int, record: dict) -> None:
         """One partition of a run over days (ctr/daily/records.py), the `number`-th: that is the step in TensorBoard."""
@@ -235,7 +251,7 @@ class RunLog:
             self._tensorboard.add_scalar("day/published_bytes", size, number)
 
     def write(self, line: dict, scalars: bool = True) -> None:
-        """Append to metrics.jsonl, and its numbers to TensorBoard."""
+        """Append to metrics.jsonl, and (scalars) its numbers to TensorBoard."""
         if not self._process.is_main:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
@@ -269,6 +285,15 @@ class RunLog:
             handler.close()
         if self._lock:
             self._lock.release()
+
+
+def shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def _in_words(metrics: dict) -> str:
+    names = ("auc", "logloss", "normalized_entropy", "calibration")
+    return " · ".join(f"{name} {shown(metrics[name])}" for name in names)
 
 
 def _hit_rate(counts: dict[str, int]) -> float:

@@ -45,8 +45,8 @@ def save_model(model: DistributedModelParallel, folder: Path, process: Process, 
     )
 
 
-def load_model(model: DistributedModelParallel, folder: Path, process: Process) -> None:
-    """Fill `model` from what `save_model` wrote, on any number of ranks.
+def load_model(model: DistributedModelParallel, folder: Path, process: Process) -> int:
+    """Fill `model` from what `save_model` wrote, on any number of ranks. Return the step that it is of.
 
     Raises:
         TesseraError: no complete model there, or one of another shape.
@@ -57,7 +57,9 @@ def load_model(model: DistributedModelParallel, folder: Path, process: Process) 
     if not folder.exists():
         raise TesseraError(f"{folder} holds no saved model; train the run first")
     process.stage = f"loading {folder.name}"
-    fill_model(model, open_saved(Storage(folder), process, rows_later=True), process, in_place=False)
+    saved = open_saved(Storage(folder), process, rows_later=True)
+    fill_model(model, saved, process, in_place=False)
+    return saved.step
 
 
 def fill_model(model: DistributedModelParallel, saved: Saved, process: Process, in_place: bool) -> None:

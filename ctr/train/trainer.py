@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ctr.data.reader import ParquetReader
 from ctr.data.schema import Schema
 from ctr.models.network import Network, build_tables, build_tower
 from ctr.report.report import write_report
+from ctr.report.result import PREDICTIONS, begin_result, commit_result
 from ctr.train.checkpoints import Checkpoints
 from ctr.train.distil import Distillation
 from ctr.train.evaluate import evaluate, read_split
@@ -30,6 +32,7 @@ from ctr.train.saved_model import load_model, save_model
 from ctr.train.teacher_logits import prepare
 from ctr.train.warm_start import warm_start
 from distributed.checkpoint import Saved
+from distributed.first_rank import on_first_rank
 from distributed.process import Process
 from distributed.sharding import shard
 from distributed.side_stream import SideStream
@@ -107,6 +110,7 @@ class Trainer:
                     self.evaluate()
                 self.checkpoints.after_epoch()
             self.batches = None  # its threads end
+        self.log_interval()
         self.evaluate()
         self.checkpoints.save()
         self.checkpoints.close()
@@ -242,11 +246,17 @@ class Trainer:
         one_more = self.epoch < trainer.epochs or (self.distil is not None and self.distil.wants_more(self.epoch))
         return out_of_patience or enough or not one_more
 
+    def log_interval(self) -> None:
+        """Log the steps since the last line: a run, or a day, may end before the next line is due."""
+        if self.log.interval(self.step, self.optimizers):
+            self.log.tables(self.step, self.tables.stats())
+            self.log.cache(self.step, self.tables.cache_stats())
+
     def evaluate(self) -> None:
         """Score the valid split; keep the model if it is the best so far. All ranks see the same numbers."""
         if self.readers["valid"] is None or self.evaluated_step == self.step:
             return
-        self.evaluated_step = self.step
+        began, self.evaluated_step = time.perf_counter(), self.step
         metrics = evaluate(self.model, self.readers["valid"], self.process)
         name = self.config.trainer.early_stop.metric
         value = metrics[name]
@@ -260,28 +270,42 @@ class Trainer:
         else:
             self.evaluations_since_best += 1
             self.optimizers.after_evaluation(self.evaluations_since_best)
+        self.log.not_training(time.perf_counter() - began)
 
     def report(self) -> None:
-        """Score the best model on the valid and test splits and write the report."""
-        best = self.log.folder / "best"
-        if self.best is None:
-            save_model(self.model, best, self.process, self.step)
+        """Score the best model (without any evaluation, the last one) on the valid and test splits; write the report.
+
+        Predictions and report take the place of those of an earlier end of this run as one thing.
+        """
+        folder, process = self.log.folder, self.process
+        model, step = "best" if self.best is not None else "last", self.step
+        if model == "best":
+            step = load_model(self.model, folder / "best", process)
         else:
-            load_model(self.model, best, self.process)
+            save_model(self.model, folder / "best", process, step)
+        new = on_first_rank(process, lambda: begin_result(folder))
+        scored = {}
         for split in ("valid", "test"):
             if self.readers[split] is not None:
-                metrics = evaluate(
-                    self.model, self.readers[split], self.process, self.log.folder / "predictions", split
-                )
-                self.log.evaluation(self.step, split, metrics, is_best=False)
-        self.process.stage = "writing the report"
+                metrics = evaluate(self.model, self.readers[split], process, new / PREDICTIONS, split)
+                self.log.final_evaluation(step, model, split, metrics)
+                scored[split] = metrics["rows"]
+        process.stage = "writing the report"
         self.log.bad_rows(self.readers)
-        if self.process.world_size > 1:
-            dist.barrier()
-        if self.process.is_main:
-            report = write_report(self.log.folder)
-            self.log.say(report.summary())
+        if process.world_size > 1:
+            dist.barrier()  # all predictions are written
+        report = on_first_rank(process, lambda: self._write_report(new, scored))
+        if not scored:
+            self.log.say("nothing was scored: data.valid and data.test are null")
+        self.log.say(report)
         self.log.close()
+
+    def _write_report(self, new: Path, scored: dict[str, int]) -> str:
+        """On the first rank. Returns the report's summary."""
+        folder = self.log.folder
+        report = write_report(folder, result=new, scored=scored)
+        commit_result(folder)
+        return report.summary()
 
 
 def build_model(config: Config, schema: Schema, process: Process) -> tuple[DistributedModelParallel, str]:

@@ -1,0 +1,63 @@
+"""What a run writes at its end, its predictions and its report, put in the place of an earlier result as one thing.
+
+The new result is written into a folder of its own. Its renaming is the moment from which it counts: before it, the old
+result is the result; after it, the new one is, and whoever opens the run next puts its pieces in their places where a
+kill came in between. All old pieces leave before the first new one arrives, so that no moment shows some of each.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+PREDICTIONS = "predictions"
+PIECES = (PREDICTIONS, "report.json", "report.html")
+# The stages of a new result, in order: being written, complete, and the old one out of its way.
+PARTIAL, COMPLETE, PLACING = ".partial-result", ".complete-result", ".placing-result"
+REPLACED = ".replaced-result"
+
+
+def begin_result(run_dir: Path) -> Path:
+    """Return an empty folder for a new result of this run. What an earlier attempt left there is removed."""
+    settle_result(run_dir)
+    partial = run_dir / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    return partial
+
+
+def commit_result(run_dir: Path) -> None:
+    """Make the new result, whose files are all written and durable, the result of the run."""
+    partial = run_dir / PARTIAL
+    for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
+        _make_names_durable(folder)
+    os.rename(partial, run_dir / COMPLETE)
+    _make_names_durable(run_dir)
+    settle_result(run_dir)
+
+
+def settle_result(run_dir: Path) -> None:
+    """Bring a complete result to its place, if a kill came before it was there. Call it before reading a result."""
+    complete, placing, replaced = run_dir / COMPLETE, run_dir / PLACING, run_dir / REPLACED
+    if complete.is_dir():
+        replaced.mkdir(exist_ok=True)
+        for name in PIECES:
+            if (run_dir / name).exists():
+                os.rename(run_dir / name, replaced / name)
+        os.rename(complete, placing)
+    if placing.is_dir():
+        for piece in placing.iterdir():
+            os.rename(piece, run_dir / piece.name)
+        placing.rmdir()
+        _make_names_durable(run_dir)
+    if replaced.is_dir():
+        shutil.rmtree(replaced)
+
+
+def _make_names_durable(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
