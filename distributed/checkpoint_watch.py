@@ -13,7 +13,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from distributed.process import STALE_SECONDS, Process, leave
+from distributed.heartbeat import STALE_SECONDS
+from distributed.process import Process, leave
 
 WAITING = "waiting for the other ranks"
 ELSEWHERE = "busy elsewhere, it has not begun to save"

@@ -20,6 +20,7 @@ parser.add_argument("output", type=Path, help="the folder of the model, made or 
 def bring_up(options: argparse.Namespace, process: Process) -> None:
     from ctr.daily.publish import apply
 
+    process.folder = str(options.output)
     print(apply(options.published, options.output, process))
 
 

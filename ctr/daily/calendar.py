@@ -152,7 +152,7 @@ class Calendar:
             time.sleep(max(0.0, min(SLICE_SECONDS, end - time.monotonic())))
             over = on_first_rank(self._process, lambda: time.monotonic() >= end)
             if any_asked_to_stop(self._process):
-                raise Stopped
+                raise Stopped(line=f"stopped by {self._process.stopped_by} while waiting; the same command goes on")
 
 
 def any_asked_to_stop(process: Process) -> bool:

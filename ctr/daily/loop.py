@@ -270,10 +270,12 @@ class Daily(Trainer):
     def leave_if_asked(self) -> None:
         """Raises Stopped, on all ranks, if one was asked to stop; all is saved."""
         if any_asked_to_stop(self.process):
-            self.log.say(f"stopped by SIGTERM behind {self.records[-1]['partition']}; the same command goes on")
+            behind = f" behind {self.records[-1]['partition']}" if self.records else ""
+            line = f"stopped by {self.process.stopped_by}{behind}; the same command goes on"
+            self.log.say(line)
             self.checkpoints.close()
             self.log.close()
-            raise Stopped
+            raise Stopped(line=line)
 
     def _add(self, record: dict[str, Any]) -> None:
         """A partition is done: from this save on, a restarted job begins behind it."""

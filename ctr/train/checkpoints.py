@@ -94,9 +94,10 @@ class Checkpoints:
         if trainer.stopping:
             self.save()
             self.wait()
-            trainer.log.say(f"step {trainer.step} · stopped by SIGTERM, state saved; trainer.resume=auto goes on")
+            line = f"stopped by {self._process.stopped_by}, state saved; trainer.resume=auto goes on"
+            trainer.log.say(f"step {trainer.step} · {line}")
             trainer.log.close()
-            raise Stopped
+            raise Stopped(line=f"step {trainer.step}: {line}")
         if self._config.every and trainer.step % self._config.every == 0 and not save_follows:
             self.save()
 

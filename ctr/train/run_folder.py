@@ -51,6 +51,7 @@ class RunFolder:
         if problem:
             raise ConfigError(problem)
         self.path = Path(path)
+        process.folder = str(path)
 
     def _take(self, path: Path, restarted: bool) -> str | None:
         try:

@@ -61,6 +61,7 @@ class RunLog:
         self._logger.setLevel(logging.INFO)
         self._logger.propagate = False
         for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(self.folder / "train.log")):
+            handler.handleError = _let_it_end_the_run
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
             self._logger.addHandler(handler)
         header, *tables, total = plan.splitlines()
@@ -294,6 +295,11 @@ def shown(value: float | None) -> str:
 def _in_words(metrics: dict) -> str:
     names = ("auc", "logloss", "normalized_entropy", "calibration")
     return " · ".join(f"{name} {shown(metrics[name])}" for name in names)
+
+
+def _let_it_end_the_run(_record: logging.LogRecord) -> None:
+    """In place of what logging does when a line cannot be written: print a trace and go on."""
+    raise  # noqa: PLE0704 (called where the error is being handled)
 
 
 def _hit_rate(counts: dict[str, int]) -> float:

@@ -41,7 +41,7 @@ class WarmRanks:
 
         end: (step, signal, ranks): these ranks send themselves the signal behind the step. overlap: begin with the
         next batch while a step is trained, as on a GPU. hang: writing the file of this path never
-        ends. constants: of distributed/process.py.
+        ends. constants: of distributed/heartbeat.py.
         """
         port = _free_port()
         command = {"script": self._script, "world": world, "arguments": arguments, "output": str(output), "port": port}
@@ -78,12 +78,12 @@ def _fork_rank(rank: int, command: dict) -> int:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(command["port"]))
     sys.argv = [f"scripts/{command['script']}.py", *command["arguments"]]
 
-    from distributed import process
+    from distributed import heartbeat, process
 
     script = importlib.import_module(f"scripts.{command['script']}")
 
     for name, value in command["constants"].items():
-        setattr(process, name, value)
+        setattr(heartbeat, name, value)
     if command["end"]:
         _end_behind(*command["end"], rank)
     if command["overlap"]:
