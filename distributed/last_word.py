@@ -32,7 +32,8 @@ def say(line: str) -> None:
     if "\n" not in line:  # else a traceback
         line = " ".join("".join(letter if letter.isprintable() else " " for letter in line).split())
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not error_file:
+    restarts = [int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS")]
+    if not error_file or restarts[0] < restarts[1]:  # a launcher that starts its ranks again shows no trace
         with suppress(OSError, ValueError):  # a full disk, or nobody reads any more
             print(line, file=sys.stderr, flush=True)
         return
