@@ -225,6 +225,7 @@ def replacing_on_ranks(
         held.append(Replacement(target, key, command, sources, places))
         return held[0].folder
 
+    process.folder = str(target)
     try:
         yield on_first_rank(process, begin)
         if process.world_size > 1:
