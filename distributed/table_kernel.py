@@ -220,6 +220,11 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
             elif part.numel():
                 found.where.update(rows, part, inverse, lr, found.ids)
 
+    def end_second_pass(self) -> None:
+        """Go back to steps of one pass. Rows that a failed pass has not stored keep the values that they had."""
+        self.phase = Pass.ONLY
+        self._ahead = []
+
     def clear(self) -> None:
         """Forget all rows."""
         self.tables = [make_table(table.config, self._device_of_rows) for table in self.tables]

@@ -58,7 +58,8 @@ class TableConfig:
 class StepOptimizer:
     """How the step sizes of an int format are learned (ALPT): by the row's kind of optimizer, with these numbers.
 
-    gradient_scale multiplies the gradient of a step size; the paper's is 1 / sqrt(batch size * dim * largest code).
+    gradient_scale multiplies the gradient of a step size, that of its L2 penalty (weight_decay / 2 times its square)
+    included; the paper's is 1 / sqrt(batch size * dim * largest code).
     """
 
     lr: float = 2e-5

@@ -97,7 +97,8 @@ class PackedRows:
             inverse,
             rows if ids is None else ids,
             self._layout,
-            self._hyper(learned.lr, learned.weight_decay),
+            # The kernel adds its decay to the scaled gradient; ours belongs to the gradient before it is scaled.
+            self._hyper(learned.lr, learned.weight_decay * learned.gradient_scale),
             gradient_scale=learned.gradient_scale,
             stream=stream(self._config.seed, self._lots_key, step),
             rounding=self._group.rounding,

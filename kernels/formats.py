@@ -14,8 +14,7 @@ row of an int format has a step size of its own, float32 and above 0.
 A packed row is one stretch of bytes (chunks are uint8 [chunk_rows, bytes]), in this order:
 
     step size                     float32 [1]    int formats
-    state of the step size        float32 [k]    learned step sizes; k = state_width of the optimizer for one value,
-                                                 for adam 2: it shares the row's count of steps
+    state of the step size        float32 [k]    learned step sizes; k = state_width of the optimizer for one value
     state of the values           float32        all of it, or with bf16 moments of adam the count of steps alone
     moments m and v               bfloat16       state_format bf16
     values                        as above, padded with zeros to a multiple of 4 bytes
@@ -92,7 +91,7 @@ class PackedLayout:
         """Floats of state of a learned step size."""
         if not self.learned:
             return 0
-        return 2 if self.optimizer == "adam" else state_width(self.optimizer, 1)
+        return state_width(self.optimizer, 1)
 
     @property
     def moments(self) -> int:

@@ -162,7 +162,7 @@ TESSERA_INLINE float step_gradient(const float* __restrict w, const float* __res
 
 // One optimizer step on the step sizes of rows; arguments as for `step`, values are the new ones of the rows.
 template <typename Step>
-TESSERA_INLINE void learn_rows(const StepBlock& block, float scale, bool adam, int64_t begin, int64_t end) {
+TESSERA_INLINE void learn_rows(const StepBlock& block, float scale, int64_t begin, int64_t end) {
   constexpr float kLeastShrink = 0.5f;  // a step size stays above zero
   const Layout& layout = block.batch.layout;
   const auto half = static_cast<float>(1 << (tessera::bits_of(layout.format) - 1));
@@ -176,8 +176,6 @@ TESSERA_INLINE void learn_rows(const StepBlock& block, float scale, bool adam, i
                               layout.dim);
     float state[3] = {};
     std::memcpy(state, row + 4, 4 * layout.step_state);
-    // The row's count of steps, the last of its state, has grown already; the step on its step size adds the same 1.
-    if (adam) state[2] = layout.state_of(row)[layout.state_floats - 1] - 1;
     float next = *size;
     Step::template step<0>(&next, state, &g, 1, block.hyper);
     std::memcpy(row + 4, state, 4 * layout.step_state);
@@ -187,10 +185,10 @@ TESSERA_INLINE void learn_rows(const StepBlock& block, float scale, bool adam, i
 
 TESSERA_SIMD void learn(Kind kind, const StepBlock& block, float scale, int64_t begin, int64_t end) {
   switch (kind) {
-    case Kind::kSgd: return learn_rows<tessera::Sgd>(block, scale, false, begin, end);
-    case Kind::kAdagrad: return learn_rows<tessera::Adagrad>(block, scale, false, begin, end);
-    case Kind::kRowwiseAdagrad: return learn_rows<tessera::RowwiseAdagrad>(block, scale, false, begin, end);
-    default: return learn_rows<tessera::Adam>(block, scale, true, begin, end);
+    case Kind::kSgd: return learn_rows<tessera::Sgd>(block, scale, begin, end);
+    case Kind::kAdagrad: return learn_rows<tessera::Adagrad>(block, scale, begin, end);
+    case Kind::kRowwiseAdagrad: return learn_rows<tessera::RowwiseAdagrad>(block, scale, begin, end);
+    default: return learn_rows<tessera::Adam>(block, scale, begin, end);
   }
 }
 
@@ -308,7 +306,7 @@ void packed_learn_steps(at::TensorList chunks, const at::Tensor& rows_, const at
   const Hyper hyper = hyper_of(hyper_);
   const int64_t count = given.rows.numel(), dim = layout.dim;
   TORCH_CHECK_VALUE(held.is_contiguous() && held.numel() == count * dim && tessera::is_int(layout.format) &&
-                        layout.step_state <= 2 && kind != Kind::kFtrl,
+                        layout.step_state <= 3 && kind != Kind::kFtrl,
                     "held: expected contiguous [", count, ", ", dim, "] and a layout with a learned step size");
   auto* const values = const_cast<float*>(held.const_data_ptr<float>());
   const Batch batch{table, layout, given.rows.const_data_ptr<int64_t>(), given.ids.const_data_ptr<int64_t>(),

@@ -108,11 +108,8 @@ def packed_learn_steps(
     for chunk, positions, local in by_chunk(chunks, rows):
         parts, w = Parts(chunk[local], layout), held[positions]
         g = gradient_scale * step_gradient(w, parts.steps, grads[positions], layout.format)
-        steps, state = parts.steps[:, None].clone(), parts.step_state
-        if layout.optimizer == "adam":  # the row's count of steps has grown already
-            state = torch.cat([state, parts.state[:, -1:] - 1], dim=1)
+        steps, state = parts.steps[:, None].clone(), parts.step_state  # the state is changed in place
         step(layout.optimizer, steps, state, g[:, None], hyper)
-        parts.step_state = state[:, : layout.step_state]
         parts.steps = torch.maximum(steps[:, 0], LEAST_SHRINK * parts.steps)
         parts.codes = quantise(w, parts.steps, layout.format, nearest, ids[positions], stream, 0)
         chunk[local] = parts.bytes(layout)

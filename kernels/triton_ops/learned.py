@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from kernels.triton_ops import arithmetic
 from kernels.triton_ops.faults import check_interpreted, known_rows, note_of
 from kernels.triton_ops.launch import kernel, launch, tile
 from kernels.triton_ops.merge import merge, merged
-from kernels.triton_ops.optimizers import ADAM, adam_values, numbers, step
+from kernels.triton_ops.optimizers import numbers, step
 from kernels.triton_ops.packed import layout_of, merge_constants
 from kernels.triton_ops.rows import place_of
 from kernels.update import OPTIMIZERS
@@ -42,7 +41,6 @@ def _learn_kernel(
     NEAREST: tl.constexpr,
     FORMAT: tl.constexpr,
     BITS: tl.constexpr,
-    COUNT_AT: tl.constexpr,
     VALUES_AT: tl.constexpr,
     SHIFT: tl.constexpr,
     BYTES: tl.constexpr,
@@ -68,29 +66,15 @@ def _learn_kernel(
     inner = tl.minimum(tl.maximum(x, low * 1.0), high * 1.0)
     slope = tl.where(x <= low, low * 1.0, tl.where(x >= high, high * 1.0, arithmetic.nearest(inner) - inner))
     slope = scale * tl.sum(tl.where(mask, g * slope, 0.0), axis=1, keep_dims=True)
-    new = step_size(size, slope, address, known, hyper, KIND, COUNT_AT)
+    # The optimizer on step sizes [ROWS, 1], whose state is at byte 4.
+    zero = tl.zeros_like(address).to(tl.int32)
+    new = step(size, slope, address + 4, address, zero, known, known, size, hyper, KIND, 1, False, 1, 1)
     new = tl.maximum(new, 0.5 * size)  # a step size stays above zero
     tl.store(pointer, new, mask=known)
     key = tl.full([ROWS, 1], 0, tl.uint64)
     if not NEAREST:
         key = arithmetic.row_key(stream, tl.load(ids + at, mask=inside, other=0))[:, None]
     arithmetic.store_values(address + VALUES_AT, column, mask, w, new, key, 0, FORMAT, BITS, NEAREST, ROWS, COLUMNS)
-
-
-@triton.jit
-def step_size(size, slope, address, known, hyper, KIND: tl.constexpr, COUNT_AT: tl.constexpr):
-    """The optimizer on step sizes [ROWS, 1], whose state is at byte 4; Adam shares the row's count of steps."""
-    if KIND == ADAM:
-        from_state = address.to(tl.pointer_type(tl.float32))
-        m, v = tl.load(from_state + 1, mask=known, other=0.0), tl.load(from_state + 2, mask=known, other=0.0)
-        t = tl.load((address + COUNT_AT).to(tl.pointer_type(tl.float32)), mask=known, other=1.0)
-        new, m, v = adam_values(size, slope + hyper.decay * size, m, v, t, hyper)
-        tl.store(from_state + 1, m, mask=known)
-        tl.store(from_state + 2, v, mask=known)
-        return new
-    else:
-        zero = tl.zeros_like(address).to(tl.int32)
-        return step(size, slope, address + 4, address, zero, known, known, size, hyper, KIND, 1, False, 1, 1)
 
 
 def packed_learn_steps(
@@ -131,7 +115,6 @@ def packed_learn_steps(
         NEAREST=nearest,
         FORMAT=where.format,
         BITS=where.bits,
-        COUNT_AT=where.state_at + 4 * (where.state_floats - 1),
         VALUES_AT=where.values_at,
         SHIFT=place.shift,
         BYTES=place.bytes,

@@ -1,5 +1,7 @@
 """Sharded tables of low precision: the same bits on 1 and 2 ranks, and ALPT's step against a dense definition."""
 
+import contextlib
+
 import pytest
 import torch
 from torchrec import KeyedJaggedTensor
@@ -219,7 +221,7 @@ def alpt_by_definition():
         forward(ahead, mix).square().mean().backward()
         for (name, i), w in new.items():
             d = steps[name, i]
-            g = LEARNED.gradient_scale * sizes[name, i].grad.item() + LEARNED.weight_decay * d
+            g = LEARNED.gradient_scale * (sizes[name, i].grad.item() + LEARNED.weight_decay * d)
             steps[name, i] = max(d - LEARNED.lr * g, d / 2)
             rows[name, i] = torch.cat([stored(w[:4], steps[name, i], name, i, step + 1), w[4:]])
     return torch.stack(outputs), {pair: (rows[pair], steps[pair]) for pair in rows}, mix
@@ -235,3 +237,36 @@ def test_alpt_equals_its_definition():
         assert found[pair][1] == pytest.approx(size, rel=1e-5), pair
         torch.testing.assert_close(found[pair][0], row, rtol=1e-4, atol=1e-5)
     assert any(size != STEP for _, size in expected.values())
+
+
+def fail_in_second_passes(process, when):
+    """Steps of which every other fails in its second pass; gives rows, and what a failed one has left behind."""
+    model = Model(tables_of("int8", learned=LEARNED))
+    sharded, _ = shard(model, model.tables, process, BATCH)
+    for step in range(4):
+        ids = kjt(draw_ids(step))
+        model.tables.begin_step(step, learn_steps=True)
+        sharded(ids).sum().backward()
+        with contextlib.suppress(KeyError), model.tables.second_pass():
+            if step % 2 and when == "before":
+                raise KeyError
+            out = model(ids)
+            if step % 2 and when == "between":
+                raise KeyError
+            out.sum().backward()
+        if step % 2:  # a step of one pass, which adds ids and updates rows
+            before = sum(len(table) for table in model.tables.owned().values())
+            model.tables.begin_step(step)
+            rows = sharded(kjt(draw_ids(100 + step)))
+            rows.sum().backward()
+            assert sum(len(table) for table in model.tables.owned().values()) > before
+            model.eval()
+            assert not torch.equal(model(kjt(draw_ids(100 + step))), rows)
+            model.train()
+    return rows_of(model.tables)
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_second_pass_that_fails_leaves_nothing_behind(when):
+    (rows,) = on_ranks(1, fail_in_second_passes, when)
+    assert rows

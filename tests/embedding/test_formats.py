@@ -233,3 +233,23 @@ def test_mistakes_are_one_line(message):
     with pytest.raises(ConfigError) as error:
         make(*group, **more)
     assert str(error.value).startswith(f"table user: {message}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adam"])
+def test_weight_decay_of_step_sizes_is_scaled_as_their_gradient(backend, optimizer):
+    """Without a gradient it is the gradient: SGD shrinks step sizes by rate * scale * decay, and the others, which
+    divide the scale away, move them by the rate. Decay beside an unscaled one would halve them at once."""
+    learned = StepOptimizer(lr=1e-4, weight_decay=0.05, gradient_scale=1e-3)
+    config = DynamicTableConfig(
+        "t", ("f",), (Group("v", 4, 0.1, "int8", step=0.01, learned=learned),), RowOptimizer(optimizer, lr=0.1)
+    )
+    table, ids = DynamicTable(config), torch.arange(10)
+    for now in range(50):
+        rows = table.lookup(ids, now)
+        ahead = table.update_ahead(rows, torch.zeros(10, 4), ids=ids)
+        ahead.learn(torch.zeros(10, 4))
+    (found,) = (batch.step_size[:, 0] for batch in table.export_rows())
+    if optimizer == "sgd":
+        assert found.tolist() == pytest.approx([0.01 * (1 - 1e-4 * 1e-3 * 0.05) ** 50] * 10, rel=1e-5)
+    else:
+        assert (found > 0.01 - 50 * 1.01e-4).all() and (found < 0.0099).all()

@@ -40,6 +40,8 @@ def packed_table(layout, rows=ROWS, chunk=CHUNK, scale=1.0):
     parts.step_state = torch.rand(parts.step_state.shape, generator=generator)
     if layout.optimizer == "adam":
         parts.state[:, -1] = torch.arange(n) % 5
+    if layout.optimizer == "adam" and layout.learned:  # a count of its own
+        parts.step_state[:, -1] = torch.arange(n) % 3
     return [part.clone() for part in parts.bytes(layout).split(chunk)]
 
 
@@ -63,7 +65,7 @@ def test_rows_have_the_documented_bytes(layout):
     expected = 4 * is_int(layout.format) + math.ceil(layout.dim * per_value / 8)
     expected += 4 * state[layout.optimizer] if layout.state_format == "fp32" else 4 * layout.dim + 4
     if layout.learned:
-        expected += 4 * {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2}[layout.optimizer]
+        expected += 4 * {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 3}[layout.optimizer]
     assert expected <= layout.bytes < expected + 4 and layout.bytes % 4 == 0
 
 
@@ -160,14 +162,14 @@ def test_learned_step_sizes_follow_the_gradient_of_a_dense_definition(backend, l
     scale, hyper = 0.37, (0.02, 0.1, 1e-8, 0.8, 0.95, 0, 0, 0)
     packed_learn_steps(chunks, chosen, held, second, inverse, ids, layout, hyper, gradient_scale=scale, stream=STREAM)
     after = parts_of(chunks, layout)
-    expected = step_sizes_by_hand(layout, before, middle, rows, scale * slope, hyper)
+    expected = step_sizes_by_hand(layout, before, rows, scale * slope, hyper)
     torch.testing.assert_close(after.steps[rows].double(), expected, rtol=2e-5, atol=1e-6)
     codes = quantise(held[known], after.steps[rows], layout.format, ids=ids[known], seed=1, table=2, step=3)
     assert torch.equal(after.codes[rows], codes)
     assert torch.equal(after.state, middle.state)
 
 
-def step_sizes_by_hand(layout, before, middle, rows, slope, hyper):
+def step_sizes_by_hand(layout, before, rows, slope, hyper):
     lr, decay, eps, beta1, beta2 = hyper[:5]
     d = before.steps[rows].double()
     g = slope + decay * d
@@ -175,12 +177,35 @@ def step_sizes_by_hand(layout, before, middle, rows, slope, hyper):
     if layout.optimizer == "sgd":
         d = d - lr * g
     elif layout.optimizer == "adam":
-        t = middle.state[rows, -1].double()
+        t = state[:, 2] + 1
         m, v = beta1 * state[:, 0] + (1 - beta1) * g, beta2 * state[:, 1] + (1 - beta2) * g * g
         d = d - lr / (1 - beta1**t) * m / (v.sqrt() / (1 - beta2**t).sqrt() + eps)
     else:
         d = d - lr * g / ((state[:, 0] + g * g).sqrt() + eps)
     return torch.maximum(d, before.steps[rows].double() / 2)
+
+
+@pytest.mark.parametrize("state_format", ["fp32", "bf16"])
+@pytest.mark.parametrize("every", [1, 3, 8])
+def test_adam_corrects_moments_of_step_sizes_by_their_own_count(backend, state_format, every):
+    """Step sizes are learned in every k-th step of a row only. A constant gradient then moves them by the whole rate
+    each time; corrected by the count of the row's steps, the first moves would be up to three times as long."""
+    layout, rate = PackedLayout("int8", 4, "adam", True, state_format), 1e-4
+    chunks = packed_table(layout, 64, 64)
+    parts = parts_of(chunks, layout)
+    parts.steps[:], parts.state[:], parts.step_state[:] = 0.01, 0.0, 0.0
+    chunks, rows = [parts.bytes(layout)], torch.arange(64)
+    held, grads = torch.full((64, 4), 10.0), torch.ones(64, 4)  # beyond the range, so that the slope stays the same
+    learned = 0
+    for step in range(6 * every):
+        packed_update(chunks, rows, grads, None, rows, layout, HYPER, stream=STREAM)
+        if step % every == every - 1:
+            hyper = (rate, 0.0, 1e-8, 0.9, 0.999, 0, 0, 0)
+            packed_learn_steps(chunks, rows, held, grads, None, rows, layout, hyper, gradient_scale=1e-3, stream=STREAM)
+            learned += 1
+            found = parts_of(chunks, layout)
+            torch.testing.assert_close(found.steps, torch.full((64,), 0.01 - rate * learned), rtol=1e-5, atol=0)
+            assert found.step_state[:, 2].eq(learned).all() and found.state[:, -1].eq(step + 1).all()
 
 
 def test_a_step_size_stays_above_zero(backend):
