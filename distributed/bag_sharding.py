@@ -8,6 +8,8 @@ reduce-scatter, wants equally many rows on all ranks under gloo and adds in the 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -38,12 +40,15 @@ class DynamicBagKernel(DynamicTableKernel):
         super().__init__(config, pg, device)
         self.repeats = False
         self._features = [len(table.feature_names) for table in config.embedding_tables]
+        self._ranks = pg.size() if pg is not None else 1
+        self._last: tuple[Tensor, Request] | None = None
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """features: one key per feature, values mixed ids, stride = rows of all ranks. Returns [stride, features * n]
         with n the columns of one answer: weighted sums over bags, zeros where a bag is empty."""
         request = self.next_request(features)
         rows = self.rows(request)
+        self._last = (rows, request) if self.training else None
         sums = F.embedding_bag(
             request.places,
             rows,
@@ -53,6 +58,18 @@ class DynamicBagKernel(DynamicTableKernel):
             include_last_offset=True,
         )
         return sums.view(sum(self._features), features.stride(), rows.shape[1]).transpose(0, 1).flatten(1)
+
+    def squares(self) -> tuple[Tensor, Tensor]:
+        """Of the last forward pass in training: the squares of the rows of all look-ups that came here, summed up,
+        divided as the gradients of sums are on their way here; and by table the number of look-ups without a row."""
+        (rows, request), self._last = self._last, None
+        counts = request.counts.to(rows)
+        values = rows[:, :-1] if self.tells_missing else rows
+        squares = (values.square().sum(1) * counts).sum() / (self._ranks if get_gradient_division() else 1)
+        if not self.tells_missing:
+            return squares, counts.new_zeros(len(self.tables))
+        missing = (rows[:, -1].detach() * counts).split([b - a for a, b in pairwise(request.bounds)])
+        return squares, torch.stack([one.sum() for one in missing])
 
     def request(self, features: KeyedJaggedTensor) -> Request:
         values, ends, key = features.values(), features.offset_per_key(), 0

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
-from distributed.bag_sharding import DynamicBagSharder
+from distributed.bag_sharding import DynamicBagKernel, DynamicBagSharder
 from distributed.dynamic_sharding import DYNAMIC, DynamicSharder
 from distributed.fields import OnDevice, scale_to_mean
 from distributed.host_manager import HostManager
-from distributed.ids_ahead import IdsAhead
+from distributed.ids_ahead import ComingIds, IdsAhead
 from distributed.plan import TableSize
 from distributed.table_kernel import DynamicTableKernel, Pass
 from distributed.transport import codecs
@@ -50,16 +50,6 @@ class CacheStats:
     busy_seconds: float = 0.0
 
 
-@dataclass
-class _Coming:
-    """A batch, and what has been sent of it ahead of its step, if anything."""
-
-    ids: KeyedJaggedTensor
-    asked: tuple[KeyedJaggedTensor, Tensor] | None = None  # what `_distinct` gives
-    rows: IdsAhead | None = None  # of the row path and of the bag path
-    bags: IdsAhead | None = None
-
-
 def _chosen(ids: KeyedJaggedTensor, fields: OnDevice) -> KeyedJaggedTensor:
     return ids.permute(fields.values, fields.on(ids.values().device))
 
@@ -77,6 +67,7 @@ class DynamicTables(nn.Module):
         first_values: what new rows begin with: random, or others, as the learned row is when they are added.
         bag_tables: the tables on the bag path, whose owners send sums over bags.
         timeout_seconds: longest wait of a step for rows that are brought to the caches of tables on the host.
+        squares: whether `squares_looked_up` will be asked for after forward passes in training.
     """
 
     compute_kernel = DYNAMIC.value
@@ -92,16 +83,19 @@ class DynamicTables(nn.Module):
         bag_tables: Collection[str] = (),
         first_values: str = "random",
         timeout_seconds: float = 300.0,
+        squares: bool = False,
     ) -> None:
         super().__init__()
         self.cached = tables[0].cache_limit is not None
         assert all((table.cache_limit is not None) == self.cached for table in tables)
         self._timeout_seconds = timeout_seconds
         self._manager: HostManager | None = None
-        self._coming: deque[_Coming] = deque()
+        self._coming: deque[ComingIds] = deque()
         self._transport = transport
         self._asked: tuple[KeyedJaggedTensor, Tensor] | None = None  # by the pass before, for the second one
         self._second = False
+        self._keeps_squares = squares
+        self._squares: list[Tensor] = []  # of each path, in the last forward pass in training
         self.tables, self.expected_rows = list(tables), expected_rows
         self.groups = {group.name: group.dim for group in tables[0].groups}
         self.learns_steps = any(table.learns_steps for table in tables)
@@ -145,9 +139,10 @@ class DynamicTables(nn.Module):
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """ids: raw int64 ids, stride B. Returns group -> [B, fields, dim] float32; an empty bag gives zeros."""
-        coming = self._coming.popleft() if self._coming and self.training and not self._second else _Coming(ids)
+        coming = self._coming.popleft() if self._coming and self.training and not self._second else ComingIds(ids)
         assert coming.ids is ids, "another batch was prepared for this step"
         paths = []
+        self._squares = []
         if self.collection is not None:
             paths.append(self._sums_of_rows(self._on_row_path(ids), coming))
         if self.bags is not None:
@@ -171,7 +166,7 @@ class DynamicTables(nn.Module):
         the memory that the step will use.
         """
         assert self.training
-        coming = _Coming(ids)
+        coming = ComingIds(ids)
         if self.collection is not None:
             coming.asked = self._distinct(self._on_row_path(ids))
             coming.rows = IdsAhead(self.collection, coming.asked[0])
@@ -188,14 +183,14 @@ class DynamicTables(nn.Module):
             for _, sent in self._paths(coming):
                 sent.send()
 
-    def _bring(self, coming: _Coming, now: int) -> None:
+    def _bring(self, coming: ComingIds, now: int) -> None:
         if self._manager is None:
             self._manager = HostManager(coming.ids.values().device, self._timeout_seconds)
         for module, received in [(module, sent.send()) for module, sent in self._paths(coming)]:
             for kernel, features in module.received(received):
                 kernel.bring_ahead(features, now, self._manager)
 
-    def _paths(self, coming: _Coming) -> list[tuple[nn.Module, IdsAhead]]:
+    def _paths(self, coming: ComingIds) -> list[tuple[nn.Module, IdsAhead]]:
         paths = [(self.collection, coming.rows), (self.bags, coming.bags)]
         return [(module, sent) for module, sent in paths if sent is not None]
 
@@ -205,7 +200,7 @@ class DynamicTables(nn.Module):
     def _on_bag_path(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return _chosen(ids, self._bags_of_all) if self._row_fields else ids
 
-    def _sums_of_rows(self, ids: KeyedJaggedTensor, coming: _Coming) -> Sequence[Tensor]:
+    def _sums_of_rows(self, ids: KeyedJaggedTensor, coming: ComingIds) -> Sequence[Tensor]:
         """By group [B, fields, dim], of the fields whose tables answer with rows."""
         if not self._second:
             self._asked = coming.asked or self._distinct(ids)
@@ -214,13 +209,33 @@ class DynamicTables(nn.Module):
         if self.others is not None:
             of_tables = zip(rows.split(asked.length_per_key()), self._row_tables, strict=True)
             rows = torch.cat([self._with_others(answered, table) for answered, table in of_tables])
+        if self._keeps_squares and self.training:
+            self._squares.append((rows.square().sum(1) * asked.weights()).sum())
         return self._pool(rows, index, ids)
 
-    def _sums_of_owners(self, ids: KeyedJaggedTensor, coming: _Coming) -> Sequence[Tensor]:
+    def _sums_of_owners(self, ids: KeyedJaggedTensor, coming: ComingIds) -> Sequence[Tensor]:
         """By group [B, fields, dim], of the fields on the bag path."""
         answered = self.bags(self._mixed(ids)) if coming.bags is None else coming.bags.answer()
+        if self._keeps_squares and self.training:
+            self._squares += [self._squares_of_owner(kernel) for kernel in self.bags.kernels()]
         sums = [self._with_others(answered[name], table) for name, table in self._bags_of]
         return torch.stack(sums, 1).split(list(self.groups.values()), 2)
+
+    def _squares_of_owner(self, kernel: DynamicBagKernel) -> Tensor:
+        squares, missing = kernel.squares()
+        if self.others is not None:
+            others = self.others[self._bag_tables]
+            others = others.detach() if self._second else others
+            squares = squares + (others.square().sum(1) * missing).sum()
+        return squares
+
+    def squares_looked_up(self, embeddings: dict[str, Tensor]) -> Tensor:
+        """The squares of all rows, each as often as the batch looked it up, summed up: differentiable, what L2 per
+        look-up multiplies. `embeddings` are what the forward pass returned.
+
+        On the bag path a rank counts the rows that it owns, for all ranks, and divides by the number of ranks what the
+        row's gradient is divided by on its way there otherwise; so the sum over ranks is of use, not one rank's."""
+        return sum(self._squares)
 
     def _mixed(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return KeyedJaggedTensor(
@@ -298,10 +313,12 @@ class DynamicTables(nn.Module):
         self._second = True
         for kernel in self._kernels():
             kernel.phase = Pass.SECOND
-        yield
-        self._second = False
-        for kernel in self._kernels():
-            kernel.phase = Pass.ONLY
+        try:
+            yield
+        finally:
+            self._second = False
+            for kernel in self._kernels():
+                kernel.end_second_pass()
 
     def expire(self, now: int, everywhere: bool = False) -> None:
         """Give up rows not seen for their table's TTL; scans a part of each table, the next part the next time, or

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from torch import Tensor
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
 from torchrec.distributed.types import Awaitable
@@ -32,3 +35,13 @@ class IdsAhead:
     def answer(self) -> Awaitable:
         """What the module's forward pass returns."""
         return self._module.compute_and_output_dist(self._context, self.send())
+
+
+@dataclass
+class ComingIds:
+    """The ids of a batch, and what has been sent of them ahead of its step, if anything."""
+
+    ids: KeyedJaggedTensor
+    asked: tuple[KeyedJaggedTensor, Tensor] | None = None  # the distinct ones, and the place of each id among them
+    rows: IdsAhead | None = None  # of the row path and of the bag path
+    bags: IdsAhead | None = None

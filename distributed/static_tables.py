@@ -127,6 +127,10 @@ class StaticTables(nn.Module):
         for _, sent in self._coming:
             sent.send()
 
+    def squares_looked_up(self, embeddings: dict[str, Tensor]) -> Tensor:
+        """As that of `DynamicTables`, of features with one id a row: their embeddings are their rows."""
+        return sum(emb_bfd.square().sum() for emb_bfd in embeddings.values())
+
     def _to_rows(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return KeyedJaggedTensor(
             keys=ids.keys(),

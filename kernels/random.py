@@ -60,6 +60,12 @@ def lots(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:
     return reference.lots(reference.stream(seed, table, step), ids, dim)
 
 
+def row_keys(seed: int, table: int, ids: Tensor, step: int = 0) -> Tensor:
+    """row(id) of the formulas above, int64 [n]: what all numbers of an id are drawn from, itself fit to be an id."""
+    _check(ids, 1)
+    return reference.row_key(reference.stream(seed, table, step), ids)
+
+
 def _check(ids: Tensor, dim: int) -> None:
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise ValueError(f"ids: expected int64 [n], found {ids.dtype} {list(ids.shape)}")

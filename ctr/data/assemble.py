@@ -26,7 +26,7 @@ class Assembler:
     def batch(self, slices: list[Slice], size: int, position: int) -> Batch:
         """slices: what the rank delivers in this step, at most `size` rows. Returns a batch of `size` rows."""
         schema = self.schema
-        rows = sum([stop - first for _, first, stop in slices])
+        rows = sum([stop - first for _, first, stop, _ in slices])
         assert rows <= size, (rows, size)
         numeric = np.empty((size, len(schema.numeric_names)), np.float32)
         labels = np.empty((size, len(schema.labels)), np.float32)
@@ -34,21 +34,23 @@ class Assembler:
         group = np.zeros(size, np.int64) if schema.group else None
         time = np.zeros(size, np.int64) if schema.time else None
         number = np.full(size, -1) if self.numbered else None
+        place = np.zeros(size, np.int64)
         if slices:
+            np.concatenate([one.places for one in slices], out=place[:rows])
             # Side by side first and transposed as a whole: lane by lane the transposed pieces are small.
-            numeric[:rows] = np.concatenate([w.numeric[:, a:b] for w, a, b in slices], axis=1).T
+            numeric[:rows] = np.concatenate([w.numeric[:, a:b] for w, a, b, _ in slices], axis=1).T
             if len(slices[0].window.labels):
-                labels[:rows] = np.concatenate([w.labels[:, a:b] for w, a, b in slices], axis=1).T
+                labels[:rows] = np.concatenate([w.labels[:, a:b] for w, a, b, _ in slices], axis=1).T
             else:
                 labels[:rows] = 0
             if slices[0].window.weight is not None:
-                np.concatenate([w.weight[a:b] for w, a, b in slices], out=weight[:rows])
+                np.concatenate([w.weight[a:b] for w, a, b, _ in slices], out=weight[:rows])
             if schema.group:
-                np.concatenate([w.group[a:b] for w, a, b in slices], out=group[:rows])
+                np.concatenate([w.group[a:b] for w, a, b, _ in slices], out=group[:rows])
             if schema.time:
-                np.concatenate([w.time[a:b] for w, a, b in slices], out=time[:rows])
+                np.concatenate([w.time[a:b] for w, a, b, _ in slices], out=time[:rows])
             if self.numbered:
-                np.concatenate([w.number[a:b] for w, a, b in slices], out=number[:rows])
+                np.concatenate([w.number[a:b] for w, a, b, _ in slices], out=number[:rows])
         numeric[rows:] = labels[rows:] = 0
         weight[rows:] = 0
         return Batch(
@@ -61,6 +63,7 @@ class Assembler:
             rows=rows,
             position=position,
             number=None if number is None else torch.from_numpy(number),
+            place=torch.from_numpy(place),
         )
 
     def _parts(self) -> list[tuple[slice, slice | int]]:
@@ -125,12 +128,12 @@ class Assembler:
         """int64 [singles, rows], and bool of the same shape where any is null."""
         if not slices:
             return np.empty((self.singles, 0), np.int64), None
-        matrix = np.concatenate([w.ids[:, a:b] for w, a, b in slices], axis=1)
-        if all([w.present is None for w, _, _ in slices]):
+        matrix = np.concatenate([w.ids[:, a:b] for w, a, b, _ in slices], axis=1)
+        if all([w.present is None for w, _, _, _ in slices]):
             return matrix, None
         present = np.ones((self.singles, rows), bool)
         start = 0
-        for window, first, stop in slices:
+        for window, first, stop, _ in slices:
             if window.present is not None:
                 present[:, start : start + stop - first] = window.present[:, first:stop]
             start += stop - first
@@ -147,7 +150,7 @@ def _bag(slices: list[Slice], bag: int, lengths: np.ndarray) -> tuple[np.ndarray
     """Values and weights of one multi-valued feature; its lengths are written to `lengths` [size]."""
     values, weights = [], []
     start = 0
-    for window, first, stop in slices:
+    for window, first, stop, _ in slices:
         bags = window.bags[bag]
         offsets = bags.offsets[first : stop + 1]
         np.subtract(offsets[1:], offsets[:-1], out=lengths[start : start + stop - first], casting="same_kind")

@@ -31,6 +31,8 @@ class Batch(Pipelineable):
     # [B] int64, of the row in the data set (-1: padding), if the reader is asked for it. It stays on the host, where
     # what is kept by row number lies.
     number: Tensor | None = None
+    # [B] int64: where each row stands in the epoch's order, the same on any number of ranks (padding: 0).
+    place: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device=device, non_blocking=non_blocking))
@@ -39,7 +41,7 @@ class Batch(Pipelineable):
         return self._map(lambda t: t.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
-        for tensor in (self.numeric, self.ids, self.labels, self.weight, self.group, self.time):
+        for tensor in (self.numeric, self.ids, self.labels, self.weight, self.group, self.time, self.place):
             if tensor is not None:
                 tensor.record_stream(stream)
 
@@ -54,4 +56,5 @@ class Batch(Pipelineable):
             rows=self.rows,
             position=self.position,
             number=self.number,
+            place=None if self.place is None else move(self.place),
         )

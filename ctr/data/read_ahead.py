@@ -113,10 +113,13 @@ class ReadAhead:
                 until = min(last, lane.stop)
                 window = lane.window
                 first, end = row - lane.first, until - lane.first
+                # Lanes deliver in turn: row k of lane i is row k * lanes + i of the epoch.
+                places = np.arange(row, until) * self.reader.lanes + lane.number
                 if window.reasons is not None:
                     self._count(window.dropped(first, end))
+                    places = places[window.good(first, end)]
                     first, end = window.span(first, end)
-                slices.append(Slice(window, first, end))
+                slices.append(Slice(window, first, end, places))
                 row = until
         return slices
 

@@ -35,6 +35,10 @@ class Window:
         """Where the good ones of the scheduled rows [first, stop) lie in the arrays, if not all are good."""
         return int(self.good_before[first]), int(self.good_before[stop])
 
+    def good(self, first: int, stop: int) -> np.ndarray:
+        """Which of the scheduled rows [first, stop) are good, int64 counted from `first`, if not all are."""
+        return np.flatnonzero(self.reasons[first:stop] == GOOD)
+
     def dropped(self, first: int, stop: int) -> dict[str, int]:
         """How many of the scheduled rows [first, stop) were dropped, by reason, if not all are good."""
         counts = np.bincount(self.reasons[first:stop], minlength=len(REASONS))
@@ -54,11 +58,12 @@ class Window:
 
 
 class Slice(NamedTuple):
-    """The good rows [first, stop) of a window's arrays."""
+    """The good rows [first, stop) of a window's arrays. places: int64, where they stand in the epoch's order."""
 
     window: Window
     first: int
     stop: int
+    places: np.ndarray
 
 
 class Buffers:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctr.models.dropout import Dropout
 from ctr.models.layers import MLP, FieldEmbedding, in_pieces, linear, need_pairs
 from ctr.models.tower import Fields, Tower
 from embedding.errors import ConfigError
@@ -46,8 +47,8 @@ class AutoInt(Tower):
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("AutoInt", self.embed.count)
         widths = [embedding_dim] + [attention_dim] * (layers - 1)
-        self.interact = nn.Sequential(
-            *(InteractingLayer(width, attention_dim, heads, form, residual, attention_dropout) for width in widths)
+        self.interact = nn.ModuleList(
+            InteractingLayer(width, attention_dim, heads, form, residual, attention_dropout) for width in widths
         )
         raw = self.embed.inputs - self.embed.count * embedding_dim
         self.output = linear(self.embed.count * attention_dim + raw, 1)
@@ -55,10 +56,16 @@ class AutoInt(Tower):
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])
-        logit = self.output(self.embed.flat(numeric_bn, in_pieces(self.interact, emb_bfd)))
+        mixed_bfa = in_pieces(self._interacted, emb_bfd, self.interact[0].dropout.keys if self.training else None)
+        logit = self.output(self.embed.flat(numeric_bn, mixed_bfa))
         if self.mlp is not None:
             logit = logit + self.mlp(self.embed.flat(numeric_bn, emb_bfd))
         return logit.squeeze(1)
+
+    def _interacted(self, emb_bfd: Tensor, keys: Tensor | None = None) -> Tensor:
+        for layer in self.interact:
+            emb_bfd = layer(emb_bfd, keys)
+        return emb_bfd
 
 
 class InteractingLayer(nn.Module):
@@ -70,7 +77,8 @@ class InteractingLayer(nn.Module):
 
     def __init__(self, inputs: int, width: int, heads: int, form: str, residual: bool, dropout: float) -> None:
         super().__init__()
-        self.heads, self.code, self.dropout = heads, form == "code", dropout
+        self.heads, self.code = heads, form == "code"
+        self.dropout = Dropout(dropout, "model.attention_dropout")
         self.scale = (width // heads) ** -0.5 if self.code else 1.0
         # Query, key, value and residual in one product.
         self.project = nn.Linear(inputs, (4 if residual else 3) * width, bias=self.code)
@@ -81,29 +89,31 @@ class InteractingLayer(nn.Module):
             nn.init.zeros_(self.project.bias)
         self.width = width
 
-    def forward(self, emb_bfd: Tensor) -> Tensor:
-        """[B, F, inputs] -> [B, F, width]."""
+    def forward(self, emb_bfd: Tensor, keys: Tensor | None = None) -> Tensor:
+        """[B, F, inputs] -> [B, F, width]. keys: int64 [B], what each row's dropout is drawn by."""
         projected = self.project(emb_bfd)
         if self.code:
             projected = projected.relu()
-        mixed = self._attend_on_gpu(projected) if emb_bfd.is_cuda else self._attend_on_cpu(projected)
+        drops = self.training and self.dropout.p > 0
+        # The fused kernel of a GPU draws masks of its own.
+        fused = emb_bfd.is_cuda and not drops
+        mixed = self._attend_fused(projected) if fused else self._attend_by_head(projected, keys)
         return self.norm(mixed.relu())
 
-    def _attend_on_gpu(self, projected: Tensor) -> Tensor:
+    def _attend_fused(self, projected: Tensor) -> Tensor:
         query, key, value, *residual = projected.split(self.width, 2)
         by_head = [part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)]
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(*by_head, dropout_p=dropout, scale=self.scale).transpose(1, 2).flatten(2)
+        mixed = F.scaled_dot_product_attention(*by_head, scale=self.scale).transpose(1, 2).flatten(2)
         return mixed + residual[0] if residual else mixed
 
-    def _attend_on_cpu(self, projected: Tensor) -> Tensor:
+    def _attend_by_head(self, projected: Tensor, keys: Tensor | None) -> Tensor:
         """The same head by head: the CPU's fused kernel is slower over so few fields, in bfloat16 four times."""
         parts = projected.split(self.width // self.heads, 2)
         query, key, value, residual = (parts[i * self.heads : (i + 1) * self.heads] for i in range(4))
         mixed = []
         for head in range(self.heads):
             scores = torch.bmm(query[head], key[head].transpose(1, 2))
-            attention = F.dropout(torch.softmax(scores * self.scale, 2), self.dropout, self.training)
+            attention = self.dropout(torch.softmax(scores * self.scale, 2), keys, head)
             if residual:
                 mixed.append(torch.baddbmm(residual[head], attention, value[head]))
             else:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctr.models.batch_norm import BatchNorm
 from ctr.models.instantiate import instantiate
 from ctr.models.layers import FieldEmbedding, linear, need_pairs
 from ctr.models.tower import Fields, Tower
@@ -80,8 +81,10 @@ class Generation(nn.Module):
         self.convolutions, self.norms, self.recombinations = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         inputs = 1
         for outputs in channels:
-            self.convolutions.append(nn.Conv2d(inputs, outputs, (1, kernel), padding=(0, kernel // 2)))
-            self.norms.append(nn.BatchNorm2d(outputs) if batch_norm else nn.Identity())
+            self.convolutions.append(
+                nn.Conv2d(inputs, outputs, (1, kernel), padding=(0, kernel // 2), bias=not batch_norm)
+            )
+            self.norms.append(BatchNorm(outputs) if batch_norm else nn.Identity())
             fields = -(-fields // pool)
             self.recombinations.append(linear(fields * dim * outputs, fields * dim * recombined))
             self.count += fields * recombined
@@ -89,7 +92,8 @@ class Generation(nn.Module):
         self.convolutions.to(memory_format=torch.channels_last)  # as their gradients are, for data parallel's buckets
         for convolution in self.convolutions:
             nn.init.xavier_normal_(convolution.weight)
-            nn.init.zeros_(convolution.bias)
+            if convolution.bias is not None:
+                nn.init.zeros_(convolution.bias)
 
     def forward(self, emb_bfd: Tensor) -> Tensor:
         # An image of one channel, coordinates by fields, with the channels innermost in memory: there the CPU's

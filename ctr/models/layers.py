@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ctr.models.batch_norm import BatchNorm
+from ctr.models.dropout import Dropout
 from ctr.models.numeric import Raw, ScaledVectors
 from ctr.models.tower import Fields
 from embedding.errors import ConfigError
@@ -145,16 +147,16 @@ class MLP(nn.Sequential):
         batch_norm: bool = False,
         outputs: int | None = 1,
     ) -> None:
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"model.dropout is {dropout}; expected 0 or more and less than 1")
         layers: list[nn.Module] = []
         for width in hidden:
-            layers.append(linear(inputs, width))
+            # A norm takes a bias away again. What is left of its gradient is rounding, which differs between numbers
+            # of ranks and which Adam would turn into whole steps.
+            layers.append(linear(inputs, width, bias=not batch_norm))
             if batch_norm:
-                layers.append(nn.BatchNorm1d(width))
+                layers.append(BatchNorm(width))
             layers.append(nn.ReLU())
             if dropout:
-                layers.append(nn.Dropout(dropout))
+                layers.append(Dropout(dropout))
             inputs = width
         if outputs is not None:
             layers.append(linear(inputs, outputs))
@@ -162,15 +164,19 @@ class MLP(nn.Sequential):
         self.width = inputs if outputs is None else outputs
 
 
-def in_pieces(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """`function(rows)`, which treats every row alike, in pieces of the batch where that is faster.
+def in_pieces(function: Callable[..., Tensor], rows: Tensor, keys: Tensor | None = None) -> Tensor:
+    """`function(rows)`, which treats every row alike, in pieces of the batch where that is faster; `function(rows,
+    keys)` where each row has a key that it is drawn by.
 
     Whatever is made per pair of fields is far larger than a CPU's cache; a piece of it is not, and the products over
     a piece are still long enough. A GPU wants the whole batch.
     """
     if rows.is_cuda or torch.compiler.is_compiling():  # which would repeat the code for every piece
-        return function(rows)
-    return torch.cat([function(piece) for piece in rows.split(ROWS_AT_ONCE)])
+        return function(rows) if keys is None else function(rows, keys)
+    if keys is None:
+        return torch.cat([function(piece) for piece in rows.split(ROWS_AT_ONCE)])
+    pieces = zip(rows.split(ROWS_AT_ONCE), keys.split(ROWS_AT_ONCE), strict=True)
+    return torch.cat([function(piece, keys_of_piece) for piece, keys_of_piece in pieces])
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ctr.config import Config
 from ctr.data.batch import Batch
 from ctr.data.schema import Schema
+from ctr.models.batch_norm import BatchNorm
+from ctr.models.dropout import draw_masks, dropout_layers
 from ctr.models.instantiate import instantiate
 from ctr.models.tower import Fields, Tower
 from distributed.dynamic_tables import DynamicTables
@@ -32,21 +34,36 @@ from kernels.formats import PackedLayout, code_range, is_int
 
 
 class Network(nn.Module):
-    """Tables -> tower -> logit. With `amp` the tower runs in bfloat16; tables and logits stay float32."""
+    """Tables -> tower -> logit. With `amp` the tower runs in bfloat16; tables and logits stay float32.
 
-    def __init__(self, tables: Tables, tower: Tower, id_names: Sequence[str], amp: bool) -> None:
+    Attributes:
+        step: number of the training step, by which dropout draws its masks; set before the forward pass.
+    """
+
+    def __init__(self, tables: Tables, tower: Tower, id_names: Sequence[str], amp: bool, seed: int = 0) -> None:
         super().__init__()
         self.tables = tables
         self.tower = tower
         self.id_names = tuple(id_names)
         self.amp = amp
+        self.seed, self.step = seed, 0
+        self._dropout = dropout_layers(tower)
+        self._batch_norm = [module for module in tower.modules() if isinstance(module, BatchNorm)]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns logits [B] float32 and the looked-up embeddings, group -> [B, id fields, dim] float32."""
+        if self.training:
+            self._tell(batch)
         embeddings = self.tables(batch.ids)
         with torch.autocast(batch.numeric.device.type, torch.bfloat16, enabled=self.amp):
             logits = self.tower(batch.numeric, embeddings)
         return logits.float(), embeddings
+
+    def _tell(self, batch: Batch) -> None:
+        """Tell layers that treat rows differently which rows these are."""
+        draw_masks(self._dropout, self.seed, self.step, batch.place)
+        for norm in self._batch_norm:
+            norm.real_rows = batch.rows
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """All that the dense optimizer trains: the tower's and, by `embedding.others`, the tables' learned rows."""
@@ -99,6 +116,12 @@ def build_tables(config: Config, schema: Schema, tower: Tower) -> Tables:
             for group, dim in tower.embedding_dims.items()
         }
         seed = config.trainer.seed
+        bags = [feature.name for feature in schema.categorical if feature.kind in ("ids", "sequence")]
+        if embedding.l2 and bags:
+            raise ConfigError(
+                f"embedding.l2 is {embedding.l2}, which decays each row of a bag, and static tables give sums of bags "
+                f"alone (feature {bags[0]!r}); set embedding=dynamic or embedding.l2=0"
+            )
         return StaticTables(groups, schema.id_names, embedding.rows, optimizer, seed, schema.weighted, averaged)
     if embedding.kind == "dynamic":
         _check_exceptions(embedding.formats or {}, tower, schema)
@@ -118,6 +141,7 @@ def build_tables(config: Config, schema: Schema, tower: Tower) -> Tables:
             bag_tables=[t.name for t in tables if _on_bag_path(config, schema, t)],
             first_values=embedding.first_values,
             timeout_seconds=config.trainer.timeout_seconds,
+            squares=embedding.l2 > 0,
         )
     raise ConfigError(f"embedding.kind is {embedding.kind!r}; expected dynamic or static")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ctr.data.batch import Batch
+from ctr.models.batch_norm import BatchNorm
 from ctr.models.network import Network
 from embedding.errors import TesseraError
 
@@ -36,7 +37,8 @@ def _queue(finite: Tensor, message: str) -> None:
 def _first_culprit(network: Network, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> str:
     """Run the tower once more on the inputs that it had and name the first module that made a non-finite value.
 
-    The tower alone: looking the rows up again would need the other ranks.
+    The tower alone, with this rank's rows alone: looking rows up again, or taking the statistics of batch norm over
+    the global batch, would need the other ranks.
     """
     for group, emb_bfd in embeddings.items():
         if not emb_bfd.isfinite().all():
@@ -52,15 +54,22 @@ def _first_culprit(network: Network, numeric_bn: Tensor, embeddings: dict[str, T
         return hook
 
     handles = [module.register_forward_hook(watch(name or "tower")) for name, module in network.tower.named_modules()]
+    norms = [module for module in network.tower.modules() if isinstance(module, BatchNorm)]
+    for norm in norms:
+        norm.alone = True
     try:
         with torch.compiler.set_stance("force_eager"):  # a compiled tower calls no hooks of its modules
             network.tower(numeric_bn, embeddings)
     finally:
         for handle in handles:
             handle.remove()
+        for norm in norms:
+            norm.alone = False
     for name, parameter in network.tower.named_parameters():
         if not parameter.isfinite().all():
             return f"parameter {name!r} is not finite; module {name.rpartition('.')[0] or 'tower'!r}"
+    if norms and not culprits:
+        return "this rank's rows alone give none such; rows of another rank do, by the statistics of batch norm"
     return f"module {culprits[0]!r} made the first such value" if culprits else "the tower's outputs are finite"
 
 

@@ -138,6 +138,7 @@ class Trainer:
         batch, self.now, self.stopping = ready.on_device, ready.now, ready.stop
         learn_steps = self.steps_every is not None and self.step % self.steps_every == 0
         self.tables.begin_step(self.now, learn_steps)
+        network.step = self.step
         self.ready = self.get_next_ready()
         logits, embeddings = self.model(batch)
         self.send_next()
@@ -169,8 +170,10 @@ class Trainer:
             loss_sum = loss_sum + (self.distil.loss(logits, batch, count=False) if self.distil else 0.0)
             check_loss(loss_sum, network, batch, embeddings, self.step)
             watch_gradients(network, embeddings)
-            rows = list(embeddings.values())
-            torch.autograd.backward(rows, torch.autograd.grad((loss_sum + self.l2(embeddings)) * scale, rows))
+            pooled, l2 = list(embeddings.values()), self.l2(embeddings)
+            grads = list(torch.autograd.grad(loss_sum * scale, pooled))
+            decays = isinstance(l2, Tensor)
+            torch.autograd.backward(pooled + [l2 * scale] * decays, grads + [None] * decays)
 
     def get_ready(self, batch: Batch) -> ReadyBatch:
         """Agree on a batch, bring it to the device and, where steps overlap, begin to send its ids to their owners."""
@@ -217,9 +220,10 @@ class Trainer:
         return everyone[::3].sum().item(), int(everyone[1::3].max()), bool(everyone[2::3].any())
 
     def l2(self, embeddings: dict[str, Tensor]) -> Tensor | float:
-        """l2/2 times the squares of all looked-up embeddings: rows that the batch does not touch do not decay."""
+        """l2/2 times the squares of rows, summed over all look-ups of the batch, those of each id of a bag: rows that
+        the batch does not touch do not decay."""
         strength = self.config.embedding.l2
-        return 0.5 * strength * sum(emb.square().sum() for emb in embeddings.values()) if strength else 0.0
+        return 0.5 * strength * self.tables.squares_looked_up(embeddings) if strength else 0.0
 
     def state(self) -> dict[str, Any]:
         """What is saved in a state's description besides what `Checkpoints` knows of. Plain numbers and strings."""
@@ -313,7 +317,8 @@ def build_model(config: Config, schema: Schema, process: Process) -> tuple[Distr
     tower = build_tower(config, schema)
     if config.trainer.compile:
         tower.compile(mode=compiler_mode(config, process.device))
-    network = Network(build_tables(config, schema, tower), tower, schema.id_names, config.trainer.amp)
+    tables, trainer = build_tables(config, schema, tower), config.trainer
+    network = Network(tables, tower, schema.id_names, trainer.amp, trainer.seed)
     return shard(network, network.tables, process, -(-config.trainer.batch_size // process.world_size))
 
 

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from ctr.models.batch_norm import BatchNorm
+
 
 def scaled(module, x: Tensor) -> list[Tensor]:
     return [x[:, i : i + 1] * module.weight[i] for i in range(x.shape[1])]
@@ -65,10 +67,11 @@ def mlp(layers, a: Tensor) -> Tensor:
     for layer in layers:
         kind = type(layer).__name__
         if kind == "Linear":
-            a = torch.stack([(a * row).sum(1) for row in layer.weight], 1) + layer.bias
+            a = torch.stack([(a * row).sum(1) for row in layer.weight], 1)
+            a = a if layer.bias is None else a + layer.bias
         elif kind == "ReLU":
             a = torch.where(a > 0, a, torch.zeros_like(a))
-        elif kind == "BatchNorm1d":
+        elif kind == "BatchNorm":
             mean, variance = a.mean(0), ((a - a.mean(0)) ** 2).mean(0)
             a = (a - mean) / torch.sqrt(variance + layer.eps) * layer.weight + layer.bias
         else:
@@ -246,8 +249,9 @@ def fgcnn(t, x, emb):
     generation, dim = t.generate, t.embed.dim
     maps, new = [torch.stack(e, 1)], []  # one map [B, fields, D] per channel
     for conv, norm, recombine in zip(generation.convolutions, generation.norms, generation.recombinations, strict=True):
-        maps = [_convolve(conv.weight[c, :, 0], conv.bias[c], maps) for c in range(len(conv.weight))]
-        if isinstance(norm, torch.nn.BatchNorm2d):
+        biases = torch.zeros(len(conv.weight), dtype=conv.weight.dtype) if conv.bias is None else conv.bias
+        maps = [_convolve(conv.weight[c, :, 0], biases[c], maps) for c in range(len(conv.weight))]
+        if isinstance(norm, BatchNorm):
             maps = [
                 (m - m.mean()) / torch.sqrt(m.var(correction=0) + norm.eps) * norm.weight[c] + norm.bias[c]
                 for c, m in enumerate(maps)
