@@ -16,7 +16,7 @@ from ctr.metrics.exact import evaluate_predictions
 from ctr.report.report import write_report
 
 DAYS, FOLDER = "days.jsonl", "days"
-METRICS = ("auc", "logloss", "gauc", "normalized_entropy", "calibration", "pr_auc")
+METRICS = ("auc", "logloss", "gauc", "normalized_entropy", "calibration", "pr_auc", "observed_rate")
 COUNTS = ("rows", "positives")
 TABLES = ("rows", "bytes", "new", "expired")
 TRAINED, HELD, SKIPPED = "trained", "held", "skipped"

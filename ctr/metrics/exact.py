@@ -121,8 +121,8 @@ def evaluate_predictions(prediction, label, weight=None, group=None) -> dict[str
     """All metrics of a split.
 
     Returns:
-        auc, logloss, gauc, normalized_entropy, calibration, pr_auc, expected_calibration_error: float, or
-        None where undefined; rows, positives: counts of rows of positive weight; groups: counts of
+        auc, logloss, gauc, normalized_entropy, calibration, pr_auc, expected_calibration_error, observed_rate: float,
+        or None where undefined; rows, positives: counts of rows of positive weight; groups: counts of
         `GroupAuc`, or None without a group column; undefined: why, for each metric that is None.
     """
     rows = check_rows(prediction, label, weight, group)
@@ -139,6 +139,7 @@ def summarise(table: ScoreTable, groups: GroupAuc | None) -> dict[str, Any]:
         "calibration": table.calibration(),
         "pr_auc": table.pr_auc(),
         "expected_calibration_error": table.expected_calibration_error(),
+        "observed_rate": table.observed_rate(),
         "rows": int(table.rows.sum()),
         "positives": table.positive_rows,
         "groups": groups.counts() if groups else None,

@@ -27,13 +27,15 @@ class Rows:
 class CalibrationBins:
     """Bins of about equal weight, by ascending prediction. Equal predictions share a bin; no bin is empty.
 
-    mean_prediction, observed, weight: float64 [bins]; rows: int64 [bins].
+    mean_prediction, observed, weight: float64 [bins]; rows: int64 [bins]. effective_rows: float64 [bins], of how many
+    rows of equal weight the bin's rates are as sure (Kish): (sum of weights)^2 / sum of squared weights.
     """
 
     mean_prediction: np.ndarray
     observed: np.ndarray
     weight: np.ndarray
     rows: np.ndarray
+    effective_rows: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,13 @@ class ScoreTable:
     Ties are resolved once, here: every metric is a sum over this table and so does not depend on the order of
     rows (but for the rounding of fractional weights).
 
-    score: floating [distinct]; positive, negative: float64 [distinct]; rows: int64 [distinct].
+    score: floating [distinct]; positive, negative, squared_weight: float64 [distinct]; rows: int64 [distinct].
     """
 
     score: np.ndarray
     positive: np.ndarray
     negative: np.ndarray
+    squared_weight: np.ndarray
     rows: np.ndarray
     positive_rows: int
 
@@ -99,6 +102,10 @@ class ScoreTable:
             return None
         return self.logloss() / entropy(self.positive_weight, self.negative_weight)
 
+    def observed_rate(self) -> float | None:
+        total = self.positive_weight + self.negative_weight
+        return self.positive_weight / total if total else None
+
     def calibration(self) -> float | None:
         if not self.positive_weight > 0:
             return None
@@ -122,7 +129,7 @@ class ScoreTable:
         def total(values: np.ndarray) -> np.ndarray:
             return np.bincount(bin_of_score, weights=values, minlength=bins)
 
-        weights, rows = total(weight), total(self.rows)
+        weights, rows, squares = total(weight), total(self.rows), total(self.squared_weight)
         filled = weights > 0
         weights = weights[filled]
         return CalibrationBins(
@@ -130,6 +137,7 @@ class ScoreTable:
             observed=total(self.positive)[filled] / weights,
             weight=weights,
             rows=rows[filled].astype(np.int64),
+            effective_rows=weights * (weights / squares[filled]),
         )
 
 
@@ -187,15 +195,17 @@ def score_table(rows: Rows) -> ScoreTable:
     if rows.weight is None:
         all_weight = np.diff(starts, append=len(score)).astype(np.float64)
         positive_weight = sum_runs(positive, starts)
-        negative_weight = all_weight - positive_weight
+        negative_weight, squares = all_weight - positive_weight, all_weight
     else:
         weight = rows.weight[order]
         positive_weight = sum_runs(weight * positive, starts)
         negative_weight = sum_runs(weight * ~positive, starts)
+        squares = sum_runs(np.square(weight, dtype=np.float64), starts)
     return ScoreTable(
         score=score[starts],
         positive=positive_weight,
         negative=negative_weight,
+        squared_weight=squares,
         rows=np.diff(starts, append=len(score)),
         positive_rows=int(np.count_nonzero(rows.positive)),
     )

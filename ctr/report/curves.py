@@ -71,8 +71,8 @@ def thin_series(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> Curve:
 
 
 def wilson_interval(bins: CalibrationBins) -> tuple[np.ndarray, np.ndarray]:
-    """95% interval of each bin's observed rate, from its number of rows."""
-    z, rows, rate = 1.96, bins.rows, bins.observed
+    """95% interval of each bin's observed rate, from the number of rows of equal weight that would be as sure."""
+    z, rows, rate = 1.96, bins.effective_rows, bins.observed
     centre = (rate + z * z / (2 * rows)) / (1 + z * z / rows)
     half = z / (1 + z * z / rows) * np.sqrt(rate * (1 - rate) / rows + (z / (2 * rows)) ** 2)
     return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)

@@ -143,10 +143,12 @@ def _ids_plot(days: Days) -> Plot | None:
 
 
 def _rows_plot(days: Days) -> Plot | None:
-    rows, positives = column(days, "rows"), column(days, "positives")
+    rows = column(days, "rows")
     if not np.isfinite(rows).any():
         return None
-    values = {"rows": rows, "observed rate": positives / np.where(rows > 0, rows, np.nan)}
+    values = {"rows": rows}
+    rate = column(days, "observed_rate")
+    values |= {"observed rate": rate} if np.isfinite(rate).any() else {}
     share = column(days, "new", "rows") / np.where(rows > 0, rows, np.nan)
     values |= {"rows with new ids": share} if np.isfinite(share).any() else {}
     with canvas(2, 2.9) as (figure, [axes, below]):
@@ -157,8 +159,11 @@ def _rows_plot(days: Days) -> Plot | None:
         below.set_ylim(0, None)
         below.yaxis.set_major_locator(MaxNLocator(4))
         below.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-        finish_days(below, days, "share of rows")
-    caption = "Rows of each day, the share with label 1, and the share with an id that the tables did not know."
+        finish_days(below, days, "share")
+    caption = (
+        "Rows of each day, the share of label 1 by weight, and the share of rows with an id that the tables did not "
+        "know."
+    )
     return _plot(days, "day-rows", "Rows", caption, figure, f"last {_last(rows):,.0f} rows", values)
 
 

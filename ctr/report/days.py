@@ -7,6 +7,7 @@ known which day comes next.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from markupsafe import Markup
 from ctr.data.errors import DataError
 from ctr.report import about
 from ctr.report.day_plots import operation_plots, quality_plots
-from ctr.report.definitions import DEFINITIONS, number
+from ctr.report.definitions import DEFINITIONS, number, percent
 from ctr.report.files import json_text, write_text
 from ctr.report.page import Card, render, versions_table
 from ctr.report.plot import Table, json_points
@@ -180,13 +181,12 @@ def _quality_table(days: list[dict[str, Any]], linked: set[str]) -> Table:
     head = ["day", "status", "rows", "observed rate", "AUC", "logloss", "normalized entropy", "calibration", "GAUC"]
     rows = []
     for day in reversed(days):
-        rate = day["positives"] / day["rows"] if day.get("rows") and day.get("positives") is not None else None
-        cells = [_status(day), _count(day.get("rows")), "–" if rate is None else f"{rate:.2%}"]
         keys = ("auc", "logloss", "normalized_entropy", "calibration", "gauc")
-        cells += [_number(day.get(key)) for key in keys]
+        cells = [_status(day), _count(day.get("rows")), _measured(day, "observed_rate", percent)]
+        cells += [_measured(day, key, number) for key in keys]
         parts = [day.get(part) or {} for part in ("known", "new")]
         new = parts[1].get("rows")
-        cells += [_number(part.get("auc")) for part in parts]
+        cells += [_measured(part, "auc", number) for part in parts]
         cells += ["–" if new is None or not day.get("rows") else f"{new / day['rows']:.1%}"]
         rows.append([_name(day, linked), *cells])
     return Table([*head, "AUC, known ids", "AUC, new ids", "rows with new ids"], rows)
@@ -215,8 +215,11 @@ def _status(day: dict[str, Any]) -> str:
     return status if status == "trained" else Markup('<strong class="{0}">{0}</strong>').format(status)
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def _measured(part: dict[str, Any], key: str, shown: Callable[[float | None], str]) -> str:
+    """A metric of scored rows, "undefined" where they give none; a dash where nothing was scored or told."""
+    if part.get("rows") is None or key not in part:
+        return "–"
+    return shown(part[key])
 
 
 def _count(value: float | None) -> str:

@@ -74,6 +74,14 @@ DEFINITIONS = (
         "lower is better",
         "no rows",
     ),
+    Definition(
+        "observed_rate",
+        "Observed rate",
+        "Share of label 1, by weight.",
+        "Σ wy ⁄ Σ w",
+        "",
+        "no rows",
+    ),
     Definition("rows", "Rows", "Scored rows of positive weight.", "Σ [w > 0]", "", "never"),
     Definition("positives", "Positives", "Rows with label 1.", "Σ [w > 0] y", "", "never"),
 )
@@ -84,3 +92,8 @@ def number(value: float | int | None) -> str:
     if value is None:
         return "undefined"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def percent(value: float | None) -> str:
+    """A rate with two digits behind the point."""
+    return "undefined" if value is None else f"{value:.2%}"

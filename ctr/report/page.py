@@ -112,8 +112,6 @@ def _card(definition: Definition, metrics: dict[str, Any], ceiling: dict[str, fl
         detail = f"best possible {ceiling[key]:.4f} ({value - ceiling[key]:+.4f})".replace("-", "−")
     elif key == "gauc":
         detail = f"{metrics['groups']['scored']:,} of {metrics['groups']['total']:,} groups have both classes"
-    elif key == "positives" and metrics["rows"]:
-        detail = f"{value / metrics['rows']:.2%} of rows"
     return Card.of(definition, number(value), detail)
 
 

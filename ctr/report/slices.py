@@ -14,7 +14,7 @@ import pyarrow as pa
 from ctr.data.errors import DataError
 from ctr.metrics.exact import group_auc, summarise
 from ctr.metrics.score_table import Rows, run_starts, score_table
-from ctr.report.definitions import number
+from ctr.report.definitions import number, percent
 from ctr.report.plot import Table
 from ctr.report.predictions import NEW_IDS, SLICE, read_column, slice_field
 
@@ -52,10 +52,10 @@ class Slices:
 
     def table(self) -> Table:
         grouped = any(one["gauc"] is not None for _, one in self.parts)
-        head = ["rows", "share", "observed rate", *(title for _, title in METRICS[: 4 + grouped])]
+        head = ["rows", "share of rows", "observed rate", *(title for _, title in METRICS[: 4 + grouped])]
         rows = []
         for name, one in self.parts:
-            rate = f"{one['positives'] / one['rows']:.2%}" if one["rows"] else "–"
+            rate = percent(one["observed_rate"])
             cells = [f"{one['rows']:,}", f"{one['rows'] / max(1, self.rows):.1%}", rate]
             rows.append([name, *cells, *(number(one[key]) for key, _ in METRICS[: 4 + grouped])])
         return Table(["slice", *head], rows)

@@ -14,7 +14,15 @@ from ctr.data.errors import DataError
 from ctr.metrics import exact
 from ctr.metrics.score_table import check_rows, cumsum_runs, score_table
 
-METRICS = ("auc", "logloss", "normalized_entropy", "calibration", "pr_auc", "expected_calibration_error")
+METRICS = (
+    "auc",
+    "logloss",
+    "normalized_entropy",
+    "calibration",
+    "pr_auc",
+    "expected_calibration_error",
+    "observed_rate",
+)
 
 
 def rows(seed, count=3000, ties=False, weighted=True, dtype=np.float32):
@@ -215,7 +223,7 @@ def test_calibration_bins_hold_every_row_once_and_part_no_tie():
 @pytest.mark.parametrize("label, defined", [(1, {"logloss", "calibration"}), (0, {"logloss"})])
 def test_one_class_is_undefined_not_a_number_made_up(label, defined):
     result = exact.evaluate_predictions(np.float32([0.2, 0.6]), [label] * 2, None, [1, 1])
-    defined = defined | {"expected_calibration_error"}
+    defined = defined | {"expected_calibration_error", "observed_rate"}
     for name in METRICS:
         assert (result[name] is not None) == (name in defined), name
     assert result["gauc"] is None and result["groups"]["scored"] == 0 and result["groups"]["total"] == 1

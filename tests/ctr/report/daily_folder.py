@@ -13,7 +13,7 @@ from ctr.metrics.exact import evaluate_predictions
 from ctr.report.report import write_report
 from tests.ctr.report.run_folder import CONFIG, PLAN, write_predictions
 
-METRICS = ("auc", "logloss", "gauc", "normalized_entropy", "calibration", "pr_auc")
+METRICS = ("auc", "logloss", "gauc", "normalized_entropy", "calibration", "pr_auc", "observed_rate")
 HELD, SKIPPED = 8, 11
 
 
