@@ -72,7 +72,7 @@ def test_a_run_over_days_keeps_what_it_promises(whole):
     assert [line["published"] for line in lines] == ["full", "delta", "delta", "full", "delta"]
     assert [line["step"] for line in lines] == [12, 24, 36, 48, 60]  # 6 batches, twice
     expected = {"partition", "status", "reason", "fingerprint", "rows", "positives", "auc", "logloss", "gauc",
-                "normalized_entropy", "calibration", "pr_auc", "known", "new", "tables", "samples_per_second",
+                "normalized_entropy", "calibration", "pr_auc", "observed_rate", "known", "new", "tables",
                 "evaluate_seconds", "train_seconds", "published", "published_bytes", "step"}  # fmt: skip
     for line in lines:
         assert line.keys() == expected
