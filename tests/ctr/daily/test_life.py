@@ -73,7 +73,8 @@ def test_a_run_over_days_keeps_what_it_promises(whole):
     assert [line["step"] for line in lines] == [12, 24, 36, 48, 60]  # 6 batches, twice
     expected = {"partition", "status", "reason", "fingerprint", "rows", "positives", "auc", "logloss", "gauc",
                 "normalized_entropy", "calibration", "pr_auc", "observed_rate", "known", "new", "tables",
-                "evaluate_seconds", "train_seconds", "published", "published_bytes", "step"}  # fmt: skip
+                "samples_per_second", "evaluate_seconds", "train_seconds", "published", "published_bytes",
+                "step"}  # fmt: skip
     for line in lines:
         assert line.keys() == expected
         assert line["rows"] == line["new"]["rows"] == ROWS  # every row has an id of its own
