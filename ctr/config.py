@@ -15,27 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ctr.config_checks import check
 from ctr.daily.config import DailyConfig
-from ctr.data.schema import SchemaConfig
+from ctr.data.config import DataConfig
 from ctr.overrides import compose_overrides
 from ctr.train.distil import DistilConfig
 from embedding.errors import ConfigError
-
-
-@dataclass
-class DataConfig:
-    """conf/data/*.yaml. `path` is a folder or URI; `train`, `valid`, `test` lie below it (null: no such split)."""
-
-    name: str = MISSING
-    path: str = MISSING
-    train: str | None = "train"
-    valid: str | None = "valid"
-    test: str | None = "test"
-    days: list[str] | None = None
-    lanes: int = 16
-    window_rows: int = 32768
-    threads: int = 1
-    bad_rows: str = "raise"
-    schema: SchemaConfig = field(default_factory=SchemaConfig)
 
 
 @dataclass

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from ctr.daily.config import check_daily
+from ctr.data.config import check_splits
 from embedding.errors import ConfigError
 from kernels.formats import FORMATS, ROUNDINGS
 
@@ -61,6 +62,7 @@ def check(config: Config) -> None:
         raise ConfigError("trainer.cuda_graphs is true; expected trainer.compile true, as the compiler records them")
     if trainer.resume is not None and trainer.run_dir is None:
         raise ConfigError("trainer.resume is set but trainer.run_dir is null; name the folder of the run to go on with")
+    check_splits(config.data)
     check_daily(config.daily)
     _check_incremental(config)
     if trainer.early_stop.metric not in ("auc", "logloss"):

@@ -76,6 +76,10 @@ def _ready(override: str, keys: dict[str, Any], groups: set[str], known: set[str
     annotation = keys.get(key)
     if annotation is None and key.startswith("embedding.formats."):
         annotation = str
+    if key.startswith("data.days.") and key not in keys:
+        annotation = Any
+    if is_dataclass(annotation) and key not in groups and value[:1] != "{":
+        raise ConfigError(f"{key} is {value} and holds several keys; expected one such as {_first(key, keys)}={value}")
     if annotation is not None and key not in groups:
         return f"++{key}={_value(key, value, _types(annotation))}"
     if key in groups:
@@ -87,6 +91,10 @@ def _ready(override: str, keys: dict[str, Any], groups: set[str], known: set[str
     if key.startswith(FREE):
         hint += f" (+{key}=... gives the key to a model whose yaml does not name it)"
     raise ConfigError(f"unknown key {key!r} in override {override!r}{hint}")
+
+
+def _first(group: str, keys: dict[str, Any]) -> str:
+    return next(key for key in keys if key.startswith(f"{group}."))
 
 
 def _types(annotation: Any) -> set[Any]:

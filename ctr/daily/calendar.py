@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -17,17 +16,19 @@ from ctr.daily.partitions import (
     Partition,
     PartitionError,
     check_content,
-    check_key,
     find_partitions,
     fingerprint,
     is_last,
     order,
     period_of,
 )
+from ctr.data.day_folders import DayFolders, check_key, time_of
+from ctr.data.visible import STAGING
 from distributed.first_rank import on_first_rank
 from distributed.process import Process, Stopped
 from embedding.errors import ConfigError
 
+LOOK_BACK = timedelta(days=8)
 SLICE_SECONDS = 1.0  # of a wait: so soon all ranks know that one of them was asked to stop
 
 
@@ -60,6 +61,7 @@ def for_days(config: Config) -> Config:
 class Calendar:
     def __init__(self, config: Config, process: Process, say: Callable[[str], None]) -> None:
         self._config, self._daily, self._process, self._say = config, config.daily, process, say
+        self._folders = DayFolders.of(config.data.partition)
         self._fingerprints: dict[str, str] = {}
 
     def due(self, records: Sequence[Mapping[str, Any]]) -> Iterator[Due]:
@@ -72,25 +74,58 @@ class Calendar:
             Stopped: a rank was asked to stop while all were waiting.
         """
         while True:
-            found = on_first_rank(self._process, lambda: self._look(records))
+            found, unfinished, stops = on_first_rank(self._process, lambda: self._look(records))
             yield from found
             newest = records[-1]["partition"] if records else None
             if is_last(newest, self._daily.last, self._period([newest or ""])):
                 return
             if not self._daily.watch:
-                self._check_end(newest)
+                self._check_end(newest, unfinished, stops)
                 return
             if not self._wait(records):
                 return
 
-    def _look(self, records: Sequence[Mapping[str, Any]]) -> list[Due]:
-        daily, root = self._daily, self._config.data.path
+    def _look(self, records: Sequence[Mapping[str, Any]]) -> tuple[list[Due], str | None, bool]:
+        """What is due up to the first partition that is not complete; a line about that one, and whether it stops
+        the job, as others behind it are complete."""
+        daily = self._daily
         done = [record["partition"] for record in records]
-        found = find_partitions(root, daily.first, daily.last)
-        if daily.watch:  # those behind the first that is still being written have to wait for it
-            ready = {partition.key for partition in find_partitions(root, daily.first, daily.last, daily.marker)}
-            ready.update(done, daily.skip)
-            found = list(takewhile(lambda partition: partition.key in ready, found))
+        every = find_partitions(self._config.data.path, daily.first, daily.last, self._folders, daily.marker)
+        unfinished = self._first_unfinished(every, {*done, *daily.skip})
+        found = every if unfinished is None else every[: every.index(unfinished)]
+        due = self._due(found, records, done)
+        if unfinished is None:
+            return due, None, False
+        behind = [one for one in every[len(found) + 1 :] if one.marked and not one.written and one.key not in done]
+        return due, self._line_about(unfinished), bool(behind)
+
+    def _first_unfinished(self, found: list[Partition], passed: set[str]) -> Partition | None:
+        """The first partition that a job is still writing, or that has no marker where others have one or where
+        the marker is what is waited for."""
+        todo = [partition for partition in found if partition.key not in passed]
+        if not todo:
+            return None
+        asks = self._daily.watch or any(partition.marked for partition in found + self._before(todo[0].key))
+        return next((one for one in todo if one.written or (asks and not one.marked)), None)
+
+    def _before(self, key: str) -> list[Partition]:
+        """The partitions of some days before one, also those that daily.from leaves out: they show whether writers of
+        this data set leave markers."""
+        begin = (time_of(key) - LOOK_BACK).strftime("%Y-%m-%d")
+        return find_partitions(self._config.data.path, begin, key, self._folders, self._daily.marker)
+
+    def _line_about(self, unfinished: Partition) -> str:
+        marker, key = self._daily.marker, unfinished.key
+        line = f"{unfinished.path} is not complete and not trained: "
+        if unfinished.written:
+            line += f"a job writes below its {STAGING}, or was killed; start again when it has ended"
+        else:
+            line += f"it holds no {marker}, and others do; start again when it is there, or put an empty file {marker} "
+            line += "into it if it is complete (daily.marker=null: none is needed)"
+        return f"{line}; daily.skip=[{key}] passes it over"
+
+    def _due(self, found: Sequence[Partition], records: Sequence[Mapping[str, Any]], done: list[str]) -> list[Due]:
+        daily = self._daily
         ordered = order(found, done, daily.skip, self._period(partition.key for partition in found))
         for partition in found:
             if partition.key not in daily.skip:
@@ -113,12 +148,17 @@ class Calendar:
     def _fingerprint(self, partition: Partition) -> str:
         """Of one process's life: what is looked at again while it waits are the new ones."""
         if partition.key not in self._fingerprints:
-            self._fingerprints[partition.key] = fingerprint(partition)
+            self._fingerprints[partition.key] = fingerprint(partition, self._daily.marker)
         return self._fingerprints[partition.key]
 
-    def _check_end(self, newest: str | None) -> None:
+    def _check_end(self, newest: str | None, unfinished: str | None, stops: bool) -> None:
         daily = self._daily
-        where = f"{self._config.data.path}: found no partition day=YYYY-MM-DD"
+        if unfinished is not None:
+            if newest is None or daily.last is not None or stops:
+                raise PartitionError(unfinished)
+            self._say(f"warning: {unfinished}")
+            return
+        where = f"{self._config.data.path}: found no partition {self._folders}"
         if newest is None:
             raise PartitionError(f"{where} from {daily.first or 'any day'} to {daily.last or 'any day'}")
         if daily.last is not None:
@@ -132,7 +172,7 @@ class Calendar:
             self._sleep(daily.poll_seconds)
             found = on_first_rank(
                 self._process,
-                lambda: (bool(self._look(records)), time.monotonic() - began),  # one clock for all
+                lambda: (bool(self._look(records)[0]), time.monotonic() - began),  # one clock for all
             )
             if found[0]:
                 return True

@@ -39,7 +39,7 @@ class DailyConfig:
     full_every: int = 7
     report: bool = True
     watch: bool = False
-    marker: str = "_SUCCESS"
+    marker: str | None = "_SUCCESS"
     poll_seconds: float = 60.0
     wait_seconds: float | None = None
     guard: DailyGuardConfig = field(default_factory=DailyGuardConfig)

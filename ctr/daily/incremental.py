@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from ctr.daily.partitions import folder_of
+from ctr.daily.partitions import sources_of
 from ctr.daily.records import TRAINED, day_dir
 from ctr.data.reservoir import add_to_reservoir
 from ctr.train.teacher_logits import read_logits, score_teacher
@@ -70,9 +70,9 @@ class Incremental:
             have = max((i for i, file in enumerate(files) if file.exists()), default=-1)
             for i in range(have + 1, len(files)):
                 key = trained[i]["partition"]
-                path, before = folder_of(daily.config.data.path, key), files[i - 1] if i else None
+                before = files[i - 1] if i else None
                 size, seed = daily.config.daily.replay_rows, daily.config.trainer.seed
-                add_to_reservoir(before, path, key, daily.schema, size, seed, files[i])
+                add_to_reservoir(before, sources_of(daily.config, [key]), key, daily.schema, size, seed, files[i])
             for file in files[: -daily.config.daily.keep_days - 1]:
                 file.unlink(missing_ok=True)
 

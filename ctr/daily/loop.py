@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ctr.daily.calendar import Calendar, Due, any_asked_to_stop
 from ctr.daily.guard import out_of_band
 from ctr.daily.incremental import Incremental
-from ctr.daily.partitions import PartitionError, folder_of
+from ctr.daily.partitions import PartitionError, sources_of
 from ctr.daily.publish import Publisher, point
 from ctr.daily.records import (
     COUNTS,
@@ -298,11 +298,11 @@ class Daily(Trainer):
     def _open(self, key: str) -> None:
         """Readers of a partition: for evaluation in the order of the files, for training shuffled, and with method
         window also over the trained ones before it."""
-        root, daily, keys = self.config.data.path, self.config.daily, [key]
+        daily, keys = self.config.daily, [key]
         if daily.method == "window":
             trained = [record["partition"] for record in self.records if record["status"] == TRAINED]
             keys = [*trained[max(0, len(trained) - daily.window_days + 1) :], key]
-        paths = [folder_of(root, one) for one in keys]
+        paths = sources_of(self.config, keys)
         replay = self.config.trainer.replay.path
         if daily.replay_rows is not None:
             replay = self.incremental.sample_of_history()
@@ -310,6 +310,7 @@ class Daily(Trainer):
             "train": open_reader(self.config, self.schema, self.process, paths, training=True, replay=replay),
             "day": open_reader(self.config, self.schema, self.process, paths[-1], training=False),
         }
+        self.log.passed_over(self.readers)
 
     def _start_anew(self) -> None:
         """Method window: the model as it was before the first step."""

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import re
-import struct
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-import pyarrow as pa
-import pyarrow.fs
-
+from ctr.config import Config
+from ctr.data.day_folders import DayFolders, hour_of, is_inside, time_of
 from ctr.data.errors import DataError
-from ctr.data.files import DataFile, list_files, one_line
 from ctr.data.footers import THREADS
+from ctr.data.listing import MARKER, Listing, list_files
+from ctr.data.seals import read_seal
+from ctr.data.visible import STAGING, Entry, entries_below, holds_no_rows, refuse_half_written
 from distributed.locations import filesystem_of, joined
-from embedding.errors import ConfigError
-
-DAY = re.compile(r"day=(\d{4}-\d\d-\d\d)")
-HOUR = re.compile(r"hour=(\d\d)")
-KEY = re.compile(r"\d{4}-\d\d-\d\d(T\d\d)?")
-PARQUET_END = b"PAR1"
-SMALL_BYTES = 1 << 20
 
 
 class PartitionError(DataError):
@@ -32,126 +24,147 @@ class PartitionError(DataError):
 
 @dataclass(frozen=True)
 class Partition:
-    """One day or hour. key: 2026-01-01 or 2026-01-01T05; path: its folder or URI."""
+    """One day or hour. key: 2026-01-01 or 2026-01-01T05; path: its folder or URI; marked: its marker is there, or
+    none is asked for; written: a job is still writing it, or was killed."""
 
     key: str
     path: str
+    marked: bool = True
+    written: bool = False
+
+    @property
+    def source(self) -> str | Listing:
+        """What `list_files` lists."""
+        return self.path
 
     @property
     def time(self) -> datetime:
         return time_of(self.key)
 
 
-def time_of(key: str) -> datetime:
-    return datetime.strptime(key, "%Y-%m-%dT%H" if "T" in key else "%Y-%m-%d")
-
-
-def check_key(key: str, name: str) -> str:
-    """Raises ConfigError, naming the configuration's key, for what is neither a date nor an hour."""
-    try:
-        if KEY.fullmatch(key) and time_of(key):
-            return key
-    except ValueError:
-        pass
-    raise ConfigError(f"{name} is {key!r}; expected a day as 2026-01-31 or an hour as 2026-01-31T05")
-
-
-def find_partitions(root: str, first: str | None, last: str | None, marker: str | None = None) -> list[Partition]:
+def find_partitions(
+    root: str,
+    first: str | None,
+    last: str | None,
+    folders: DayFolders = DayFolders(),  # noqa: B008
+    marker: str | None = MARKER,
+) -> list[Partition]:
     """The partitions below a folder or URI from `first` to `last` (a day includes its hours), in order of time.
 
-    marker: leave out partitions without a file of this name.
+    folders: how they are called. marker: the file that a complete one holds; None: all are complete.
 
     Raises:
-        DataError: the folder cannot be listed. PartitionError: a day that has hours and files of its own.
+        DataError: the folder cannot be listed. PartitionError, naming it: an entry that is neither a partition nor
+        surely without rows, a partition that is there twice, a day that has hours and files of its own.
     """
-    filesystem, location = filesystem_of(root)
-    found = []
-    for day, names in _days(filesystem, location, root).items():
-        if _inside(day, first, last):
-            found += _partitions(filesystem, f"{location.rstrip('/')}/{names}", joined(root, names), day, marker)
-    return sorted((p for p in found if _inside(p.key, first, last)), key=lambda p: p.key)
+    found: dict[str, Partition] = {}
+    for key, path, entries in _days(root, folders, first, last):
+        for partition in _partitions(key, path, entries, folders, marker):
+            twin = found.setdefault(partition.key, partition)
+            if twin is not partition:
+                raise PartitionError(f"{partition.path}: is {partition.key}, and so is {twin.path}; expected it once")
+    return sorted((p for p in found.values() if is_inside(p.key, first, last)), key=lambda p: p.key)
 
 
-def _inside(key: str, first: str | None, last: str | None) -> bool:
-    """A day is inside if some of its hours may be."""
-    after = first is None or key >= first[: len(key)]
-    return after and (last is None or key[: len(last)] <= last)
+def _days(
+    root: str, folders: DayFolders, first: str | None, last: str | None
+) -> Iterator[tuple[str, str, list[Entry]]]:
+    """Key, path and entries of each day's folder, or of each hour's where the format has hours."""
+    level = [(root, [])]
+    for depth in range(folders.depth):
+        below = []
+        for path, names in level:
+            entries = _entries(path)
+            refuse_half_written(path, entries, MARKER)
+            for entry in _visible(entries):
+                name = entry.parts[-1]
+                if entry.kind == "folder" and folders.values_of(depth, name) is not None:
+                    below.append((joined(path, name), [*names, name]))
+                else:
+                    hint = f"{folders.hint([name])}; else "
+                    _refuse_stray(path, entry, f"is no folder {folders} (data.partition)", hint)
+        level = below
+    for path, names in level:
+        key = folders.key_of(names)
+        if key is None:
+            raise PartitionError(f"{path}: its name is no date; expected {folders} (data.partition)")
+        if is_inside(key, first, last):
+            yield key, path, _entries(path)
 
 
-def _days(filesystem: pa.fs.FileSystem, location: str, root: str) -> dict[str, str]:
-    found = {}
-    for name, is_folder in _list(filesystem, location, root):
-        match = DAY.fullmatch(name)
-        if match and is_folder:
-            found[check_key(match[1], f"{root}: the folder of a day")] = name
-    return found
+def _entries(path: str) -> list[Entry]:
+    filesystem, location = filesystem_of(path)
+    return entries_below(filesystem, location, path, deep=False)
+
+
+def _visible(entries: list[Entry]) -> list[Entry]:
+    return [entry for entry in entries if not holds_no_rows(entry, None)]
 
 
 def _partitions(
-    filesystem: pa.fs.FileSystem, location: str, path: str, day: str, marker: str | None
-) -> list[Partition]:
-    children = _list(filesystem, location, path)
-    hours = {match[1]: name for name, is_folder in children if is_folder and (match := HOUR.fullmatch(name))}
-    names = [name for name, _ in children]
+    key: str, path: str, entries: list[Entry], folders: DayFolders, marker: str | None
+) -> Iterator[Partition]:
+    """The folder of a day or, where it has them, those of its hours. The marker of a day is that of its hours, too."""
+    day = _seen(key, path, entries, marker)
+    hours: dict[str, str] = {}
+    for entry in _visible(entries) if not folders.has_hours else []:
+        try:
+            hour = hour_of(entry.name) if entry.kind == "folder" else None
+        except DataError as error:
+            raise PartitionError(f"{path}: {error}") from None
+        if hour is not None:
+            hours[entry.name] = hour
     if not hours:
-        return [Partition(day, path)] if marker is None or marker in names else []
-    own = [name for name, is_folder in children if not is_folder and name[0] not in "_."]
-    if own:
-        raise PartitionError(f"{path}: found hours and beside them {own[0]}; expected one or the other")
-    complete = [
-        (hour, name)
-        for hour, name in hours.items()
-        if marker is None or marker in [one for one, _ in _list(filesystem, f"{location}/{name}", joined(path, name))]
-    ]
-    return [Partition(f"{day}T{hour}", joined(path, name)) for hour, name in complete]
+        yield day
+        return
+    for entry in _visible(entries):
+        if entry.name not in hours and entry.name != marker:
+            _refuse_stray(path, entry, "lies beside hours and is none, and the day is read by its hours", "")
+    for name, hour in hours.items():
+        where = joined(path, name)
+        one = _seen(f"{key}T{hour}", where, _entries(where) if marker is not None else [], marker)
+        yield replace(one, marked=one.marked or day.marked, written=one.written or day.written)
 
 
-def _list(filesystem: pa.fs.FileSystem, location: str, path: str) -> list[tuple[str, bool]]:
-    """(name, whether it is a folder) of what lies directly in a folder."""
-    try:
-        infos = filesystem.get_file_info(pa.fs.FileSelector(location))
-    except OSError as error:
-        raise DataError(f"{path}: {one_line(error)}") from None
-    return [(info.base_name, info.type == pa.fs.FileType.Directory) for info in infos]
+def _seen(key: str, path: str, entries: list[Entry], marker: str | None) -> Partition:
+    names = {entry.name for entry in entries}
+    return Partition(key, path, marker is None or marker in names, STAGING in names and marker not in names)
 
 
-def folder_of(root: str, key: str) -> str:
-    """Where a partition lies below the data set's root."""
-    day, _, hour = key.partition("T")
-    return joined(root, f"day={day}", *([f"hour={hour}"] if hour else []))
+def _refuse_stray(path: str, entry: Entry, problem: str, hint: str) -> None:
+    """Raises PartitionError for what would not be read, unless it is an empty folder."""
+    where = joined(path, entry.name)
+    if entry.kind != "folder" or _visible(_entries(where)):
+        raise PartitionError(f"{where}: {problem}; {hint}move it away, or begin its name with _")
 
 
-def fingerprint(partition: Partition) -> str:
-    """16 hex digits over the names below the partition, sizes and footers of its parquet files.
+def sources_of(config: Config, keys: Sequence[str]) -> list[str | Listing]:
+    """What to list for some partitions. Raises PartitionError for one that is not there any more."""
+    folders = DayFolders.of(config.data.partition)
+    found = {one.key: one for one in find_partitions(config.data.path, min(keys), max(keys), folders, None)}
+    for key in keys:
+        if key not in found:
+            raise PartitionError(f"{config.data.path}: {key} is not there any more; expected {folders.folder_of(key)}")
+    return [found[key].source for key in keys]
 
-    Footers hold the place, the stored size and the statistics of every column of every row group. In a small file these
-    can agree by chance where values differ, so files of up to `SMALL_BYTES` count whole; data of others are not read.
 
-    Raises PartitionError for a file without a whole footer, DataError where there are no files.
+def fingerprint(partition: Partition, marker: str | None = MARKER) -> str:
+    """16 hex digits over the names below the partition, sizes and footers of its parquet files (ctr/data/seals.py).
+
+    Raises PartitionError for a partition without rows, and for a file without a whole footer.
     """
-    files = list_files(partition.path)
-    digest = hashlib.sha256()
-    with ThreadPoolExecutor(min(THREADS, len(files)), "footer") as pool:
-        for file, (size, footer) in zip(files, pool.map(_seal, files), strict=True):
-            digest.update(f"{file.name}\0{size}\0{footer}\0".encode())
-    return digest.hexdigest()[:16]
-
-
-def _seal(file: DataFile) -> tuple[int, str]:
-    """Size of a parquet file, and a checksum of its footer, or of all of a small one."""
     try:
-        with file.filesystem.open_input_file(file.location) as stream:
-            size = stream.size()
-            stream.seek(max(0, size - 8))
-            tail = stream.read(8)
-            length = struct.unpack("<I", tail[:4])[0] if len(tail) == 8 else 0
-            if tail[4:] != PARQUET_END or length + 12 > size:
-                raise PartitionError(f"{file.path}: no readable parquet footer in its {size:,} bytes")
-            begin = 0 if size <= SMALL_BYTES else size - 8 - length
-            stream.seek(begin)
-            return size, hashlib.sha256(stream.read(size - begin)).hexdigest()
-    except OSError as error:
-        raise PartitionError(f"{file.path}: {one_line(error)}") from None
+        files = list_files(partition.source, marker=marker).files
+        with ThreadPoolExecutor(min(THREADS, len(files)), "footer") as pool:
+            seals = list(pool.map(read_seal, files))
+        if not sum(seal.metadata.num_rows for seal in seals):
+            raise DataError(f"{partition.path}: found 0 rows in {len(files)} files, expected some")
+    except DataError as error:
+        raise PartitionError(f"{error}; daily.skip=[{partition.key}] passes {partition.key} over") from None
+    digest = hashlib.sha256()
+    for file, seal in zip(files, seals, strict=True):
+        digest.update(f"{file.name}\0{seal.size}\0{seal.checksum}\0".encode())
+    return digest.hexdigest()[:16]
 
 
 def period_of(keys: Iterable[str], hours: int | None) -> timedelta:
@@ -168,7 +181,7 @@ def key_behind(key: str, period: timedelta) -> str:
 
 def is_last(newest: str | None, last: str | None, period: timedelta) -> bool:
     """Whether nothing up to `last` (a day includes its hours) can follow the newest partition."""
-    return newest is not None and last is not None and not _inside(key_behind(newest, period), None, last)
+    return newest is not None and last is not None and not is_inside(key_behind(newest, period), None, last)
 
 
 def order(

@@ -13,9 +13,13 @@ import pyarrow.parquet as pq
 from pyarrow import types
 
 from ctr.data.errors import DataError, SchemaError
-from ctr.data.files import DataFile, one_line
+from ctr.data.files import DataFile
 from ctr.data.schema import FeatureConfig, Schema, nearest
+from ctr.data.seals import SMALL_BYTES, TAIL_BYTES, read_seal
 
+CONTENTS = 1024  # checksums in a reader's state, at most
+WHOLE_BYTES = 256 << 20  # of small files that are read whole for their seals; with more of them fewer are small
+LABEL_READS = 256  # over a network, of labels for the seals of large files; with more files than that there are none
 THREADS = 16  # footers are small reads that wait for storage, not for the processor
 
 
@@ -29,6 +33,7 @@ class RowGroups:
     rows: np.ndarray  # int64 [groups]
     bytes: np.ndarray  # int64 [groups], decoded size of the schema's columns as the footer estimates it
     dictionaries: list[str]  # text columns whose dictionaries are small beside their data
+    seals: list[str]  # of each file, what tells it from another one of its name and rows (seals.py)
     weight: np.ndarray | None = None  # float32 [groups], on the weights of their rows; None: 1 each
 
     @property
@@ -40,6 +45,19 @@ class RowGroups:
         for numbers in (self.file, self.index, self.rows):
             digest.update(numbers.astype("<i8").tobytes())
         return digest.hexdigest()[:16]
+
+    @property
+    def contents(self) -> list[str]:
+        """Checksums of the files' seals, 8 hex digits for each, or for several neighbours where there are many."""
+        seals = [
+            self.seals[first : first + self.files_of_one] for first in range(0, len(self.files), self.files_of_one)
+        ]
+        return [hashlib.sha256("".join(some).encode()).hexdigest()[:8] for some in seals]
+
+    @property
+    def files_of_one(self) -> int:
+        """How many neighbouring files have one checksum in `contents`."""
+        return -(-len(self.files) // CONTENTS)
 
     @property
     def first(self) -> np.ndarray:
@@ -57,8 +75,10 @@ def read_footers(files: list[DataFile], schema: Schema, drop_labels: bool = Fals
     there are no rows at all.
     """
     wanted = _wanted(schema, drop_labels)
+    small_bytes = min(SMALL_BYTES, max(TAIL_BYTES, WHOLE_BYTES // len(files)))
+    groups = min(4, LABEL_READS // len(files)) if files[0].remote else 4
     with ThreadPoolExecutor(min(THREADS, len(files)), "footer") as pool:
-        footers = list(pool.map(lambda file: _read_footer(file, wanted), files))
+        footers = list(pool.map(lambda file: _read_footer(file, wanted, small_bytes, groups), files))
     _refuse_mixed_groups(files, [footer.group_is_text for footer in footers], schema.group)
     numbers = [np.concatenate([getattr(footer, key) for footer in footers]) for key in ("rows", "bytes")]
     groups = [len(footer.rows) for footer in footers]
@@ -72,11 +92,13 @@ def read_footers(files: list[DataFile], schema: Schema, drop_labels: bool = Fals
         rows=numbers[0],
         bytes=numbers[1],
         dictionaries=sorted(set.intersection(*small)),
+        seals=[footer.seal for footer in footers],
     )
 
 
 @dataclass(frozen=True)
 class _Footer:
+    seal: str
     rows: np.ndarray  # of each row group
     bytes: np.ndarray
     small_dictionaries: set[str]
@@ -93,12 +115,10 @@ class _Wanted:
     expected: str
 
 
-def _read_footer(file: DataFile, wanted: list[_Wanted]) -> _Footer:
-    try:
-        with file.open() as parquet:
-            metadata, arrow = parquet.metadata, parquet.schema_arrow
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file.path}: no readable parquet footer: {one_line(error)}") from None
+def _read_footer(file: DataFile, wanted: list[_Wanted], small_bytes: int, groups: int) -> _Footer:
+    labels = {want.column for want in wanted if want.reader == "labels"}
+    sealed = read_seal(file, small_bytes, labels, groups)
+    metadata, arrow = sealed.metadata, sealed.schema
     for want in wanted:
         _check_column(file, arrow, want)
     columns = {want.column for want in wanted}
@@ -106,6 +126,7 @@ def _read_footer(file: DataFile, wanted: list[_Wanted]) -> _Footer:
     groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
     group = next((want.column for want in wanted if want.reader == "group"), None)
     return _Footer(
+        seal=f"{sealed.size} {sealed.checksum} ",
         rows=np.array([g.num_rows for g in groups], np.int64),
         bytes=np.array([sum(g.column(i).total_uncompressed_size for i in leaves) for g in groups], np.int64),
         small_dictionaries=_small_dictionaries(groups[0], leaves, arrow) if groups else set(),

@@ -23,7 +23,7 @@ from ctr.data.lanes import (
     rank_bounds,
     seeded_order,
 )
-from ctr.data.row_groups import RowGroupReader
+from ctr.data.row_groups import OPEN_FILES, RowGroupReader
 from ctr.data.window import Slice, Window
 
 if TYPE_CHECKING:
@@ -167,14 +167,19 @@ class ReadAhead:
             windows = list(windows)
             if group is None:
                 for window in windows:
-                    sources = [Source(s, row_groups.open(s.group, s.stop, s is first)) for s in window.spans]
-                    yield from self._decoded(lane, sources, [window])
+                    many = len(window.spans) > OPEN_FILES
+                    sources = [Source(s, row_groups.open(s.group, s.stop, s is first, many)) for s in window.spans]
+                    decoded = self._decoded(lane, sources, [window])
+                    for source in sources:  # a lane may stand here for long
+                        source.group.close()
+                    yield from decoded
                 continue
             opened = row_groups.open(group, windows[-1].spans[0].stop, group == first.group)
             for _, chunk in groupby(windows, lambda window: window.chunk):
                 chunk = list(chunk)
                 span = Span(group, chunk[0].spans[0].first, chunk[-1].spans[0].stop)
                 yield from self._decoded(lane, [Source(span, opened)], chunk)
+            opened.close()
 
     def _decoded(self, lane: _Lane, sources: list[Source], windows: list[_Planned]) -> list[Window]:
         reader = self.reader

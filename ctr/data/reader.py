@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ctr.data.day_folders import DayFolders
 from ctr.data.decode import WindowDecoder
 from ctr.data.errors import DataError
-from ctr.data.files import list_files
 from ctr.data.footers import read_footers
 from ctr.data.lanes import ORDER, lane_offsets, scheduled_rows
+from ctr.data.listing import MARKER, Listing, list_files
 from ctr.data.read_ahead import ReadAhead
 from ctr.data.schema import Schema, nearest
 from ctr.data.window import Buffers
@@ -33,11 +34,12 @@ class ParquetReader:
         rows: rows of the data set
         steps_per_epoch: batches of an epoch that starts at its beginning; the same on every rank
         bad_row_counts: rows of this rank that were due and dropped so far, by reason
+        passed_over: entries below the paths that hold no rows, such as markers and checksums
     """
 
     def __init__(
         self,
-        path: str | list[str],
+        path: str | Listing | list[str | Listing],
         schema: Schema,
         batch_size: int,
         rank: int = 0,
@@ -53,14 +55,17 @@ class ParquetReader:
         replay: str | None = None,
         replay_weight: float = 1.0,
         numbered: bool = False,
+        folders: DayFolders = DayFolders(),  # noqa: B008
+        marker: str | None = MARKER,
     ):
         """Lists the files and checks all footers.
 
-        path: folders, files or URIs. batch_size: rows of all ranks' step. lanes, window_rows: shape of the
-        shuffle; an epoch is continued only with the same. bad_rows: raise | skip. days: partitions
-        `day=YYYY-MM-DD` to read. drop_labels: for data without labels, which are then 0 in the batches. replay:
-        more rows of the same data set, whatever their days, with `replay_weight` on their weights. numbered: batches
-        have the numbers of their rows, those of `path` in the order of files and row groups first, then `replay`'s.
+        path: folders, files, patterns or URIs, or what is listed already. batch_size: rows of all ranks' step. lanes,
+        window_rows: shape of the shuffle; an epoch is continued only with the same. bad_rows: raise | skip. days,
+        folders, marker: as those of `list_files`. drop_labels: for data without labels, which are then 0 in the
+        batches. replay: more rows of the same data set, whatever their days, with `replay_weight` on their weights.
+        numbered: batches have the numbers of their rows, those of `path` in the order of files and row groups first,
+        then `replay`'s.
 
         Raises ConfigError, SchemaError or DataError, one line each.
         """
@@ -69,8 +74,9 @@ class ParquetReader:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.shuffle = seed, shuffle
         self.lanes, self.window_rows, self.threads = lanes, window_rows, threads
-        files = list_files(path, days)
-        replayed = list_files(replay) if replay else []
+        listing = list_files(path, days, folders, marker)
+        files, self.passed_over = listing.files, listing.passed_over
+        replayed = list_files(replay).files if replay else []
         self.groups = read_footers(files + replayed, schema, drop_labels)
         if replayed and replay_weight != 1:
             of_file = np.repeat(np.array([1, replay_weight], np.float32), [len(files), len(replayed)])
@@ -81,7 +87,7 @@ class ParquetReader:
         self.numbered = numbered
         self.decoder = WindowDecoder(schema, self.groups, bad_rows == "skip", drop_labels, numbered)
         self.buffers = Buffers(window_rows)
-        self._fingerprint = self.groups.fingerprint
+        self._fingerprint, self._contents = self.groups.fingerprint, self.groups.contents
         self._epoch, self._position = 0, 0
         self._resumed = False
 
@@ -120,6 +126,8 @@ class ParquetReader:
             "lanes": self.lanes,
             "window_rows": self.window_rows,
             "fingerprint": self._fingerprint,
+            "contents": self._contents,
+            "rows": self.rows,
             "order": ORDER,
         }
 
@@ -128,12 +136,13 @@ class ParquetReader:
 
         Raises DataError when the order of rows would not be the one of the state.
         """
-        for key in ("lanes", "window_rows", "seed", "shuffle", "fingerprint"):
-            here = self._fingerprint if key == "fingerprint" else getattr(self, key)
-            if state.get(key) != here:
-                key_of = f"trainer.{key}" if key in ("seed", "shuffle") else f"data.{key}"
-                what = "the files have changed: fingerprint" if key == "fingerprint" else key_of
-                raise DataError(f"reader state: {what} found {here!r}, expected {state.get(key)!r} as saved")
+        for key in ("lanes", "window_rows", "seed", "shuffle"):
+            if state.get(key) != getattr(self, key):
+                name = f"trainer.{key}" if key in ("seed", "shuffle") else f"data.{key}"
+                raise DataError(
+                    f"reader state: {name} found {getattr(self, key)!r}, expected {state.get(key)!r} as saved"
+                )
+        self._refuse_other_data(state)
         position = int(sum(state["lane_offsets"]))
         saved_order = state.get("order", 1)
         if saved_order != ORDER and self.shuffle and 0 < position < self.rows:
@@ -143,6 +152,24 @@ class ParquetReader:
             )
         assert lane_offsets(position, self.lanes).tolist() == list(state["lane_offsets"]), state
         self._epoch, self._position, self._resumed = int(state["epoch"]), position, True
+
+    def _refuse_other_data(self, state: dict[str, Any]) -> None:
+        """Raises DataError, naming a file if it can, where files have come, gone or changed since a state was saved."""
+        files, problem = self.groups.files, None
+        if state.get("fingerprint") != self._fingerprint:
+            had = f", expected {state['rows']:,} rows as saved" if "rows" in state else ""
+            problem = f"files have come, gone or changed: found {self.rows:,} rows in {len(files):,} files{had}"
+        elif state.get("contents", self._contents) != self._contents:  # states of earlier versions have none
+            pairs = zip(self._contents, state["contents"], strict=True)
+            step = self.groups.files_of_one
+            some = files[step * next(i for i, (here, saved) in enumerate(pairs) if here != saved) :][:step]
+            more = f" or one of the {len(some) - 1} behind it" if len(some) > 1 else ""
+            problem = f"{some[0].path}{more} has changed since the state was saved"
+        if problem is not None:
+            raise DataError(
+                f"reader state: {problem}; put back what was there, or begin a new run that takes over what this one "
+                "has learnt: trainer.warm_start.path names this run's folder, trainer.run_dir a new one"
+            )
 
     def _deliver(self, epoch: int, position: int) -> Iterator[Batch]:
         from ctr.data.assemble import Assembler  # see TYPE_CHECKING above

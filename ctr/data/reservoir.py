@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from ctr.data.counter_random import bits, key
 from ctr.data.decode import WindowDecoder
 from ctr.data.errors import DataError
-from ctr.data.files import list_files, one_line
+from ctr.data.files import one_line
 from ctr.data.footers import RowGroups, read_footers
+from ctr.data.listing import Listing, list_files
 from ctr.data.schema import Schema
 from embedding.config import key_of
 from embedding.errors import ConfigError
@@ -43,7 +44,7 @@ class _Chosen:
 
 def add_to_reservoir(
     before: Path | None,
-    path: str | list[str],
+    path: str | Listing | list[str | Listing],
     partition: str,
     schema: Schema,
     size: int,
@@ -62,7 +63,7 @@ def add_to_reservoir(
     """
     if size < 1:
         raise ConfigError(f"reservoir: size is {size}; expected at least 1")
-    groups = read_footers(list_files(path, days), schema)
+    groups = read_footers(list_files(path, days).files, schema)
     columns = WindowDecoder(schema, groups, skip_bad_rows=False, drop_labels=False).columns
     rows = _read(groups, _smallest(groups, partition, size, seed), columns, partition)
     if before is not None:

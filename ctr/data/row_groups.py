@@ -10,6 +10,8 @@ before; where several lanes begin in one row group (small data sets), it is deco
 
 from __future__ import annotations
 
+import errno
+import resource
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +26,8 @@ from ctr.data.lanes import chunk_rows
 
 # Parsed footers kept: parsing takes as long as decoding a thousand rows.
 FOOTERS_KEPT = 64
+# Files that a thread holds open for a window of small row groups; a lane in a large row group holds one.
+OPEN_FILES = 64
 # Decoded bytes of row groups held for several lanes at once.
 SHARED_BYTES = 512 << 20
 # Larger row groups are read through a small buffer per column instead of a column as a whole.
@@ -52,10 +56,12 @@ class RowGroupReader:
             if users > 1 and budget >= 0:
                 self._shared[group] = _Shared(users)
 
-    def open(self, group: int, stop: int, begins_lane: bool) -> RowGroup:
-        """stop: where the lane leaves the group. begins_lane: the group is the first of its lane."""
+    def open(self, group: int, stop: int, begins_lane: bool, of_many: bool = False) -> RowGroup:
+        """stop: where the lane leaves the group. begins_lane: the group is the first of its lane. of_many: it is read
+        with too many others to keep the file open from column to column."""
         shared = self._shared.get(group) if begins_lane else None
         opened = RowGroup(self, group, stop)
+        opened.together |= of_many
         if shared is not None:
             shared.give(opened)
         return opened
@@ -73,7 +79,13 @@ class RowGroupReader:
                 page_checksum_verification=True,
             )
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file.path}: cannot be opened any more: {one_line(error)}") from None
+            what = "cannot be opened any more"
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                what = (
+                    f"this process may open no more files (ulimit -n {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}); "
+                    f"raise that, or lower data.threads ({OPEN_FILES} files each) or data.lanes (one each)"
+                )
+            raise DataError(f"{file.path}: {what}: {one_line(error)}") from None
         if len(self._footers) >= FOOTERS_KEPT:
             self._footers.clear()
         self._footers[number] = parquet.metadata
@@ -132,6 +144,13 @@ class RowGroup:
         self.together = self.whole = True
         self._key, self._chunk = tuple(self.reader.columns), table
 
+    def close(self) -> None:
+        """Close the file; what has been read stays valid."""
+        if self._parquet is not None:
+            self._streams.clear()
+            self._parquet.close(force=True)
+            self._parquet = None
+
     def _opened(self) -> pq.ParquetFile:
         if self._parquet is None:
             self._parquet = self.reader.parquet(self.group)
@@ -146,6 +165,8 @@ class RowGroup:
             else:
                 self._chunk = parquet.read_row_group(self.index, **where)
             self._key = key
+            if self.together:
+                self.close()
             self._check_rows(0 if self._chunk is None else self._chunk.num_rows, self.stop)
 
     def _load_until(self, key: tuple[str, ...], stop: int) -> None:

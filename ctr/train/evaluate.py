@@ -14,41 +14,41 @@ from torch import Tensor, nn
 
 from ctr.config import Config
 from ctr.data.batch import Batch
+from ctr.data.config import paths_of, split_days
+from ctr.data.day_folders import DayFolders
+from ctr.data.listing import Listing
 from ctr.data.reader import ParquetReader
 from ctr.data.schema import Schema
 from ctr.metrics.streaming import StreamingMetrics
 from ctr.report.predictions import REQUIRED, SPLIT_OF_FILE
 from ctr.train.look_ahead import to_device
 from ctr.train.slice_columns import SliceColumn
-from distributed.locations import joined
 from distributed.new_ids import rows_with_new_ids
 from distributed.process import Process
 
 
 def read_split(config: Config, schema: Schema, process: Process, split: str) -> ParquetReader | None:
     """The reader of `train`, `valid` or `test` below data.path, or None where the configuration has no such split."""
-    folder = getattr(config.data, split)
-    if folder is None:
+    paths = paths_of(config.data, split)
+    if paths is None:
         return None
-    rooted = "://" in folder or os.path.isabs(folder)
-    path = folder if rooted else joined(config.data.path, folder)
     training = split == "train"
     replay = config.trainer.replay.path if training else None
-    return open_reader(config, schema, process, path, training, config.data.days, replay)
+    return open_reader(config, schema, process, paths, training, split_days(config.data, split), replay)
 
 
 def open_reader(
     config: Config,
     schema: Schema,
     process: Process,
-    path: str | list[str],
+    path: str | list[str | Listing],
     training: bool,
     days: list[str] | None = None,
     replay: str | None = None,
 ) -> ParquetReader:
-    """A reader of folders, files or URIs as the configuration says; only one for training shuffles.
+    """A reader of folders, files, patterns or URIs as the configuration says; only one for training shuffles.
 
-    days: only these partitions of `path`. replay: a file with more rows, of any day.
+    days: only these days of `path`. replay: a file with more rows, of any day.
     """
     data, trainer = config.data, config.trainer
     return ParquetReader(
@@ -68,6 +68,8 @@ def open_reader(
         replay_weight=trainer.replay.weight,
         # Numbers of rows tell two runs' predictions apart, and the teacher's.
         numbered=not training or trainer.distil.kind != "none",
+        folders=DayFolders.of(data.partition),
+        marker=config.daily.marker,
     )
 
 

@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -99,6 +99,13 @@ class RunLog:
         if metrics.exists():
             with open(metrics, "rb") as file:
                 os.fsync(file.fileno())
+
+    def passed_over(self, readers: Mapping[str, ParquetReader | None]) -> None:
+        """Say which entries of the data set were left out because they hold no rows."""
+        names = sorted({name for reader in readers.values() if reader for name in reader.passed_over})
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            self.warn(f"passed over {len(names)} entries that hold no rows: {', '.join(names[:3])}{more}")
 
     def warn(self, sentence: str) -> None:
         self.say(f"warning: {sentence}")

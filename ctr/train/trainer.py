@@ -60,6 +60,7 @@ class Trainer:
         self.tables = self.model.module.tables
         self.optimizers = Optimizers(config.optimizer, self.model)
         self.log = RunLog(config, process, plan)
+        self.log.passed_over(self.readers)
         self.steps_every = config.embedding.alpt.every if self.tables.learns_steps else None
         distil = config.trainer.distil
         self.distil = None if distil.kind == "none" else Distillation(distil, process.device)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctr.data.convert.command import add_kinds, prepare
-from ctr.data.files import list_files
+from ctr.data.listing import list_files
 
 BATCH_SHARE = 5 / 7  # of a stream: what is trained on before it begins (Monolith: five days of seven)
 PIECES = 100
@@ -24,7 +24,7 @@ class Days:
         self.new: dict[str, np.ndarray] = {}
         seen = np.zeros(0, np.int64)
         for name in self.names:
-            files = list_files(str(folder / f"day={name}"))
+            files = list_files(str(folder / f"day={name}")).files
             ids = np.concatenate([pq.read_table(f.path, columns=[column])[column].to_numpy() for f in files])
             self.new[name] = ~np.isin(ids, seen)
             seen = np.union1d(seen, ids)
@@ -49,15 +49,15 @@ def make_days(options: argparse.Namespace, folder: Path, column: str) -> Days:
     prepare(parser.parse_args([options.data, "--output", str(made), *command]))
     if options.data == "synthetic" and not options.online:
         return Days(made, column)
-    rows = pa.concat_tables(pq.read_table(file.path) for file in list_files(str(made)))
+    rows = pa.concat_tables(pq.read_table(file.path) for file in list_files(str(made)).files)
     times = rows["time" if options.data == "synthetic" else "timestamp"].to_numpy()
     order = np.argsort(times, kind="stable")
     rows, times = rows.take(pa.array(order)), times[order]
     if options.online:
         place = np.arange(rows.num_rows) / rows.num_rows
         piece = 1 + np.floor((place - BATCH_SHARE) / (1 - BATCH_SHARE) * PIECES).clip(0, PIECES - 1)
-        key = np.where(place < BATCH_SHARE, 0, piece).astype(int).astype(str)
-        partition(rows, np.char.zfill(key, 3), folder / "days")
+        key = np.datetime64("2000-01-01") + np.where(place < BATCH_SHARE, 0, piece).astype(int)
+        partition(rows, key.astype(str), folder / "days")
     else:
         weeks = times.astype("datetime64[s]").astype("datetime64[W]").astype("datetime64[D]")
         partition(rows, weeks.astype(str), folder / "days")

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
          "embedding.format is int8; static tables have fp32 alone (embedding=dynamic has more)"),
         (["--config-dir", "nowhere"], "--config-dir nowhere is not a folder"),
         (["data.path"], "override 'data.path' has no '='; expected key=value"),
-        (["data.days=2026-11-01"], "data.days: expected a list, written \"data.days=[a,b]\""),
+        (["daily.skip=2026-11-01"], "daily.skip: expected a list, written \"daily.skip=[a,b]\""),
         (["trainer.seed=18446744073709551616"],
          "trainer.seed is 18446744073709551616; expected a whole number from 0 to 2^63 - 1"),
         (["trainer.seed=-1"], "trainer.seed is -1; expected a whole number from 0 to 2^63 - 1"),
@@ -94,7 +94,7 @@ def test_a_models_own_keys_take_text_that_hydra_cannot_read():
 
 
 def test_lists_of_text_take_dates_and_what_hydra_cannot_read():
-    assert load_config(["data.days=[2026-11-01,dt=é]"], "").data.days == ["2026-11-01", "dt=é"]
+    assert load_config(["daily.skip=[2026-11-01,dt=é]"], "").daily.skip == ["2026-11-01", "dt=é"]
     assert load_config(["daily.skip=['a,b',c]"], "").daily.skip == ["a,b", "c"]
 
 

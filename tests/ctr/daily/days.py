@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ctr.data.day_folders import DayFolders
 from tests.ctr.train.states import (
     arguments,
     newest,
@@ -32,6 +33,11 @@ OPTIONS = [
     "optimizer.sparse.lr=0.02",
     "optimizer.dense.lr=0.01",
 ]
+
+
+def folder_of(data: Path, key: str) -> Path:
+    """The folder of a day, or of an hour of it."""
+    return Path(data) / DayFolders().folder_of(key)
 
 
 def key_of(day: int) -> str:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ctr.daily.partitions import folder_of
-from tests.ctr.daily.days import assert_same_life, command, key_of, records, served, write_day, write_days
+from tests.ctr.daily.days import assert_same_life, command, folder_of, key_of, records, served, write_day, write_days
 from tests.ctr.train.warm_ranks import WarmRanks
 
 KINDS = {
@@ -66,8 +65,8 @@ def test_hours(ranks, tmp_path):
     days, data, output = tmp_path / "days", tmp_path / "data", tmp_path / "output"
     hours = ["2026-01-01T22", "2026-01-01T23", "2026-01-02T00"]
     for number, hour in enumerate(hours):
-        Path(folder_of(str(data), hour)).parent.mkdir(parents=True, exist_ok=True)
-        write_day(days, number, 120).rename(folder_of(str(data), hour))
+        folder_of(data, hour).parent.mkdir(parents=True, exist_ok=True)
+        write_day(days, number, 120).rename(folder_of(data, hour))
     first = command(data, tmp_path / "run", f"daily.to={key_of(0)}", "daily.report=true")
     assert ranks.run(1, first, output) == [0], output.read_text()
     assert [record["partition"] for record in records(tmp_path / "run")] == hours[:2]

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ctr.data.errors import DataError
-from ctr.data.files import list_files
+from ctr.data.listing import list_files
 from ctr.data.reader import ParquetReader
 from embedding.errors import ConfigError
 
@@ -28,12 +28,14 @@ def rows_of(path, **options) -> list[int]:
 
 
 def test_files_are_sorted_by_name_and_hidden_ones_passed_over(tmp_path):
-    for name in ("b/2.parquet", "b/10.parquet", "a.pq", "_temporary/0.parquet", ".x.parquet", "notes.txt"):
+    for name in ("b/2.parquet", "b/10.parquet", "a.pq", "_logs/0.parquet", ".x.parquet"):
         write(tmp_path / Path(name).parent, {})
         pq.write_table(pa.table(table(0)), tmp_path / name)
     for folder in (tmp_path, tmp_path / "b"):
         (folder / "part-0.parquet").unlink()
-    assert [file.name for file in list_files(str(tmp_path))] == ["a.pq", "b/10.parquet", "b/2.parquet"]
+    listing = list_files(str(tmp_path))
+    assert [file.name for file in listing.files] == ["a.pq", "b/10.parquet", "b/2.parquet"]
+    assert listing.passed_over == [f"{tmp_path}/.x.parquet", f"{tmp_path}/_logs"]
 
 
 def test_a_file_several_paths_and_a_path_given_twice(tmp_path):
@@ -54,7 +56,7 @@ def test_days(tmp_path):
     assert rows_of(f"{path}/day=2026-11-02", days=["2026-11-02"]) == list(range(200, 220))
     with pytest.raises(DataError, match="no folder day=2026-11-04; did you mean '2026-11-03'"):
         rows_of(path, days=["2026-11-03", "2026-11-04"])
-    with pytest.raises(DataError, match="no folder day=2026-11-04; known: none"):
+    with pytest.raises(DataError, match="data.days is set and no folder is called day=YYYY-MM-DD"):
         rows_of(write(tmp_path / "flat", table(0)), days=["2026-11-04"])
 
 
@@ -90,6 +92,41 @@ def test_a_local_uri_is_a_local_path(tmp_path):
 def test_an_unknown_scheme_is_named():
     with pytest.raises(ConfigError, match="nonsense://bucket/x cannot be opened: .*nonsense"):
         rows_of("nonsense://bucket/x")
+
+
+OPENED = """
+import resource, sys
+from ctr.data.reader import ParquetReader
+from tests.ctr.data.rows import features, taken_apart
+reader = ParquetReader(sys.argv[1], features("row"), 100, **eval(sys.argv[3]))
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]),) * 2)
+rows = [row["ids"]["row"][0] for batch in reader.epoch(0) for row in taken_apart(batch)]
+assert sorted(rows) == list(range(reader.rows)), len(rows)
+import hashlib
+print(reader.rows, hashlib.sha256(str(rows).encode()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("options", [{"lanes": 16}, {"lanes": 2, "threads": 2, "window_rows": 1000}])
+def test_more_files_are_read_than_may_be_open(tmp_path, options):
+    """Windows of some small files and of very many."""
+    path = write(tmp_path / "many", *(table(first, 5) for first in range(0, 2500, 5)))
+    root, said = Path(__file__).resolve().parents[3], []
+    for limit in (200, 900):
+        command = [sys.executable, "-c", OPENED, path, str(limit), repr(options)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
+        assert done.returncode == 0, done.stderr[-2000:]
+        said.append(done.stdout)
+    assert said[0] == said[1] and said[0].startswith("2500 ")
+
+
+def test_too_few_open_files_are_named_with_the_keys_that_need_them(tmp_path):
+    path = write(tmp_path / "many", *(table(first, 5) for first in range(0, 300, 5)))
+    command = [sys.executable, "-c", OPENED, path, "20", "{'lanes': 1}"]
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
+    line = done.stderr.splitlines()[-1]
+    assert "this process may open no more files (ulimit -n 20); raise that, or lower data.threads" in line, done.stderr
 
 
 def test_the_reader_imports_without_torchrec():

@@ -1,5 +1,7 @@
 """What a user may get wrong, and bad rows under both policies."""
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -192,8 +194,57 @@ def test_a_state_of_other_data_or_settings_is_refused(tmp_path):
         with pytest.raises(DataError, match=word):
             ParquetReader(path, SCHEMA, 10, **options).load_state(state)
     other = write(tmp_path / "other", table(), row_group_size=31)
-    with pytest.raises(DataError, match="files have changed"):
+    with pytest.raises(DataError, match="files have come, gone or changed"):
         ParquetReader(other, SCHEMA, 10).load_state(state)
+
+
+def flipped(rows: int, share: int) -> dict:
+    return {"label": (np.arange(rows) % share == 0).astype(np.int8), "id": np.arange(rows)}
+
+
+@pytest.mark.parametrize("name", ["part-1.parquet", "part-0.parquet"])
+def test_a_state_of_data_with_other_values_is_refused(tmp_path, name):
+    """Names, rows, sizes and statistics agree; only values differ."""
+    schema = features("id")
+    path = write(tmp_path / "d", flipped(64, 2), flipped(64, 2), compression="none")
+    state = json.loads(json.dumps(ParquetReader(path, schema, 10).state()))
+    ParquetReader(path, schema, 10).load_state(state)
+    before = (tmp_path / "d" / name).stat().st_size
+    pq.write_table(
+        pa.table({**flipped(64, 2), "label": 1 - flipped(64, 2)["label"]}), tmp_path / "d" / name, compression="none"
+    )
+    assert (tmp_path / "d" / name).stat().st_size == before
+    with pytest.raises(DataError, match=f"{name} has changed since the state was saved; put back .*warm_start"):
+        ParquetReader(path, schema, 10).load_state(state)
+    ParquetReader(path, schema, 10).load_state({key: state[key] for key in state if key not in ("contents", "rows")})
+
+
+def test_a_state_of_many_files_stays_small_and_names_the_changed_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("ctr.data.footers.CONTENTS", 4)
+    schema = features("id")
+    path = write(tmp_path / "d", *[flipped(8, 2)] * 10)
+    state = ParquetReader(path, schema, 10).state()
+    assert len(state["contents"]) == 4
+    pq.write_table(pa.table(flipped(8, 3)), tmp_path / "d" / "part-7.parquet")
+    with pytest.raises(DataError, match="part-6.parquet or one of the 2 behind it has changed"):
+        ParquetReader(path, schema, 10).load_state(state)
+    (tmp_path / "d" / "part-7.parquet").unlink()
+    with pytest.raises(DataError, match="files have come, gone or changed: found 72 rows in 9 files, expected 80 rows"):
+        ParquetReader(path, schema, 10).load_state(state)
+
+
+def test_files_with_large_footers_and_large_files_are_told_apart_by_their_footers(tmp_path, monkeypatch):
+    monkeypatch.setattr("ctr.data.footers.SMALL_BYTES", 512)
+    monkeypatch.setattr("ctr.data.footers.TAIL_BYTES", 256)
+    monkeypatch.setattr("ctr.data.seals.TAIL_BYTES", 64)
+    schema = features("id")
+    path = write(tmp_path / "d", flipped(2000, 2), row_group_size=20)
+    reader = ParquetReader(path, schema, 100)
+    assert reader.rows == 2000 and len(reader.groups.rows) == 100
+    state = reader.state()
+    write(tmp_path / "d", flipped(2000, 7), row_group_size=20)
+    with pytest.raises(DataError, match="part-0.parquet has changed"):
+        ParquetReader(path, schema, 100).load_state(state)
 
 
 def test_a_state_inside_another_epoch_is_refused(tmp_path):

@@ -1,0 +1,78 @@
+"""The keys of conf/data: which files are read, and how. What they mean is said there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from ctr.data.day_folders import DayFolders, PartitionConfig, days_of
+from ctr.data.schema import SchemaConfig
+from distributed.locations import joined
+from embedding.errors import ConfigError
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass
+class DataConfig:
+    """conf/data/*.yaml. `path` is a folder or URI; `train`, `valid`, `test` lie below it (null: no such split)."""
+
+    name: str = MISSING
+    path: str = MISSING
+    train: Any = "train"  # each split: a folder, file, pattern or URI, or a list of them
+    valid: Any = "valid"
+    test: Any = "test"
+    days: Any = None  # a day, a range of days, or a list of both; or a mapping from splits to these
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    lanes: int = 16
+    window_rows: int = 32768
+    threads: int = 1
+    bad_rows: str = "raise"
+    schema: SchemaConfig = field(default_factory=SchemaConfig)
+
+
+def check_splits(data: DataConfig) -> None:
+    """Raises ConfigError, naming the key, for paths and days that are none."""
+    if isinstance(data.days, Mapping):
+        unknown = sorted(set(data.days) - set(SPLITS))
+        if unknown:
+            raise ConfigError(f"data.days.{unknown[0]} is no split; expected {', '.join(SPLITS[:-1])} or {SPLITS[-1]}")
+    for split in SPLITS:
+        paths_of(data, split)
+        split_days(data, split)
+
+
+def paths_of(data: DataConfig, split: str) -> list[str] | None:
+    """The folders, files, patterns and URIs of a split, below data.path where they are relative; None: no such split.
+
+    Raises ConfigError: something that is no path.
+    """
+    value = getattr(data, split)
+    if value is None:
+        return None
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(one, (str, int, float)) and not isinstance(one, bool) for one in values):
+        raise ConfigError(f"data.{split} is {value!r}; expected a folder, file, pattern or URI, or a list of them")
+    return [_below(data.path, str(one)) for one in values]
+
+
+def _below(root: str, path: str) -> str:
+    if path in (".", "./"):
+        return root
+    return path if "://" in path or os.path.isabs(path) else joined(root, path)
+
+
+def split_days(data: DataConfig, split: str) -> list[str] | None:
+    """The keys of the days and hours of a split that are read; None: all.
+
+    Raises ConfigError: something that is no day and no range of days.
+    """
+    folders = DayFolders.of(data.partition)
+    days: Any = data.days
+    if isinstance(days, Mapping):
+        return days_of(days.get(split), f"data.days.{split}", folders)
+    return days_of(days, "data.days", folders)
