@@ -35,59 +35,60 @@ class Failed(Exception):
 
 @dataclass
 class Drill:
-    """One fault in one job."""
+    """One fault in one job, which works in `work`. `output`: the file of what it says."""
 
     job: Job
     fault: str
-    folder: Path
+    work: Path
+    output: Path
     draw: random.Random
     disk: SmallDisk | None = None
 
     def run(self) -> str:
         """Returns how it ended: "went on", or "refused until undone"."""
-        work = self.folder
+        self.work.mkdir()
         if self.fault == "disk full":
-            self.disk = SmallDisk(self.folder / "disk", self.draw.uniform(0.02, 1.0) * self.job.bytes)
-            work = self.folder / "disk"
+            self.disk = SmallDisk(self.work)
         try:
-            self.job.set_up(work)
-            damage = self._disturb(work)
-            return self._start_until_done(work, damage)
+            self.job.set_up(self.work)
+            if self.disk:
+                self.disk.leave_free(self.draw.uniform(0.0, 1.1) * self.job.bytes)
+            return self._start_until_done(self._disturb())
         finally:
             if self.disk:
                 self.disk.close()
 
-    def _disturb(self, work: Path) -> Damage | None:
+    def _disturb(self) -> Damage | None:
         """The first start, with the fault in it."""
-        started = Started(self.job.command(work), self.job.ranks, self.folder / "output")
+        started = Started(self.job.command(self.work), self.job.ranks, self.output)
         damage = None
         try:
             if self.fault != "disk full":
                 started.wait(self.draw.uniform(0.0, 1.1 * self.job.seconds))
-                damage = self._strike(started, work)
+                damage = self._strike(started)
             self._end(started)
         finally:
             started.kill()
         return damage
 
-    def _strike(self, started: Started, work: Path) -> Damage | None:
+    def _strike(self, started: Started) -> Damage | None:
         if self.fault.startswith("kill"):
             ranks = range(self.job.ranks) if self.fault == "kill all" else [self.draw.randrange(self.job.ranks)]
             started.kill(ranks)
             return None
         if self.fault == "flipped bit":  # what is read while it changes is beyond any check
             started.kill()
-        return Damage.do(self.fault, self.job.files(work, self.fault), self.draw)
+        return Damage.do(self.fault, self.job.files(self.work, self.fault), self.draw)
 
-    def _start_until_done(self, work: Path, damage: Damage | None) -> str:
+    def _start_until_done(self, damage: Damage | None) -> str:
         for refused in range(STARTS):
-            started = Started(self.job.command(work), self.job.ranks, self.folder / "output")
+            started = Started(self.job.command(self.work), self.job.ranks, self.output)
             try:
                 done = self._end(started)
             finally:
                 started.kill()
             if done:
-                self.job.check(work)
+                self.job.check(self.work)
                 return "refused until undone" if refused else "went on"
             if self.disk:
                 self.disk.grow()
@@ -128,26 +129,26 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     counts, failures = Counter(), []
     with tempfile.TemporaryDirectory() as scratch:
-        jobs = {name: JOBS[name](Path(scratch) / f"whole-{name}") for name in options.jobs}
+        work, output = Path(scratch) / "work", Path(scratch) / "output"
+        jobs = {name: JOBS[name](Path(scratch) / f"whole-{name}", work) for name in options.jobs}
         faults = [fault for fault in options.faults if fault != "disk full" or SmallDisk.possible(Path(scratch))]
         if len(faults) < len(options.faults):
             print("disk full is left out: no file system can be mounted here", flush=True)
         for seed in range(options.seed, options.seed + options.runs):
             draw = random.Random(seed)
             name, fault = draw.choice(options.jobs), draw.choice(faults)
-            folder = Path(scratch) / f"run-{seed}"
-            folder.mkdir()
             try:
-                ended = Drill(jobs[name], fault, folder, draw).run()
+                ended = Drill(jobs[name], fault, work, output, draw).run()
                 counts[name, fault, ended] += 1
             except (Failed, AssertionError) as error:
                 ended = "FAILED"
                 counts[name, fault, ended] += 1
                 failures.append(seed)
                 print(f"seed {seed} · {name} · {fault} · {type(error).__name__}: {error}", flush=True)
-                if options.keep:
-                    shutil.copytree(folder, options.keep / folder.name, dirs_exist_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+                if options.keep and work.exists():
+                    shutil.copytree(work, options.keep / f"run-{seed}", dirs_exist_ok=True)
+                    shutil.copy(output, options.keep / f"run-{seed}" / "output")
+            shutil.rmtree(work, ignore_errors=True)
             print(f"seed {seed} · {name} · {fault} · {ended}", flush=True)
     print(table(counts))
     print(f"{options.runs} runs, {len(failures)} failed" + (f": seeds {failures}" if failures else ""))

@@ -1,6 +1,7 @@
 """A job that fails in the way its first argument names, in step 20; run by test_process.py."""
 
 import os
+import signal
 import sys
 import time
 
@@ -21,6 +22,10 @@ def fail(how: str, process: Process) -> None:
     if how == "hung" and process.rank == 1:
         process.stage = "step 20: reading"
         time.sleep(600)
+    if how == "stopped" and process.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if how == "first_rank_stopped" and process.rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
     if how == "bug" and process.rank == 1:
         raise ZeroDivisionError("a bug")
 

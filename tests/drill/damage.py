@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
@@ -64,13 +65,19 @@ class Damage:
 
 
 class SmallDisk:
-    """A file system in memory that holds so many bytes, until it grows."""
+    """A file system in memory at a folder, with so little free space as it is told to have."""
 
-    def __init__(self, folder: Path, size: float) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(parents=True)
-        blocks = max(2, int(size) // 4096)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"nr_blocks={blocks}", "tmpfs", str(folder)], check=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(folder)], check=True)
+
+    def leave_free(self, size: float) -> None:
+        """Leave so many bytes free, rounded to blocks."""
+        found = os.statvfs(self._folder)
+        used = (found.f_blocks - found.f_bfree) * found.f_frsize
+        blocks = max(1, int(used + size) // 4096)
+        subprocess.run(["mount", "-o", f"remount,nr_blocks={blocks}", str(self._folder)], check=True)
 
     def grow(self) -> None:
         subprocess.run(["mount", "-o", "remount,size=1g", str(self._folder)], check=True)
@@ -83,7 +90,7 @@ class SmallDisk:
         if shutil.which("mount") is None:
             return False
         try:
-            SmallDisk(scratch / "probe", 1 << 16).close()
+            SmallDisk(scratch / "probe").close()
         except (subprocess.CalledProcessError, OSError):
             return False
         return True

@@ -31,30 +31,32 @@ SCORES = ("auc", "logloss", "normalized_entropy", "calibration", "pr_auc", "expe
 
 
 class Job(ABC):
-    """One command. `whole` is a folder in which it was run undisturbed.
+    """One command. It always works in the same folder `work`, as paths are part of what it saves; what it left there
+    undisturbed is in `whole`.
 
     Attributes:
         ranks: of the command.
         seconds: that it takes undisturbed.
-        bytes: that it writes, about.
+        bytes: that it writes, in blocks of a disk.
     """
 
     ranks = 2
 
-    def __init__(self, whole: Path) -> None:
+    def __init__(self, whole: Path, work: Path) -> None:
         self.whole = whole
-        whole.mkdir(parents=True)
-        self.prepare()
-        self.set_up(whole)
-        began = time.monotonic()
+        self.prepare(work)
+        work.mkdir()
+        self.set_up(work)
+        given, began = blocks_of(work), time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
-            started = Started(self.command(whole), self.ranks, Path(scratch) / "output")
+            started = Started(self.command(work), self.ranks, Path(scratch) / "output")
             assert started.wait(300) == [0] * self.ranks, started.said()
         self.seconds = time.monotonic() - began
-        self.bytes = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+        self.bytes = 4096 * (blocks_of(work) - given)
+        work.rename(whole)
 
     @abstractmethod
-    def prepare(self) -> None:
+    def prepare(self, work: Path) -> None:
         """Make what `set_up` copies from."""
 
     @abstractmethod
@@ -80,8 +82,8 @@ class Job(ABC):
 
 
 class Train(Job):
-    def prepare(self) -> None:
-        self._data = write_data(self.whole.parent / "data-train", ROWS)
+    def prepare(self, work: Path) -> None:
+        self._data = write_data(self.whole.with_name(f"{self.whole.name}-data"), ROWS)
 
     def set_up(self, work: Path) -> None:
         shutil.copytree(self._data, work / "data")
@@ -98,8 +100,8 @@ class Train(Job):
 
 
 class Daily(Job):
-    def prepare(self) -> None:
-        self._data = write_days(self.whole.parent / "data-daily", DAYS, 150)
+    def prepare(self, work: Path) -> None:
+        self._data = write_days(self.whole.with_name(f"{self.whole.name}-data"), DAYS, 150)
 
     def set_up(self, work: Path) -> None:
         shutil.copytree(self._data, work / "data")
@@ -116,8 +118,8 @@ class Daily(Job):
 class Evaluate(Job):
     ranks = 1
 
-    def prepare(self) -> None:
-        train = Train(self.whole.parent / "trained")
+    def prepare(self, work: Path) -> None:
+        train = Train(self.whole.with_name(f"{self.whole.name}-trained"), work)
         self._trained = train.whole
 
     def set_up(self, work: Path) -> None:
@@ -127,7 +129,7 @@ class Evaluate(Job):
 
     def command(self, work: Path) -> list[str]:
         output = ["--split", "valid", "--slice", "c", "--output", str(work / "scored")]
-        return ["scripts/evaluate.py", str(work / "run"), *output, f"data.path={work / 'data'}"]
+        return ["scripts/evaluate.py", str(work / "run"), f"data.path={work / 'data'}", *output]
 
     def check(self, work: Path) -> None:
         assert_same_report(work / "scored", self.whole / "scored")
@@ -138,8 +140,8 @@ class ApplyDelta(Job):
 
     ranks = 1
 
-    def prepare(self) -> None:
-        self._life = Daily(self.whole.parent / "life").whole / "run" / "published"
+    def prepare(self, work: Path) -> None:
+        self._life = Daily(self.whole.with_name(f"{self.whole.name}-life"), work).whole / "run" / "published"
 
     def set_up(self, work: Path) -> None:
         shutil.copytree(self._life, work / "published")
@@ -154,6 +156,11 @@ class ApplyDelta(Job):
 
 
 JOBS = {"train.py": Train, "daily.py": Daily, "evaluate.py": Evaluate, "apply_delta.py": ApplyDelta}
+
+
+def blocks_of(folder: Path) -> int:
+    """Blocks of 4 KiB that the files below a folder take."""
+    return sum(-(-path.stat().st_size // 4096) for path in folder.rglob("*") if path.is_file())
 
 
 def assert_same_report(mine: Path, other: Path) -> None:
