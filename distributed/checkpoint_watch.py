@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from distributed.heartbeat import STALE_SECONDS
+from distributed.heartbeat import STALE_SECONDS, ask, silent_store, stands_still, stopped_here
 from distributed.process import Process, leave
 
 WAITING = "waiting for the other ranks"
@@ -52,7 +52,10 @@ class SaveWatch:
         seen, since = None, time.monotonic()
         while not done.wait(min(MOST_SECONDS, self._limit / 10)):
             try:
-                found = self._everyone()
+                found = ask(self._everyone, self._limit)
+            except TimeoutError:
+                silent = silent_store(self._process, self._at)
+                leave(self._process, f"error: {name} cannot be saved: {silent}")
             except Exception:  # rank 0 has gone; the others end by that, but not one that hangs in a file
                 if not done.wait(STALE_SECONDS):
                     gone = f"the job's store on the first host is gone; {describe([[self._at, 0]], self._process.rank)}"
@@ -61,7 +64,9 @@ class SaveWatch:
             if found != seen:
                 seen, since = found, time.monotonic()
             elif time.monotonic() - since > self._limit and not done.is_set():
-                leave(self._process, f"error: {name} cannot be saved: for {self._limit:.0f} s {describe(found)}")
+                stopped, limit = stopped_here(self._process), f"for {self._limit:.0f} s"
+                blamed = f"{limit} {describe(found)}" if stopped is None else stands_still(stopped)
+                leave(self._process, f"error: {name} cannot be saved: {blamed}")
 
     def _publish(self) -> None:
         if self._process.world_size > 1:

@@ -80,7 +80,7 @@ def find_failed_rank(process: Process) -> str | None:
         try:
             reported = ask(watched.look, STALE_SECONDS)
         except TimeoutError:
-            return watched.of_silent_store()
+            return silent_store(process, process.stage)
         except Exception:  # the store died with its host
             return watched.of_lost_store()
         blamed = reported or watched.gone() or watched.standing()
@@ -107,7 +107,10 @@ def ask(question: Callable[[], Any], seconds: float) -> Any:
             answer.append((None, error))
 
     thread = threading.Thread(target=put, daemon=True, name="question to the store")
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # there is no memory or no thread left
+        return question()
     thread.join(seconds)
     if not answer:
         raise TimeoutError
@@ -148,10 +151,10 @@ class _Others:
         return None
 
     def standing(self) -> str | None:
+        stopped = stopped_here(self._process)
+        if stopped is not None:
+            return f"{stands_still(stopped)}; it was last at {self._beats[stopped].stage}"
         for rank, one in self._beats.items():
-            if one.is_here and state_of(one) in ("T", "t"):
-                self._process.to_end.add(rank)
-                return f"rank {rank} stands still: its process was stopped (SIGSTOP); it was last at {one.stage}"
             if time.monotonic() - self._changed[rank] > STALE_SECONDS:
                 self._process.to_end.add(rank)
                 died = f"rank {rank} died or stands still (no heartbeat for {STALE_SECONDS:.0f} s)"
@@ -170,13 +173,6 @@ class _Others:
         one = self._beats[slow]
         return f"rank {slow} did not answer; it has been at {one.stage} for {one.seconds:.0f} s"
 
-    def of_silent_store(self) -> str:
-        """The store does not answer."""
-        me = f"rank {self._process.rank} was at {self._process.stage}"
-        if not rank_0_holds_store() or self._process.is_main:
-            return f"the job's store on the first host does not answer; {me}"
-        return f"rank 0 stands still: the job's store, which it holds, does not answer; {me}"
-
     def of_lost_store(self) -> str:
         me = f"rank {self._process.rank} was at {self._process.stage}"
         if not rank_0_holds_store():
@@ -191,6 +187,24 @@ def read_beats(process: Process) -> dict[int, Beat]:
         keys = {rank: key for rank, key in keys.items() if process.store.check([key])}
     texts = process.store.multi_get(list(keys.values())) if keys else []
     return {rank: Beat(**json.loads(text)) for rank, text in zip(keys, texts, strict=True)}
+
+
+def stopped_here(process: Process) -> int | None:
+    """A rank of this host whose process was stopped; None if there is none."""
+    stopped = (rank for rank, one in process.others.items() if one.is_here and (state_of(one) or "") in ("T", "t"))
+    return next(stopped, None)
+
+
+def stands_still(rank: int) -> str:
+    return f"rank {rank} stands still: its process was stopped (SIGSTOP)"
+
+
+def silent_store(process: Process, at: str) -> str:
+    """What to say when the store does not answer, by a rank that is at `at`."""
+    me = f"rank {process.rank} was at {at}"
+    if not rank_0_holds_store() or process.is_main:
+        return f"the job's store on the first host does not answer; {me}"
+    return f"rank 0 stands still: the job's store, which it holds, does not answer; {me}"
 
 
 def rank_0_holds_store() -> bool:
@@ -217,7 +231,7 @@ def speaks_for_host(process: Process) -> bool:
 def end_neighbours(process: Process) -> None:
     """Kill what stands still on this host: a launcher would wait for it, half a minute, before it does the same."""
     for rank, one in process.others.items():
-        if one.is_here and (state := state_of(one)) is not None and (state in "Tt" or rank in process.to_end):
+        if one.is_here and (state := state_of(one)) is not None and (state in ("T", "t") or rank in process.to_end):
             with suppress(OSError):
                 os.kill(one.pid, signal.SIGKILL)
 

@@ -43,5 +43,5 @@ def say(line: str) -> None:
     command = [sys.executable, "-I", "-S", "-c", WAIT_THEN_PRINT, str(os.getppid()), line]
     try:
         subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
-    except OSError:  # no memory or no process left for it
+    except (OSError, MemoryError):  # no memory or no process left for it
         print(line, file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ctr.report.comparison import PLACE, compare_runs  # noqa: E402
-from embedding.errors import TesseraError  # noqa: E402
+from distributed.process import run_alone  # noqa: E402
 
 
 def main() -> int:
@@ -28,24 +28,20 @@ def main() -> int:
     if not 0 < options.confidence < 1 or options.replicates < 0:
         parser.error("--confidence lies between 0 and 1, and --replicates is 0 or more")
     output = options.output or options.second / PLACE / options.first.resolve().name
-    try:
-        print(
-            compare_runs(
-                options.first,
-                options.second,
-                output,
-                options.split,
-                options.replicates,
-                options.confidence,
-                options.by_group,
-                options.seed,
-            ).summary()
-        )
-    except TesseraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(
+        compare_runs(
+            options.first,
+            options.second,
+            output,
+            options.split,
+            options.replicates,
+            options.confidence,
+            options.by_group,
+            options.seed,
+        ).summary()
+    )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_alone(main))

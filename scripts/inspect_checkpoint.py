@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from distributed.checkpoint_inspect import inspect  # noqa: E402
-from embedding.errors import TesseraError  # noqa: E402
+from distributed.process import run_alone  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("path", help="a run's folder, a folder of states, a state, or a URI of one of them")
@@ -22,8 +22,4 @@ parser.add_argument("--compact", action="store_true", help="make the newest stat
 options = parser.parse_args()
 
 if __name__ == "__main__":
-    try:
-        sys.exit(inspect(options.path, options.table, options.id, options.rows, options.compact))
-    except TesseraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_alone(lambda: inspect(options.path, options.table, options.id, options.rows, options.compact)))

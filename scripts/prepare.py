@@ -12,21 +12,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ctr.data.convert.command import add_kinds, prepare  # noqa: E402
-from embedding.errors import TesseraError  # noqa: E402
+from distributed.process import run_alone  # noqa: E402
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_kinds(parser)
-    try:
-        print(prepare(parser.parse_args()))
-    except TesseraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return run_alone(lambda: print(prepare(parser.parse_args())))
 
 
 if __name__ == "__main__":

@@ -7,19 +7,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ctr.report.report import write_report  # noqa: E402
-from embedding.errors import TesseraError  # noqa: E402
+from distributed.process import run_alone  # noqa: E402
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path, help="folder of a run, with predictions/*.parquet")
-    try:
-        print(write_report(parser.parse_args().run_dir).summary())
-    except TesseraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(write_report(parser.parse_args().run_dir).summary())
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_alone(main))

@@ -23,18 +23,14 @@ sys.path.insert(0, str(ROOT))
 from ctr.config import load_config  # noqa: E402
 from ctr.targets import claim  # noqa: E402
 from ctr.train.trainer import HIGHER_IS_BETTER  # noqa: E402
+from distributed.process import run_alone  # noqa: E402
 from embedding.errors import ConfigError, TesseraError  # noqa: E402
 
 SCORES = ("auc", "logloss")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        sweep(_parse(arguments))
-    except TesseraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_alone(lambda: sweep(_parse(arguments)))
 
 
 def sweep(options: argparse.Namespace) -> None:

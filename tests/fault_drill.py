@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
                 ended = "FAILED"
                 counts[name, fault, ended] += 1
                 failures.append(seed)
-                print(f"seed {seed} · {name} · {fault} · {type(error).__name__}: {error}", flush=True)
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                print(f"seed {seed} · {name} · {fault} · {place.line}: {error}", flush=True)
                 if options.keep and work.exists():
                     shutil.copytree(work, options.keep / f"run-{seed}", dirs_exist_ok=True)
                     shutil.copy(output, options.keep / f"run-{seed}" / "output")

@@ -97,9 +97,73 @@ def test_one_of_two_hosts_dies_and_the_job_is_started_again(data, whole, tmp_pat
 
 def _switch_off(one: subprocess.Popen) -> None:
     """SIGKILL the launcher and its ranks, which have sessions of their own, as a power cut would."""
-    children = subprocess.run(
-        ["ps", "--ppid", str(one.pid), "-o", "pid="], capture_output=True, text=True
-    ).stdout.split()
-    for pid in [one.pid, *map(int, children)]:
+    for pid in [one.pid, *_children(one)]:
         os.kill(pid, signal.SIGKILL)
     one.wait()
+
+
+def agent_that_meets(folder: Path, node: int, job: list[str]) -> subprocess.Popen:
+    """One launcher of two that find each other in a file that both see, as docs/many_machines.md says."""
+    rdzv = [f"--rdzv-endpoint={folder}/rdzv", "--rdzv-conf=store_type=file,keep_alive_interval=1", "--rdzv-id=job"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--rdzv-backend=c10d", *rdzv]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    with open(folder / f"log-{node}", "a") as output:
+        return subprocess.Popen(
+            [*command, "--local-addr=127.0.0.1", "--max-restarts=3", "--nproc-per-node=1", *job],
+            cwd=ROOT,
+            env={**os.environ, **environment, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victims", [[1, 0], [0, 1, 0, 1, 0, 1]])
+def test_a_host_that_comes_back_joins_whichever_it_is(tmp_path, victims):
+    """Each launcher in turn is killed, and only it: its rank ends by itself, and the other launcher goes on."""
+    data = write_data(tmp_path / "data", 6000)
+    options = ["trainer.batch_size=20", "trainer.eval_every=100", "trainer.checkpoint.every=20", "trainer.epochs=2"]
+    undisturbed, run_dir = tmp_path / "whole", tmp_path / "run"
+    done = torchrun(2, "scripts/train.py", *arguments(data, undisturbed, *options))
+    assert done.returncode == 0, done.stderr
+    job = ["scripts/train.py", *arguments(data, run_dir, *options, "trainer.resume=auto")]
+    agents = [agent_that_meets(tmp_path, node, job) for node in range(2)]
+    try:
+        for victim in victims:
+            _wait_for_next_state(run_dir, agents)
+            rank = _children(agents[victim])
+            agents[victim].kill()
+            agents[victim].wait()
+            _wait_until_gone(rank)
+            agents[victim] = agent_that_meets(tmp_path, victim, job)
+        assert [one.wait(180) for one in agents] == [0, 0], (tmp_path / "log-0").read_text()
+    finally:
+        for one in agents:
+            one.kill()
+    assert_same_end(run_dir, undisturbed)
+
+
+def _wait_for_next_state(run_dir: Path, agents: list[subprocess.Popen]) -> None:
+    def newest_name() -> str:
+        return max((path.name for path in (run_dir / "checkpoints").glob("step-*")), default="")
+
+    before, end = newest_name(), time.monotonic() + 150
+    while newest_name() == before and time.monotonic() < end:
+        assert [one.poll() for one in agents] == [None, None]
+        time.sleep(0.02)
+    assert newest_name() != before
+
+
+def _wait_until_gone(pids: list[int]) -> None:
+    """A rank whose launcher was killed ends by itself."""
+    assert pids
+    end = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def _children(one: subprocess.Popen) -> list[int]:
+    done = subprocess.run(["ps", "--ppid", str(one.pid), "-o", "pid="], capture_output=True, text=True)
+    return [int(pid) for pid in done.stdout.split()]

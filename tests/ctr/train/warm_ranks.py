@@ -8,9 +8,12 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tests.ranks import ROOT, _free_port
@@ -35,17 +38,19 @@ class WarmRanks:
         end: tuple | None = None,
         overlap: bool = False,
         hang: str | None = None,
+        at: tuple | None = None,
         **constants: float,
     ) -> list[int]:
         """Fork the ranks of the script. Returns their pids.
 
         end: (step, signal, ranks): these ranks send themselves the signal behind the step. overlap: begin with the
-        next batch while a step is trained, as on a GPU. hang: writing the file of this path never
-        ends. constants: of distributed/heartbeat.py.
+        next batch while a step is trained, as on a GPU. hang: writing the file of this path never ends. at: (begin of
+        a stage, signal or one of AT, ranks): this happens to these ranks when they come to the stage. constants: of
+        distributed/heartbeat.py.
         """
         port = _free_port()
         command = {"script": self._script, "world": world, "arguments": arguments, "output": str(output), "port": port}
-        return self._ask(**command, end=end, overlap=overlap, hang=hang, constants=constants)
+        return self._ask(**command, end=end, overlap=overlap, hang=hang, at=at, constants=constants)
 
     def wait(self, seconds: float = 120.0) -> list[int | None]:
         """Exit statuses of the ranks started last, -9 for one that was killed; None for one that still runs."""
@@ -88,6 +93,8 @@ def _fork_rank(rank: int, command: dict) -> int:
         _end_behind(*command["end"], rank)
     if command["overlap"]:
         _overlap()
+    if command["at"]:
+        _at(*command["at"], rank)
     if command["hang"]:
         _hang(command["hang"])
     status = 1
@@ -110,6 +117,56 @@ def _end_behind(step: int, number: int, ranks: list[int], rank: int) -> None:
         return result
 
     Trainer.train_step = step_then_end
+
+
+def _at(stage: str, what: int | str, ranks: list[int], rank: int) -> None:
+    from distributed.process import Process
+
+    def come_to(process: Process, text: str) -> None:
+        process.__dict__["stage"] = text
+        if rank in ranks and text.startswith(stage):
+            time.sleep(0.5)  # the others hear of the stage
+            AT[what](process) if what in AT else os.kill(os.getpid(), what)
+
+    Process.stage = property(lambda process: process.__dict__["stage"], come_to)
+
+
+def _no_memory(_process) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 18), -1))
+
+
+def _no_files(_process) -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), most))
+
+
+def _no_threads(_process) -> None:
+    def start(_thread) -> None:  # as Python does where the system gives no thread; root has no limit to reach
+        raise RuntimeError("can't start new thread")
+
+    threading.Thread.start = start
+
+
+def _fill_disk(process) -> None:
+    with suppress(OSError), open(Path(process.folder) / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 12))
+
+
+def _folder_vanishes(process) -> None:
+    os.rename(process.folder, f"{process.folder}-moved")
+
+
+#: What can happen to a rank at a stage.
+AT = {
+    "hang": lambda _process: time.sleep(600),
+    "no memory": _no_memory,
+    "no files": _no_files,
+    "no threads": _no_threads,
+    "disk full": _fill_disk,
+    "folder vanishes": _folder_vanishes,
+}
 
 
 def _overlap() -> None:
