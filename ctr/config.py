@@ -51,6 +51,7 @@ class EmbeddingConfig:
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     ttl_days: float | None = None
     clock: str = "event"
+    expire_every: int = 50
     max_rows: int | None = None
     max_bytes: int | None = None
     cache_rows: int | None = None

@@ -30,6 +30,7 @@ def check(config: Config) -> None:
         "trainer.checkpoint.full_every": (trainer.checkpoint.full_every, 1),
         "embedding.rows": (config.embedding.rows, 1),
         "embedding.l2": (config.embedding.l2, 0),
+        "embedding.expire_every": (config.embedding.expire_every, 1),
         "embedding.alpt.every": (config.embedding.alpt.every, 1),
         "optimizer.dense.warmup_steps": (optimizer.dense.warmup_steps, 0),
         "optimizer.sparse.warmup_steps": (optimizer.sparse.warmup_steps, 0),

@@ -28,6 +28,7 @@ from torchrec.distributed.types import (
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from distributed.ages import ages_of_values, least
 from distributed.dynamic_sharding import DYNAMIC, HasKernels, RawIdsDist, RowWiseDynamic, raw_ids_dist
 from distributed.table_kernel import DynamicTableKernel, Request
 from kernels.unique import unique_inverse
@@ -71,10 +72,12 @@ class DynamicBagKernel(DynamicTableKernel):
         missing = (rows[:, -1].detach() * counts).split([b - a for a, b in pairwise(request.bounds)])
         return squares, torch.stack([one.sum() for one in missing])
 
-    def request(self, features: KeyedJaggedTensor) -> Request:
+    def request(self, features: KeyedJaggedTensor, ages: Tensor | None) -> Request:
         values, ends, key = features.values(), features.offset_per_key(), 0
         places, bounds = torch.empty_like(values), [0]
         distinct, counts = [], []
+        if ages is not None:
+            ages = ages_of_values(features, ages)
         for count in self._features:
             span = slice(ends[key], ends[key + count])
             unique, inverse, times = unique_inverse(values[span])
@@ -83,7 +86,9 @@ class DynamicBagKernel(DynamicTableKernel):
             distinct.append(unique)
             counts.append(times)
             key += count
-        return Request(torch.cat(distinct), torch.cat(counts), bounds, places)
+        if ages is not None:
+            ages = least(ages, places, bounds[-1])
+        return Request(torch.cat(distinct), torch.cat(counts), ages, bounds, places)
 
 
 class DynamicBagLookup(GroupedPooledEmbeddingsLookup):

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
+from distributed.ages import ages_at, ages_of_ranks, ages_of_values, least, packed, unpacked
 from distributed.bag_sharding import DynamicBagKernel, DynamicBagSharder
 from distributed.dynamic_sharding import DYNAMIC, DynamicSharder
 from distributed.fields import OnDevice, scale_to_mean
 from distributed.host_manager import HostManager
 from distributed.ids_ahead import ComingIds, IdsAhead
 from distributed.plan import TableSize
-from distributed.table_kernel import DynamicTableKernel, Pass
+from distributed.table_kernel import Counted, DynamicTableKernel, Pass
 from distributed.transport import codecs
 from embedding.config import DynamicTableConfig
 from embedding.table import DynamicTable
@@ -94,6 +95,7 @@ class DynamicTables(nn.Module):
         self._transport = transport
         self._asked: tuple[KeyedJaggedTensor, Tensor] | None = None  # by the pass before, for the second one
         self._second = False
+        self._ages: Tensor | None = None  # of the coming step's rows, where it is not prepared
         self._keeps_squares = squares
         self._squares: list[Tensor] = []  # of each path, in the last forward pass in training
         self.tables, self.expected_rows = list(tables), expected_rows
@@ -139,7 +141,8 @@ class DynamicTables(nn.Module):
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """ids: raw int64 ids, stride B. Returns group -> [B, fields, dim] float32; an empty bag gives zeros."""
-        coming = self._coming.popleft() if self._coming and self.training and not self._second else ComingIds(ids)
+        first = self.training and not self._second
+        coming = self._coming.popleft() if first and self._coming else self._begun(ids, self._ages if first else None)
         assert coming.ids is ids, "another batch was prepared for this step"
         paths = []
         self._squares = []
@@ -156,19 +159,19 @@ class DynamicTables(nn.Module):
         return dict(zip(self.groups, sums, strict=True))
 
     @torch.no_grad()
-    def prepare(self, ids: KeyedJaggedTensor, now: int) -> Any:
+    def prepare(self, ids: KeyedJaggedTensor, now: int, times: Tensor | None = None) -> Any:
         """Merge the ids of a coming training batch and begin to send them to their owners; with `brings_ahead` send
         them, and let a thread of each owner bring the rows to the device. Collective: on all ranks in the same place.
 
-        now: its time, as for `begin_step`. Batches are prepared in the order of their steps, whose forward pass takes
+        now, times: as for `begin_step`. Batches are prepared in the order of their steps, whose forward pass takes
         the same `ids`; that of the next step at the earliest when this step begins. With `brings_ahead` nothing may be
         asked of the tables from then on, evaluation and saving included, until that step has begun. Returns what holds
         the memory that the step will use.
         """
         assert self.training
-        coming = ComingIds(ids)
+        coming = self._begun(ids, None if times is None else ages_at(now, times))
         if self.collection is not None:
-            coming.asked = self._distinct(self._on_row_path(ids))
+            coming.asked = self._distinct(self._on_row_path(ids), coming.ages)
             coming.rows = IdsAhead(self.collection, coming.asked[0])
         if self.bags is not None:
             coming.bags = IdsAhead(self.bags, self._mixed(self._on_bag_path(ids)))
@@ -176,6 +179,11 @@ class DynamicTables(nn.Module):
             self._bring(coming, now)
         self._coming.append(coming)
         return coming
+
+    def _begun(self, ids: KeyedJaggedTensor, ages: Tensor | None) -> ComingIds:
+        """A batch of which nothing is sent yet but, on the bag path, the ages of its rows."""
+        told = ages is not None and self.bags is not None
+        return ComingIds(ids, ages, ages_of_ranks(ages) if told else None)
 
     def send_prepared(self) -> None:
         """Go on with what `prepare` has begun, as long as the device is busy. Collective."""
@@ -188,7 +196,7 @@ class DynamicTables(nn.Module):
             self._manager = HostManager(coming.ids.values().device, self._timeout_seconds)
         for module, received in [(module, sent.send()) for module, sent in self._paths(coming)]:
             for kernel, features in module.received(received):
-                kernel.bring_ahead(features, now, self._manager)
+                kernel.bring_ahead(features, now, self._manager, coming.ages_of_ranks)
 
     def _paths(self, coming: ComingIds) -> list[tuple[nn.Module, IdsAhead]]:
         paths = [(self.collection, coming.rows), (self.bags, coming.bags)]
@@ -203,18 +211,20 @@ class DynamicTables(nn.Module):
     def _sums_of_rows(self, ids: KeyedJaggedTensor, coming: ComingIds) -> Sequence[Tensor]:
         """By group [B, fields, dim], of the fields whose tables answer with rows."""
         if not self._second:
-            self._asked = coming.asked or self._distinct(ids)
+            self._asked = coming.asked or self._distinct(ids, coming.ages)
         asked, index = self._asked
         rows = (self.collection(asked) if coming.rows is None else coming.rows.answer()).wait()
         if self.others is not None:
             of_tables = zip(rows.split(asked.length_per_key()), self._row_tables, strict=True)
             rows = torch.cat([self._with_others(answered, table) for answered, table in of_tables])
         if self._keeps_squares and self.training:
-            self._squares.append((rows.square().sum(1) * asked.weights()).sum())
+            self._squares.append((rows.square().sum(1) * unpacked(asked.weights())[0].to(rows)).sum())
         return self._pool(rows, index, ids)
 
     def _sums_of_owners(self, ids: KeyedJaggedTensor, coming: ComingIds) -> Sequence[Tensor]:
         """By group [B, fields, dim], of the fields on the bag path."""
+        for kernel in self.bags.kernels():
+            kernel.ages = coming.ages_of_ranks
         answered = self.bags(self._mixed(ids)) if coming.bags is None else coming.bags.answer()
         if self._keeps_squares and self.training:
             self._squares += [self._squares_of_owner(kernel) for kernel in self.bags.kernels()]
@@ -286,12 +296,16 @@ class DynamicTables(nn.Module):
         found = {n: t for kernel in self._kernels() for n, t in zip(kernel.names, kernel.tables, strict=True)}
         return {table.name: found[table.name] for table in self.tables}
 
-    def begin_step(self, now: int, learn_steps: bool = False) -> None:
-        """Set the time that rows of the coming training step are touched with, in seconds.
+    def begin_step(self, now: int, learn_steps: bool = False, times: Tensor | None = None) -> None:
+        """Set the time of the coming training step, in seconds, with which its rows are touched.
 
+        times: int64 [B], of the events in the rows of this rank's batch, which then has as many rows as those of other
+        ranks. Rows of ids are touched with the time of their latest event in all ranks' batches, at most `now`. Of a
+        batch that was prepared the times are known already.
         learn_steps: the step has a second pass (`second_pass`) in which step sizes are learned. Rows are stored
         at its end; what the first pass leaves between the two is kept in float32 for the rows of the batch.
         """
+        self._ages = None if times is None or self._coming else ages_at(now, times)
         for kernel in self._kernels():
             kernel.now = now
             kernel.phase = Pass.FIRST if learn_steps else Pass.ONLY
@@ -328,14 +342,20 @@ class DynamicTables(nn.Module):
                 table.expire(now, budget_rows=None if everywhere else EXPIRE_ROWS)
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """This rank's counts by table: rows, bytes, new, admitted, rejected, expired, evicted."""
-        return {name: table.stats() for name, table in self.owned().items()}
+        """This rank's counts by table: rows, bytes, new, admitted, rejected, expired, evicted. They may be asked for at
+        any time: a batch that is brought ahead of its step does not count yet."""
+        return {name: counted.stats for name, counted in self._counted().items()}
+
+    def _counted(self) -> dict[str, Counted]:
+        found = {n: c for kernel in self._kernels() for n, c in zip(kernel.names, kernel.counted(), strict=True)}
+        return {table.name: found[table.name] for table in self.tables}
 
     def cache_stats(self) -> CacheStats | None:
-        """Of this rank, since the last call; None if tables have no cache."""
+        """Of this rank, since the last call; None if tables have no cache. As for `stats`, at any time."""
         if not self.cached:
             return None
-        stats = CacheStats({name: table.cache_stats() for name, table in self.owned().items()})
+        counted = self._counted()
+        stats = CacheStats({name: table.cache_stats(counted[name].cache) for name, table in self.owned().items()})
         if self._manager is not None:
             stats.waited_seconds, stats.busy_seconds = self._manager.take_seconds()
         return stats
@@ -357,8 +377,9 @@ class DynamicTables(nn.Module):
             self.others.zero_()
 
     @torch.no_grad()
-    def _distinct(self, ids: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Tensor]:
-        """The distinct ids per table, mixed, with their counts; and for each value of `ids` its place among them."""
+    def _distinct(self, ids: KeyedJaggedTensor, ages: Tensor | None) -> tuple[KeyedJaggedTensor, Tensor]:
+        """The distinct ids per table, mixed, with their counts and ages; and for each value of `ids` its place among
+        them. ages: int64 [B] of the rows, or None."""
         values, bounds = ids.values(), ids.offset_per_key()
         index = torch.empty_like(values)
         distinct, counts, lengths, first = [], [], [], 0
@@ -377,11 +398,12 @@ class DynamicTables(nn.Module):
             counts.append(count)
             lengths.append(unique.numel())
             first += unique.numel()
+        if ages is not None:
+            ages = least(ages_of_values(ids, ages), index, first)
         asked = KeyedJaggedTensor(
             keys=[self.tables[i].name for i in self._row_tables],
             values=mix64(torch.cat(distinct)),
-            # Counts ride along as weights. float32 holds them exactly up to 2^24 of one id in one batch.
-            weights=torch.cat(counts).float(),
+            weights=packed(torch.cat(counts), ages),
             lengths=torch.tensor(lengths, dtype=torch.int32).to(values.device, non_blocking=True),
             stride=1,
             length_per_key=lengths,

@@ -39,9 +39,14 @@ class IdsAhead:
 
 @dataclass
 class ComingIds:
-    """The ids of a batch, and what has been sent of them ahead of its step, if anything."""
+    """The ids of a batch, and what has been sent of them ahead of its step, if anything.
+
+    ages: int64 [B] of the batch's rows, None where they have no times; ages_of_ranks: on the bag path, of all ranks'.
+    """
 
     ids: KeyedJaggedTensor
+    ages: Tensor | None = None
+    ages_of_ranks: Tensor | None = None
     asked: tuple[KeyedJaggedTensor, Tensor] | None = None  # the distinct ones, and the place of each id among them
     rows: IdsAhead | None = None  # of the row path and of the bag path
     bags: IdsAhead | None = None

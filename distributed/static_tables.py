@@ -115,7 +115,7 @@ class StaticTables(nn.Module):
         return {group: emb_bfd * scale_bf1 for group, emb_bfd in embeddings.items()}
 
     @torch.no_grad()
-    def prepare(self, ids: KeyedJaggedTensor, now: int) -> Any:
+    def prepare(self, ids: KeyedJaggedTensor, now: int, times: Tensor | None = None) -> Any:
         """Begin to send the ids of a coming training batch to the owners of their rows. Collective; as that of
         `DynamicTables`."""
         assert self.training
@@ -167,7 +167,7 @@ class StaticTables(nn.Module):
             for shard in value.local_shards():
                 _fill(shard.tensor, shard.metadata.shard_offsets[0], table, self.seed)
 
-    def begin_step(self, now: int, learn_steps: bool = False) -> None:
+    def begin_step(self, now: int, learn_steps: bool = False, times: Tensor | None = None) -> None:
         """Nothing: static rows have no age, and no step sizes."""
 
     def begin_period(self) -> None:

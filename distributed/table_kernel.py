@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from distributed.ages import least, unpacked
 from distributed.host_manager import HostManager
 from embedding.alpt import RowsAhead
 from embedding.cached_table import CachedTable, make_table
@@ -56,17 +57,32 @@ class FoundRows:
     inverse: Tensor | None
 
 
+class Counted(NamedTuple):
+    """What a table has counted up to some moment: its `stats`, and of one with a cache the totals of that."""
+
+    stats: dict[str, float]
+    cache: dict[str, int] | None
+
+    @classmethod
+    def of(cls, table: DynamicTable) -> Counted:
+        return cls(table.stats(), dict(table.cache.total) if isinstance(table, CachedTable) else None)
+
+
 @dataclass
 class Request:
     """What one batch asks of all tables of a kernel. mixed: int64 [n], those of table t from bounds[t] on; counts: [n];
-    places: int64, for each id of a bag its place in mixed, on the bag path. found: by table, once they are looked up.
+    ages: int64 [n], how long before the batch's time each was seen last, None: just then. places: int64, for each id of
+    a bag its place in mixed, on the bag path. found: by table, once they are looked up; counted: of a batch that is
+    brought ahead, by table, then.
     """
 
     mixed: Tensor
     counts: Tensor
+    ages: Tensor | None
     bounds: list[int]
     places: Tensor | None = None
     found: list[FoundRows] | None = None
+    counted: list[Counted] | None = None
 
 
 class RowLearningRate(FusedOptimizer):
@@ -92,6 +108,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     Attributes:
         tables: in the order of torchrec's grouped config.
         now: time of the batch in seconds, set by the caller before each training step, as phase is.
+        ages: on the bag path, of the rows of all ranks' batches: int64 [stride], or None. Set as now is.
     """
 
     def __init__(self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None):
@@ -105,7 +122,9 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         self._rank = pg.rank() if pg is not None and pg.size() > 1 else None
         self.tells_missing = fused["tells_missing"]
         self._coming: deque[Callable[[], Request]] = deque()
+        self._counted: list[Counted] = []
         self.now = 0
+        self.ages: Tensor | None = None
         self.phase = Pass.ONLY
         # Per table, between the two passes: the rows, their numbers and the inverse.
         self._ahead: list[tuple[RowsAhead, Tensor, Tensor | None]] = []
@@ -121,13 +140,16 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         """features: one key per table, stride = ranks, values mixed ids, weights their counts. Returns [n, width]."""
         return self.rows(self.next_request(features))
 
-    def bring_ahead(self, features: KeyedJaggedTensor, now: int, manager: HostManager) -> None:
+    def bring_ahead(
+        self, features: KeyedJaggedTensor, now: int, manager: HostManager, ages: Tensor | None = None
+    ) -> None:
         """Let the thread look up the ids of a coming training batch and bring its rows. Steps take what was brought in
-        the order of these calls, each with the features that it has been given."""
+        the order of these calls, each with the features that it has been given. ages: as the attribute."""
 
         def work() -> Request:
-            request = self.request(features)
+            request = self.request(features, ages)
             request.found = self.find(request, now)
+            request.counted = [Counted.of(table) for table in self.tables]
             return request
 
         for table in self.tables:
@@ -138,16 +160,23 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     def next_request(self, features: KeyedJaggedTensor) -> Request:
         """The request of a batch: that which was brought ahead, if there is one and it is for this step."""
         if not (self._coming and self.training) or self.phase is Pass.SECOND:
-            return self.request(features)
+            return self.request(features, self.ages)
         request = self._coming.popleft()()
         for table in self.tables:
             table.coming -= 1
+        self._counted = request.counted
         return request
 
-    def request(self, features: KeyedJaggedTensor) -> Request:
+    def counted(self) -> list[Counted]:
+        """What the tables have counted up to the step that is under way or done: a batch that is being brought ahead
+        does not count yet."""
+        return self._counted if self._coming else [Counted.of(table) for table in self.tables]
+
+    def request(self, features: KeyedJaggedTensor, ages: Tensor | None) -> Request:
+        """What is asked. ages: those of rows on the bag path; here they travel with the ids."""
         offsets = features.offsets()
         stride = (offsets.numel() - 1) // len(self.tables)
-        return Request(features.values(), features.weights(), offsets[::stride].tolist())
+        return Request(features.values(), *unpacked(features.weights()), offsets[::stride].tolist())
 
     def rows(self, request: Request) -> Tensor:
         """The rows asked for, differentiable."""
@@ -156,24 +185,27 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     def find(self, request: Request, now: int) -> list[FoundRows]:
         """Look the ids of a batch up in all tables, in training with all that this changes."""
         found, bounds = [], request.bounds
-        ids_of_all, counts_of_all = unmix64(request.mixed), request.counts.long()
+        ids_of_all, counts_of_all = unmix64(request.mixed), request.counts
         for table, begin, end in zip(self.tables, bounds, bounds[1:], strict=False):
             ids, counts, inverse = ids_of_all[begin:end], counts_of_all[begin:end], None
+            ages = None if request.ages is None else request.ages[begin:end]
             if self.repeats:
                 ids, inverse, _ = unique_inverse(ids)
                 counts = torch.zeros_like(ids).index_add_(0, inverse, counts)
-            found.append(FoundRows(*self._rows_of(table, ids, counts, now), ids, inverse))
+                ages = None if ages is None else least(ages, inverse, ids.numel())
+            seen = now if ages is None else now - ages
+            found.append(FoundRows(*self._rows_of(table, ids, counts, seen), ids, inverse))
         return found
 
     def _rows_of(
-        self, table: DynamicTable, ids: Tensor, counts: Tensor, now: int
+        self, table: DynamicTable, ids: Tensor, counts: Tensor, now: int | Tensor
     ) -> tuple[DynamicTable | CachedRows, Tensor]:
         try:
             if not isinstance(table, CachedTable):
                 return table, table.lookup(ids, now, counts, self.training)
             if self.training:
                 return table.bring(ids, now, counts)
-            return table, table.lookup(ids.to(table.device), now, training=False)
+            return table, table.lookup(ids.to(table.device), 0, training=False)
         except (TableFull, CacheFull) as error:
             if self._rank is None:
                 raise

@@ -44,6 +44,7 @@ class CachedTable(DynamicTable):
         batch and the one before do not fit the cache.
         """
         ids, counts = ids.cpu(), None if counts is None else counts.cpu()
+        now = now.cpu() if isinstance(now, Tensor) else now
         rows = super().lookup(ids, now, counts)
         if self._mark:
             self._index.set_mark(rows, self._mark)
@@ -133,8 +134,11 @@ class CachedTable(DynamicTable):
         self._assert_alone()
         return super().mark()
 
-    def cache_stats(self) -> dict[str, int]:
-        """Since the last call: rows of batches that were there (hits) or fetched (misses), and rows written back."""
-        total, before = dict(self.cache.total), self._cache_at_interval
+    def cache_stats(self, total: dict[str, int] | None = None) -> dict[str, int]:
+        """Since the last call: rows of batches that were there (hits) or fetched (misses), and rows written back.
+
+        total: what `cache.total` was at some moment since the last call; None: up to now.
+        """
+        total, before = dict(total or self.cache.total), self._cache_at_interval
         self._cache_at_interval = total
         return {name: total[name] - before[name] for name in COUNTERS}

@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 from pyarrow import types
 
 from ctr.data.footers import is_text
+from ctr.data.times import TICKS_PER_SECOND
 
 NULL_GROUP = -(2**63)  # the group of rows whose group column is null
 # Nearly all columns are of these; a set is quicker than a chain of questions asked a thousand times a second.
 PLAIN = {pa.int64(), pa.int32(), pa.float32(), pa.float64()}
-TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 def present(array: pa.Array) -> np.ndarray | None:
@@ -69,8 +69,8 @@ def floats(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
     return fixed_width(array), present(array)
 
 
-def seconds(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
-    """int64 [n] seconds since 1970 (integers as they are); bool [n] present, None when all are."""
+def seconds(array: pa.Array, unit: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """int64 [n] seconds since 1970, of integers in `unit`; bool [n] present, None when all are."""
     array = _dense(array, pa.int64())
     if types.is_date32(array.type):
         values = fixed_width(array.view(pa.int32())).astype(np.int64) * 86400
@@ -79,7 +79,10 @@ def seconds(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
     elif types.is_timestamp(array.type):
         values = fixed_width(array.view(pa.int64())) // TICKS_PER_SECOND[array.type.unit]
     else:
-        values = fixed_width(array).astype(np.int64)
+        values = fixed_width(array)
+        if values.dtype == np.uint64:
+            values = np.minimum(values, np.uint64(2**63 - 1))  # as implausible, and not negative
+        values = values.astype(np.int64) // TICKS_PER_SECOND[unit]
     return values, present(array)
 
 

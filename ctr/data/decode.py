@@ -15,6 +15,7 @@ from ctr.data.footers import RowGroups
 from ctr.data.lanes import Span
 from ctr.data.row_groups import RowGroup, Unreadable
 from ctr.data.schema import FeatureConfig, Schema
+from ctr.data.times import DAY, advice, described, far_ahead, refuse_unit, unit_of
 from ctr.data.transforms import bucket, transform
 from ctr.data.window import GOOD, REASONS, Buffers, Window
 
@@ -199,8 +200,9 @@ class _Chunk:
         rows = np.flatnonzero(bad)
         scheduled = rows if self.numbers is None else self.numbers[rows]
         if not self.decoder.skip_bad_rows:
-            where = self._where(int(scheduled[0]))
-            raise DataError(f"{where}: column {column!r} found {found(int(rows[0]))}, expected {expected}")
+            raise DataError(
+                f"{self.where(int(rows[0]))}: column {column!r} found {found(int(rows[0]))}, expected {expected}"
+            )
         if self.reasons is None:
             self.reasons = np.zeros(self.scheduled, np.uint8)
         fresh = scheduled[self.reasons[scheduled] == GOOD]
@@ -232,7 +234,9 @@ class _Chunk:
         self.reasons = np.where(readable, GOOD, REASONS.index("corrupt_row_group")).astype(np.uint8)
         return readable
 
-    def _where(self, row: int) -> str:
+    def where(self, row: int) -> str:
+        """The file, row group and row of a decoded row."""
+        row = row if self.numbers is None else int(self.numbers[row])
         for source in self.sources:
             rows = source.span.stop - source.span.first
             if row < rows:
@@ -288,9 +292,28 @@ def _group(chunk: _Chunk, arrays: Arrays) -> None:
 
 
 def _time(chunk: _Chunk, arrays: Arrays) -> None:
-    values, there = _values([columns.seconds(array) for array in arrays])
+    if not arrays:
+        return
+    rule, stored = chunk.decoder.schema.times, arrays[0].type
+    values, there = _values([columns.seconds(array, rule.unit) for array in arrays])
     if there is not None:
-        chunk.mark(~there, "time", chunk.decoder.schema.time, "a time", lambda row: "null")
+        chunk.mark(~there, "time", rule.column, "a time", lambda row: "null")
+    outside, found = rule.outside(values), described(values, unit_of(rule, stored))
+    fine = ~outside if there is None else ~outside & there
+    if not fine.all():
+        outside = outside if there is None else outside & there
+        known = values if there is None else values[there]
+        refuse_unit(rule, stored, known, lambda: chunk.where(int(outside.argmax())))
+        if outside.any():
+            expected = rule.expected + advice(rule, stored, int(values[outside.argmax()]))
+            chunk.mark(outside, "time", rule.column, expected, found)
+    for _, _, here, _ in chunk.windows:
+        ahead = far_ahead(rule, values[here], fine[here])
+        if ahead is not None:
+            late = np.zeros(len(values), bool)
+            late[here] = ahead
+            expected = f"a time within {rule.jump / DAY:g} days of another row (data.schema.time_jump_days)"
+            chunk.mark(late, "time", rule.column, expected, found)
     chunk.deliver(values, "time")
 
 

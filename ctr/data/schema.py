@@ -17,6 +17,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ctr.data.errors import SchemaError
+from ctr.data.times import TimeRule
 
 KINDS = ("numeric", "id", "ids", "sequence")
 DTYPES = ("int", "hex", "string")
@@ -60,7 +61,13 @@ class SchemaConfig:
     labels: list[str] = field(default_factory=lambda: ["label"])  # each 0 or 1 in every row
     weight: str | None = None  # sample weight
     group: str | None = None  # group of GAUC, an integer or a string
-    time: str | None = None  # event time: integer seconds or a timestamp
+    time: str | None = None  # event time: an integer in time_unit, a timestamp or a date
+    time_unit: str = "s"  # of integers since 1970, UTC: s | ms | us | ns; timestamps know their own
+    # A time outside [time_from, time_to) is a bad row, and so are few rows that lie more than time_jump_days beyond
+    # all others of their window. Dates as YYYY-MM-DD.
+    time_from: str = "1990-01-01"
+    time_to: str = "2100-01-01"
+    time_jump_days: float = 365.0
     features: list[FeatureConfig] = field(default_factory=list)
 
 
@@ -79,6 +86,7 @@ class Schema:
 
     Attributes:
         labels, weight, group, time: column names (labels a list, the others None where absent)
+        times: what is known of the column of times, and which ones are plausible; None without one
         numeric: the numeric features in order, without bucketised ones
         categorical: the features that give ids, in order, bucketised numerics among them
         numeric_names: columns of `Batch.numeric`; an indicator follows its feature
@@ -92,6 +100,8 @@ class Schema:
         """Raises SchemaError, one line, for a schema that contradicts itself."""
         self.labels = list(config.labels)
         self.weight, self.group, self.time = config.weight, config.group, config.time
+        rule = (config.time_unit, config.time_from, config.time_to, config.time_jump_days)
+        self.times = None if config.time is None else TimeRule.of(config.time, *rule)
         features = [_resolved(feature) for feature in config.features]
         if not self.labels:
             raise SchemaError("schema.labels: found an empty list, expected at least one label column")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ctr.data.batch import Batch
 
@@ -34,13 +35,15 @@ class LookAhead:
 class ReadyBatch:
     """A batch on its device, and what all ranks know of its step.
 
-    batch: as it was read; sent: what of it is on its way to other ranks, if anything; weight: summed over the global
-    batch; now: its time in seconds; stop: whether to leave after its step.
+    batch: as it was read; sent: what of it is on its way to other ranks, if anything; times: int64 [B] of its events on
+    the device, if rows are touched with them; weight: summed over the global batch; now: what time it is for the
+    tables, in seconds; stop: whether to leave after its step.
     """
 
     batch: Batch
     on_device: Batch
     sent: Any
+    times: Tensor | None
     weight: float
     now: int
     stop: bool

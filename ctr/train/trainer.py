@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ctr.models.network import Network, build_tables, build_tower
 from ctr.report.report import write_report
 from ctr.report.result import PREDICTIONS, begin_result, commit_result
 from ctr.train.checkpoints import Checkpoints
+from ctr.train.clock import Clock
 from ctr.train.distil import Distillation
 from ctr.train.evaluate import evaluate, read_split
 from ctr.train.guard import check_gradients, check_loss, watch_gradients
@@ -65,6 +65,7 @@ class Trainer:
         distil = config.trainer.distil
         self.distil = None if distil.kind == "none" else Distillation(distil, process.device)
         self.step = self.epoch = self.now = 0
+        self.clock = Clock(config, process)
         self.best: float | None = None
         self.evaluations_since_best = 0
         self.evaluated_step = -1
@@ -120,11 +121,15 @@ class Trainer:
 
     def steps(self, reader: ParquetReader) -> Iterator[Batch]:
         """Train on the batches of this epoch that are left, one step each; yields the batch behind each step."""
-        self.batches = LookAhead(self.log.progress(reader.epoch(self.epoch), reader, self.epoch))
+        batches = reader.epoch(self.epoch)
+        if not reader.steps_done:
+            self.now = 0  # the clock of the tables: an epoch may begin with older days than the last one ended with
+        self.batches = LookAhead(self.log.progress(batches, reader, self.epoch))
         for batch in self.batches:
             loss_sum, weight = self.train_step(batch)
-            if self.log.train(self.step, self.epoch, batch.rows, loss_sum, weight, self.optimizers):
+            if self.step % self.config.embedding.expire_every == 0:
                 self.tables.expire(self.now)
+            if self.log.train(self.step, self.epoch, batch.rows, loss_sum, weight, self.optimizers):
                 self.log.tables(self.step, self.tables.stats())
                 self.log.cache(self.step, self.tables.cache_stats())
             yield batch
@@ -138,7 +143,7 @@ class Trainer:
         self.ahead.begin_step(ready)
         batch, self.now, self.stopping = ready.on_device, ready.now, ready.stop
         learn_steps = self.steps_every is not None and self.step % self.steps_every == 0
-        self.tables.begin_step(self.now, learn_steps)
+        self.tables.begin_step(self.now, learn_steps, ready.times)
         network.step = self.step
         self.ready = self.get_next_ready()
         logits, embeddings = self.model(batch)
@@ -178,11 +183,12 @@ class Trainer:
 
     def get_ready(self, batch: Batch) -> ReadyBatch:
         """Agree on a batch, bring it to the device and, where steps overlap, begin to send its ids to their owners."""
-        weight, now, stop = self.agree(batch)  # before it goes to the device: these are numbers for the host
+        agreed = self.clock.agree(batch, self.now)  # before it goes to the device: these are numbers for the host
         with self.ahead.queued():
             on_device = to_device(batch, self.process.device)
-            sent = self.tables.prepare(on_device.ids, now) if self.overlaps else None
-        return ReadyBatch(batch, on_device, sent, weight, now, stop)
+            times = on_device.time if self.clock.of_events else None
+            sent = self.tables.prepare(on_device.ids, agreed.now, times) if self.overlaps else None
+        return ReadyBatch(batch, on_device, sent, times, *agreed)
 
     def get_next_ready(self) -> ReadyBatch | None:
         """Begin with the next step's batch while this step is trained, on a GPU or where tables have a cache; unless
@@ -200,25 +206,12 @@ class Trainer:
             self.tables.send_prepared()
 
     def pauses_after(self, step: int) -> bool:
-        """Whether there is a log line (and expiry), an evaluation, a saved state or the end between a step and the
-        next. The same on all ranks."""
-        trainer = self.config.trainer
-        every = (trainer.log_every, trainer.eval_every, trainer.checkpoint.every, trainer.max_steps)
+        """Whether rows may expire, or there is an evaluation, a saved state or the end, between a step and the next.
+        The same on all ranks. A log line is not among them: it must not change what is trained."""
+        trainer, embedding = self.config.trainer, self.config.embedding
+        expiry = None if embedding.ttl_days is None else embedding.expire_every
+        every = (expiry, trainer.eval_every, trainer.checkpoint.every, trainer.max_steps)
         return self.stopping or any(number is not None and step % number == 0 for number in every)
-
-    def agree(self, batch: Batch) -> tuple[float, int, bool]:
-        """Summed weight and the time (seconds) of the global batch, the same on every rank; and whether to stop."""
-        if self.config.embedding.clock == "wall" or batch.time is None:
-            now = int(time.time())
-        else:
-            now = int(batch.time[: batch.rows].max()) if batch.rows else 0
-        stop = self.process.stop_asked
-        mine = torch.tensor([float(batch.weight.sum()), now, stop], dtype=torch.float64)
-        if self.process.world_size == 1:
-            return mine[0].item(), now, stop
-        everyone = mine.new_empty(3 * self.process.world_size)
-        dist.all_gather_into_tensor(everyone, mine)
-        return everyone[::3].sum().item(), int(everyone[1::3].max()), bool(everyone[2::3].any())
 
     def l2(self, embeddings: dict[str, Tensor]) -> Tensor | float:
         """l2/2 times the squares of rows, summed over all look-ups of the batch, those of each id of a bag: rows that

@@ -11,7 +11,16 @@ import pyarrow.compute as pc
 import torch
 
 from ctr.data.convert.delimited import BadRows, TextTable, shorten
+from ctr.data.convert.times import (
+    PER_SECOND,
+    implausible,
+    refuse_unit,
+    seconds_of_numbers,
+    seconds_of_text,
+    unit_advice,
+)
 from ctr.data.errors import SchemaError
+from ctr.data.times import TimeRule
 from kernels.string_hash import hex_to_int64
 
 PLAIN_TYPES = {
@@ -35,7 +44,6 @@ MADE_TYPES = {
     "list<float32>": pa.list_(pa.float32()),
 }
 OF_A_TIME = {"hour": pc.hour, "weekday": pc.day_of_week}
-PER_SECOND = {"seconds": 1.0, "milliseconds": 1e3, "microseconds": 1e6}
 
 
 @dataclass(frozen=True)
@@ -44,10 +52,10 @@ class Column:
 
     name: in the output. source: in the text (default: name). type: a plain arrow type, or "hex" (1 to 16
     hexadecimal digits -> the 64 bits as int64), "time" (-> int64 seconds since 1970 UTC, by `format`:
-    "seconds", "milliseconds", "microseconds" or a strptime pattern), "hour" and "weekday" (of such a time: 0 to
-    23, Monday is 0), "list<...>" (split at `delimiter`, runs of it count once). stored: plain type to write
-    instead of `type`. values: the only values accepted; null
-    is then bad too. required: null is bad.
+    "seconds", "milliseconds", "microseconds", "nanoseconds" or a strptime pattern), "hour" and "weekday" (of
+    such a time: 0 to 23, Monday is 0), "list<...>" (split at `delimiter`, runs of it count once). stored: plain
+    type to write instead of `type`. values: the only values accepted; null is then bad too. required: null is
+    bad. rule: which times are plausible, of the column of event times.
     """
 
     name: str
@@ -58,6 +66,7 @@ class Column:
     delimiter: str = " "
     values: tuple[int, ...] | None = None
     required: bool = False
+    rule: TimeRule | None = None
 
     @property
     def text_column(self) -> str:
@@ -121,13 +130,15 @@ def make_columns(text: TextTable, columns: Sequence[Column], bad_rows: BadRows) 
     made, bad = [], np.zeros(text.table.num_rows, dtype=bool)
     for column in columns:
         source = text.table.column(column.text_column).combine_chunks()
-        array, wrong = _make(source, column)
+        array, wrong = _make(source, column, f"{text.path}: column {column.text_column!r}")
         made.append(array)
         if wrong is not None and wrong.any():
             for row in np.flatnonzero(wrong & ~bad):
                 found = source[int(row)].as_py()
                 shown = "nothing" if found is None else shorten(str(found))
                 message = f"column {column.text_column!r}: expected {_expected(column)}, found {shown}"
+                if column.rule and isinstance(found, float):
+                    message += unit_advice(found, column.rule)
                 bad_rows.meet(text.path, int(text.lines[row]), message)
             bad |= wrong
     table, lines = pa.table(made, schema=stored_schema(columns)), text.lines
@@ -144,19 +155,19 @@ def _expected(column: Column) -> str:
     if column.type == "hex":
         return "1 to 16 hexadecimal digits"
     if column.of_time:
-        return f"a time as {column.format}"
+        return f"{column.rule.range if column.rule else 'a time'} as {column.format}"
     if column.type.startswith("list"):
         return f"{column.type} separated by {column.delimiter!r}"
     return "a finite number" if pa.types.is_floating(column.text_type) else "a value"
 
 
-def _make(source: pa.Array, column: Column) -> tuple[pa.Array, np.ndarray | None]:
-    """(array as stored, mask of bad rows or None when there are none)."""
+def _make(source: pa.Array, column: Column, where: str) -> tuple[pa.Array, np.ndarray | None]:
+    """(array as stored, mask of bad rows or None when there are none). `where` names the file and the column."""
     wrong = None
     if column.type == "hex":
         array, wrong = _from_hex(source)
     elif column.of_time:
-        array, wrong = _from_time(source, column.format)
+        array, wrong = _from_time(source, column, where)
         if column.type in OF_A_TIME:
             array = OF_A_TIME[column.type](array.cast(pa.timestamp("s")))
     elif column.type.startswith("list"):
@@ -178,6 +189,17 @@ def _make(source: pa.Array, column: Column) -> tuple[pa.Array, np.ndarray | None
     return array, wrong
 
 
+def _from_time(source: pa.Array, column: Column, where: str) -> tuple[pa.Array, np.ndarray]:
+    numbers = column.format in PER_SECOND
+    array, wrong = (seconds_of_numbers if numbers else seconds_of_text)(source, column.format)
+    if column.rule is not None:
+        outside = implausible(array, column.rule)
+        if numbers and outside.any():
+            refuse_unit(source, outside, column.rule, column.format, where)
+        wrong = wrong | outside
+    return array, wrong
+
+
 def _from_hex(source: pa.Array) -> tuple[pa.Array, np.ndarray]:
     offsets, data = _string_buffers(source)
     ids, ok = hex_to_int64(torch.from_numpy(data), torch.from_numpy(offsets))
@@ -192,16 +214,6 @@ def _string_buffers(source: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     # A copy, because torch warns about tensors over memory that cannot be written.
     data = np.frombuffer(data_buffer, np.uint8).copy() if data_buffer is not None else np.zeros(0, np.uint8)
     return offsets, data
-
-
-def _from_time(source: pa.Array, pattern: str) -> tuple[pa.Array, np.ndarray]:
-    null = source.is_null().to_numpy(zero_copy_only=False)
-    if pattern in PER_SECOND:
-        seconds = np.floor(source.fill_null(0).to_numpy(zero_copy_only=False) / PER_SECOND[pattern])
-        wrong = ~(np.abs(seconds) < 2.0**62)
-        return pa.array(np.where(wrong, 0, seconds).astype(np.int64), mask=null), wrong
-    times = pc.strptime(source, format=pattern, unit="s", error_is_null=True)
-    return times.cast(pa.int64()), times.is_null().to_numpy(zero_copy_only=False) & ~null
 
 
 def _from_delimited(source: pa.Array, column: Column) -> tuple[pa.Array, np.ndarray | None]:

@@ -18,7 +18,7 @@ schema.yaml; where it is left out, every column but label and time becomes a fea
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ctr.data.convert.pipeline import Conversion, Input, Options, convert
 from ctr.data.convert.split import seconds_of
 from ctr.data.errors import DataError, SchemaError
 from ctr.data.schema import Schema, nearest
+from ctr.data.times import TimeRule
 from embedding.errors import ConfigError
 
 
@@ -103,7 +104,8 @@ def convert_csv(config_path: Path, output: Path | None, options: Options) -> dic
     if target is None:
         raise ConfigError(f"{config_path}: no output found, expected the key output or the option --output")
     columns = [_column(column) for column in config.columns]
-    _check(config, columns, config_path)
+    times = _check(config, columns, config_path)
+    columns = [replace(one, rule=times) if times and one.name == times.column else one for one in columns]
     text = TextFormat(
         config.delimiter,
         tuple(config.names),
@@ -138,7 +140,8 @@ def _load(path: Path) -> CsvConfig:
         raise
 
 
-def _check(config: CsvConfig, columns: list[Column], path: Path) -> None:
+def _check(config: CsvConfig, columns: list[Column], path: Path) -> TimeRule | None:
+    """Returns which event times are plausible, as the schema says; None where it names no column of them."""
     if not columns:
         raise ConfigError(f"{path}: key columns: found none, expected at least one column to write")
     if config.header not in ("yes", "no", "auto"):
@@ -160,11 +163,11 @@ def _check(config: CsvConfig, columns: list[Column], path: Path) -> None:
     text_types(columns)
     if config.time is not None and config.time not in {c.name for c in columns if c.type == "time"}:
         raise ConfigError(f"{path}: key time: found {config.time!r}, expected a column of type time")
-    _check_schema(_schema(config, columns), columns, path)
+    return _check_schema(_schema(config, columns), columns, path)
 
 
-def _check_schema(raw: dict, columns: list[Column], path: Path) -> None:
-    """The schema holds together, and every column that it reads is written."""
+def _check_schema(raw: dict, columns: list[Column], path: Path) -> TimeRule | None:
+    """The schema holds together, and every column that it reads is written. Returns its rule of times."""
     try:
         schema = Schema.from_config(raw)
     except SchemaError as error:
@@ -178,6 +181,11 @@ def _check_schema(raw: dict, columns: list[Column], path: Path) -> None:
             raise SchemaError(
                 f"{path}: the schema reads column {name!r}, which is not written; {nearest(name, written)}"
             )
+    if schema.times is None or not any(column.name == schema.time and column.type == "time" for column in columns):
+        return None
+    if schema.times.unit != "s":
+        raise SchemaError(f"{path}: schema.time_unit is {schema.times.unit}; a column of type time is written in s")
+    return schema.times
 
 
 def _column(config: ColumnConfig) -> Column:

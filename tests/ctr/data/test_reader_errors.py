@@ -14,7 +14,7 @@ from embedding.errors import ConfigError
 
 from .rows import features, read_in_order, taken_apart, write
 
-N = 100
+N, NOW = 100, 1_767_225_600
 
 
 def table(**replaced) -> dict:
@@ -92,6 +92,10 @@ def changed(column, row, value):
     return column
 
 
+def times(row, value):
+    return pa.array([value if i == row else NOW + i for i in range(N)])
+
+
 BAD_ROWS = [
     ("label", changed(np.arange(N) % 2, 57, 7), "label", "7.0", "0 or 1"),
     ("label", pa.array([None if i == 57 else 1 for i in range(N)]), "label", "null", "0 or 1"),
@@ -101,7 +105,11 @@ BAD_ROWS = [
     ("age", changed(np.ones(N), 57, 1e300), "numeric", "1e+300", "finite"),
     ("w", changed(np.ones(N), 57, -1), "weight", "-1.0", "at least 0"),
     ("w", pa.array([None if i == 57 else 1 for i in range(N)]), "weight", "null", "at least 0"),
-    ("t", pa.array([None if i == 57 else i for i in range(N)]), "time", "null", "a time"),
+    ("t", times(57, None), "time", "null", "a time"),
+    ("t", times(57, 2**40), "time", f"{2**40} s (the year 36812)", "a time from 1990-01-01 to 2100-01-01"),
+    ("t", times(57, -1), "time", "-1 s (the year 1969)", "a time from 1990-01-01"),
+    ("t", times(57, NOW * 1000), "time", f"{NOW * 1000} s (the year 57", "as ms it would be plausible"),
+    ("t", times(57, 4_102_444_800), "time", "4102444800 s (the year 2100)", "data.schema.time_from"),
     ("h", pa.array(["0x1" if i == 57 else "1f" for i in range(N)]), "id", "'0x1'", "hexadecimal"),
 ]
 

@@ -36,7 +36,7 @@ def write_data(folder: Path, rows: int, valid: int = 200, seed: int = 0, extra: 
         table = pa.table(
             {
                 "label": (generator.random(count) < 1 / (1 + np.exp(-x - (c % 3)))).astype(np.int8),
-                "time": np.sort(generator.integers(0, 86400 * 20, count)),
+                "time": np.sort(generator.integers(0, 86400 * 20, count)) + 20454 * 86400,
                 "x": x,
                 "row": np.arange(count),
                 "c": c,

@@ -35,7 +35,7 @@ def write_days(folder: Path) -> None:
 
         columns = {
             "label": generator.integers(0, 2, ROWS).astype(np.int8),
-            "time": day * 86400 + np.sort(generator.integers(0, 86400, ROWS)),
+            "time": (20454 + day) * 86400 + np.sort(generator.integers(0, 86400, ROWS)),
             "x": generator.normal(size=ROWS).astype(np.float32),
             "user": ids(ROWS, 300),
             "item": ids(ROWS, 80),

@@ -7,6 +7,7 @@ import pytest
 from ctr.data.convert.columns import Column, check_columns, make_columns, text_types
 from ctr.data.convert.delimited import BadRows, TextTable
 from ctr.data.errors import DataError, SchemaError
+from ctr.data.times import TimeRule
 
 
 def make(column: Column, values: list, policy="raise"):
@@ -34,6 +35,73 @@ def test_time_patterns_are_utc_and_checked():
         None,
     ]
     assert make(Column("t", type="time"), [-0.5, 2.0, float("nan")], "skip") == ([-1, 2], [10, 11], 1)
+
+
+SECONDS = "%Y-%m-%d %H:%M:%S"
+
+
+@pytest.mark.parametrize(
+    "pattern, good, bad",
+    [
+        (
+            "%Y-%m-%d",
+            ["2026-02-28", "2024-02-29", "2026-2-1"],
+            ["2026-02-30", "2026-02-29", "2025-02-29", "2026-04-31"],
+        ),
+        ("%d.%m.%Y", ["28.02.2026", "1.3.2026"], ["31.02.2026", "29.02.2025", "31.11.2026"]),
+        ("%Y%m%d", ["20260228"], ["20260230", "20260431", "20261301"]),
+        ("%d %b %Y", ["28 FEB 2026", "01 mar 2026"], ["29 feb 2026", "31 Apr 2026"]),
+        ("%F", ["2026-02-28"], ["2026-02-30", "2026-06-31"]),
+        ("%m/%d/%y %I:%M %p", ["02/28/26 12:05 AM"], ["02/29/26 12:05 AM", "02/28/26 13:05 AM"]),
+        (SECONDS, ["2026-01-01 23:59:59"], ["2026-01-01 24:00:00", "2026-01-01 25:00:00", "2026-01-01 -1:00:00"]),
+        (SECONDS, ["2026-01-01 00:00:00"], ["2026-01-01 23:60:00", "2026-01-01 23:61:00", "2026-01-01 23:99:00"]),
+        ("%F %T", ["2016-12-31 23:59:59"], ["2016-12-31 23:59:60", "2026-12-31 23:59:61", "2026-12-31 23:59:62"]),
+        ("%Y %j", ["2024 366", "2026 365"], ["2026 366", "2026 367", "2026 000"]),
+        ("%Y-%m-%dT%H:%M:%S%z", ["2026-02-28T00:00:00+0200", "2026-02-28T00:00:00Z"], ["2026-02-30T00:00:00Z"]),
+    ],
+)
+def test_a_date_that_does_not_exist_is_a_bad_row(pattern, good, bad):
+    column = Column("t", type="time", format=pattern)
+    made, lines, skipped = make(column, [*good, *bad, None], "skip")
+    assert made[-1] is None and len(made) == len(good) + 1 and skipped == len(bad)
+    plain = {"%F": "%Y-%m-%d", "%F %T": SECONDS}.get(pattern, pattern)
+    read = [datetime.datetime.strptime(text, plain) for text in good]
+    expected = [one if one.tzinfo else one.replace(tzinfo=datetime.timezone.utc) for one in read]
+    assert made[:-1] == [int(one.timestamp()) for one in expected]
+    for text in bad:
+        with pytest.raises(DataError, match="log line 11: column 't': expected a time as"):
+            make(column, [good[0], text])
+
+
+RULE = TimeRule.of("t", "s", "1990-01-01", "2100-01-01", 365.0)
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+@pytest.mark.parametrize(
+    "unit, number, guess",
+    [
+        ("seconds", 1_767_225_600_123.0, "milliseconds"),
+        ("seconds", 1_767_225_600_123_000.0, "microseconds"),
+        ("milliseconds", 1_767_225_600.0, "seconds"),
+        ("microseconds", 1_767_225_600_123.0, "milliseconds"),
+    ],
+)
+def test_a_wrong_unit_is_an_error_that_names_the_right_one(policy, unit, number, guess):
+    column = Column("t", type="time", format=unit, rule=RULE)
+    message = f"log: column 't': expected a time from 1990-01-01 to 2100-01-01 as {unit}, found {number:.0f}"
+    with pytest.raises(SchemaError, match=f"{message}; as {guess} it would be plausible .format: {guess}."):
+        make(column, [number + i for i in range(20)], policy)
+
+
+def test_an_implausible_time_is_a_bad_row():
+    column = Column("t", type="time", rule=RULE)
+    times = [1.8e9 + i for i in range(20)]
+    assert make(column, [*times, 2.0**40, -5.0, 0.0, 1.8e12], "skip")[1:] == (list(range(10, 30)), 4)
+    with pytest.raises(DataError, match="from 1990-01-01 to 2100-01-01 as seconds, found '1800000000000"):
+        make(column, [*times, 1.8e12])
+    pattern = Column("t", type="time", format="%Y", rule=RULE)
+    assert make(pattern, ["2026", "1989", "2100"], "skip")[2] == 2
+    assert make(Column("born", type="time", format="%Y"), ["1950"])[2] == 0  # not the column of event times
 
 
 def test_lists_split_and_numbers_in_them_are_checked():

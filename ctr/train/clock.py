@@ -1,0 +1,92 @@
+"""What all ranks know of a step before it begins: the weight of its rows, whether to stop, and what time it is.
+
+Rows expire by the clock of the tables. With `embedding.clock: wall` it is the wall clock. By default it follows the
+events of the data, and no single row can move it:
+
+- The clock is at the newest time of the batches of this epoch so far, where a batch's newest time leaves out its newest
+  1 % of rows, one row at least.
+- A batch that would move it on by more than `data.schema.time_jump_days` is looked at as a whole, and so is the first
+  one of an epoch: the clock then goes no further than that many days beyond the median of the batch's times. So some
+  rows of far in the future stay without effect, and behind a real gap in the data, where most rows lie there, it
+  follows at once.
+- It does not go back within an epoch. Each epoch sets it anew, as it may begin with older days again.
+
+It depends on the batches alone, so it is the same on any number of ranks; the last value is saved in states.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ctr.config import Config
+from ctr.data.batch import Batch
+from distributed.process import Process
+
+LEFT_OUT = 100  # one row of so many
+DAY = 86400
+
+
+class Agreed(NamedTuple):
+    """weight: summed over the global batch; now: the clock, seconds; stop: whether a rank was asked to stop."""
+
+    weight: float
+    now: int
+    stop: bool
+
+
+class Clock:
+    def __init__(self, config: Config, process: Process) -> None:
+        self.of_events = config.embedding.clock == "event" and config.data.schema.time is not None
+        self._process = process
+        self._jump = int(config.data.schema.time_jump_days * DAY)
+        self._kept = left_out(config.trainer.batch_size) + 1
+
+    def agree(self, batch: Batch, before: int) -> Agreed:
+        """Collective. before: the clock of the step before this one in this epoch, 0 if this is its first."""
+        mine = [float(batch.weight.sum()), float(self._process.stop_asked)]
+        if not self.of_events:
+            weights, stops, now = self._of_ranks(torch.tensor([*mine, time.time()], dtype=torch.float64)).unbind(1)
+            return Agreed(weights.sum().item(), int(now.max()), bool(stops.any()))
+        times = batch.time[: batch.rows]
+        newest = torch.full((self._kept,), -torch.inf, dtype=torch.float64)
+        newest[: batch.rows] = times.topk(min(self._kept, batch.rows)).values.double()
+        everyone = self._of_ranks(torch.cat([torch.tensor([*mine, batch.rows], dtype=torch.float64), newest]))
+        weights, stops, rows = everyone[:, :3].unbind(1)
+        now = self._follow(everyone[:, 3:].flatten(), int(rows.sum()), times, before)
+        return Agreed(weights.sum().item(), now, bool(stops.any()))
+
+    def _follow(self, newest: Tensor, rows: int, times: Tensor, before: int) -> int:
+        """The clock behind a batch of `rows` rows, whose newest times are among `newest`; times: this rank's."""
+        if not rows:
+            return before
+        found = int(newest.sort(descending=True).values[min(left_out(rows), rows - 1)])
+        if not before or found > before + self._jump:
+            found = min(found, self._median(times, rows) + self._jump)
+        return max(before, found)
+
+    def _median(self, times: Tensor, rows: int) -> int:
+        """That of all ranks' times. Seldom asked for: every rank sends all its times."""
+        counts = self._of_ranks(torch.tensor([len(times)])).flatten().tolist()
+        mine = torch.zeros(max(counts), dtype=torch.int64)
+        mine[: len(times)] = times
+        everyone = self._of_ranks(mine)
+        known = torch.cat([one[:count] for one, count in zip(everyone, counts, strict=True)])
+        return int(known.kthvalue((rows + 1) // 2).values)
+
+    def _of_ranks(self, mine: Tensor) -> Tensor:
+        """[ranks, n] of [n]."""
+        if self._process.world_size == 1:
+            return mine.unsqueeze(0)
+        everyone = mine.new_empty(self._process.world_size * mine.numel())
+        dist.all_gather_into_tensor(everyone, mine)
+        return everyone.view(self._process.world_size, -1)
+
+
+def left_out(rows: int) -> int:
+    """How many of the newest rows of a batch cannot move the clock."""
+    return max(1, rows // LEFT_OUT)

@@ -1,0 +1,124 @@
+"""Rows expire by the times of their own events, on a schedule of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ctr.config import load_config
+from ctr.train.trainer import Trainer
+from tests.ranks import on_ranks
+
+DAYS, ROWS, DAY, NOW = 40, 60, 86_400, 20_454 * 86_400
+TTL = 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Forty days. `row` is different in every row, `often` comes on all days, `daily` is new on each day."""
+    folder, draw = tmp_path_factory.mktemp("days"), np.random.default_rng(1)
+    for day in range(DAYS):
+        table = {
+            "label": draw.integers(0, 2, ROWS).astype(np.int8),
+            "time": NOW + day * DAY + np.sort(draw.integers(0, DAY, ROWS)),
+            "row": np.arange(ROWS) + day * ROWS,
+            "often": draw.integers(0, 20, ROWS),
+            "daily": draw.integers(0, 9, ROWS) + day * 100,
+        }
+        (folder / "train" / f"day-{day:02d}").mkdir(parents=True)
+        pq.write_table(pa.table(table), folder / "train" / f"day-{day:02d}" / "part.parquet", row_group_size=20)
+    return folder
+
+
+def trainer_of(process, data: Path, run_dir: Path, *more: str) -> Trainer:
+    fixed = ["data=synthetic", "data.schema.features=[{name: row}, {name: often}, {name: daily, table: daily}]"]
+    none = ["data.valid=null", "data.test=null", "trainer.device=cpu", "trainer.threads=1", "embedding.rows=3000"]
+    small = ["model.hidden=[4]", "model.embedding_dim=2", "trainer.batch_size=40", "embedding.expire_every=3"]
+    paths = [f"data.path={data}", f"trainer.run_dir={run_dir}", f"embedding.ttl_days={TTL}"]
+    return Trainer(load_config([*fixed, *none, *small, *paths, *more], ""), process)
+
+
+def rows_of(trainer: Trainer) -> dict[tuple[str, int], tuple]:
+    """(table, id) -> time, count and bits of all that is stored, of this rank."""
+    return {
+        (name, int(i)): (int(seen), int(count), torch.cat([values, state]).numpy().tobytes())
+        for name, table in trainer.tables.owned().items()
+        for rows in table.export_rows()
+        for i, seen, count, values, state in zip(
+            rows.ids, rows.last_seen, rows.count, rows.values, rows.state, strict=True
+        )
+    }
+
+
+def rows_by_step(process, data, run_dir, *more):
+    """Rows of all tables of this rank after each step, and the rows at the end, the clock's time with them."""
+    trainer = trainer_of(process, data, run_dir, *more)
+    sizes = []
+    for _ in trainer.steps(trainer.readers["train"]):
+        sizes.append(sum(int(stats["rows"]) for stats in trainer.tables.stats().values()))
+    trainer.tables.expire(trainer.now, everywhere=True)
+    trainer.log.close()
+    return sizes, rows_of(trainer), trainer.now
+
+
+def test_rows_expire_where_every_batch_holds_rows_of_all_days(tmp_path, data):
+    """16 lanes over 40 days and a TTL of 2: what is left are the ids of the last two days, on 1 and 2 ranks."""
+    ends = {}
+    for world in (1, 2):
+        results = on_ranks(world, rows_by_step, data, tmp_path / str(world), "data.lanes=16")
+        sizes = [sum(step) for step in zip(*(sizes for sizes, *_ in results), strict=True)]
+        rows = {key: row[:2] for _, rows, _ in results for key, row in rows.items()}
+        (now,) = {now for *_, now in results}
+        # Three steps bring 120 rows and a few ids of the other tables; two days have 120 rows and 18 + 20 ids.
+        assert max(sizes) < 400 and len(sizes) == DAYS * ROWS // 40
+        assert NOW + (DAYS - 1) * DAY < now < NOW + DAYS * DAY
+        assert all(now - TTL * DAY < seen <= now for seen, _ in rows.values())
+        ends[world] = rows
+    assert ends[1] == ends[2]
+    table = {name: np.concatenate(parts) for name, parts in columns_of(data).items()}
+    alive = table["time"] > now - TTL * DAY
+    for name in ("row", "often", "daily"):
+        assert {i for table, i in ends[1] if table == name} == set(table[name][alive].tolist())
+
+
+def columns_of(data: Path) -> dict[str, list[np.ndarray]]:
+    tables = [pq.read_table(path) for path in sorted(data.rglob("*.parquet"))]
+    return {name: [table[name].to_numpy() for table in tables] for name in tables[0].column_names}
+
+
+def losses_and_rows(process, data, run_dir, *more):
+    trainer = trainer_of(process, data, run_dir, *more)
+    losses, train_step = [], trainer.train_step
+
+    def noted(batch):
+        losses.append(train_step(batch))
+        return losses[-1]
+
+    trainer.train_step = noted
+    for _ in trainer.steps(trainer.readers["train"]):
+        pass
+    trainer.log.close()
+    dense = [p.detach().numpy().tobytes() for p in trainer.model.module.dense_parameters().values()]
+    return torch.stack([loss for loss, _ in losses]).numpy().tobytes(), rows_of(trainer), dense
+
+
+@pytest.mark.parametrize("cache", [[], ["embedding.cache_rows=260"]], ids=["plain", "cache"])
+def test_log_lines_change_nothing(process, tmp_path, data, cache):
+    found = [
+        losses_and_rows(process, data, tmp_path / str(every), f"trainer.log_every={every}", *cache)
+        for every in (1, 7, 1000)
+    ]
+    assert found[0] == found[1] == found[2]
+    assert found[0][1] and all(seen > 0 for seen, *_ in found[0][1].values())
+
+
+def test_the_schedule_is_counted_in_steps(process, tmp_path, data):
+    """Every step, the usual number, and hardly ever: the first keeps the fewest rows."""
+    keys = [f"embedding.expire_every={every}" for every in (1, 20, 999)]
+    sizes = [rows_by_step(process, data, tmp_path / key, key)[0] for key in keys]
+    assert sizes[0][-1] < sizes[1][-1] < sizes[2][-1] and sizes[2] == sorted(sizes[2])
