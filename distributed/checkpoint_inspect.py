@@ -113,7 +113,8 @@ def _show_rows(saved: Saved, table: str, row_id: int | None, rows: int) -> None:
     for columns in _rows(saved, table):
         places = torch.arange(columns["id"].numel())
         if row_id is not None:
-            places = (columns["id"] == row_id).nonzero().flatten()
+            signed = row_id - 2**64 if row_id >= 2**63 else row_id  # ids are kept as 64 bits
+            places = (columns["id"] == signed).nonzero().flatten()
         for place in places[:left].tolist():
             print("  ".join(f"{name} {column[place].tolist()}" for name, column in columns.items()))
             left -= 1

@@ -10,12 +10,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
 
+from ctr.data import arrow_types
 from ctr.data.footers import is_text
 from ctr.data.times import TICKS_PER_SECOND
 
 NULL_GROUP = -(2**63)  # the group of rows whose group column is null
 # Nearly all columns are of these; a set is quicker than a chain of questions asked a thousand times a second.
 PLAIN = {pa.int64(), pa.int32(), pa.float32(), pa.float64()}
+
+
+def plain(array: pa.Array) -> pa.Array:
+    """The array in the plain type that says the same (`arrow_types.py`)."""
+    return array if array.type in PLAIN else arrow_types.plain(array)
 
 
 def present(array: pa.Array) -> np.ndarray | None:
@@ -99,14 +105,20 @@ def ids(array: pa.Array, dtype: str) -> tuple[np.ndarray, np.ndarray | None, np.
     if types.is_null(array.type):
         return np.zeros(len(array), np.int64), np.zeros(len(array), bool), None
     there = present(array)
-    if not is_text(array.type):
+    if types.is_decimal(array.type):
+        array = array.cast(pa.string())
+        dtype = "int"
+    elif not is_text(array.type):
         return whole(array), there, None
-    if dtype == "int":  # items of a delimited string
+    if dtype == "int":  # items of a delimited string, or decimals
         values, well_formed = parse_integers(array)
     else:
         values, well_formed = hashed(array, dtype)
     if well_formed is not None and there is not None:
         well_formed = well_formed | ~there
+    if dtype == "hex" and not well_formed.all():  # no digits at all are a missing id, as null is
+        filled = pc.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False) > 0
+        there, well_formed = (filled if there is None else there & filled), well_formed | ~filled
     return values, there, None if well_formed is None or well_formed.all() else well_formed
 
 

@@ -28,6 +28,8 @@ class DataConfig:
     test: Any = "test"
     days: Any = None  # a day, a range of days, or a list of both; or a mapping from splits to these
     partition: PartitionConfig = field(default_factory=PartitionConfig)
+    order: str = "mixed"
+    period_days: float = 1.0
     lanes: int = 16
     window_rows: int = 32768
     threads: int = 1

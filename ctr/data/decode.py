@@ -159,7 +159,7 @@ class _Chunk:
             if source.group.error is None:
                 parts = source.group.read(names, source.span.first, source.span.stop)
                 for column, part in zip(arrays, parts, strict=True):
-                    column += part
+                    column += [columns.plain(array) for array in part]
         return arrays
 
     def deliver(self, values: np.ndarray, name: str, row: int | None = None) -> None:
@@ -354,7 +354,8 @@ def _ids(chunk: _Chunk, arrays: Arrays, feature: FeatureConfig) -> tuple[np.ndar
     if well_formed is not None:
         column = pa.chunked_array(arrays)
         found = lambda row: repr(column[row].as_py())  # noqa: E731
-        chunk.mark(~well_formed, "id", feature.column, "1 to 16 hexadecimal digits", found)
+        expected = "an integer of 64 bits" if feature.dtype == "int" else "1 to 16 hexadecimal digits"
+        chunk.mark(~well_formed, "id", feature.column, expected, found)
     return _values(parts)
 
 

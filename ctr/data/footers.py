@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import types
 
+from ctr.data.arrow_types import advice, plain_type
 from ctr.data.errors import DataError, SchemaError
 from ctr.data.files import DataFile
 from ctr.data.schema import FeatureConfig, Schema, nearest
 from ctr.data.seals import SMALL_BYTES, TAIL_BYTES, read_seal
+from ctr.data.times import TimeRule, times_of
 
 CONTENTS = 1024  # checksums in a reader's state, at most
 WHOLE_BYTES = 256 << 20  # of small files that are read whole for their seals; with more of them fewer are small
@@ -34,6 +36,8 @@ class RowGroups:
     bytes: np.ndarray  # int64 [groups], decoded size of the schema's columns as the footer estimates it
     dictionaries: list[str]  # text columns whose dictionaries are small beside their data
     seals: list[str]  # of each file, what tells it from another one of its name and rows (seals.py)
+    unsigned: frozenset[str] = frozenset()  # columns whose integers, or those of their lists, are uint64
+    times: np.ndarray | None = None  # int64 [groups, 2], smallest and largest time (seconds); (1, 0) where not known
     weight: np.ndarray | None = None  # float32 [groups], on the weights of their rows; None: 1 each
 
     @property
@@ -78,7 +82,7 @@ def read_footers(files: list[DataFile], schema: Schema, drop_labels: bool = Fals
     small_bytes = min(SMALL_BYTES, max(TAIL_BYTES, WHOLE_BYTES // len(files)))
     groups = min(4, LABEL_READS // len(files)) if files[0].remote else 4
     with ThreadPoolExecutor(min(THREADS, len(files)), "footer") as pool:
-        footers = list(pool.map(lambda file: _read_footer(file, wanted, small_bytes, groups), files))
+        footers = list(pool.map(lambda file: _read_footer(file, wanted, small_bytes, groups, schema.times), files))
     _refuse_mixed_groups(files, [footer.group_is_text for footer in footers], schema.group)
     numbers = [np.concatenate([getattr(footer, key) for footer in footers]) for key in ("rows", "bytes")]
     groups = [len(footer.rows) for footer in footers]
@@ -93,6 +97,8 @@ def read_footers(files: list[DataFile], schema: Schema, drop_labels: bool = Fals
         bytes=numbers[1],
         dictionaries=sorted(set.intersection(*small)),
         seals=[footer.seal for footer in footers],
+        unsigned=frozenset(set.intersection(*(footer.unsigned for footer in footers))),
+        times=np.concatenate([footer.times for footer in footers]) if schema.times else None,
     )
 
 
@@ -103,6 +109,8 @@ class _Footer:
     bytes: np.ndarray
     small_dictionaries: set[str]
     group_is_text: bool | None
+    unsigned: set[str]
+    times: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,9 @@ class _Wanted:
     expected: str
 
 
-def _read_footer(file: DataFile, wanted: list[_Wanted], small_bytes: int, groups: int) -> _Footer:
+def _read_footer(
+    file: DataFile, wanted: list[_Wanted], small_bytes: int, groups: int, times: TimeRule | None
+) -> _Footer:
     labels = {want.column for want in wanted if want.reader == "labels"}
     sealed = read_seal(file, small_bytes, labels, groups)
     metadata, arrow = sealed.metadata, sealed.schema
@@ -130,7 +140,9 @@ def _read_footer(file: DataFile, wanted: list[_Wanted], small_bytes: int, groups
         rows=np.array([g.num_rows for g in groups], np.int64),
         bytes=np.array([sum(g.column(i).total_uncompressed_size for i in leaves) for g in groups], np.int64),
         small_dictionaries=_small_dictionaries(groups[0], leaves, arrow) if groups else set(),
-        group_is_text=None if group is None else is_text(value_type(arrow.field(group).type)),
+        group_is_text=None if group is None else is_text(value_type(plain_type(arrow.field(group).type))),
+        unsigned={field.name for field in arrow if field.name in columns and is_unsigned(field.type)},
+        times=None if times is None else times_of(metadata, times),
     )
 
 
@@ -144,13 +156,15 @@ def _check_column(file: DataFile, arrow: pa.Schema, want: _Wanted) -> None:
     if len(places) != 1:
         found = f"{len(places)} times" if places else f"nowhere; {nearest(want.column, arrow.names)}"
         raise SchemaError(f"{file.path}: column {want.column!r} (read by {want.reader}) found {found}")
-    found = arrow.field(places[0]).type
+    stored = arrow.field(places[0]).type
+    found = plain_type(stored)
     if not want.accepts(found):
         hint = ""
         if types.is_floating(found) and want.reader.startswith("feature"):
             hint = "; integers with missing values must be stored as nullable integers, not as floats"
         raise SchemaError(
-            f"{file.path}: column {want.column!r} (read by {want.reader}) found {found}, expected {want.expected}{hint}"
+            f"{file.path}: column {want.column!r} (read by {want.reader}) found {stored}, expected {want.expected}"
+            f"{hint or advice(found)}"
         )
 
 
@@ -196,7 +210,13 @@ def is_list(found: pa.DataType) -> bool:
 
 
 def is_whole(found: pa.DataType) -> bool:
-    return types.is_integer(found) or types.is_boolean(found)
+    decimal = types.is_decimal(found) and found.scale == 0  # as databases write what does not fit their integers
+    return types.is_integer(found) or types.is_boolean(found) or decimal
+
+
+def is_unsigned(found: pa.DataType) -> bool:
+    found = plain_type(found)
+    return types.is_uint64(found.value_type if is_list(found) else value_type(found))
 
 
 def is_number(found: pa.DataType) -> bool:
@@ -226,7 +246,8 @@ def _wanted(schema: Schema, drop_labels: bool) -> list[_Wanted]:
         accepts = lambda found: is_whole(value_type(found)) or is_text(value_type(found))  # noqa: E731
         wanted.append(_Wanted(schema.group, "group", accepts, "an integer or a string"))
     if schema.time:
-        wanted.append(_Wanted(schema.time, "time", is_time, "integer seconds or a timestamp"))
+        expected = "integers since 1970 (data.schema.time_unit), a timestamp or a date"
+        wanted.append(_Wanted(schema.time, "time", is_time, expected))
     for feature in schema.numeric:
         wanted.append(_Wanted(feature.column, f"feature {feature.name!r}", _or_null(is_number), "a number"))
     for feature in schema.categorical:

@@ -34,6 +34,7 @@ def names_of_ids(groups: RowGroups, feature: FeatureConfig, ids: np.ndarray) -> 
 
 
 def _distinct(feature: FeatureConfig, array: pa.Array) -> pa.Array:
+    array = columns.plain(array)
     items = as_lists(feature, array).flatten() if is_bag(feature) else array
     if pa.types.is_dictionary(items.type):
         items = items.dictionary_decode()

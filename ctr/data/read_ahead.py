@@ -23,6 +23,7 @@ from ctr.data.lanes import (
     rank_bounds,
     seeded_order,
 )
+from ctr.data.periods import Period
 from ctr.data.row_groups import OPEN_FILES, RowGroupReader
 from ctr.data.window import Slice, Window
 
@@ -65,11 +66,12 @@ class ReadAhead:
     The last is another window for row groups that are decoded at once, else the open row group.
     """
 
-    def __init__(self, reader: ParquetReader, epoch: int, position: int):
-        self.reader, self.epoch = reader, epoch
-        self.order = np.arange(len(reader.groups.rows))
+    def __init__(self, reader: ParquetReader, epoch: int, period: Period, position: int):
+        """position: in the period."""
+        self.reader, self.epoch, self.period = reader, epoch, period
+        self.order = period.groups
         if reader.shuffle:
-            self.order = seeded_order(len(self.order), ROW_GROUPS, reader.seed, epoch, 0, 0)
+            self.order = self.order[seeded_order(len(self.order), ROW_GROUPS, reader.seed, epoch, 0, period.number)]
         self.row_groups = RowGroupReader(reader.groups, reader.decoder.columns, reader.window_rows)
         self.buffers = reader.buffers
         self.retired: list[Window] = []
@@ -147,7 +149,8 @@ class ReadAhead:
     def _plan(self, lane: int, offset: int) -> list[_Planned]:
         """The windows of a lane from the one that holds row `offset` of the lane."""
         reader = self.reader
-        start, stop = lane_starts(reader.rows, reader.lanes)[[lane, lane + 1]].tolist()
+        rows = self.period.stop - self.period.first
+        start, stop = lane_starts(rows, reader.lanes)[[lane, lane + 1]].tolist()
         plan, first = [], 0
         chunks = lane_chunks(self.order, reader.groups.rows, start, stop, reader.window_rows)
         for chunk, windows in enumerate(chunks):
@@ -196,5 +199,7 @@ class ReadAhead:
             lane.orders = (block, {})
         orders = lane.orders[1]
         if window.rows not in orders:
-            orders[window.rows] = seeded_order(window.rows, WINDOW, reader.seed, self.epoch, lane.number, block)
+            key = (WINDOW, reader.seed, self.epoch, lane.number, block)
+            key += (self.period.number,) if self.period.number else ()  # those of the first one are as before
+            orders[window.rows] = seeded_order(window.rows, *key)
         return orders[window.rows]

@@ -18,6 +18,7 @@ from ctr.data.errors import DataError
 from ctr.data.footers import read_footers
 from ctr.data.lanes import ORDER, lane_offsets, scheduled_rows
 from ctr.data.listing import MARKER, Listing, list_files
+from ctr.data.periods import ORDERS, Period, one_period, periods_of
 from ctr.data.read_ahead import ReadAhead
 from ctr.data.schema import Schema, nearest
 from ctr.data.window import Buffers
@@ -57,6 +58,8 @@ class ParquetReader:
         numbered: bool = False,
         folders: DayFolders = DayFolders(),  # noqa: B008
         marker: str | None = MARKER,
+        order: str = "mixed",
+        period_days: float = 1.0,
     ):
         """Lists the files and checks all footers.
 
@@ -65,11 +68,15 @@ class ParquetReader:
         folders, marker: as those of `list_files`. drop_labels: for data without labels, which are then 0 in the
         batches. replay: more rows of the same data set, whatever their days, with `replay_weight` on their weights.
         numbered: batches have the numbers of their rows, those of `path` in the order of files and row groups first,
-        then `replay`'s.
+        then `replay`'s. order: mixed | time: period after period of so many days (`periods.py`).
 
         Raises ConfigError, SchemaError or DataError, one line each.
         """
         _check_settings(batch_size, rank, world_size, lanes, window_rows, threads, bad_rows)
+        if order not in ORDERS:
+            raise ConfigError(f"data.order: found {order!r}; {nearest(order, ORDERS)}")
+        if not 0 < period_days < float("inf"):
+            raise ConfigError(f"data.period_days: found {period_days}, expected a number above 0")
         self.schema = schema
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.shuffle = seed, shuffle
@@ -82,7 +89,9 @@ class ParquetReader:
             of_file = np.repeat(np.array([1, replay_weight], np.float32), [len(files), len(replayed)])
             self.groups = replace(self.groups, weight=of_file[self.groups.file])
         self.rows = int(self.groups.rows.sum())
-        self.steps_per_epoch = -(-self.rows // batch_size)
+        self.order, self.period_days = order, period_days
+        self.periods = self._periods()
+        self.steps_per_epoch = self._steps_until(self.rows)
         self.bad_row_counts: dict[str, int] = {}
         self.numbered = numbered
         self.decoder = WindowDecoder(schema, self.groups, bad_rows == "skip", drop_labels, numbered)
@@ -109,7 +118,19 @@ class ParquetReader:
     @property
     def steps_done(self) -> int:
         """Batches of the current epoch delivered so far."""
-        return -(-self._position // self.batch_size)
+        return self._steps_until(self._position)
+
+    def _periods(self) -> list[Period]:
+        if self.order == "mixed":
+            return one_period(self.groups)
+        if self.schema.times is None:
+            raise ConfigError("data.order is time, but data.schema.time names no column")
+        return periods_of(self.groups, self.schema.times, self.period_days)
+
+    def _steps_until(self, position: int) -> int:
+        """Batches of an epoch from its beginning up to a position."""
+        parts = (min(position, period.stop) - period.first for period in self.periods if period.first < position)
+        return sum(-(-rows // self.batch_size) for rows in parts)
 
     def state(self, batch: Batch | None = None) -> dict[str, Any]:
         """The position behind the batch delivered last, or behind `batch`, for `load_state`.
@@ -125,6 +146,7 @@ class ParquetReader:
             "shuffle": self.shuffle,
             "lanes": self.lanes,
             "window_rows": self.window_rows,
+            "periods": None if self.order == "mixed" else self.period_days,
             "fingerprint": self._fingerprint,
             "contents": self._contents,
             "rows": self.rows,
@@ -142,6 +164,10 @@ class ParquetReader:
                 raise DataError(
                     f"reader state: {name} found {getattr(self, key)!r}, expected {state.get(key)!r} as saved"
                 )
+        periods, saved = None if self.order == "mixed" else self.period_days, state.get("periods")
+        if periods != saved:
+            found, expected = (f"time with data.period_days {p:g}" if p else "mixed" for p in (periods, saved))
+            raise DataError(f"reader state: data.order found {found}, expected {expected} as saved")
         self._refuse_other_data(state)
         position = int(sum(state["lane_offsets"]))
         saved_order = state.get("order", 1)
@@ -175,14 +201,18 @@ class ParquetReader:
         from ctr.data.assemble import Assembler  # see TYPE_CHECKING above
 
         assembler = Assembler(self.schema, self.numbered)
-        with ReadAhead(self, epoch, position) as lanes:
-            while position < self.rows:
-                stop = min(position + self.batch_size, self.rows)
-                slices = lanes.slices(position, stop)
-                size = int(scheduled_rows(position, stop, self.lanes, self.world_size).max())
-                batch = assembler.batch(slices, size, stop)
-                self._position = position = stop
-                yield batch
+        for period in self.periods:
+            if position >= period.stop:
+                continue
+            with ReadAhead(self, epoch, period, position - period.first) as lanes:
+                while position < period.stop:
+                    stop = min(position + self.batch_size, period.stop)
+                    part = position - period.first, stop - period.first
+                    slices = lanes.slices(*part)
+                    size = int(scheduled_rows(*part, self.lanes, self.world_size).max())
+                    batch = assembler.batch(slices, size, stop)
+                    self._position = position = stop
+                    yield batch
 
 
 def _check_settings(batch_size, rank, world_size, lanes, window_rows, threads, bad_rows) -> None:

@@ -9,12 +9,14 @@ wrong: an error under any policy about bad rows.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import types
 
 from ctr.data.errors import SchemaError
@@ -93,6 +95,38 @@ def described(seconds: np.ndarray, unit: str) -> Callable[[int], str]:
     """What to call the time of a row: the number in the unit that it is stored in, and its year."""
     ticks = TICKS_PER_SECOND[unit]
     return lambda row: f"{int(seconds[row]) * ticks} {unit} (the year {1970 + int(seconds[row]) // YEAR})"
+
+
+def times_of(metadata: pq.FileMetaData, rule: TimeRule) -> np.ndarray:
+    """Smallest and largest time of each row group as the footer tells them: int64 [groups, 2] seconds; (1, 0) where it
+    does not."""
+    found = np.tile(np.array([1, 0]), (metadata.num_row_groups, 1))
+    names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    if rule.column not in names:
+        return found
+    leaf = names.index(rule.column)
+    per_second = _ticks_of(metadata.schema.column(leaf), rule)
+    for group in range(metadata.num_row_groups):
+        statistics = metadata.row_group(group).column(leaf).statistics
+        if per_second and statistics is not None and statistics.has_min_max:
+            found[group] = [int(raw * 86400 if per_second == DAYS else raw // per_second) for raw in
+                            (statistics.min_raw, statistics.max_raw)]  # fmt: skip
+    return found
+
+
+DAYS = -1
+
+
+def _ticks_of(column: pq.ColumnSchema, rule: TimeRule) -> int | None:
+    """How many of a parquet column's whole numbers are a second; DAYS if they are days, None if they tell no time."""
+    if column.physical_type not in ("INT32", "INT64"):
+        return None
+    logical = json.loads(column.logical_type.to_json())
+    if logical["Type"] == "Date":
+        return DAYS
+    if logical["Type"] == "Timestamp":
+        return {"milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}[logical["timeUnit"]]
+    return TICKS_PER_SECOND[rule.unit]
 
 
 def far_ahead(rule: TimeRule, seconds: np.ndarray, fine: np.ndarray) -> np.ndarray | None:

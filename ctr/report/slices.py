@@ -168,6 +168,8 @@ def _names(field: pa.Field, ids: np.ndarray, names: dict[str, str]) -> list[str]
         return [shown[i] for i in ids.tolist()]
     if metadata.get("dtype", "int") == "int":
         return [str(i) for i in ids.tolist()]
+    if metadata["dtype"] == "uint64":
+        return [str(i) for i in ids.view(np.uint64).tolist()]
     digits = [f"{i:x}" for i in ids.view(np.uint64).tolist()]
     return digits if metadata["dtype"] == "hex" else [names.get(one, f"hash {one}") for one in digits]
 

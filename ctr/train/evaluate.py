@@ -60,6 +60,8 @@ def open_reader(
         seed=trainer.seed,
         shuffle=trainer.shuffle and training,
         lanes=data.lanes,
+        order=data.order if training else "mixed",
+        period_days=data.period_days,
         window_rows=data.window_rows,
         threads=data.threads,
         bad_rows=data.bad_rows,
@@ -97,7 +99,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     metrics = StreamingMetrics().to(process.device)
-    columns = [SliceColumn(reader.schema, name) for name in slices]
+    columns = [SliceColumn(reader.schema, name, reader.groups.unsigned) for name in slices]
     writer = _PredictionWriter(predictions, split, process.rank, columns) if predictions else None
     for number, batch in enumerate(reader.epoch(0)):
         process.stage = f"evaluation of {split}, batch {number}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 
 import pyarrow as pa
 
@@ -18,14 +19,14 @@ class SliceColumn:
 
     An id feature gives its 64-bit ids (null where the row has none), a multi-valued one lists of them, a numeric one
     its float32 value after the schema's transform. `field` carries, as metadata, what the report needs to show a
-    value as it was stored: `dtype` of the ids (int, hex, string), `boundaries` of a bucketised number, or
-    `transform` of any other.
+    value as it was stored: `dtype` of the ids (int, uint64, hex, string), `boundaries` of a bucketised number, or
+    `transform` of any other. unsigned: columns of the data whose integers are uint64.
 
     Raises:
         ConfigError: the schema has no such feature.
     """
 
-    def __init__(self, schema: Schema, feature: str):
+    def __init__(self, schema: Schema, feature: str, unsigned: Collection[str] = ()):
         self.feature = feature
         categorical = {one.name: one for one in schema.categorical}
         if feature not in categorical and feature not in schema.numeric_names:
@@ -33,8 +34,9 @@ class SliceColumn:
             raise ConfigError(f"slice {feature!r} is no feature of the schema; {known}")
         if feature in categorical:
             config = categorical[feature]
+            dtype = "uint64" if config.dtype == "int" and config.column in unsigned else config.dtype
             self.kind = "bags" if is_bag(config) else "ids"
-            shown = {"boundaries": json.dumps(config.boundaries)} if config.boundaries else {"dtype": config.dtype}
+            shown = {"boundaries": json.dumps(config.boundaries)} if config.boundaries else {"dtype": dtype}
         else:
             transforms = {one.name: one.transform for one in schema.numeric}
             self.kind, shown = "numbers", {"transform": transforms.get(feature, "none")}

@@ -203,8 +203,9 @@ def _from_time(source: pa.Array, column: Column, where: str) -> tuple[pa.Array, 
 def _from_hex(source: pa.Array) -> tuple[pa.Array, np.ndarray]:
     offsets, data = _string_buffers(source)
     ids, ok = hex_to_int64(torch.from_numpy(data), torch.from_numpy(offsets))
-    null = source.is_null().to_numpy(zero_copy_only=False)
-    return pa.array(ids.numpy(), mask=null if source.null_count else None), ~(ok.numpy() | null)
+    # No digits at all are a missing id, as they are to the reader.
+    null = pc.binary_length(source).fill_null(0).to_numpy(zero_copy_only=False) == 0
+    return pa.array(ids.numpy(), mask=null if null.any() else None), ~(ok.numpy() | null)
 
 
 def _string_buffers(source: pa.Array) -> tuple[np.ndarray, np.ndarray]:

@@ -104,7 +104,7 @@ def agreed(process) -> list[tuple[float, int, bool]]:
 def test_it_is_the_same_on_any_number_of_ranks():
     (alone,) = on_ranks(1, agreed)
     assert [stop for _, _, stop in alone] == [step == 7 for step in range(30)]
-    assert len({now for _, now, _ in alone}) > 20
+    assert len({now for _, now, _ in alone}) > 8  # it moved, and it stood still
     for world in (2, 3):
         assert on_ranks(world, agreed) == [alone] * world
 
