@@ -25,6 +25,8 @@ from torch import Tensor
 
 from ctr.config import Config
 from ctr.data.batch import Batch
+from ctr.data.periods import span
+from ctr.data.reader import ParquetReader
 from distributed.process import Process
 
 LEFT_OUT = 100  # one row of so many
@@ -90,3 +92,19 @@ class Clock:
 def left_out(rows: int) -> int:
     """How many of the newest rows of a batch cannot move the clock."""
     return max(1, rows // LEFT_OUT)
+
+
+def ttl_in_vain(config: Config, reader: ParquetReader) -> str | None:
+    """One sentence where rows expire sooner than one batch reaches back; None where they do not."""
+    ttl, times = config.embedding.ttl_days, reader.schema.times
+    if ttl is None or times is None or config.embedding.clock != "event":
+        return None
+    seconds = span(reader.groups, times) or 0
+    if reader.order == "time":
+        seconds = min(seconds, reader.period_days * DAY)
+    if seconds <= ttl * DAY:
+        return None
+    line = f"embedding.ttl_days is {ttl:g}, but a batch holds rows of {seconds / DAY:.1f} days: ids of the first expire"
+    if reader.order == "time":
+        return f"{line} while their days are read; data.period_days={ttl:g} or less, or a longer TTL, keeps them"
+    return f"{line} as soon as they are trained; data.order=time reads day after day"

@@ -22,7 +22,7 @@ from ctr.models.network import Network, build_tables, build_tower
 from ctr.report.report import write_report
 from ctr.report.result import PREDICTIONS, begin_result, commit_result
 from ctr.train.checkpoints import Checkpoints
-from ctr.train.clock import Clock
+from ctr.train.clock import Clock, ttl_in_vain
 from ctr.train.distil import Distillation
 from ctr.train.evaluate import evaluate, read_split
 from ctr.train.guard import check_gradients, check_loss, watch_gradients
@@ -96,6 +96,8 @@ class Trainer:
         """Train for the configured epochs or steps; evaluate, keep the best model, score it, write the report."""
         every = self.config.trainer.eval_every
         self.process.can_stop_later = True
+        if in_vain := ttl_in_vain(self.config, self.readers["train"]):
+            self.log.warn(in_vain)
         if self.distil and not self.finished:
             prepare(self)
         while not self.finished:

@@ -72,6 +72,10 @@ def test_tables_and_rows_are_those_of_the_newest_state_with_all_it_builds_on(alo
     assert sum(line.startswith("id ") for line in capsys.readouterr().out.splitlines()) == 3
     assert inspect(str(run / "checkpoints"), "a", 987654321, 5, False) == 0
     assert "id 987654321 has no row" in capsys.readouterr().out
+    negative = min(rows)
+    for one in (negative, negative % 2**64):  # as the table keeps it, and as a file of uint64 does
+        assert inspect(str(run), "a", one, 5, False) == 0
+        assert f"id {negative}  " in capsys.readouterr().out
     with pytest.raises(ConfigError, match="has no table 'b'; expected a"):
         inspect(str(run), "b", None, 5, False)
 

@@ -107,6 +107,21 @@ def test_new_against_known_ids_and_rows_of_no_weight(tmp_path):
     assert slices.parts == [("all ids known", of(~new, weight=weight)), ("with new ids", of(new, weight=weight))]
 
 
+@pytest.mark.parametrize("stored", [pa.uint64(), pa.list_(pa.uint64()), pa.large_list(pa.uint64())], ids=str)
+def test_unsigned_ids_are_shown_as_they_are_stored(tmp_path, stored):
+    """From 2^63 on the 64 bits that the reader keeps are those of a negative number."""
+    bags = pa.types.is_list(stored) or pa.types.is_large_list(stored)
+    table = {"label": [0, 1], "a": pa.array([[2**63], [2**64 - 1]] if bags else [2**63, 2**64 - 1], stored)}
+    pq.write_table(pa.table(table), tmp_path / "part.parquet")
+    schema = Schema.from_config({"features": [{"name": "a", "kind": "ids" if bags else "id"}]})
+    reader = ParquetReader(str(tmp_path), schema, 2, lanes=1, shuffle=False)
+    (batch,) = reader.epoch(0)
+    column = SliceColumn(schema, "a", reader.groups.unsigned)
+    values = column.values(batch).take(pa.array(MANY % 2))
+    folder = write(tmp_path / "run", column.field.name, values, column.field.metadata)
+    assert {name for name, _ in measure_slices(folder, "test", "slice.a").parts} == {str(2**63), str(2**64 - 1)}
+
+
 def test_hex_ids_and_hashes_of_strings(tmp_path):
     ids = pa.array(np.where(MANY < 30, -1, 255))
     folder = write(tmp_path / "hex", "slice.h", ids, {"dtype": "hex"})

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ctr.config import load_config
+from ctr.train.clock import ttl_in_vain
 from ctr.train.trainer import Trainer
 from tests.ranks import on_ranks
 
@@ -122,3 +123,52 @@ def test_the_schedule_is_counted_in_steps(process, tmp_path, data):
     keys = [f"embedding.expire_every={every}" for every in (1, 20, 999)]
     sizes = [rows_by_step(process, data, tmp_path / key, key)[0] for key in keys]
     assert sum(sizes[0]) < sum(sizes[1]) < sum(sizes[2]) and sizes[2] == sorted(sizes[2])
+
+
+def test_day_after_day_only_the_days_of_the_ttl_are_there(tmp_path, data):
+    """data.order=time: at each day's end the ids of that day and the two before, on 1 and 2 ranks, in both epochs."""
+    ends = []
+    for world in (1, 2):
+        results = on_ranks(world, two_epochs_in_order, data, tmp_path / str(world))
+        ends.append({key: row for rows, _ in results for key, row in rows.items()})
+        kept = [set().union(*(days[i] for _, days in results)) for i in range(len(results[0][1]))]
+        assert len(kept) == 2 * DAYS
+        for number, days in enumerate(kept):
+            day = number % DAYS
+            old = {DAYS - 3, DAYS - 2, DAYS - 1} if number >= DAYS else set()  # of the first epoch's end
+            assert {day, max(0, day - 1)} <= days <= {day, max(0, day - 1), max(0, day - 2)} | old
+    assert ends[0] == ends[1]
+
+
+def two_epochs_in_order(process, data, run_dir):
+    """Times and counts of rows at the end; and after each day of which days this rank has rows in table `row`."""
+    options = ("data.order=time", "trainer.shuffle=true", "embedding.expire_every=1", "data.lanes=4")
+    trainer, days = trainer_of(process, data, run_dir, *options), []
+    for trainer.epoch in (0, 1):
+        for number, _ in enumerate(trainer.steps(trainer.readers["train"]), 1):
+            if number % 2 == 0:  # a day is two batches, of 40 and of 20 rows
+                (found,) = [torch.cat([r.ids for r in trainer.tables.owned()["row"].export_rows()])]
+                days.append(set((found // ROWS).tolist()))
+    trainer.log.close()
+    return {key: row[:2] for key, row in rows_of(trainer).items()}, days
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ([], "a batch holds rows of 40.0 days: ids of the first expire as soon as they are trained; data.order=time"),
+        (
+            ["data.order=time", "data.period_days=4"],
+            "rows of 4.0 days: ids of the first expire while their days are read",
+        ),
+        (["data.order=time"], None),
+        (["embedding.ttl_days=41"], None),
+        (["embedding.clock=wall"], None),
+        (["embedding.ttl_days=null"], None),
+    ],
+)
+def test_a_ttl_that_cannot_mean_what_it_says_is_told_at_the_start(process, tmp_path, data, options, words):
+    trainer = trainer_of(process, data, tmp_path / "run", *options)
+    found = ttl_in_vain(trainer.config, trainer.readers["train"])
+    trainer.log.close()
+    assert found is None if words is None else words in found

@@ -3,7 +3,7 @@ from omegaconf import OmegaConf
 
 from ctr.data.convert.csv import convert_csv
 from ctr.data.convert.pipeline import Options
-from ctr.data.errors import SchemaError
+from ctr.data.errors import DataError, SchemaError
 from ctr.data.reader import ParquetReader
 from ctr.data.schema import Schema
 from embedding.errors import ConfigError
@@ -117,3 +117,24 @@ def test_no_output_and_no_yaml(tmp_path):
         convert_csv(write(tmp_path), None, Options())
     with pytest.raises(ConfigError, match="nothing.yaml: cannot be read"):
         convert_csv(tmp_path / "nothing.yaml", tmp_path / "out", Options())
+
+
+def test_times_of_a_wrong_unit_and_dates_that_do_not_exist(tmp_path):
+    """The column of event times alone is held to the calendar, and its unit is found out."""
+    columns = "columns: [{name: label, type: int8}, {name: time, type: time}, {name: born, type: time, format: '%F'}]"
+    yaml = f"input: {{files: [log.csv]}}\n{columns}\ntime: time\nsplit: {{how: random, valid: 0, test: 0}}\n"
+    lines = [f"{i % 2},{1_767_225_600_000 + i},1950-02-28" for i in range(20)]
+    log = "label,time,born\n" + "\n".join(lines) + "\n"
+    with pytest.raises(SchemaError, match="log.csv: column 'time': .* as milliseconds it would be plausible"):
+        convert_csv(write(tmp_path, yaml, log), tmp_path / "out", Options(bad_rows="skip"))
+    right = yaml.replace("type: time}", "type: time, format: milliseconds}")
+    assert convert_csv(write(tmp_path, right, log), tmp_path / "out", Options())["rows"] == {"train": 20}
+    wrong = log.replace("1950-02-28", "1950-02-30", 1)
+    with pytest.raises(DataError, match="line 2: column 'born': expected a time as %F, found '1950-02-30'"):
+        convert_csv(write(tmp_path, right, wrong), tmp_path / "other", Options())
+    schema = "schema: {time: time, time_unit: ms, features: [{name: born}]}\n"
+    with pytest.raises(SchemaError, match="schema.time_unit is ms; a column of type time is written in s"):
+        convert_csv(write(tmp_path, right + schema, log), tmp_path / "other", Options())
+    schema = "schema: {time: time, time_from: '2027-01-01', features: [{name: born}]}\n"
+    with pytest.raises(DataError, match="line 2: column 'time': expected a time from 2027-01-01 to 2100-01-01 as mill"):
+        convert_csv(write(tmp_path, right + schema, log), tmp_path / "other", Options())
