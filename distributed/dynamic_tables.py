@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollec
 from distributed.ages import ages_at, ages_of_ranks, ages_of_values, least, packed, unpacked
 from distributed.bag_sharding import DynamicBagKernel, DynamicBagSharder
 from distributed.dynamic_sharding import DYNAMIC, DynamicSharder
-from distributed.fields import OnDevice, scale_to_mean
-from distributed.host_manager import HostManager
+from distributed.fields import OnDevice, chosen, mixed, scale_to_mean
+from distributed.host_manager import CacheStats, HostManager
 from distributed.ids_ahead import ComingIds, IdsAhead
 from distributed.plan import TableSize
 from distributed.table_kernel import Counted, DynamicTableKernel, Pass
@@ -39,20 +38,6 @@ from kernels.pool import pool
 from kernels.unique import unique_inverse
 
 EXPIRE_ROWS = 1 << 18  # rows of each table that one call of `expire` looks at: about a millisecond
-
-
-@dataclass
-class CacheStats:
-    """by_table: hits, misses and written_back, in rows. waited_seconds: how long steps waited for the threads that
-    bring rows, busy_seconds: how long these worked."""
-
-    by_table: dict[str, dict[str, int]]
-    waited_seconds: float = 0.0
-    busy_seconds: float = 0.0
-
-
-def _chosen(ids: KeyedJaggedTensor, fields: OnDevice) -> KeyedJaggedTensor:
-    return ids.permute(fields.values, fields.on(ids.values().device))
 
 
 class DynamicTables(nn.Module):
@@ -119,8 +104,8 @@ class DynamicTables(nn.Module):
             self.bags = EmbeddingBagCollection(device=torch.device("meta"), tables=configs)
         # Positions in id_names of the fields of each path; `_order` undoes putting one path's behind the other's.
         self._row_fields, self._bag_fields = (
-            sorted(self._id_names.index(name) for i in chosen for name in tables[i].features)
-            for chosen in (self._row_tables, self._bag_tables)
+            sorted(self._id_names.index(name) for i in path for name in tables[i].features)
+            for path in (self._row_tables, self._bag_tables)
         )
         self._place = {self._id_names[field]: place for place, field in enumerate(self._row_fields)}
         table_of = {name: i for i in self._bag_tables for name in tables[i].features}
@@ -174,7 +159,7 @@ class DynamicTables(nn.Module):
             coming.asked = self._distinct(self._on_row_path(ids), coming.ages)
             coming.rows = IdsAhead(self.collection, coming.asked[0])
         if self.bags is not None:
-            coming.bags = IdsAhead(self.bags, self._mixed(self._on_bag_path(ids)))
+            coming.bags = IdsAhead(self.bags, mixed(self._on_bag_path(ids)))
         if self.brings_ahead:
             self._bring(coming, now)
         self._coming.append(coming)
@@ -203,10 +188,10 @@ class DynamicTables(nn.Module):
         return [(module, sent) for module, sent in paths if sent is not None]
 
     def _on_row_path(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        return _chosen(ids, self._rows_of_all) if self._bag_fields else ids
+        return chosen(ids, self._rows_of_all) if self._bag_fields else ids
 
     def _on_bag_path(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        return _chosen(ids, self._bags_of_all) if self._row_fields else ids
+        return chosen(ids, self._bags_of_all) if self._row_fields else ids
 
     def _sums_of_rows(self, ids: KeyedJaggedTensor, coming: ComingIds) -> Sequence[Tensor]:
         """By group [B, fields, dim], of the fields whose tables answer with rows."""
@@ -225,7 +210,7 @@ class DynamicTables(nn.Module):
         """By group [B, fields, dim], of the fields on the bag path."""
         for kernel in self.bags.kernels():
             kernel.ages = coming.ages_of_ranks
-        answered = self.bags(self._mixed(ids)) if coming.bags is None else coming.bags.answer()
+        answered = self.bags(mixed(ids)) if coming.bags is None else coming.bags.answer()
         if self._keeps_squares and self.training:
             self._squares += [self._squares_of_owner(kernel) for kernel in self.bags.kernels()]
         sums = [self._with_others(answered[name], table) for name, table in self._bags_of]
@@ -246,16 +231,6 @@ class DynamicTables(nn.Module):
         On the bag path a rank counts the rows that it owns, for all ranks, and divides by the number of ranks what the
         row's gradient is divided by on its way there otherwise; so the sum over ranks is of use, not one rank's."""
         return sum(self._squares)
-
-    def _mixed(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        return KeyedJaggedTensor(
-            keys=ids.keys(),
-            values=mix64(ids.values()),
-            weights=ids.weights_or_none(),
-            lengths=ids.lengths(),
-            offsets=ids.offsets(),
-            stride=ids.stride(),
-        )
 
     def _with_others(self, answered: Tensor, table: int) -> Tensor:
         """[n, columns] as the owners answer -> [n, width], the table's learned row added where ids have none."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
+from kernels.mix import mix64
+
 
 class OnDevice:
     """A small constant. It is sent to a device once, not in every step: the host would wait for a GPU each time."""
@@ -22,6 +24,23 @@ class OnDevice:
         if self._tensor.device != device:
             self._tensor = self._tensor.to(device)
         return self._tensor
+
+
+def chosen(ids: KeyedJaggedTensor, fields: OnDevice) -> KeyedJaggedTensor:
+    """The bags of some fields (their places), in this order."""
+    return ids.permute(fields.values, fields.on(ids.values().device))
+
+
+def mixed(ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """The same bags with mixed ids, as they travel: their owners are balanced whatever the ids are."""
+    return KeyedJaggedTensor(
+        keys=ids.keys(),
+        values=mix64(ids.values()),
+        weights=ids.weights_or_none(),
+        lengths=ids.lengths(),
+        offsets=ids.offsets(),
+        stride=ids.stride(),
+    )
 
 
 def scale_to_mean(ids: KeyedJaggedTensor, averaged: OnDevice) -> Tensor:

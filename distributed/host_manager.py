@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotDone  # Python 3.10 has another TimeoutError besides
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,16 @@ import torch
 from embedding.errors import TesseraError
 
 T = TypeVar("T")
+
+
+@dataclass
+class CacheStats:
+    """by_table: hits, misses and written_back, in rows. waited_seconds: how long steps waited for the threads that
+    bring rows, busy_seconds: how long these worked."""
+
+    by_table: dict[str, dict[str, int]]
+    waited_seconds: float = 0.0
+    busy_seconds: float = 0.0
 
 
 class HostManager:

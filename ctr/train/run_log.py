@@ -27,7 +27,7 @@ from ctr.data.reader import ParquetReader
 from ctr.train.optimizers import Optimizers
 from ctr.train.run_folder import RunFolder
 from distributed.checkpoint_files import Storage
-from distributed.dynamic_tables import CacheStats
+from distributed.host_manager import CacheStats
 from distributed.plan import size
 from distributed.process import Process
 
