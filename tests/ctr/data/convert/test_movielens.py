@@ -14,7 +14,7 @@ from ctr.data.schema import Schema
 from embedding.errors import ConfigError
 from tests.ctr.data.convert.samples import rows, sample
 
-RATINGS = [(1, 10, 5, 100), (1, 20, 3, 200), (2, 10, 1, 300), (2, 30, 4, 400), (3, 20, 2, 500)]
+RATINGS = [(1, 10, 5, 270100), (1, 20, 3, 270200), (2, 10, 1, 270300), (2, 30, 4, 270400), (3, 20, 2, 270500)]
 
 
 def everything(output):
