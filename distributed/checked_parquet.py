@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
@@ -35,6 +36,18 @@ class DamagedFile(TesseraError):
         self.storage, self.path = storage, path
 
 
+@contextmanager
+def as_rows(storage: Storage, path: str) -> Iterator[None]:
+    """While the block reads a file, what is not there or not as `write_columns` makes it is a DamagedFile."""
+    try:
+        yield
+    except OSError as error:
+        raise DamagedFile(storage, path, f"cannot be read: {error.strerror or error}") from error
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, pa.ArrowException) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DamagedFile(storage, path, f"does not hold rows as this version writes them ({reason})") from error
+
+
 class Notes:
     """Made when a parquet writer has begun a file; `add` behind each row group; `metadata` before the writer ends."""
 
@@ -57,12 +70,14 @@ class CheckedParquet:
 
     def __init__(self, storage: Storage, path: str) -> None:
         self._storage, self._path = storage, path
-        self._file = storage.open(path, buffered=False)
+        with as_rows(storage, path):
+            self._file = storage.open(path, buffered=False)
         try:
-            self._window = _Window(self._file)
-            self._parquet = pq.ParquetFile(pa.PythonFile(self._window, mode="r"))
-            self.metadata, self.schema = self._parquet.metadata, self._parquet.schema_arrow
-            self._notes = json.loads(self.metadata.metadata.get(NOTES.encode(), "null"))
+            with as_rows(storage, path):
+                self._window = _Window(self._file)
+                self._parquet = pq.ParquetFile(pa.PythonFile(self._window, mode="r"))
+                self.metadata, self.schema = self._parquet.metadata, self._parquet.schema_arrow
+                self._notes = json.loads(self.metadata.metadata.get(NOTES.encode(), "null"))
         except BaseException:
             self._file.close()
             raise
@@ -72,6 +87,10 @@ class CheckedParquet:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def as_rows(self) -> AbstractContextManager[None]:
+        """`as_rows` of this file."""
+        return as_rows(self._storage, self._path)
 
     def leads_to(self, sealed: Sealed) -> bool:
         """Whether notes and metadata are those of the file that the manifest knows. Then only `read` is left to
@@ -90,11 +109,11 @@ class CheckedParquet:
     def read(self, group: int, once: bool = False) -> pa.Table:
         """once: nobody else reads this row group, and the system need not keep it in memory. Raises DamagedFile."""
         if self._notes is not None:
-            (begin, before), (end, behind) = self._notes[group : group + 2]
-            try:
+            with as_rows(self._storage, self._path):
+                (begin, before), (end, behind) = self._notes[group : group + 2]
+                if not 0 <= begin <= end <= self._window.size():
+                    raise DamagedFile(self._storage, self._path, f"is damaged in row group {group}")
                 found = self._window.load(begin, end, before, once and self._storage.local)
-            except OSError as error:
-                raise DamagedFile(self._storage, self._path, f"cannot be read: {error.strerror or error}") from error
             if found != behind:
                 raise DamagedFile(self._storage, self._path, f"is damaged in row group {group}")
         return self._parquet.read_row_group(group, use_threads=False)

@@ -249,6 +249,15 @@ def names_of_states(root: Storage) -> list[str]:
     return sorted((name for name in root.names() if NAME.fullmatch(name)), reverse=True)
 
 
+def has_states(root: Storage, process: Process) -> bool:
+    """Return whether there are states, be they readable or not; the same on all ranks.
+
+    Behind a URI a folder without a manifest is a save that did not end.
+    """
+    found = process.is_main and any(root.local or root.exists(f"{one}/{MANIFEST}") for one in names_of_states(root))
+    return _broadcast(found, process, None)
+
+
 def states(root: Storage, process: Process, warn: Callable[[str], None], rows_later: bool = False) -> Iterator[Saved]:
     """The states that verify, newest first, the same on all ranks; what is passed over is told to `warn`."""
     names = _broadcast(names_of_states(root) if process.is_main else None, process, None)

@@ -8,22 +8,17 @@ from urllib.parse import quote
 import torch
 import torch.distributed as dist
 
-from distributed.checkpoint import (
-    MANIFEST,
-    CheckpointError,
-    Saved,
-    latest,
-    names_of_states,
-    open_saved,
-    read_manifest,
-)
+from distributed.checkpoint import Saved, latest, names_of_states, open_saved
 from distributed.checkpoint_compact import compact, newest_rows
 from distributed.checkpoint_dense import tensor_shapes
 from distributed.checkpoint_files import Storage
+from distributed.checkpoint_manifest import MANIFEST, TRAINING, CheckpointError, check, read_manifest
 from distributed.plan import size
 from distributed.process import Process
 from distributed.table_files import Columns
 from embedding.errors import ConfigError
+
+PROGRESS = {"progress": {"epoch": int, "best": (float, None)}, "reader": ({"lane_offsets": [int]}, None)}
 
 
 def inspect(path: str, table: str | None, row_id: int | None, rows: int, compacting: bool) -> int:
@@ -43,6 +38,7 @@ def inspect(path: str, table: str | None, row_id: int | None, rows: int, compact
 def _inspect(folder: Storage, table: str | None, row_id: int | None, rows: int, compacting: bool, process) -> int:
     if folder.exists(MANIFEST):
         saved, damaged = open_saved(folder, process), []
+        _mention_strays(saved)
     else:
         root = folder.below("checkpoints") if folder.exists("checkpoints") else folder
         if not names_of_states(root):
@@ -69,21 +65,32 @@ def _list(root: Storage, process: Process) -> list[str]:
         try:
             manifest = read_manifest(root.below(name))
             total = size(sum(file["bytes"] for file in manifest["files"].values()))
-            open_saved(root.below(name), process)
+            opened = open_saved(root.below(name), process)
             builds = f", builds on {len(manifest['chain'])} earlier" if manifest["chain"] else ""
             print(
                 f"{name}  {manifest['kind']}{builds}  {total}  {manifest['world_size']} rank(s)  {manifest['written']}"
             )
+            _mention_strays(opened)
         except CheckpointError as error:
             print(f"{name}  DAMAGED: {error}")
             damaged.append(name)
     return damaged
 
 
+def _mention_strays(saved: Saved) -> None:
+    strays = saved.folders[0].strays()
+    if strays:
+        shown = ", ".join(strays[:3]) + (", …" if len(strays) > 3 else "")
+        print(
+            f"{saved.folders[0].base_name}  has {len(strays)} file(s) beside what its manifest lists, ignored: {shown}"
+        )
+
+
 def _show(saved: Saved) -> None:
     print(f"\n{saved.name}: step {saved.step}, {size(saved.bytes)} in {len(saved.manifest['files'])} files")
     progress = saved.training.get("progress", {})
     if progress:
+        check(saved.training, PROGRESS, f"{saved.name}/{TRAINING}")
         reader = saved.training["reader"] or {"lane_offsets": []}  # between two days there is none
         print(f"epoch {progress['epoch']}, best {progress['best']}, reader at row {sum(reader['lane_offsets'])}")
     for table, kinds in saved.training.get("tables", {}).items():

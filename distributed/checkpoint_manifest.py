@@ -169,7 +169,7 @@ def check(value: Any, pattern: Any, where: str) -> None:
     elif isinstance(pattern, list) and isinstance(value, list):
         for place, one in enumerate(value):
             check(one, pattern[0], f"{where}[{place}]")
-    elif not _fits(value, pattern):
+    elif isinstance(pattern, dict | list) or not _fits(value, pattern):
         raise CheckpointError(f"{where} is {shown(value)}; expected {_named(pattern)}")
 
 

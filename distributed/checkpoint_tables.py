@@ -118,7 +118,7 @@ def describe_tables(tables: Tables) -> dict[str, dict]:
 
 
 def _formats(groups: list[list]) -> str:
-    return ", ".join(f"{name} {dim} {kind}" for name, dim, kind in groups)
+    return ", ".join(" ".join(map(str, group)) for group in groups)
 
 
 def load_rows(
@@ -174,7 +174,10 @@ def _fill(
         there = name_there(name)
         if not saved.folders[-1].names(f"rows/{file_name('', there, 0, 1).split('/')[1]}"):
             raise TesseraError(f"{saved.name} holds no rows of table {there}")
-        found = _formats(saved.training["tables"][there]["groups"])
+        described = saved.training.get("tables", {})
+        if there not in described:
+            raise TesseraError(f"{saved.name} does not describe table {there}, whose rows it holds")
+        found = _formats(described[there]["groups"])
         expected = _formats(describe_tables({there: table})[there]["groups"])
         if found != expected:
             hint = "scripts/convert_tables.py converts"

@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from distributed.checked_parquet import CheckedParquet, Notes
+from distributed.checked_parquet import CheckedParquet, Notes, as_rows
 from distributed.checkpoint_files import Storage
+from distributed.checkpoint_manifest import CheckpointError
 from distributed.ownership import owner_of
 from distributed.process import Process
 from embedding.errors import TesseraError
@@ -178,11 +179,12 @@ def read_columns(storage: Storage, path: str, rank: int, ranks: int) -> Iterator
         wanted, share = _groups_of(file, rank, ranks)
 
         def read(group: int) -> Columns:
-            table = file.read(group, once=share == 1).combine_chunks()
-            columns = {f.name: _to_tensor(table.column(f.name).chunk(0), f) for f in file.schema}
-            if share > 1:
-                mine = (owner_of(mix64(columns["id"]), ranks) == rank).nonzero().flatten()
-                columns = {name: column.index_select(0, mine) for name, column in columns.items()}
+            with as_rows(storage, path):
+                table = file.read(group, once=share == 1).combine_chunks()
+                columns = {f.name: _to_tensor(table.column(f.name).chunk(0), f) for f in file.schema}
+                if share > 1:
+                    mine = (owner_of(mix64(columns["id"]), ranks) == rank).nonzero().flatten()
+                    columns = {name: column.index_select(0, mine) for name, column in columns.items()}
             return columns
 
         yield from ahead(partial(read, group) for group in wanted)
@@ -197,22 +199,26 @@ def count_rows(storage: Storage, path: str, rank: int, ranks: int) -> int:
 
 def _groups_of(file: CheckedParquet, rank: int, ranks: int) -> tuple[list[int], int]:
     """The row groups that may hold rows of `rank` of `ranks`, and how many ranks own the rows of each."""
-    about = file.metadata.metadata
-    common = math.gcd(int(about[b"tessera.buckets"]), ranks)
-    of_group = json.loads(about[b"tessera.bucket_of_row_group"])
-    return [group for group, bucket in enumerate(of_group) if bucket % common == rank % common], ranks // common
+    with file.as_rows():
+        about = file.metadata.metadata
+        common = math.gcd(int(about[b"tessera.buckets"]), ranks)
+        of_group = json.loads(about[b"tessera.bucket_of_row_group"])
+        return [group for group, bucket in enumerate(of_group) if bucket % common == rank % common], ranks // common
 
 
 def files_of(storage: Storage, kind: str, table: str, process: Process) -> list[str]:
-    """The files of a table that may hold rows of this rank. Empty if there is no such table."""
+    """Return the files of a table that may hold rows of this rank. Empty if there is no such table.
+
+    storage: as its manifest lists it (`SavedFolder`), so that files of other saves are not among them.
+
+    Raises CheckpointError: they are not one file of each rank of one save.
+    """
     folder = f"{kind}/{quote(table, safe='')}"
-    chosen = []
-    for name in storage.names(folder):
-        writer, _, ranks = name.removesuffix(".parquet").partition("-of-")
-        common = math.gcd(int(ranks), process.world_size)
-        if int(writer) % common == process.rank % common:
-            chosen.append(f"{folder}/{name}")
-    return chosen
+    names = storage.names(folder)
+    if names != [file_name(kind, table, rank, len(names)).rpartition("/")[2] for rank in range(len(names))]:
+        raise CheckpointError(f"{storage.name}/{folder} holds {', '.join(names)}; expected one file of each rank")
+    common = math.gcd(len(names), process.world_size)
+    return [f"{folder}/{name}" for rank, name in enumerate(names) if rank % common == process.rank % common]
 
 
 def empty_columns(table: DynamicTable) -> Columns:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ctr.config import Config  # noqa: E402
 from ctr.train.convert_run import convert_run  # noqa: E402
 from ctr.train.score_run import run_config  # noqa: E402
+from ctr.train.stored_config import targets_of  # noqa: E402
 from distributed.process import Process, run  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -22,13 +23,18 @@ parser.add_argument("overrides", nargs="+", help="format=int8, formats.w=fp32, f
 options = parser.parse_args()
 
 
+def targets() -> list[str]:
+    """Return the overrides that name classes which the run may import: model.target=my_models.Mine."""
+    return [f"{key}={value}" for key, value in targets_of(options.overrides).items()]
+
+
 def load() -> tuple[Config, str, float]:
-    config = run_config(options.run_dir, [])
+    config = run_config(options.run_dir, [one for one in options.overrides if one in targets()])
     return config, "cpu", config.trainer.timeout_seconds
 
 
 def convert(config: Config, process: Process) -> None:
-    overrides = [f"embedding.{one}" for one in options.overrides]
+    overrides = [one if one in targets() else f"embedding.{one}" for one in options.overrides]
     for table, groups in convert_run(options.run_dir, options.output, overrides, process).items():
         for group, error in groups.items():
             print(f"{table} {group}: {error}")

@@ -37,7 +37,7 @@ from ctr.report.days import write_index
 from ctr.train.evaluate import evaluate, open_reader
 from ctr.train.optimizers import Optimizers
 from ctr.train.trainer import Trainer
-from distributed.checkpoint import CheckpointError, Saved, folder_name
+from distributed.checkpoint import Saved, folder_name
 from distributed.first_rank import on_first_rank
 from distributed.plan import size
 from distributed.process import Stopped, say
@@ -53,6 +53,8 @@ class Daily(Trainer):
         records: of the partitions that are done (ctr/daily/records.py), in order.
         record: of the partition in work, as far as it is known; None between two.
     """
+
+    command = "scripts/daily.py"
 
     def open_readers(self) -> dict[str, ParquetReader | None]:
         """None yet: readers change from day to day."""
@@ -77,11 +79,6 @@ class Daily(Trainer):
         return self.publisher.files_of_state()
 
     def load_state(self, saved: Saved) -> None:
-        """Raises CheckpointError: the state is not one of a run over days."""
-        if "daily" not in saved.training:
-            raise CheckpointError(
-                f"{saved.name} is not a state of scripts/daily.py; trainer.warm_start takes what fits"
-            )
         self.records, self.record = saved.training["daily"]["records"], saved.training["daily"]["record"]
         self.publisher.restore(saved)
         if self.record is not None:

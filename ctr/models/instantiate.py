@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from torch import nn
+
 from embedding.errors import ConfigError
+
+OWN = re.compile(r"ctr\.models\.\w+\.\w+")
+
+
+def is_own(target: Any) -> bool:
+    """Return whether a target names a module of `ctr.models`, so that it can be built whoever has named it."""
+    if not isinstance(target, str) or not OWN.fullmatch(target):
+        return False
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except ImportError:
+        return False
+    return isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith("ctr.models.")
 
 
 def instantiate(config: Mapping[str, Any], key: str, *positional: Any, **given: Any) -> Any:

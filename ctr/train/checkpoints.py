@@ -22,14 +22,14 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from ctr.config import Config
 from ctr.train.saved_model import fill_model, link_model, put_into, take_out
+from ctr.train.saved_training import as_written, changed_keys, check_goes_on
 from distributed.checkpoint import (
-    CheckpointError,
     DamagedState,
     Saved,
     clean,
     folder_name,
+    has_states,
     open_saved,
     retain,
     save,
@@ -37,8 +37,10 @@ from distributed.checkpoint import (
 )
 from distributed.checkpoint_dense import Tensors, copy_of, load_tensors, save_tensors
 from distributed.checkpoint_files import Storage
+from distributed.checkpoint_manifest import MANIFEST, CheckpointError
 from distributed.checkpoint_tables import TableParts, TableSaver, describe_tables, load_table_state, load_waiting
 from distributed.checkpoint_watch import SaveWatch
+from distributed.first_rank import on_first_rank
 from distributed.plan import size
 from distributed.process import Process, Stopped
 
@@ -239,22 +241,22 @@ class Checkpoints:
         """Go on from the newest state of this run, or from the one that trainer.resume names. False: there is none.
 
         Raises:
-            CheckpointError: the state that is named cannot be read, or does not fit the model.
+            CheckpointError: there are states of this run, and none of them can be read; or the one that is named
+                cannot be read, or does not fit the model.
             DataError: the data are not those of the state.
         """
-        trainer, process = self._trainer, self._process
+        trainer, process, problems = self._trainer, self._process, []
         if not trainer.log.may_go_on:
             return False
-        if process.is_main:
-            clean(self.root)
-            shutil.rmtree(trainer.log.folder / STAGED_BEST, ignore_errors=True)
-        for saved, own in self._to_go_on_from():
+        on_first_rank(process, self._clean)
+        for saved, own in self._to_go_on_from(problems):
             process.stage = f"loading {saved.name}"
             try:
                 self._restore(saved, own)
                 break
             except DamagedState as error:
-                trainer.log.warn(str(error))
+                problems.append(str(error))
+                trainer.log.warn(problems[-1])
                 self._tables = TableSaver(trainer.tables.owned())
         else:
             return False
@@ -263,17 +265,50 @@ class Checkpoints:
             trainer.log.say(f"configuration: {line}")
         return True
 
-    def _to_go_on_from(self) -> Iterator[tuple[Saved, bool]]:
-        """States, the best first, and whether they are of this run. Their rows are still to be checked."""
-        process, warn, named = self._process, self._trainer.log.warn, self._trainer.config.trainer.resume
+    def _clean(self) -> None:
+        """Remove what killed saves have left half written here and in the run folder, whose lock this job holds."""
+        folder = self._trainer.log.folder
+        try:
+            clean(self.root)
+            clean(Storage(folder))
+            shutil.rmtree(folder / STAGED_BEST, ignore_errors=True)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: what a killed save left cannot be removed: {error.strerror}") from None
+
+    def _to_go_on_from(self, problems: list[str]) -> Iterator[tuple[Saved, bool]]:
+        """States, the best first, and whether they are of this run. Their rows are still to be checked.
+
+        problems: what is wrong with states that were passed over; more is added here.
+
+        Raises CheckpointError: this run has states, and none of them can be read. To begin anew would put them aside.
+        """
+        process, named = self._process, self._trainer.config.trainer.resume
+
+        def warn(problem: str) -> None:
+            problems.append(problem)
+            self._trainer.log.warn(problem)
+
         yield from ((saved, True) for saved in states(self.root, process, warn, rows_later=True))
+        if has_states(self.root, process):
+            raise CheckpointError(
+                f"none of the states in {self.root.name} can be read, nothing is trained ({'; '.join(problems)}); "
+                "to begin anew on purpose, move that folder away or name another trainer.run_dir"
+            )
         if named not in (None, "auto"):
             yield from ((saved, False) for saved in _states_at(named, process, warn, rows_later=True))
 
     def _restore(self, saved: Saved, own: bool) -> None:
+        check_goes_on(saved, self._trainer)
+        with as_written(saved):
+            self._take_over(saved, own)
+        if own:
+            self._saved_step = saved.step
+        if self._process.world_size > 1:
+            dist.barrier()
+
+    def _take_over(self, saved: Saved, own: bool) -> None:
         trainer, process, training = self._trainer, self._process, saved.training
         same_ranks = saved.ranks == process.world_size
-        _check_optimizers(saved, trainer.config)
         fill_model(trainer.model, saved, process, in_place=same_ranks)
         self._tables = TableSaver(trainer.tables.owned())
         load_waiting(trainer.tables.owned(), saved, process)
@@ -284,17 +319,13 @@ class Checkpoints:
         trainer.optimizers.load_state(_below(tensors, "optimizer/"), **training["schedule"])
         trainer.load_state(saved)
         self._restore_rank(by_rank, same_ranks, training)
-        for name, value in training["progress"].items():
-            setattr(trainer, name, value)
-        if trainer.distil and training.get("distil"):
+        for name in PROGRESS:
+            setattr(trainer, name, training["progress"][name])
+        if trainer.distil and training["distil"]:
             trainer.distil.load_state(training["distil"])
         trainer.log.begin(trainer.step, training["log"] if own else None)
         if process.is_main:
             take_out(saved, BEST, trainer.log.folder / BEST)
-        if own:
-            self._saved_step = saved.step
-        if process.world_size > 1:
-            dist.barrier()
 
     def _sums(self) -> dict[str, torch.Tensor]:
         """What each rank sums over steps: that since the last log line, and that of the epoch."""
@@ -345,7 +376,7 @@ def find_saved(path: str, process: Process, warn: Callable[[str], None]) -> Save
 def _states_at(path: str, process: Process, warn: Callable[[str], None], rows_later: bool = False) -> Iterator[Saved]:
     """Those of `find_saved`, in order; behind the last one CheckpointError."""
     folder = Storage(path)
-    if folder.exists("manifest.json"):
+    if folder.exists(MANIFEST):
         yield open_saved(folder, process, rows_later)
     else:
         for root in (folder, folder.below("checkpoints")):
@@ -353,32 +384,5 @@ def _states_at(path: str, process: Process, warn: Callable[[str], None], rows_la
     raise CheckpointError(f"{path} holds no saved state that can be read; expected a state's folder or a run's")
 
 
-def _check_optimizers(saved: Saved, config: Config) -> None:
-    for side in ("dense", "sparse"):
-        before, now = saved.training["config"]["optimizer"][side]["name"], getattr(config.optimizer, side).name
-        if before != now:
-            raise CheckpointError(
-                f"{saved.name} was trained with optimizer.{side}.name {before}, now it is {now}; "
-                "a run goes on with the same, trainer.warm_start takes what fits"
-            )
-
-
 def _below(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def changed_keys(before: Any, config: Config) -> list[str]:
-    """Keys whose values are not those of the state: "trainer.epochs 1 -> 2"."""
-
-    def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(node, dict):
-            return {prefix[:-1]: node}
-        return {key: value for name, one in node.items() for key, value in flat(one, f"{prefix}{name}.").items()}
-
-    old, new = flat(before), flat(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
-    ignored = ("trainer.resume", "trainer.run_dir")
-    return [
-        f"{key} {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in ignored
-    ]

@@ -13,6 +13,7 @@ from ctr.data.schema import Schema
 from ctr.models.network import build_tables, build_tower
 from ctr.targets import replacing
 from ctr.train.score_run import run_config
+from ctr.train.stored_config import targets_of
 from distributed.checkpoint import Saved, open_saved, save
 from distributed.checkpoint_dense import load_tensors, save_tensors
 from distributed.checkpoint_files import Storage
@@ -51,8 +52,9 @@ def convert_run(
             format's.
         CheckpointError: the saved model does not verify; what is wrong with it.
     """
-    source = run_config(run_dir, [])
-    target = _target(source, overrides)
+    targets = [f"{key}={value}" for key, value in targets_of(overrides).items()]
+    source = run_config(run_dir, targets)
+    target = _target(source, [override for override in overrides if override not in targets])
     saved = open_saved(Storage(run_dir / "best"), process)
     schema = Schema(source.data.schema)
     before, after = (build_tables(one, schema, build_tower(one, schema)) for one in (source, target))

@@ -10,7 +10,7 @@ batches, and however often training is stopped and goes on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +30,7 @@ class DistilConfig:
 
     kind: str = "none"
     teacher: str | None = None
+    targets: list[str] = field(default_factory=list)
     temperature: float = 1.0
     weight: float = 1.0
     max_epochs: int | None = None

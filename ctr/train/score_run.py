@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from ctr.train.evaluate import evaluate, read_split
 from ctr.train.run_log import copy_teacher
 from ctr.train.saved_model import load_model
 from ctr.train.slice_columns import SliceColumn
+from ctr.train.stored_config import read_config, targets_of
 from ctr.train.trainer import build_model, set_threads
 from distributed.process import Process
 from embedding.errors import ConfigError
@@ -32,8 +33,11 @@ from embedding.errors import ConfigError
 PLACE = "evaluations"  # in the folder of the run
 
 
-def run_config(run_dir: Path, overrides: list[str]) -> Config:
+def run_config(run_dir: Path, overrides: list[str], named: Collection[str] = ()) -> Config:
     """The configuration a run was trained with, with `data.*` and `trainer.*` keys replaced by the overrides.
+
+    A class outside of `ctr.models` is imported only if it is among `named`, or an override names it as the run does:
+    `model.target=my_models.Mine`.
 
     Raises:
         ConfigError: no run there, an unknown key, or an override of what the saved model depends on.
@@ -41,13 +45,18 @@ def run_config(run_dir: Path, overrides: list[str]) -> Config:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run_dir} is not a run folder: it holds no config.yaml")
+    targets = targets_of(overrides)
+    saved = read_config(path, {*targets.values(), *named})
+    for key, target in targets.items():
+        if OmegaConf.select(saved, key) != target:
+            raise ConfigError(f"override {key}={target}: the model of {run_dir} is {OmegaConf.select(saved, key)}")
+    overrides = [override for override in overrides if override.partition("=")[0] not in targets]
     for override in overrides:
         if not override.startswith(("data.", "trainer.")) or "=" not in override or override.startswith("data.schema"):
             raise ConfigError(
                 f"override {override!r}: a trained model is scored with its own schema, model and tables; "
                 "only data.<key>=<value> and trainer.<key>=<value> can change"
             )
-    saved = OmegaConf.load(path)
     OmegaConf.set_struct(saved, True)
     try:
         merged = OmegaConf.merge(saved, OmegaConf.from_dotlist(overrides))

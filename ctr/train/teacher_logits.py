@@ -87,7 +87,8 @@ def score_teacher(
     from ctr.train.score_run import run_config  # both import the trainer, which imports this module
     from ctr.train.trainer import build_model
 
-    theirs = run_config(Path(distil.teacher), [])
+    named = [*distil.targets, config.model.get("target"), config.numeric.get("target")]
+    theirs = run_config(Path(distil.teacher), [], named)
     schema = Schema(theirs.data.schema)
     if schema.id_names != reader.schema.id_names or schema.numeric_names != reader.schema.numeric_names:
         raise ConfigError(f"trainer.distil.teacher {distil.teacher} reads other features; expected those of this run")

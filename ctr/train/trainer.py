@@ -50,6 +50,8 @@ class Trainer:
         ConfigError, SchemaError, DataError: what is wrong with the configuration or the files.
     """
 
+    command = "scripts/train.py"  # whose states these are
+
     def __init__(self, config: Config, process: Process) -> None:
         self.config, self.process = config, process
         set_threads(config)

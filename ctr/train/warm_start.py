@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ctr.train.checkpoints import find_saved
+from ctr.train.saved_training import as_written
 from distributed.checkpoint import Saved
 from distributed.checkpoint_dense import load_into, load_tensors, tensor_shapes
 from distributed.checkpoint_tables import describe_tables, load_rows, load_waiting
@@ -45,9 +46,10 @@ def warm_start(trainer: Trainer) -> None:
     saved = find_saved(config.path, process, trainer.log.warn)
     process.stage = f"warm start from {saved.name}"
     old_names = _old_names(config.rename)
-    tables = _take_tables(trainer, saved, old_names, config.optimizer)
-    tower = _take_tower(trainer, saved, old_names, config.optimizer)
-    shards = _take_shards(trainer, saved, old_names, config.optimizer)
+    with as_written(saved):
+        tables = _take_tables(trainer, saved, old_names, config.optimizer)
+        tower = _take_tower(trainer, saved, old_names, config.optimizer)
+        shards = _take_shards(trainer, saved, old_names, config.optimizer)
     trainer.log.say(f"warm start from {saved.name}, step {saved.step}")
     for what, taken in (("tables", tables), ("static tables", shards), ("parameters", tower)):
         if taken.kept or taken.fresh or taken.dropped:

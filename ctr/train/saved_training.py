@@ -1,0 +1,89 @@
+"""What a state says of the training that saved it, looked at before anything of it is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from ctr.config import Config
+from distributed.checkpoint import Saved
+from distributed.checkpoint_manifest import TRAINING, CheckpointError, check
+
+if TYPE_CHECKING:
+    from ctr.train.trainer import Trainer
+
+COUNT = {str: int}
+PATTERN = {
+    "progress": {
+        "step": int,
+        "epoch": int,
+        "now": float,
+        "best": (float, None),
+        "evaluations_since_best": int,
+        "evaluated_step": float,  # -1 before the first evaluation
+    },
+    "schedule": {"steps": int, "factor": float},
+    "log": {"metrics_bytes": int, "seconds": float, "tables_before": {str: float}},
+    "reader": ({}, None),
+    "distil": ({}, None),
+    "tables": {},
+    "of_ranks": [{"bad_rows": {str: COUNT}}],
+    "config": {"optimizer": {"dense": {"name": str}, "sparse": {"name": str}}},
+}
+
+
+def check_goes_on(saved: Saved, trainer: Trainer) -> None:
+    """Raise CheckpointError, one line, if the run cannot go on from a state, whatever its tensors and rows are."""
+    if saved.manifest["kind"] == "model":
+        raise CheckpointError(
+            f"{saved.name} is a model without what training needs besides; trainer.warm_start.path takes it"
+        )
+    training, where = saved.training, f"{saved.name}/{TRAINING}"
+    command = "scripts/daily.py" if "daily" in training else "scripts/train.py"
+    if command != trainer.command:
+        raise CheckpointError(
+            f"{saved.name} is a state of {command}, from which {trainer.command} cannot go on; go on with {command}, "
+            "or name another trainer.run_dir (trainer.warm_start takes what fits)"
+        )
+    check(training, PATTERN, where)
+    if training["progress"]["step"] != saved.step or len(training["of_ranks"]) != saved.ranks:
+        found = f"step {training['progress']['step']} and {len(training['of_ranks'])} rank(s)"
+        raise CheckpointError(f"{where} tells of {found}; the manifest of step {saved.step} and {saved.ranks}")
+    for side in ("dense", "sparse"):
+        before, now = training["config"]["optimizer"][side]["name"], getattr(trainer.config.optimizer, side).name
+        if before != now:
+            raise CheckpointError(
+                f"{saved.name} was trained with optimizer.{side}.name {before}, now it is {now}; "
+                "a run goes on with the same, trainer.warm_start takes what fits"
+            )
+
+
+@contextmanager
+def as_written(saved: Saved) -> Iterator[None]:
+    """While the block takes over parts of a state: what is not there, or of another kind, is one line of
+    CheckpointError. Their readers know what they have written, so they do not look at each value first."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{saved.name} is not as this version writes states ({reason})") from error
+
+
+def changed_keys(before: Any, config: Config) -> list[str]:
+    """Keys whose values are not those of the state: "trainer.epochs 1 -> 2"."""
+
+    def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix[:-1]: node}
+        return {key: value for name, one in node.items() for key, value in flat(one, f"{prefix}{name}.").items()}
+
+    old, new = flat(before), flat(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+    ignored = ("trainer.resume", "trainer.run_dir")
+    return [
+        f"{key} {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in ignored
+    ]
