@@ -38,7 +38,7 @@ class RunLog:
     """Writes what happens in a run. On other ranks than 0 it only takes part in the sums."""
 
     def __init__(self, config: Config, process: Process, plan: str) -> None:
-        self._config, self._process = config, process
+        self._config, self._process, self._plan = config, process, plan
         model = config.model["target"].rpartition(".")[2].lower()
         default = f"runs/{config.data.name}-{model}-{datetime.now():%Y%m%d-%H%M%S}"
         run = RunFolder(config, default, process)
@@ -46,7 +46,7 @@ class RunLog:
         self._logger = logging.getLogger("tessera")
         self._tensorboard: SummaryWriter | None = None
         if process.is_main:
-            self._open(plan)
+            self._open()
         self.sums = torch.zeros(3, dtype=torch.float64, device=process.device)
         self._started = self._window_started = time.perf_counter()
         self._waited = 0.0
@@ -54,18 +54,21 @@ class RunLog:
         self._bar: tqdm | None = None
         self._tables_before = {"admitted": 0, "expired": 0, "evicted": 0}
 
-    def _open(self, plan: str) -> None:
-        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(self._config), resolve=True))
-        (self.folder / "plan.txt").write_text(plan + "\n")
-        (self.folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+    def _open(self) -> None:
         self._logger.setLevel(logging.INFO)
         self._logger.propagate = False
         for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(self.folder / "train.log")):
             handler.handleError = _let_it_end_the_run
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
             self._logger.addHandler(handler)
-        header, *tables, total = plan.splitlines()
+        header, *tables, total = self._plan.splitlines()
         self.say(f"{header}; {total} (plan.txt)")
+
+    def _describe(self) -> None:
+        """Write what the run is made of. Not before it is known to go on: a job that is refused changes nothing."""
+        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(self._config), resolve=True))
+        (self.folder / "plan.txt").write_text(self._plan + "\n")
+        (self.folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
         copy_teacher(self._config, self.folder)
 
     def begin(self, step: int, state: dict | None) -> None:
@@ -77,6 +80,7 @@ class RunLog:
         self._window_started -= interval.get("seconds", 0.0)
         self._epoch = interval.get("epoch", 0)
         if self._process.is_main:
+            self._describe()
             metrics, size = self.folder / "metrics.jsonl", state.get("metrics_bytes", 0)
             if metrics.exists():
                 os.truncate(metrics, min(size, metrics.stat().st_size))

@@ -107,7 +107,7 @@ def damage(states: list[Path]) -> None:
 
 
 def test_rows_that_turn_out_damaged_while_they_are_loaded(ranks, data, tmp_path):
-    """The state before is taken; without one the run begins anew, as if nothing had been loaded."""
+    """The state before is taken; without one the run stops, and begins anew when the states are moved away."""
     trained(ranks, 2, job(data, tmp_path / "whole", "dynamic"), tmp_path)
     for name, damaged in (("newest", 1), ("all", 100)):
         command = job(data, tmp_path / name, "dynamic")
@@ -115,9 +115,13 @@ def test_rows_that_turn_out_damaged_while_they_are_loaded(ranks, data, tmp_path)
         states = sorted((tmp_path / name / "checkpoints").glob("step-*"), reverse=True)
         assert len(states) > 1
         damage(states[:damaged])
-        said = trained(ranks, 2, command, tmp_path)
+        said = trained(ranks, 2, command, tmp_path, 0 if name == "newest" else 2)
         assert f"{states[0].name} is passed over: rows/c/" in said
         assert ("goes on from" in said) == (name == "newest"), said
+        assert ("none of the states in" in said) == (name == "all"), said
+        if name == "all":
+            (tmp_path / name / "checkpoints").rename(tmp_path / "away")
+            trained(ranks, 2, command, tmp_path)
         assert_same_end(tmp_path / name, tmp_path / "whole")
 
 
