@@ -80,7 +80,7 @@ class Process:
     folder: str | None = None
     can_stop_later: bool = False
     stop_asked: bool = False
-    stopped_by: str = "SIGTERM"
+    stopped_by: str = "a signal to another rank"
     broken: bool = False
     others: dict[int, Beat] = field(default_factory=dict)
     to_end: set[int] = field(default_factory=set)
@@ -97,10 +97,9 @@ class Process:
         if not self.can_stop_later or self.stop_asked:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         self.stop_asked, self._asked_at = True, time.monotonic()
-        if number == signal.SIGINT:
-            self.stopped_by = "Ctrl-C"
-            if self.is_main:
-                os.write(2, b"stopping: the state is saved first; Ctrl-C once more ends at once\n")
+        self.stopped_by = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        if number == signal.SIGINT and self.is_main:
+            os.write(2, b"stopping: the state is saved first; Ctrl-C once more ends at once\n")
 
 
 def start(device: str = "auto", timeout_seconds: float = 300.0) -> Process:

@@ -8,7 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from distributed.process import Process, run
+from distributed.process import Process, Stopped, run
 from embedding.errors import ConfigError
 
 
@@ -30,8 +30,22 @@ def fail(how: str, process: Process) -> None:
         raise ZeroDivisionError("a bug")
 
 
+def until_stopped(process: Process) -> None:
+    """As training does: in the same step all ranks learn that one of them was asked to stop."""
+    process.can_stop_later = True
+    print("ready", flush=True)
+    while True:
+        asked = torch.tensor(int(process.stop_asked))
+        dist.all_reduce(asked)
+        if asked:
+            raise Stopped(line=f"stopped by {process.stopped_by}, state saved")
+        time.sleep(0.05)
+
+
 def main(how: str, process: Process) -> None:
     numbers = torch.ones(4)
+    if how == "until_stopped":
+        until_stopped(process)
     for step in range(40):
         process.stage = f"step {step}: sum"
         if step == 20:

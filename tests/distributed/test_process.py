@@ -1,7 +1,10 @@
 """A failure is said once, after the launcher's trace, and names who failed and where; nobody hangs."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -47,6 +50,39 @@ def test_a_hung_rank_is_named_after_the_limit():
     done = torchrun(2, JOB, "hung", timeout=90)
     assert done.returncode != 0
     assert last_line(done.stderr).startswith("error: rank 1 did not answer; it has been at step 20: reading for ")
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (signal.SIGTERM, "stopped by SIGTERM, state saved"),
+        pytest.param(signal.SIGINT, "stopped by Ctrl-C, state saved", marks=pytest.mark.slow),
+    ],
+)
+def test_the_last_word_is_ours_where_the_launcher_is_told_to_end(tmp_path, number, line):
+    """torchrun prints a trace of its own then."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        JOB,
+        "until_stopped",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "said", "w") as said:
+        launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+    text, end = "", time.monotonic() + 60
+    while text.count("ready") < 2 and time.monotonic() < end:
+        text = (tmp_path / "said").read_text()
+        time.sleep(0.05)
+    launcher.send_signal(number)
+    assert launcher.wait(60) != 0
+    while last_line((tmp_path / "said").read_text()) != line and time.monotonic() < end:
+        time.sleep(0.05)  # it is said when the launcher is gone
+    text = (tmp_path / "said").read_text()
+    assert last_line(text) == line and text.count("state saved") == 1
 
 
 def test_without_torchrun_a_mistake_is_one_line_and_status_2():

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -158,8 +159,15 @@ def _folder_vanishes(process) -> None:
     os.rename(process.folder, f"{process.folder}-moved")
 
 
+def _interrupt_twice(_process) -> None:
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.7)
+
+
 #: What can happen to a rank at a stage.
 AT = {
+    "Ctrl-C twice": _interrupt_twice,
     "hang": lambda _process: time.sleep(600),
     "no memory": _no_memory,
     "no files": _no_files,
