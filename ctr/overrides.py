@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,15 @@ def compose_overrides(overrides: Sequence[str], folders: Sequence[Path], schema:
     keys = dict(keys_of(schema))
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(Path(conf.__file__).parent.resolve()), version_base="1.3"):
-        choices = search_path + [_ready(one, keys, groups, groups) for one in overrides if _key(one) in groups]
+
+        @cache
+        def known() -> set[str]:
+            """The keys that there are with the groups as chosen, of the model's yaml too."""
+            choices = [_ready(one, keys, groups, lambda: groups) for one in overrides if _key(one) in groups]
+            return {*keys, *groups, *_names(compose("config", overrides=search_path + choices))}
+
         try:
-            known = {*keys, *groups, *_names(compose("config", overrides=choices))}
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_explain(error)) from None
-        ready = [_ready(override, keys, groups, known) for override in overrides]
-        try:
+            ready = [_ready(override, keys, groups, known) for override in overrides]
             return compose("config", overrides=search_path + ready)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_explain(error)) from None
@@ -65,7 +68,7 @@ def keys_of(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from keys_of(annotation, f"{prefix}{name}.")
 
 
-def _ready(override: str, keys: dict[str, Any], groups: set[str], known: set[str]) -> str:
+def _ready(override: str, keys: dict[str, Any], groups: set[str], known: Callable[[], set[str]]) -> str:
     """The override as hydra understands it as the user meant it."""
     parts = OVERRIDE.fullmatch(override)
     prefix, key, value = parts["prefix"] or "", parts["key"], parts["value"]
@@ -84,9 +87,9 @@ def _ready(override: str, keys: dict[str, Any], groups: set[str], known: set[str
         return f"++{key}={_value(key, value, _types(annotation))}"
     if key in groups:
         return f"{prefix}{key}={_value(key, value, None)}"
-    if key.startswith(FREE) and (prefix or key in known):
+    if key.startswith(FREE) and (prefix or key in known()):
         return f"{prefix}{key}={_value(key, value, None)}"
-    near = get_close_matches(key, sorted(known), 1)
+    near = get_close_matches(key, sorted(known()), 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     if key.startswith(FREE):
         hint += f" (+{key}=... gives the key to a model whose yaml does not name it)"
