@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -110,8 +111,21 @@ def exhausted(error: BaseException) -> tuple[str, tuple, tuple, str] | None:
         for kind in EXHAUSTED:
             known = isinstance(one, OSError | RuntimeError) and any(words in str(one) for words in kind[2])
             if known or (isinstance(one, OSError) and one.errno in kind[1]):
-                return kind
+                return MEMORY if kind is THREADS and _no_room_for_a_stack() else kind
     return None
+
+
+def _no_room_for_a_stack() -> bool:
+    """Whether a thread cannot start because the address space, and not the number of threads, has a limit."""
+    limit, stack = (resource.getrlimit(one)[0] for one in (resource.RLIMIT_AS, resource.RLIMIT_STACK))
+    if limit == resource.RLIM_INFINITY:
+        return False
+    try:
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return False
+    return used + (stack if stack > 0 else 8 << 20) > limit
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -44,7 +44,7 @@ def error(ranks, data: Path, run_dir: Path, output: Path, world: int, at: tuple 
 @pytest.mark.parametrize(
     ("what", "stage", "words", "remedy"),
     [
-        ("no memory", STEP, "rank 1, step", "give the job more memory (ulimit -v"),
+        ("no memory", STEP, "out of memory", "give the job more memory (ulimit -v"),
         ("no files", STEP, "out of open files", "raise the limit of open files (ulimit -n)"),
         ("no threads", STEP, "out of threads", "raise the limit of processes and threads (ulimit -u"),
     ],
