@@ -74,7 +74,7 @@ def explain(error: BaseException, process: Process | None) -> tuple[int, str]:
     """The exit status and the line for an error on this rank; for a broken collective, find the rank to blame."""
     ran_out = exhausted(error)
     if isinstance(error, TesseraError):
-        remedy = f"; the rank is {ran_out[0]}: {ran_out[3]}" if ran_out else ""
+        remedy = f"; {ran_out[0]}: {ran_out[3]}" if ran_out else ""
         return 1 if isinstance(error, RankFailure) else 2, f"error: {error}{remedy}"
     where = f"rank {process.rank}, {process.stage}: " if process else ""
     if "device-side assert" in str(error):  # no other call to the GPU would succeed, so nothing can be asked of it
@@ -108,9 +108,9 @@ def exhausted(error: BaseException) -> tuple[str, tuple, tuple, str] | None:
             return GPU_MEMORY
         if isinstance(one, MemoryError):
             return MEMORY
+        says = str(one) if isinstance(one, OSError | RuntimeError | TesseraError) else ""
         for kind in EXHAUSTED:
-            known = isinstance(one, OSError | RuntimeError) and any(words in str(one) for words in kind[2])
-            if known or (isinstance(one, OSError) and one.errno in kind[1]):
+            if any(words in says for words in kind[2]) or (isinstance(one, OSError) and one.errno in kind[1]):
                 return MEMORY if kind is THREADS and _no_room_for_a_stack() else kind
     return None
 

@@ -57,7 +57,7 @@ def test_what_ran_out_is_named_where_another_error_was_made_of_it(process):
             raise DataError("part.parquet: cannot be opened") from None
     status, line = explain(raised.value, process)
     assert status == 2
-    assert line.startswith("error: part.parquet: cannot be opened; the rank is out of open files: raise the limit")
+    assert line.startswith("error: part.parquet: cannot be opened; out of open files: raise the limit")
 
 
 @pytest.mark.parametrize(

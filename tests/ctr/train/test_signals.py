@@ -28,10 +28,10 @@ def job(data: Path, run_dir: Path) -> list[str]:
 def test_a_signal_saves_a_state_and_the_same_command_goes_on(ranks, data, tmp_path, world, rank, number):
     run_dir, output = tmp_path / "run", tmp_path / "output"
     assert ranks.run(world, job(data, run_dir), output, at=(STEP, number, [rank])) == [75] * world, output.read_text()
-    assert newest(run_dir).name == "step-000000000008"
+    assert newest(run_dir).name == "step-000000000009"
     name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number] if rank == 0 else "a signal to another rank"
     last = output.read_text().splitlines()[-1]
-    assert last == f"step 8: stopped by {name}, state saved; trainer.resume=auto goes on"
+    assert last == f"step 9: stopped by {name}, state saved; trainer.resume=auto goes on"
     assert ranks.run(world, job(data, run_dir), output) == [0] * world, output.read_text()
     assert ranks.run(world, job(data, tmp_path / "whole"), output) == [0] * world
     assert_same_end(run_dir, tmp_path / "whole")
