@@ -31,6 +31,7 @@ from distributed.checkpoint_manifest import (
     read_training,
 )
 from distributed.checkpoint_watch import WAITING
+from distributed.exchange import exchange
 from distributed.process import Process
 
 NAME = re.compile(r"step-(\d{12})")
@@ -87,6 +88,7 @@ def save(
     kind: str = "full",
     chain: list[dict[str, str]] | None = None,
     world_size: int | None = None,
+    notes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write one state by all ranks; it is there completely, or as if nothing had happened.
 
@@ -96,6 +98,7 @@ def save(
         group: for the agreement between ranks; one of its own if the caller is not the main thread.
         chain: name and checksum of the states that this one builds on, the full one first.
         world_size: ranks whose files these are, if not the job's.
+        notes: further keys of the manifest.
 
     Returns:
         the manifest.
@@ -120,6 +123,7 @@ def save(
         if problem is None:
             try:
                 head = {"step": step, "kind": kind, "world_size": world_size or process.world_size}
+                head |= notes or {}
                 manifest = _commit(root, folder, partial, name, reports, describe, head, chain or [])
             except OSError as error:
                 problem = f"rank 0: {_reason(error)}"
@@ -162,8 +166,13 @@ def _commit(root, folder, partial, name, reports, describe, head, chain) -> dict
         folder.sync_folders()
         if root.exists(name):  # it did not verify, or belongs to steps that are trained again
             root.remove(f"{REPLACED}{name}")
-            root.rename(name, f"{REPLACED}{name}")
-        root.rename(partial, name)
+            if exchange(root.full(partial), root.full(name)):  # at no moment there is none of that name
+                root.rename(partial, f"{REPLACED}{name}")
+            else:
+                root.rename(name, f"{REPLACED}{name}")
+                root.rename(partial, name)
+        else:
+            root.rename(partial, name)
         root.sync_folders(below=False)
         root.remove(f"{REPLACED}{name}")
     else:

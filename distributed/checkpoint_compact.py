@@ -54,7 +54,7 @@ def save_merged(
 ) -> dict:
     """Write one folder with all rows of a delta and those that it builds on. Returns its manifest.
 
-    said: what its description holds besides.
+    said: what its description and its manifest hold besides.
 
     Raises CheckpointError: it cannot be written.
     """
@@ -75,7 +75,7 @@ def save_merged(
     def describe(*_: object) -> dict:
         return json.loads(folder.read(TRAINING)) | (said or {})
 
-    return save(root, name, write, describe, process, step=saved.step, kind=kind, world_size=saved.ranks)
+    return save(root, name, write, describe, process, step=saved.step, kind=kind, world_size=saved.ranks, notes=said)
 
 
 def _copy(source: Storage, target: Storage, path: str) -> None:

@@ -138,6 +138,18 @@ class Storage:
         self.written[path] = Sealed(stream.bytes, stream.crc32)
         self.note(f"behind {path}")
 
+    def write_whole(self, path: str, content: bytes) -> None:
+        """Replace a file: whoever reads it finds the old content or the new."""
+        if not self.local:  # an object appears when it is complete
+            with self.write(path) as stream:
+                stream.write(content)
+            return
+        partial = os.path.join(os.path.dirname(path), f".partial-{os.path.basename(path)}")
+        with self.write(partial) as stream:
+            stream.write(content)
+        os.replace(self.full(partial), self.full(path))
+        sync_folder(os.path.dirname(self.full(path)))
+
     def open(self, path: str, buffered: bool = True) -> IO[bytes]:
         """buffered: small reads are gathered."""
         if self.local:

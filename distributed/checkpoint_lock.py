@@ -29,12 +29,14 @@ class FolderInUse(TesseraError):
 class FolderLock:
     """Held from construction to `release` or the end of the process.
 
+    path: of the lock's file, if not `.lock` in the folder.
+
     Raises:
         FolderInUse: naming host and process of the job that holds it.
     """
 
-    def __init__(self, folder: Path, wait_seconds: float = 0.0) -> None:
-        self._path = folder / NAME
+    def __init__(self, folder: Path, wait_seconds: float = 0.0, path: Path | None = None) -> None:
+        self._folder, self._path = folder, path or folder / NAME
         self._file = open(self._path, "a+")  # noqa: SIM115 (open as long as the lock is held)
         self._wait_for_flock(time.monotonic() + wait_seconds)
         self._wait_for_other_host()
@@ -80,7 +82,7 @@ class FolderLock:
     def _refusal(self) -> str:
         holder = self._holder()
         who = f"process {holder['pid']} on {holder['host']}" if "pid" in holder else "another process"
-        return f"{self._path.parent} is in use by {who}; two jobs never share a folder"
+        return f"{self._folder} is in use by {who}; two jobs never share a folder"
 
     def _write(self) -> None:
         self._beat_number += 1

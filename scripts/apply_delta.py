@@ -1,7 +1,8 @@
 """Bring a copy of the published model up to date: `python scripts/apply_delta.py runs/mine/published served/model`.
 
 The output is a whole model in the form of a run's best/ folder. Only the changes published since it was made are
-applied to it; `latest` says which these are, and every file is checked before the output is replaced.
+applied to it; `latest` says which these are. Every file is checked, also where the output is up to date; a damaged one
+is made anew from the last whole model. A folder that holds anything else than an earlier output is refused.
 """
 
 import argparse
@@ -13,15 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from distributed.process import Process, run  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("published", type=Path, help="`published` in the folder of a run")
+parser.add_argument("published", help="`published` in the folder of a run, or its URI")
 parser.add_argument("output", type=Path, help="the folder of the model, made or replaced")
+parser.add_argument("--wait", type=float, default=600.0, metavar="SECONDS", help="for another one on this output")
 
 
 def bring_up(options: argparse.Namespace, process: Process) -> None:
-    from ctr.daily.publish import apply
+    from ctr.daily.serve import apply
 
-    process.folder = str(options.output)
-    print(apply(options.published, options.output, process))
+process.folder = str(options.output)
+    print(apply(options.published, options.output, process, options.wait))
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ class Daily(Trainer):
     def _tell(self) -> None:
         """Write what follows from the records: `latest`, days.jsonl, and the reports that are not there yet."""
         self.process.stage = "publishing and reporting"
-        point(self.publisher.root, self.records, self.config.daily.keep_days)
+        point(self.publisher.root, self.records, self.config.daily.keep_days, self.log.warn)
         for before, record in zip([None, *self.records], self.records, strict=False):
             if self.config.daily.report and record["rows"] is not None:
                 write_day_report(self.log.folder, record, before["step"] if before else 0)

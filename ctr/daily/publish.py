@@ -7,9 +7,7 @@ manifest's chain names what it builds on. `latest` names the chain that is to be
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,17 +17,19 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from ctr.config import Config
+from ctr.daily.latest import LATEST, OF_A_MODEL, chain_of, write_latest
+from ctr.daily.partitions import KEY
 from ctr.models.network import Network
-from distributed.checkpoint import CheckpointError, Saved, clean, discard, open_saved, read_manifest, save
-from distributed.checkpoint_compact import save_merged
+from distributed.checkpoint import CheckpointError, Saved, clean, discard, save
 from distributed.checkpoint_dense import save_tensors
-from distributed.checkpoint_files import Storage, sync_folder
+from distributed.checkpoint_files import Storage
+from distributed.checkpoint_manifest import MANIFEST, read_manifest, read_training
 from distributed.checkpoint_tables import TableParts, describe_tables
 from distributed.first_rank import on_first_rank
 from distributed.process import Process
 from distributed.table_files import ColumnSource, copied, files_of, read_columns, rows_of
 
-FOLDER, LATEST = "published", "latest"
+FOLDER = "published"
 READER = "published"  # of ids that tables gave up
 TOUCHED, GIVEN_UP = "touched", "given_up"  # kinds of files of a state: what is not published yet
 LEFT_OUT = ("state", "row", "period")  # columns of rows that serving has no use for
@@ -167,82 +167,31 @@ class Publisher:
         return sum(file["bytes"] for file in manifest["files"].values())
 
 
-def chain_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Partitions of the publications that the newest one is made of, the whole one first."""
-    chain: list[str] = []
-    for record in records:
-        if record["published"] == "full":
-            chain = [record["partition"]]
-        elif record["published"] == "delta":
-            chain.append(record["partition"])
-    return chain
-
-
-def point(root: Storage, records: Sequence[Mapping[str, Any]], keep_days: int) -> None:
+def point(
+    root: Storage, records: Sequence[Mapping[str, Any]], keep_days: int, warn: Callable[[str], None] = lambda _: None
+) -> None:
     """Let `latest` name what the records say, and remove publications that neither it nor the last `keep_days` trained
-    days need. Rank 0 calls it."""
+    days need. Whatever else lies there is left alone. Rank 0 calls it."""
     published = [record for record in records if record["published"]]
     chains = [chain_of(published[: n + 1]) for n in range(max(0, len(published) - keep_days), len(published))]
     if published and all(root.exists(name) for name in chains[-1]):
         write_latest(root, records)
+    known = {record["partition"] for record in published}
     for name in set(root.names()) - {LATEST}.union(*chains):
-        discard(root, name)
+        if not KEY.fullmatch(name):
+            continue
+        if problem := _not_ours(root.below(name), name in known):
+            warn(f"{root.below(name).name} is not needed any more and is kept, because {problem}")
+        else:
+            discard(root, name)
 
 
-def write_latest(root: Storage, records: Sequence[Mapping[str, Any]]) -> None:
-    """Replace `latest` in one rename, where it does not say so already."""
-    chain, path = chain_of(records), Path(root.full(LATEST))
-    manifests = [read_manifest(root.below(name)) for name in chain]
-    links = [{"name": name, "checksum": m["checksum"]} for name, m in zip(chain, manifests, strict=True)]
-    text = json.dumps({"partition": chain[-1], "step": manifests[-1]["step"], "chain": links}, indent=1) + "\n"
-    if path.exists() and path.read_text() == text:
-        return
-    partial = path.with_name(f".partial-{LATEST}")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def apply(published: Path, output: Path, process: Process) -> str:
-    """The reader's side: bring the whole model in `output` up to what `latest` names; returns a line that says how.
-
-    What `output` is already built from is not read again: only changes behind it are applied. Otherwise it is made from
-    the last whole publication and the changes behind that. It is replaced in one rename.
-
-    Raises:
-        CheckpointError: something is missing, changed or damaged; `output` is as it was.
-    """
-    root = Storage(published)
+def _not_ours(folder: Storage, known: bool) -> str | None:
+    """Why a folder that is called as a partition is not a publication of ours, or not only. known: records have it."""
     try:
-        latest = json.loads(root.read(LATEST))
-    except (OSError, ValueError):
-        raise CheckpointError(f"{published} holds no {LATEST} that can be read; nothing is published there") from None
-    name = latest["partition"]
-    saved = open_saved(root.below(name), process)
-    if saved.manifest["checksum"] != latest["chain"][-1]["checksum"]:
-        raise CheckpointError(f"{root.below(name).name} is not the one that {LATEST} names")
-    folders, had = saved.folders, _applied(output)
-    links = [link for link in reversed(latest["chain"])]
-    place = next((i for i, link in enumerate(links) if link == had), None)
-    if place == 0:
-        return f"{output} is {name} already"
-    if place is not None:
-        target = open_saved(Storage(output), process)
-        folders = [*saved.folders[:place], *target.folders]
-    source = Saved(folders, saved.manifest, saved.training)
-    save_merged(Storage(output.parent), output.name, source, process, "model", {"applied": links[0]})
-    start = "the whole model" if place is None else had["name"]
-    changes = len(folders) - 1
-    return f"{output} is {name} now: {start} and {changes} publication(s) of changes behind it"
-
-
-def _applied(output: Path) -> dict[str, str] | None:
-    """Name and checksum of the publication that a folder of `apply` equals."""
-    try:
-        read_manifest(Storage(output))
-        return json.loads((output / "training.json").read_text()).get("applied")
-    except (CheckpointError, OSError, ValueError):
-        return None
+        manifest = read_manifest(folder)
+        files, own = {MANIFEST, *manifest["files"]}, read_training(folder).get("partition") == folder.base_name
+    except CheckpointError:
+        files, own = {path for path in folder.all_files() if OF_A_MODEL.fullmatch(path)}, known
+    other = next((path for path in folder.all_files() if path not in files), None)
+    return f"it holds {other}, which no run has published" if other else None if own else "no run has published it"

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ctr.config import Config
-from ctr.daily.publish import FOLDER, chain_of, point
+from ctr.daily.latest import chain_of
+from ctr.daily.partitions import KEY
+from ctr.daily.publish import FOLDER, point
 from ctr.daily.records import FOLDER as DAYS_FOLDER
 from ctr.daily.records import TRAINED, clear_day, write_records
 from distributed.checkpoint import (
@@ -49,12 +51,12 @@ def roll_back(config: Config, process: Process, say: Callable[[str], None]) -> N
     on_first_rank(process, lambda: _check_published(run_dir, records))
     if process.is_main:
         _remove_newer(run_dir, root, name, key)
-        point(Storage(run_dir / FOLDER), records, config.daily.keep_days)
+        point(Storage(run_dir / FOLDER), records, config.daily.keep_days, say)
         write_records(run_dir, records)
-        for partition in {folder.name for folder in (run_dir / DAYS_FOLDER).iterdir()} - {
-            r["partition"] for r in records
-        }:
-            clear_day(run_dir, partition)
+        kept = {record["partition"] for record in records}
+        for partition in {folder.name for folder in (run_dir / DAYS_FOLDER).iterdir()} - kept:
+            if KEY.fullmatch(partition):  # not what somebody else has put there
+                clear_day(run_dir, partition)
         say(f"{run_dir} is at the end of {key} again, {name}; the days behind it can be run again")
         held[0].release()
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ctr.daily.publish import apply
+from ctr.daily.serve import apply
 from distributed.process import Process
 from tests.ctr.daily.days import (
     assert_same_life,
@@ -116,7 +116,7 @@ def test_a_day_that_is_done_is_passed_over(whole, ranks, tmp_path):
 
 def applied(whole: Path, output: Path) -> str:
     """What scripts/apply_delta.py says."""
-    return apply(whole / "run" / "published", output, Process(0, 0, 1, torch.device("cpu"), dist.HashStore()))
+    return apply(str(whole / "run" / "published"), output, Process(0, 0, 1, torch.device("cpu"), dist.HashStore()))
 
 
 def same_model(folder: Path, state: Path) -> None:
