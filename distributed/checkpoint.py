@@ -108,7 +108,7 @@ def save(
     """
     partial = f"{PARTIAL}{name}" if root.local else name
     folder, said = root.below(partial), {}
-    problem = _broadcast(_clear(root, partial) if process.is_main and root.local else None, process, group)
+    problem = _broadcast(_make_room(root, name, partial) if process.is_main else None, process, group)
     if problem is None:
         try:
             folder.make()
@@ -129,20 +129,49 @@ def save(
                 problem = f"rank 0: {_reason(error)}"
         if problem is not None:
             _remove_quietly(root, partial)
+            if not root.local:
+                with suppress(OSError):  # then `clean` does it
+                    _put_back(root, name)
     root.note(WAITING)
     problem, manifest = _broadcast((problem, manifest), process, group)
     if problem is not None:
-        raise CheckpointError(f"{root.full(name)} cannot be written: {problem}; what was saved before is untouched")
+        where = root.full(name) if root.local else root.below(name).name
+        raise CheckpointError(f"{where} cannot be written: {problem}; what was saved before is untouched")
     return manifest
 
 
-def _clear(root: Storage, path: str) -> str | None:
-    """Remove what a killed save has left where the next one writes; return what is wrong."""
+def _make_room(root: Storage, name: str, partial: str) -> str | None:
+    """Remove what a killed save has left where the next one writes; return what is wrong.
+
+    Behind a URI the place is the final one: a state of the same name is copied aside, until the new one is complete.
+    """
     try:
-        root.remove(path)
+        if root.local:
+            root.remove(partial)
+        elif root.exists(f"{name}/{MANIFEST}"):
+            root.remove(f"{REPLACED}{name}")
+            _copy_folder(root, name, f"{REPLACED}{name}")
+            root.remove(f"{name}/{MANIFEST}")
     except OSError as error:
         return f"rank 0: {_reason(error)}"
     return None
+
+
+def _put_back(root: Storage, name: str) -> None:
+    """Behind a URI: remove the copy that `_make_room` made, or make it the state again if there is no complete one."""
+    aside = f"{REPLACED}{name}"
+    if not root.exists(f"{name}/{MANIFEST}") and root.exists(f"{aside}/{MANIFEST}"):
+        root.remove(name)
+        _copy_folder(root, aside, name)
+    root.remove(f"{aside}/{MANIFEST}")
+    root.remove(aside)
+
+
+def _copy_folder(root: Storage, name: str, new: str) -> None:
+    """Copy a state; its manifest comes last."""
+    paths = root.below(name).all_files()
+    for path in sorted(paths, key=lambda path: path == MANIFEST):
+        root.copy(f"{name}/{path}", f"{new}/{path}")
 
 
 def _commit(root, folder, partial, name, reports, describe, head, chain) -> dict[str, Any]:
@@ -178,6 +207,7 @@ def _commit(root, folder, partial, name, reports, describe, head, chain) -> dict
     else:
         for path in SavedFolder(folder, files_listed(manifest)).strays():  # of a killed save, by more ranks perhaps
             folder.remove(path)
+        _put_back(root, name)
     return manifest
 
 
@@ -268,8 +298,19 @@ def has_states(root: Storage, process: Process) -> bool:
 
 
 def states(root: Storage, process: Process, warn: Callable[[str], None], rows_later: bool = False) -> Iterator[Saved]:
-    """The states that verify, newest first, the same on all ranks; what is passed over is told to `warn`."""
-    names = _broadcast(names_of_states(root) if process.is_main else None, process, None)
+    """The states that verify, newest first, the same on all ranks; what is passed over is told to `warn`.
+
+    Raises CheckpointError, on all ranks: the folder cannot be listed.
+    """
+    problem, names = None, []
+    if process.is_main:
+        try:
+            names = names_of_states(root)
+        except OSError as error:
+            problem = f"{root.name} cannot be read: {_reason(error)}"
+    problem, names = _broadcast((problem, names), process, None)
+    if problem is not None:
+        raise CheckpointError(problem)
     for name in names:
         try:
             saved = open_saved(root.below(name), process, rows_later)
@@ -319,7 +360,9 @@ def clean(root: Storage) -> None:
     Only for who holds the folder's lock."""
     for name in root.names():
         meant = name.removeprefix(REPLACED)
-        if name.startswith((PARTIAL, DELETED)) or (meant != name and root.exists(meant)):
+        if meant != name and not root.local:
+            _put_back(root, meant)
+        elif name.startswith((PARTIAL, DELETED)) or (meant != name and root.exists(meant)):
             root.remove(name)
         elif meant != name:
             root.rename(name, meant)

@@ -227,6 +227,11 @@ class Storage:
         else:
             self._fs.move(self.full(path), self.full(new))
 
+    def copy(self, path: str, new: str) -> None:
+        """Copy a file inside the folder; a store does it by itself."""
+        self.make(os.path.dirname(new))
+        self._fs.copy_file(self.full(path), self.full(new))
+
     def link_or_copy(self, source: Storage, path: str, new: str) -> None:
         """Have a file of another folder here too: one file under two names where the disk can, else a copy."""
         if self.local and source.local:

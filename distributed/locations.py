@@ -41,6 +41,18 @@ def filesystem_of(location: str) -> tuple[pa.fs.FileSystem, str]:
     return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(filesystem)), path
 
 
+def missing_bucket(location: str) -> str | None:
+    """Return the bucket of a URI if its store has none of that name: a listing would say only that nothing lies there.
+
+    Raises OSError: the store does not answer, or denies.
+    """
+    filesystem, path = filesystem_of(location)
+    bucket = path.partition("/")[0]
+    if filesystem.type_name not in WITHOUT_FOLDERS:
+        return None
+    return bucket if filesystem.get_file_info(bucket).type == pa.fs.FileType.NotFound else None
+
+
 def joined(location: str, *names: str) -> str:
     """Return a path or URI with names behind it, in front of the query of a URI."""
     if "://" not in location:

@@ -22,7 +22,7 @@ parser.add_argument("--wait", type=float, default=600.0, metavar="SECONDS", help
 def bring_up(options: argparse.Namespace, process: Process) -> None:
     from ctr.daily.serve import apply
 
-process.folder = str(options.output)
+    process.folder = str(options.output)
     print(apply(options.published, options.output, process, options.wait))
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import boto3
@@ -23,11 +24,30 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "
 class ObjectStore:
     """A bucket, and its objects as another client sees them."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self) -> None:
+        self.address = "127.0.0.1:0"
+        self.start(0)
+
+    def stop(self) -> int:
+        """Go away. Returns the port, for `start` to come back with nothing in the bucket."""
+        self._server.stop()
+        return int(self.address.rpartition(":")[2])
+
+    def start(self, port: int) -> None:
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+        self._server.start()
+        self.address = "{}:{}".format(*self._server.get_host_and_port())
         config = Config(retries={"max_attempts": 1}, s3={"addressing_style": "path"})
         self._client = boto3.client("s3", endpoint_url=f"http://{self.address}", config=config)
+        # What a server of this process held before is still there.
+        urlopen(Request(f"http://{self.address}/moto-api/reset", method="POST")).close()
         self._client.create_bucket(Bucket=BUCKET)
+
+    def answer_requests(self, count: str) -> None:
+        """Answer so many more requests ("inf": all), and deny all others."""
+        address, headers = f"http://{self.address}/moto-api/reset-auth", {"Content-Type": "text/plain"}
+        with suppress(HTTPError):  # it says what was there before, which JSON cannot
+            urlopen(Request(address, data=count.encode(), headers=headers, method="POST")).close()
 
     def uri(self, path: str) -> str:
         """The URI of a path in the bucket, with the query that leads to this server."""
@@ -47,7 +67,15 @@ class ObjectStore:
     def delete(self, name: str) -> None:
         self._client.delete_object(Bucket=BUCKET, Key=name)
 
-    def put_folder(self, name: str, folder: Any) -> None:
+    def get_folder(self, name: str, folder: Path) -> Path:
+        """Everything below a name as local files; returns the folder."""
+        for one in self.objects(f"{name}/"):
+            path = folder / one.removeprefix(f"{name}/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.get(one))
+        return folder
+
+    def put_folder(self, name: str, folder: Path) -> None:
         """Every file below a local folder."""
         for path in sorted(folder.rglob("*")):
             if path.is_file():
@@ -59,12 +87,8 @@ def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it tells of every request
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    address = "{}:{}".format(*server.get_host_and_port())
+    store = ObjectStore()
     try:
-        # What a server of this process held before is still there.
-        urlopen(Request(f"http://{address}/moto-api/reset", method="POST")).close()
-        yield ObjectStore(address)
+        yield store
     finally:
-        server.stop()
+        store.stop()

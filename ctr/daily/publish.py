@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from ctr.config import Config
 from ctr.daily.latest import LATEST, OF_A_MODEL, chain_of, write_latest
-from ctr.daily.partitions import KEY
+from ctr.data.day_folders import KEY
 from ctr.models.network import Network
 from distributed.checkpoint import CheckpointError, Saved, clean, discard, save
 from distributed.checkpoint_dense import save_tensors

@@ -11,10 +11,10 @@ from typing import Any
 
 from ctr.config import Config
 from ctr.daily.latest import chain_of
-from ctr.daily.partitions import KEY
 from ctr.daily.publish import FOLDER, point
 from ctr.daily.records import FOLDER as DAYS_FOLDER
 from ctr.daily.records import TRAINED, clear_day, write_records
+from ctr.data.day_folders import KEY
 from distributed.checkpoint import (
     MANIFEST,
     TRAINING,

@@ -13,6 +13,7 @@ from ctr.targets import check_place
 from distributed.checkpoint import names_of_states
 from distributed.checkpoint_files import Storage
 from distributed.checkpoint_lock import FolderInUse, FolderLock
+from distributed.locations import missing_bucket
 from distributed.process import Process, job_store
 from embedding.errors import ConfigError
 
@@ -42,7 +43,7 @@ class RunFolder:
             restarted = chooser != me
             path = Path(chosen if restarted else config.trainer.run_dir or default)
             may_go_on = restarted or config.trainer.resume is not None
-            problem = _in_the_data(config, path) or _states_of_another(config, may_go_on)
+            problem = _in_the_data(config, path) or _states_elsewhere(config, may_go_on)
             problem = problem or _make(path, "trainer.run_dir", may_go_on) or self._take(path, restarted)
             if problem is None:
                 store.set("run_dir", f"{me} {path}")
@@ -75,16 +76,19 @@ def _in_the_data(config: Config, run_dir: Path) -> str | None:
     return None
 
 
-def _states_of_another(config: Config, may_go_on: bool) -> str | None:
-    """A new run removes old states of its folder, which must not be those of another run."""
+def _states_elsewhere(config: Config, may_go_on: bool) -> str | None:
+    """What is wrong with `trainer.checkpoint.folder`: found at start, not at the first save. A new run removes old
+    states of its folder, which must not be those of another run."""
     folder = config.trainer.checkpoint.folder
-    if folder is None or may_go_on:
+    if folder is None:
         return None
     try:
+        if bucket := missing_bucket(folder):
+            return f"trainer.checkpoint.folder {folder}: there is no bucket {bucket}"
         found = names_of_states(Storage(folder))
     except (OSError, ConfigError) as error:
         return f"trainer.checkpoint.folder {folder} cannot be read: {' '.join(str(error).split())}"
-    if found:
+    if found and not may_go_on:
         return (
             f"trainer.checkpoint.folder {folder} holds {found[0]} of another run; expected a folder without states, so "
             "that two runs never mix (trainer.resume=auto goes on with it)"

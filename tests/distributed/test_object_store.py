@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 
 from distributed.checkpoint import CheckpointError, clean, discard, folder_name, latest, names_of_states, retain
@@ -68,6 +70,44 @@ def test_objects_of_a_killed_save_are_no_state(store: ObjectStore, process):
     clean(root)
     save_tables(TableSaver({"a": table}), root, folder_name(2), process, 2)
     assert latest(root, process, said.append).step == 2 and len(said) == 1
+
+
+def save_again(root: Storage, table: DynamicTable, process, monkeypatch, fault: type[BaseException]) -> None:
+    """Save step 1 again, with the fault behind its first file."""
+    write = Storage.write
+
+    @contextmanager
+    def write_then_fail(storage, path):
+        with write(storage, path) as stream:
+            yield stream
+        if path.startswith("rows/"):
+            raise fault(28, "No space left on device")
+
+    monkeypatch.setattr(Storage, "write", write_then_fail)
+    with pytest.raises(CheckpointError if fault is OSError else fault):
+        save_tables(TableSaver({"a": table}), root, folder_name(1), process, 1)
+    monkeypatch.setattr(Storage, "write", write)
+
+
+@pytest.mark.parametrize("fault", [OSError, KeyboardInterrupt])
+def test_a_state_that_is_saved_again_is_there_until_the_new_one_is(store: ObjectStore, process, monkeypatch, fault):
+    """A run over days saves its last step again with the day's record. KeyboardInterrupt: nothing is tidied."""
+    table, root = DynamicTable(config()), Storage(store.uri("states"))
+    step(table, 1)
+    before = content({"a": table})
+    save_tables(TableSaver({"a": table}), root, folder_name(1), process, 1)
+    step(table, 2)
+    save_again(root, table, process, monkeypatch, fault)
+    if fault is KeyboardInterrupt:
+        assert latest(root, process, lambda _: None) is None
+        clean(root)
+    again = {"a": DynamicTable(config())}
+    load_tables(again, root.below(folder_name(1)), process)
+    assert content(again) == before and root.names() == [folder_name(1)]
+    save_tables(TableSaver({"a": table}), root, folder_name(1), process, 1)
+    again = {"a": DynamicTable(config())}
+    load_tables(again, root.below(folder_name(1)), process)
+    assert content(again) == content({"a": table}) and root.names() == [folder_name(1)]
 
 
 def test_a_bucket_that_is_not_there_is_named(store: ObjectStore, process):

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.ranks import ROOT, _free_port
@@ -40,18 +40,19 @@ class WarmRanks:
         overlap: bool = False,
         hang: str | None = None,
         at: tuple | None = None,
+        die: str | None = None,
         **constants: float,
     ) -> list[int]:
         """Fork the ranks of the script. Returns their pids.
 
         end: (step, signal, ranks): these ranks send themselves the signal behind the step. overlap: begin with the
         next batch while a step is trained, as on a GPU. hang: writing the file of this path never ends. at: (begin of
-        a stage, signal or one of AT, ranks): this happens to these ranks when they come to the stage. constants: of
-        distributed/heartbeat.py.
+        a stage, signal or one of AT, ranks): this happens to these ranks when they come to the stage. die: a rank is
+        killed before it ends the file of this path, which may lie behind a URI. constants: of distributed/heartbeat.py.
         """
         port = _free_port()
         command = {"script": self._script, "world": world, "arguments": arguments, "output": str(output), "port": port}
-        return self._ask(**command, end=end, overlap=overlap, hang=hang, at=at, constants=constants)
+        return self._ask(**command, end=end, overlap=overlap, hang=hang, at=at, die=die, constants=constants)
 
     def wait(self, seconds: float = 120.0) -> list[int | None]:
         """Exit statuses of the ranks started last, -9 for one that was killed; None for one that still runs."""
@@ -98,6 +99,8 @@ def _fork_rank(rank: int, command: dict) -> int:
         _at(*command["at"], rank)
     if command["hang"]:
         _hang(command["hang"])
+    if command["die"]:
+        _die(command["die"])
     status = 1
     try:
         status = process.run(script.load, script.train)
@@ -201,6 +204,21 @@ def _hang(path: str) -> None:
         return write(storage, name)
 
     Storage.write = write_or_hang
+
+
+def _die(path: str) -> None:
+    from distributed.checkpoint_files import Storage
+
+    write = Storage.write
+
+    @contextmanager
+    def write_or_die(storage, name):
+        with write(storage, name) as stream:
+            yield stream
+            if storage.full(name) == path:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    Storage.write = write_or_die
 
 
 def _wait(pids: list[int], seconds: float) -> list[int | None]:
