@@ -214,7 +214,7 @@ def rank_0_holds_store() -> bool:
 
 def let_others_leave(process: Process) -> None:
     """Keep the store that rank 0 holds for as long as the others need to learn from it that the job has failed."""
-    end = time.monotonic() + 2 * HEARTBEAT_SECONDS + LEAVE_SECONDS
+    end = time.monotonic() + STALE_SECONDS + LEAVE_SECONDS
     while process.is_main and process.others and rank_0_holds_store() and time.monotonic() < end:
         if all(one.is_here and state_of(one) is None for one in process.others.values()):
             return

@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.ranks import ROOT, _free_port
 
 #: A rank that died is found sooner than in a real job.
-QUICK = {"STALE_SECONDS": 2.0, "HEARTBEAT_SECONDS": 0.1, "LEAVE_SECONDS": 0.5}
+QUICK = {"STALE_SECONDS": 4.0, "HEARTBEAT_SECONDS": 0.1, "LEAVE_SECONDS": 0.5}
 
 
 class Started:
