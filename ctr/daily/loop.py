@@ -29,6 +29,7 @@ from ctr.daily.records import (
     day_dir,
     measure,
     new_record,
+    records_of,
     write_day_report,
     write_records,
 )
@@ -38,6 +39,7 @@ from ctr.train.evaluate import evaluate, open_reader
 from ctr.train.optimizers import Optimizers
 from ctr.train.trainer import Trainer
 from distributed.checkpoint import Saved, folder_name
+from distributed.checkpoint_manifest import TRAINING
 from distributed.first_rank import on_first_rank
 from distributed.plan import size
 from distributed.process import Stopped, say
@@ -79,7 +81,7 @@ class Daily(Trainer):
         return self.publisher.files_of_state()
 
     def load_state(self, saved: Saved) -> None:
-        self.records, self.record = saved.training["daily"]["records"], saved.training["daily"]["record"]
+        self.records, self.record = records_of(saved.training, f"{saved.name}/{TRAINING}")
         self.publisher.restore(saved)
         if self.record is not None:
             self._open(self.record["partition"])

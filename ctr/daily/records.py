@@ -14,12 +14,45 @@ import pyarrow.parquet as pq
 
 from ctr.metrics.exact import evaluate_predictions
 from ctr.report.report import write_report
+from distributed.checkpoint_manifest import CheckpointError, check, is_inside, shown
 
 DAYS, FOLDER = "days.jsonl", "days"
 METRICS = ("auc", "logloss", "gauc", "normalized_entropy", "calibration", "pr_auc", "observed_rate")
 COUNTS = ("rows", "positives")
 TABLES = ("rows", "bytes", "new", "expired")
 TRAINED, HELD, SKIPPED = "trained", "held", "skipped"
+
+#: What of a record others count on, as it stands in a saved state.
+PATTERN = {
+    "partition": str,
+    "status": (str, None),
+    "fingerprint": (str, None),
+    "rows": (int, None),
+    "tables": {str: (float, None)},
+    "train_seconds": (float, None),
+    "published": (str, None),
+    "step": (int, None),
+}
+
+
+def records_of(training: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Return the records of the partitions that are done, and that of the one in work if there is one.
+
+    Args:
+        training: what describes a saved state of a run over days; where: its file, for the message.
+
+    Raises CheckpointError, one line: they are not as this version writes them; a partition's name becomes a folder's.
+    """
+    check(training, {"daily": {"records": [PATTERN], "record": ({}, None)}}, where)
+    records, record = training["daily"]["records"], training["daily"]["record"]
+    if record is not None:
+        check(record, PATTERN, f"{where}: record")
+    for one in [*records, *([record] if record else [])]:
+        if "/" in one["partition"] or not is_inside(one["partition"]):
+            raise CheckpointError(f"{where} names the partition {shown(one['partition'])}; expected a day or an hour")
+    if any(one["status"] is None or one["step"] is None for one in records):
+        raise CheckpointError(f"{where}: a record has no status or no step, which all that are done have")
+    return records, record
 
 
 def new_record(partition: str, fingerprint: str | None) -> dict[str, Any]:

@@ -13,19 +13,12 @@ from ctr.config import Config
 from ctr.daily.latest import chain_of
 from ctr.daily.publish import FOLDER, point
 from ctr.daily.records import FOLDER as DAYS_FOLDER
-from ctr.daily.records import TRAINED, clear_day, write_records
+from ctr.daily.records import TRAINED, clear_day, records_of, write_records
 from ctr.data.day_folders import KEY
-from distributed.checkpoint import (
-    MANIFEST,
-    TRAINING,
-    CheckpointError,
-    discard,
-    names_of_states,
-    open_saved,
-    read_manifest,
-)
+from distributed.checkpoint import discard, names_of_states, open_saved
 from distributed.checkpoint_files import Storage
 from distributed.checkpoint_lock import FolderLock
+from distributed.checkpoint_manifest import TRAINING, CheckpointError, read_manifest, read_training
 from distributed.first_rank import on_first_rank
 from distributed.process import Process
 
@@ -65,13 +58,15 @@ def _find(root: Storage, key: str) -> tuple[str, list[dict[str, Any]]]:
     """The newest state of the end of a day, and its records."""
     kept = []
     for name in names_of_states(root):
-        daily = (
-            json.loads(root.below(name).read(TRAINING)).get("daily", {}) if root.exists(f"{name}/{MANIFEST}") else {}
-        )
-        trained = [record["partition"] for record in daily.get("records", []) if record["status"] == TRAINED]
-        if trained and daily["record"] is None:
+        try:
+            read_manifest(root.below(name))
+            records, in_work = records_of(read_training(root.below(name)), f"{root.below(name).name}/{TRAINING}")
+        except CheckpointError:
+            continue  # not one to go back to
+        trained = [record["partition"] for record in records if record["status"] == TRAINED]
+        if trained and in_work is None:
             if trained[-1] == key:
-                return name, daily["records"]
+                return name, records
             kept.append(trained[-1])
     raise CheckpointError(
         f"daily.rollback_to is {key}; {root.name} has no state of the end of that day, "

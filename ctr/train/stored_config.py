@@ -45,7 +45,7 @@ def read_config(path: Path, named: Collection[str] = ()) -> DictConfig:
         if key.split(".")[0] in BUILT and key.endswith(".target") and value not in named and not is_own(value):
             raise ConfigError(
                 f"{path}: {key} is {value!r}, a class outside of ctr.models, which is not imported because a file says "
-                f"so; if you trust it, name it on the command line: {key}={value} (docs/checkpoints.md)"
+                f"so; if you trust it, name it on the command line: {key}={value} (SECURITY.md)"
             )
     return loaded
 

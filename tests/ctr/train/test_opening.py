@@ -98,7 +98,7 @@ def pickles_for_tensors(state: Path, marker: Path) -> None:
     reseal(state, "dense/.metadata")
 
 
-@pytest.mark.parametrize("craft", [as_before, pickles_for_tensors])
+@pytest.mark.parametrize("craft", [as_before, pytest.param(pickles_for_tensors, marks=pytest.mark.slow)])
 def test_no_command_runs_what_a_state_holds(made, crafted, craft):
     for state in states_below(crafted):
         craft(state, crafted / "marker")
@@ -271,6 +271,24 @@ def test_a_killed_save_of_the_best_model_leaves_nothing(made, crafted):
     assert script(*commands(made, crafted)["resume"]).returncode == 0
     assert not list(run.rglob("00002-of-00003*")) and not list(run.glob(".partial-*")) + list(run.glob(".deleted-*"))
     assert script(*commands(made, crafted)["evaluate"]).returncode == 0
+
+
+@pytest.mark.parametrize("key", ["records", "partition", "step", "reader"])
+def test_wrong_records_of_days_are_one_line(made, crafted, key):
+    state = newest(crafted / "daily")
+    training = json.loads((state / "training.json").read_text())
+    daily = training["daily"]
+    if key in ("records", "record"):
+        daily[key] = "../../x"
+    elif key == "reader":
+        daily["record"] = daily["records"].pop()
+    else:
+        daily["records"][-1][key] = "../../x" if key == "partition" else {}
+    (state / "training.json").write_text(json.dumps(training))
+    reseal(state)
+    done = script(*commands(made, crafted)["daily"])
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert str(state) in done.stderr.strip().splitlines()[-1]
 
 
 def resume_from_wrong_values(process, made: Path, at: Path, seed: int, count: int) -> list[str]:
