@@ -11,8 +11,10 @@ from datetime import datetime, timedelta
 from ctr.config import Config
 from ctr.data.day_folders import DayFolders, hour_of, is_inside, time_of
 from ctr.data.errors import DataError
+from ctr.data.files import DataFile
 from ctr.data.footers import THREADS
-from ctr.data.listing import MARKER, Listing, list_files
+from ctr.data.lakes import table_at
+from ctr.data.listing import MARKER, Listing, key_of_file, list_files
 from ctr.data.seals import read_seal
 from ctr.data.visible import STAGING, Entry, entries_below, holds_no_rows, refuse_half_written
 from distributed.locations import filesystem_of, joined
@@ -31,11 +33,12 @@ class Partition:
     path: str
     marked: bool = True
     written: bool = False
+    listing: Listing | None = None  # of a table that keeps a log of its files
 
     @property
     def source(self) -> str | Listing:
         """What `list_files` lists."""
-        return self.path
+        return self.listing or self.path
 
     @property
     def time(self) -> datetime:
@@ -57,6 +60,9 @@ def find_partitions(
         DataError: the folder cannot be listed. PartitionError, naming it: an entry that is neither a partition nor
         surely without rows, a partition that is there twice, a day that has hours and files of its own.
     """
+    table = _days_of_table(root, folders)
+    if table is not None:
+        return [one for one in table if is_inside(one.key, first, last)]
     found: dict[str, Partition] = {}
     for key, path, entries in _days(root, folders, first, last):
         for partition in _partitions(key, path, entries, folders, marker):
@@ -64,6 +70,20 @@ def find_partitions(
             if twin is not partition:
                 raise PartitionError(f"{partition.path}: is {partition.key}, and so is {twin.path}; expected it once")
     return sorted((p for p in found.values() if is_inside(p.key, first, last)), key=lambda p: p.key)
+
+
+def _days_of_table(root: str, folders: DayFolders) -> list[Partition] | None:
+    """The partitions of a table that keeps a log of its files, in order of time: its log says what is complete. None
+    where the root is no such table."""
+    filesystem, location = filesystem_of(root)
+    if table_at(filesystem, location.rstrip("/")) is None:
+        return None
+    files: dict[str, list[DataFile]] = {}
+    for file in list_files(root, folders=folders).files:
+        files.setdefault(key_of_file(file, folders) or "", []).append(file)
+    if "" in files:
+        raise PartitionError(f"{files[''][0].path}: lies in no folder {folders} (data.partition)")
+    return [Partition(key, joined(root, folders.folder_of(key)), listing=Listing(files[key])) for key in sorted(files)]
 
 
 def _days(

@@ -18,6 +18,7 @@ import pyarrow.fs
 from ctr.data.day_folders import DayFolders, hour_of
 from ctr.data.errors import DataError
 from ctr.data.files import DataFile, one_line
+from ctr.data.lakes import keep_live, refuse_removed
 from ctr.data.schema import nearest
 from ctr.data.visible import SUFFIXES, Entry, entries_below, folders_above, is_hidden, is_passed_over, sort_out
 from distributed.locations import filesystem_of, joined
@@ -75,6 +76,7 @@ def _list_path(path: str, folders: DayFolders, marker: str | None) -> Listing:
     filesystem, location = filesystem_of(path)
     kind = kind_of(filesystem, location, path)
     if kind == pa.fs.FileType.File:
+        refuse_removed(filesystem, location, path)
         return Listing([DataFile(os.path.basename(location), path, filesystem, location)])
     if kind == pa.fs.FileType.Directory:
         return _list_folder(path, filesystem, location, folders, marker)
@@ -101,10 +103,10 @@ def _list_folder(
     pattern: str | None = None,
 ) -> Listing:
     """pattern: keep what it matches below the folder, and what lies below what it matches."""
-    entries = entries_below(filesystem, location, path)
-    chosen: set[str] = set()
+    entries, chosen = keep_live(filesystem, location, path, entries_below(filesystem, location, path))
     if pattern is not None:
-        entries, chosen = _matching(entries, pattern)
+        entries, named = _matching(entries, pattern)
+        chosen |= named
     names = sort_out(path, entries, marker, chosen)
     passed = sorted({_outermost(entry) for entry in entries if is_passed_over(entry, marker)})
     if not names:
@@ -179,7 +181,7 @@ def _place(name: str, folders: DayFolders) -> tuple[str, str]:
     return "/".join(parts), name
 
 
-def _day_of(file: DataFile, folders: DayFolders) -> str | None:
+def key_of_file(file: DataFile, folders: DayFolders) -> str | None:
     """The key of a file's day or hour, by the folders below the listed one, or else by those above it."""
     below = file.name.split("/")[:-1]
     try:
@@ -191,7 +193,7 @@ def _day_of(file: DataFile, folders: DayFolders) -> str | None:
 
 def _select_days(files: list[DataFile], days: list[str], paths: object, folders: DayFolders) -> list[DataFile]:
     """The files of some days, and of those hours that are named."""
-    keys = [_day_of(file, folders) for file in files]
+    keys = [key_of_file(file, folders) for file in files]
     outside = [file for file, key in zip(files, keys, strict=True) if key is None]
     known = {key for key in keys if key} | {key[:10] for key in keys if key}
     if not known:
@@ -245,7 +247,7 @@ def _refuse_unmarked(
 
 
 def _is_asked_for(file: DataFile, days: list[str], folders: DayFolders) -> bool:
-    key = _day_of(file, folders)
+    key = key_of_file(file, folders)
     return key is not None and (key in days or key[:10] in days)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ctr.config import Config
 from ctr.data.batch import Batch
 from ctr.data.config import paths_of, split_days
 from ctr.data.day_folders import DayFolders
+from ctr.data.errors import DataError
 from ctr.data.listing import Listing
 from ctr.data.reader import ParquetReader
 from ctr.data.schema import Schema
@@ -51,7 +53,7 @@ def open_reader(
     days: only these days of `path`. replay: a file with more rows, of any day.
     """
     data, trainer = config.data, config.trainer
-    return ParquetReader(
+    reader = ParquetReader(
         path,
         schema,
         batch_size=trainer.batch_size,
@@ -73,6 +75,26 @@ def open_reader(
         folders=DayFolders.of(data.partition),
         marker=config.daily.marker,
     )
+    _agree_on_files(reader, process)
+    return reader
+
+
+def _agree_on_files(reader: ParquetReader, process: Process) -> None:
+    """Each rank lists files for itself. Raises DataError on all of them where one sees others than rank 0, as when
+    files come or change while the job starts."""
+    if process.world_size == 1:
+        return
+    state = reader.state()
+    seen = hashlib.sha256(repr((state["fingerprint"], state["contents"])).encode()).digest()
+    mine = torch.tensor([int.from_bytes(seen[:7], "little")])
+    everyone = mine.new_empty(process.world_size)
+    dist.all_gather_into_tensor(everyone, mine)
+    for rank, other in enumerate(everyone.tolist()):
+        if other != everyone[0]:
+            raise DataError(
+                f"{reader.groups.files[0].path} and the files beside it: rank {rank} sees others than rank 0; start "
+                "again when nobody writes there, and with the same folder on every host"
+            )
 
 
 @torch.no_grad()
