@@ -103,7 +103,7 @@ def _first(group: str, keys: dict[str, Any]) -> str:
 def _types(annotation: Any) -> set[Any]:
     """The types that an annotation admits: str | list[str] | None gives {str, list, NoneType}."""
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else [annotation]
-    return {typing.get_origin(one) or one for one in options}
+    return {dict if is_dataclass(one) else typing.get_origin(one) or one for one in options}
 
 
 def _value(key: str, value: str, admitted: set[Any] | None) -> str:
