@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ctr.daily.partitions import (
 )
 from ctr.data.day_folders import DayFolders, check_key, time_of
 from ctr.data.visible import STAGING
+from ctr.targets import check_place
 from distributed.first_rank import on_first_rank
 from distributed.process import Process, Stopped
 from embedding.errors import ConfigError
@@ -54,6 +56,7 @@ def for_days(config: Config) -> Config:
             check_key(key, f"daily.{name}")
     if config.trainer.run_dir is None:
         raise ConfigError("trainer.run_dir is null; a run over days needs a folder that tomorrow's call finds again")
+    check_place(Path(config.trainer.run_dir), "trainer.run_dir", [config.data.path])
     config.trainer.resume = config.trainer.resume or "auto"
     return config
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ctr.config import Config
+from ctr.data.config import SPLITS, paths_of
 from ctr.targets import check_place
 from distributed.checkpoint import names_of_states
 from distributed.checkpoint_files import Storage
@@ -68,9 +69,10 @@ def _in_the_data(config: Config, run_dir: Path) -> str | None:
     """What is wrong with where the run is to write: inside of the data, its predictions would be read as data."""
     states = config.trainer.checkpoint.folder
     try:
-        check_place(run_dir, "trainer.run_dir", [config.data.path])
+        sources = [path for split in SPLITS for path in paths_of(config.data, split) or []]
+        check_place(run_dir, "trainer.run_dir", sources)
         if states is not None and "://" not in states:
-            check_place(Path(states), "trainer.checkpoint.folder", [config.data.path])
+            check_place(Path(states), "trainer.checkpoint.folder", sources)
     except ConfigError as error:
         return str(error)
     return None

@@ -80,8 +80,8 @@ def test_compare(place):
 
 def test_train(place):
     data, states = place / "data", place / "run" / "checkpoints"
-    assert f"trainer.run_dir {data}/run lies inside {data}" in refused(
-        place, "train.py", *arguments(data, data / "run")
+    assert f"trainer.run_dir {data}/train/run lies inside {data}/train" in refused(
+        place, "train.py", *arguments(data, data / "train" / "run")
     )
     (place / "others").mkdir()
     (place / "others" / "thesis").write_text("mine")
@@ -89,8 +89,8 @@ def test_train(place):
         assert expected in refused(place, "train.py", *arguments(data, place / "others", *more))
     command = arguments(data, place / "new", f"trainer.checkpoint.folder={states}")
     assert f"trainer.checkpoint.folder {states} holds step-" in refused(place, "train.py", *command)
-    command = arguments(data, place / "new", f"trainer.checkpoint.folder={data}/states")
-    assert f"trainer.checkpoint.folder {data}/states lies inside {data}" in refused(place, "train.py", *command)
+    command = arguments(data, place / "new", f"trainer.checkpoint.folder={data}/train/states")
+    assert f"trainer.checkpoint.folder {data}/train/states lies inside {data}/train" in refused(place, "train.py", *command)
 
 
 def test_sweep(place):
