@@ -90,7 +90,8 @@ def test_train(place):
     command = arguments(data, place / "new", f"trainer.checkpoint.folder={states}")
     assert f"trainer.checkpoint.folder {states} holds step-" in refused(place, "train.py", *command)
     command = arguments(data, place / "new", f"trainer.checkpoint.folder={data}/train/states")
-    assert f"trainer.checkpoint.folder {data}/train/states lies inside {data}/train" in refused(place, "train.py", *command)
+    said = refused(place, "train.py", *command)
+    assert f"trainer.checkpoint.folder {data}/train/states lies inside {data}/train" in said
 
 
 def test_sweep(place):
