@@ -15,6 +15,7 @@ import pyarrow.fs as fs
 
 from ctr.data.errors import DataError
 from ctr.data.files import one_line
+from distributed.locations import joined
 
 SUFFIXES = (".parquet", ".parq", ".pq")
 # Names without a dot, or with the name of a codec alone, are what Hive (000000_0) and Athena (…_00001.gz) write; the
@@ -115,7 +116,7 @@ def sort_out(path: str, entries: Iterable[Entry], marker: str | None, chosen: Co
         if entry.kind == "folder" or holds_no_rows(entry, marker):
             continue
         if entry.kind != "file":
-            raise DataError(f"{path}/{entry.name}: is {entry.kind}; expected a file; remove it or mend it")
+            raise DataError(f"{joined(path, entry.name)}: is {entry.kind}; expected a file; remove it or mend it")
         if looks_like_parquet(entry.parts[-1]) or entry.name in chosen:
             names.append(entry.name)
         else:
@@ -123,9 +124,10 @@ def sort_out(path: str, entries: Iterable[Entry], marker: str | None, chosen: Co
     if strange:
         more = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
         raise DataError(
-            f"{path}/{strange[0]}{more}: found a visible file that is not named as parquet is ({' '.join(SUFFIXES)} or "
-            f"no suffix), expected to read every one; move it away, rename it, or choose files by a pattern such as "
-            f"{path}/*{SUFFIXES[0]}"
+            f"{joined(path, strange[0])}{more}: found a visible file that is not named as parquet is "
+            f"({' '.join(SUFFIXES)} or no suffix), expected to read every one; move it away, "
+            "rename it, or choose files by a pattern such as "
+            f"{joined(path, '*' + SUFFIXES[0])}"
         )
     return names
 
@@ -142,7 +144,7 @@ def refuse_half_written(path: str, entries: Iterable[Entry], marker: str | None)
     names = {entry.name for entry in entries}
     for entry in entries:
         for place, part in enumerate(entry.parts):
-            where = f"{path}/{'/'.join(entry.parts[: place + 1])}"
+            where = joined(path, *entry.parts[: place + 1])
             if part == STAGING and (marker is None or "/".join([*entry.parts[:place], marker]) not in names):
                 raise DataError(
                     f"{where}: a job that writes here has not ended, so its folder may be half written; wait for it, "

@@ -56,11 +56,18 @@ def test_a_run_is_the_same_wherever_its_data_and_states_are(store, ranks, data, 
     there_command = command(store.uri("data"), there, store.uri("states"))
     assert ranks.run(2, there_command, tmp_path / "output") == [0, 0], (tmp_path / "output").read_text()
     assert metrics_of(there) == metrics_of(here)
-    # Retention leaves two states and what the deltas among them build on.
-    states = sorted(path.name for path in (here / "checkpoints").iterdir())
-    assert Storage(store.uri("states")).names() == states
-    assert ranks.run(1, there_command, tmp_path / "again") == [0]  # finished: nothing more is trained
-    assert Storage(store.uri("states")).names() == states
+    # Retention leaves two states and what the deltas among them build on, and their files alone.
+    states = Storage(store.uri("states"))
+    assert states.names() == sorted(path.name for path in (here / "checkpoints").iterdir())
+    newest = states.names()[-1]
+    manifest = json.loads(states.read(f"{newest}/manifest.json"))
+    assert states.below(newest).all_files() == sorted([*manifest["files"], "manifest.json"])
+    # Only states go there: all else of a run is in its folder.
+    assert {"best", "config.yaml", "metrics.jsonl", "report.html"} <= {path.name for path in there.iterdir()}
+    assert not (there / "checkpoints").exists() and {name.split("/")[0] for name in store.objects()} == {
+        "data",
+        "states",
+    }
 
 
 def test_a_kill_inside_a_save_leaves_objects_and_loses_nothing(store, ranks, data, tmp_path):
@@ -108,8 +115,10 @@ def _refused_port() -> int:
 
 @pytest.mark.parametrize("what", ["data", "states"])
 def test_a_bucket_that_is_not_there_or_does_not_answer_is_one_line(store, ranks, data, tmp_path, what):
-    nobody = store.uri("x").replace(store.address, f"127.0.0.1:{_refused_port()}")
-    for uri, reason in ((store.uri("x").replace("bucket/", "nobucket/"), ""), (nobody, "Could not connect to server")):
+    uris = {"": store.uri("x").replace("bucket/", "nobucket/")}
+    if what == "states":
+        uris["Could not connect to server"] = store.uri("x").replace(store.address, f"127.0.0.1:{_refused_port()}")
+    for reason, uri in uris.items():
         job = command(uri, tmp_path / "run", None) if what == "data" else command(data, tmp_path / "run", uri)
         output = tmp_path / f"output-{len(reason)}"
         assert ranks.run(2, job, output) == [2, 2], output.read_text()
@@ -183,16 +192,3 @@ def test_a_server_that_never_answers_does_not_hold_a_reader_for_ever(monkeypatch
         reading.start()
         reading.join(300)
         assert failed and "\n" not in str(failed[0])
-
-
-def test_reports_and_best_models_stay_on_this_host(store, ranks, data, tmp_path):
-    """Only states go to checkpoint.folder; the run's folder holds all else, as docs/checkpoints.md says."""
-    job = command(data, tmp_path / "run", store.uri("states"))
-    assert ranks.run(1, job, tmp_path / "output") == [0], (tmp_path / "output").read_text()
-    assert {"best", "config.yaml", "metrics.jsonl", "report.html"} <= {p.name for p in (tmp_path / "run").iterdir()}
-    assert not (tmp_path / "run" / "checkpoints").exists()
-    newest = Storage(store.uri("states")).names()[-1]
-    manifest = json.loads(store.get(f"states/{newest}/manifest.json"))
-    assert {f"states/{newest}/{path}" for path in [*manifest["files"], "manifest.json"]} == set(
-        store.objects(f"states/{newest}/")
-    )
