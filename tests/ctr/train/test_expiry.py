@@ -172,3 +172,20 @@ def test_a_ttl_that_cannot_mean_what_it_says_is_told_at_the_start(process, tmp_p
     found = ttl_in_vain(trainer.config, trainer.readers["train"])
     trainer.log.close()
     assert found is None if words is None else words in found
+
+
+@pytest.mark.parametrize("wrong", [2**40, NOW + 300 * DAY, NOW + 3000 * DAY, -1])
+def test_one_row_of_another_time_expires_nothing(process, tmp_path, data, wrong):
+    """Whether it is left out as a bad row, or is one of the rows: all ids of three days are there at the end."""
+    parts = [pq.read_table(data / "train" / f"day-{day:02d}") for day in range(3)]
+    table = pa.concat_tables(parts)
+    times = table["time"].to_numpy().copy()
+    times[70] = wrong
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    table = table.set_column(table.column_names.index("time"), "time", pa.array(times))
+    pq.write_table(table, tmp_path / "data" / "train" / "part.parquet", row_group_size=60)
+    options = ("embedding.ttl_days=30", "embedding.expire_every=1", "data.bad_rows=skip", "data.lanes=1")
+    _, rows, now = rows_by_step(process, tmp_path / "data", tmp_path / "run", *options)
+    known = {i for table, i in rows if table == "row"}
+    assert known | {70} == set(range(3 * ROWS)) and NOW + 2 * DAY < now < NOW + 3 * DAY
+    assert all(seen <= now for seen, *_ in rows.values())
