@@ -11,7 +11,7 @@ import torch
 from distributed.checkpoint import TRAINING, CheckpointError, Saved, names_of_states, read_manifest, save
 from distributed.checkpoint_files import READ_BYTES, Storage
 from distributed.process import Process
-from distributed.table_files import Columns, copied, read_columns, write_columns
+from distributed.table_files import Columns, copied, no_rows, read_columns, write_columns
 
 
 def newest_rows(folders: list[Storage], path: str) -> Iterator[Columns]:
@@ -67,7 +67,7 @@ def save_merged(
             if not path.startswith("rows/"):
                 _copy(folder, target, path)
                 continue
-            parts = list(newest_rows(saved.folders, path))
+            parts = list(newest_rows(saved.folders, path)) or [no_rows(folder, path)]
             ranks = int(path.removesuffix(".parquet").rpartition("-of-")[2])
             write_columns(target, path, copied({c: torch.cat([part[c] for part in parts]) for c in parts[0]}), ranks)
         return {}

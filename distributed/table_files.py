@@ -190,11 +190,19 @@ def read_columns(storage: Storage, path: str, rank: int, ranks: int) -> Iterator
         yield from ahead(partial(read, group) for group in wanted)
 
 
+def no_rows(storage: Storage, path: str) -> Columns:
+    """Return the columns of a file without any of its rows. Raises DamagedFile."""
+    with CheckedParquet(storage, path) as file, file.as_rows():
+        arrays = {field.name: (pa.array([], field.type), field) for field in file.schema}
+        return {name: _to_tensor(array, field) for name, (array, field) in arrays.items()}
+
+
 def count_rows(storage: Storage, path: str, rank: int, ranks: int) -> int:
     """How many rows of a file `rank` of `ranks` owns; about, where that is not decided by buckets."""
     with CheckedParquet(storage, path) as file:
         wanted, share = _groups_of(file, rank, ranks)
-        return sum(file.metadata.row_group(group).num_rows for group in wanted) // share
+        with file.as_rows():
+            return sum(file.metadata.row_group(group).num_rows for group in wanted) // share
 
 
 def _groups_of(file: CheckedParquet, rank: int, ranks: int) -> tuple[list[int], int]:
@@ -203,6 +211,8 @@ def _groups_of(file: CheckedParquet, rank: int, ranks: int) -> tuple[list[int], 
         about = file.metadata.metadata
         common = math.gcd(int(about[b"tessera.buckets"]), ranks)
         of_group = json.loads(about[b"tessera.bucket_of_row_group"])
+        if not isinstance(of_group, list) or len(of_group) != file.metadata.num_row_groups:
+            raise ValueError(f"buckets of row groups: found {len(of_group)}, expected {file.metadata.num_row_groups}")
         return [group for group, bucket in enumerate(of_group) if bucket % common == rank % common], ranks // common
 
 

@@ -88,6 +88,9 @@ def _converted(
             batch = to_batch(columns, empty_columns(like), like, path, with_state=False, with_rows=False)
             converted = columns_of(convert_rows(batch, old, new, errors))
             parts.append({name: column for name, column in converted.items() if name not in ("state", "row")})
+    if not parts:
+        none = empty_columns(DynamicTable(new))
+        parts.append({name: column for name, column in none.items() if name not in ("state", "row")})
     return copied({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 

@@ -142,6 +142,30 @@ def test_files_of_before_there_were_notes(storage, tmp_path):
     assert "has the checksum" in problem_but_for_groups(storage, "rows/f", sealed)
 
 
+@pytest.mark.parametrize("value", ["null", "{}", "[]", '["x"]', "[-1]", "[[1]]", "[[0, 0], [1e30, 0]]", "{", "[99999]"])
+@pytest.mark.parametrize("key", [NOTES, "tessera.bucket_of_row_group", "dtype"])
+def test_wrong_notes_in_a_file_are_damage(storage, tmp_path, key, value):
+    """Rows may be read all the same; what is said of wrong notes is one line."""
+    table = pq.read_table(tmp_path / "rows/f")
+    if key == "dtype":
+        place = table.schema.get_field_index("values")
+        field = table.schema.field(place).with_metadata({"dtype": value, "width": value})
+        table = table.cast(table.schema.set(place, field))
+    with storage.write("rows/f") as stream, pq.ParquetWriter(stream, table.schema, compression="NONE") as writer:
+        writer.write_table(table, row_group_size=ROWS)
+        groups = "[0]"
+        writer.add_key_value_metadata({"tessera.bucket_of_row_group": groups, key: value})
+    said = ""
+    try:
+        count_rows(storage, "rows/f", 0, 1)
+        list(read_columns(storage, "rows/f", 0, 1))
+    except DamagedFile as error:
+        said = str(error)
+        assert said.startswith("rows/f ") and "\n" not in said
+    harmless = {(NOTES, "null"), ("tessera.bucket_of_row_group", "[-1]"), ("tessera.bucket_of_row_group", "[99999]")}
+    assert said or (key, value) in harmless
+
+
 def save_and_load(process, folder):
     """Rank 1 has written a row group that is damaged. Returns what is said on this rank."""
     table, root = DynamicTable(config()), Storage(folder)

@@ -164,6 +164,19 @@ def test_compaction_gives_one_full_state_of_the_same_rows(tmp_path, process):
     assert [path.name for path in tmp_path.iterdir()] == [folder_name(5)]
 
 
+def test_compaction_of_a_table_without_rows(tmp_path, process):
+    root, table, chain = Storage(tmp_path), DynamicTable(config()), []
+    saver = TableSaver({"a": table})
+    for number in (1, 2):
+        manifest = save_tables(saver, root, folder_name(number), process, number, chain)
+        chain.append({"name": folder_name(number), "checksum": manifest["checksum"]})
+    compact(root, latest(root, process, pytest.fail), process)
+    again = {"a": DynamicTable(config())}
+    load_tables(again, root.below(folder_name(2)), process)
+    assert content(again) == {"a": {}}
+    step(again["a"], 1)  # the columns are those of the table
+
+
 def test_a_full_state_follows_when_too_many_ids_were_given_up(process):
     table = DynamicTable(config(ttl_seconds=2, evicted_kept=50))
     saver = TableSaver({"a": table})
