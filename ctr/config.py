@@ -242,7 +242,8 @@ def _explain_type(error: OmegaConfBaseException, composed: DictConfig) -> str:
 
 
 def _dataclasses() -> Iterable[type]:
-    from ctr.data import schema
+    from ctr.data.day_folders import PartitionConfig
+    from ctr.data.schema import FeatureConfig, SchemaConfig
 
     own = [value for value in globals().values() if isinstance(value, type)]
-    return [t for t in own + [schema.FeatureConfig] if hasattr(t, "__dataclass_fields__")]
+    return [t for t in own + [FeatureConfig, SchemaConfig, PartitionConfig] if hasattr(t, "__dataclass_fields__")]

@@ -57,7 +57,6 @@ def run_config(run_dir: Path, overrides: list[str], named: Collection[str] = ())
                 f"override {override!r}: a trained model is scored with its own schema, model and tables; "
                 "only data.<key>=<value> and trainer.<key>=<value> can change"
             )
-    OmegaConf.set_struct(saved, True)
     try:
         merged = OmegaConf.merge(saved, OmegaConf.from_dotlist(overrides))
     except OmegaConfBaseException as error:

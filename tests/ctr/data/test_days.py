@@ -8,14 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from ctr.config import load_config
-from ctr.data.config import split_days
+from ctr.data.config import paths_of, split_days
 from ctr.data.day_folders import DayFolders
 from ctr.data.errors import DataError
 from ctr.data.reader import ParquetReader
 from ctr.data.schema import Schema
 from ctr.train.evaluate import open_reader, read_split
+from ctr.train.score_run import run_config
 from distributed.process import Process
 from embedding.errors import ConfigError, TesseraError
 from tests.ranks import on_ranks
@@ -161,3 +163,18 @@ def test_ranks_that_see_other_files_end_together(tmp_path):
     for kind in ("values", "files"):
         for rank, said in enumerate(on_ranks(2, read_on_rank, str(tmp_path / kind))):
             assert f"{kind}/{rank}/" in said and "rank 1 sees others than rank 0; start again when" in said
+
+
+def test_a_run_is_scored_on_other_days_and_folders(tmp_path):
+    """Also one that was saved before there was a key for the names of folders."""
+    saved = OmegaConf.structured(load_config(["data.days={train: 2026-11-01}"], ""))
+    plain = OmegaConf.create(OmegaConf.to_container(saved, resolve=True))
+    del plain.data["partition"]
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(plain))
+    overrides = ["data.days.test=2026-11-02..2026-11-03", "data.partition.name=dt", "data.test=[x,y/*.parquet]"]
+    data = run_config(tmp_path, overrides).data
+    assert split_days(data, "test") == ["2026-11-02", "2026-11-03"] and split_days(data, "train") == ["2026-11-01"]
+    assert DayFolders.of(data.partition).name == "dt"
+    assert paths_of(data, "test") == [f"{data.path}/x", f"{data.path}/y/*.parquet"]
+    with pytest.raises(ConfigError, match="unknown key 'data.tset'; did you mean 'test'"):
+        run_config(tmp_path, ["data.tset=x"])
