@@ -194,7 +194,7 @@ def load_config(arguments: Sequence[str], description: str) -> Config:
         "--config-dir", action="append", default=[], help="a folder of your own yaml, laid out as conf/"
     )
     parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and leave")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     for folder in options.config_dir:
         if not Path(folder).is_dir():
             raise ConfigError(f"--config-dir {folder} is not a folder")

@@ -66,6 +66,14 @@ def check(config: Config) -> None:
     check_splits(config.data)
     check_daily(config.daily)
     _check_incremental(config)
+    steered = {
+        "trainer.early_stop.patience": trainer.early_stop.patience,
+        "trainer.eval_every": trainer.eval_every,
+        "optimizer.plateau.factor": optimizer.plateau.factor,
+    }
+    for key, value in steered.items():
+        if value is not None and config.data.valid is None:
+            raise ConfigError(f"{key} is {value}, but data.valid is null: nothing is evaluated; expected {key}=null")
     if trainer.early_stop.metric not in ("auc", "logloss"):
         raise ConfigError(f"trainer.early_stop.metric is {trainer.early_stop.metric!r}; expected auc or logloss")
 

@@ -1,4 +1,8 @@
-"""Score a data set with a trained run: `python scripts/evaluate.py runs/mine --split test data.path=/data/new`."""
+"""Score a data set with a trained run: `python scripts/evaluate.py runs/mine --split test data.path=/data/new`.
+
+The model is the best one of the run, or, where it keeps none, that of its newest saved state: a day of a run of
+scripts/daily.py is scored by `python scripts/evaluate.py runs/daily data.test=day=2026-01-14`.
+"""
 
 import argparse
 import sys
@@ -10,7 +14,7 @@ from ctr.config import Config  # noqa: E402
 from ctr.train.score_run import run_config, score_run  # noqa: E402
 from distributed.process import Process, run  # noqa: E402
 
-parser = argparse.ArgumentParser(description=__doc__)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("run_dir", type=Path)
 parser.add_argument("overrides", nargs="*", help="data.path=/data/new data.test=folder trainer.batch_size=8192")
 parser.add_argument("--split", choices=("train", "valid", "test"), default="test")
@@ -22,7 +26,7 @@ parser.add_argument(
     help="report metrics by value of this feature, too; new_ids: of rows with and without ids that have no row",
 )
 parser.add_argument("--output", type=Path, help="default: evaluations/<time> in the run folder")
-options = parser.parse_args()
+options = parser.parse_intermixed_args()
 
 
 def load() -> tuple[Config, str, float]:

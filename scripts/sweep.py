@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ctr.config import load_config  # noqa: E402
+from ctr.report.result import settle_result  # noqa: E402
 from ctr.targets import claim  # noqa: E402
 from ctr.train.trainer import HIGHER_IS_BETTER  # noqa: E402
 from distributed.process import run_alone  # noqa: E402
@@ -43,12 +45,15 @@ def sweep(options: argparse.Namespace) -> None:
     """
     combinations = list(itertools.product(*(_choices(entry) for entry in options.grid)))
     configs = [load_config([*options.overrides, *combination], "") for combination in combinations]
+    if any(config.data.valid is None for config in configs):
+        raise ConfigError("data.valid is null; expected a split, by which the table of a sweep is ordered")
     claim(options.output, "--output", "sweep.py", [config.data.path for config in configs])
     results = {}
     for combination in combinations:
         name = ",".join(combination) or "as given"
         folders = [options.output / _folder(name) / f"seed-{seed}" for seed in options.seeds]
         for folder, seed in zip(folders, options.seeds, strict=True):
+            settle_result(folder)
             if not (folder / "report.json").exists():
                 _train(options.launcher, [*options.overrides, *combination, f"trainer.seed={seed}"], folder)
         results[name] = [_scores(folder) for folder in folders]
@@ -57,12 +62,15 @@ def sweep(options: argparse.Namespace) -> None:
     print(text)
 
 
-def table(results: dict[str, list[dict[str, float]]], metric: str) -> str:
-    """Markdown, best combination by the valid split first. results: combination -> scores of each seed's run."""
+def table(results: dict[str, list[dict[str, float | None]]], metric: str) -> str:
+    """Markdown, best combination by the valid split first. results: combination -> scores of each seed's run, None
+    where a score is undefined; combinations with such a score on the valid split stand last."""
 
     def on_valid(name: str) -> float:
-        mean = statistics.fmean(scores[f"valid {metric}"] for scores in results[name])
-        return -mean if HIGHER_IS_BETTER[metric] else mean
+        values = [scores[f"valid {metric}"] for scores in results[name]]
+        if None in values:
+            return math.inf
+        return -statistics.fmean(values) if HIGHER_IS_BETTER[metric] else statistics.fmean(values)
 
     columns = [f"{split} {score}" for split in ("valid", "test") for score in SCORES]
     lines = [f"| | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
@@ -73,9 +81,11 @@ def table(results: dict[str, list[dict[str, float]]], metric: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(values: Sequence[float]) -> str:
+def _cell(values: Sequence[float | None]) -> str:
     if not values:
         return "-"
+    if None in values:
+        return "undefined"
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.4f}{spread}"
 
@@ -110,7 +120,7 @@ def _train(launcher: str, overrides: Sequence[str], folder: Path) -> None:
         raise TesseraError(f"run {folder} ended with code {done.returncode}: {last}")
 
 
-def _scores(folder: Path) -> dict[str, float]:
+def _scores(folder: Path) -> dict[str, float | None]:
     """ "valid auc", "test logloss", ..: the best model's, which a finished run scores last."""
     scores = {}
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):

@@ -63,6 +63,13 @@ class Daily(Trainer):
         return {"train": None, "day": None}
 
     def begin(self) -> None:
+        for key, value in {
+            "trainer.early_stop.patience": self.config.trainer.early_stop.patience,
+            "trainer.eval_every": self.config.trainer.eval_every,
+            "optimizer.plateau.factor": self.config.optimizer.plateau.factor,
+        }.items():
+            if value is not None:
+                self.log.warn(f"{key} is {value} and does nothing here: a run over days scores each day once")
         self.records: list[dict[str, Any]] = []
         self.record: dict[str, Any] | None = None
         self.calendar = Calendar(self.config, self.process, self.log.say)

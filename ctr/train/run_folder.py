@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from distributed.locations import missing_bucket
 from distributed.process import Process, job_store
 from embedding.errors import ConfigError
 
+# What a run has written before its first log line, evaluation or saved state. `.lock` says that it is a run's folder.
+LOCK, AT_START = ".lock", ("config.yaml", "plan.txt", "versions.json", "teacher.json", "train.log", "metrics.jsonl")
+FOLDERS_AT_START = ("tensorboard", "checkpoints")
 RESTART_WAIT_SECONDS = 30.0  # after a restart the ranks before may still be on their way out
 
 
@@ -46,6 +50,8 @@ class RunFolder:
             may_go_on = restarted or config.trainer.resume is not None
             problem = _in_the_data(config, path) or _states_elsewhere(config, may_go_on)
             problem = problem or _make(path, "trainer.run_dir", may_go_on) or self._take(path, restarted)
+            if problem is None and not may_go_on:
+                _begin_again(path)
             if problem is None:
                 store.set("run_dir", f"{me} {path}")
             agreed = [str(path), may_go_on, problem]
@@ -106,14 +112,39 @@ def _make(path: Path, key: str, may_go_on: bool) -> str | None:
             return None
     except OSError as error:
         return f"{key} {path} cannot be made: {error.strerror}"
-    if not may_go_on:
+    if not may_go_on and not nothing_trained(path):
         return (
             f"{key} {path} is not empty; expected a new folder, so that two runs never mix "
             "(trainer.resume=auto goes on with a run)"
         )
-    if not (path / "config.yaml").exists() and not (path / "checkpoints").exists() and not (path / ".lock").exists():
+    if (
+        may_go_on
+        and not (path / "config.yaml").exists()
+        and not (path / "checkpoints").exists()
+        and not (path / ".lock").exists()
+    ):
         return f"{key} {path} is not empty and holds no run that could go on"
     return None
+
+
+def nothing_trained(path: Path) -> bool:
+    """Whether a folder is that of a run which ended before anything was trained, on bad data for example: a run may
+    begin there as in a new one. Anything that a run does not write at its start keeps the folder as it is."""
+    names = {one.name for one in path.iterdir()}
+    if LOCK not in names or not names <= {LOCK, *AT_START, *FOLDERS_AT_START}:
+        return False
+    metrics, states = path / "metrics.jsonl", path / "checkpoints"
+    logged = metrics.exists() and metrics.stat().st_size > 0
+    foreign = [one for one in path.glob("tensorboard/*") if not one.name.startswith("events.out.tfevents.")]
+    return not logged and not foreign and not any(states.glob("*"))
+
+
+def _begin_again(path: Path) -> None:
+    """Remove what a run without any training left. Called with the folder's lock held."""
+    for name in AT_START:
+        (path / name).unlink(missing_ok=True)
+    for name in FOLDERS_AT_START:
+        shutil.rmtree(path / name, ignore_errors=True)
 
 
 def _agree(values: list, process: Process) -> list:

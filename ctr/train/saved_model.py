@@ -45,15 +45,24 @@ def save_model(model: DistributedModelParallel, folder: Path, process: Process, 
     )
 
 
+def has_model(folder: Path) -> bool:
+    """Whether `load_model` would find a model there."""
+    return folder.exists() or _replaced(folder).exists()
+
+
+def _replaced(folder: Path) -> Path:
+    """Where `save` has put the model before while the new one took its place."""
+    return folder.with_name(f"{REPLACED}{folder.name}")
+
+
 def load_model(model: DistributedModelParallel, folder: Path, process: Process) -> int:
     """Fill `model` from what `save_model` wrote, on any number of ranks. Return the step that it is of.
 
     Raises:
         TesseraError: no complete model there, or one of another shape.
     """
-    replaced = folder.with_name(f"{REPLACED}{folder.name}")
-    if not folder.exists() and replaced.exists():  # killed between two renames
-        folder = replaced
+    if not folder.exists() and _replaced(folder).exists():  # killed between two renames
+        folder = _replaced(folder)
     if not folder.exists():
         raise TesseraError(f"{folder} holds no saved model; train the run first")
     process.stage = f"loading {folder.name}"

@@ -1,8 +1,9 @@
-"""Score any data set with the best model of a finished run."""
+"""Score any data set with the model of a run."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from ctr.config import Config, typed
 from ctr.data.id_names import names_of_ids
@@ -21,14 +23,16 @@ from ctr.report.predictions import NEW_IDS, SLICE
 from ctr.report.report import write_report
 from ctr.report.slices import SLICE_NAMES, largest_ids
 from ctr.targets import replacing_on_ranks
+from ctr.train.checkpoints import BEST, find_saved
 from ctr.train.evaluate import evaluate, read_split
 from ctr.train.run_log import copy_teacher
-from ctr.train.saved_model import load_model
+from ctr.train.saved_model import fill_model, has_model, load_model
 from ctr.train.slice_columns import SliceColumn
 from ctr.train.stored_config import read_config, targets_of
 from ctr.train.trainer import build_model, set_threads
+from distributed.checkpoint import CheckpointError
 from distributed.process import Process
-from embedding.errors import ConfigError
+from embedding.errors import ConfigError, TesseraError
 
 PLACE = "evaluations"  # in the folder of the run
 
@@ -85,7 +89,7 @@ def score_run(
     marks = NEW_IDS in slices
     if marks and not model.module.tables.owned():
         raise ConfigError("slice new_ids: embedding.kind is static; expected dynamic, which knows its ids")
-    load_model(model, run_dir / "best", process)
+    which, step = load_model_of_run(model, config, run_dir, process)
     output, places = output or run_dir / PLACE / f"{datetime.now():%Y%m%d-%H%M%S}", [run_dir / PLACE]
     sources = [run_dir, config.data.path]
     with replacing_on_ranks(process, output, "--output", "evaluate.py", sources, places) as folder:
@@ -98,10 +102,37 @@ def score_run(
         if process.is_main:
             _write_slice_names(folder, reader, split, features)
             with open(folder / "metrics.jsonl", "w") as file:
-                file.write(json.dumps({"kind": "eval", "split": split, "step": 0, **metrics}) + "\n")
-            report = write_report(folder)
+                line = {"kind": "eval", "split": split, "step": step, "model": which, **metrics}
+                file.write(json.dumps(line) + "\n")
+            report = write_report(folder, scored={split: metrics["rows"]})
     if process.is_main:
         print(replace(report, folder=output).summary())
+
+
+def load_model_of_run(
+    model: DistributedModelParallel, config: Config, run_dir: Path, process: Process
+) -> tuple[str, int]:
+    """Fill `model` with the best model of the run or, where it keeps none, with that of its newest saved state.
+
+    Returns "best" or "newest", and the step that the model is of.
+
+    Raises:
+        TesseraError: the run has neither.
+    """
+    if has_model(run_dir / BEST):
+        return "best", load_model(model, run_dir / BEST, process)
+
+    def warn(sentence: str) -> None:
+        if process.is_main:
+            print(f"warning: {sentence}", file=sys.stderr)
+
+    states = config.trainer.checkpoint.folder or str(run_dir)
+    try:
+        saved = find_saved(states, process, warn)
+    except CheckpointError as error:
+        raise TesseraError(f"{run_dir} holds no best model, and {error}; train the run first") from None
+    fill_model(model, saved, process, in_place=False)
+    return "newest", saved.step
 
 
 def _write_slice_names(folder: Path, reader: ParquetReader, split: str, slices: Sequence[str]) -> None:

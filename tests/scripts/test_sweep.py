@@ -46,3 +46,14 @@ def test_a_mistake_in_the_grid_trains_nothing(tmp_path, capsys):
     assert main(["--output", str(tmp_path / "sweep"), "--grid", "model.hiden=[4]", "--launcher", sys.executable]) == 2
     assert "unknown key 'model.hiden'" in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
+
+
+def test_undefined_scores_stand_last_and_say_so():
+    undefined = {**scores(0.0, 0.9), "valid auc": None}
+    lines = table({"a": [undefined, scores(0.9, 0.9)], "b": [scores(0.6, 0.6)]}, "auc").splitlines()
+    assert lines[2].startswith("| b |") and lines[3].startswith("| a | 2 | undefined | 0.5000")
+
+
+def test_a_sweep_needs_a_valid_split(tmp_path, capsys):
+    assert main(["--output", str(tmp_path / "sweep"), "--", "data=synthetic", "data.path=/x", "data.valid=null"]) == 2
+    assert "data.valid is null" in capsys.readouterr().err and not (tmp_path / "sweep").exists()

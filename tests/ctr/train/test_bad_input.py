@@ -8,6 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ctr.config import load_config
+from ctr.train.run_folder import nothing_trained
+from embedding.errors import ConfigError
 from tests.ranks import run_script, torchrun
 
 ROWS = 64
@@ -146,3 +149,58 @@ def test_skipping_bad_rows_counts_them(tmp_path, run_dir):
     done = train(data, run_dir, "data.bad_rows=skip", "data.valid=train", "data.test=train")
     assert done.returncode == 0, done.stderr
     assert "train: left out 2 " in done.stdout
+
+
+def bad_labels() -> pa.Table:
+    return table(label=np.full(ROWS, 7, np.int8))
+
+
+@pytest.mark.parametrize("mistake", ["label", "page", "resume"])
+def test_a_run_in_which_nothing_was_trained_does_not_block_its_retry(tmp_path, run_dir, mistake):
+    data = write(tmp_path, bad_labels() if mistake == "label" else table())
+    file = data / "train" / "part-0.parquet"
+    if mistake == "page":
+        raw = bytearray(file.read_bytes())
+        raw[100:900] = bytes(800)
+        file.write_bytes(raw)
+    broken = ["trainer.warm_start.path=/nowhere"] if mistake == "resume" else []
+    for _ in range(2):  # a second failure is no other than the first
+        refused(train(data, run_dir, *broken))
+        assert (run_dir / "config.yaml").exists()
+    pq.write_table(table(), file, row_group_size=16)
+    done = train(data, run_dir)
+    assert done.returncode == 0, done.stderr
+    assert "label" not in (run_dir / "train.log").read_text()  # what the runs before said is gone
+    assert len(list((run_dir / "tensorboard").iterdir())) == 1
+    refused(train(data, run_dir), "not empty")  # now something was trained
+
+
+@pytest.mark.parametrize(
+    "other", ["notes.txt", "best/model", "tensorboard/notes.txt", "checkpoints/x", "metrics.jsonl"]
+)
+def test_a_folder_with_anything_else_stays_as_it_is(tmp_path, run_dir, other):
+    data = write(tmp_path, bad_labels())
+    refused(train(data, run_dir))
+    (run_dir / other).parent.mkdir(exist_ok=True)
+    (run_dir / other).write_text('{"kind": "train", "step": 5}\n')
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    refused(train(data, run_dir), "not empty")
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_no_run_began_is_not_ours(run_dir):
+    run_dir.mkdir()
+    for name in ("config.yaml", "plan.txt", "versions.json"):
+        (run_dir / name).write_text("mine")
+    assert not nothing_trained(run_dir)
+    (run_dir / ".lock").write_text("")
+    assert nothing_trained(run_dir)
+
+
+@pytest.mark.parametrize(
+    "override", ["trainer.early_stop.patience=2", "trainer.eval_every=10", "optimizer.plateau.factor=0.5"]
+)
+def test_what_an_evaluation_steers_needs_a_valid_split(override):
+    with pytest.raises(ConfigError, match=f"{override.partition('=')[0]} is .*, but data.valid is null"):
+        load_config(["data=synthetic", "data.path=/x", "data.valid=null", override], "")
+    load_config(["data=synthetic", "data.path=/x", override], "")
