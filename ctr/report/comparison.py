@@ -179,9 +179,7 @@ def _json(one: Interval) -> dict[str, Any]:
 
 
 def _summary(names: tuple[str, str], intervals: list[Interval], rows: int, what: str, confidence: float) -> str:
-    if not intervals:
-        return f"{names[1]} against {names[0]} on {rows:,} rows of {what}: nothing to compare."
-    parts = []
+    parts = [f"{card.title[0].lower()}{card.title[1:]} undefined" for card in _undefined_cards(intervals)]
     for one in intervals:
         low, high = one.ends
         parts.append(
@@ -204,7 +202,7 @@ def _page(names, what, intervals, curves, plots, days, remarks, values) -> str:
         lead=" ".join(_verdict(names, one) for one in intervals) or values["summary"],
         remarks=remarks,
         numbers="comparison.json",
-        cards=[_card(one, values["settings"]["confidence"]) for one in intervals],
+        cards=[_card(one, values["settings"]["confidence"]) for one in intervals] + _undefined_cards(intervals),
         plots=plots,
         metrics=_metrics_table(names, curves),
         intervals=_interval_table(intervals),
@@ -235,6 +233,13 @@ def _card(one: Interval, confidence: float) -> Card:
     ideal = "Above 0" if one.metric == "auc" else "Below 0"
     meaning = f"Second run minus first. {ideal} the second is better; an interval with 0 in it leaves it open."
     return Card(one.metric, f"Difference in {TITLES[one.metric]}", "", meaning, _signed(one.closed.value), detail)
+
+
+def _undefined_cards(intervals: list[Interval]) -> list[Card]:
+    """One for each metric of which these rows give no difference."""
+    missing = [metric for metric in CLOSED_FORMS if metric not in [one.metric for one in intervals]]
+    why = {one.key: one.undefined for one in DEFINITIONS}
+    return [Card(metric, f"Difference in {TITLES[metric]}", "", "", None, why[metric]) for metric in missing]
 
 
 def _metrics_table(names: tuple[str, str], curves: list[SplitCurves]) -> Table:
@@ -270,9 +275,10 @@ def _day_table(days: list[dict[str, Any]]) -> Table:
         cells = [f"{day['rows']:,}"]
         for metric in CLOSED_FORMS:
             one = day.get(metric)
-            cells += [f"{one['first']:.4f}", f"{one['second']:.4f}", _signed(one["difference"])] if one else ["–"] * 3
+            values = [f"{one['first']:.4f}", f"{one['second']:.4f}", _signed(one["difference"])] if one else []
+            cells += values or ["undefined"] * 3
             if metric == "auc":
-                cells.append(f"{_signed(one['low'])} to {_signed(one['high'])}" if one else "–")
+                cells.append(f"{_signed(one['low'])} to {_signed(one['high'])}" if one else "undefined")
         rows.append([day["partition"], *cells])
     head = ["AUC, first", "AUC, second", "difference", "interval", "logloss, first", "logloss, second", "difference"]
     return Table(["day", "rows", *head], rows)

@@ -78,7 +78,10 @@ def _pair(first: Path, second: Path, split: str | None, name: str | None) -> Sco
         known = [split_names(folder) for folder in (first, second)]
         split = next((one for one in (*PREFERRED_SPLITS, *known[0]) if one in known[0] and one in known[1]), None)
         if split is None:
-            found = [f"{folder} has {', '.join(one)}" for folder, one in zip((first, second), known, strict=True)]
+            found = [
+                f"{folder} has {', '.join(one) or 'no scored row'}"
+                for folder, one in zip((first, second), known, strict=True)
+            ]
             raise DataError(f"{' and '.join(found)}; expected a split that both have")
     (one, places), (other, other_places) = (_in_stored_order(folder, split) for folder in (first, second))
     _refuse_other_rows(first, second, split, places, other_places)

@@ -97,7 +97,8 @@ def _auc_plot(history: History, bound: Bound | None) -> Plot | None:
     for split, series in history.evaluations.items():
         for at in evenly(len(series["step"])):
             values = [series[name][at] for name in ("auc", "logloss", "normalized_entropy", "calibration")]
-            rows.append([f"{series['step'][at]:,.0f}", split, *(four_digits(value) for value in values)])
+            shown = ["undefined" if np.isnan(value) else four_digits(value) for value in values]
+            rows.append([f"{series['step'][at]:,.0f}", split, *shown])
     return Plot(
         "auc",
         "AUC of the evaluations",

@@ -99,8 +99,10 @@ def test_one_class(tmp_path):
     first = write_run(tmp_path / "a", {**day_columns(1, 2000), "label": zeros})
     second = write_run(tmp_path / "b", {**day_columns(1, 2000, noise=0.4), "label": zeros})
     values = compare_runs(first, second, tmp_path / "out", replicates=5).values
-    assert list(values["differences"]) == ["logloss"]
-    check_page((tmp_path / "out" / "comparison.html").read_text())
+    assert list(values["differences"]) == ["logloss"] and "difference in AUC undefined" in values["summary"]
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    check_page(page)
+    assert 'id="card-auc"' in page and '<div class="undefined">undefined</div>' in page
 
 
 def _label(at):
