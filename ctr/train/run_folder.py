@@ -51,7 +51,7 @@ class RunFolder:
             problem = _in_the_data(config, path) or _states_elsewhere(config, may_go_on)
             problem = problem or _make(path, "trainer.run_dir", may_go_on) or self._take(path, restarted)
             if problem is None and not may_go_on:
-                _begin_again(path)
+                problem = _begin_again(path)
             if problem is None:
                 store.set("run_dir", f"{me} {path}")
             agreed = [str(path), may_go_on, problem]
@@ -112,19 +112,18 @@ def _make(path: Path, key: str, may_go_on: bool) -> str | None:
             return None
     except OSError as error:
         return f"{key} {path} cannot be made: {error.strerror}"
-    if not may_go_on and not nothing_trained(path):
-        return (
-            f"{key} {path} is not empty; expected a new folder, so that two runs never mix "
-            "(trainer.resume=auto goes on with a run)"
-        )
-    if (
-        may_go_on
-        and not (path / "config.yaml").exists()
-        and not (path / "checkpoints").exists()
-        and not (path / ".lock").exists()
-    ):
+    if not may_go_on:
+        return None if nothing_trained(path) else _not_empty(path, key)
+    if not any((path / name).exists() for name in ("config.yaml", "checkpoints", LOCK)):
         return f"{key} {path} is not empty and holds no run that could go on"
     return None
+
+
+def _not_empty(path: Path, key: str) -> str:
+    return (
+        f"{key} {path} is not empty; expected a new folder, so that two runs never mix "
+        "(trainer.resume=auto goes on with a run)"
+    )
 
 
 def nothing_trained(path: Path) -> bool:
@@ -139,12 +138,16 @@ def nothing_trained(path: Path) -> bool:
     return not logged and not foreign and not any(states.glob("*"))
 
 
-def _begin_again(path: Path) -> None:
-    """Remove what a run without any training left. Called with the folder's lock held."""
+def _begin_again(path: Path) -> str | None:
+    """With the folder's lock held, remove what a run without any training left. What is wrong with it, or None:
+    another job may have trained here since it was looked at."""
+    if not nothing_trained(path):
+        return _not_empty(path, "trainer.run_dir")
     for name in AT_START:
         (path / name).unlink(missing_ok=True)
     for name in FOLDERS_AT_START:
         shutil.rmtree(path / name, ignore_errors=True)
+    return None
 
 
 def _agree(values: list, process: Process) -> list:
