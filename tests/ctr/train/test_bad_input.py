@@ -166,7 +166,7 @@ def test_a_run_in_which_nothing_was_trained_does_not_block_its_retry(tmp_path, r
     broken = ["trainer.warm_start.path=/nowhere"] if mistake == "resume" else []
     for _ in range(2):  # a second failure is no other than the first
         refused(train(data, run_dir, *broken))
-        assert (run_dir / "config.yaml").exists()
+        assert (run_dir / ".lock").exists()
     pq.write_table(table(), file, row_group_size=16)
     done = train(data, run_dir)
     assert done.returncode == 0, done.stderr
