@@ -26,6 +26,14 @@ class Damage:
 
     path: Path
     before: bytes | None
+    after: bytes | None = None
+
+    def __post_init__(self) -> None:
+        self.after = self.path.read_bytes() if self.path.exists() else None
+
+    def is_there(self) -> bool:
+        """Whether the file is still as the damage left it: nobody has written it again since."""
+        return (self.path.read_bytes() if self.path.exists() else None) == self.after
 
     @classmethod
     def do(cls, fault: str, files: list[Path], draw: random.Random) -> Damage | None:
