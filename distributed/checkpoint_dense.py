@@ -108,7 +108,7 @@ def _files(tensors: Tensors) -> Iterator[list[tuple[Piece, Tensor]]]:
 def _cut(tensors: Tensors) -> Iterator[tuple[Piece, Tensor]]:
     """Pieces of all tensors and shards, each with its live values."""
     for name, tensor in tensors.items():
-        shape = tuple(tensor.size())
+        shape = _whole_shape(tensor)
         for offset, values in _boxes(tensor):
             rows = values.shape[0] if values.dim() else 1
             step = max(1, PIECE_BYTES * rows // max(1, values.nbytes))
@@ -125,6 +125,10 @@ def _boxes(tensor: Tensor | ShardedTensor) -> list[tuple[tuple[int, ...], Tensor
     if not isinstance(tensor, ShardedTensor):
         return [((0,) * tensor.dim(), tensor)]
     return [(tuple(shard.metadata.shard_offsets), shard.tensor) for shard in tensor.local_shards()]
+
+
+def _whole_shape(tensor: Tensor | ShardedTensor) -> tuple[int, ...]:
+    return tuple(tensor.metadata().size if isinstance(tensor, ShardedTensor) else tensor.shape)
 
 
 def tensor_shapes(folder: SavedFolder) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -154,9 +158,9 @@ def load_into(folder: SavedFolder, tensors: Tensors) -> None:
     saved = _saved_pieces(folder)
     needed: dict[str, list[tuple[Piece, tuple[int, ...], Tensor]]] = {}
     for name, tensor in tensors.items():
-        if name not in saved or saved[name][0].shape != tuple(tensor.size()):
+        if name not in saved or saved[name][0].shape != _whole_shape(tensor):
             there = list(saved[name][0].shape) if name in saved else "nothing"
-            raise CheckpointError(f"{folder.name}: found {there} for {name}; expected {list(tensor.size())}")
+            raise CheckpointError(f"{folder.name}: found {there} for {name}; expected {list(_whole_shape(tensor))}")
         for offset, values in _boxes(tensor):
             for piece in saved[name]:
                 if piece.meets(offset, tuple(values.shape)):
