@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ctr.daily.config import check_daily
 from ctr.data.config import check_splits
+from ctr.unused_keys import check_unused
 from embedding.errors import ConfigError
 from kernels.formats import FORMATS, ROUNDINGS
 
@@ -74,6 +75,10 @@ def check(config: Config) -> None:
     for key, value in steered.items():
         if value is not None and config.data.valid is None:
             raise ConfigError(f"{key} is {value}, but data.valid is null: nothing is evaluated; expected {key}=null")
+    check_unused(config)
+    if len(config.data.schema.labels) > 1:
+        names = ", ".join(config.data.schema.labels)
+        raise ConfigError(f"data.schema.labels is [{names}]; expected one label, as one is trained: name it alone")
     if trainer.early_stop.metric not in ("auc", "logloss"):
         raise ConfigError(f"trainer.early_stop.metric is {trainer.early_stop.metric!r}; expected auc or logloss")
 

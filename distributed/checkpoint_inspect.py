@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from urllib.parse import quote
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ from distributed.checkpoint_files import Storage
 from distributed.checkpoint_manifest import MANIFEST, TRAINING, CheckpointError, check, read_manifest
 from distributed.plan import size
 from distributed.process import Process
-from distributed.table_files import Columns
+from distributed.table_files import Columns, folder_name
 from embedding.errors import ConfigError
 
 PROGRESS = {"progress": {"epoch": int, "best": (float, None)}, "reader": ({"lane_offsets": [int]}, None)}
@@ -105,7 +104,7 @@ def _show(saved: Saved) -> None:
 
 
 def _rows(saved: Saved, table: str) -> Iterator[Columns]:
-    prefix = f"rows/{quote(table, safe='')}/"
+    prefix = f"rows/{folder_name(table)}/"
     for path in saved.manifest["files"]:
         if path.startswith(prefix):
             yield from newest_rows(saved.folders, path)

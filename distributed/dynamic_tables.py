@@ -28,6 +28,7 @@ from distributed.dynamic_sharding import DYNAMIC, DynamicSharder
 from distributed.fields import OnDevice, chosen, mixed, scale_to_mean
 from distributed.host_manager import CacheStats, HostManager
 from distributed.ids_ahead import ComingIds, IdsAhead
+from distributed.module_names import module_name
 from distributed.plan import TableSize
 from distributed.table_kernel import Counted, DynamicTableKernel, Pass
 from distributed.transport import codecs
@@ -122,7 +123,8 @@ class DynamicTables(nn.Module):
         if config.cache_limit is not None:  # what is on the device; the host's memory is not the planner's
             expected = min(expected, config.cache_limit)
         rows = -(-expected * config.bytes_per_row // (4 * width))
-        return kind(name=config.name, embedding_dim=width, num_embeddings=rows, feature_names=features)
+        name = module_name(config.name)
+        return kind(name=name, embedding_dim=width, num_embeddings=rows, feature_names=features)
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """ids: raw int64 ids, stride B. Returns group -> [B, fields, dim] float32; an empty bag gives zeros."""
@@ -269,7 +271,7 @@ class DynamicTables(nn.Module):
     def owned(self) -> dict[str, DynamicTable]:
         """This rank's part of each table, after sharding."""
         found = {n: t for kernel in self._kernels() for n, t in zip(kernel.names, kernel.tables, strict=True)}
-        return {table.name: found[table.name] for table in self.tables}
+        return {table.name: found[module_name(table.name)] for table in self.tables}
 
     def begin_step(self, now: int, learn_steps: bool = False, times: Tensor | None = None) -> None:
         """Set the time of the coming training step, in seconds, with which its rows are touched.

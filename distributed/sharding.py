@@ -16,15 +16,17 @@ from torchrec.distributed.planner.estimator.types import HardwarePerfConfig
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import ShardingType
+from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from distributed.dynamic_tables import DynamicTables
+from distributed.module_names import module_name
+from distributed.no_tables import NoTables
 from distributed.plan import describe, size
 from distributed.process import Process
 from distributed.static_tables import StaticTables
 from embedding.errors import ConfigError
 
-Tables = StaticTables | DynamicTables
+Tables = StaticTables | DynamicTables | NoTables
 RESERVED = 0.2  # share of memory left for the dense side, its optimizer and batches
 
 
@@ -45,7 +47,9 @@ def shard(
     sizes, memory = tables.sizes(), _memory_per_rank(process)
     sharders = tables.sharders()
     try:
-        plan = _planner(tables, process, batch_size).collective_plan(network, sharders, dist.group.WORLD)
+        plan = ShardingPlan({})
+        if sizes:  # the planner has no plan for nothing
+            plan = _planner(tables, process, batch_size).collective_plan(network, sharders, dist.group.WORLD)
     except PlannerError:
         need = sum(table.bytes for table in sizes)
         raise ConfigError(
@@ -68,7 +72,7 @@ def shard(
 def _planner(tables: Tables, process: Process, batch_size: int) -> EmbeddingShardingPlanner:
     topology = _topology(process)
     one = ParameterConstraints(sharding_types=[ShardingType.ROW_WISE.value], compute_kernels=[tables.compute_kernel])
-    constraints = {table.name: one for table in tables.sizes()}
+    constraints = {module_name(table.name): one for table in tables.sizes()}
 
     class Hardware(HardwarePerfConfig):
         """The stock estimator knows no bandwidth for kernels that are not torchrec's and raises without one."""

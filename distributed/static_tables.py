@@ -20,6 +20,7 @@ from torchrec.distributed.types import ShardingType
 
 from distributed.fields import OnDevice, scale_to_mean
 from distributed.ids_ahead import IdsAhead
+from distributed.module_names import module_name
 from distributed.plan import TableSize
 from embedding.config import RowOptimizer, TableConfig
 from embedding.errors import ConfigError
@@ -78,7 +79,7 @@ class StaticTables(nn.Module):
             is_weighted=weighted,
             tables=[
                 EmbeddingBagConfig(
-                    name=table.name,
+                    name=module_name(table.name),
                     embedding_dim=stored_dim(table.dim),
                     num_embeddings=rows,
                     feature_names=list(table.features),
@@ -161,7 +162,7 @@ class StaticTables(nn.Module):
     @torch.no_grad()
     def fill(self) -> None:
         """Draw this rank's first rows. Called after sharding, which gives CPU tables values of its own."""
-        by_name = {table.name: table for table in self.tables}
+        by_name = {module_name(table.name): table for table in self.tables}
         for key, value in self.ebc.state_dict().items():
             table = by_name[key.split(".")[-2]]
             for shard in value.local_shards():
@@ -189,10 +190,18 @@ class StaticTables(nn.Module):
 
     def tensors(self) -> dict[str, Any]:
         """Weights and optimizer state, as live shards: what is saved by name."""
-        weights = {f"tables/{name}": value for name, value in self.ebc.state_dict().items()}
+        names = {module_name(table.name): table.name for table in self.tables}
+
+        def readable(name: str) -> str:
+            """embedding_bags.t_<quoted>.weight and t_<quoted>.momentum1 with the table's own name."""
+            return ".".join(names.get(part, part) for part in name.split("."))
+
+        weights = {f"tables/{readable(name)}": value for name, value in self.ebc.state_dict().items()}
         state = self.ebc.fused_optimizer.state_dict()["state"]
         return weights | {
-            f"tables.optimizer/{name}/{key}": value for name, one in state.items() for key, value in one.items()
+            f"tables.optimizer/{readable(name)}/{readable(key)}": value
+            for name, one in state.items()
+            for key, value in one.items()
         }
 
     def restart(self) -> None:
@@ -220,7 +229,7 @@ def _output_keys(
     owner = {feature: table for table in tables for feature in table.features}
     assert sorted(owner) == sorted(id_names), "a group of tables covers every id feature once"
     shared = {name: sum(name in table.features for table in all_tables) > 1 for name in id_names}
-    return [f"{name}@{owner[name].name}" if shared[name] else name for name in id_names]
+    return [f"{name}@{module_name(owner[name].name)}" if shared[name] else name for name in id_names]
 
 
 class RowWiseSharder(EmbeddingBagCollectionSharder):

@@ -84,9 +84,16 @@ def copied(columns: Columns) -> ColumnSource:
     )
 
 
+def folder_name(table: str) -> str:
+    """The name of a table's folder: quoted as in a URL, with dots where there is nothing else, as a folder may not be
+    called `..`; % for a table without a name."""
+    quoted = quote(table, safe="")
+    return quoted if quoted.strip(".") else quoted.replace(".", "%2E") or "%"
+
+
 def file_name(kind: str, table: str, rank: int, ranks: int) -> str:
     """kind: rows, waiting (ids that the admission filter counts) or gone (ids whose rows were given up)."""
-    return f"{kind}/{quote(table, safe='')}/{rank:05d}-of-{ranks:05d}.parquet"
+    return f"{kind}/{folder_name(table)}/{rank:05d}-of-{ranks:05d}.parquet"
 
 
 def write_columns(storage: Storage, path: str, source: ColumnSource, ranks: int) -> None:
@@ -223,7 +230,7 @@ def files_of(storage: Storage, kind: str, table: str, process: Process) -> list[
 
     Raises CheckpointError: they are not one file of each rank of one save.
     """
-    folder = f"{kind}/{quote(table, safe='')}"
+    folder = f"{kind}/{folder_name(table)}"
     names = storage.names(folder)
     if names != [file_name(kind, table, rank, len(names)).rpartition("/")[2] for rank in range(len(names))]:
         raise CheckpointError(f"{storage.name}/{folder} holds {', '.join(names)}; expected one file of each rank")

@@ -29,6 +29,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from distributed.ages import least, unpacked
 from distributed.host_manager import HostManager
+from distributed.module_names import module_name
 from embedding.alpt import RowsAhead
 from embedding.cached_table import CachedTable, make_table
 from embedding.errors import CacheFull, TableFull
@@ -114,7 +115,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     def __init__(self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None):
         super().__init__(config, pg, device)
         fused = config.fused_params or {}
-        configs = {table.name: table for table in fused["table_configs"]}
+        configs = {module_name(table.name): table for table in fused["table_configs"]}
         self._device_of_rows = device
         self.tables = [make_table(configs[table.name], device) for table in config.embedding_tables]
         self.names = [table.name for table in config.embedding_tables]

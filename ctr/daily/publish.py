@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,7 @@ from distributed.checkpoint_manifest import MANIFEST, read_manifest, read_traini
 from distributed.checkpoint_tables import TableParts, describe_tables
 from distributed.first_rank import on_first_rank
 from distributed.process import Process
-from distributed.table_files import ColumnSource, copied, files_of, read_columns, rows_of
+from distributed.table_files import ColumnSource, copied, files_of, folder_name, read_columns, rows_of
 
 FOLDER = "published"
 READER = "published"  # of ids that tables gave up
@@ -149,7 +148,7 @@ class Publisher:
 
     def _is_whole(self, folder: Storage, kind: str, table: str) -> bool:
         """Whether all ranks that saved knew."""
-        names = folder.names(f"{kind}/{quote(table, safe='')}")
+        names = folder.names(f"{kind}/{folder_name(table)}")
         return bool(names) and len(names) == int(names[0].removesuffix(".parquet").rpartition("-of-")[2])
 
     def _ids(self, folder: Storage, kind: str, table: str) -> torch.Tensor:

@@ -43,7 +43,7 @@ class FeatureConfig:
     missing: float = 0.0  # numeric null: the value the model sees, after the transform
     missing_id: int | None = None  # categorical null: this id; None gives an empty bag
     indicator: bool = False  # numeric: one more numeric column <name>_missing, 1 where the value was null
-    # none | log1p: sign(x) ln(1+|x|) | log2_square: ln(x)^2 where x > 2 | standardise: (x-mean)/std
+    # none | log1p: sign(x) ln(1+|x|) | log2_square: ln(x)^2 where x > 2 (natural) | standardise: (x-mean)/std
     # | min_max: (x-min)/(max-min) | bucketise: the number of boundaries <= x, as a categorical id
     transform: str = "none"
     mean: float = 0.0
@@ -183,6 +183,8 @@ def _resolved(feature: FeatureConfig) -> FeatureConfig:
         _check_numeric(where, feature)
     else:
         _check_categorical(where, feature)
+    if feature.table == "":
+        raise SchemaError(f"{where}: table is empty, expected a name, or null for that of the feature")
     categorical = feature.kind != "numeric" or feature.transform == "bucketise"
     missing_id = feature.missing_id
     if missing_id is not None:
@@ -191,7 +193,7 @@ def _resolved(feature: FeatureConfig) -> FeatureConfig:
         missing_id = missing_id - 2**64 if missing_id >= 2**63 else missing_id
     return replace(
         feature,
-        column=feature.column or feature.name,
+        column=feature.name if feature.column is None else feature.column,
         table=(feature.table or feature.name) if categorical else None,
         missing_id=missing_id,
         boundaries=list(feature.boundaries),

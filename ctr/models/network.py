@@ -15,11 +15,14 @@ from ctr.data.schema import Schema
 from ctr.models.batch_norm import BatchNorm
 from ctr.models.dropout import draw_masks, dropout_layers
 from ctr.models.instantiate import instantiate
+from ctr.models.numeric import Raw
 from ctr.models.tower import Fields, Tower
 from distributed.dynamic_tables import DynamicTables
+from distributed.no_tables import NoTables
 from distributed.plan import sums_are_smaller
 from distributed.sharding import Tables
 from distributed.static_tables import StaticTables
+from distributed.table_files import folder_name
 from embedding.config import (
     Admission,
     DynamicTableConfig,
@@ -31,6 +34,8 @@ from embedding.config import (
 )
 from embedding.errors import ConfigError
 from kernels.formats import PackedLayout, code_range, is_int
+
+LONGEST_NAME = 255  # bytes of one part of a path, on all usual file systems
 
 
 class Network(nn.Module):
@@ -81,7 +86,23 @@ def build_tower(config: Config, schema: Schema) -> Tower:
         return instantiate(config.numeric, "numeric", fields, dim)
 
     fields = Fields(tuple(schema.numeric_names), tuple(schema.id_names), embed_numeric)
-    return instantiate(config.model, "model", fields)
+    tower = instantiate(config.model, "model", fields)
+    if fields.numeric and isinstance(embed_numeric(len(fields.numeric), 1), Raw):
+        _check_raw(tower, fields, config)
+    return tower
+
+
+def _check_raw(tower: Tower, fields: Fields, config: Config) -> None:
+    """Raise ConfigError where a tower has no use for values that are no vectors."""
+    numeric = torch.ones(4, len(fields.numeric), requires_grad=True)
+    embeddings = {group: torch.ones(4, len(fields.ids), dim) for group, dim in tower.embedding_dims.items()}
+    logits = tower.eval()(numeric, embeddings)
+    tower.train()
+    if not logits.requires_grad or torch.autograd.grad(logits.sum(), numeric, allow_unused=True)[0] is None:
+        raise ConfigError(
+            f"numeric.target is {config.numeric['target']}, but {config.model['target']} never reads numbers "
+            f"without a vector ({fields.numeric[0]!r} and all others would be dropped); set another numeric=, as scaled"
+        )
 
 
 def build_tables(config: Config, schema: Schema, tower: Tower) -> Tables:
@@ -107,6 +128,8 @@ def build_tables(config: Config, schema: Schema, tower: Tower) -> Tables:
     )
     # A bag of at most one id needs no average.
     averaged = [f.name for f in schema.categorical if f.kind in ("ids", "sequence") and f.pooling == "mean"]
+    if not schema.id_names and embedding.kind in ("static", "dynamic"):
+        return NoTables(tower.embedding_dims)
     if embedding.kind == "static":
         groups = {
             group: [
@@ -125,6 +148,7 @@ def build_tables(config: Config, schema: Schema, tower: Tower) -> Tables:
         return StaticTables(groups, schema.id_names, embedding.rows, optimizer, seed, schema.weighted, averaged)
     if embedding.kind == "dynamic":
         _check_exceptions(embedding.formats or {}, tower, schema)
+        _check_names(schema)
         tables = [_dynamic_table(config, tower, optimizer, t, tuple(f)) for t, f in schema.tables.items()]
         if embedding.alpt.every is not None and not any(table.learns_steps for table in tables):
             raise ConfigError(
@@ -204,6 +228,18 @@ def _group(config: Config, table: str, name: str, dim: int) -> Group:
         scale = (shared * code_range(format)[1]) ** -0.5 if shared else 1.0
         learned = StepOptimizer(alpt.lr, alpt.weight_decay, scale)
     return Group(name, dim, embedding.init_std, format, embedding.rounding, step, learned)
+
+
+def _check_names(schema: Schema) -> None:
+    """Raise ConfigError for a table that has no folder's name in saved states."""
+    for table, features in schema.tables.items():
+        length = len(folder_name(table))
+        if length > LONGEST_NAME:
+            raise ConfigError(
+                f"data.schema.features: the table of {features[0]!r} is saved in a folder of its name, which takes "
+                f"{length} bytes; expected at most {LONGEST_NAME}: give the feature a shorter name (its column keeps "
+                "its own) or table"
+            )
 
 
 def _check_exceptions(formats: dict[str, str], tower: Tower, schema: Schema) -> None:

@@ -162,5 +162,5 @@ def _take_shards(trainer: Trainer, saved: Saved, old_names: Mapping[str, str], w
 
 def _label(name: str) -> str:
     """tables/embedding_bags.C1_v.weight -> C1_v; tables/others -> others."""
-    path = name.partition("/")[2].split(".")
-    return path[min(1, len(path) - 1)]
+    path = name.partition("/")[2]
+    return path.partition(".")[2].rpartition(".")[0] or path
