@@ -33,7 +33,7 @@ class NoTables(nn.Module):
         empty = torch.empty(ids.stride(), 0, device=ids.values().device)
         return {group: empty.view(len(empty), 0, 1).expand(-1, -1, dim) for group, dim in self.groups.items()}
 
-    def prepare(self, ids: KeyedJaggedTensor, now: int) -> None:
+    def prepare(self, ids: KeyedJaggedTensor, now: int, times: Tensor | None = None) -> None:
         """Nothing to send."""
 
     def send_prepared(self) -> None:
@@ -58,7 +58,7 @@ class NoTables(nn.Module):
     def fill(self) -> None:
         """No first rows."""
 
-    def begin_step(self, now: int, learn_steps: bool = False) -> None:
+    def begin_step(self, now: int, learn_steps: bool = False, times: Tensor | None = None) -> None:
         """No rows to touch."""
 
     def begin_period(self) -> None:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from pyarrow import types
 
 from ctr.data import columns
-from ctr.data.schema import FeatureConfig
+from ctr.data.schema import LARGEST, FeatureConfig
 
 
 @dataclass
@@ -135,7 +135,8 @@ def _item_weights(feature, weights, lengths, problems) -> tuple[np.ndarray, np.n
         values, there = columns.floats(items)
         values = values.astype(np.float32)
         parts.append(values)
-        finite.append(np.isfinite(values) if there is None else np.isfinite(values) & there)
+        fine = np.abs(values) <= LARGEST
+        finite.append(fine if there is None else fine & there)
     parts, finite = np.concatenate(parts), np.concatenate(finite)
     uneven = found != lengths
     if uneven.any():
@@ -147,7 +148,9 @@ def _item_weights(feature, weights, lengths, problems) -> tuple[np.ndarray, np.n
         rows = np.zeros(len(lengths), bool)
         rows[_row_of(found, ~finite)] = True
         value = parts[np.flatnonzero(~finite)[0]]
-        problems.append(BagProblem(rows, f"{value} or null", "finite weights", feature.weights))
+        problems.append(
+            BagProblem(rows, f"{value} or null", f"finite weights, at most {LARGEST:.0e} either way", feature.weights)
+        )
         bad |= rows
     out = np.zeros(int(lengths.sum()), np.float32)
     out[np.repeat(~uneven, lengths)] = parts[np.repeat(~uneven, found)]

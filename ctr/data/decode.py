@@ -14,7 +14,7 @@ from ctr.data.errors import DataError
 from ctr.data.footers import RowGroups
 from ctr.data.lanes import Span
 from ctr.data.row_groups import RowGroup, Unreadable
-from ctr.data.schema import FeatureConfig, Schema
+from ctr.data.schema import LARGEST, FeatureConfig, Schema
 from ctr.data.times import DAY, advice, described, far_ahead, refuse_unit, unit_of
 from ctr.data.transforms import bucket, transform
 from ctr.data.window import GOOD, REASONS, Buffers, Window
@@ -274,10 +274,10 @@ def _label(chunk: _Chunk, arrays: Arrays, i: int, name: str) -> None:
 
 def _weight(chunk: _Chunk, arrays: Arrays) -> None:
     values, there = _values([columns.floats(array) for array in arrays])
-    fine = np.isfinite(values) & (values >= 0)
+    fine = (values <= LARGEST) & (values >= 0)
     fine = fine if there is None else fine & there
     if not fine.all():
-        expected = "a finite number of at least 0"
+        expected = f"a finite number of at least 0 and at most {LARGEST:.0e}"
         chunk.mark(~fine, "weight", chunk.decoder.schema.weight, expected, _finder(values, there))
     if chunk.decoder.groups.weight is not None:
         values = values * chunk.group_weights()
@@ -326,9 +326,12 @@ def _numeric(chunk: _Chunk, arrays: Arrays, row: int, feature: FeatureConfig) ->
             values = transform(feature, stored).astype(np.float32)
     if there is not None:
         values = columns.filled(values, there, feature.missing)
-    finite = np.isfinite(values)
-    if not finite.all():
-        chunk.mark(~finite, "numeric", feature.column, "a finite number", _finder(stored))
+    fine = np.abs(values) <= LARGEST
+    if not fine.all():
+        expected = f"a finite number, at most {LARGEST:.0e} either way"
+        if feature.transform != "none":
+            expected += f" after {feature.transform}"
+        chunk.mark(~fine, "numeric", feature.column, expected, _finder(stored))
     chunk.deliver(values, "numeric", row)
     if feature.indicator:
         absent = np.zeros(len(values), np.float32) if there is None else (~there).astype(np.float32)

@@ -22,6 +22,7 @@ from ctr.data.times import TimeRule
 KINDS = ("numeric", "id", "ids", "sequence")
 DTYPES = ("int", "hex", "string")
 POOLINGS = ("mean", "sum")
+LARGEST = 1e18  # of numbers that models read and of weights; the square of a larger one overflows float32
 TRANSFORMS = ("none", "log1p", "log2_square", "standardise", "min_max", "bucketise")
 
 
@@ -227,6 +228,8 @@ def _check_numeric(where: str, feature: FeatureConfig) -> None:
     for key in ("missing", "mean", "std", "min", "max"):
         if not math.isfinite(getattr(feature, key)):
             raise SchemaError(f"{where}: {key} {getattr(feature, key)}, expected a finite number")
+    if abs(feature.missing) > LARGEST:
+        raise SchemaError(f"{where}: missing {feature.missing}, expected at most {LARGEST:.0e} either way")
     if feature.std <= 0:
         raise SchemaError(f"{where}: std {feature.std}, expected more than 0")
     if feature.min >= feature.max:
