@@ -270,8 +270,7 @@ class DynamicTables(nn.Module):
 
     def owned(self) -> dict[str, DynamicTable]:
         """This rank's part of each table, after sharding."""
-        found = {n: t for kernel in self._kernels() for n, t in zip(kernel.names, kernel.tables, strict=True)}
-        return {table.name: found[module_name(table.name)] for table in self.tables}
+        return self._by_table([kernel.tables for kernel in self._kernels()])
 
     def begin_step(self, now: int, learn_steps: bool = False, times: Tensor | None = None) -> None:
         """Set the time of the coming training step, in seconds, with which its rows are touched.
@@ -324,8 +323,13 @@ class DynamicTables(nn.Module):
         return {name: counted.stats for name, counted in self._counted().items()}
 
     def _counted(self) -> dict[str, Counted]:
-        found = {n: c for kernel in self._kernels() for n, c in zip(kernel.names, kernel.counted(), strict=True)}
-        return {table.name: found[table.name] for table in self.tables}
+        return self._by_table([kernel.counted() for kernel in self._kernels()])
+
+    def _by_table(self, of_kernels: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """Return what the kernels have for each of their tables, by the tables' names and in their order."""
+        names = [name for kernel in self._kernels() for name in kernel.names]
+        found = dict(zip(names, [one for values in of_kernels for one in values], strict=True))
+        return {table.name: found[module_name(table.name)] for table in self.tables}
 
     def cache_stats(self) -> CacheStats | None:
         """Of this rank, since the last call; None if tables have no cache. As for `stats`, at any time."""
