@@ -37,6 +37,7 @@ class DailyConfig:
     rollback_to: str | None = None
     keep_days: int = 7
     full_every: int = 7
+    publish_to: str | None = None
     report: bool = True
     watch: bool = False
     marker: str | None = "_SUCCESS"

@@ -133,6 +133,8 @@ class Daily(Trainer):
             elif at_its_end:
                 self.publisher.follow()
             self._weigh_published(len(records), records[-1])
+        else:
+            self.publisher.check_free()
         if self.process.is_main and self.records:
             self._tell()
 

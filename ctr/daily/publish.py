@@ -1,4 +1,5 @@
-"""Models for serving: `published/` in the run folder, a whole model now and then and what has changed in between.
+"""Models for serving: `published/` in the run folder, or where `daily.publish_to` says. A whole model now and then, and
+what has changed in between.
 
 A publication is a folder in the form of a saved model (docs/checkpoints.md), called as its partition. One with changes
 has the rows touched since the publication before, the ids given up since (`gone/`), and the whole dense side; its
@@ -7,6 +8,7 @@ manifest's chain names what it builds on. `latest` names the chain that is to be
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,18 +21,23 @@ from ctr.config import Config
 from ctr.daily.latest import LATEST, OF_A_MODEL, chain_of, write_latest
 from ctr.data.day_folders import KEY
 from ctr.models.network import Network
-from distributed.checkpoint import CheckpointError, Saved, clean, discard, save
+from ctr.targets import check_place
+from distributed.checkpoint import DELETED, PARTIAL, REPLACED, CheckpointError, Saved, clean, discard, save
 from distributed.checkpoint_dense import save_tensors
 from distributed.checkpoint_files import Storage
 from distributed.checkpoint_manifest import MANIFEST, read_manifest, read_training
 from distributed.checkpoint_tables import TableParts, describe_tables
 from distributed.first_rank import on_first_rank
+from distributed.locations import missing_bucket
 from distributed.process import Process
 from distributed.table_files import ColumnSource, copied, files_of, folder_name, read_columns, rows_of
+from embedding.errors import ConfigError
 
 FOLDER = "published"
 READER = "published"  # of ids that tables gave up
 TOUCHED, GIVEN_UP = "touched", "given_up"  # kinds of files of a state: what is not published yet
+MARKED = "|".join(map(re.escape, (PARTIAL, REPLACED, DELETED)))
+OF_PUBLICATIONS = re.compile(rf"({MARKED})?({LATEST}|{KEY.pattern})")  # names that a run's publications may have
 LEFT_OUT = ("state", "row", "period")  # columns of rows that serving has no use for
 
 
@@ -38,12 +45,37 @@ class Publisher:
     """Publishes the live model, and remembers what has changed since, also over restarts."""
 
     def __init__(self, run_dir: Path, config: Config, network: Network, process: Process) -> None:
-        self.root = Storage(run_dir / FOLDER)
+        self.root = publications_of(config, run_dir)
         self._config, self._network, self._process = config, network, process
         self._marks: dict[str, int] = {}
-        if process.is_main:
+        on_first_rank(process, self._make_place)
+
+    def _make_place(self) -> None:
+        """Make the folder of publications, and remove what a killed job has left half written in it.
+
+        Raises ConfigError: `daily.publish_to` cannot be written to, lies in the data, or holds files of others.
+        """
+        chosen = self._config.daily.publish_to
+        if chosen is None:
             self.root.make()
-            clean(self.root)
+        else:
+            check_publish_to(chosen, self._config.data.path)
+        clean(self.root)
+
+    def check_free(self) -> None:
+        """Refuse a `daily.publish_to` that another run publishes to. Called where this run has published nothing.
+
+        Raises ConfigError, on all ranks.
+        """
+
+        def check() -> None:
+            if self._config.daily.publish_to is not None and self.root.exists(LATEST):
+                raise ConfigError(
+                    f"daily.publish_to {self.root.name} holds publications, and this run has published none; "
+                    "expected a place of its own for each run"
+                )
+
+        on_first_rank(self._process, check)
 
     def next_kind(self, records: Sequence[Mapping[str, Any]]) -> str:
         """full or delta: by schedule, and full where changes would not do: without dynamic tables, on other ranks than
@@ -164,6 +196,34 @@ class Publisher:
         except CheckpointError:
             return None
         return sum(file["bytes"] for file in manifest["files"].values())
+
+
+def publications_of(config: Config, run_dir: Path) -> Storage:
+    """Where the publications of a run lie."""
+    return Storage(config.daily.publish_to or run_dir / FOLDER)
+
+
+def check_publish_to(place: str, data: str) -> None:
+    """Make the place that the user has chosen for publications.
+
+    Raises ConfigError: it cannot be written to, lies in the data, or holds something else.
+    """
+    root = Storage(place)
+    try:
+        if "://" not in place:
+            check_place(Path(place), "daily.publish_to", [data])
+        elif bucket := missing_bucket(place):
+            raise ConfigError(f"daily.publish_to {place}: there is no bucket {bucket}")
+        root.make()
+        names = root.names()
+    except OSError as error:
+        raise ConfigError(f"daily.publish_to {place} cannot be written to: {error.strerror or error}") from None
+    for name in names:
+        if not OF_PUBLICATIONS.fullmatch(name):
+            raise ConfigError(
+                f"daily.publish_to {place} holds {name}, which no run has published; expected a new folder, an empty "
+                "one or the publications of this run"
+            )
 
 
 def point(

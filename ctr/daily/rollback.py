@@ -11,7 +11,7 @@ from typing import Any
 
 from ctr.config import Config
 from ctr.daily.latest import chain_of
-from ctr.daily.publish import FOLDER, point
+from ctr.daily.publish import point, publications_of
 from ctr.daily.records import FOLDER as DAYS_FOLDER
 from ctr.daily.records import TRAINED, clear_day, records_of, write_records
 from ctr.data.day_folders import KEY
@@ -37,14 +37,14 @@ def roll_back(config: Config, process: Process, say: Callable[[str], None]) -> N
     """
     run_dir, key = Path(config.trainer.run_dir), config.daily.rollback_to
     root = Storage(config.trainer.checkpoint.folder or run_dir / "checkpoints")
-    held: list[FolderLock] = []
+    published, held = publications_of(config, run_dir), []
     on_first_rank(process, lambda: held.append(FolderLock(run_dir)))
     name, records = on_first_rank(process, lambda: _find(root, key))
     open_saved(root.below(name), process)
-    on_first_rank(process, lambda: _check_published(run_dir, records))
+    on_first_rank(process, lambda: _check_published(published, records))
     if process.is_main:
         _remove_newer(run_dir, root, name, key)
-        point(Storage(run_dir / FOLDER), records, config.daily.keep_days, say)
+        point(published, records, config.daily.keep_days, say)
         write_records(run_dir, records)
         kept = {record["partition"] for record in records}
         for partition in {folder.name for folder in (run_dir / DAYS_FOLDER).iterdir()} - kept:
@@ -74,9 +74,9 @@ def _find(root: Storage, key: str) -> tuple[str, list[dict[str, Any]]]:
     )
 
 
-def _check_published(run_dir: Path, records: list[dict[str, Any]]) -> None:
+def _check_published(published: Storage, records: list[dict[str, Any]]) -> None:
     for name in chain_of(records):
-        read_manifest(Storage(run_dir / FOLDER / name))
+        read_manifest(published.below(name))
 
 
 def _remove_newer(run_dir: Path, root: Storage, name: str, key: str) -> None:
