@@ -124,3 +124,37 @@ def test_they_agree_with_learned_others_and_sums_of_owners(tmp_path, data):
     rows = joined(on_ranks(1, train, data, str(tmp_path / "rows"), others))
     sums = joined(on_ranks(2, train, data, str(tmp_path / "sums"), (*others, "embedding.bag_path=always")))
     agree(sums, rows)
+
+
+def one_step(process, data: str, run_dir: str) -> dict[tuple[str, int], tuple[torch.Tensor, int]]:
+    """One step of SGD at rate 1 on the first day: (table, id) -> values and count of this rank's rows."""
+    fixed = ["data.schema.time=time", "data.valid=null", "data.test=null", "data.lanes=6", "trainer.device=cpu"]
+    sgd = ["optimizer.sparse.name=sgd", "optimizer.sparse.lr=1", f"trainer.batch_size={ROWS}", "trainer.threads=1"]
+    paths = [f"data.path={data}", f"trainer.run_dir={run_dir}", "data.days=[2026-01-01]", "model.hidden=[16]"]
+    config = load_config([SCHEMA, *fixed, *sgd, *paths], "")
+    trainer = Trainer(config, process)
+    trainer.train_step(next(iter(trainer.readers["train"].epoch(0))))
+    trainer.log.close()
+    return {
+        (name, int(i)): (values, int(count))
+        for name, table in trainer.tables.owned().items()
+        for batch in table.export_rows()
+        for i, values, count in zip(batch.ids, batch.values, batch.count, strict=True)
+    }
+
+
+def test_rows_seen_once_are_the_same_on_one_and_two_ranks(tmp_path, data):
+    """No sum over ranks is behind them, and multiplying by two and dividing again rounds nothing; docs/tables.md."""
+    one, two, three = (
+        {key: row for part in on_ranks(world, one_step, data, str(tmp_path / str(world))) for key, row in part.items()}
+        for world in (1, 2, 3)
+    )
+    once = [key for key, (_, count) in one.items() if count == 1]
+    often = [key for key, (_, count) in one.items() if count > 20]
+    assert len(once) > 30 and len(often) > 5
+    for key in once:
+        torch.testing.assert_close(two[key][0], one[key][0], rtol=0, atol=0)
+    for key in often:
+        torch.testing.assert_close(two[key][0], one[key][0], rtol=0, atol=1e-6)
+    for key, (values, _) in one.items():
+        torch.testing.assert_close(three[key][0], values, rtol=0, atol=1e-6)
