@@ -67,7 +67,7 @@ def test_ids_are_merged_with_one_wait_for_each_table(monkeypatch):
     ]
     tables, batch = DynamicTables(configs, FIELDS, 100, ["b"]), batch_of()
     with on_gpu(monkeypatch, batch) as (there, pretended):
-        asked, index = tables._distinct(there.ids)
+        asked, index = tables._distinct(there.ids, None)
         assert pretended.waits == len(configs)
         rows = torch.rand(asked.values().numel(), 5, device=GPU)
         sums, _ = tables._pool(rows, index, there.ids)  # here the interpreter looks for faults
@@ -76,7 +76,7 @@ def test_ids_are_merged_with_one_wait_for_each_table(monkeypatch):
         assert pretended.waits == 0
         found = [asked.values().cpu(), asked.lengths().cpu(), index.cpu(), scaled.cpu()]
         rows = rows.cpu()
-    asked, index = tables._distinct(batch.ids)
+    asked, index = tables._distinct(batch.ids, None)
     sums, _ = tables._pool(rows, index, batch.ids)
     scale = scale_to_mean(batch.ids, OnDevice([False, True, False])).t().unsqueeze(2)
     assert all(map(torch.equal, found[:3], (asked.values(), asked.lengths(), index)))
