@@ -76,7 +76,7 @@ def add_to_reservoir(
     rows = rows.sort_by([(PRIORITY, "ascending"), (PARTITION, "ascending")]).slice(0, size)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
-    pq.write_table(rows, partial, row_group_size=ROW_GROUP_ROWS)
+    pq.write_table(rows, partial, row_group_size=ROW_GROUP_ROWS, write_page_checksum=True)
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, output)

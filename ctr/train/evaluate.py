@@ -166,7 +166,7 @@ class _PredictionWriter:
         for column in self._slices:
             table = table.append_column(column.field, column.values(batch))
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._partial, table.schema)
+            self._writer = pq.ParquetWriter(self._partial, table.schema, write_page_checksum=True)
         self._writer.write_table(table)
 
     def close(self) -> None:

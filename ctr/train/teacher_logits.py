@@ -108,7 +108,7 @@ def read_logits(folder: Path, split: str, rows: int) -> Tensor:
     if not files:
         raise TesseraError(f"{folder} holds no predictions of {split}")
     for path in files:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if not {"row", "logit"} <= set(file.schema_arrow.names):
                 raise TesseraError(f"{path}: found no columns row and logit; the reader did not number rows")
             for batch in file.iter_batches(columns=["row", "logit"]):

@@ -56,5 +56,5 @@ def test_what_cannot_work_is_one_line():
         tables_of("embedding.format=int8", "optimizer.sparse.name=ftrl")
     with pytest.raises(ConfigError, match="embedding.alpt.every is 1, but no group has a step size to learn"):
         tables_of("embedding.alpt.every=1")
-    with pytest.raises(ConfigError, match="optimizer.state_format is 'bf16'; expected fp32 for rowwise_adagrad"):
+    with pytest.raises(ConfigError, match="optimizer.sparse.state_format is bf16, which only adam reads"):
         tables_of("optimizer.sparse.state_format=bf16")

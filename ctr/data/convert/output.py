@@ -132,7 +132,9 @@ class _Part:
         self.rows = 0
         self.waiting: list[pa.Table] = []
         self.waiting_rows = 0
-        self.file = pq.ParquetWriter(path, schema, compression=writing.compression, use_dictionary=dictionary)
+        self.file = pq.ParquetWriter(
+            path, schema, compression=writing.compression, use_dictionary=dictionary, write_page_checksum=True
+        )
 
     def append(self, table: pa.Table) -> None:
         self.waiting.append(table)

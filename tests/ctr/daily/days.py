@@ -66,7 +66,12 @@ def write_day(folder: Path, day: int, rows: int = 300, flipped: float = 0.0, see
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     for part, (begin, count) in enumerate(((0, rows // 3), (rows // 3, rows - rows // 3))):
-        pq.write_table(table.slice(begin, count), path / f"part-{part}.parquet", row_group_size=max(1, rows // 5))
+        pq.write_table(
+            table.slice(begin, count),
+            path / f"part-{part}.parquet",
+            row_group_size=max(1, rows // 5),
+            write_page_checksum=True,
+        )
     return path
 
 

@@ -174,6 +174,20 @@ def test_a_corrupt_page_is_named_or_its_row_group_dropped(tmp_path, world_size, 
     assert sorted(numbers) == sorted([*range(600), *range(200), *range(400, 600)]) and dropped == 200
 
 
+def test_a_flipped_bit_is_named_where_pages_have_checksums(tmp_path):
+    """Without them other values would be trained."""
+    columns = {"label": np.arange(100) % 2, "user": np.arange(100)}
+    path = write(tmp_path / "d", columns, use_dictionary=False, compression="none", write_page_checksum=True)
+    chunk = pq.ParquetFile(f"{path}/part-0.parquet").metadata.row_group(0).column(1)
+    with open(f"{path}/part-0.parquet", "r+b") as stored:
+        stored.seek(chunk.data_page_offset + chunk.total_compressed_size - 3)
+        before = stored.read(1)
+        stored.seek(-1, 1)
+        stored.write(bytes([before[0] ^ 1]))
+    message = message_of(DataError, path, features("user"), lanes=2)
+    assert "part-0.parquet row group 0: cannot be decoded: could not verify page integrity" in message
+
+
 def test_a_window_without_a_single_good_row(tmp_path):
     user = np.random.default_rng(0).integers(0, 2**62, 40)
     columns = table(user=user, **{k: v[:40] for k, v in table().items() if k != "user"})

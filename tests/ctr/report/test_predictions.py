@@ -34,6 +34,18 @@ def test_weights_are_kept_where_only_some_files_differ_from_one(tmp_path):
     np.testing.assert_array_equal(read_predictions(tmp_path)["test"].weight, [1, 1, 1, 1, 1, 2, 0.5, 1, 1])
 
 
+def test_a_flipped_bit_is_named_where_pages_have_checksums(tmp_path):
+    values = {name: pa.array(one) for name, one in columns(0, 50).items()}
+    options = {"use_dictionary": False, "compression": "none", "write_page_checksum": True}
+    pq.write_table(pa.table(values), tmp_path / "a.parquet", **options)
+    chunk = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0).column(0)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[chunk.data_page_offset + chunk.total_compressed_size - 3] ^= 1
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(DataError, match="a.parquet: cannot be read as parquet"):
+        read_predictions(tmp_path)
+
+
 def test_a_file_without_rows_and_other_files_are_passed_over(tmp_path):
     write_predictions(tmp_path, "a.parquet", columns(0, 5))
     write_predictions(tmp_path, "b.parquet", columns(0, 0))

@@ -45,7 +45,9 @@ def write_data(folder: Path, rows: int, valid: int = 200, seed: int = 0, extra: 
         )
         if extra:
             table = table.append_column(extra, pa.array(generator.integers(0, 50, count)))
-        pq.write_table(table, folder / name / "part.parquet", row_group_size=max(1, rows // 20))
+        pq.write_table(
+            table, folder / name / "part.parquet", row_group_size=max(1, rows // 20), write_page_checksum=True
+        )
     return folder
 
 
