@@ -1,5 +1,6 @@
 """Where data sets lie: folders, files, days, and file systems that are not this machine's disk."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -95,10 +96,10 @@ def test_an_unknown_scheme_is_named():
 
 
 OPENED = """
-import resource, sys
+import json, resource, sys
 from ctr.data.reader import ParquetReader
 from tests.ctr.data.rows import features, taken_apart
-reader = ParquetReader(sys.argv[1], features("row"), 100, **eval(sys.argv[3]))
+reader = ParquetReader(sys.argv[1], features("row"), 100, **json.loads(sys.argv[3]))
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]),) * 2)
 rows = [row["ids"]["row"][0] for batch in reader.epoch(0) for row in taken_apart(batch)]
 assert sorted(rows) == list(range(reader.rows)), len(rows)
@@ -113,7 +114,7 @@ def test_more_files_are_read_than_may_be_open(tmp_path, options):
     path = write(tmp_path / "many", *(table(first, 5) for first in range(0, 2500, 5)))
     root, said = Path(__file__).resolve().parents[3], []
     for limit in (200, 900):
-        command = [sys.executable, "-c", OPENED, path, str(limit), repr(options)]
+        command = [sys.executable, "-c", OPENED, path, str(limit), json.dumps(options)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
         assert done.returncode == 0, done.stderr[-2000:]
         said.append(done.stdout)
@@ -122,7 +123,7 @@ def test_more_files_are_read_than_may_be_open(tmp_path, options):
 
 def test_too_few_open_files_are_named_with_the_keys_that_need_them(tmp_path):
     path = write(tmp_path / "many", *(table(first, 5) for first in range(0, 300, 5)))
-    command = [sys.executable, "-c", OPENED, path, "20", "{'lanes': 1}"]
+    command = [sys.executable, "-c", OPENED, path, "20", '{"lanes": 1}']
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
     line = done.stderr.splitlines()[-1]

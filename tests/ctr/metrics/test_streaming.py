@@ -251,7 +251,7 @@ def _rank(rank, world, store, out):
 @pytest.mark.parametrize("world", [2, 3])
 def test_many_ranks_equal_one(tmp_path, world):
     mp.spawn(_rank, args=(world, tmp_path / "store", tmp_path), nprocs=world, join=True)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     alone = feed(StreamingMetrics(), ranks_batches()).compute()
     assert all(one == ranks[0] for one in ranks) and ranks[0]["collectives"] == 2
     assert ranks[0]["result"] == pytest.approx(alone, rel=1e-12)
