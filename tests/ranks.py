@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver
@@ -61,17 +62,33 @@ def _rank(rank: int, world: int, environment: dict[str, str], function: Callable
     return result
 
 
-def run_script(script: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
-    """`python script arguments...` from the repository's root, in a process that has imported all."""
+def run_script(script: str, *arguments: str, world: int = 1, timeout: float = 120) -> subprocess.CompletedProcess:
+    """`python script arguments...` from the repository's root, in processes that have imported all.
+
+    world: how many ranks, as torchrun would start them, but for its own words. The status is the first that is not 0.
+    """
+    command, environments = [script, *arguments], [dict(os.environ)]
+    if world > 1:
+        numbers = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+        environments = [{**os.environ, **numbers, **meeting, **rank} for rank in ranks]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        child = _context().Process(target=_script, args=([script, *arguments], dict(os.environ), out, err))
-        child.start()
-        child.join(timeout)
-        if child.exitcode is None:
+        children = [_context().Process(target=_script, args=(command, one, out, err)) for one in environments]
+        for child in children:
+            child.start()
+        end = time.monotonic() + timeout
+        for child in children:
+            child.join(max(0.0, end - time.monotonic()))
+        late = [child for child in children if child.exitcode is None]
+        for child in late:
             child.kill()
-            raise subprocess.TimeoutExpired([script, *arguments], timeout, out.read_text(), err.read_text())
-        return subprocess.CompletedProcess([script], child.exitcode, out.read_text(), err.read_text())
+        said = [path.read_text() if path.exists() else "" for path in (out, err)]
+        if late:
+            raise subprocess.TimeoutExpired(command, timeout, *said)
+        status = next((child.exitcode for child in children if child.exitcode), 0)
+        return subprocess.CompletedProcess(command, status, *said)
 
 
 def _script(command: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
@@ -79,7 +96,7 @@ def _script(command: list[str], environment: dict[str, str], out: Path, err: Pat
     os.environ.update(environment, OMP_NUM_THREADS="1")
     os.chdir(ROOT)
     for stream, path in ((sys.stdout, out), (sys.stderr, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 

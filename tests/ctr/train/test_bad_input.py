@@ -127,7 +127,7 @@ def test_a_loss_that_is_not_finite_names_the_module(tmp_path, run_dir):
 def test_more_ranks_than_row_groups_works(tmp_path, run_dir):
     (tmp_path / "train").mkdir()
     pq.write_table(table(), tmp_path / "train" / "part-0.parquet")
-    done = torchrun(2, *arguments(tmp_path, run_dir, "data.valid=train", "data.test=train"))
+    done = run_script(*arguments(tmp_path, run_dir, "data.valid=train", "data.test=train"), world=2)
     assert done.returncode == 0, done.stderr
     assert (run_dir / "report.html").exists()
 

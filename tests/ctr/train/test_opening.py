@@ -20,7 +20,7 @@ from tests.ctr.daily.days import command as daily_command
 from tests.ctr.daily.days import write_days
 from tests.ctr.train.states import arguments, newest, write_data
 from tests.distributed.crafted import mutations, pickled, reseal, write_manifest
-from tests.ranks import ROOT, on_ranks, run_script, torchrun
+from tests.ranks import ROOT, on_ranks, run_script
 
 MINE = "tests.ctr.train.foreign.Mine"
 SMALL = ["trainer.batch_size=100", "embedding=dynamic", "trainer.max_steps=6", "trainer.checkpoint.every=3"]
@@ -241,7 +241,7 @@ def test_the_full_state_below_all_deltas_is_damaged_on_two_ranks(made, tmp_path)
     options = train(made, tmp_path / "run", "trainer.checkpoint.full_every=9", "trainer.checkpoint.keep=9")
     assert script("train", *options).returncode == 0
     damage(tmp_path / "run" / "checkpoints" / folder_name(3))
-    done = torchrun(2, "scripts/train.py", *options, "trainer.resume=auto", "trainer.max_steps=12")
+    done = run_script("scripts/train.py", *options, "trainer.resume=auto", "trainer.max_steps=12", world=2)
     assert done.returncode != 0
     assert f"{folder_name(3)}, which it builds on" in done.stderr or "none of the states in" in done.stderr
     assert "none of the states in" in done.stderr.strip().splitlines()[-1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT, run_script, torchrun
+from tests.ranks import ROOT, run_script
 
 SHARED = Path(os.environ.get("TESSERA_SHARED", ROOT / ".." / "shared")) / "data"
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the small real data sets are not at {SHARED}")
@@ -30,7 +30,7 @@ def split_files(folder: Path) -> list[str]:
 def test_samples_train_end_to_end(tmp_path, kind, sample, rows, least_auc):
     prepare(kind, *split_files(SHARED / sample), "--output", str(tmp_path / "data"))
     options = [f"data={kind}", f"data.path={tmp_path}/data", f"trainer.run_dir={tmp_path}/run", *SMALL]
-    done = torchrun(2, "scripts/train.py", *options)
+    done = run_script("scripts/train.py", *options, world=2)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["rows"] == rows

@@ -9,13 +9,13 @@ from ctr.config import load_config
 from ctr.data.schema import Schema
 from ctr.models.network import build_tables, build_tower
 from tests.ctr.train.test_training import data, lines, train  # noqa: F401
-from tests.ranks import torchrun
+from tests.ranks import run_script
 
 LEARNED = ["embedding.others=learned", "embedding.admission.kind=exact", "embedding.admission.threshold=3"]
 
 
 def score(run: Path, output: Path) -> dict:
-    done = torchrun(2, "scripts/evaluate.py", str(run), "--split", "test", "--output", str(output))
+    done = run_script("scripts/evaluate.py", str(run), "--split", "test", "--output", str(output), world=2)
     assert done.returncode == 0, done.stderr
     return json.loads((output / "report.json").read_text())
 

@@ -33,7 +33,7 @@ def data(tmp_path_factory) -> Path:
 
 def train(run_dir: Path, data: Path, *overrides: str, world: int = 1) -> subprocess.CompletedProcess:
     arguments = ["scripts/train.py", *SMALL, f"data.path={data}", f"trainer.run_dir={run_dir}", *overrides]
-    return torchrun(world, *arguments) if world > 1 else run_script(*arguments)
+    return torchrun(world, *arguments) if world == 2 else run_script(*arguments, world=world)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(runs, world):
 def test_a_run_is_scored_again_on_another_number_of_ranks(runs, data, tmp_path):
     output = tmp_path / "scores"
     slices = ["--slice", "C2", "--slice", "new_ids"]
-    done = torchrun(2, "scripts/evaluate.py", str(runs[3]), "--split", "test", "--output", str(output), *slices)
+    done = run_script("scripts/evaluate.py", str(runs[3]), "--split", "test", "--output", str(output), *slices, world=2)
     assert done.returncode == 0, done.stderr
     again, first = (json.loads((folder / "report.json").read_text()) for folder in (output, runs[3]))
     assert again["rows"] == first["rows"]

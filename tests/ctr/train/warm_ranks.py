@@ -15,21 +15,27 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from tests.ranks import ROOT, _free_port
 
 
+@cache
+def _server() -> subprocess.Popen:
+    """One for all tests of this process: its imports take longer than most jobs. It ends with this process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "tests.ctr.train.warm_ranks"]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
 class WarmRanks:
-    """script: of scripts/, train or daily."""
+    """script: of scripts/, train or daily. Ranks have the environment that this process has when they start."""
 
     def __init__(self, script: str = "train") -> None:
-        self._script = script
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "tests.ctr.train.warm_ranks"]
-        self._server = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._script, self._pids = script, []
 
     def start(
         self,
@@ -41,6 +47,7 @@ class WarmRanks:
         hang: str | None = None,
         at: tuple | None = None,
         die: str | None = None,
+        plots: bool = False,
         **constants: float,
     ) -> list[int]:
         """Fork the ranks of the script. Returns their pids.
@@ -48,28 +55,36 @@ class WarmRanks:
         end: (step, signal, ranks): these ranks send themselves the signal behind the step. overlap: begin with the
         next batch while a step is trained, as on a GPU. hang: writing the file of this path never ends. at: (begin of
         a stage, signal or one of AT, ranks): this happens to these ranks when they come to the stage. die: a rank is
-        killed before it ends the file of this path, which may lie behind a URI. constants: of distributed/heartbeat.py.
+        killed before it ends the file of this path, which may lie behind a URI. plots: draw those of the report, which
+        takes longer than all else. constants: of distributed/heartbeat.py.
         """
         port = _free_port()
         command = {"script": self._script, "world": world, "arguments": arguments, "output": str(output), "port": port}
-        return self._ask(**command, end=end, overlap=overlap, hang=hang, at=at, die=die, constants=constants)
+        command |= {"end": end, "overlap": overlap, "hang": hang, "at": at, "die": die, "plots": plots}
+        self._pids = self._ask(**command, environment=dict(os.environ), constants=constants)
+        return self._pids
 
     def wait(self, seconds: float = 120.0) -> list[int | None]:
         """Exit statuses of the ranks started last, -9 for one that was killed; None for one that still runs."""
-        return self._ask(wait=seconds)
+        return self._ask(wait=seconds, pids=self._pids)
 
     def run(self, *arguments, **options) -> list[int | None]:
         self.start(*arguments, **options)
         return self.wait()
 
     def close(self) -> None:
-        self._server.stdin.close()
-        self._server.wait(60)
+        """End what still runs."""
+        if self._pids:
+            for pid, status in zip(self._pids, self.wait(0), strict=True):
+                if status is None:
+                    os.kill(pid, signal.SIGKILL)
+            self.wait()
 
     def _ask(self, **command) -> list:
-        self._server.stdin.write(json.dumps(command) + "\n")
-        self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        server = _server()
+        server.stdin.write(json.dumps(command) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
 
 
 def _fork_rank(rank: int, command: dict) -> int:
@@ -80,6 +95,8 @@ def _fork_rank(rank: int, command: dict) -> int:
     os.dup2(out, 1)
     os.dup2(out, 2)
     world = str(command["world"])
+    os.environ.clear()
+    os.environ.update(command["environment"], OMP_NUM_THREADS="1")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
     if command["world"] > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(command["port"]))
@@ -91,6 +108,8 @@ def _fork_rank(rank: int, command: dict) -> int:
 
     for name, value in command["constants"].items():
         setattr(heartbeat, name, value)
+    if not command["plots"]:
+        _draw_nothing()
     if command["end"]:
         _end_behind(*command["end"], rank)
     if command["overlap"]:
@@ -180,6 +199,15 @@ AT = {
 }
 
 
+def _draw_nothing() -> None:
+    from matplotlib.figure import Figure
+
+    def savefig(_figure, stream, **_options) -> None:
+        stream.write('<svg viewBox="0 0 1 1"></svg>')
+
+    Figure.savefig = savefig
+
+
 def _overlap() -> None:
     from ctr.train.trainer import Trainer
 
@@ -221,14 +249,16 @@ def _die(path: str) -> None:
     Storage.write = write_or_die
 
 
-def _wait(pids: list[int], seconds: float) -> list[int | None]:
-    statuses: dict[int, int] = {}
+def _wait(pids: list[int], seconds: float, statuses: dict[int, int]) -> list[int | None]:
+    """`statuses` of the ended are kept for the next wait: the system gives each but once."""
     end = time.monotonic() + seconds
-    while len(statuses) < len(pids) and time.monotonic() < end:
+    while True:
         for pid in set(pids) - set(statuses):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 statuses[pid] = os.waitstatus_to_exitcode(status)
+        if set(pids) <= set(statuses) or time.monotonic() >= end:
+            break
         time.sleep(0.005)
     return [statuses.get(pid) for pid in pids]
 
@@ -238,13 +268,15 @@ def _serve() -> None:
     import ctr.models.deepfm
     import ctr.train.trainer  # noqa: F401
 
-    answers, pids = os.fdopen(os.dup(1), "w"), []
+    answers, statuses = os.fdopen(os.dup(1), "w"), {}
     for line in sys.stdin:
         command = json.loads(line)
         if "wait" in command:
-            answer = _wait(pids, command["wait"])
+            answer = _wait(command["pids"], command["wait"], statuses)
         else:
-            answer = pids = [_fork_rank(rank, command) for rank in range(command["world"])]
+            answer = [_fork_rank(rank, command) for rank in range(command["world"])]
+            for pid in answer:  # an earlier child may have had it
+                statuses.pop(pid, None)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
