@@ -76,8 +76,12 @@ def rows_of_state(state: Path, kind: str = "rows", numbers: bool = True) -> dict
                 columns.pop("row", None)
             for place, one in enumerate(ids):
                 assert one not in table, f"{path}: id {one} twice"
-                table[one] = {name: column[place].numpy().tobytes() for name, column in columns.items()}
+                table[one] = {name: _bytes_of(column[place]) for name, column in columns.items()}
     return found
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()  # NumPy has no bfloat16
 
 
 def open_folder(folder: Path) -> SavedFolder:
