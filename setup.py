@@ -1,28 +1,31 @@
-"""Compile the C++ kernels while installing. Everything else about the package is in pyproject.toml.
+"""What pyproject.toml cannot say: which folder is which package, and how the C++ kernels are compiled.
 
 Without torch, without a compiler, or when the compilation fails, the installation goes on: the kernels then
 run as plain torch, and `kernels/_build.json` keeps the reason for `scripts/doctor.py`. TESSERA_BUILD=0
 skips the compilation, TESSERA_BUILD=require makes its failure an error.
 """
 
+import importlib.util
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-
-ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))
-from kernels import build_record  # noqa: E402
 
 try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
     torch = None
+
+ROOT = Path(__file__).resolve().parent
+#: Folders of the checkout; `ctr` is imported as `tessera.ctr`. Names such as `distributed` belong to others.
+FOLDERS = ("kernels", "embedding", "distributed", "ctr", "conf", "scripts")
+KERNELS = "tessera.kernels._C"
 
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "kernels" / "csrc").glob("*.cpp"))
 # No fused multiply-add: the same sources give the same bits on every x86-64 machine, whichever clone runs.
@@ -35,6 +38,17 @@ if sys.platform == "linux":
     COMPILE_ARGS.append("-fopenmp")
 
 
+def _build_record() -> ModuleType:
+    """kernels/build_record.py, by its path: nothing of the project is installed yet."""
+    spec = importlib.util.spec_from_file_location("build_record", ROOT / "kernels" / "build_record.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build_record = _build_record()
+
+
 def compiler_version() -> str:
     """First line of `$CXX --version`. Raises OSError or CalledProcessError when it does not run."""
     command = [*shlex.split(os.environ.get("CXX", "c++")), "--version"]
@@ -44,16 +58,14 @@ def compiler_version() -> str:
 
 def kernel_extension() -> Extension:
     if torch is None:
-        return Extension("kernels._C", SOURCES)
-    return CppExtension(
-        "kernels._C", SOURCES, extra_compile_args=COMPILE_ARGS, extra_link_args=["-s"], py_limited_api=True
-    )
+        return Extension(KERNELS, SOURCES)
+    return CppExtension(KERNELS, SOURCES, extra_compile_args=COMPILE_ARGS, extra_link_args=["-s"], py_limited_api=True)
 
 
 class BuildKernels(build_ext if torch is None else BuildExtension):
     def run(self) -> None:
         mode = os.environ.get("TESSERA_BUILD", "auto")
-        folder = Path(self.get_ext_fullpath("kernels._C")).parent
+        folder = Path(self.get_ext_fullpath(KERNELS)).parent
         reason = "TESSERA_BUILD=0" if mode == "0" else self._compile(folder)
         if reason is None:
             return
@@ -77,7 +89,7 @@ class BuildKernels(build_ext if torch is None else BuildExtension):
             super().run()
         except Exception as error:  # setuptools, ninja and torch each raise their own kinds
             return f"the compilation failed with {compiler}: {str(error).splitlines()[0]}"
-        library = Path(self.get_ext_fullpath("kernels._C")).name
+        library = Path(self.get_ext_fullpath(KERNELS)).name
         build_record.write(
             folder,
             library=library,
@@ -88,4 +100,9 @@ class BuildKernels(build_ext if torch is None else BuildExtension):
         return None
 
 
-setup(ext_modules=[kernel_extension()], cmdclass={"build_ext": BuildKernels})
+setup(
+    packages=[f"tessera.{name}" for name in find_packages(str(ROOT)) if name.split(".")[0] in FOLDERS],
+    package_dir={f"tessera.{name}": name for name in FOLDERS},
+    ext_modules=[kernel_extension()],
+    cmdclass={"build_ext": BuildKernels},
+)

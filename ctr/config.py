@@ -13,12 +13,12 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ctr.config_checks import check
-from ctr.daily.config import DailyConfig
-from ctr.data.config import DataConfig
-from ctr.overrides import compose_overrides
-from ctr.train.distil import DistilConfig
-from embedding.errors import ConfigError
+from tessera.ctr.config_checks import check
+from tessera.ctr.daily.config import DailyConfig
+from tessera.ctr.data.config import DataConfig
+from tessera.ctr.overrides import compose_overrides
+from tessera.ctr.train.distil import DistilConfig
+from tessera.embedding.errors import ConfigError
 
 
 @dataclass
@@ -242,8 +242,8 @@ def _explain_type(error: OmegaConfBaseException, composed: DictConfig) -> str:
 
 
 def _dataclasses() -> Iterable[type]:
-    from ctr.data.day_folders import PartitionConfig
-    from ctr.data.schema import FeatureConfig, SchemaConfig
+    from tessera.ctr.data.day_folders import PartitionConfig
+    from tessera.ctr.data.schema import FeatureConfig, SchemaConfig
 
     own = [value for value in globals().values() if isinstance(value, type)]
     return [t for t in own + [FeatureConfig, SchemaConfig, PartitionConfig] if hasattr(t, "__dataclass_fields__")]

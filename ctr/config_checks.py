@@ -5,14 +5,14 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from ctr.daily.config import check_daily
-from ctr.data.config import check_splits
-from ctr.unused_keys import check_unused
-from embedding.errors import ConfigError
-from kernels.formats import FORMATS, ROUNDINGS
+from tessera.ctr.daily.config import check_daily
+from tessera.ctr.data.config import check_splits
+from tessera.ctr.unused_keys import check_unused
+from tessera.embedding.errors import ConfigError
+from tessera.kernels.formats import FORMATS, ROUNDINGS
 
 if TYPE_CHECKING:
-    from ctr.config import Config, EmbeddingConfig
+    from tessera.ctr.config import Config, EmbeddingConfig
 
 
 def check(config: Config) -> None:

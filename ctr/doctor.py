@@ -22,10 +22,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels import build_record
+from tessera.kernels import build_record
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("kernels", "embedding", "distributed", "ctr", "conf", "scripts")
 REINSTALL = "run `make install`"
 
 # Runs in a child process, because a torch and an fbgemm that do not fit may end the process instead of
@@ -38,9 +37,9 @@ try:
     found["torch"] = torch.__version__
     found["cuda"] = torch.version.cuda
     found["gpus"] = torch.cuda.device_count()
-    import kernels.backend
-    found["backend"] = kernels.backend.backend()
-    found["problem"] = kernels.backend.problem
+    import tessera.kernels.backend
+    found["backend"] = tessera.kernels.backend.backend()
+    found["problem"] = tessera.kernels.backend.problem
     import fbgemm_gpu
     ends = torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([2, 3])).tolist()
     found["fbgemm"] = ends == [0, 2, 5]
@@ -284,30 +283,22 @@ def find_spec(name: str, path: Sequence[str]) -> importlib.machinery.ModuleSpec 
         sys.path[:] = before
 
 
-def check_shadows(path: Sequence[str], root: Path = ROOT) -> Iterator[Finding]:
-    """Whether `import <package>` with this module search path finds our packages.
+def check_names(path: Sequence[str]) -> Iterator[Finding]:
+    """Whether `import tessera...` with this module search path finds our packages.
 
-    Only warnings: the scripts put this folder first on their path. Notebooks and `python -m` do not, and a
-    package that expects its own `distributed` or `kernels` beside our scripts would find ours.
+    `tessera` is a namespace without files of its own. A module or a package of that name hides all that is below.
     """
-    good, lost = True, []
-    for name in PACKAGES:
-        spec = find_spec(name, path)
-        places = list(spec.submodule_search_locations or [spec.origin or ""]) if spec else []
-        if str(root / name) in (str(Path(place).resolve()) for place in places):
-            continue
-        good = False
-        if not places:
-            lost.append(name)
-            continue
-        owners = " ".join(sorted(set(metadata.packages_distributions().get(name, [])) - {"tessera-ctr"}))
+    spec = find_spec("tessera", path)
+    if spec is None:
+        yield Finding("FAIL", "names", "tessera is not installed for this Python", REINSTALL)
+    elif spec.origin is not None:
+        place = Path(spec.origin)
+        place = place.parent if place.name == "__init__.py" else place
+        owners = " ".join(sorted(set(metadata.packages_distributions().get("tessera", [])) - {"tessera-ctr"}))
         cure = f"run `pip uninstall {owners}`" if owners else "move it away, or off PYTHONPATH,"
-        text = f"package {name} is {places[0]}, expected {root / name}"
-        yield Finding("warn", "names", text, f"{cure} or use a fresh .venv")
-    if lost:
-        yield Finding("warn", "names", f"outside scripts/ not importable: {', '.join(lost)}", REINSTALL)
-    if good:
-        yield Finding("ok", "names", "no other package hides ours")
+        yield Finding("FAIL", "names", f"{place} hides our package tessera", f"{cure} or use a fresh .venv")
+    else:
+        yield Finding("ok", "names", "no other package hides tessera")
 
 
 def check_all(path: Sequence[str], quick: bool = False) -> Iterator[Finding]:
@@ -320,7 +311,7 @@ def check_all(path: Sequence[str], quick: bool = False) -> Iterator[Finding]:
     yield from check_python()
     yield from check_versions(found, pins)
     yield from check_fbgemm(found, pins)
-    yield from check_shadows(path)
+    yield from check_names(path)
     tried: dict = {}
     if "torch" in found:
         tried = probe()

@@ -25,8 +25,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-import conf
-from embedding.errors import ConfigError
+from tessera import conf
+from tessera.embedding.errors import ConfigError
 
 OVERRIDE = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[^=]*)(?P<equals>=)?(?P<value>.*)", re.DOTALL)
 FREE = ("model.", "numeric.")  # keys below are those of the yaml that was chosen, and may hold anything

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from distributed.checkpoint_files import Storage, sync_folder
-from distributed.checkpoint_lock import FolderInUse, FolderLock
-from distributed.exchange import exchange
-from distributed.first_rank import on_first_rank
-from distributed.process import Process
-from embedding.errors import ConfigError
+from tessera.distributed.checkpoint_files import Storage, sync_folder
+from tessera.distributed.checkpoint_lock import FolderInUse, FolderLock
+from tessera.distributed.exchange import exchange
+from tessera.distributed.first_rank import on_first_rank
+from tessera.distributed.process import Process
+from tessera.embedding.errors import ConfigError
 
 RECORD = ".written.json"  # hidden, so that no reader of data takes it for data
 Own = Callable[[Path], str | None]  # why a folder that is not empty is not the command's own; None: it is

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING as UNSET
 
-from embedding.errors import ConfigError
-from kernels.formats import is_int
+from tessera.embedding.errors import ConfigError
+from tessera.kernels.formats import is_int
 
 if TYPE_CHECKING:
-    from ctr.config import Config, EmbeddingConfig, OptimizerConfig
+    from tessera.ctr.config import Config, EmbeddingConfig, OptimizerConfig
 
 OF_STATIC = ("kind", "rows", "init_std", "l2")  # of EmbeddingConfig
 #: Keys of optimizer.sparse and optimizer.dense that only some of their optimizers read.

@@ -28,10 +28,10 @@ from torchrec.distributed.types import (
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from distributed.ages import ages_of_values, least
-from distributed.dynamic_sharding import DYNAMIC, HasKernels, RawIdsDist, RowWiseDynamic, raw_ids_dist
-from distributed.table_kernel import DynamicTableKernel, Request
-from kernels.unique import unique_inverse
+from tessera.distributed.ages import ages_of_values, least
+from tessera.distributed.dynamic_sharding import DYNAMIC, HasKernels, RawIdsDist, RowWiseDynamic, raw_ids_dist
+from tessera.distributed.table_kernel import DynamicTableKernel, Request
+from tessera.kernels.unique import unique_inverse
 
 
 class DynamicBagKernel(DynamicTableKernel):

@@ -17,8 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distributed.checkpoint_files import ChecksumStream, Sealed, Storage, let_go
-from embedding.errors import TesseraError
+from tessera.distributed.checkpoint_files import ChecksumStream, Sealed, Storage, let_go
+from tessera.embedding.errors import TesseraError
 
 NOTES = "tessera.crc32_behind_row_groups"
 MAGIC = b"PAR1"  # begins and ends a parquet file; before its end stands the size of the metadata, in 4 bytes

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distributed.checked_parquet import problem_but_for_groups
-from distributed.checkpoint_files import Sealed, Storage
-from distributed.checkpoint_manifest import (
+from tessera.distributed.checked_parquet import problem_but_for_groups
+from tessera.distributed.checkpoint_files import Sealed, Storage
+from tessera.distributed.checkpoint_manifest import (
     FORMAT,
     MANIFEST,
     TRAINING,
@@ -30,9 +30,9 @@ from distributed.checkpoint_manifest import (
     read_manifest,
     read_training,
 )
-from distributed.checkpoint_watch import WAITING
-from distributed.exchange import exchange
-from distributed.process import Process
+from tessera.distributed.checkpoint_watch import WAITING
+from tessera.distributed.exchange import exchange
+from tessera.distributed.process import Process
 
 NAME = re.compile(r"step-(\d{12})")
 PARTIAL, REPLACED, DELETED = ".partial-", ".replaced-", ".deleted-"  # before the names of folders that are no states

@@ -16,7 +16,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.fs
 
-from distributed.locations import WITHOUT_FOLDERS, filesystem_of, joined
+from tessera.distributed.locations import WITHOUT_FOLDERS, filesystem_of, joined
 
 READ_BYTES = 1 << 22
 HAND_OVER_BYTES = 1 << 23

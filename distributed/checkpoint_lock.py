@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from embedding.errors import TesseraError
+from tessera.embedding.errors import TesseraError
 
 NAME = ".lock"
 BEAT_SECONDS = 5.0

@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Mapping
 from typing import IO, Any
 
-from distributed.checkpoint_files import Sealed, Storage
-from embedding.errors import TesseraError
+from tessera.distributed.checkpoint_files import Sealed, Storage
+from tessera.embedding.errors import TesseraError
 
 FORMAT = 2
 MANIFEST = "manifest.json"

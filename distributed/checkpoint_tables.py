@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distributed.checked_parquet import DamagedFile
-from distributed.checkpoint import DamagedState, Saved, first_problem
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_manifest import CheckpointError, files_listed, read_manifest
-from distributed.process import Process
-from distributed.table_files import (
+from tessera.distributed.checked_parquet import DamagedFile
+from tessera.distributed.checkpoint import DamagedState, Saved, first_problem
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_manifest import CheckpointError, files_listed, read_manifest
+from tessera.distributed.process import Process
+from tessera.distributed.table_files import (
     Columns,
     ColumnSource,
     copied,
@@ -31,9 +31,9 @@ from distributed.table_files import (
     to_batch,
     write_columns,
 )
-from embedding.errors import TesseraError
-from embedding.row_batch import RowBatch
-from embedding.table import DynamicTable
+from tessera.embedding.errors import TesseraError
+from tessera.embedding.row_batch import RowBatch
+from tessera.embedding.table import DynamicTable
 
 Tables = dict[str, DynamicTable]
 READER = "states"  # of ids that tables gave up

@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from distributed.heartbeat import STALE_SECONDS, ask, silent_store, stands_still, stopped_here
-from distributed.process import Process, leave
+from tessera.distributed.heartbeat import STALE_SECONDS, ask, silent_store, stands_still, stopped_here
+from tessera.distributed.process import Process, leave
 
 WAITING = "waiting for the other ranks"
 ELSEWHERE = "busy elsewhere, it has not begun to save"

@@ -23,8 +23,8 @@ from torchrec.distributed.sharding.rw_sharding import BaseRwEmbeddingSharding, R
 from torchrec.distributed.types import Awaitable, ParameterSharding, ShardingEnv, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from distributed.ownership import owner_of
-from distributed.table_kernel import DynamicTableKernel
+from tessera.distributed.ownership import owner_of
+from tessera.distributed.table_kernel import DynamicTableKernel
 
 DYNAMIC = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
 

@@ -22,21 +22,21 @@ import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
-from distributed.ages import ages_at, ages_of_ranks, ages_of_values, least, packed, unpacked
-from distributed.bag_sharding import DynamicBagKernel, DynamicBagSharder
-from distributed.dynamic_sharding import DYNAMIC, DynamicSharder
-from distributed.fields import OnDevice, chosen, mixed, scale_to_mean
-from distributed.host_manager import CacheStats, HostManager
-from distributed.ids_ahead import ComingIds, IdsAhead
-from distributed.module_names import module_name
-from distributed.plan import TableSize
-from distributed.table_kernel import Counted, DynamicTableKernel, Pass
-from distributed.transport import codecs
-from embedding.config import DynamicTableConfig
-from embedding.table import DynamicTable
-from kernels.mix import mix64
-from kernels.pool import pool
-from kernels.unique import unique_inverse
+from tessera.distributed.ages import ages_at, ages_of_ranks, ages_of_values, least, packed, unpacked
+from tessera.distributed.bag_sharding import DynamicBagKernel, DynamicBagSharder
+from tessera.distributed.dynamic_sharding import DYNAMIC, DynamicSharder
+from tessera.distributed.fields import OnDevice, chosen, mixed, scale_to_mean
+from tessera.distributed.host_manager import CacheStats, HostManager
+from tessera.distributed.ids_ahead import ComingIds, IdsAhead
+from tessera.distributed.module_names import module_name
+from tessera.distributed.plan import TableSize
+from tessera.distributed.table_kernel import Counted, DynamicTableKernel, Pass
+from tessera.distributed.transport import codecs
+from tessera.embedding.config import DynamicTableConfig
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.mix import mix64
+from tessera.kernels.pool import pool
+from tessera.kernels.unique import unique_inverse
 
 EXPIRE_ROWS = 1 << 18  # rows of each table that one call of `expire` looks at: about a millisecond
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from distributed.heartbeat import find_failed_rank
-from distributed.meeting import RankFailure
-from embedding.errors import TesseraError
+from tessera.distributed.heartbeat import find_failed_rank
+from tessera.distributed.meeting import RankFailure
+from tessera.embedding.errors import TesseraError
 
 if TYPE_CHECKING:
-    from distributed.process import Process
+    from tessera.distributed.process import Process
 
 
 class Terminated(BaseException):

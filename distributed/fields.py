@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
-from kernels.mix import mix64
+from tessera.kernels.mix import mix64
 
 
 class OnDevice:

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from distributed.process import Process
-from embedding.errors import TesseraError
+from tessera.distributed.process import Process
+from tessera.embedding.errors import TesseraError
 
 T = TypeVar("T")
 

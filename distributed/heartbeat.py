@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distributed.process import Process
+    from tessera.distributed.process import Process
 
 HEARTBEAT_SECONDS = 1.0
 STALE_SECONDS = 5.0  # a rank silent for this long is taken for dead, or stopped

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from embedding.errors import TesseraError
+from tessera.embedding.errors import TesseraError
 
 T = TypeVar("T")
 

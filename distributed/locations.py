@@ -12,7 +12,7 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.fs
 
-from embedding.errors import ConfigError
+from tessera.embedding.errors import ConfigError
 
 ARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")  # their URIs have names percent-encoded
 WITHOUT_FOLDERS = ("s3", "gcs", "abfs")  # as Arrow calls stores in which a file needs no folder to lie in

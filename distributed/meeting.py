@@ -14,7 +14,7 @@ import uuid
 
 import torch.distributed as dist
 
-from embedding.errors import TesseraError
+from tessera.embedding.errors import TesseraError
 
 LOOK_SECONDS = 0.05  # between two looks into the store
 

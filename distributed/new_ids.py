@@ -7,11 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
-from distributed.dynamic_tables import DynamicTables
-from distributed.ownership import owner_of
-from embedding.table import DynamicTable
-from kernels.mix import mix64
-from kernels.unique import unique_inverse
+from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.ownership import owner_of
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.mix import mix64
+from tessera.kernels.unique import unique_inverse
 
 
 @torch.no_grad()

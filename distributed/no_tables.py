@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
-from distributed.plan import TableSize
-from embedding.table import DynamicTable
+from tessera.distributed.plan import TableSize
+from tessera.embedding.table import DynamicTable
 
 
 class NoTables(nn.Module):

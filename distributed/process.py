@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from distributed.failure import Terminated, explain, of_start
-from distributed.heartbeat import (
+from tessera.distributed.failure import Terminated, explain, of_start
+from tessera.distributed.heartbeat import (
     STALE_SECONDS,
     Beat,
     ask,
@@ -35,9 +35,9 @@ from distributed.heartbeat import (
     read_beats,
     speaks_for_host,
 )
-from distributed.last_word import say
-from distributed.meeting import RankFailure, meet
-from embedding.errors import ConfigError, TesseraError
+from tessera.distributed.last_word import say
+from tessera.distributed.meeting import RankFailure, meet
+from tessera.embedding.errors import ConfigError, TesseraError
 
 T = TypeVar("T")
 

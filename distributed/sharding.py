@@ -18,13 +18,13 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingPlan, ShardingType
 
-from distributed.dynamic_tables import DynamicTables
-from distributed.module_names import module_name
-from distributed.no_tables import NoTables
-from distributed.plan import describe, size
-from distributed.process import Process
-from distributed.static_tables import StaticTables
-from embedding.errors import ConfigError
+from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.module_names import module_name
+from tessera.distributed.no_tables import NoTables
+from tessera.distributed.plan import describe, size
+from tessera.distributed.process import Process
+from tessera.distributed.static_tables import StaticTables
+from tessera.embedding.errors import ConfigError
 
 Tables = StaticTables | DynamicTables | NoTables
 RESERVED = 0.2  # share of memory left for the dense side, its optimizer and batches

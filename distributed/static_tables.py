@@ -18,15 +18,15 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ShardingType
 
-from distributed.fields import OnDevice, scale_to_mean
-from distributed.ids_ahead import IdsAhead
-from distributed.module_names import module_name
-from distributed.plan import TableSize
-from embedding.config import RowOptimizer, TableConfig
-from embedding.errors import ConfigError
-from embedding.table import DynamicTable
-from kernels.mix import mix64
-from kernels.random import normal
+from tessera.distributed.fields import OnDevice, scale_to_mean
+from tessera.distributed.ids_ahead import IdsAhead
+from tessera.distributed.module_names import module_name
+from tessera.distributed.plan import TableSize
+from tessera.embedding.config import RowOptimizer, TableConfig
+from tessera.embedding.errors import ConfigError
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.mix import mix64
+from tessera.kernels.random import normal
 
 SPARSE_OPTIMIZERS = {
     "sgd": EmbOptimType.EXACT_SGD,

@@ -23,15 +23,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from distributed.checked_parquet import CheckedParquet, Notes, as_rows
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_manifest import CheckpointError
-from distributed.ownership import owner_of
-from distributed.process import Process
-from embedding.errors import TesseraError
-from embedding.row_batch import RowBatch
-from embedding.table import DynamicTable
-from kernels.mix import mix64
+from tessera.distributed.checked_parquet import CheckedParquet, Notes, as_rows
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_manifest import CheckpointError
+from tessera.distributed.ownership import owner_of
+from tessera.distributed.process import Process
+from tessera.embedding.errors import TesseraError
+from tessera.embedding.row_batch import RowBatch
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.mix import mix64
 
 Columns = dict[str, Tensor]
 T = TypeVar("T")

@@ -27,16 +27,16 @@ from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from distributed.ages import least, unpacked
-from distributed.host_manager import HostManager
-from distributed.module_names import module_name
-from embedding.alpt import RowsAhead
-from embedding.cached_table import CachedTable, make_table
-from embedding.errors import CacheFull, TableFull
-from embedding.row_cache import CachedRows
-from embedding.table import DynamicTable
-from kernels.mix import unmix64
-from kernels.unique import unique_inverse
+from tessera.distributed.ages import least, unpacked
+from tessera.distributed.host_manager import HostManager
+from tessera.distributed.module_names import module_name
+from tessera.embedding.alpt import RowsAhead
+from tessera.embedding.cached_table import CachedTable, make_table
+from tessera.embedding.errors import CacheFull, TableFull
+from tessera.embedding.row_cache import CachedRows
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.mix import unmix64
+from tessera.kernels.unique import unique_inverse
 
 
 class Pass(Enum):

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from embedding.config import Admission
-from embedding.row_index import ID, RowIndex
-from embedding.sliding import SlidingHashFilter
-from kernels.gather import gather
-from kernels.random import uniform
-from kernels.touch import COUNT, LAST_SEEN
+from tessera.embedding.config import Admission
+from tessera.embedding.row_index import ID, RowIndex
+from tessera.embedding.sliding import SlidingHashFilter
+from tessera.kernels.gather import gather
+from tessera.kernels.random import uniform
+from tessera.kernels.touch import COUNT, LAST_SEEN
 
 COUNTER_CHUNK_ROWS = 1 << 16
 SURE = 0.95  # with this probability the probabilistic filter has let an id pass that was seen `threshold` times

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from embedding.config import RowOptimizer
-from embedding.packed_rows import PackedRows
-from embedding.row_store import RowStore, join
+from tessera.embedding.config import RowOptimizer
+from tessera.embedding.packed_rows import PackedRows
+from tessera.embedding.row_store import RowStore, join
 
 
 def by_age(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from embedding.alpt import RowsAhead
-from embedding.config import DynamicTableConfig
-from embedding.row_batch import RowBatch
-from embedding.row_cache import COUNTERS, CachedRows, RowCache
-from embedding.snapshot import Snapshot
-from embedding.table import DynamicTable
+from tessera.embedding.alpt import RowsAhead
+from tessera.embedding.config import DynamicTableConfig
+from tessera.embedding.row_batch import RowBatch
+from tessera.embedding.row_cache import COUNTERS, CachedRows, RowCache
+from tessera.embedding.snapshot import Snapshot
+from tessera.embedding.table import DynamicTable
 
 
 def make_table(config: DynamicTableConfig, device: torch.device | str) -> DynamicTable:

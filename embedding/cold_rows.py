@@ -16,8 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from embedding.row_index import RowIndex
-from kernels.touch import COUNT, LAST_SEEN
+from tessera.embedding.row_index import RowIndex
+from tessera.kernels.touch import COUNT, LAST_SEEN
 
 COLUMN = {"lru": LAST_SEEN, "lfu": COUNT}
 QUEUE_SHARE = 64

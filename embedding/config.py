@@ -10,10 +10,19 @@ from difflib import get_close_matches
 
 import torch
 
-from embedding.errors import ConfigError
-from kernels.formats import BITS, FORMATS, ROUNDINGS, STATE_FORMATS, PackedLayout, is_int, stored_columns, stored_dtype
-from kernels.reference.id_map import LIMIT, SPREAD
-from kernels.update import OPTIMIZERS, state_width
+from tessera.embedding.errors import ConfigError
+from tessera.kernels.formats import (
+    BITS,
+    FORMATS,
+    ROUNDINGS,
+    STATE_FORMATS,
+    PackedLayout,
+    is_int,
+    stored_columns,
+    stored_dtype,
+)
+from tessera.kernels.reference.id_map import LIMIT, SPREAD
+from tessera.kernels.update import OPTIMIZERS, state_width
 
 ADMISSIONS = ("none", "exact", "sliding", "probabilistic")
 EVICTIONS = ("lru", "lfu", "raise")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embedding.config import DynamicTableConfig, Group
-from embedding.row_batch import RowBatch
-from kernels.formats import code_range, is_int, stored_dtype
-from kernels.quantise import dequantise, quantise
+from tessera.embedding.config import DynamicTableConfig, Group
+from tessera.embedding.row_batch import RowBatch
+from tessera.kernels.formats import code_range, is_int, stored_dtype
+from tessera.kernels.quantise import dequantise, quantise
 
 
 @dataclass

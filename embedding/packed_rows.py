@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from embedding.config import DynamicTableConfig, Group, key_of
-from kernels.chunks import allocate_chunk
-from kernels.formats import DTYPES, code_range, is_int, stored_dtype
-from kernels.gather import gather
-from kernels.packed import Hyper, packed_gather, packed_learn_steps, packed_look_ahead, packed_update
-from kernels.quantise import quantise
-from kernels.random import normal
-from kernels.reference.random import stream
-from kernels.scatter import scatter
+from tessera.embedding.config import DynamicTableConfig, Group, key_of
+from tessera.kernels.chunks import allocate_chunk
+from tessera.kernels.formats import DTYPES, code_range, is_int, stored_dtype
+from tessera.kernels.gather import gather
+from tessera.kernels.packed import Hyper, packed_gather, packed_learn_steps, packed_look_ahead, packed_update
+from tessera.kernels.quantise import quantise
+from tessera.kernels.random import normal
+from tessera.kernels.reference.random import stream
+from tessera.kernels.scatter import scatter
 
 
 class PackedRows:

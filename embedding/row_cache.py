@@ -13,13 +13,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from embedding.alpt import RowsAhead, by_age
-from embedding.config import DynamicTableConfig
-from embedding.errors import CacheFull
-from embedding.row_store import RowStore
-from kernels.chunks import allocate_chunk
-from kernels.gather import gather
-from kernels.scatter import scatter
+from tessera.embedding.alpt import RowsAhead, by_age
+from tessera.embedding.config import DynamicTableConfig
+from tessera.embedding.errors import CacheFull
+from tessera.embedding.row_store import RowStore
+from tessera.kernels.chunks import allocate_chunk
+from tessera.kernels.gather import gather
+from tessera.kernels.scatter import scatter
 
 LEAST_WINDOW = 1024  # slots that the hand looks at together, at least
 CHUNKS = 16  # of a full cache: memory is reserved by so many parts, when it is first needed

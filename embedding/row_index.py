@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.chunks import allocate_chunk, commit, first_rows
-from kernels.gather import gather
-from kernels.id_map import IdMap
-from kernels.scatter import scatter, scatter_columns
-from kernels.touch import COUNT, expired, touch
+from tessera.kernels.chunks import allocate_chunk, commit, first_rows
+from tessera.kernels.gather import gather
+from tessera.kernels.id_map import IdMap
+from tessera.kernels.scatter import scatter, scatter_columns
+from tessera.kernels.touch import COUNT, expired, touch
 
 ID, MARK, PERIOD = 2, 3, 4
 COLUMNS = 4  # without the period

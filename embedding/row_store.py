@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from embedding.config import DynamicTableConfig, Group
-from embedding.packed_rows import PackedRows
-from kernels.chunks import allocate_chunk, commit, first_rows
-from kernels.gather import gather
-from kernels.initialise import init_rows
-from kernels.scatter import scatter, scatter_columns
-from kernels.update import state_width, update
+from tessera.embedding.config import DynamicTableConfig, Group
+from tessera.embedding.packed_rows import PackedRows
+from tessera.kernels.chunks import allocate_chunk, commit, first_rows
+from tessera.kernels.gather import gather
+from tessera.kernels.initialise import init_rows
+from tessera.kernels.scatter import scatter, scatter_columns
+from tessera.kernels.update import state_width, update
 
 
 class PlainRows:

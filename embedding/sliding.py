@@ -27,8 +27,8 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.mix import mix64
-from kernels.unique import unique_inverse
+from tessera.kernels.mix import mix64
+from tessera.kernels.unique import unique_inverse
 
 WAYS = 16  # cells of a bucket
 AHEAD = 2  # parts that take what does not fit the head

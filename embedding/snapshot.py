@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from embedding.row_batch import RowBatch
-from embedding.row_index import ID, MARK
-from kernels.chunks import allocate_chunk
-from kernels.copy_rows import copy_rows
-from kernels.gather import gather
-from kernels.scatter import scatter
-from kernels.take_places import take_places
-from kernels.touch import COUNT
+from tessera.embedding.row_batch import RowBatch
+from tessera.embedding.row_index import ID, MARK
+from tessera.kernels.chunks import allocate_chunk
+from tessera.kernels.copy_rows import copy_rows
+from tessera.kernels.gather import gather
+from tessera.kernels.scatter import scatter
+from tessera.kernels.take_places import take_places
+from tessera.kernels.touch import COUNT
 
 OPEN, PASSED = 0, -1  # as the table has it; read already or not of the moment. Otherwise kept here: 1 + its place
 KEPT_ROWS = 1 << 14  # rows of a chunk of kept rows

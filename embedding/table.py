@@ -8,18 +8,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from embedding.admission import admission_filter
-from embedding.alpt import RowsAhead, by_age
-from embedding.cold_rows import ColdRows
-from embedding.config import DynamicTableConfig, key_of
-from embedding.errors import TableFull
-from embedding.evicted import EvictedIds
-from embedding.row_batch import RowBatch
-from embedding.row_index import COLUMNS, ID, PERIOD, RowIndex
-from embedding.row_store import RowStore
-from embedding.snapshot import Snapshot
-from kernels.gather import gather
-from kernels.touch import COUNT, LAST_SEEN
+from tessera.embedding.admission import admission_filter
+from tessera.embedding.alpt import RowsAhead, by_age
+from tessera.embedding.cold_rows import ColdRows
+from tessera.embedding.config import DynamicTableConfig, key_of
+from tessera.embedding.errors import TableFull
+from tessera.embedding.evicted import EvictedIds
+from tessera.embedding.row_batch import RowBatch
+from tessera.embedding.row_index import COLUMNS, ID, PERIOD, RowIndex
+from tessera.embedding.row_store import RowStore
+from tessera.embedding.snapshot import Snapshot
+from tessera.kernels.gather import gather
+from tessera.kernels.touch import COUNT, LAST_SEEN
 
 COUNTERS = ("new", "admitted", "rejected", "expired", "evicted")
 BEFORE = -1  # the period of rows that come from elsewhere: before any of this table

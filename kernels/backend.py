@@ -20,7 +20,7 @@ from types import ModuleType
 
 import torch
 
-from kernels import build_record, schemas
+from tessera.kernels import build_record, schemas
 
 _choice = os.environ.get("TESSERA_KERNELS", "auto")
 
@@ -62,7 +62,7 @@ def interpreted() -> bool:
     """True if Triton kernels can run on CPU tensors in this process, under Triton's interpreter."""
     if triton_problem is not None or os.environ.get("TRITON_INTERPRET") != "1":
         return False
-    return importlib.import_module("kernels.triton_ops.launch").INTERPRETED
+    return importlib.import_module("tessera.kernels.triton_ops.launch").INTERPRETED
 
 
 _on_gpu = "reference" if triton_problem else "triton"
@@ -90,7 +90,7 @@ def ops_for(tensor: torch.Tensor) -> torch._ops._OpNamespace | ModuleType | None
     kind = tensor.device.type
     where = _on_gpu if kind == "cuda" else _current if kind in ("cpu", "meta") else "reference"
     if where == "triton" and type(tensor) in (torch.Tensor, torch.nn.Parameter) and kind != "meta":
-        return importlib.import_module("kernels.triton_ops")
+        return importlib.import_module("tessera.kernels.triton_ops")
     return None if where == "reference" else torch.ops.tessera
 
 
@@ -101,7 +101,7 @@ def check(device: torch.device | str) -> None:
     be to wait for them. This waits.
     """
     if backend(torch.device(device).type) == "triton":
-        importlib.import_module("kernels.triton_ops").check(torch.device(device))
+        importlib.import_module("tessera.kernels.triton_ops").check(torch.device(device))
 
 
 @contextlib.contextmanager

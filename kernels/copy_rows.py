@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels import backend
-from kernels.chunks import check_chunks, check_index
-from kernels.reference import copy_rows as reference
+from tessera.kernels import backend
+from tessera.kernels.chunks import check_chunks, check_index
+from tessera.kernels.reference import copy_rows as reference
 
 
 def copy_rows(source: Sequence[Tensor], rows: Tensor, target: Sequence[Tensor], places: Tensor) -> None:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.update import state_width
+from tessera.kernels.update import state_width
 
 FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "int2")
 BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "int2": 2}

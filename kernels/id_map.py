@@ -16,10 +16,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels import backend
-from kernels.chunks import allocate_chunk, check_index, commit, first_rows
-from kernels.reference import id_map as reference
-from kernels.reference.id_map import LIMIT, SEGMENTS_PER_CHUNK, SLOTS, split_limit
+from tessera.kernels import backend
+from tessera.kernels.chunks import allocate_chunk, check_index, commit, first_rows
+from tessera.kernels.reference import id_map as reference
+from tessera.kernels.reference.id_map import LIMIT, SEGMENTS_PER_CHUNK, SLOTS, split_limit
 
 _DIRECTORY_PER_SEGMENT = 64  # a directory much larger than its segments means ids made to collide
 _SURELY_SPLIT = int(1.15 * LIMIT * SLOTS)  # of as many expected ids the limit is eight standard deviations away

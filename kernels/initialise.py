@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels import backend
-from kernels.chunks import check_chunks, check_index
-from kernels.reference import initialise as reference
-from kernels.reference.random import stream
+from tessera.kernels import backend
+from tessera.kernels.chunks import check_chunks, check_index
+from tessera.kernels.reference import initialise as reference
+from tessera.kernels.reference.random import stream
 
 DISTRIBUTIONS = ("uniform", "normal")
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import backend
-from kernels.reference import mix as reference
+from tessera.kernels import backend
+from tessera.kernels.reference import mix as reference
 
 
 def mix64(x: Tensor) -> Tensor:

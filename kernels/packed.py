@@ -22,10 +22,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels import backend
-from kernels.chunks import check_chunks, check_index
-from kernels.formats import ROUNDINGS, PackedLayout, check_format, is_int
-from kernels.reference import packed as reference
+from tessera.kernels import backend
+from tessera.kernels.chunks import check_chunks, check_index
+from tessera.kernels.formats import ROUNDINGS, PackedLayout, check_format, is_int
+from tessera.kernels.reference import packed as reference
 
 # learning_rate, weight_decay, eps, beta1, beta2, beta, l1, l2: as `kernels/update.py`
 Hyper = tuple[float, float, float, float, float, float, float, float]
@@ -61,7 +61,7 @@ def packed_update(
     """One optimizer step on rows in place: merge gradients, dequantise, update, quantise.
 
     rows: int64 [u], distinct, -1 is skipped; grads: float32 [n, dim], inverse as in `kernels/update.py`; ids: int64
-    [u] of the rows and stream (`kernels.reference.random.stream` of seed, table and step) draw the lots of stochastic
+    [u] of the rows and stream (`reference.random.stream` of seed, table and step) draw the lots of stochastic
     rounding; held: float32 [u, dim], takes the new values instead of the rows, whose state is updated all the same.
     bf16 moments are rounded stochastically always. Raises as `packed_gather`.
     """

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels import backend
-from kernels.chunks import check_index
-from kernels.reference import pool as reference
+from tessera.kernels import backend
+from tessera.kernels.chunks import check_index
+from tessera.kernels.reference import pool as reference
 
 
 def pool(

@@ -16,11 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import backend
-from kernels.chunks import check_index
-from kernels.formats import FORMATS, ROUNDINGS, check_format, is_int, stored_columns, stored_dtype
-from kernels.reference import quantise as reference
-from kernels.reference.random import stream
+from tessera.kernels import backend
+from tessera.kernels.chunks import check_index
+from tessera.kernels.formats import FORMATS, ROUNDINGS, check_format, is_int, stored_columns, stored_dtype
+from tessera.kernels.reference import quantise as reference
+from tessera.kernels.reference.random import stream
 
 
 def quantise(

@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import backend
-from kernels.reference import random as reference
+from tessera.kernels import backend
+from tessera.kernels.reference import random as reference
 
 
 def uniform(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:

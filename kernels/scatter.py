@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels import backend
-from kernels.chunks import check_chunks, check_index
-from kernels.reference import scatter as reference
+from tessera.kernels import backend
+from tessera.kernels.chunks import check_chunks, check_index
+from tessera.kernels.reference import scatter as reference
 
 
 def scatter(chunks: Sequence[Tensor], rows: Tensor, values: Tensor, begin: int = 0) -> None:

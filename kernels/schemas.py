@@ -65,6 +65,6 @@ def register(defined: bool, triton: bool) -> torch.library.Library:
 
 def _triton_op(name: str):
     def op(*arguments, **named):
-        return getattr(importlib.import_module("kernels.triton_ops"), name)(*arguments, **named)
+        return getattr(importlib.import_module("tessera.kernels.triton_ops"), name)(*arguments, **named)
 
     return op

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import backend
-from kernels.reference import string_hash as reference
+from tessera.kernels import backend
+from tessera.kernels.reference import string_hash as reference
 
 
 def xxh64(data: Tensor, offsets: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import backend
-from kernels.chunks import check_index
-from kernels.reference import take_places as reference
+from tessera.kernels import backend
+from tessera.kernels.chunks import check_index
+from tessera.kernels.reference import take_places as reference
 
 
 def take_places(places: Tensor, rows: Tensor, taken: int) -> Tensor:

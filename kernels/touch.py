@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels import backend
-from kernels.chunks import check_chunks, check_index
-from kernels.reference import touch as reference
+from tessera.kernels import backend
+from tessera.kernels.chunks import check_chunks, check_index
+from tessera.kernels.reference import touch as reference
 
 LAST_SEEN, COUNT = 0, 1
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import backend
-from kernels.reference import unique as reference
+from tessera.kernels import backend
+from tessera.kernels.reference import unique as reference
 
 
 def unique_inverse(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

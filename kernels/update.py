@@ -24,9 +24,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels import backend
-from kernels.chunks import check_chunks, check_index
-from kernels.reference import update as reference
+from tessera.kernels import backend
+from tessera.kernels.chunks import check_chunks, check_index
+from tessera.kernels.reference import update as reference
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
 

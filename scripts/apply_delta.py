@@ -9,9 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from distributed.process import Process, run  # noqa: E402
+from tessera.distributed.process import Process, run
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("published", help="`published` in the folder of a run, or its URI")
@@ -20,7 +18,7 @@ parser.add_argument("--wait", type=float, default=600.0, metavar="SECONDS", help
 
 
 def bring_up(options: argparse.Namespace, process: Process) -> None:
-    from ctr.daily.serve import apply
+    from tessera.ctr.daily.serve import apply
 
     process.folder = str(options.output)
     print(apply(options.published, options.output, process, options.wait))

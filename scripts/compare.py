@@ -8,10 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ctr.report.comparison import PLACE, compare_runs  # noqa: E402
-from distributed.process import run_alone  # noqa: E402
+from tessera.ctr.report.comparison import PLACE, compare_runs
+from tessera.distributed.process import run_alone
 
 
 def main() -> int:

@@ -8,13 +8,11 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ctr.config import Config  # noqa: E402
-from ctr.train.convert_run import convert_run  # noqa: E402
-from ctr.train.score_run import run_config  # noqa: E402
-from ctr.train.stored_config import targets_of  # noqa: E402
-from distributed.process import Process, run  # noqa: E402
+from tessera.ctr.config import Config
+from tessera.ctr.train.convert_run import convert_run
+from tessera.ctr.train.score_run import run_config
+from tessera.ctr.train.stored_config import targets_of
+from tessera.distributed.process import Process, run
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("run_dir", type=Path, help="a finished run")

@@ -5,16 +5,13 @@ Exit status: 0 all is done, 2 a mistake in configuration or data, 3 the guard ho
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ctr.config import Config, load_config  # noqa: E402
-from distributed.process import Process, run  # noqa: E402
+from tessera.ctr.config import Config, load_config
+from tessera.distributed.process import Process, run
 
 
 def load() -> tuple[Config, str, float]:
-    from ctr.daily.calendar import for_days
+    from tessera.ctr.daily.calendar import for_days
 
     config = for_days(load_config(sys.argv[1:], __doc__))
     return config, config.trainer.device, config.trainer.timeout_seconds
@@ -22,11 +19,11 @@ def load() -> tuple[Config, str, float]:
 
 def train(config: Config, process: Process) -> None:
     if config.daily.rollback_to is not None:
-        from ctr.daily.rollback import roll_back
+        from tessera.ctr.daily.rollback import roll_back
 
         roll_back(config, process, print)
     else:
-        from ctr.daily.loop import Daily
+        from tessera.ctr.daily.loop import Daily
 
         Daily(config, process).run()
 

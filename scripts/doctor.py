@@ -7,21 +7,21 @@
 
 import argparse
 import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check the installation.")
     parser.add_argument("--quick", action="store_true", help="only what an installation can get wrong, problems only")
     quick = parser.parse_args().quick
-    path = list(sys.path)  # as the other scripts have it, before our folder is put first for the import below
-    sys.path.insert(0, str(ROOT))
-    from ctr.doctor import check_all
-
+    try:
+        from tessera.ctr.doctor import check_all
+    except ImportError as error:  # whatever hides the project must not hide the cure
+        at = getattr(sys.modules.get("tessera"), "__file__", None)
+        found = f"{at} hides our package of that name" if at else str(error)
+        print(f"FAIL  names     tessera cannot be imported: {found}; cure: run `make install` or use a fresh .venv")
+        return 1
     failed = warned = False
-    for finding in check_all(path, quick):
+    for finding in check_all(sys.path, quick):
         failed |= finding.level == "FAIL"
         warned |= finding.level == "warn"
         if not quick or finding.level != "ok":

@@ -8,11 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ctr.config import Config  # noqa: E402
-from ctr.train.score_run import run_config, score_run  # noqa: E402
-from distributed.process import Process, run  # noqa: E402
+from tessera.ctr.config import Config
+from tessera.ctr.train.score_run import run_config, score_run
+from tessera.distributed.process import Process, run
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("run_dir", type=Path)

@@ -6,12 +6,9 @@ of the newest delta and those that it builds on (no job may be using the folder)
 
 import argparse
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from distributed.checkpoint_inspect import inspect  # noqa: E402
-from distributed.process import run_alone  # noqa: E402
+from tessera.distributed.checkpoint_inspect import inspect
+from tessera.distributed.process import run_alone
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("path", help="a run's folder, a folder of states, a state, or a URI of one of them")

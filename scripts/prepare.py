@@ -7,12 +7,9 @@ python scripts/prepare.py KIND --help
 
 import argparse
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ctr.data.convert.command import add_kinds, prepare  # noqa: E402
-from distributed.process import run_alone  # noqa: E402
+from tessera.ctr.data.convert.command import add_kinds, prepare
+from tessera.distributed.process import run_alone
 
 
 def main() -> int:

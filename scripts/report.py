@@ -4,10 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ctr.report.report import write_report  # noqa: E402
-from distributed.process import run_alone  # noqa: E402
+from tessera.ctr.report.report import write_report
+from tessera.distributed.process import run_alone
 
 
 def main() -> int:

@@ -18,15 +18,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from tessera.ctr.config import load_config
+from tessera.ctr.report.result import settle_result
+from tessera.ctr.targets import claim
+from tessera.ctr.train.trainer import HIGHER_IS_BETTER
+from tessera.distributed.process import run_alone
+from tessera.embedding.errors import ConfigError, TesseraError
 
-from ctr.config import load_config  # noqa: E402
-from ctr.report.result import settle_result  # noqa: E402
-from ctr.targets import claim  # noqa: E402
-from ctr.train.trainer import HIGHER_IS_BETTER  # noqa: E402
-from distributed.process import run_alone  # noqa: E402
-from embedding.errors import ConfigError, TesseraError  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 SCORES = ("auc", "logloss")
 

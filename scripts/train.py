@@ -1,12 +1,9 @@
 """Train a model: `torchrun --nproc-per-node 2 scripts/train.py model=deepfm data=criteo data.path=/data/criteo`."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ctr.config import Config, load_config  # noqa: E402
-from distributed.process import Process, run  # noqa: E402
+from tessera.ctr.config import Config, load_config
+from tessera.distributed.process import Process, run
 
 
 def load() -> tuple[Config, str, float]:
@@ -15,7 +12,7 @@ def load() -> tuple[Config, str, float]:
 
 
 def train(config: Config, process: Process) -> None:
-    from ctr.train.trainer import Trainer
+    from tessera.ctr.train.trainer import Trainer
 
     Trainer(config, process).fit()
 

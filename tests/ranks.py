@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from distributed import process as process_module
+from tessera.distributed import process as process_module
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +35,7 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
 def _context() -> mp.context.BaseContext:
     """Ranks are forked from one process that has imported all: torchrec's import takes longer than most tests."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "hypothesis", "ctr.train.trainer", "ctr.models.deepfm"])
+    context.set_forkserver_preload(["pytest", "hypothesis", "tessera.ctr.train.trainer", "tessera.ctr.models.deepfm"])
     saved = dict(os.environ)
     os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     try:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ctr.config import Config
-from ctr.daily.partitions import (
+from tessera.ctr.config import Config
+from tessera.ctr.daily.partitions import (
     Partition,
     PartitionError,
     check_content,
@@ -23,12 +23,12 @@ from ctr.daily.partitions import (
     order,
     period_of,
 )
-from ctr.data.day_folders import DayFolders, check_key, time_of
-from ctr.data.visible import STAGING
-from ctr.targets import check_place
-from distributed.first_rank import on_first_rank
-from distributed.process import Process, Stopped
-from embedding.errors import ConfigError
+from tessera.ctr.data.day_folders import DayFolders, check_key, time_of
+from tessera.ctr.data.visible import STAGING
+from tessera.ctr.targets import check_place
+from tessera.distributed.first_rank import on_first_rank
+from tessera.distributed.process import Process, Stopped
+from tessera.embedding.errors import ConfigError
 
 LOOK_BACK = timedelta(days=8)
 SLICE_SECONDS = 1.0  # of a wait: so soon all ranks know that one of them was asked to stop

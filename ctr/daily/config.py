@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from embedding.errors import ConfigError
+from tessera.embedding.errors import ConfigError
 
 GUARDED = ("auc", "logloss", "normalized_entropy", "calibration")
 METHODS = ("incremental", "window", "stale")

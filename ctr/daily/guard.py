@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ctr.daily.config import DailyGuardConfig
+from tessera.ctr.daily.config import DailyGuardConfig
 
 #: metric -> which way is out of the band. A better model is no reason to hold a day; calibration is best at 1.
 WORSE = {"auc": (-1,), "logloss": (1,), "normalized_entropy": (1,), "calibration": (-1, 1)}

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from ctr.daily.partitions import sources_of
-from ctr.daily.records import TRAINED, day_dir
-from ctr.data.reservoir import add_to_reservoir
-from ctr.train.teacher_logits import read_logits, score_teacher
-from distributed.first_rank import on_first_rank
-from embedding.errors import ConfigError
+from tessera.ctr.daily.partitions import sources_of
+from tessera.ctr.daily.records import TRAINED, day_dir
+from tessera.ctr.data.reservoir import add_to_reservoir
+from tessera.ctr.train.teacher_logits import read_logits, score_teacher
+from tessera.distributed.first_rank import on_first_rank
+from tessera.embedding.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ctr.daily.loop import Daily
+    from tessera.ctr.daily.loop import Daily
 
 RESERVOIR = "reservoir"
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ctr.daily.calendar import Calendar, Due, any_asked_to_stop
-from ctr.daily.guard import out_of_band
-from ctr.daily.incremental import Incremental
-from ctr.daily.partitions import PartitionError, sources_of
-from ctr.daily.publish import Publisher, point
-from ctr.daily.records import (
+from tessera.ctr.daily.calendar import Calendar, Due, any_asked_to_stop
+from tessera.ctr.daily.guard import out_of_band
+from tessera.ctr.daily.incremental import Incremental
+from tessera.ctr.daily.partitions import PartitionError, sources_of
+from tessera.ctr.daily.publish import Publisher, point
+from tessera.ctr.daily.records import (
     COUNTS,
     HELD,
     METRICS,
@@ -33,17 +33,17 @@ from ctr.daily.records import (
     write_day_report,
     write_records,
 )
-from ctr.data.reader import ParquetReader
-from ctr.report.days import write_index
-from ctr.train.evaluate import evaluate, open_reader
-from ctr.train.optimizers import Optimizers
-from ctr.train.trainer import Trainer
-from distributed.checkpoint import Saved, folder_name
-from distributed.checkpoint_manifest import TRAINING
-from distributed.first_rank import on_first_rank
-from distributed.plan import size
-from distributed.process import Stopped, say
-from distributed.table_files import ColumnSource
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.report.days import write_index
+from tessera.ctr.train.evaluate import evaluate, open_reader
+from tessera.ctr.train.optimizers import Optimizers
+from tessera.ctr.train.trainer import Trainer
+from tessera.distributed.checkpoint import Saved, folder_name
+from tessera.distributed.checkpoint_manifest import TRAINING
+from tessera.distributed.first_rank import on_first_rank
+from tessera.distributed.plan import size
+from tessera.distributed.process import Stopped, say
+from tessera.distributed.table_files import ColumnSource
 
 HELD_STATUS = 3  # exit status: the guard holds a day; what was published before stays
 

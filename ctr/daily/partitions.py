@@ -8,16 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from ctr.config import Config
-from ctr.data.day_folders import DayFolders, hour_of, is_inside, time_of
-from ctr.data.errors import DataError
-from ctr.data.files import DataFile
-from ctr.data.footers import THREADS
-from ctr.data.lakes import table_at
-from ctr.data.listing import MARKER, Listing, key_of_file, list_files
-from ctr.data.seals import read_seal
-from ctr.data.visible import STAGING, Entry, entries_below, holds_no_rows, refuse_half_written
-from distributed.locations import filesystem_of, joined
+from tessera.ctr.config import Config
+from tessera.ctr.data.day_folders import DayFolders, hour_of, is_inside, time_of
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.files import DataFile
+from tessera.ctr.data.footers import THREADS
+from tessera.ctr.data.lakes import table_at
+from tessera.ctr.data.listing import MARKER, Listing, key_of_file, list_files
+from tessera.ctr.data.seals import read_seal
+from tessera.ctr.data.visible import STAGING, Entry, entries_below, holds_no_rows, refuse_half_written
+from tessera.distributed.locations import filesystem_of, joined
 
 
 class PartitionError(DataError):

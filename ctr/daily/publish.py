@@ -17,21 +17,21 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from ctr.config import Config
-from ctr.daily.latest import LATEST, OF_A_MODEL, chain_of, write_latest
-from ctr.data.day_folders import KEY
-from ctr.models.network import Network
-from ctr.targets import check_place
-from distributed.checkpoint import DELETED, PARTIAL, REPLACED, CheckpointError, Saved, clean, discard, save
-from distributed.checkpoint_dense import save_tensors
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_manifest import MANIFEST, read_manifest, read_training
-from distributed.checkpoint_tables import TableParts, describe_tables
-from distributed.first_rank import on_first_rank
-from distributed.locations import missing_bucket
-from distributed.process import Process
-from distributed.table_files import ColumnSource, copied, files_of, folder_name, read_columns, rows_of
-from embedding.errors import ConfigError
+from tessera.ctr.config import Config
+from tessera.ctr.daily.latest import LATEST, OF_A_MODEL, chain_of, write_latest
+from tessera.ctr.data.day_folders import KEY
+from tessera.ctr.models.network import Network
+from tessera.ctr.targets import check_place
+from tessera.distributed.checkpoint import DELETED, PARTIAL, REPLACED, CheckpointError, Saved, clean, discard, save
+from tessera.distributed.checkpoint_dense import save_tensors
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_manifest import MANIFEST, read_manifest, read_training
+from tessera.distributed.checkpoint_tables import TableParts, describe_tables
+from tessera.distributed.first_rank import on_first_rank
+from tessera.distributed.locations import missing_bucket
+from tessera.distributed.process import Process
+from tessera.distributed.table_files import ColumnSource, copied, files_of, folder_name, read_columns, rows_of
+from tessera.embedding.errors import ConfigError
 
 FOLDER = "published"
 READER = "published"  # of ids that tables gave up

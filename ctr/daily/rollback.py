@@ -9,18 +9,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ctr.config import Config
-from ctr.daily.latest import chain_of
-from ctr.daily.publish import point, publications_of
-from ctr.daily.records import FOLDER as DAYS_FOLDER
-from ctr.daily.records import TRAINED, clear_day, records_of, write_records
-from ctr.data.day_folders import KEY
-from distributed.checkpoint import discard, names_of_states, open_saved
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_lock import FolderLock
-from distributed.checkpoint_manifest import TRAINING, CheckpointError, read_manifest, read_training
-from distributed.first_rank import on_first_rank
-from distributed.process import Process
+from tessera.ctr.config import Config
+from tessera.ctr.daily.latest import chain_of
+from tessera.ctr.daily.publish import point, publications_of
+from tessera.ctr.daily.records import FOLDER as DAYS_FOLDER
+from tessera.ctr.daily.records import TRAINED, clear_day, records_of, write_records
+from tessera.ctr.data.day_folders import KEY
+from tessera.distributed.checkpoint import discard, names_of_states, open_saved
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_lock import FolderLock
+from tessera.distributed.checkpoint_manifest import TRAINING, CheckpointError, read_manifest, read_training
+from tessera.distributed.first_rank import on_first_rank
+from tessera.distributed.process import Process
 
 ROLLBACKS = "rollbacks.jsonl"
 

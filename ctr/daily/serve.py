@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ctr.daily.latest import OF_A_MODEL, read_latest
-from ctr.targets import check_place, check_target, foreign_file
-from distributed.checkpoint import PARTIAL, REPLACED, Saved, open_saved
-from distributed.checkpoint_compact import save_merged
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_lock import FolderLock
-from distributed.checkpoint_manifest import MANIFEST, TRAINING, CheckpointError, read_manifest
-from distributed.process import Process
-from embedding.errors import ConfigError
+from tessera.ctr.daily.latest import OF_A_MODEL, read_latest
+from tessera.ctr.targets import check_place, check_target, foreign_file
+from tessera.distributed.checkpoint import PARTIAL, REPLACED, Saved, open_saved
+from tessera.distributed.checkpoint_compact import save_merged
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_lock import FolderLock
+from tessera.distributed.checkpoint_manifest import MANIFEST, TRAINING, CheckpointError, read_manifest
+from tessera.distributed.process import Process
+from tessera.embedding.errors import ConfigError
 
 KEY = "OUTPUT"
 COMMAND = "apply_delta.py"

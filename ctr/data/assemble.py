@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from ctr.data.batch import Batch
-from ctr.data.decode import is_bag
-from ctr.data.schema import Schema
-from ctr.data.window import Slice
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.decode import is_bag
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.window import Slice
 
 
 class Assembler:

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
 
-from ctr.data import columns
-from ctr.data.schema import LARGEST, FeatureConfig
+from tessera.ctr.data import columns
+from tessera.ctr.data.schema import LARGEST, FeatureConfig
 
 
 @dataclass

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
 
-from ctr.data import arrow_types
-from ctr.data.footers import is_text
-from ctr.data.times import TICKS_PER_SECOND
+from tessera.ctr.data import arrow_types
+from tessera.ctr.data.footers import is_text
+from tessera.ctr.data.times import TICKS_PER_SECOND
 
 NULL_GROUP = -(2**63)  # the group of rows whose group column is null
 # Nearly all columns are of these; a set is quicker than a chain of questions asked a thousand times a second.
@@ -133,7 +133,7 @@ def hashed(array: pa.Array, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
     # Imported late: the hash is a torch op, and processes that never decode strings need no torch here.
     import torch
 
-    from kernels.string_hash import hex_to_int64, xxh64
+    from tessera.kernels.string_hash import hex_to_int64, xxh64
 
     _, offsets, data = array.buffers()
     wide = types.is_large_string(array.type) or types.is_large_binary(array.type)

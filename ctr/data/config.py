@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ctr.data.day_folders import DayFolders, PartitionConfig, days_of
-from ctr.data.schema import SchemaConfig
-from distributed.locations import joined
-from embedding.errors import ConfigError
+from tessera.ctr.data.day_folders import DayFolders, PartitionConfig, days_of
+from tessera.ctr.data.schema import SchemaConfig
+from tessera.distributed.locations import joined
+from tessera.embedding.errors import ConfigError
 
 SPLITS = ("train", "valid", "test")
 

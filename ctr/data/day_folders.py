@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import Any
 from urllib.parse import unquote
 
-from ctr.data.errors import DataError
-from embedding.errors import ConfigError
+from tessera.ctr.data.errors import DataError
+from tessera.embedding.errors import ConfigError
 
 KEY = re.compile(r"\d{4}-\d\d-\d\d(T\d\d)?")
 HOUR = "hour"

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from ctr.data import columns
-from ctr.data.bags import Bags, decode_bags
-from ctr.data.errors import DataError
-from ctr.data.footers import RowGroups
-from ctr.data.lanes import Span
-from ctr.data.row_groups import RowGroup, Unreadable
-from ctr.data.schema import LARGEST, FeatureConfig, Schema
-from ctr.data.times import DAY, advice, described, far_ahead, refuse_unit, unit_of
-from ctr.data.transforms import bucket, transform
-from ctr.data.window import GOOD, REASONS, Buffers, Window
+from tessera.ctr.data import columns
+from tessera.ctr.data.bags import Bags, decode_bags
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.footers import RowGroups
+from tessera.ctr.data.lanes import Span
+from tessera.ctr.data.row_groups import RowGroup, Unreadable
+from tessera.ctr.data.schema import LARGEST, FeatureConfig, Schema
+from tessera.ctr.data.times import DAY, advice, described, far_ahead, refuse_unit, unit_of
+from tessera.ctr.data.transforms import bucket, transform
+from tessera.ctr.data.window import GOOD, REASONS, Buffers, Window
 
 Arrays = list[pa.Array]
 

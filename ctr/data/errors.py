@@ -1,6 +1,6 @@
 """Errors about data: they name the file, the column or the row, what was found and what was expected."""
 
-from embedding.errors import TesseraError
+from tessera.embedding.errors import TesseraError
 
 
 class DataError(TesseraError):

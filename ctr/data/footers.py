@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import types
 
-from ctr.data.arrow_types import advice, plain_type
-from ctr.data.errors import DataError, SchemaError
-from ctr.data.files import DataFile
-from ctr.data.schema import FeatureConfig, Schema, nearest
-from ctr.data.seals import SMALL_BYTES, TAIL_BYTES, read_seal
-from ctr.data.times import TimeRule, times_of
+from tessera.ctr.data.arrow_types import advice, plain_type
+from tessera.ctr.data.errors import DataError, SchemaError
+from tessera.ctr.data.files import DataFile
+from tessera.ctr.data.schema import FeatureConfig, Schema, nearest
+from tessera.ctr.data.seals import SMALL_BYTES, TAIL_BYTES, read_seal
+from tessera.ctr.data.times import TimeRule, times_of
 
 CONTENTS = 1024  # checksums in a reader's state, at most
 WHOLE_BYTES = 256 << 20  # of small files that are read whole for their seals; with more of them fewer are small

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ctr.data import columns
-from ctr.data.bags import as_lists
-from ctr.data.decode import is_bag
-from ctr.data.footers import RowGroups
-from ctr.data.schema import FeatureConfig
+from tessera.ctr.data import columns
+from tessera.ctr.data.bags import as_lists
+from tessera.ctr.data.decode import is_bag
+from tessera.ctr.data.footers import RowGroups
+from tessera.ctr.data.schema import FeatureConfig
 
 
 def names_of_ids(groups: RowGroups, feature: FeatureConfig, ids: np.ndarray) -> dict[int, str]:

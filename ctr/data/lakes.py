@@ -17,10 +17,10 @@ from urllib.parse import unquote
 
 import pyarrow.fs as fs
 
-from ctr.data.errors import DataError
-from ctr.data.files import one_line
-from ctr.data.visible import Entry, is_hidden
-from distributed.locations import joined
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.files import one_line
+from tessera.ctr.data.visible import Entry, is_hidden
+from tessera.distributed.locations import joined
 
 DELTA, ICEBERG, HUDI = "Delta", "Iceberg", "Hudi"
 LOG_FOLDERS = {"_delta_log": DELTA, ".hoodie": HUDI}
@@ -209,7 +209,7 @@ def _iceberg_files(filesystem: fs.FileSystem, place: str, shown: str) -> list[st
     from pyiceberg.manifest import FileFormat
     from pyiceberg.table import StaticTable
 
-    from ctr.data.iceberg_io import files_of_table
+    from tessera.ctr.data.iceberg_io import files_of_table
 
     newest = _newest_metadata(filesystem, place)
     if len(newest) != 1:

@@ -15,13 +15,13 @@ from functools import cache
 import pyarrow as pa
 import pyarrow.fs
 
-from ctr.data.day_folders import DayFolders, hour_of
-from ctr.data.errors import DataError
-from ctr.data.files import DataFile, one_line
-from ctr.data.lakes import keep_live, refuse_removed
-from ctr.data.schema import nearest
-from ctr.data.visible import SUFFIXES, Entry, entries_below, folders_above, is_hidden, is_passed_over, sort_out
-from distributed.locations import filesystem_of, joined
+from tessera.ctr.data.day_folders import DayFolders, hour_of
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.files import DataFile, one_line
+from tessera.ctr.data.lakes import keep_live, refuse_removed
+from tessera.ctr.data.schema import nearest
+from tessera.ctr.data.visible import SUFFIXES, Entry, entries_below, folders_above, is_hidden, is_passed_over, sort_out
+from tessera.distributed.locations import filesystem_of, joined
 
 MARKER = "_SUCCESS"
 WILD = re.compile(r"[*?[]")

@@ -13,9 +13,9 @@ from datetime import datetime, timezone
 
 import numpy as np
 
-from ctr.data.errors import DataError
-from ctr.data.footers import RowGroups
-from ctr.data.times import DAY, TimeRule
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.footers import RowGroups
+from tessera.ctr.data.times import DAY, TimeRule
 
 ORDERS = ("mixed", "time")
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctr.data.decode import Source
-from ctr.data.lanes import (
+from tessera.ctr.data.decode import Source
+from tessera.ctr.data.lanes import (
     ROW_GROUPS,
     WINDOW,
     Span,
@@ -23,12 +23,12 @@ from ctr.data.lanes import (
     rank_bounds,
     seeded_order,
 )
-from ctr.data.periods import Period
-from ctr.data.row_groups import OPEN_FILES, RowGroupReader
-from ctr.data.window import Slice, Window
+from tessera.ctr.data.periods import Period
+from tessera.ctr.data.row_groups import OPEN_FILES, RowGroupReader
+from tessera.ctr.data.window import Slice, Window
 
 if TYPE_CHECKING:
-    from ctr.data.reader import ParquetReader
+    from tessera.ctr.data.reader import ParquetReader
 
 CHUNKS_PER_ORDER = 8  # other lanes have orders of their own. Another number is another lanes.ORDER
 

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ctr.data.day_folders import DayFolders
-from ctr.data.decode import WindowDecoder
-from ctr.data.errors import DataError
-from ctr.data.footers import read_footers
-from ctr.data.lanes import ORDER, lane_offsets, scheduled_rows
-from ctr.data.listing import MARKER, Listing, list_files
-from ctr.data.periods import ORDERS, Period, one_period, periods_of
-from ctr.data.read_ahead import ReadAhead
-from ctr.data.schema import Schema, nearest
-from ctr.data.window import Buffers
-from embedding.errors import ConfigError
+from tessera.ctr.data.day_folders import DayFolders
+from tessera.ctr.data.decode import WindowDecoder
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.footers import read_footers
+from tessera.ctr.data.lanes import ORDER, lane_offsets, scheduled_rows
+from tessera.ctr.data.listing import MARKER, Listing, list_files
+from tessera.ctr.data.periods import ORDERS, Period, one_period, periods_of
+from tessera.ctr.data.read_ahead import ReadAhead
+from tessera.ctr.data.schema import Schema, nearest
+from tessera.ctr.data.window import Buffers
+from tessera.embedding.errors import ConfigError
 
 if TYPE_CHECKING:  # torchrec takes seconds to import, and a reader is built and checked without it
-    from ctr.data.batch import Batch
+    from tessera.ctr.data.batch import Batch
 
 
 class ParquetReader:
@@ -198,7 +198,7 @@ class ParquetReader:
             )
 
     def _deliver(self, epoch: int, position: int) -> Iterator[Batch]:
-        from ctr.data.assemble import Assembler  # see TYPE_CHECKING above
+        from tessera.ctr.data.assemble import Assembler  # see TYPE_CHECKING above
 
         assembler = Assembler(self.schema, self.numbered)
         for period in self.periods:

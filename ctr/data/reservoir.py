@@ -18,15 +18,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ctr.data.counter_random import bits, key
-from ctr.data.decode import WindowDecoder
-from ctr.data.errors import DataError
-from ctr.data.files import one_line
-from ctr.data.footers import RowGroups, read_footers
-from ctr.data.listing import Listing, list_files
-from ctr.data.schema import Schema
-from embedding.config import key_of
-from embedding.errors import ConfigError
+from tessera.ctr.data.counter_random import bits, key
+from tessera.ctr.data.decode import WindowDecoder
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.files import one_line
+from tessera.ctr.data.footers import RowGroups, read_footers
+from tessera.ctr.data.listing import Listing, list_files
+from tessera.ctr.data.schema import Schema
+from tessera.embedding.config import key_of
+from tessera.embedding.errors import ConfigError
 
 PRIORITY, PARTITION = "reservoir_priority", "reservoir_partition"  # columns beside those of the schema
 RESERVOIR = 7  # first word of the key, so that no other random numbers are drawn from the same stream

@@ -19,10 +19,10 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctr.data.errors import DataError
-from ctr.data.files import one_line
-from ctr.data.footers import RowGroups
-from ctr.data.lanes import chunk_rows
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.files import one_line
+from tessera.ctr.data.footers import RowGroups
+from tessera.ctr.data.lanes import chunk_rows
 
 # Parsed footers kept: parsing takes as long as decoding a thousand rows.
 FOOTERS_KEPT = 64

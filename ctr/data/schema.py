@@ -1,7 +1,7 @@
 """What the columns of a data set mean: labels, numeric features and categorical features.
 
 `SchemaConfig` is the form users write in `conf/data/*.yaml`; `Schema` is the same after the defaults are
-filled in and the contradictions are refused. Nothing here opens a file: `ctr.data.files` compares the footers
+filled in and the contradictions are refused. Nothing here opens a file: `tessera.ctr.data.files` compares the footers
 with the schema.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ctr.data.errors import SchemaError
-from ctr.data.times import TimeRule
+from tessera.ctr.data.errors import SchemaError
+from tessera.ctr.data.times import TimeRule
 
 KINDS = ("numeric", "id", "ids", "sequence")
 DTYPES = ("int", "hex", "string")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctr.data.errors import DataError
-from ctr.data.files import DataFile, one_line
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.files import DataFile, one_line
 
 END, ENCRYPTED_END = b"PAR1", b"PARE"
 SMALL_BYTES = 1 << 20

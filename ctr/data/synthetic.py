@@ -19,12 +19,12 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from ctr.data.convert.output import PartsWriter, Writing, complete_folder, write_description
-from ctr.data.convert.pipeline import schema_from_conf
-from ctr.data.convert.split import SECONDS_PER_DAY, day_folder
-from ctr.data.synthetic_rows import COUNT_NAMES, ID_NAMES, MISSING_IDS, Population, Rows, SyntheticConfig
-from ctr.data.teacher import DATA, STEPS, Teacher
-from embedding.errors import ConfigError
+from tessera.ctr.data.convert.output import PartsWriter, Writing, complete_folder, write_description
+from tessera.ctr.data.convert.pipeline import schema_from_conf
+from tessera.ctr.data.convert.split import SECONDS_PER_DAY, day_folder
+from tessera.ctr.data.synthetic_rows import COUNT_NAMES, ID_NAMES, MISSING_IDS, Population, Rows, SyntheticConfig
+from tessera.ctr.data.teacher import DATA, STEPS, Teacher
+from tessera.embedding.errors import ConfigError
 
 # The unit of drawing: small enough for the processor's caches, large enough for numpy.
 BLOCK_ROWS = 8192

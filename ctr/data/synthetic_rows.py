@@ -12,8 +12,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ctr.data.counter_random import bits, key, mix64, uniform, unmix64
-from embedding.errors import ConfigError
+from tessera.ctr.data.counter_random import bits, key, mix64, uniform, unmix64
+from tessera.embedding.errors import ConfigError
 
 COUNT_NAMES = [f"I{i}" for i in range(1, 14)]
 ID_NAMES = [f"C{i}" for i in range(1, 27)]

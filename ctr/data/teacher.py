@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ctr.data.counter_random import bits, key, mix64, uniform
-from ctr.data.synthetic_rows import Population, Rows, SyntheticConfig
+from tessera.ctr.data.counter_random import bits, key, mix64, uniform
+from tessera.ctr.data.synthetic_rows import Population, Rows, SyntheticConfig
 
 # Probabilities are whole multiples of 2^-20, so that a histogram gives the exact AUC and logloss of any
 # number of rows.

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import types
 
-from ctr.data.errors import SchemaError
+from tessera.ctr.data.errors import SchemaError
 
 TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 DAY, YEAR = 86400, 31_556_952

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ctr.data.schema import FeatureConfig
+from tessera.ctr.data.schema import FeatureConfig
 
 
 def transform(feature: FeatureConfig, x: np.ndarray) -> np.ndarray:

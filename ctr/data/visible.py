@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import pyarrow.fs as fs
 
-from ctr.data.errors import DataError
-from ctr.data.files import one_line
-from distributed.locations import joined
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.files import one_line
+from tessera.distributed.locations import joined
 
 SUFFIXES = (".parquet", ".parq", ".pq")
 # Names without a dot, or with the name of a codec alone, are what Hive (000000_0) and Athena (…_00001.gz) write; the

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctr.data.bags import Bags
+from tessera.ctr.data.bags import Bags
 
 # Why a row is dropped. A row with several faults counts for the first one found.
 GOOD = 0

@@ -12,8 +12,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ctr.data.counter_random import bits, key
-from ctr.metrics.score_table import PROBABILITY_EPSILON, run_starts
+from tessera.ctr.data.counter_random import bits, key
+from tessera.ctr.metrics.score_table import PROBABILITY_EPSILON, run_starts
 
 NAMES = ("auc", "logloss")
 BOOTSTRAP = 7  # first word of the key of its random numbers

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ctr.metrics.score_table import (
+from tessera.ctr.metrics.score_table import (
     CALIBRATION_BINS,
     Rows,
     ScoreTable,

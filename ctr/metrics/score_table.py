@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ctr.data.errors import DataError
+from tessera.ctr.data.errors import DataError
 
 # The float32 below 1 is 1 - 6e-8, so a saturated prediction reads exactly 1; this caps its logloss at 16.1.
 PROBABILITY_EPSILON = 1e-7

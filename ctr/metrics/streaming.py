@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctr.data.errors import DataError
-from ctr.metrics.score_table import PROBABILITY_EPSILON, entropy
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.metrics.score_table import PROBABILITY_EPSILON, entropy
 
 BINS = 1 << 16
 # Where the offline logloss clips a probability, as a logit: 16.1 to either side.

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctr.models.dropout import Dropout
-from ctr.models.layers import MLP, FieldEmbedding, in_pieces, linear, need_pairs
-from ctr.models.tower import Fields, Tower
-from embedding.errors import ConfigError
+from tessera.ctr.models.dropout import Dropout
+from tessera.ctr.models.layers import MLP, FieldEmbedding, in_pieces, linear, need_pairs
+from tessera.ctr.models.tower import Fields, Tower
+from tessera.embedding.errors import ConfigError
 
 FORMS = ("paper", "code")
 

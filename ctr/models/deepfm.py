@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ctr.models.layers import MLP, FactorizationMachine, FieldEmbedding, FirstOrder, need_pairs
-from ctr.models.tower import Fields, Tower
+from tessera.ctr.models.layers import MLP, FactorizationMachine, FieldEmbedding, FirstOrder, need_pairs
+from tessera.ctr.models.tower import Fields, Tower
 
 
 class DeepFM(Tower):

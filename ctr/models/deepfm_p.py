@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ctr.models.layers import MLP, FactorizationMachine, FieldEmbedding, FirstOrder, InnerProducts, need_pairs
-from ctr.models.tower import Fields, Tower
+from tessera.ctr.models.layers import MLP, FactorizationMachine, FieldEmbedding, FirstOrder, InnerProducts, need_pairs
+from tessera.ctr.models.tower import Fields, Tower
 
 
 class DeepFMP(Tower):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ctr.models.layers import MLP, FieldEmbedding
-from ctr.models.tower import Fields, Tower
+from tessera.ctr.models.layers import MLP, FieldEmbedding
+from tessera.ctr.models.tower import Fields, Tower
 
 
 class DNN(Tower):

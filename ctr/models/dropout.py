@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embedding.config import key_of
-from embedding.errors import ConfigError
-from kernels.random import row_keys, uniform
+from tessera.embedding.config import key_of
+from tessera.embedding.errors import ConfigError
+from tessera.kernels.random import row_keys, uniform
 
 DROPOUT = key_of("dropout")
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctr.models.batch_norm import BatchNorm
-from ctr.models.instantiate import instantiate
-from ctr.models.layers import FieldEmbedding, linear, need_pairs
-from ctr.models.tower import Fields, Tower
-from embedding.errors import ConfigError
+from tessera.ctr.models.batch_norm import BatchNorm
+from tessera.ctr.models.instantiate import instantiate
+from tessera.ctr.models.layers import FieldEmbedding, linear, need_pairs
+from tessera.ctr.models.tower import Fields, Tower
+from tessera.embedding.errors import ConfigError
 
 
 class FGCNN(Tower):

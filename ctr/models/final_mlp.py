@@ -8,9 +8,9 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
-from ctr.models.layers import MLP, FieldEmbedding, linear
-from ctr.models.tower import Fields, Tower
-from embedding.errors import ConfigError
+from tessera.ctr.models.layers import MLP, FieldEmbedding, linear
+from tessera.ctr.models.tower import Fields, Tower
+from tessera.embedding.errors import ConfigError
 
 
 class FinalMLP(Tower):

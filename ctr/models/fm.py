@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ctr.models.layers import FactorizationMachine, FieldEmbedding, FirstOrder, need_pairs
-from ctr.models.tower import Fields, Tower
+from tessera.ctr.models.layers import FactorizationMachine, FieldEmbedding, FirstOrder, need_pairs
+from tessera.ctr.models.tower import Fields, Tower
 
 
 class FM(Tower):

@@ -11,25 +11,31 @@ from typing import Any
 
 from torch import nn
 
-from embedding.errors import ConfigError
+from tessera.embedding.errors import ConfigError
 
-OWN = re.compile(r"ctr\.models\.\w+\.\w+")
+OWN = re.compile(r"tessera\.ctr\.models\.\w+\.\w+")
+BEFORE = "ctr.models."  # so runs and yaml of version 0.1 name what is below tessera.ctr.models
 
 
 def is_own(target: Any) -> bool:
-    """Return whether a target names a module of `ctr.models`, so that it can be built whoever has named it."""
-    if not isinstance(target, str) or not OWN.fullmatch(target):
+    """Return whether a target names a module of `tessera.ctr.models`, so that it can be built whoever has named it."""
+    if not isinstance(target, str) or not OWN.fullmatch(current_name(target)):
         return False
-    module_name, _, class_name = target.rpartition(".")
+    module_name, _, class_name = current_name(target).rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), class_name, None)
     except ImportError:
         return False
-    return isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith("ctr.models.")
+    return isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(f"tessera.{BEFORE}")
+
+
+def current_name(target: str) -> str:
+    """The path of a class as it is now: version 0.1 had no `tessera.` in front."""
+    return f"tessera.{target}" if target.startswith(BEFORE) else target
 
 
 def instantiate(config: Mapping[str, Any], key: str, *positional: Any, **given: Any) -> Any:
-    """The class that `config["target"]` names ("ctr.models.deepfm.DeepFM"), called with the other keys.
+    """The class that `config["target"]` names ("tessera.ctr.models.deepfm.DeepFM"), called with the other keys.
 
     Args:
         key: where in the configuration this stands ("model"), for messages.
@@ -42,12 +48,14 @@ def instantiate(config: Mapping[str, Any], key: str, *positional: Any, **given: 
     arguments = {**config, **given}
     target = arguments.pop("target", None)
     if target is None:
-        raise ConfigError(f"{key}.target is missing; expected the path of a class, for example ctr.models.dnn.DNN")
-    module_name, _, class_name = str(target).rpartition(".")
+        raise ConfigError(
+            f"{key}.target is missing; expected the path of a class, for example tessera.ctr.models.dnn.DNN"
+        )
+    module_name, _, class_name = current_name(str(target)).rpartition(".")
     try:
         made_class = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{key}.target is {target!r}, which cannot be imported: {error}") from None
+        raise ConfigError(f"{key}.target is {target!r}, which cannot be imported: {error}{_moved(error)}") from None
     parameters = list(inspect.signature(made_class).parameters.values())[len(positional) :]
     known = [parameter.name for parameter in parameters]
     for name in config:
@@ -59,3 +67,9 @@ def instantiate(config: Mapping[str, Any], key: str, *positional: Any, **given: 
         if parameter.name not in arguments and parameter.default is inspect.Parameter.empty:
             raise ConfigError(f"{key}.{parameter.name} is missing; {class_name} needs {', '.join(known)}")
     return made_class(*positional, **{name: value for name, value in arguments.items() if name in known})
+
+
+def _moved(error: Exception) -> str:
+    """What to say where a model of the user's own imports by the names of version 0.1."""
+    moved = isinstance(error, ImportError) and (error.name or "").split(".")[0] in ("ctr", "embedding", "distributed")
+    return f"; since version 0.2 this project is imported as tessera.{error.name}" if moved else ""

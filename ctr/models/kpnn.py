@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ctr.models.layers import MLP, FieldEmbedding, InnerProducts, in_pieces, need_pairs, pairs
-from ctr.models.tower import Fields, Tower
-from embedding.errors import ConfigError
+from tessera.ctr.models.layers import MLP, FieldEmbedding, InnerProducts, in_pieces, need_pairs, pairs
+from tessera.ctr.models.tower import Fields, Tower
+from tessera.embedding.errors import ConfigError
 
 KERNELS = ("mat", "vec", "num")
 

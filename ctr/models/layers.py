@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ctr.models.batch_norm import BatchNorm
-from ctr.models.dropout import Dropout
-from ctr.models.numeric import Raw, ScaledVectors
-from ctr.models.tower import Fields
-from embedding.errors import ConfigError
+from tessera.ctr.models.batch_norm import BatchNorm
+from tessera.ctr.models.dropout import Dropout
+from tessera.ctr.models.numeric import Raw, ScaledVectors
+from tessera.ctr.models.tower import Fields
+from tessera.embedding.errors import ConfigError
 
 ROWS_AT_ONCE = 128
 

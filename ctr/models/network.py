@@ -9,21 +9,21 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
-from ctr.config import Config
-from ctr.data.batch import Batch
-from ctr.data.schema import Schema
-from ctr.models.batch_norm import BatchNorm
-from ctr.models.dropout import draw_masks, dropout_layers
-from ctr.models.instantiate import instantiate
-from ctr.models.numeric import Raw
-from ctr.models.tower import Fields, Tower
-from distributed.dynamic_tables import DynamicTables
-from distributed.no_tables import NoTables
-from distributed.plan import sums_are_smaller
-from distributed.sharding import Tables
-from distributed.static_tables import StaticTables
-from distributed.table_files import folder_name
-from embedding.config import (
+from tessera.ctr.config import Config
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.models.batch_norm import BatchNorm
+from tessera.ctr.models.dropout import draw_masks, dropout_layers
+from tessera.ctr.models.instantiate import instantiate
+from tessera.ctr.models.numeric import Raw
+from tessera.ctr.models.tower import Fields, Tower
+from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.no_tables import NoTables
+from tessera.distributed.plan import sums_are_smaller
+from tessera.distributed.sharding import Tables
+from tessera.distributed.static_tables import StaticTables
+from tessera.distributed.table_files import folder_name
+from tessera.embedding.config import (
     Admission,
     DynamicTableConfig,
     Group,
@@ -32,8 +32,8 @@ from embedding.config import (
     TableConfig,
     step_of_range,
 )
-from embedding.errors import ConfigError
-from kernels.formats import PackedLayout, code_range, is_int
+from tessera.embedding.errors import ConfigError
+from tessera.kernels.formats import PackedLayout, code_range, is_int
 
 LONGEST_NAME = 255  # bytes of one part of a path, on all usual file systems
 

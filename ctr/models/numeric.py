@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embedding.errors import ConfigError
+from tessera.embedding.errors import ConfigError
 
 
 class ScaledVectors(nn.Module):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctr.models.layers import MLP, FieldEmbedding, in_pieces, need_pairs, pairs
-from ctr.models.tower import Fields, Tower
-from embedding.errors import ConfigError
+from tessera.ctr.models.layers import MLP, FieldEmbedding, in_pieces, need_pairs, pairs
+from tessera.ctr.models.tower import Fields, Tower
+from tessera.embedding.errors import ConfigError
 
 EPSILON = 1e-5  # the authors' code divides by the bare deviation
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ctr.models.numeric import ScaledVectors
+from tessera.ctr.models.numeric import ScaledVectors
 
 
 @dataclass(frozen=True)

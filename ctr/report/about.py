@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from ctr.data.errors import DataError
-from ctr.report.files import read_text
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.report.files import read_text
 
 PACKAGES = ("torch", "torchrec", "pyarrow", "numpy", "matplotlib")
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from ctr.data.errors import DataError
-from ctr.metrics.compare import Difference, PairedRows, auc_difference, logloss_difference, paired_bootstrap
-from ctr.metrics.exact import summarise
-from ctr.metrics.score_table import Rows, score_table
-from ctr.report.comparison_plots import day_plot, replicates_plot
-from ctr.report.definitions import DEFINITIONS, number
-from ctr.report.files import json_text, write_text
-from ctr.report.page import Card, render
-from ctr.report.paired import Scored, pooled, read_pairs
-from ctr.report.plot import Table, json_points
-from ctr.report.quality import SplitCurves, roc_plot, split_curves
-from ctr.targets import replacing
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.metrics.compare import Difference, PairedRows, auc_difference, logloss_difference, paired_bootstrap
+from tessera.ctr.metrics.exact import summarise
+from tessera.ctr.metrics.score_table import Rows, score_table
+from tessera.ctr.report.comparison_plots import day_plot, replicates_plot
+from tessera.ctr.report.definitions import DEFINITIONS, number
+from tessera.ctr.report.files import json_text, write_text
+from tessera.ctr.report.page import Card, render
+from tessera.ctr.report.paired import Scored, pooled, read_pairs
+from tessera.ctr.report.plot import Table, json_points
+from tessera.ctr.report.quality import SplitCurves, roc_plot, split_curves
+from tessera.ctr.targets import replacing
 
 TITLES = {"auc": "AUC", "logloss": "logloss"}
 PLACE = "comparisons"  # in the folder of the second run

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from ctr.report.day_plots import finish_days
-from ctr.report.plot import INK, SERIES, Plot, Table, canvas, inline_svg, legend_above
-from ctr.report.steps import evenly
+from tessera.ctr.report.day_plots import finish_days
+from tessera.ctr.report.plot import INK, SERIES, Plot, Table, canvas, inline_svg, legend_above
+from tessera.ctr.report.steps import evenly
 
 BINS = 40
 

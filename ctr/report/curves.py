@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ctr.metrics.score_table import CalibrationBins, ScoreTable
+from tessera.ctr.metrics.score_table import CalibrationBins, ScoreTable
 
 POINTS = 500
 

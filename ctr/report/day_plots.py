@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentFormatter
 
-from ctr.report.plot import (
+from tessera.ctr.report.plot import (
     DASHES,
     GRID,
     INK,
@@ -22,7 +22,7 @@ from ctr.report.plot import (
     short_number,
     unit_of,
 )
-from ctr.report.steps import evenly, four_digits
+from tessera.ctr.report.steps import evenly, four_digits
 
 Days = list[dict[str, Any]]
 TICKS = 6

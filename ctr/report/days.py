@@ -15,14 +15,14 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from ctr.data.errors import DataError
-from ctr.report import about
-from ctr.report.day_plots import operation_plots, quality_plots
-from ctr.report.definitions import DEFINITIONS, number, percent
-from ctr.report.files import json_text, write_text
-from ctr.report.page import Card, render, versions_table
-from ctr.report.plot import Table, json_points
-from distributed.plan import size
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.report import about
+from tessera.ctr.report.day_plots import operation_plots, quality_plots
+from tessera.ctr.report.definitions import DEFINITIONS, number, percent
+from tessera.ctr.report.files import json_text, write_text
+from tessera.ctr.report.page import Card, render, versions_table
+from tessera.ctr.report.plot import Table, json_points
+from tessera.distributed.plan import size
 
 STATUSES = ("trained", "held", "skipped")
 # A day is compared with the mean of so many trained days before it.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ctr.data.errors import DataError
+from tessera.ctr.data.errors import DataError
 
 TRAIN = ("step", "rows", "loss", "dense_lr", "sparse_lr", "samples_per_second", "reader_wait", "seconds")
 EVALUATION = ("step", "auc", "logloss", "normalized_entropy", "calibration")

@@ -8,13 +8,13 @@ from typing import Any
 
 import jinja2
 
-from ctr.report.about import Text
-from ctr.report.definitions import DEFINITIONS, Definition, number
-from ctr.report.history import History
-from ctr.report.plot import Plot, Table
-from ctr.report.slices import Slices
-from ctr.report.tables import numbers_by_table
-from ctr.report.training import course
+from tessera.ctr.report.about import Text
+from tessera.ctr.report.definitions import DEFINITIONS, Definition, number
+from tessera.ctr.report.history import History
+from tessera.ctr.report.plot import Plot, Table
+from tessera.ctr.report.slices import Slices
+from tessera.ctr.report.tables import numbers_by_table
+from tessera.ctr.report.training import course
 
 
 @dataclass(frozen=True)

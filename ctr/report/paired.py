@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ctr.data.errors import DataError
-from ctr.metrics.compare import PairedRows
-from ctr.metrics.score_table import Rows
-from ctr.report.predictions import PREFERRED_SPLITS, read_column, split_names
-from ctr.report.result import settle_result
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.metrics.compare import PairedRows
+from tessera.ctr.metrics.score_table import Rows
+from tessera.ctr.report.predictions import PREFERRED_SPLITS, read_column, split_names
+from tessera.ctr.report.result import settle_result
 
 ROW = "row"
 

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from distributed.plan import size
+from tessera.distributed.plan import size
 
 # Matplotlib knows no CSS variables: figures are drawn in these stand-ins, and each becomes var(--name).
 INK, GRID = "#010101", "#020202"

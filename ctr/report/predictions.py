@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ctr.data.errors import DataError
-from ctr.metrics.score_table import Rows, check_rows
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.metrics.score_table import Rows, check_rows
 
 REQUIRED = ("prediction", "label", "weight")
 OPTIONAL = ("group", "split")

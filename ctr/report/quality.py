@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from ctr.metrics.score_table import CalibrationBins, ScoreTable
-from ctr.report.curves import Curve, histogram, pr_curve, roc_curve, thin_pr, thin_roc, wilson_interval
-from ctr.report.plot import (
+from tessera.ctr.metrics.score_table import CalibrationBins, ScoreTable
+from tessera.ctr.report.curves import Curve, histogram, pr_curve, roc_curve, thin_pr, thin_roc, wilson_interval
+from tessera.ctr.report.plot import (
     DASHES,
     INK,
     SERIES,

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctr.data.errors import DataError
-from ctr.metrics.exact import group_auc, summarise
-from ctr.metrics.score_table import Rows, score_table
-from ctr.report import about
-from ctr.report.files import json_text, read_text, write_text
-from ctr.report.history import History, read_history
-from ctr.report.page import Page, lead
-from ctr.report.plot import Plot, json_points
-from ctr.report.predictions import PREFERRED_SPLITS, SLICE, read_predictions, slice_names
-from ctr.report.quality import SplitCurves, calibration_plot, pr_plot, prediction_plot, roc_plot, split_curves
-from ctr.report.result import PREDICTIONS, settle_result
-from ctr.report.slices import SLICE_NAMES, Slices, measure_slices
-from ctr.report.tables import json_values, table_plots
-from ctr.report.training import training_plots
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.metrics.exact import group_auc, summarise
+from tessera.ctr.metrics.score_table import Rows, score_table
+from tessera.ctr.report import about
+from tessera.ctr.report.files import json_text, read_text, write_text
+from tessera.ctr.report.history import History, read_history
+from tessera.ctr.report.page import Page, lead
+from tessera.ctr.report.plot import Plot, json_points
+from tessera.ctr.report.predictions import PREFERRED_SPLITS, SLICE, read_predictions, slice_names
+from tessera.ctr.report.quality import SplitCurves, calibration_plot, pr_plot, prediction_plot, roc_plot, split_curves
+from tessera.ctr.report.result import PREDICTIONS, settle_result
+from tessera.ctr.report.slices import SLICE_NAMES, Slices, measure_slices
+from tessera.ctr.report.tables import json_values, table_plots
+from tessera.ctr.report.training import training_plots
 
 
 @dataclass(frozen=True)

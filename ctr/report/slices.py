@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ctr.data.errors import DataError
-from ctr.metrics.exact import group_auc, summarise
-from ctr.metrics.score_table import Rows, run_starts, score_table
-from ctr.report.definitions import number, percent
-from ctr.report.plot import Table
-from ctr.report.predictions import NEW_IDS, SLICE, read_column, slice_field
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.metrics.exact import group_auc, summarise
+from tessera.ctr.metrics.score_table import Rows, run_starts, score_table
+from tessera.ctr.report.definitions import number, percent
+from tessera.ctr.report.plot import Table
+from tessera.ctr.report.predictions import NEW_IDS, SLICE, read_column, slice_field
 
 # In the run folder: feature -> hash of a string, as hexadecimal digits -> the string.
 SLICE_NAMES = "slice_names.json"

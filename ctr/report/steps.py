@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ctr.report.curves import Curve
-from ctr.report.plot import Table, short_number
+from tessera.ctr.report.curves import Curve
+from tessera.ctr.report.plot import Table, short_number
 
 TABLE_ROWS = 12
 

@@ -6,11 +6,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ctr.report.curves import POINTS, Curve
-from ctr.report.history import History, TableCounts
-from ctr.report.plot import DASHES, SERIES, Plot, Table, canvas, inline_svg, short_number, unit_of
-from ctr.report.steps import finish_steps, marker, series_table
-from distributed.plan import size
+from tessera.ctr.report.curves import POINTS, Curve
+from tessera.ctr.report.history import History, TableCounts
+from tessera.ctr.report.plot import DASHES, SERIES, Plot, Table, canvas, inline_svg, short_number, unit_of
+from tessera.ctr.report.steps import finish_steps, marker, series_table
+from tessera.distributed.plan import size
 
 CAME, WENT = ("admitted", "rejected"), ("expired", "evicted")
 COLUMNS = (*CAME, *WENT)

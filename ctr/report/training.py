@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from ctr.report.curves import Curve, thin_series
-from ctr.report.history import History
-from ctr.report.plot import DASHES, INK, SERIES, Plot, Table, canvas, inline_svg, short_number, split_styles
-from ctr.report.steps import evenly, finish_steps, four_digits, marker, series_table
+from tessera.ctr.report.curves import Curve, thin_series
+from tessera.ctr.report.history import History
+from tessera.ctr.report.plot import DASHES, INK, SERIES, Plot, Table, canvas, inline_svg, short_number, split_styles
+from tessera.ctr.report.steps import evenly, finish_steps, four_digits, marker, series_table
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from ctr.train.saved_model import fill_model, link_model, put_into, take_out
-from ctr.train.saved_training import as_written, changed_keys, check_goes_on
-from distributed.checkpoint import (
+from tessera.ctr.train.saved_model import fill_model, link_model, put_into, take_out
+from tessera.ctr.train.saved_training import as_written, changed_keys, check_goes_on
+from tessera.distributed.checkpoint import (
     DamagedState,
     Saved,
     clean,
@@ -35,17 +35,23 @@ from distributed.checkpoint import (
     save,
     states,
 )
-from distributed.checkpoint_dense import Tensors, copy_of, load_tensors, save_tensors
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_manifest import MANIFEST, CheckpointError
-from distributed.checkpoint_tables import TableParts, TableSaver, describe_tables, load_table_state, load_waiting
-from distributed.checkpoint_watch import SaveWatch
-from distributed.first_rank import on_first_rank
-from distributed.plan import size
-from distributed.process import Process, Stopped
+from tessera.distributed.checkpoint_dense import Tensors, copy_of, load_tensors, save_tensors
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_manifest import MANIFEST, CheckpointError
+from tessera.distributed.checkpoint_tables import (
+    TableParts,
+    TableSaver,
+    describe_tables,
+    load_table_state,
+    load_waiting,
+)
+from tessera.distributed.checkpoint_watch import SaveWatch
+from tessera.distributed.first_rank import on_first_rank
+from tessera.distributed.plan import size
+from tessera.distributed.process import Process, Stopped
 
 if TYPE_CHECKING:
-    from ctr.train.trainer import Trainer
+    from tessera.ctr.train.trainer import Trainer
 
 PROGRESS = ("step", "epoch", "now", "best", "evaluations_since_best", "evaluated_step")
 BEST, STAGED_BEST = "best", ".best-of-save"

@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctr.config import Config
-from ctr.data.batch import Batch
-from ctr.data.periods import span
-from ctr.data.reader import ParquetReader
-from distributed.process import Process
+from tessera.ctr.config import Config
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.periods import span
+from tessera.ctr.data.reader import ParquetReader
+from tessera.distributed.process import Process
 
 LEFT_OUT = 100  # one row of so many
 DAY = 86400

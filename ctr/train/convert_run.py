@@ -8,19 +8,19 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from ctr.config import Config, EmbeddingConfig, typed
-from ctr.data.schema import Schema
-from ctr.models.network import build_tables, build_tower
-from ctr.targets import replacing
-from ctr.train.score_run import run_config
-from ctr.train.stored_config import targets_of
-from distributed.checkpoint import Saved, open_saved, save
-from distributed.checkpoint_dense import load_tensors, save_tensors
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_tables import describe_tables
-from distributed.dynamic_tables import DynamicTables
-from distributed.process import Process
-from distributed.table_files import (
+from tessera.ctr.config import Config, EmbeddingConfig, typed
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.models.network import build_tables, build_tower
+from tessera.ctr.targets import replacing
+from tessera.ctr.train.score_run import run_config
+from tessera.ctr.train.stored_config import targets_of
+from tessera.distributed.checkpoint import Saved, open_saved, save
+from tessera.distributed.checkpoint_dense import load_tensors, save_tensors
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_tables import describe_tables
+from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.process import Process
+from tessera.distributed.table_files import (
     ColumnSource,
     columns_of,
     copied,
@@ -31,10 +31,10 @@ from distributed.table_files import (
     to_batch,
     write_columns,
 )
-from embedding.config import DynamicTableConfig
-from embedding.convert import ConversionError, convert_rows
-from embedding.errors import ConfigError
-from embedding.table import DynamicTable
+from tessera.embedding.config import DynamicTableConfig
+from tessera.embedding.convert import ConversionError, convert_rows
+from tessera.embedding.errors import ConfigError
+from tessera.embedding.table import DynamicTable
 
 KEYS = ("format", "formats", "rounding", "step", "range", "alpt")
 

@@ -18,10 +18,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedding.errors import ConfigError
+from tessera.embedding.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ctr.data.batch import Batch
+    from tessera.ctr.data.batch import Batch
 
 
 @dataclass

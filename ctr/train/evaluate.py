@@ -13,20 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ctr.config import Config
-from ctr.data.batch import Batch
-from ctr.data.config import paths_of, split_days
-from ctr.data.day_folders import DayFolders
-from ctr.data.errors import DataError
-from ctr.data.listing import Listing
-from ctr.data.reader import ParquetReader
-from ctr.data.schema import Schema
-from ctr.metrics.streaming import StreamingMetrics
-from ctr.report.predictions import REQUIRED, SPLIT_OF_FILE
-from ctr.train.look_ahead import to_device
-from ctr.train.slice_columns import SliceColumn
-from distributed.new_ids import rows_with_new_ids
-from distributed.process import Process
+from tessera.ctr.config import Config
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.config import paths_of, split_days
+from tessera.ctr.data.day_folders import DayFolders
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.listing import Listing
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.metrics.streaming import StreamingMetrics
+from tessera.ctr.report.predictions import REQUIRED, SPLIT_OF_FILE
+from tessera.ctr.train.look_ahead import to_device
+from tessera.ctr.train.slice_columns import SliceColumn
+from tessera.distributed.new_ids import rows_with_new_ids
+from tessera.distributed.process import Process
 
 
 def read_split(config: Config, schema: Schema, process: Process, split: str) -> ParquetReader | None:

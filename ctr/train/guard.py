@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ctr.data.batch import Batch
-from ctr.models.batch_norm import BatchNorm
-from ctr.models.network import Network
-from embedding.errors import TesseraError
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.models.batch_norm import BatchNorm
+from tessera.ctr.models.network import Network
+from tessera.embedding.errors import TesseraError
 
 
 class NonFiniteError(TesseraError):
@@ -27,7 +27,7 @@ def check_loss(loss: Tensor, network: Network, batch: Batch, embeddings: dict[st
 def _queue(finite: Tensor, message: str) -> None:
     """Have a GPU stop with the message before it comes to what is queued after this, if `finite` (bool []) is false.
 
-    The host does not wait: it learns of it in a later call, and `distributed.process.run` says what it means. What
+    The host does not wait: it learns of it in a later call, and `distributed/process.py` says what it means. What
     module made the number cannot be asked any more, as the process has lost its GPU.
     """
     torch._assert_async(finite, message)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctr.data.batch import Batch
+from tessera.ctr.data.batch import Batch
 
 
 class LookAhead:

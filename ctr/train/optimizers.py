@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from ctr.config import DenseConfig, OptimizerConfig, SideConfig
+from tessera.ctr.config import DenseConfig, OptimizerConfig, SideConfig
 
 
 class Optimizers:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ctr.config import Config
-from ctr.data.config import SPLITS, paths_of
-from ctr.targets import check_place
-from distributed.checkpoint import names_of_states
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_lock import FolderInUse, FolderLock
-from distributed.locations import missing_bucket
-from distributed.process import Process, job_store
-from embedding.errors import ConfigError
+from tessera.ctr.config import Config
+from tessera.ctr.data.config import SPLITS, paths_of
+from tessera.ctr.targets import check_place
+from tessera.distributed.checkpoint import names_of_states
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_lock import FolderInUse, FolderLock
+from tessera.distributed.locations import missing_bucket
+from tessera.distributed.process import Process, job_store
+from tessera.embedding.errors import ConfigError
 
 # What a run has written before its first log line, evaluation or saved state. `.lock` says that it is a run's folder.
 LOCK, AT_START = ".lock", ("config.yaml", "plan.txt", "versions.json", "teacher.json", "train.log", "metrics.jsonl")

@@ -21,15 +21,15 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ctr.config import Config
-from ctr.data.batch import Batch
-from ctr.data.reader import ParquetReader
-from ctr.train.optimizers import Optimizers
-from ctr.train.run_folder import RunFolder
-from distributed.checkpoint_files import Storage
-from distributed.host_manager import CacheStats
-from distributed.plan import size
-from distributed.process import Process
+from tessera.ctr.config import Config
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.train.optimizers import Optimizers
+from tessera.ctr.train.run_folder import RunFolder
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.host_manager import CacheStats
+from tessera.distributed.plan import size
+from tessera.distributed.process import Process
 
 PACKAGES = ("tessera-ctr", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "pyarrow", "numpy", "hydra-core")
 

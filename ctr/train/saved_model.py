@@ -8,14 +8,14 @@ from typing import Any
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from distributed.checkpoint import REPLACED, DamagedState, Saved, open_saved, save
-from distributed.checkpoint_dense import load_into, load_tensors, save_tensors, tensor_shapes
-from distributed.checkpoint_files import Sealed, Storage, seal
-from distributed.checkpoint_manifest import MANIFEST, CheckpointError, read_manifest
-from distributed.checkpoint_tables import TableParts, describe_tables, load_rows
-from distributed.process import Process
-from distributed.table_files import rows_of
-from embedding.errors import TesseraError
+from tessera.distributed.checkpoint import REPLACED, DamagedState, Saved, open_saved, save
+from tessera.distributed.checkpoint_dense import load_into, load_tensors, save_tensors, tensor_shapes
+from tessera.distributed.checkpoint_files import Sealed, Storage, seal
+from tessera.distributed.checkpoint_manifest import MANIFEST, CheckpointError, read_manifest
+from tessera.distributed.checkpoint_tables import TableParts, describe_tables, load_rows
+from tessera.distributed.process import Process
+from tessera.distributed.table_files import rows_of
+from tessera.embedding.errors import TesseraError
 
 
 def save_model(model: DistributedModelParallel, folder: Path, process: Process, step: int) -> None:

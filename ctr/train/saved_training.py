@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from ctr.config import Config
-from distributed.checkpoint import Saved
-from distributed.checkpoint_manifest import TRAINING, CheckpointError, check
+from tessera.ctr.config import Config
+from tessera.distributed.checkpoint import Saved
+from tessera.distributed.checkpoint_manifest import TRAINING, CheckpointError, check
 
 if TYPE_CHECKING:
-    from ctr.train.trainer import Trainer
+    from tessera.ctr.train.trainer import Trainer
 
 COUNT = {str: int}
 PATTERN = {

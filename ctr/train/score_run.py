@@ -14,25 +14,25 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from ctr.config import Config, typed
-from ctr.data.id_names import names_of_ids
-from ctr.data.reader import ParquetReader
-from ctr.data.schema import Schema
-from ctr.report.files import json_text, write_text
-from ctr.report.predictions import NEW_IDS, SLICE
-from ctr.report.report import write_report
-from ctr.report.slices import SLICE_NAMES, largest_ids
-from ctr.targets import replacing_on_ranks
-from ctr.train.checkpoints import BEST, find_saved
-from ctr.train.evaluate import evaluate, read_split
-from ctr.train.run_log import copy_teacher
-from ctr.train.saved_model import fill_model, has_model, load_model
-from ctr.train.slice_columns import SliceColumn
-from ctr.train.stored_config import read_config, targets_of
-from ctr.train.trainer import build_model, set_threads
-from distributed.checkpoint import CheckpointError
-from distributed.process import Process
-from embedding.errors import ConfigError, TesseraError
+from tessera.ctr.config import Config, typed
+from tessera.ctr.data.id_names import names_of_ids
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.report.files import json_text, write_text
+from tessera.ctr.report.predictions import NEW_IDS, SLICE
+from tessera.ctr.report.report import write_report
+from tessera.ctr.report.slices import SLICE_NAMES, largest_ids
+from tessera.ctr.targets import replacing_on_ranks
+from tessera.ctr.train.checkpoints import BEST, find_saved
+from tessera.ctr.train.evaluate import evaluate, read_split
+from tessera.ctr.train.run_log import copy_teacher
+from tessera.ctr.train.saved_model import fill_model, has_model, load_model
+from tessera.ctr.train.slice_columns import SliceColumn
+from tessera.ctr.train.stored_config import read_config, targets_of
+from tessera.ctr.train.trainer import build_model, set_threads
+from tessera.distributed.checkpoint import CheckpointError
+from tessera.distributed.process import Process
+from tessera.embedding.errors import ConfigError, TesseraError
 
 PLACE = "evaluations"  # in the folder of the run
 
@@ -40,8 +40,8 @@ PLACE = "evaluations"  # in the folder of the run
 def run_config(run_dir: Path, overrides: list[str], named: Collection[str] = ()) -> Config:
     """The configuration a run was trained with, with `data.*` and `trainer.*` keys replaced by the overrides.
 
-    A class outside of `ctr.models` is imported only if it is among `named`, or an override names it as the run does:
-    `model.target=my_models.Mine`.
+    A class outside of `tessera.ctr.models` is imported only if it is among `named`, or an override names it as the run
+    does: `model.target=my_models.Mine`.
 
     Raises:
         ConfigError: no run there, an unknown key, or an override of what the saved model depends on.

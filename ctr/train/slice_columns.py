@@ -7,11 +7,11 @@ from collections.abc import Collection
 
 import pyarrow as pa
 
-from ctr.data.batch import Batch
-from ctr.data.decode import is_bag
-from ctr.data.schema import Schema, nearest
-from ctr.report.predictions import SLICE
-from embedding.errors import ConfigError
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.decode import is_bag
+from tessera.ctr.data.schema import Schema, nearest
+from tessera.ctr.report.predictions import SLICE
+from tessera.embedding.errors import ConfigError
 
 
 class SliceColumn:

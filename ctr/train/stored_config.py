@@ -1,7 +1,8 @@
 """The config.yaml of a run folder. It may come from somebody else: it is data, and nothing in it runs.
 
-A class outside of `ctr.models` is imported only where whoever gives the command has named it there. What a command line
-composes itself (`scripts/train.py`, `scripts/daily.py`, `--config-dir`) is the user's own and not looked at here.
+A class outside of `tessera.ctr.models` is imported only where whoever gives the command has named it there. What a
+command line composes itself (`scripts/train.py`, `scripts/daily.py`, `--config-dir`) is the user's own and not looked
+at here.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ctr.models.instantiate import is_own
-from embedding.errors import ConfigError
+from tessera.ctr.models.instantiate import is_own
+from tessera.embedding.errors import ConfigError
 
 BUILT = ("model", "numeric")  # the parts of a configuration that name classes
 
@@ -24,7 +25,7 @@ def read_config(path: Path, named: Collection[str] = ()) -> DictConfig:
     """Return the configuration in a file as it stands there, untyped.
 
     Args:
-        named: classes outside of `ctr.models` that the user has named for this command.
+        named: classes outside of `tessera.ctr.models` that the user has named for this command.
 
     Raises ConfigError, one line: it is no YAML of a configuration, it has interpolations or other tags than YAML's own,
     or it names a class that it may not.
@@ -44,8 +45,8 @@ def read_config(path: Path, named: Collection[str] = ()) -> DictConfig:
             raise ConfigError(f"{path}: {key} is {value!r}; a run's configuration is written with its values, not so")
         if key.split(".")[0] in BUILT and key.endswith(".target") and value not in named and not is_own(value):
             raise ConfigError(
-                f"{path}: {key} is {value!r}, a class outside of ctr.models, which is not imported because a file says "
-                f"so; if you trust it, name it on the command line: {key}={value} (SECURITY.md)"
+                f"{path}: {key} is {value!r}, a class outside of tessera.ctr.models, which is not imported "
+                f"because a file says so; if you trust it, name it on the command line: {key}={value} (SECURITY.md)"
             )
     return loaded
 

@@ -17,16 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ctr.config import Config
-from ctr.data.reader import ParquetReader
-from ctr.data.schema import Schema
-from ctr.train.evaluate import evaluate, read_split
-from ctr.train.saved_model import load_model
-from distributed.process import Process
-from embedding.errors import ConfigError, TesseraError
+from tessera.ctr.config import Config
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.train.evaluate import evaluate, read_split
+from tessera.ctr.train.saved_model import load_model
+from tessera.distributed.process import Process
+from tessera.embedding.errors import ConfigError, TesseraError
 
 if TYPE_CHECKING:
-    from ctr.train.trainer import Trainer
+    from tessera.ctr.train.trainer import Trainer
 
 SPLIT = "train"
 COMPLETE = "complete.json"  # written last
@@ -84,8 +84,8 @@ def score_teacher(
     if distil.kind == "self":
         evaluate(model, reader, process, folder, split)
         return
-    from ctr.train.score_run import run_config  # both import the trainer, which imports this module
-    from ctr.train.trainer import build_model
+    from tessera.ctr.train.score_run import run_config  # both import the trainer, which imports this module
+    from tessera.ctr.train.trainer import build_model
 
     named = [*distil.targets, config.model.get("target"), config.numeric.get("target")]
     theirs = run_config(Path(distil.teacher), [], named)

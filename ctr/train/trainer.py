@@ -14,31 +14,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from ctr.config import Config
-from ctr.data.batch import Batch
-from ctr.data.reader import ParquetReader
-from ctr.data.schema import Schema
-from ctr.models.network import Network, build_tables, build_tower
-from ctr.report.report import write_report
-from ctr.report.result import PREDICTIONS, begin_result, commit_result
-from ctr.train.checkpoints import Checkpoints
-from ctr.train.clock import Clock, ttl_in_vain
-from ctr.train.distil import Distillation
-from ctr.train.evaluate import evaluate, read_split
-from ctr.train.guard import check_gradients, check_loss, watch_gradients
-from ctr.train.look_ahead import LookAhead, ReadyBatch, to_device
-from ctr.train.optimizers import Optimizers
-from ctr.train.run_log import RunLog
-from ctr.train.saved_model import load_model, save_model
-from ctr.train.teacher_logits import prepare
-from ctr.train.warm_start import warm_start
-from distributed.checkpoint import Saved
-from distributed.first_rank import on_first_rank
-from distributed.process import Process
-from distributed.sharding import shard
-from distributed.side_stream import SideStream
-from distributed.table_files import ColumnSource
-from embedding.errors import ConfigError
+from tessera.ctr.config import Config
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.models.network import Network, build_tables, build_tower
+from tessera.ctr.report.report import write_report
+from tessera.ctr.report.result import PREDICTIONS, begin_result, commit_result
+from tessera.ctr.train.checkpoints import Checkpoints
+from tessera.ctr.train.clock import Clock, ttl_in_vain
+from tessera.ctr.train.distil import Distillation
+from tessera.ctr.train.evaluate import evaluate, read_split
+from tessera.ctr.train.guard import check_gradients, check_loss, watch_gradients
+from tessera.ctr.train.look_ahead import LookAhead, ReadyBatch, to_device
+from tessera.ctr.train.optimizers import Optimizers
+from tessera.ctr.train.run_log import RunLog
+from tessera.ctr.train.saved_model import load_model, save_model
+from tessera.ctr.train.teacher_logits import prepare
+from tessera.ctr.train.warm_start import warm_start
+from tessera.distributed.checkpoint import Saved
+from tessera.distributed.first_rank import on_first_rank
+from tessera.distributed.process import Process
+from tessera.distributed.sharding import shard
+from tessera.distributed.side_stream import SideStream
+from tessera.distributed.table_files import ColumnSource
+from tessera.embedding.errors import ConfigError
 
 HIGHER_IS_BETTER = {"auc": True, "logloss": False}
 

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ctr.train.checkpoints import find_saved
-from ctr.train.saved_training import as_written
-from distributed.checkpoint import Saved
-from distributed.checkpoint_dense import load_into, load_tensors, tensor_shapes
-from distributed.checkpoint_tables import describe_tables, load_rows, load_waiting
-from embedding.errors import ConfigError
+from tessera.ctr.train.checkpoints import find_saved
+from tessera.ctr.train.saved_training import as_written
+from tessera.distributed.checkpoint import Saved
+from tessera.distributed.checkpoint_dense import load_into, load_tensors, tensor_shapes
+from tessera.distributed.checkpoint_tables import describe_tables, load_rows, load_waiting
+from tessera.embedding.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ctr.train.trainer import Trainer
+    from tessera.ctr.train.trainer import Trainer
 
 
 @dataclass

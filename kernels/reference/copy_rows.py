@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kernels.reference.gather import gather
-from kernels.reference.scatter import scatter
+from tessera.kernels.reference.gather import gather
+from tessera.kernels.reference.scatter import scatter
 
 
 def copy_rows(source: Sequence[Tensor], rows: Tensor, target: Sequence[Tensor], places: Tensor) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.reference.chunks import by_chunk
+from tessera.kernels.reference.chunks import by_chunk
 
 
 def gather(

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kernels.reference.bits import shift_right, signed
-from kernels.reference.mix import mix64, unmix64
-from kernels.reference.random import GOLDEN
+from tessera.kernels.reference.bits import shift_right, signed
+from tessera.kernels.reference.mix import mix64, unmix64
+from tessera.kernels.reference.random import GOLDEN
 
 SLOTS = 4096  # per segment, a power of two
 LINE = 4  # slots; a search begins at a multiple of this: the slots of one cache line

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kernels.reference.chunks import by_chunk
-from kernels.reference.random import normal, uniform
+from tessera.kernels.reference.chunks import by_chunk
+from tessera.kernels.reference.random import normal, uniform
 
 
 def init_rows(

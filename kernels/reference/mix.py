@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.reference.bits import shift_right, signed
+from tessera.kernels.reference.bits import shift_right, signed
 
 FACTOR1 = 0xBF58476D1CE4E5B9
 FACTOR2 = 0x94D049BB133111EB

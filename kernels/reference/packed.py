@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.formats import DTYPES, PackedLayout, is_int
-from kernels.reference.chunks import by_chunk
-from kernels.reference.gather import checked
-from kernels.reference.quantise import dequantise, fake_quantise, quantise, step_gradient
-from kernels.reference.update import step
+from tessera.kernels.formats import DTYPES, PackedLayout, is_int
+from tessera.kernels.reference.chunks import by_chunk
+from tessera.kernels.reference.gather import checked
+from tessera.kernels.reference.quantise import dequantise, fake_quantise, quantise, step_gradient
+from tessera.kernels.reference.update import step
 
 LEAST_SHRINK = 0.5  # of a step size in one update, so that it stays above zero
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.formats import BITS, DTYPES, code_range, is_int
-from kernels.reference import random
+from tessera.kernels.formats import BITS, DTYPES, code_range, is_int
+from tessera.kernels.reference import random
 
 # A float format is a grid whose spacing is a power of two for values of one exponent: mantissa bits, the exponent
 # below which the spacing stays, and the largest value.

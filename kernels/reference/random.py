@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.reference.bits import shift_right, signed
-from kernels.reference.mix import mix64, mix64_number
+from tessera.kernels.reference.bits import shift_right, signed
+from tessera.kernels.reference.mix import mix64, mix64_number
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio: the increment of splitmix64
 GOLDEN32 = 0x9E3779B9

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.reference.bits import rotate_left, shift_right, signed
+from tessera.kernels.reference.bits import rotate_left, shift_right, signed
 
 # The five primes of the XXH64 specification.
 PRIME1 = signed(0x9E3779B185EBCA87)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kernels.reference.chunks import by_chunk
+from tessera.kernels.reference.chunks import by_chunk
 
 
 def touch(chunks: Sequence[Tensor], rows: Tensor, now: Tensor, counts: Tensor | None) -> None:

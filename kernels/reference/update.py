@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.reference.chunks import by_chunk
-from kernels.reference.gather import checked
+from tessera.kernels.reference.chunks import by_chunk
+from tessera.kernels.reference.gather import checked
 
 
 def update(

@@ -5,23 +5,23 @@ training step calls on a GPU is the definition in torch: the reader's string ops
 `copy_rows` and `take_places`, of saved states.
 """
 
-from kernels.reference.copy_rows import copy_rows
-from kernels.reference.string_hash import hex_to_int64, xxh64
-from kernels.reference.take_places import take_places
-from kernels.reference.touch import coldest
-from kernels.triton_ops.faults import check
-from kernels.triton_ops.gather import gather
-from kernels.triton_ops.id_map import id_map_erase, id_map_find, id_map_insert
-from kernels.triton_ops.initialise import init_rows
-from kernels.triton_ops.learned import packed_learn_steps
-from kernels.triton_ops.mix import mix64, unmix64
-from kernels.triton_ops.packed import packed_gather, packed_look_ahead, packed_update, update
-from kernels.triton_ops.pool import pool, pool_backward
-from kernels.triton_ops.quantise import dequantise, quantise
-from kernels.triton_ops.random import normal, uniform
-from kernels.triton_ops.scatter import scatter, scatter_columns
-from kernels.triton_ops.touch import expired, touch
-from kernels.triton_ops.unique import unique_inverse
+from tessera.kernels.reference.copy_rows import copy_rows
+from tessera.kernels.reference.string_hash import hex_to_int64, xxh64
+from tessera.kernels.reference.take_places import take_places
+from tessera.kernels.reference.touch import coldest
+from tessera.kernels.triton_ops.faults import check
+from tessera.kernels.triton_ops.gather import gather
+from tessera.kernels.triton_ops.id_map import id_map_erase, id_map_find, id_map_insert
+from tessera.kernels.triton_ops.initialise import init_rows
+from tessera.kernels.triton_ops.learned import packed_learn_steps
+from tessera.kernels.triton_ops.mix import mix64, unmix64
+from tessera.kernels.triton_ops.packed import packed_gather, packed_look_ahead, packed_update, update
+from tessera.kernels.triton_ops.pool import pool, pool_backward
+from tessera.kernels.triton_ops.quantise import dequantise, quantise
+from tessera.kernels.triton_ops.random import normal, uniform
+from tessera.kernels.triton_ops.scatter import scatter, scatter_columns
+from tessera.kernels.triton_ops.touch import expired, touch
+from tessera.kernels.triton_ops.unique import unique_inverse
 
 __all__ = [
     "check",

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_ops import launch
+from tessera.kernels.triton_ops import launch
 
 # Places in the note, and what each holds where nothing was met.
 ROW = tl.constexpr(0)  # the largest row number beyond the table

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference.id_map import LINE, SEGMENTS_PER_CHUNK, SLOTS, split_limit
-from kernels.triton_ops.arithmetic import hash_of
-from kernels.triton_ops.faults import note_duplicates
-from kernels.triton_ops.launch import block, kernel, launch
-from kernels.triton_ops.rows import bases_of
+from tessera.kernels.reference.id_map import LINE, SEGMENTS_PER_CHUNK, SLOTS, split_limit
+from tessera.kernels.triton_ops.arithmetic import hash_of
+from tessera.kernels.triton_ops.faults import note_duplicates
+from tessera.kernels.triton_ops.launch import block, kernel, launch
+from tessera.kernels.triton_ops.rows import bases_of
 
 _TAKEN_OUT = 1024  # segments whose pairs are in temporary memory at once: 64 MiB
 

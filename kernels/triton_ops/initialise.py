@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_ops import arithmetic
-from kernels.triton_ops.faults import check_interpreted, known_rows, note_of
-from kernels.triton_ops.launch import kernel, launch, tile, warps_of
-from kernels.triton_ops.rows import place_of
+from tessera.kernels.triton_ops import arithmetic
+from tessera.kernels.triton_ops.faults import check_interpreted, known_rows, note_of
+from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
+from tessera.kernels.triton_ops.rows import place_of
 
 
 @kernel

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_ops import arithmetic
-from kernels.triton_ops.faults import check_interpreted, known_rows, note_of
-from kernels.triton_ops.launch import kernel, launch, tile
-from kernels.triton_ops.merge import merge, merged
-from kernels.triton_ops.optimizers import numbers, step
-from kernels.triton_ops.packed import layout_of, merge_constants
-from kernels.triton_ops.rows import place_of
-from kernels.update import OPTIMIZERS
+from tessera.kernels.triton_ops import arithmetic
+from tessera.kernels.triton_ops.faults import check_interpreted, known_rows, note_of
+from tessera.kernels.triton_ops.launch import kernel, launch, tile
+from tessera.kernels.triton_ops.merge import merge, merged
+from tessera.kernels.triton_ops.optimizers import numbers, step
+from tessera.kernels.triton_ops.packed import layout_of, merge_constants
+from tessera.kernels.triton_ops.rows import place_of
+from tessera.kernels.update import OPTIMIZERS
 
 
 @kernel

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_ops.faults import known_positions
-from kernels.triton_ops.launch import kernel, launch, tile, warps_of
+from tessera.kernels.triton_ops.faults import known_positions
+from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
 
 PIECE = 64
 TURN = tl.constexpr(4)  # gradients asked for before the first is added

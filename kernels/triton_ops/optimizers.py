@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kernels.triton_ops.arithmetic import BF16, load_values, store_values
+from tessera.kernels.triton_ops.arithmetic import BF16, load_values, store_values
 
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, FTRL = (tl.constexpr(number) for number in range(5))
 

@@ -13,15 +13,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import BITS, FORMATS, is_int
-from kernels.triton_ops import arithmetic
-from kernels.triton_ops.faults import check_interpreted, known_rows, note_of
-from kernels.triton_ops.gather import rows_at
-from kernels.triton_ops.launch import kernel, launch, tile, warps_of
-from kernels.triton_ops.merge import PIECE, Merge, merge, merged
-from kernels.triton_ops.optimizers import numbers, step
-from kernels.triton_ops.rows import Place, place_of
-from kernels.update import OPTIMIZERS
+from tessera.kernels.formats import BITS, FORMATS, is_int
+from tessera.kernels.triton_ops import arithmetic
+from tessera.kernels.triton_ops.faults import check_interpreted, known_rows, note_of
+from tessera.kernels.triton_ops.gather import rows_at
+from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
+from tessera.kernels.triton_ops.merge import PIECE, Merge, merge, merged
+from tessera.kernels.triton_ops.optimizers import numbers, step
+from tessera.kernels.triton_ops.rows import Place, place_of
+from tessera.kernels.update import OPTIMIZERS
 
 
 class Layout(NamedTuple):

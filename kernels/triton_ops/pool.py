@@ -8,10 +8,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference.pool import columns_of_groups
-from kernels.triton_ops.faults import OFFSETS, check_interpreted, known_positions, note_of
-from kernels.triton_ops.launch import kernel, launch, tile, warps_of
-from kernels.triton_ops.merge import PIECE, merge, merged
+from tessera.kernels.reference.pool import columns_of_groups
+from tessera.kernels.triton_ops.faults import OFFSETS, check_interpreted, known_positions, note_of
+from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
+from tessera.kernels.triton_ops.merge import PIECE, merge, merged
 
 
 @kernel

@@ -6,9 +6,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import BITS, FORMATS, is_int, stored_columns, stored_dtype
-from kernels.triton_ops import arithmetic
-from kernels.triton_ops.launch import kernel, launch, tile, warps_of
+from tessera.kernels.formats import BITS, FORMATS, is_int, stored_columns, stored_dtype
+from tessera.kernels.triton_ops import arithmetic
+from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
 
 
 @kernel

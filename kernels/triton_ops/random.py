@@ -6,8 +6,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_ops import arithmetic
-from kernels.triton_ops.launch import kernel, launch, tile, warps_of
+from tessera.kernels.triton_ops import arithmetic
+from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
 
 
 @kernel

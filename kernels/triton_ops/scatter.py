@@ -8,11 +8,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference.scatter import side_by_side
-from kernels.triton_ops.arithmetic import address_of
-from kernels.triton_ops.faults import check_interpreted, known_rows, note_of
-from kernels.triton_ops.launch import kernel, launch, tile, warps_of
-from kernels.triton_ops.rows import place_of
+from tessera.kernels.reference.scatter import side_by_side
+from tessera.kernels.triton_ops.arithmetic import address_of
+from tessera.kernels.triton_ops.faults import check_interpreted, known_rows, note_of
+from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
+from tessera.kernels.triton_ops.rows import place_of
 
 
 @kernel

@@ -8,10 +8,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_ops.arithmetic import address_of
-from kernels.triton_ops.faults import check, check_interpreted, known_rows, note_of
-from kernels.triton_ops.launch import block, kernel, launch
-from kernels.triton_ops.rows import place_of
+from tessera.kernels.triton_ops.arithmetic import address_of
+from tessera.kernels.triton_ops.faults import check, check_interpreted, known_rows, note_of
+from tessera.kernels.triton_ops.launch import block, kernel, launch
+from tessera.kernels.triton_ops.rows import place_of
 
 
 @kernel

@@ -21,7 +21,6 @@ import argparse
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -29,24 +28,22 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-from ctr.models.deepfm import DeepFM  # noqa: E402
-from ctr.models.tower import Fields  # noqa: E402
-from distributed.checkpoint import open_saved, save  # noqa: E402
-from distributed.checkpoint_files import Storage  # noqa: E402
-from distributed.checkpoint_tables import TableParts, TableSaver, describe_tables, load_rows  # noqa: E402
-from distributed.process import Process  # noqa: E402
-from embedding.config import DynamicTableConfig, Group, RowOptimizer  # noqa: E402
-from embedding.snapshot import Snapshot  # noqa: E402
-from embedding.table import DynamicTable  # noqa: E402
-from kernels.chunks import allocate_chunk  # noqa: E402
-from kernels.unique import unique_inverse  # noqa: E402
-from scripts.bench.timing import seconds  # noqa: E402
+from tessera.ctr.models.deepfm import DeepFM
+from tessera.ctr.models.tower import Fields
+from tessera.distributed.checkpoint import open_saved, save
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_tables import TableParts, TableSaver, describe_tables, load_rows
+from tessera.distributed.process import Process
+from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.snapshot import Snapshot
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.chunks import allocate_chunk
+from tessera.kernels.unique import unique_inverse
+from tessera.scripts.bench.timing import seconds
 
 BLOCK = 1 << 22
 CHUNK = 1 << 26

@@ -19,8 +19,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 FRACTIONS = {"collisionless": None, "id % m, m = 1/2": 2, "id % m, m = 1/4": 4, "id % m, m = 1/16": 16}
 
 
@@ -29,9 +27,9 @@ def train(divisor: int | None, folder: str, overrides: list[str]) -> int:
     import torch
     from torchrec import KeyedJaggedTensor
 
-    from ctr.config import load_config
-    from ctr.train.trainer import Trainer
-    from distributed.process import run
+    from tessera.ctr.config import load_config
+    from tessera.ctr.train.trainer import Trainer
+    from tessera.distributed.process import run
 
     def load():
         config = load_config([*overrides, f"trainer.run_dir={folder}"], "")

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctr.data.convert.command import add_kinds, prepare
-from ctr.data.listing import list_files
+from tessera.ctr.data.convert.command import add_kinds, prepare
+from tessera.ctr.data.listing import list_files
 
 BATCH_SHARE = 5 / 7  # of a stream: what is trained on before it begins (Monolith: five days of seven)
 PIECES = 100

@@ -23,19 +23,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from tessera.ctr.config import load_config
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.reservoir import add_to_reservoir
+from tessera.ctr.metrics.exact import auc, logloss
+from tessera.ctr.train.evaluate import evaluate, open_reader
+from tessera.ctr.train.saved_model import save_model
+from tessera.ctr.train.teacher_logits import read_logits, score_teacher
+from tessera.ctr.train.trainer import Trainer
+from tessera.distributed.process import Process, run
+from tessera.scripts.bench.daily_data import Days, make_days
 
-from ctr.config import load_config  # noqa: E402
-from ctr.data.reader import ParquetReader  # noqa: E402
-from ctr.data.reservoir import add_to_reservoir  # noqa: E402
-from ctr.metrics.exact import auc, logloss  # noqa: E402
-from ctr.train.evaluate import evaluate, open_reader  # noqa: E402
-from ctr.train.saved_model import save_model  # noqa: E402
-from ctr.train.teacher_logits import read_logits, score_teacher  # noqa: E402
-from ctr.train.trainer import Trainer  # noqa: E402
-from distributed.process import Process, run  # noqa: E402
-from scripts.bench.daily_data import Days, make_days  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 WINDOW = 7
 COMMON = ["model.hidden=[64,64]", "model.embedding_dim=8", "embedding.rows=100000", "trainer.device=cpu"]

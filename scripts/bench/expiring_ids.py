@@ -14,15 +14,13 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import ctr.config  # noqa: E402, F401  (sets OpenMP's wait policy before torch loads)
-from ctr.config import load_config  # noqa: E402
-from ctr.data.reader import ParquetReader  # noqa: E402
-from ctr.data.synthetic import write_synthetic  # noqa: E402
-from ctr.data.synthetic_rows import SyntheticConfig  # noqa: E402
-from ctr.train.trainer import Trainer  # noqa: E402
-from distributed.process import run  # noqa: E402
+import tessera.ctr.config  # noqa: E402, F401  (sets OpenMP's wait policy before torch loads)
+from tessera.ctr.config import load_config
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.synthetic import write_synthetic
+from tessera.ctr.data.synthetic_rows import SyntheticConfig
+from tessera.ctr.train.trainer import Trainer
+from tessera.distributed.process import run
 
 
 def main() -> int:

@@ -22,22 +22,19 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from ctr.models.deepfm import DeepFM  # noqa: E402
-from ctr.models.tower import Fields  # noqa: E402
-from embedding.config import DynamicTableConfig, Group, RowOptimizer  # noqa: E402
-from embedding.table import DynamicTable  # noqa: E402
-from kernels import backend  # noqa: E402
-from kernels.pool import pool  # noqa: E402
-from kernels.unique import unique_inverse  # noqa: E402
-from scripts.bench.gpu_tables import BATCHES, Sizes, drawn_rows, spread  # noqa: E402
+from tessera.ctr.models.deepfm import DeepFM
+from tessera.ctr.models.tower import Fields
+from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.table import DynamicTable
+from tessera.kernels import backend
+from tessera.kernels.pool import pool
+from tessera.kernels.unique import unique_inverse
+from tessera.scripts.bench.gpu_tables import BATCHES, Sizes, drawn_rows, spread
 
 PARTS = ("merge ids", "look up", "forward", "backward", "dense update", "row update")
 #: name -> (bfloat16 tower, mode of torch.compile or None)

@@ -21,19 +21,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from embedding.config import DynamicTableConfig, Group, RowOptimizer  # noqa: E402
-from embedding.row_store import RowStore  # noqa: E402
-from embedding.table import DynamicTable  # noqa: E402
-from kernels import backend  # noqa: E402
-from kernels.id_map import IdMap  # noqa: E402
-from kernels.unique import unique_inverse  # noqa: E402
+from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.row_store import RowStore
+from tessera.embedding.table import DynamicTable
+from tessera.kernels import backend
+from tessera.kernels.id_map import IdMap
+from tessera.kernels.unique import unique_inverse
 
 OPTIMIZERS = ("sgd", "rowwise_adagrad", "adam")
 FORMATS = ("fp32", "fp16", "int8")

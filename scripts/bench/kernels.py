@@ -9,20 +9,16 @@ and less in the ratios.
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from kernels.backend import backend  # noqa: E402
-from kernels.chunks import allocate_chunk  # noqa: E402
-from kernels.gather import gather  # noqa: E402
-from kernels.unique import unique_inverse  # noqa: E402
-from kernels.update import state_width, update  # noqa: E402
-from scripts.bench.timing import alternate  # noqa: E402
+from tessera.kernels.backend import backend
+from tessera.kernels.chunks import allocate_chunk
+from tessera.kernels.gather import gather
+from tessera.kernels.unique import unique_inverse
+from tessera.kernels.update import state_width, update
+from tessera.scripts.bench.timing import alternate
 
 FEATURES, BATCH, DIM = 26, 4096, 16
 IDS = FEATURES * BATCH  # 106,496 ids per step

@@ -17,18 +17,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
 
-import torch  # noqa: E402
-
-from ctr.config import Config, load_config  # noqa: E402  (sets OpenMP's wait policy before torch loads)
-from ctr.data.synthetic import write_synthetic  # noqa: E402
-from ctr.data.synthetic_rows import SyntheticConfig  # noqa: E402
-from ctr.train.trainer import Trainer  # noqa: E402
-from distributed.process import Process, run  # noqa: E402
-from embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer  # noqa: E402
-from embedding.table import DynamicTable  # noqa: E402
-from kernels.unique import unique_inverse  # noqa: E402
+from tessera.ctr.config import Config, load_config  # noqa: E402  (sets OpenMP's wait policy before torch loads)
+from tessera.ctr.data.synthetic import write_synthetic
+from tessera.ctr.data.synthetic_rows import SyntheticConfig
+from tessera.ctr.train.trainer import Trainer
+from tessera.distributed.process import Process, run
+from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.unique import unique_inverse
 
 FEATURES, BATCH, VALUES = 26, 4096, 50_000
 FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "int2")

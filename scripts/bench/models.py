@@ -15,21 +15,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+import torch.nn.functional as F
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-import ctr.config  # noqa: E402, F401  (sets OpenMP's wait policy before torch loads)
-from ctr.config import Config, load_config  # noqa: E402
-from ctr.data.schema import Schema  # noqa: E402
-from ctr.data.synthetic import write_synthetic  # noqa: E402
-from ctr.data.synthetic_rows import SyntheticConfig  # noqa: E402
-from ctr.models.network import build_tower  # noqa: E402
-from ctr.train.trainer import Trainer  # noqa: E402
-from distributed.process import Process, run  # noqa: E402
-from scripts.bench.deepctr_torch import MODELS, Peer  # noqa: E402
-from scripts.bench.timing import alternate  # noqa: E402
+import tessera.ctr.config  # noqa: E402, F401  (sets OpenMP's wait policy before torch loads)
+from tessera.ctr.config import Config, load_config
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.synthetic import write_synthetic
+from tessera.ctr.data.synthetic_rows import SyntheticConfig
+from tessera.ctr.models.network import build_tower
+from tessera.ctr.train.trainer import Trainer
+from tessera.distributed.process import Process, run
+from tessera.scripts.bench.deepctr_torch import MODELS, Peer
+from tessera.scripts.bench.timing import alternate
 
 BATCH = 4096
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -29,10 +29,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.schema import Schema
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from ctr.data.reader import ParquetReader  # noqa: E402
-from ctr.data.schema import Schema  # noqa: E402
 
 # Distinct values of Criteo's categorical columns, as counted in the Kaggle log.
 CARDINALITIES = [
@@ -170,7 +170,7 @@ def as_hex(codes: np.ndarray) -> pa.Array:
 def print_versions(args: argparse.Namespace) -> None:
     import torch
 
-    from kernels import backend
+    from tessera.kernels import backend
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line for line in lines if line.startswith("model name")), platform.processor())

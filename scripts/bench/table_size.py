@@ -18,20 +18,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-import torch  # noqa: E402
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: E402
-
-import ctr.config  # noqa: E402, F401  (sets OpenMP's wait policy before torch loads)
-from ctr.config import Config, load_config  # noqa: E402
-from ctr.data.batch import Batch  # noqa: E402
-from ctr.data.synthetic import write_synthetic  # noqa: E402
-from ctr.data.synthetic_rows import SyntheticConfig  # noqa: E402
-from ctr.train.trainer import Trainer  # noqa: E402
-from distributed.process import Process, run  # noqa: E402
-from scripts.bench.deepctr_torch import Peer  # noqa: E402
-from scripts.bench.timing import alternate  # noqa: E402
+import tessera.ctr.config  # noqa: E402, F401  (sets OpenMP's wait policy before torch loads)
+from tessera.ctr.config import Config, load_config
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.synthetic import write_synthetic
+from tessera.ctr.data.synthetic_rows import SyntheticConfig
+from tessera.ctr.train.trainer import Trainer
+from tessera.distributed.process import Process, run
+from tessera.scripts.bench.deepctr_torch import Peer
+from tessera.scripts.bench.timing import alternate
 
 BATCH, FIELDS, PRIME = 4096, 26, 2_654_435_761
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

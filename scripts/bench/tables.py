@@ -13,22 +13,18 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from embedding.config import DynamicTableConfig, Group, RowOptimizer  # noqa: E402
-from embedding.table import DynamicTable  # noqa: E402
-from kernels.backend import backend  # noqa: E402
-from kernels.id_map import IdMap  # noqa: E402
-from kernels.unique import unique_inverse  # noqa: E402
-from scripts.bench.timing import alternate, seconds  # noqa: E402
+from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.backend import backend
+from tessera.kernels.id_map import IdMap
+from tessera.kernels.unique import unique_inverse
+from tessera.scripts.bench.timing import alternate, seconds
 
 FEATURES, BATCH, DIM = 26, 4096, 16
 IDS = FEATURES * BATCH  # 106,496 per step

@@ -14,21 +14,19 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+import torch.nn.functional as F
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-import ctr.config  # noqa: E402, F401  (sets OpenMP's wait policy before torch loads)
-from ctr.config import Config, load_config  # noqa: E402
-from ctr.data.synthetic import write_synthetic  # noqa: E402
-from ctr.data.synthetic_rows import SyntheticConfig  # noqa: E402
-from ctr.models.deepfm import DeepFM  # noqa: E402
-from ctr.models.tower import Fields  # noqa: E402
-from ctr.train.run_log import versions  # noqa: E402
-from ctr.train.trainer import Trainer  # noqa: E402
-from distributed.process import Process, run  # noqa: E402
-from scripts.bench.timing import alternate  # noqa: E402
+import tessera.ctr.config  # noqa: E402, F401  (sets OpenMP's wait policy before torch loads)
+from tessera.ctr.config import Config, load_config
+from tessera.ctr.data.synthetic import write_synthetic
+from tessera.ctr.data.synthetic_rows import SyntheticConfig
+from tessera.ctr.models.deepfm import DeepFM
+from tessera.ctr.models.tower import Fields
+from tessera.ctr.train.run_log import versions
+from tessera.ctr.train.trainer import Trainer
+from tessera.distributed.process import Process, run
+from tessera.scripts.bench.timing import alternate
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--threads", type=int, default=1)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from ctr.config import Config, load_config
-from embedding.errors import ConfigError
+from tessera.ctr.config import Config, load_config
+from tessera.embedding.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 

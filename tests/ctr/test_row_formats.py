@@ -2,11 +2,11 @@
 
 import pytest
 
-from ctr.config import load_config
-from ctr.data.schema import Schema
-from ctr.models.network import build_tables, build_tower
-from embedding.config import StepOptimizer
-from embedding.errors import ConfigError
+from tessera.ctr.config import load_config
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.models.network import build_tables, build_tower
+from tessera.embedding.config import StepOptimizer
+from tessera.embedding.errors import ConfigError
 
 
 def tables_of(*overrides):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ctr import targets
-from ctr.data.convert.command import add_kinds, prepare
-from ctr.targets import RECORD, Replacement, check_place, claim, replacing
-from embedding.errors import ConfigError
+from tessera.ctr import targets
+from tessera.ctr.data.convert.command import add_kinds, prepare
+from tessera.ctr.targets import RECORD, Replacement, check_place, claim, replacing
+from tessera.embedding.errors import ConfigError
 from tests.ranks import on_ranks
 
 

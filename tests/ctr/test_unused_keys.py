@@ -5,9 +5,9 @@ from dataclasses import MISSING, fields
 import pytest
 from omegaconf import MISSING as UNSET
 
-from ctr.config import AdmissionConfig, AlptConfig, EmbeddingConfig, SparseConfig, load_config
-from ctr.unused_keys import OF_STATIC
-from embedding.errors import ConfigError
+from tessera.ctr.config import AdmissionConfig, AlptConfig, EmbeddingConfig, SparseConfig, load_config
+from tessera.ctr.unused_keys import OF_STATIC
+from tessera.embedding.errors import ConfigError
 
 NAMED = {
     "others": "learned",

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
-from distributed.dynamic_tables import DynamicTables
-from distributed.sharding import shard
-from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
-from kernels.random import normal
+from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.sharding import shard
+from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
+from tessera.kernels.random import normal
 
 SEED, LR, EPS, BATCH, STEPS, NEW_PERIOD = 3, 0.1, 1e-8, 12, 5, 3
 # Adagrad from 0 divides a row's first gradient by its own size, and with it the rounding error of a sum that nearly

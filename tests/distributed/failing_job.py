@@ -8,8 +8,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from distributed.process import Process, Stopped, run
-from embedding.errors import ConfigError
+from tessera.distributed.process import Process, Stopped, run
+from tessera.embedding.errors import ConfigError
 
 
 def fail(how: str, process: Process) -> None:

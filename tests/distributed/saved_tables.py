@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from distributed.checkpoint import open_saved, save
-from distributed.checkpoint_dense import load_tensors, save_tensors
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_tables import TableSaver, describe_tables, load_rows, load_table_state, load_waiting
-from distributed.ownership import owner_of
-from distributed.process import Process
-from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
-from embedding.table import DynamicTable
-from kernels.mix import mix64
+from tessera.distributed.checkpoint import open_saved, save
+from tessera.distributed.checkpoint_dense import load_tensors, save_tensors
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_tables import TableSaver, describe_tables, load_rows, load_table_state, load_waiting
+from tessera.distributed.ownership import owner_of
+from tessera.distributed.process import Process
+from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.mix import mix64
 
 GROUPS = (Group("v", 4, 0.5), Group("w", 1, 0.5))
 INT8 = (Group("v", 4, 0.5, format="int8", step=0.01), Group("w", 1, 0.5))

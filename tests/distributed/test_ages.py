@@ -8,11 +8,11 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from distributed.ages import MAX_AGE, MAX_COUNT, ages_at, ages_of_values, least, packed, unpacked
-from distributed.dynamic_sharding import RawIdsDist
-from distributed.dynamic_tables import DynamicTables
-from distributed.sharding import shard
-from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
+from tessera.distributed.ages import MAX_AGE, MAX_COUNT, ages_at, ages_of_values, least, packed, unpacked
+from tessera.distributed.dynamic_sharding import RawIdsDist
+from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.sharding import shard
+from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
 from tests.ranks import on_ranks
 
 IDS, ROWS, STEPS, NOW = ["a", "b", "c"], 12, 5, 1_800_000_000

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from distributed.plan import sums_are_smaller
+from tessera.distributed.plan import sums_are_smaller
 from tests.distributed.dictionary import Case, Reference, joined, same, train
 from tests.ranks import on_ranks
 

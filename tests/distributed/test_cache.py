@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torchrec import KeyedJaggedTensor
 
-from distributed.dynamic_sharding import RawIdsDist
-from distributed.dynamic_tables import DynamicTables
-from distributed.sharding import shard
-from embedding.cached_table import CachedTable
-from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, StepOptimizer
-from embedding.errors import CacheFull, TableFull, TesseraError
+from tessera.distributed.dynamic_sharding import RawIdsDist
+from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.sharding import shard
+from tessera.embedding.cached_table import CachedTable
+from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, StepOptimizer
+from tessera.embedding.errors import CacheFull, TableFull, TesseraError
 from tests.ranks import on_ranks
 
 IDS, BATCH, STEPS = ["a", "b", "c"], 12, 14

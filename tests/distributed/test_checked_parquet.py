@@ -5,13 +5,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distributed import checked_parquet, table_files
-from distributed.checked_parquet import NOTES, CheckedParquet, DamagedFile, problem_but_for_groups
-from distributed.checkpoint import DamagedState, folder_name, open_saved
-from distributed.checkpoint_files import Storage, seal
-from distributed.checkpoint_tables import TableSaver, load_rows
-from distributed.table_files import copied, count_rows, read_columns, write_columns
-from embedding.table import DynamicTable
+from tessera.distributed import checked_parquet, table_files
+from tessera.distributed.checked_parquet import NOTES, CheckedParquet, DamagedFile, problem_but_for_groups
+from tessera.distributed.checkpoint import DamagedState, folder_name, open_saved
+from tessera.distributed.checkpoint_files import Storage, seal
+from tessera.distributed.checkpoint_tables import TableSaver, load_rows
+from tessera.distributed.table_files import copied, count_rows, read_columns, write_columns
+from tessera.embedding.table import DynamicTable
 from tests.distributed.saved_tables import config, content, save_tables, step
 from tests.ranks import on_ranks
 

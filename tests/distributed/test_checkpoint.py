@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from distributed import checkpoint
-from distributed.checkpoint import CheckpointError, clean, discard, folder_name, latest, names_of_states, retain
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_tables import TableSaver
-from embedding.table import DynamicTable
+from tessera.distributed import checkpoint
+from tessera.distributed.checkpoint import CheckpointError, clean, discard, folder_name, latest, names_of_states, retain
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_tables import TableSaver
+from tessera.embedding.table import DynamicTable
 from tests.distributed.saved_tables import config, content, load_tables, save_tables, step
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shards
 
-from distributed import checkpoint_dense
-from distributed.checkpoint_dense import copy_of, load_into, load_tensors, save_tensors, tensor_shapes
-from distributed.checkpoint_files import Storage, seal
-from distributed.checkpoint_manifest import CheckpointError, SavedFolder
+from tessera.distributed import checkpoint_dense
+from tessera.distributed.checkpoint_dense import copy_of, load_into, load_tensors, save_tensors, tensor_shapes
+from tessera.distributed.checkpoint_files import Storage, seal
+from tessera.distributed.checkpoint_manifest import CheckpointError, SavedFolder
 from tests.distributed.crafted import mutations, pickled
 from tests.ranks import on_ranks
 

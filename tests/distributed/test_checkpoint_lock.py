@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from distributed import checkpoint_lock
-from distributed.checkpoint_lock import FolderInUse, FolderLock
+from tessera.distributed import checkpoint_lock
+from tessera.distributed.checkpoint_lock import FolderInUse, FolderLock
 from tests.ranks import ROOT
 
 HOLD = """

@@ -5,17 +5,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from distributed import table_files
-from distributed.checkpoint import CheckpointError, folder_name, latest, open_saved, retain
-from distributed.checkpoint_compact import compact
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_tables import TableSaver
-from distributed.ownership import owner_of
-from distributed.table_files import copied, read_columns, write_columns
-from embedding.config import Admission
-from embedding.errors import TesseraError
-from embedding.table import DynamicTable
-from kernels.mix import mix64
+from tessera.distributed import table_files
+from tessera.distributed.checkpoint import CheckpointError, folder_name, latest, open_saved, retain
+from tessera.distributed.checkpoint_compact import compact
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_tables import TableSaver
+from tessera.distributed.ownership import owner_of
+from tessera.distributed.table_files import copied, read_columns, write_columns
+from tessera.embedding.config import Admission
+from tessera.embedding.errors import TesseraError
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.mix import mix64
 from tests.distributed.saved_tables import EXACT, INT8, config, content, load_tables, save_tables, step
 from tests.ranks import on_ranks
 

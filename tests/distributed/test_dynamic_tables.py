@@ -4,15 +4,15 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from distributed.checkpoint import open_saved, save
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_tables import TableSaver, describe_tables, load_rows
-from distributed.dynamic_tables import DynamicTables
-from distributed.ownership import owner_of
-from distributed.sharding import shard
-from embedding.config import DynamicTableConfig, Group, RowOptimizer
-from kernels.mix import mix64
-from kernels.random import normal
+from tessera.distributed.checkpoint import open_saved, save
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_tables import TableSaver, describe_tables, load_rows
+from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.ownership import owner_of
+from tessera.distributed.sharding import shard
+from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
+from tessera.kernels.mix import mix64
+from tessera.kernels.random import normal
 from tests.ranks import on_ranks
 
 SEED, LR, EPS, BATCH, STEPS = 3, 0.1, 1e-8, 12, 4

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ctr.data.errors import DataError
-from distributed.failure import explain, is_broken_collective, of_start
-from distributed.process import Process, run_alone
-from embedding.errors import ConfigError
+from tessera.ctr.data.errors import DataError
+from tessera.distributed.failure import explain, is_broken_collective, of_start
+from tessera.distributed.process import Process, run_alone
+from tessera.embedding.errors import ConfigError
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distributed import sharding
-from distributed.dynamic_tables import DynamicTables
-from distributed.process import Process
-from distributed.static_tables import StaticTables
-from embedding.config import DynamicTableConfig, Group, RowOptimizer, TableConfig
+from tessera.distributed import sharding
+from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.process import Process
+from tessera.distributed.static_tables import StaticTables
+from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer, TableConfig
 
 RANKS, ROWS = 2, 1000
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from distributed.dynamic_tables import DynamicTables
-from distributed.sharding import shard
-from distributed.static_tables import StaticTables
-from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, TableConfig
-from kernels.random import normal
+from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.sharding import shard
+from tessera.distributed.static_tables import StaticTables
+from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, TableConfig
+from tessera.kernels.random import normal
 from tests.ranks import on_ranks
 
 NAMES, BATCH, L2, LR = ["user", "seen", "tags"], 12, 0.5, 0.1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from distributed.checkpoint_files import Storage
-from distributed.locations import filesystem_of, joined
-from embedding.errors import ConfigError
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.locations import filesystem_of, joined
+from tessera.embedding.errors import ConfigError
 
 QUERY = "?endpoint_override=127.0.0.1:9000&scheme=http"
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from distributed.checkpoint import open_saved, save
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_tables import TableParts, describe_tables, load_rows
-from distributed.dynamic_tables import DynamicTables
-from distributed.sharding import shard
-from distributed.table_files import rows_of as all_rows
-from embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer, key_of
-from embedding.errors import TesseraError
-from kernels.quantise import dequantise, quantise
-from kernels.random import normal
+from tessera.distributed.checkpoint import open_saved, save
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_tables import TableParts, describe_tables, load_rows
+from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.sharding import shard
+from tessera.distributed.table_files import rows_of as all_rows
+from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer, key_of
+from tessera.embedding.errors import TesseraError
+from tessera.kernels.quantise import dequantise, quantise
+from tessera.kernels.random import normal
 from tests.ranks import on_ranks
 
 SEED, BATCH, IDS = 3, 16, ["a", "b"]

@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 
-from distributed.checkpoint import CheckpointError, clean, folder_name, latest, open_saved, retain
-from distributed.checkpoint_compact import compact
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_inspect import _inspect
-from distributed.checkpoint_tables import TableSaver
-from distributed.process import Process
-from embedding.errors import TesseraError
-from embedding.table import DynamicTable
+from tessera.distributed.checkpoint import CheckpointError, clean, folder_name, latest, open_saved, retain
+from tessera.distributed.checkpoint_compact import compact
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_inspect import _inspect
+from tessera.distributed.checkpoint_tables import TableSaver
+from tessera.distributed.process import Process
+from tessera.embedding.errors import TesseraError
+from tessera.embedding.table import DynamicTable
 from tests.distributed.crafted import mutations, pickled, reseal, write_manifest
 from tests.distributed.saved_tables import config, content, load_tables, save_tables, step
 from tests.ranks import on_ranks

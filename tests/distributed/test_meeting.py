@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from distributed import meeting
-from distributed.meeting import RankFailure, meet
+from tessera.distributed import meeting
+from tessera.distributed.meeting import RankFailure, meet
 
 
 def met(store: dist.Store, ranks: list[int], world: int, seconds: float = 20.0) -> list[str]:

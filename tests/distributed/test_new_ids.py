@@ -2,8 +2,8 @@
 
 import pytest
 
-from distributed.new_ids import rows_with_new_ids
-from distributed.sharding import shard
+from tessera.distributed.new_ids import rows_with_new_ids
+from tessera.distributed.sharding import shard
 from tests.distributed.dictionary import BATCH, Case, Model, draw_bags, rows_of_rank, to_kjt
 from tests.ranks import on_ranks
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from distributed.checkpoint import CheckpointError, clean, discard, folder_name, latest, names_of_states, retain
-from distributed.checkpoint_files import REMOTE_BUFFER_BYTES, Sealed, Storage, seal
-from distributed.checkpoint_tables import TableSaver
-from embedding.table import DynamicTable
+from tessera.distributed.checkpoint import CheckpointError, clean, discard, folder_name, latest, names_of_states, retain
+from tessera.distributed.checkpoint_files import REMOTE_BUFFER_BYTES, Sealed, Storage, seal
+from tessera.distributed.checkpoint_tables import TableSaver
+from tessera.embedding.table import DynamicTable
 from tests.distributed.saved_tables import config, content, load_tables, save_tables, step
 from tests.object_store import ObjectStore
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from distributed.checkpoint_dense import load_into, save_tensors
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_manifest import SavedFolder
-from distributed.dynamic_tables import DynamicTables
-from distributed.sharding import shard
-from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, StepOptimizer
+from tessera.distributed.checkpoint_dense import load_into, save_tensors
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_manifest import SavedFolder
+from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.sharding import shard
+from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, StepOptimizer
 from tests.distributed.dictionary import IDS, Case, Model, Reference, joined, same, to_kjt, train
 from tests.ranks import on_ranks
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from distributed.checkpoint import folder_name, open_saved
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_tables import TableSaver, load_rows
-from embedding.table import DynamicTable
+from tessera.distributed.checkpoint import folder_name, open_saved
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_tables import TableSaver, load_rows
+from tessera.embedding.table import DynamicTable
 from tests.distributed.dictionary import Case, Reference, joined, same, train
 from tests.distributed.saved_tables import INT8, config, content, load_tables, save_tables, step
 from tests.ranks import on_ranks

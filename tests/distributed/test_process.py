@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distributed import process as process_module
-from distributed.failure import explain
-from embedding.errors import ConfigError
+from tessera.distributed import process as process_module
+from tessera.distributed.failure import explain
+from tessera.embedding.errors import ConfigError
 from tests.ranks import ROOT, torchrun
 
 JOB = "tests/distributed/failing_job.py"

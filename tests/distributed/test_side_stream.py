@@ -8,8 +8,8 @@ import weakref
 import pytest
 import torch
 
-from distributed.host_manager import HostManager
-from distributed.side_stream import SideStream
+from tessera.distributed.host_manager import HostManager
+from tessera.distributed.side_stream import SideStream
 
 STEPS = 12
 

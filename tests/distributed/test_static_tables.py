@@ -4,12 +4,12 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from distributed.sharding import shard
-from distributed.static_tables import StaticTables, stored_dim
-from embedding.config import RowOptimizer, TableConfig
-from embedding.errors import ConfigError
-from kernels.mix import mix64
-from kernels.random import normal
+from tessera.distributed.sharding import shard
+from tessera.distributed.static_tables import StaticTables, stored_dim
+from tessera.embedding.config import RowOptimizer, TableConfig
+from tessera.embedding.errors import ConfigError
+from tessera.kernels.mix import mix64
+from tessera.kernels.random import normal
 from tests.ranks import on_ranks
 
 ROWS, SEED, LR, EPS, BATCH = 50, 3, 0.1, 1e-8, 8

@@ -64,7 +64,7 @@ def _fork(command: list[str], rank: int, ranks: int, port: int, output: Path) ->
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
         if ranks > 1:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        from distributed import heartbeat
+        from tessera.distributed import heartbeat
 
         for name, value in QUICK.items():
             setattr(heartbeat, name, value)

@@ -1,6 +1,6 @@
 import pytest
 
-from kernels.backend import available_backends, use_backend
+from tessera.kernels.backend import available_backends, use_backend
 
 # Triton's interpreter is slow: test_gpu_tables.py is what runs on it by default.
 MARKS = {"triton": [pytest.mark.slow]}

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from kernels.random import normal
+from tessera.kernels.random import normal
 
 
 class Full(Exception):

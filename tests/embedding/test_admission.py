@@ -6,12 +6,12 @@ import random
 import pytest
 import torch
 
-from embedding import sliding
-from embedding.admission import ExactCounter, ProbabilisticFilter
-from embedding.config import Admission, DynamicTableConfig, Group
-from embedding.sliding import SlidingHashFilter
-from embedding.table import DynamicTable
-from kernels.reference.mix import mix64_number
+from tessera.embedding import sliding
+from tessera.embedding.admission import ExactCounter, ProbabilisticFilter
+from tessera.embedding.config import Admission, DynamicTableConfig, Group
+from tessera.embedding.sliding import SlidingHashFilter
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.reference.mix import mix64_number
 
 
 class SlowSliding:

@@ -7,12 +7,12 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from embedding.cached_table import CachedTable, make_table
-from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
-from embedding.errors import CacheFull, ConfigError, TableFull
-from embedding.table import DynamicTable
-from kernels.backend import backend as current
-from kernels.unique import unique_inverse
+from tessera.embedding.cached_table import CachedTable, make_table
+from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.errors import CacheFull, ConfigError, TableFull
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.backend import backend as current
+from tessera.kernels.unique import unique_inverse
 from tests.embedding import test_formats
 
 WIDTH = 7

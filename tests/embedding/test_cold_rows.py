@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from embedding import cold_rows
-from embedding.cold_rows import ColdRows
-from embedding.row_index import RowIndex
+from tessera.embedding import cold_rows
+from tessera.embedding.cold_rows import ColdRows
+from tessera.embedding.row_index import RowIndex
 
 
 def coldest_by_sorting(index, policy, wanted, keep):

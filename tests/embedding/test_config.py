@@ -2,8 +2,8 @@
 
 import pytest
 
-from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
-from embedding.errors import ConfigError
+from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.errors import ConfigError
 
 
 def make(**more):

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer, step_of_range
-from embedding.convert import convert_rows
-from embedding.errors import ConfigError
-from embedding.row_batch import RowBatch
-from embedding.table import DynamicTable
-from kernels.formats import code_range
+from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer, step_of_range
+from tessera.embedding.convert import convert_rows
+from tessera.embedding.errors import ConfigError
+from tessera.embedding.row_batch import RowBatch
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.formats import code_range
 
 LEARNED = StepOptimizer(lr=1e-3, weight_decay=0.01, gradient_scale=0.5)
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from embedding.cached_table import CachedTable, make_table
-from embedding.table import DynamicTable
-from kernels.unique import unique_inverse
+from tessera.embedding.cached_table import CachedTable, make_table
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.unique import unique_inverse
 from tests.embedding.test_gpu_tables import assert_same, config_of, content, gpu
 
 CACHE = 110  # rows: hardly more than two batches need, fewer than there are

@@ -7,11 +7,11 @@ from unittest import mock
 import pytest
 import torch
 
-from embedding.config import Admission, DynamicTableConfig, RowOptimizer
-from embedding.row_batch import RowBatch
-from embedding.table import DynamicTable
-from kernels import backend
-from kernels.unique import unique_inverse
+from tessera.embedding.config import Admission, DynamicTableConfig, RowOptimizer
+from tessera.embedding.row_batch import RowBatch
+from tessera.embedding.table import DynamicTable
+from tessera.kernels import backend
+from tessera.kernels.unique import unique_inverse
 from tests.embedding.test_formats import CONFIGS, groups_of
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -173,7 +173,7 @@ def test_rows_from_the_host_are_taken_in():
 def test_a_step_waits_for_the_gpu_twice(name):
     """For the number of distinct ids and of unknown ones; gather and update wait for nothing. That numbers are in range
     is asked under the interpreter alone."""
-    from kernels.triton_ops import faults
+    from tessera.kernels.triton_ops import faults
 
     with mock.patch.object(faults, "check", lambda device: None), gpu() as pretended:
         table = DynamicTable(config_of(name), "cuda")

@@ -13,12 +13,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
-from embedding.errors import TableFull
-from embedding.row_batch import RowBatch
-from embedding.table import DynamicTable
-from kernels.backend import available_backends, use_backend
-from kernels.unique import unique_inverse
+from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.errors import TableFull
+from tessera.embedding.row_batch import RowBatch
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.backend import available_backends, use_backend
+from tessera.kernels.unique import unique_inverse
 from tests.embedding.conftest import MARKS
 from tests.embedding.model import Full, ModelTable
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from embedding.config import DynamicTableConfig, Group, RowOptimizer
-from embedding.table import DynamicTable
+from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.table import DynamicTable
 
 N, STEPS = 40, 12
 GROUPS = (Group("v", 5, 0.3), Group("w", 1, 0.1))

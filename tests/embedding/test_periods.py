@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer
-from embedding.errors import ConfigError
-from embedding.row_batch import RowBatch
-from embedding.table import DynamicTable
+from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer
+from tessera.embedding.errors import ConfigError
+from tessera.embedding.row_batch import RowBatch
+from tessera.embedding.table import DynamicTable
 
 LR, FACTOR, TTL = 0.1, 0.3, 3
 STEPS_OF_PERIOD, STEPS = 4, 14

@@ -7,9 +7,9 @@ import threading
 import pytest
 import torch
 
-from embedding import snapshot as snapshot_module
-from embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer
-from embedding.table import DynamicTable
+from tessera.embedding import snapshot as snapshot_module
+from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer
+from tessera.embedding.table import DynamicTable
 
 FLOATS = (Group("v", 4, 0.5), Group("w", 1, 0.5))
 INT8 = (Group("v", 4, 0.5, format="int8", step=0.01, learned=StepOptimizer(lr=1e-3)), Group("w", 1, 0.5))

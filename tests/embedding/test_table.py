@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, TableConfig
-from embedding.errors import TableFull
-from embedding.row_batch import RowBatch
-from embedding.table import DynamicTable
-from kernels.random import normal
+from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, TableConfig
+from tessera.embedding.errors import TableFull
+from tessera.embedding.row_batch import RowBatch
+from tessera.embedding.table import DynamicTable
+from tessera.kernels.random import normal
 
 GROUPS = (Group("v", 4, 0.1), Group("w", 1, 0.01))
 

@@ -17,11 +17,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import triton_ops
-from kernels.formats import FORMATS, PackedLayout
-from kernels.reference.id_map import SEGMENTS_PER_CHUNK, SLOTS
-from kernels.triton_ops import launch
-from kernels.update import OPTIMIZERS, state_width
+from tessera.kernels import triton_ops
+from tessera.kernels.formats import FORMATS, PackedLayout
+from tessera.kernels.reference.id_map import SEGMENTS_PER_CHUNK, SLOTS
+from tessera.kernels.triton_ops import launch
+from tessera.kernels.update import OPTIMIZERS, state_width
 
 DTYPES = {
     torch.float32: "*fp32",

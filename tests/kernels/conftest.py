@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from kernels.backend import available_backends, use_backend
+from tessera.kernels.backend import available_backends, use_backend
 from tests.kernels.on_gpu import OnGpu
 
 # Tests that take more than some seconds under Triton's interpreter; on a GPU they all run.

@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from kernels.triton_ops import launch
+from tessera.kernels.triton_ops import launch
 
 GPU = torch.device("cuda", 0)
 _MARK = "_on_pretended_gpu"

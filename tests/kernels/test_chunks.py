@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.chunks import allocate_chunk, commit, first_rows
+from tessera.kernels.chunks import allocate_chunk, commit, first_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from kernels.backend import available_backends, use_backend
-from kernels.copy_rows import copy_rows
-from kernels.gather import gather
-from kernels.scatter import scatter, scatter_columns
+from tessera.kernels.backend import available_backends, use_backend
+from tessera.kernels.copy_rows import copy_rows
+from tessera.kernels.gather import gather
+from tessera.kernels.scatter import scatter, scatter_columns
 from tests.kernels.tables import some_rows, table
 
 needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")

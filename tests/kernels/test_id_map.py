@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from kernels.backend import available_backends, use_backend
-from kernels.id_map import IdMap
-from kernels.reference.id_map import SLOTS, hash_of, id_of
+from tessera.kernels.backend import available_backends, use_backend
+from tessera.kernels.id_map import IdMap
+from tessera.kernels.reference.id_map import SLOTS, hash_of, id_of
 from tests.kernels.property_tests import HealthCheck, given, settings, st
 
 EXTREMES = [0, 1, -1, 2**63 - 1, -(2**63)]

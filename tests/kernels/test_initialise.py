@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from kernels.backend import available_backends, use_backend
-from kernels.initialise import init_rows
-from kernels.random import normal, uniform
+from tessera.kernels.backend import available_backends, use_backend
+from tessera.kernels.initialise import init_rows
+from tessera.kernels.random import normal, uniform
 from tests.kernels.tables import EXTREMES, some_rows, table
 
 needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")

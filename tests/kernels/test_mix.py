@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from kernels.backend import available_backends, use_backend
-from kernels.mix import mix64, unmix64
-from kernels.reference.bits import signed
-from kernels.reference.mix import mix64_number
+from tessera.kernels.backend import available_backends, use_backend
+from tessera.kernels.mix import mix64, unmix64
+from tessera.kernels.reference.bits import signed
+from tessera.kernels.reference.mix import mix64_number
 from tests.kernels.property_tests import HealthCheck, given, settings, st
 
 EXTREMES = [0, 1, -1, 2, 2**63 - 1, -(2**63), 1 << 30, (1 << 32) + 1]

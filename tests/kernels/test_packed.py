@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from kernels.backend import available_backends, use_backend
-from kernels.formats import FORMATS, PackedLayout, code_range, is_int
-from kernels.packed import packed_gather, packed_learn_steps, packed_look_ahead, packed_update
-from kernels.quantise import dequantise, quantise
-from kernels.reference.packed import Parts
-from kernels.reference.random import stream
-from kernels.update import OPTIMIZERS, update
+from tessera.kernels.backend import available_backends, use_backend
+from tessera.kernels.formats import FORMATS, PackedLayout, code_range, is_int
+from tessera.kernels.packed import packed_gather, packed_learn_steps, packed_look_ahead, packed_update
+from tessera.kernels.quantise import dequantise, quantise
+from tessera.kernels.reference.packed import Parts
+from tessera.kernels.reference.random import stream
+from tessera.kernels.update import OPTIMIZERS, update
 from tests.kernels.tables import some_rows
 
 ROWS, CHUNK, LR, STREAM = 24, 8, 0.05, stream(1, 2, 3)

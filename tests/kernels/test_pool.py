@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import available_backends, use_backend
-from kernels.pool import pool
+from tessera.kernels.backend import available_backends, use_backend
+from tessera.kernels.pool import pool
 
 needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
 

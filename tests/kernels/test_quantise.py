@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from kernels.backend import available_backends, use_backend
-from kernels.formats import FORMATS, ROUNDINGS, code_range, is_int, stored_columns, stored_dtype
-from kernels.quantise import dequantise, quantise
-from kernels.random import lots as lots_of
+from tessera.kernels.backend import available_backends, use_backend
+from tessera.kernels.formats import FORMATS, ROUNDINGS, code_range, is_int, stored_columns, stored_dtype
+from tessera.kernels.quantise import dequantise, quantise
+from tessera.kernels.random import lots as lots_of
 
 INTS = ("int8", "int4", "int2")
 FLOATS = ("fp16", "bf16")

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from kernels.backend import available_backends, use_backend
-from kernels.random import normal, uniform
-from kernels.reference.mix import mix64_number
+from tessera.kernels.backend import available_backends, use_backend
+from tessera.kernels.random import normal, uniform
+from tessera.kernels.reference.mix import mix64_number
 
 
 def some_ids():

@@ -3,8 +3,8 @@ import random
 import pytest
 import torch
 
-from kernels.backend import available_backends
-from kernels.string_hash import hex_to_int64, xxh64
+from tessera.kernels.backend import available_backends
+from tessera.kernels.string_hash import hex_to_int64, xxh64
 from tests.kernels.property_tests import HealthCheck, given, settings, st
 
 # Published values of XXH64 with seed 0.

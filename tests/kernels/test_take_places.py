@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from kernels.backend import available_backends
-from kernels.take_places import take_places
+from tessera.kernels.backend import available_backends
+from tessera.kernels.take_places import take_places
 
 
 def test_each_row_takes_one_place_in_order(backend):

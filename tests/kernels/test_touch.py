@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from kernels.backend import available_backends
-from kernels.touch import COUNT, LAST_SEEN, coldest, expired, touch
+from tessera.kernels.backend import available_backends
+from tessera.kernels.touch import COUNT, LAST_SEEN, coldest, expired, touch
 from tests.kernels.property_tests import HealthCheck, given, settings, st
 from tests.kernels.tables import some_rows
 

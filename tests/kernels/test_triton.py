@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import backend, schemas
-from kernels.backend import available_backends, use_backend
-from kernels.gather import gather
-from kernels.id_map import IdMap
-from kernels.initialise import init_rows
-from kernels.random import normal, uniform
-from kernels.update import OPTIMIZERS, update
+from tessera.kernels import backend, schemas
+from tessera.kernels.backend import available_backends, use_backend
+from tessera.kernels.gather import gather
+from tessera.kernels.id_map import IdMap
+from tessera.kernels.initialise import init_rows
+from tessera.kernels.random import normal, uniform
+from tessera.kernels.update import OPTIMIZERS, update
 from tests.kernels.tables import some_rows, table
 from tests.kernels.test_update import LR, fresh_table
 
@@ -44,7 +44,7 @@ def test_schemas_are_those_of_the_compiled_library():
 
 
 def test_every_op_has_a_triton_version():
-    ops = pytest.importorskip("kernels.triton_ops", reason="Triton is not installed")
+    ops = pytest.importorskip("tessera.kernels.triton_ops", reason="Triton is not installed")
     for schema in schemas.SCHEMAS:
         name = schema.partition("(")[0]
         assert callable(getattr(ops, name))
@@ -122,7 +122,7 @@ def test_random_numbers_are_those_of_the_compiled_kernels(dim):
 @needs_triton_somewhere
 def test_what_is_out_of_range_is_skipped_and_raised_once_when_asked(monkeypatch):
     """As on a GPU, where no op waits: the kernel goes on, `check` raises."""
-    from kernels.triton_ops import faults
+    from tessera.kernels.triton_ops import faults
 
     chunks, dense = table(16, 4)
     chunks = moved(chunks, "triton")
@@ -141,7 +141,7 @@ def test_what_is_out_of_range_is_skipped_and_raised_once_when_asked(monkeypatch)
 
 @needs_triton
 def test_addresses_are_sent_once_per_growth():
-    from kernels.triton_ops.rows import bases_of
+    from tessera.kernels.triton_ops.rows import bases_of
 
     chunks, _ = table(16, 4)
     first = bases_of(chunks, torch.device("cpu"))

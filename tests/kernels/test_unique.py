@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from kernels.backend import available_backends
-from kernels.unique import unique_inverse
+from tessera.kernels.backend import available_backends
+from tessera.kernels.unique import unique_inverse
 from tests.kernels.property_tests import HealthCheck, given, settings, st
 
 EXTREMES = [0, 1, -1, 2**63 - 1, -(2**63)]

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from kernels.backend import available_backends, use_backend
-from kernels.update import OPTIMIZERS, state_width, update
+from tessera.kernels.backend import available_backends, use_backend
+from tessera.kernels.update import OPTIMIZERS, state_width, update
 from tests.kernels.tables import some_rows, table
 
 LR = 0.05

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ctr.data.synthetic import write_synthetic
-from ctr.data.synthetic_rows import SyntheticConfig
+from tessera.ctr.data.synthetic import write_synthetic
+from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tests.ranks import run_script
 
 SMALL = ["data=synthetic", "model.hidden=[16]", "model.embedding_dim=8", "embedding.rows=500", "embedding.init_std=0.1"]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ctr import doctor
-from kernels import build_record
+from tessera.ctr import doctor
+from tessera.kernels import build_record
 
 ROOT = Path(__file__).resolve().parents[2]
 PINS = doctor.pinned()
@@ -179,40 +179,38 @@ def test_space(tmp_path, monkeypatch):
     assert levels(doctor.check_space(tmp_path, tmp_path / "absent")) == ["warn"]
 
 
-class TestShadows:
-    def test_ours_first(self):
-        assert levels(doctor.check_shadows([str(ROOT)])) == ["ok"]
+class TestNames:
+    def test_ours(self):
+        assert levels(doctor.check_names(sys.path)) == ["ok"]
 
-    def test_ours_first_and_another_later(self, tmp_path):
-        (tmp_path / "distributed").mkdir()
-        (tmp_path / "distributed" / "__init__.py").touch()
-        assert levels(doctor.check_shadows([str(ROOT), str(tmp_path)])) == ["ok"]
+    @pytest.mark.parametrize("name", ["tessera/__init__.py", "tessera.py"])
+    def test_another_first(self, tmp_path, name):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        (finding,) = doctor.check_names([str(tmp_path), *sys.path])
+        assert finding.level == "FAIL" and finding.cure
+        assert f"{(tmp_path / name.removesuffix('/__init__.py'))} hides our package tessera" in finding.text
 
-    @pytest.mark.parametrize("name", ["distributed", "kernels"])
-    def test_another_package_first(self, tmp_path, name):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").touch()
-        (finding,) = doctor.check_shadows([str(tmp_path), str(ROOT)])
-        assert finding.level == "warn" and finding.subject == "names"
-        assert f"package {name} is {tmp_path / name}, expected {ROOT / name}" in finding.text and finding.cure
-
-    def test_another_module_first(self, tmp_path):
-        (tmp_path / "ctr.py").touch()
-        (finding,) = doctor.check_shadows([str(tmp_path), str(ROOT)])
-        assert f"package ctr is {tmp_path / 'ctr.py'}" in finding.text
-
-    def test_the_whole_script_with_a_foreign_package(self, tmp_path):
-        (tmp_path / "distributed").mkdir()
-        (tmp_path / "distributed" / "__init__.py").touch()
-        run = run_doctor(PYTHONPATH=str(tmp_path))
-        assert f"warn  names     package distributed is {tmp_path / 'distributed'}" in run.stdout
+    def test_packages_that_have_the_names_of_our_folders_hide_nothing(self, tmp_path):
+        for name in ("distributed", "kernels"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "__init__.py").write_text("raise ImportError('not ours')")
+        run = run_doctor(PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+        assert "ok    names     no other package hides tessera" in run.stdout
         assert "Traceback" not in run.stderr
 
+    def test_the_whole_script_with_a_foreign_package(self, tmp_path):
+        (tmp_path / "tessera").mkdir()
+        (tmp_path / "tessera" / "__init__.py").touch()
+        run = run_doctor(PYTHONPATH=str(tmp_path))
+        assert run.returncode == 1 and run.stderr == ""
+        assert f"FAIL  names     tessera cannot be imported: {tmp_path / 'tessera' / '__init__.py'} hides" in run.stdout
 
-def test_without_torch_it_says_so_and_fails():
+
+def test_where_nothing_is_installed_it_says_so_and_fails():
     run = run_doctor("--quick", python_options=["-S"], PYTHONPATH="")  # -S: no site-packages
     assert run.returncode == 1 and run.stderr == ""
-    assert "FAIL  torch     is not installed; cure: run `make install`" in run.stdout
+    assert "FAIL  names     tessera cannot be imported: No module named 'tessera'; cure: run `make" in run.stdout
 
 
 def test_in_this_environment_imports_work():

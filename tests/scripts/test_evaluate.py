@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ctr.metrics import exact
+from tessera.ctr.metrics import exact
 from tests.ctr.daily.days import command, key_of, write_days
 from tests.ctr.train.states import arguments, newest, write_data
 from tests.ranks import run_script

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scripts.bench.gpu_deepfm import CPU_SHAPE, PARTS, Clock, Model, drawn_batch
-from scripts.bench.gpu_tables import spread
+from tessera.scripts.bench.gpu_deepfm import CPU_SHAPE, PARTS, Clock, Model, drawn_batch
+from tessera.scripts.bench.gpu_tables import spread
 from tests.ranks import ROOT
 
 # On a machine that has a GPU and nothing but torch and Triton.

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from ctr.config import load_config
+from tessera.ctr.config import load_config
 from tests.ranks import ROOT, run_script
 
 COMMAND = re.compile(r"(?:python|torchrun[^`\n]*?|\.venv/bin/python) scripts/(\w+)\.py( [^`\n]+)")

@@ -8,13 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from distributed.checkpoint import folder_name
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_inspect import inspect
-from distributed.checkpoint_tables import TableSaver
-from embedding.config import Group
-from embedding.errors import ConfigError
-from embedding.table import DynamicTable
+from tessera.distributed.checkpoint import folder_name
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_inspect import inspect
+from tessera.distributed.checkpoint_tables import TableSaver
+from tessera.embedding.config import Group
+from tessera.embedding.errors import ConfigError
+from tessera.embedding.table import DynamicTable
 from tests.distributed.conftest import process  # noqa: F401 (a fixture)
 from tests.distributed.saved_tables import config, content, save_tables, step
 from tests.ranks import run_script

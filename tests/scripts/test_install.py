@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels import build_record
+from tessera.kernels import build_record
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTS = sorted((ROOT / "requirements").glob("*.txt"))

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 
-from scripts.prepare import main
+from tessera.scripts.prepare import main
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare.py"
 LINE = "1" + "\t5" * 13 + "\t68fd1e64" * 26 + "\n"

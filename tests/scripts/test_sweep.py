@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from ctr.data.synthetic import write_synthetic
-from ctr.data.synthetic_rows import SyntheticConfig
-from embedding.errors import ConfigError
-from scripts.sweep import _choices, main, table
+from tessera.ctr.data.synthetic import write_synthetic
+from tessera.ctr.data.synthetic_rows import SyntheticConfig
+from tessera.embedding.errors import ConfigError
+from tessera.scripts.sweep import _choices, main, table
 
 
 def scores(valid: float, test: float) -> dict[str, float]:

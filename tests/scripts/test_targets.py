@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ctr.targets import RECORD
+from tessera.ctr.targets import RECORD
 from tests.ctr.test_targets import tree
 from tests.ctr.train.states import arguments, write_data
 from tests.ranks import run_script

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ctr.data.convert.columns import Column
-from ctr.data.convert.delimited import TextFormat
-from ctr.data.convert.pipeline import Conversion, Input, Options, convert, schema_from_conf
+from tessera.ctr.data.convert.columns import Column
+from tessera.ctr.data.convert.delimited import TextFormat
+from tessera.ctr.data.convert.pipeline import Conversion, Input, Options, convert, schema_from_conf
 
 HEX = [
     "site_id",

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from ctr.data.convert.delimited import BadRows, TextTable, shorten
-from ctr.data.convert.times import (
+from tessera.ctr.data.convert.delimited import BadRows, TextTable, shorten
+from tessera.ctr.data.convert.times import (
     PER_SECOND,
     implausible,
     refuse_unit,
@@ -19,9 +19,9 @@ from ctr.data.convert.times import (
     seconds_of_text,
     unit_advice,
 )
-from ctr.data.errors import SchemaError
-from ctr.data.times import TimeRule
-from kernels.string_hash import hex_to_int64
+from tessera.ctr.data.errors import SchemaError
+from tessera.ctr.data.times import TimeRule
+from tessera.kernels.string_hash import hex_to_int64
 
 PLAIN_TYPES = {
     "int8": pa.int8(),

@@ -7,16 +7,16 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 from pathlib import Path
 
-from ctr.data.convert.avazu import convert_avazu
-from ctr.data.convert.criteo import convert_criteo, one_day_per_file
-from ctr.data.convert.csv import convert_csv
-from ctr.data.convert.movielens import convert_movielens
-from ctr.data.convert.output import COMPRESSIONS, Writing
-from ctr.data.convert.pipeline import Input, Options
-from ctr.data.convert.split import seconds_of
-from ctr.data.synthetic import row_group_rows_of, write_synthetic
-from ctr.data.synthetic_rows import SyntheticConfig
-from embedding.errors import ConfigError
+from tessera.ctr.data.convert.avazu import convert_avazu
+from tessera.ctr.data.convert.criteo import convert_criteo, one_day_per_file
+from tessera.ctr.data.convert.csv import convert_csv
+from tessera.ctr.data.convert.movielens import convert_movielens
+from tessera.ctr.data.convert.output import COMPRESSIONS, Writing
+from tessera.ctr.data.convert.pipeline import Input, Options
+from tessera.ctr.data.convert.split import seconds_of
+from tessera.ctr.data.synthetic import row_group_rows_of, write_synthetic
+from tessera.ctr.data.synthetic_rows import SyntheticConfig
+from tessera.embedding.errors import ConfigError
 
 # Option of `synthetic` -> help; type and default are those of the field of SyntheticConfig.
 SYNTHETIC = {

@@ -11,11 +11,11 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
-from ctr.data.convert.columns import Column
-from ctr.data.convert.delimited import TextFormat
-from ctr.data.convert.pipeline import Conversion, Input, Options, convert, schema_from_conf
-from ctr.data.convert.split import day_folder
-from embedding.errors import ConfigError
+from tessera.ctr.data.convert.columns import Column
+from tessera.ctr.data.convert.delimited import TextFormat
+from tessera.ctr.data.convert.pipeline import Conversion, Input, Options, convert, schema_from_conf
+from tessera.ctr.data.convert.split import day_folder
+from tessera.embedding.errors import ConfigError
 
 NUMERIC = [f"I{i}" for i in range(1, 14)]
 CATEGORICAL = [f"C{i}" for i in range(1, 27)]

@@ -25,14 +25,14 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ctr.data.convert.columns import Column, check_columns, text_types
-from ctr.data.convert.delimited import TextFormat
-from ctr.data.convert.pipeline import Conversion, Input, Options, convert
-from ctr.data.convert.split import seconds_of
-from ctr.data.errors import DataError, SchemaError
-from ctr.data.schema import Schema, nearest
-from ctr.data.times import TimeRule
-from embedding.errors import ConfigError
+from tessera.ctr.data.convert.columns import Column, check_columns, text_types
+from tessera.ctr.data.convert.delimited import TextFormat
+from tessera.ctr.data.convert.pipeline import Conversion, Input, Options, convert
+from tessera.ctr.data.convert.split import seconds_of
+from tessera.ctr.data.errors import DataError, SchemaError
+from tessera.ctr.data.schema import Schema, nearest
+from tessera.ctr.data.times import TimeRule
+from tessera.embedding.errors import ConfigError
 
 
 @dataclass

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from ctr.data.convert.lines import LineBlock, read_line_blocks
-from ctr.data.errors import DataError, SchemaError
+from tessera.ctr.data.convert.lines import LineBlock, read_line_blocks
+from tessera.ctr.data.errors import DataError, SchemaError
 
 # Arrow takes delimiters of one byte; longer ones are replaced by this byte, which no text file holds.
 UNIT_SEPARATOR = b"\x1f"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ctr.data.errors import DataError
+from tessera.ctr.data.errors import DataError
 
 LONGEST_LINE_BYTES = 64 << 20
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}

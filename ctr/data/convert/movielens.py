@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ctr.data.convert.columns import Column, make_columns, text_types
-from ctr.data.convert.delimited import BadRows, TextFormat, TextTable, read_tables
-from ctr.data.convert.pipeline import Conversion, Input, Options, convert, schema_from_conf
-from ctr.data.errors import DataError
-from embedding.errors import ConfigError
+from tessera.ctr.data.convert.columns import Column, make_columns, text_types
+from tessera.ctr.data.convert.delimited import BadRows, TextFormat, TextTable, read_tables
+from tessera.ctr.data.convert.pipeline import Conversion, Input, Options, convert, schema_from_conf
+from tessera.ctr.data.errors import DataError
+from tessera.embedding.errors import ConfigError
 
 USER_TYPES = {"age": pa.int64(), "gender": pa.string(), "occupation": pa.string(), "zip_code": pa.string()}
 ML_100K_FLAGS = [

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from ctr.data.errors import DataError
-from ctr.targets import replacing, written_by
-from embedding.errors import ConfigError
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.targets import replacing, written_by
+from tessera.embedding.errors import ConfigError
 
 SUMMARY = "prepare.json"
 OPEN_FILES = 64

@@ -12,12 +12,12 @@ import pyarrow as pa
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from ctr.data.convert.columns import Column, make_columns, text_types
-from ctr.data.convert.delimited import BadRows, TextFormat, TextTable, read_tables
-from ctr.data.convert.output import PartsWriter, Writing, complete_folder, write_description
-from ctr.data.convert.split import SPLITS, HourCounts, Splitter, by_day, by_fraction, by_time, into
-from ctr.data.errors import DataError
-from embedding.errors import ConfigError
+from tessera.ctr.data.convert.columns import Column, make_columns, text_types
+from tessera.ctr.data.convert.delimited import BadRows, TextFormat, TextTable, read_tables
+from tessera.ctr.data.convert.output import PartsWriter, Writing, complete_folder, write_description
+from tessera.ctr.data.convert.split import SPLITS, HourCounts, Splitter, by_day, by_fraction, by_time, into
+from tessera.ctr.data.errors import DataError
+from tessera.embedding.errors import ConfigError
 
 # A row's key for the random split: the number of its file above these bits, its line below.
 LINE_BITS = 40

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from ctr.data.counter_random import bits, key, uniform
-from ctr.data.errors import DataError
-from embedding.errors import ConfigError
+from tessera.ctr.data.counter_random import bits, key, uniform
+from tessera.ctr.data.errors import DataError
+from tessera.embedding.errors import ConfigError
 
 Splitter = Callable[[pa.Table, np.ndarray], tuple[list[str], np.ndarray]]
 

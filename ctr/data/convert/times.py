@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ctr.data.errors import SchemaError
-from ctr.data.times import FEWEST, TimeRule
+from tessera.ctr.data.errors import SchemaError
+from tessera.ctr.data.times import FEWEST, TimeRule
 
 PER_SECOND = {"seconds": 1.0, "milliseconds": 1e3, "microseconds": 1e6, "nanoseconds": 1e9}
 #: Short forms that arrow knows and Python does not.

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctr.data.day_folders import DayFolders
+from tessera.ctr.data.day_folders import DayFolders
 from tests.ctr.train.states import (
     arguments,
     newest,

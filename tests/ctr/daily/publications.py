@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from ctr.daily.latest import chain_of, write_latest
-from ctr.daily.publish import LEFT_OUT, READER
-from distributed.checkpoint import save
-from distributed.checkpoint_dense import save_tensors
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_manifest import read_manifest
-from distributed.checkpoint_tables import TableParts, describe_tables
-from distributed.table_files import copied, rows_of
-from embedding.table import DynamicTable
+from tessera.ctr.daily.latest import chain_of, write_latest
+from tessera.ctr.daily.publish import LEFT_OUT, READER
+from tessera.distributed.checkpoint import save
+from tessera.distributed.checkpoint_dense import save_tensors
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_manifest import read_manifest
+from tessera.distributed.checkpoint_tables import TableParts, describe_tables
+from tessera.distributed.table_files import copied, rows_of
+from tessera.embedding.table import DynamicTable
 from tests.ctr.train.states import rows_of_state, tensors_of_state
 from tests.distributed.saved_tables import alone, config, content, step
 

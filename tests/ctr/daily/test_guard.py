@@ -2,10 +2,10 @@
 
 import pytest
 
-from ctr.config import load_config
-from ctr.daily.config import DailyGuardConfig
-from ctr.daily.guard import out_of_band
-from embedding.errors import ConfigError
+from tessera.ctr.config import load_config
+from tessera.ctr.daily.config import DailyGuardConfig
+from tessera.ctr.daily.guard import out_of_band
+from tessera.embedding.errors import ConfigError
 
 CONFIG = DailyGuardConfig(window=3, min_days=2, auc=0.1, logloss=0.2, normalized_entropy=None, calibration=0.5)
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ctr.daily.serve import apply
-from distributed.process import Process
+from tessera.ctr.daily.serve import apply
+from tessera.distributed.process import Process
 from tests.ctr.daily.days import (
     assert_same_life,
     command,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ctr.daily.partitions import find_partitions, fingerprint
-from ctr.data.errors import DataError
-from distributed.checkpoint_files import Storage
+from tessera.ctr.daily.partitions import find_partitions, fingerprint
+from tessera.ctr.data.errors import DataError
+from tessera.distributed.checkpoint_files import Storage
 from tests.ctr.daily.days import command, key_of, predictions, records, served, without_gauges, write_day, write_days
 from tests.ctr.train.warm_ranks import WarmRanks
 from tests.object_store import CREDENTIALS

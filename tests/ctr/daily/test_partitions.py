@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ctr.config import load_config
-from ctr.daily.calendar import Calendar
-from ctr.daily.partitions import (
+from tessera.ctr.config import load_config
+from tessera.ctr.daily.calendar import Calendar
+from tessera.ctr.daily.partitions import (
     PartitionError,
     check_content,
     find_partitions,
@@ -22,11 +22,11 @@ from ctr.daily.partitions import (
     order,
     period_of,
 )
-from ctr.data.day_folders import DayFolders, check_key
-from ctr.data.errors import DataError
-from ctr.data.listing import list_files
-from distributed.process import Process
-from embedding.errors import ConfigError
+from tessera.ctr.data.day_folders import DayFolders, check_key
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.listing import list_files
+from tessera.distributed.process import Process
+from tessera.embedding.errors import ConfigError
 from tests.ctr.daily.days import folder_of, write_day, write_days
 
 DAY, HOUR = timedelta(days=1), timedelta(hours=1)
@@ -76,7 +76,7 @@ def test_hours_below_days(tmp_path):
 
 def plan(found: list[str], done: list[str] = (), skip: list[str] = (), period: timedelta = DAY) -> list[str]:
     """Keys that are due; a missing one in brackets."""
-    from ctr.daily.partitions import Partition
+    from tessera.ctr.daily.partitions import Partition
 
     due = order([Partition(f"2026-01-{day}", f"day={day}") for day in found], [f"2026-01-{day}" for day in done],
                 [f"2026-01-{day}" for day in skip], period)  # fmt: skip

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ctr.daily.publish import check_publish_to
-from embedding.errors import ConfigError
+from tessera.ctr.daily.publish import check_publish_to
+from tessera.embedding.errors import ConfigError
 from tests.ctr.daily.days import command, key_of, served, write_days
 from tests.ctr.train.warm_ranks import WarmRanks
 from tests.object_store import CREDENTIALS

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from ctr.daily.latest import read_latest
-from ctr.daily.publish import point
+from tessera.ctr.daily.latest import read_latest
+from tessera.ctr.daily.publish import point
 from tests.ctr.daily.publications import published
 from tests.ctr.test_targets import tree
 

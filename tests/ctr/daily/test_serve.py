@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from ctr.daily.latest import read_latest
-from ctr.daily.serve import apply, is_served
-from distributed import checkpoint
-from distributed.checkpoint import open_saved
-from distributed.checkpoint_files import Storage
-from distributed.checkpoint_lock import FolderInUse, FolderLock
-from distributed.checkpoint_manifest import CheckpointError, checksum
-from embedding.errors import ConfigError, TesseraError
+from tessera.ctr.daily.latest import read_latest
+from tessera.ctr.daily.serve import apply, is_served
+from tessera.distributed import checkpoint
+from tessera.distributed.checkpoint import open_saved
+from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.checkpoint_lock import FolderInUse, FolderLock
+from tessera.distributed.checkpoint_manifest import CheckpointError, checksum
+from tessera.embedding.errors import ConfigError, TesseraError
 from tests.ctr.daily.publications import Publications, published
 from tests.ctr.test_targets import tree
 from tests.ctr.train.states import rows_of_state, tensors_of_state

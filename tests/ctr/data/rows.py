@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctr.data.batch import Batch
-from ctr.data.reader import ParquetReader
-from ctr.data.schema import Schema
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.schema import Schema
 
 
 def write(folder: Path, *tables: pa.Table | dict, row_group_size: int = 1000, **options) -> str:

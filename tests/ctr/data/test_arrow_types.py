@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ctr.data.arrow_types import plain, plain_type
-from ctr.data.errors import DataError, SchemaError
-from ctr.data.id_names import names_of_ids
-from ctr.data.reader import ParquetReader
+from tessera.ctr.data.arrow_types import plain, plain_type
+from tessera.ctr.data.errors import DataError, SchemaError
+from tessera.ctr.data.id_names import names_of_ids
+from tessera.ctr.data.reader import ParquetReader
 
 from .rows import features, read_in_order, write
 

@@ -6,8 +6,8 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ctr.data.errors import DataError
-from ctr.data.reader import ParquetReader
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.reader import ParquetReader
 
 from .rows import features, ids_of, read_in_order, taken_apart, write
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ctr.config import load_config
-from ctr.data.config import paths_of, split_days
-from ctr.data.day_folders import DayFolders
-from ctr.data.errors import DataError
-from ctr.data.reader import ParquetReader
-from ctr.data.schema import Schema
-from ctr.train.evaluate import open_reader, read_split
-from ctr.train.score_run import run_config
-from distributed.process import Process
-from embedding.errors import ConfigError, TesseraError
+from tessera.ctr.config import load_config
+from tessera.ctr.data.config import paths_of, split_days
+from tessera.ctr.data.day_folders import DayFolders
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.train.evaluate import open_reader, read_split
+from tessera.ctr.train.score_run import run_config
+from tessera.distributed.process import Process
+from tessera.embedding.errors import ConfigError, TesseraError
 from tests.ranks import on_ranks
 
 SCHEMA = "data.schema={labels: [label], time: null, features: [{name: row}]}"

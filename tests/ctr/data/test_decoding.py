@@ -10,8 +10,8 @@ import pytest
 import torch
 import xxhash
 
-from ctr.data.columns import NULL_GROUP
-from ctr.data.reader import ParquetReader
+from tessera.ctr.data.columns import NULL_GROUP
+from tessera.ctr.data.reader import ParquetReader
 
 from .rows import features, ids_of, read_in_order, write
 

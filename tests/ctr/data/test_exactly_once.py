@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ctr.data.reader import ParquetReader
-from ctr.data.row_groups import RowGroupReader
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.row_groups import RowGroupReader
 
 from .rows import features, write
 

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctr.data.errors import DataError
-from ctr.data.listing import list_files
-from ctr.data.reader import ParquetReader
-from embedding.errors import ConfigError
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.listing import list_files
+from tessera.ctr.data.reader import ParquetReader
+from tessera.embedding.errors import ConfigError
 
 from .rows import features, taken_apart, write
 
@@ -132,7 +132,7 @@ def test_too_few_open_files_are_named_with_the_keys_that_need_them(tmp_path):
 
 def test_the_reader_imports_without_torchrec():
     """Ranks and helpers that only look at data start quickly."""
-    code = "import sys, ctr.data.reader; print(sorted({'torch', 'torchrec', 'pandas'} & set(sys.modules)))"
+    code = "import sys, tessera.ctr.data.reader; print(sorted({'torch', 'torchrec', 'pandas'} & set(sys.modules)))"
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=root)
     assert done.stdout.strip() == "[]", done.stderr

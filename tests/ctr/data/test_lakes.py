@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctr.daily.partitions import find_partitions, fingerprint
-from ctr.data.errors import DataError
-from ctr.data.listing import list_files
-from ctr.data.reader import ParquetReader
+from tessera.ctr.daily.partitions import find_partitions, fingerprint
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.listing import list_files
+from tessera.ctr.data.reader import ParquetReader
 
 from .rows import features, taken_apart
 
@@ -220,7 +220,7 @@ def test_without_the_library_one_line_says_how_to_install_it(package, request):
     path = request.getfixturevalue("delta" if package == "deltalake" else "iceberg")
     code = (
         f"import sys; sys.modules['{package}'] = None\n"
-        f"from ctr.data.listing import list_files\nlist_files({str(path)!r})"
+        f"from tessera.ctr.data.listing import list_files\nlist_files({str(path)!r})"
     )
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=root)

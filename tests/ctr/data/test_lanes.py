@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctr.data.lanes import lane_offsets, lane_starts, rank_bounds, scheduled_rows, seeded_order
+from tessera.ctr.data.lanes import lane_offsets, lane_starts, rank_bounds, scheduled_rows, seeded_order
 
 
 @given(st.integers(1, 300), st.integers(1, 20), st.integers(1, 40))

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ctr.data.errors import DataError
-from ctr.data.files import one_line
-from ctr.data.listing import list_files
-from ctr.data.reader import ParquetReader
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.files import one_line
+from tessera.ctr.data.listing import list_files
+from tessera.ctr.data.reader import ParquetReader
 
 from .rows import features, taken_apart
 
@@ -186,7 +186,7 @@ def test_a_marker_of_another_name(tmp_path):
     (tmp_path / "2026-11-01" / "READY").touch()
     with pytest.raises(DataError, match="2026-11-01/READY: no readable parquet footer"):
         rows_of(root)
-    from ctr.data.day_folders import DayFolders
+    from tessera.ctr.data.day_folders import DayFolders
 
     plain = DayFolders(None)
     with pytest.raises(DataError, match="its folder 2026-11-02 holds no READY"):

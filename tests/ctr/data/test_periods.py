@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ctr.data.errors import DataError
-from ctr.data.periods import span
-from ctr.data.reader import ParquetReader
-from embedding.errors import ConfigError
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.periods import span
+from tessera.ctr.data.reader import ParquetReader
+from tessera.embedding.errors import ConfigError
 
 from .rows import features, write
 

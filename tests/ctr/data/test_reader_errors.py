@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ctr.data.errors import DataError, SchemaError
-from ctr.data.reader import ParquetReader
-from embedding.errors import ConfigError
+from tessera.ctr.data.errors import DataError, SchemaError
+from tessera.ctr.data.reader import ParquetReader
+from tessera.embedding.errors import ConfigError
 
 from .rows import features, read_in_order, taken_apart, write
 
@@ -245,7 +245,7 @@ def test_a_state_of_data_with_other_values_is_refused(tmp_path, name):
 
 
 def test_a_state_of_many_files_stays_small_and_names_the_changed_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("ctr.data.footers.CONTENTS", 4)
+    monkeypatch.setattr("tessera.ctr.data.footers.CONTENTS", 4)
     schema = features("id")
     path = write(tmp_path / "d", *[flipped(8, 2)] * 10)
     state = ParquetReader(path, schema, 10).state()
@@ -259,9 +259,9 @@ def test_a_state_of_many_files_stays_small_and_names_the_changed_one(tmp_path, m
 
 
 def test_files_with_large_footers_and_large_files_are_told_apart_by_their_footers(tmp_path, monkeypatch):
-    monkeypatch.setattr("ctr.data.footers.SMALL_BYTES", 512)
-    monkeypatch.setattr("ctr.data.footers.TAIL_BYTES", 256)
-    monkeypatch.setattr("ctr.data.seals.TAIL_BYTES", 64)
+    monkeypatch.setattr("tessera.ctr.data.footers.SMALL_BYTES", 512)
+    monkeypatch.setattr("tessera.ctr.data.footers.TAIL_BYTES", 256)
+    monkeypatch.setattr("tessera.ctr.data.seals.TAIL_BYTES", 64)
     schema = features("id")
     path = write(tmp_path / "d", flipped(2000, 2), row_group_size=20)
     reader = ParquetReader(path, schema, 100)

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctr.data.errors import DataError
-from ctr.data.reader import ParquetReader
-from ctr.data.reservoir import PARTITION, PRIORITY, add_to_reservoir
-from ctr.data.schema import FeatureConfig, Schema, SchemaConfig
-from embedding.errors import ConfigError
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.reservoir import PARTITION, PRIORITY, add_to_reservoir
+from tessera.ctr.data.schema import FeatureConfig, Schema, SchemaConfig
+from tessera.embedding.errors import ConfigError
 
 SCHEMA = Schema(
     SchemaConfig(features=[FeatureConfig(name="user"), FeatureConfig(name="tags", kind="ids", dtype="string")])

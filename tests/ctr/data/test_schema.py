@@ -3,8 +3,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-from ctr.data.errors import SchemaError
-from ctr.data.schema import FeatureConfig, Schema, SchemaConfig
+from tessera.ctr.data.errors import SchemaError
+from tessera.ctr.data.schema import FeatureConfig, Schema, SchemaConfig
 
 NUMERIC = {"name": "age", "kind": "numeric"}
 

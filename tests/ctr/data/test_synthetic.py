@@ -11,12 +11,12 @@ from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 
-from ctr.data.convert.output import Writing
-from ctr.data.counter_random import bits, key, mix64, uniform, unmix64
-from ctr.data.reader import ParquetReader
-from ctr.data.schema import Schema
-from ctr.data.synthetic import best_possible, write_synthetic
-from ctr.data.synthetic_rows import (
+from tessera.ctr.data.convert.output import Writing
+from tessera.ctr.data.counter_random import bits, key, mix64, uniform, unmix64
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.synthetic import best_possible, write_synthetic
+from tessera.ctr.data.synthetic_rows import (
     COUNT_NAMES,
     CRITEO_CARDINALITIES,
     CRITEO_ROWS,
@@ -26,8 +26,8 @@ from ctr.data.synthetic_rows import (
     Population,
     SyntheticConfig,
 )
-from ctr.data.teacher import DATA, STEPS, Scales, Teacher
-from embedding.errors import ConfigError
+from tessera.ctr.data.teacher import DATA, STEPS, Scales, Teacher
+from tessera.embedding.errors import ConfigError
 
 SMALL = SyntheticConfig(rows=20_000, seed=3)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ctr.data.errors import DataError, SchemaError
-from ctr.data.reader import ParquetReader
-from ctr.data.times import TimeRule, far_ahead
+from tessera.ctr.data.errors import DataError, SchemaError
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.times import TimeRule, far_ahead
 
 from .rows import features, read_in_order, write
 

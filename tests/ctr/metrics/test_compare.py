@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ctr.data.counter_random import key
-from ctr.metrics import exact
-from ctr.metrics.compare import (
+from tessera.ctr.data.counter_random import key
+from tessera.ctr.metrics import exact
+from tessera.ctr.metrics.compare import (
     PairedRows,
     _SortedClasses,
     _times,

@@ -10,9 +10,9 @@ from torchrec.metrics.calibration import compute_calibration, get_calibration_st
 from torchrec.metrics.gauc import compute_window_auc, get_auc_states
 from torchrec.metrics.ne import compute_ne, get_ne_states
 
-from ctr.data.errors import DataError
-from ctr.metrics import exact
-from ctr.metrics.score_table import check_rows, cumsum_runs, score_table
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.metrics import exact
+from tessera.ctr.metrics.score_table import check_rows, cumsum_runs, score_table
 
 METRICS = (
     "auc",

@@ -10,9 +10,9 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctr.data.errors import DataError
-from ctr.metrics import exact
-from ctr.metrics.streaming import StreamingMetrics, logit_keys
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.metrics import exact
+from tessera.ctr.metrics.streaming import StreamingMetrics, logit_keys
 
 
 def batches(seed, sizes=(1000, 0, 1, 777), weighted=True, loc=-2.0, scale=1.5):

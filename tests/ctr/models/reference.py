@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ctr.models.batch_norm import BatchNorm
+from tessera.ctr.models.batch_norm import BatchNorm
 
 
 def scaled(module, x: Tensor) -> list[Tensor]:

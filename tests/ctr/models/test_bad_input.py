@@ -2,10 +2,10 @@
 
 import pytest
 
-from ctr.config import load_config
-from ctr.data.schema import Schema
-from ctr.models.network import build_tower
-from embedding.errors import ConfigError
+from tessera.ctr.config import load_config
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.models.network import build_tower
+from tessera.embedding.errors import ConfigError
 
 TWO = "data.schema.features=[{name: a}, {name: b}]"
 ONE = "data.schema.features=[{name: a}]"
@@ -64,7 +64,7 @@ def test_models_that_need_no_pair(model):
         (["model=fgcnn", "model.kernel=1", "model.pool=0"], "model.pool is 0; expected at least 1"),
         (
             ["model=fgcnn", "model.kernel=1", "model@model.classifier=lr"],
-            "model.classifier.target is ctr.models.lr.LR; expected a model that reads one group of vectors",
+            "model.classifier.target is tessera.ctr.models.lr.LR; expected a model that reads one group of vectors",
         ),
         (
             ["model=fgcnn", "model.kernel=1", "+model.classifier.hiden=[3]"],
@@ -84,7 +84,10 @@ def test_models_that_need_no_pair(model):
         (["model=dnn", "model.embedding_dim=0"], "model.embedding_dim is 0; expected at least 1"),
         (["model=dnn", "+model.hiden=[3]"], "model.hiden is not a key of DNN; did you mean model.hidden?"),
         (["model=dnn", "~model.hidden"], "model.hidden is missing; DNN needs embedding_dim, hidden"),
-        (["model=dnn", "model.target=ctr.models.dnn.DNM"], "model.target is 'ctr.models.dnn.DNM', which cannot be"),
+        (
+            ["model=dnn", "model.target=tessera.ctr.models.dnn.DNM"],
+            "model.target is 'tessera.ctr.models.dnn.DNM', which cannot be",
+        ),
         (["numeric=autodis", "numeric.temperature=0"], "numeric.temperature is 0; expected a number above 0"),
         (["numeric=autodis", "numeric.buckets=0"], "numeric.buckets is 0; expected at least 1"),
         (["numeric=bucketised", "numeric.low=20"], "numeric.low is 20 and numeric.high 10.0; expected low < high"),

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ctr.models.batch_norm import BatchNorm
+from tessera.ctr.models.batch_norm import BatchNorm
 from tests.ranks import on_ranks
 
 ROWS, CHANNELS = 12, 5

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ctr.config import load_config
-from ctr.data.schema import Schema
-from ctr.models.network import build_tower
-from ctr.train.trainer import Trainer, compiler_mode
-from distributed.process import Process
-from embedding.errors import ConfigError
+from tessera.ctr.config import load_config
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.models.network import build_tower
+from tessera.ctr.train.trainer import Trainer, compiler_mode
+from tessera.distributed.process import Process
+from tessera.embedding.errors import ConfigError
 
 SCHEMA = "data.schema.features=[{name: x, kind: numeric}, {name: a}, {name: b}, {name: c}]"
 SMALL = {"fgcnn": ["model.kernel=3", "model.channels=[2]", "model.classifier.hidden=[8]"]}

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import conf
-from ctr.config import load_config
-from ctr.data.schema import Schema
-from ctr.models.network import build_tower
+from tessera import conf
+from tessera.ctr.config import load_config
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.models.network import build_tower
 
 FOLDER = Path(conf.__file__).parent
 ROWS, IDS = 6, 10

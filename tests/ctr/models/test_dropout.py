@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from ctr.models.autoint import InteractingLayer
-from ctr.models.dropout import Dropout, draw_masks, dropout_layers
-from ctr.models.layers import ROWS_AT_ONCE, in_pieces
-from embedding.errors import ConfigError
+from tessera.ctr.models.autoint import InteractingLayer
+from tessera.ctr.models.dropout import Dropout, draw_masks, dropout_layers
+from tessera.ctr.models.layers import ROWS_AT_ONCE, in_pieces
+from tessera.embedding.errors import ConfigError
 
 ROWS, UNITS = 2000, 50
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from ctr.config import load_config
-from ctr.data.schema import Schema
-from ctr.models.network import build_tower
-from ctr.models.tower import Tower
-from ctr.train.evaluate import evaluate
-from ctr.train.trainer import Trainer
-from embedding.errors import ConfigError, TesseraError
+from tessera.ctr.config import load_config
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.models.network import build_tower
+from tessera.ctr.models.tower import Tower
+from tessera.ctr.train.evaluate import evaluate
+from tessera.ctr.train.trainer import Trainer
+from tessera.embedding.errors import ConfigError, TesseraError
 from tests.ranks import on_ranks
 
 MODELS = sorted(path.stem for path in (Path(__file__).resolve().parents[3] / "conf/model").glob("*.yaml"))
@@ -100,7 +100,9 @@ class ReadsVectorsAlone(Tower):
 def test_raw_numbers_that_no_layer_reads_are_one_line(numeric):
     config = load_config(settings("dnn", NUMERIC[:numeric] + IDS, "numeric=raw"), "")
     config.model = {"target": "tests.ctr.models.test_few_fields.ReadsVectorsAlone", "embedding_dim": 4}
-    with pytest.raises(ConfigError, match="numeric.target is ctr.models.numeric.Raw, but .* never reads numbers"):
+    with pytest.raises(
+        ConfigError, match="numeric.target is tessera.ctr.models.numeric.Raw, but .* never reads numbers"
+    ):
         build_tower(config, Schema(config.data.schema))
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ctr.config import load_config
-from ctr.models.instantiate import instantiate
-from ctr.models.numeric import AutoDis, Bucketised, Raw, ScaledVectors
-from ctr.models.tower import Fields
+from tessera.ctr.config import load_config
+from tessera.ctr.models.instantiate import instantiate
+from tessera.ctr.models.numeric import AutoDis, Bucketised, Raw, ScaledVectors
+from tessera.ctr.models.tower import Fields
 from tests.ctr.models.reference import BY_CLASS
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from ctr.config import load_config
-from ctr.data.synthetic import write_synthetic
-from ctr.data.synthetic_rows import SyntheticConfig
-from ctr.train.trainer import Trainer
-from distributed.process import Process
+from tessera.ctr.config import load_config
+from tessera.ctr.data.synthetic import write_synthetic
+from tessera.ctr.data.synthetic_rows import SyntheticConfig
+from tessera.ctr.train.trainer import Trainer
+from tessera.distributed.process import Process
 from tests.ranks import ROOT, on_ranks
 
 MODELS = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ctr.metrics.exact import evaluate_predictions
-from ctr.report.report import write_report
+from tessera.ctr.metrics.exact import evaluate_predictions
+from tessera.ctr.report.report import write_report
 from tests.ctr.report.run_folder import CONFIG, PLAN, write_predictions
 
 METRICS = ("auc", "logloss", "gauc", "normalized_entropy", "calibration", "pr_auc", "observed_rate")

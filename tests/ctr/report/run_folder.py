@@ -13,7 +13,7 @@ CONFIG = """data:
   name: made_up
   path: /data/<script>alert(1)</script>
 model:
-  target: ctr.models.deepfm.DeepFM
+  target: tessera.ctr.models.deepfm.DeepFM
   dim: 16
 trainer:
   batch_size: 4096

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from ctr.report.comparison import compare_runs
-from ctr.report.days import write_index
-from ctr.report.report import write_report
+from tessera.ctr.report.comparison import compare_runs
+from tessera.ctr.report.days import write_index
+from tessera.ctr.report.report import write_report
 from tests.ctr.report.daily_folder import HELD, make_daily_run
 from tests.ctr.report.run_folder import make_run
 

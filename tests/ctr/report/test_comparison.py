@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ctr.data.errors import DataError
-from ctr.metrics.compare import PairedRows, auc_difference
-from ctr.metrics.exact import evaluate_predictions
-from ctr.report.comparison import compare_runs
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.metrics.compare import PairedRows, auc_difference
+from tessera.ctr.metrics.exact import evaluate_predictions
+from tessera.ctr.report.comparison import compare_runs
 from tests.ctr.report.daily_folder import HELD, day_columns, make_daily_run
 from tests.ctr.report.html_page import check_page
 from tests.ctr.report.run_folder import write_predictions

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from ctr.metrics.score_table import check_rows, score_table
-from ctr.report.curves import (
+from tessera.ctr.metrics.score_table import check_rows, score_table
+from tessera.ctr.report.curves import (
     POINTS,
     Curve,
     histogram,

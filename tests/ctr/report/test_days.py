@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ctr.data.errors import DataError
-from ctr.report.day_plots import short_names
-from ctr.report.days import write_index
-from ctr.report.report import write_report
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.report.day_plots import short_names
+from tessera.ctr.report.days import write_index
+from tessera.ctr.report.report import write_report
 from tests.ctr.report.daily_folder import HELD, SKIPPED, day_columns, day_record, make_daily_run
 from tests.ctr.report.html_page import check_page
 from tests.ctr.report.run_folder import columns, write_predictions

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from ctr.data.errors import DataError
-from ctr.report.history import read_history
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.report.history import read_history
 from tests.ctr.report.run_folder import metrics_lines
 
 

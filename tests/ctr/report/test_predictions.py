@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctr.data.errors import DataError
-from ctr.report.predictions import read_predictions
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.report.predictions import read_predictions
 from tests.ctr.report.run_folder import columns, write_predictions
 
 

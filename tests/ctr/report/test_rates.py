@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from ctr.daily.records import measure, new_record
-from ctr.metrics.exact import evaluate_predictions
-from ctr.metrics.score_table import check_rows, score_table
-from ctr.report.comparison import compare_runs
-from ctr.report.curves import wilson_interval
-from ctr.report.days import write_index
-from ctr.report.report import write_report
-from ctr.report.slices import measure_slices
+from tessera.ctr.daily.records import measure, new_record
+from tessera.ctr.metrics.exact import evaluate_predictions
+from tessera.ctr.metrics.score_table import check_rows, score_table
+from tessera.ctr.report.comparison import compare_runs
+from tessera.ctr.report.curves import wilson_interval
+from tessera.ctr.report.days import write_index
+from tessera.ctr.report.report import write_report
+from tessera.ctr.report.slices import measure_slices
 from tests.ctr.report.html_page import check_page
 from tests.ctr.report.run_folder import columns, write_predictions
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctr.data.errors import DataError
-from ctr.metrics.exact import evaluate_predictions
-from ctr.report.definitions import DEFINITIONS
-from ctr.report.report import write_report
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.metrics.exact import evaluate_predictions
+from tessera.ctr.report.definitions import DEFINITIONS
+from tessera.ctr.report.report import write_report
 from tests.ctr.report.html_page import Page, check_page
 from tests.ctr.report.run_folder import columns, make_run, metrics_lines, write_predictions
 
@@ -116,7 +116,7 @@ def test_text_of_the_run_is_shown_and_escaped(run):
 def test_the_same_run_gives_the_same_bytes(run):
     folder, _ = run
     before = {name: (folder / name).read_bytes() for name in ("report.html", "report.json")}
-    code = f"from ctr.report.report import write_report; write_report({str(folder)!r})"
+    code = f"from tessera.ctr.report.report import write_report; write_report({str(folder)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
     assert before == {name: (folder / name).read_bytes() for name in before}
 

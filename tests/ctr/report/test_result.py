@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from ctr.report.result import PIECES, PREDICTIONS, begin_result, commit_result, settle_result
+from tessera.ctr.report.result import PIECES, PREDICTIONS, begin_result, commit_result, settle_result
 
 
 class Killed(BaseException):

@@ -8,16 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ctr.data.errors import DataError
-from ctr.data.id_names import names_of_ids
-from ctr.data.reader import ParquetReader
-from ctr.data.schema import Schema
-from ctr.metrics.exact import evaluate_predictions
-from ctr.report.report import write_report
-from ctr.report.slices import TOP, largest_ids, measure_slices
-from ctr.train.slice_columns import SliceColumn
-from embedding.errors import ConfigError
-from kernels.string_hash import xxh64
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.id_names import names_of_ids
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.metrics.exact import evaluate_predictions
+from tessera.ctr.report.report import write_report
+from tessera.ctr.report.slices import TOP, largest_ids, measure_slices
+from tessera.ctr.train.slice_columns import SliceColumn
+from tessera.embedding.errors import ConfigError
+from tessera.kernels.string_hash import xxh64
 from tests.ctr.report.html_page import check_page
 from tests.ctr.report.run_folder import columns
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctr.data.errors import DataError
-from ctr.report.curves import POINTS
-from ctr.report.history import TABLE_COUNTS, read_history
-from ctr.report.report import write_report
-from ctr.report.tables import numbers_by_table, table_plots
-from distributed.plan import size
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.report.curves import POINTS
+from tessera.ctr.report.history import TABLE_COUNTS, read_history
+from tessera.ctr.report.report import write_report
+from tessera.ctr.report.tables import numbers_by_table, table_plots
+from tessera.distributed.plan import size
 from tests.ctr.report.run_folder import columns, counts, make_run, table_line, table_lines, write_predictions
 
 

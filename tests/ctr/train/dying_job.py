@@ -3,13 +3,13 @@
 import os
 import sys
 
-from distributed import process
+from tessera.distributed import process
 from tests.ctr.train.warm_ranks import _die
 
 if __name__ == "__main__":
     _die(sys.argv.pop(1))
     sys.argv[0] = "scripts/train.py"
-    from scripts import train
+    from tessera.scripts import train
 
     status = process.run(train.load, train.train)
     sys.stdout.flush()

@@ -4,9 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-from ctr.train.trainer import Trainer
-from distributed.process import run
-from scripts.train import load, train
+from tessera.ctr.train.trainer import Trainer
+from tessera.distributed.process import run
+from tessera.scripts.train import load, train
 
 train_step, marker = Trainer.train_step, Path(os.environ["KILL_MARKER"])
 

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctr.config import load_config
-from ctr.train.run_folder import nothing_trained
-from embedding.errors import ConfigError
+from tessera.ctr.config import load_config
+from tessera.ctr.train.run_folder import nothing_trained
+from tessera.embedding.errors import ConfigError
 from tests.ranks import run_script, torchrun
 
 ROWS = 64

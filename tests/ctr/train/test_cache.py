@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from ctr.config import load_config
-from ctr.train.trainer import Trainer
-from embedding.errors import ConfigError
+from tessera.ctr.config import load_config
+from tessera.ctr.train.trainer import Trainer
+from tessera.embedding.errors import ConfigError
 from tests.ctr.train.states import (
     arguments,
     metrics_of,

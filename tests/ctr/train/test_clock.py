@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ctr.config import load_config
-from ctr.train.clock import DAY, Clock
+from tessera.ctr.config import load_config
+from tessera.ctr.train.clock import DAY, Clock
 from tests.ranks import on_ranks
 
 SCHEMA = ["data.schema.time=time", "data.schema.time_jump_days=30"]

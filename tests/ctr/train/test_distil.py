@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torchrec import KeyedJaggedTensor
 
-from ctr.config import load_config
-from ctr.data.batch import Batch
-from ctr.train.distil import DistilConfig, Distillation
-from ctr.train.teacher_logits import prepare
-from ctr.train.trainer import Trainer
-from embedding.errors import ConfigError
+from tessera.ctr.config import load_config
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.train.distil import DistilConfig, Distillation
+from tessera.ctr.train.teacher_logits import prepare
+from tessera.ctr.train.trainer import Trainer
+from tessera.embedding.errors import ConfigError
 from tests.ctr.train.states import (
     arguments,
     assert_same_end,

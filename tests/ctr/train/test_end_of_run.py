@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ctr.metrics import exact
-from ctr.report.comparison import compare_runs
+from tessera.ctr.metrics import exact
+from tessera.ctr.report.comparison import compare_runs
 from tests.ctr.train.states import arguments, metrics_of, write_data
 from tests.ctr.train.test_resume import trained
 

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ctr.config import load_config
-from ctr.train.clock import ttl_in_vain
-from ctr.train.trainer import Trainer
+from tessera.ctr.config import load_config
+from tessera.ctr.train.clock import ttl_in_vain
+from tessera.ctr.train.trainer import Trainer
 from tests.ranks import on_ranks
 
 DAYS, ROWS, DAY, NOW = 40, 60, 86_400, 20_454 * 86_400

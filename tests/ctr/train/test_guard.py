@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ctr.train import guard
+from tessera.ctr.train import guard
 
 
 class OnGpu(torch.Tensor):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ctr.config import load_config
-from ctr.data.reservoir import add_to_reservoir
-from ctr.data.schema import Schema
+from tessera.ctr.config import load_config
+from tessera.ctr.data.reservoir import add_to_reservoir
+from tessera.ctr.data.schema import Schema
 from tests.ctr.train.states import arguments, newest, rows_of_state, times_trained, write_data
 
 ROWS = 400

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ctr.config import load_config
-from ctr.models.network import LONGEST_NAME
-from ctr.train.trainer import Trainer
-from distributed.module_names import module_name
-from distributed.table_files import folder_name
-from embedding.errors import ConfigError, TesseraError
+from tessera.ctr.config import load_config
+from tessera.ctr.models.network import LONGEST_NAME
+from tessera.ctr.train.trainer import Trainer
+from tessera.distributed.module_names import module_name
+from tessera.distributed.table_files import folder_name
+from tessera.embedding.errors import ConfigError, TesseraError
 from tests.ranks import on_ranks
 
 NAMES = [

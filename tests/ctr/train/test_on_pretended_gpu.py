@@ -9,15 +9,15 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from ctr.data.batch import Batch
-from ctr.metrics.streaming import StreamingMetrics
-from ctr.train.distil import DistilConfig, Distillation
-from ctr.train.look_ahead import to_device
-from distributed.dynamic_sharding import by_owner
-from distributed.dynamic_tables import DynamicTables
-from distributed.fields import OnDevice, scale_to_mean
-from embedding.config import DynamicTableConfig, Group, RowOptimizer
-from kernels import backend
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.metrics.streaming import StreamingMetrics
+from tessera.ctr.train.distil import DistilConfig, Distillation
+from tessera.ctr.train.look_ahead import to_device
+from tessera.distributed.dynamic_sharding import by_owner
+from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.fields import OnDevice, scale_to_mean
+from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
+from tessera.kernels import backend
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if torch.cuda.is_available() or "triton" not in backend.available_backends():

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from ctr.config import load_config
-from ctr.models.instantiate import is_own
-from ctr.train.score_run import run_config
-from ctr.train.stored_config import read_config
-from ctr.train.trainer import Trainer
-from distributed.checkpoint import folder_name
-from distributed.checkpoint_manifest import MANIFEST
-from embedding.errors import ConfigError, TesseraError
+from tessera.ctr.config import load_config
+from tessera.ctr.models.instantiate import is_own
+from tessera.ctr.train.score_run import run_config
+from tessera.ctr.train.stored_config import read_config
+from tessera.ctr.train.trainer import Trainer
+from tessera.distributed.checkpoint import folder_name
+from tessera.distributed.checkpoint_manifest import MANIFEST
+from tessera.embedding.errors import ConfigError, TesseraError
 from tests.ctr.daily.days import command as daily_command
 from tests.ctr.daily.days import write_days
 from tests.ctr.train.states import arguments, newest, write_data
@@ -120,7 +120,7 @@ def test_no_command_runs_what_a_state_holds(made, crafted, craft):
 
 def test_a_class_that_only_a_folder_names_is_not_imported(made, crafted):
     config = crafted / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("ctr.models.deepfm.DeepFM", MINE))
+    config.write_text(config.read_text().replace("tessera.ctr.models.deepfm.DeepFM", MINE))
     reading = {name: commands(made, crafted)[name] for name in ("evaluate", "convert", "teacher")}
     for name, command in reading.items():
         done = script(*command)
@@ -149,9 +149,15 @@ def test_a_class_that_only_a_folder_names_is_not_imported(made, crafted):
         ("numeric: {{target: subprocess.Popen, args: [touch, '{}']}}", "numeric.target is 'subprocess.Popen'"),
         ("model: {{classifier: {{target: os.system}}}}", "model.classifier.target is 'os.system'"),
         ("model: {{target: [os.system]}}", None),
-        ("model: {{target: ctr.models.instantiate.instantiate}}", "model.target is 'ctr.models.instantiate.instan"),
-        ("model: {{target: ctr.models.instantiate.nn.Linear}}", "model.target is 'ctr.models.instantiate.nn.Linear'"),
-        ("model: {{target: ctr.models.tower.nn}}", "model.target is 'ctr.models.tower.nn'"),
+        (
+            "model: {{target: tessera.ctr.models.instantiate.instantiate}}",
+            "model.target is 'tessera.ctr.models.instantiate.instan",
+        ),
+        (
+            "model: {{target: tessera.ctr.models.instantiate.nn.Linear}}",
+            "model.target is 'tessera.ctr.models.instantiate.nn.Linear'",
+        ),
+        ("model: {{target: tessera.ctr.models.tower.nn}}", "model.target is 'tessera.ctr.models.tower.nn'"),
         ("- 1", "is no configuration of a run"),
         ("[", "cannot be read as YAML"),
         ("a: \xff", None),
@@ -169,12 +175,15 @@ def test_every_model_of_the_project_is_its_own():
     targets = [re.search(r"^target: (\S+)", p.read_text(), re.M) for p in (ROOT / "conf").glob("*/*.yaml")]
     assert sum(found is not None for found in targets) > 15
     assert all(is_own(found[1]) for found in targets if found)
-    assert not any(map(is_own, ["torch.nn.Linear", "ctr.models.network", "ctr.data.schema.Schema", MINE, None, 3]))
+    assert is_own("ctr.models.deepfm.DeepFM")  # as version 0.1 wrote it
+    assert not any(
+        map(is_own, ["torch.nn.Linear", "tessera.ctr.models.network", "tessera.ctr.data.schema.Schema", MINE, None, 3])
+    )
 
 
 def test_a_run_of_ones_own_reads_back(made):
-    assert read_config(made / "run" / "config.yaml").model.target == "ctr.models.deepfm.DeepFM"
-    with pytest.raises(ConfigError, match="the model of .* is ctr.models.deepfm.DeepFM"):
+    assert read_config(made / "run" / "config.yaml").model.target == "tessera.ctr.models.deepfm.DeepFM"
+    with pytest.raises(ConfigError, match="the model of .* is tessera.ctr.models.deepfm.DeepFM"):
         run_config(made / "run", ["model.target=os.system"])
 
 

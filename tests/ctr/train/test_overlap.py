@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from ctr.config import load_config
-from ctr.train.trainer import Trainer
+from tessera.ctr.config import load_config
+from tessera.ctr.train.trainer import Trainer
 from tests.ctr.train.states import arguments, metrics_of, newest, tensors_of_state, write_data
 from tests.ctr.train.test_cache import BATCH, ROWS, assert_same_states, trained
 from tests.distributed.saved_tables import alone

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ctr.config import load_config
-from ctr.train.evaluate import read_split
-from ctr.train.trainer import Trainer
+from tessera.ctr.config import load_config
+from tessera.ctr.train.evaluate import read_split
+from tessera.ctr.train.trainer import Trainer
 from tests.ranks import on_ranks
 
 DAYS, ROWS, BATCH = 8, 500, 64  # 8 batches a day, the last one short and none divisible by 3

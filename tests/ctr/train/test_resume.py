@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ctr.config import load_config
-from embedding.errors import ConfigError
+from tessera.ctr.config import load_config
+from tessera.embedding.errors import ConfigError
 from tests.ctr.train.states import (
     arguments,
     assert_same_end,

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ctr.config import load_config
-from ctr.train.trainer import Trainer
+from tessera.ctr.config import load_config
+from tessera.ctr.train.trainer import Trainer
 from tests.ranks import on_ranks
 
 BATCH = 32

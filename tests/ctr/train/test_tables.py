@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ctr.config import load_config
-from ctr.data.schema import Schema
-from ctr.models.network import build_tables, build_tower
+from tessera.ctr.config import load_config
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.models.network import build_tables, build_tower
 from tests.ctr.train.test_training import data, lines, train  # noqa: F401
 from tests.ranks import run_script
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ctr.data.synthetic import write_synthetic
-from ctr.data.synthetic_rows import SyntheticConfig
-from ctr.report.comparison import compare_runs
+from tessera.ctr.data.synthetic import write_synthetic
+from tessera.ctr.data.synthetic_rows import SyntheticConfig
+from tessera.ctr.report.comparison import compare_runs
 from tests.ranks import run_script, torchrun
 
 SMALL = [

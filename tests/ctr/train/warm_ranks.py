@@ -102,9 +102,9 @@ def _fork_rank(rank: int, command: dict) -> int:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(command["port"]))
     sys.argv = [f"scripts/{command['script']}.py", *command["arguments"]]
 
-    from distributed import heartbeat, process
+    from tessera.distributed import heartbeat, process
 
-    script = importlib.import_module(f"scripts.{command['script']}")
+    script = importlib.import_module(f"tessera.scripts.{command['script']}")
 
     for name, value in command["constants"].items():
         setattr(heartbeat, name, value)
@@ -129,7 +129,7 @@ def _fork_rank(rank: int, command: dict) -> int:
 
 
 def _end_behind(step: int, number: int, ranks: list[int], rank: int) -> None:
-    from ctr.train.trainer import Trainer
+    from tessera.ctr.train.trainer import Trainer
 
     train_step = Trainer.train_step
 
@@ -143,7 +143,7 @@ def _end_behind(step: int, number: int, ranks: list[int], rank: int) -> None:
 
 
 def _at(stage: str, what: int | str, ranks: list[int], rank: int) -> None:
-    from distributed.process import Process
+    from tessera.distributed.process import Process
 
     def come_to(process: Process, text: str) -> None:
         process.__dict__["stage"] = text
@@ -209,7 +209,7 @@ def _draw_nothing() -> None:
 
 
 def _overlap() -> None:
-    from ctr.train.trainer import Trainer
+    from tessera.ctr.train.trainer import Trainer
 
     begin = Trainer.begin
 
@@ -221,7 +221,7 @@ def _overlap() -> None:
 
 
 def _hang(path: str) -> None:
-    from distributed.checkpoint_files import Storage
+    from tessera.distributed.checkpoint_files import Storage
 
     write = Storage.write
 
@@ -235,7 +235,7 @@ def _hang(path: str) -> None:
 
 
 def _die(path: str) -> None:
-    from distributed.checkpoint_files import Storage
+    from tessera.distributed.checkpoint_files import Storage
 
     write = Storage.write
 
@@ -264,9 +264,9 @@ def _wait(pids: list[int], seconds: float, statuses: dict[int, int]) -> list[int
 
 
 def _serve() -> None:
-    import ctr.daily.loop
-    import ctr.models.deepfm
-    import ctr.train.trainer  # noqa: F401
+    import tessera.ctr.daily.loop
+    import tessera.ctr.models.deepfm
+    import tessera.ctr.train.trainer  # noqa: F401
 
     answers, statuses = os.fdopen(os.dup(1), "w"), {}
     for line in sys.stdin:

@@ -4,10 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ctr.data.convert.columns import Column, check_columns, make_columns, text_types
-from ctr.data.convert.delimited import BadRows, TextTable
-from ctr.data.errors import DataError, SchemaError
-from ctr.data.times import TimeRule
+from tessera.ctr.data.convert.columns import Column, check_columns, make_columns, text_types
+from tessera.ctr.data.convert.delimited import BadRows, TextTable
+from tessera.ctr.data.errors import DataError, SchemaError
+from tessera.ctr.data.times import TimeRule
 
 
 def make(column: Column, values: list, policy="raise"):

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from ctr.data.convert.avazu import convert_avazu
-from ctr.data.convert.criteo import convert_criteo, one_day_per_file
-from ctr.data.convert.output import Writing
-from ctr.data.convert.pipeline import Input, Options, schema_from_conf
-from ctr.data.errors import DataError
-from ctr.data.reader import ParquetReader
-from ctr.data.schema import Schema
-from embedding.errors import ConfigError
+from tessera.ctr.data.convert.avazu import convert_avazu
+from tessera.ctr.data.convert.criteo import convert_criteo, one_day_per_file
+from tessera.ctr.data.convert.output import Writing
+from tessera.ctr.data.convert.pipeline import Input, Options, schema_from_conf
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.schema import Schema
+from tessera.embedding.errors import ConfigError
 from tests.ctr.data.convert.samples import rows, sample
 
 SPLITS = {"train": "train.csv", "valid": "dev.csv", "test": "test.csv"}

@@ -1,12 +1,12 @@
 import pytest
 from omegaconf import OmegaConf
 
-from ctr.data.convert.csv import convert_csv
-from ctr.data.convert.pipeline import Options
-from ctr.data.errors import DataError, SchemaError
-from ctr.data.reader import ParquetReader
-from ctr.data.schema import Schema
-from embedding.errors import ConfigError
+from tessera.ctr.data.convert.csv import convert_csv
+from tessera.ctr.data.convert.pipeline import Options
+from tessera.ctr.data.errors import DataError, SchemaError
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.schema import Schema
+from tessera.embedding.errors import ConfigError
 from tests.ctr.data.convert.samples import rows
 
 LOG = """clicked;at;user;price;tags;note

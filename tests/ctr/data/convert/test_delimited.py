@@ -2,8 +2,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ctr.data.convert.delimited import BadRows, TextFormat, read_tables
-from ctr.data.errors import DataError, SchemaError
+from tessera.ctr.data.convert.delimited import BadRows, TextFormat, read_tables
+from tessera.ctr.data.errors import DataError, SchemaError
 
 COMMA = TextFormat(",", ("n", "s"), header="auto")
 TYPES = {"n": pa.int64(), "s": pa.string()}

@@ -2,9 +2,9 @@ import gzip
 
 import pytest
 
-from ctr.data.convert import lines
-from ctr.data.convert.lines import read_line_blocks
-from ctr.data.errors import DataError
+from tessera.ctr.data.convert import lines
+from tessera.ctr.data.convert.lines import read_line_blocks
+from tessera.ctr.data.errors import DataError
 
 TEXT = b"".join(b"%d,%s\n" % (i, b"x" * (i % 50)) for i in range(500))
 

@@ -5,13 +5,13 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
-import conf
-from ctr.data.convert.movielens import convert_movielens
-from ctr.data.convert.pipeline import Options
-from ctr.data.errors import DataError
-from ctr.data.reader import ParquetReader
-from ctr.data.schema import Schema
-from embedding.errors import ConfigError
+from tessera import conf
+from tessera.ctr.data.convert.movielens import convert_movielens
+from tessera.ctr.data.convert.pipeline import Options
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.schema import Schema
+from tessera.embedding.errors import ConfigError
 from tests.ctr.data.convert.samples import rows, sample
 
 RATINGS = [(1, 10, 5, 270100), (1, 20, 3, 270200), (2, 10, 1, 270300), (2, 30, 4, 270400), (3, 20, 2, 270500)]

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctr.data.convert import output
-from ctr.data.convert.output import PartsWriter, Writing, complete_folder, write_description
-from ctr.data.errors import DataError
-from embedding.errors import ConfigError
+from tessera.ctr.data.convert import output
+from tessera.ctr.data.convert.output import PartsWriter, Writing, complete_folder, write_description
+from tessera.ctr.data.errors import DataError
+from tessera.embedding.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -90,10 +90,9 @@ def test_killed_run_leaves_nothing_at_the_target(tmp_path):
     """SIGKILL in the middle of writing: the target does not exist, and the next run works."""
     code = f"""
 import sys, time
-sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import pyarrow as pa
-from ctr.data.convert.output import PartsWriter, Writing, complete_folder
+from tessera.ctr.data.convert.output import PartsWriter, Writing, complete_folder
 with complete_folder(Path({str(tmp_path / "data")!r})) as folder:
     writer = PartsWriter(folder, Writing(row_group_rows=10))
     writer.append("train", pa.table({{"n": list(range(100))}}))

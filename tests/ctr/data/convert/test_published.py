@@ -8,14 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
-from ctr.config import load_config
-from ctr.data.convert.csv import convert_csv
-from ctr.data.convert.pipeline import Options
-from ctr.data.errors import DataError
-from ctr.data.reader import ParquetReader
-from ctr.data.schema import Schema
-from ctr.data.transforms import bucket
-from ctr.models.network import build_tower
+from tessera.ctr.config import load_config
+from tessera.ctr.data.convert.csv import convert_csv
+from tessera.ctr.data.convert.pipeline import Options
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.transforms import bucket
+from tessera.ctr.models.network import build_tower
 
 ROOT = Path(__file__).resolve().parents[4]
 PUBLISHED = sorted(path.stem for path in (ROOT / "conf/prepare").glob("*.yaml"))

@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ctr.data.convert.split import HourCounts, by_day, by_fraction, by_time, seconds_of
-from ctr.data.errors import DataError
-from embedding.errors import ConfigError
+from tessera.ctr.data.convert.split import HourCounts, by_day, by_fraction, by_time, seconds_of
+from tessera.ctr.data.errors import DataError
+from tessera.embedding.errors import ConfigError
 
 
 def test_fractions_are_met_and_depend_on_the_key_alone():
