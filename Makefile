@@ -30,9 +30,10 @@ test: setup ## run the tests, two files at a time (ARGS="-k name" selects some)
 test-slow: setup ## run the tests that take minutes
 	$(PYTHON) -m pytest -q -m slow $(ARGS)
 
-lint: setup ## check style
+lint: setup ## check style and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	TESSERA_VENV=$(VENV) scripts/typecheck.sh
 
 doctor: ## check the installation: what is wrong, and its cure
 	@if [ -x $(PYTHON) ]; then $(PYTHON) scripts/doctor.py; else echo "no $(VENV) yet: run make install" >&2; exit 1; fi

@@ -100,7 +100,8 @@ class ProbabilisticFilter:
     def admit(self, ids: Tensor, counts: Tensor, now: int | Tensor, step: int) -> Tensor:
         # step + 1: at step 0 the same numbers make the first values of a row.
         lot = uniform(self._seed, self._key, ids, 1, step + 1).flatten()
-        return lot < 1 - self._miss ** counts.to(torch.float64)
+        admitted: Tensor = lot < 1 - self._miss ** counts.to(torch.float64)
+        return admitted
 
     def expire(self, now: int, budget_rows: int | None = None) -> None:
         """Nothing to forget."""

@@ -37,7 +37,7 @@ class RowsAhead:
         self._store, self._rows, self._ids, self._step = store, rows, ids, step
         self._held: list[Tensor | None] = []
 
-    def update(self, grads: Tensor, inverse: Tensor | None, rates: list[tuple[Tensor, float | None]]) -> None:
+    def update(self, grads: Tensor, inverse: Tensor | None, rates: list[tuple[Tensor, float]]) -> None:
         """The first pass: one optimizer step by gradients float32 [n, width].
 
         rates: disjoint parts of the rows, -1 in place of the others, and the learning rate of each.
@@ -63,6 +63,7 @@ class RowsAhead:
             if held is None:
                 parts.append(group.gather(self._rows, inverse))
             else:
+                assert isinstance(group, PackedRows)
                 parts.append(group.look_ahead(self._rows, held, inverse))
         return join(parts)
 
@@ -70,4 +71,5 @@ class RowsAhead:
         """The second pass: one step on the step sizes by gradients of what `gather` gave, then values are stored."""
         for group, held, part in zip(self._store.groups, self._held, self._store.split(grads), strict=True):
             if held is not None:
+                assert isinstance(group, PackedRows)
                 group.learn_steps(self._rows, held, part, inverse, self._ids, self._step)

@@ -12,6 +12,7 @@ The queue holds 1/QUEUE_SHARE of the table: a pass (about 20 ns per row of the t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -69,6 +70,7 @@ class ColdRows:
 
     def _choose(self, wanted: int, keep: Tensor) -> Tensor | None:
         """The coldest rows if they are certain to be among the queue and the others."""
+        assert self._queue is not None and self._heat is not None
         look_at = max(0, wanted + wanted // 2 - self._others_count)
         while True:
             upto = min(self._queue.numel(), self._position + look_at)
@@ -79,7 +81,7 @@ class ColdRows:
             # The rest of the queue is hotter than the last row looked at.
             sure = ~torch.isin(rows, keep, assume_unique=True)
             if upto < self._queue.numel():
-                sure &= _at_most(*heat.unbind(1), self._heat[upto].tolist())
+                sure &= _at_most(heat.unbind(1), self._heat[upto].tolist())
             candidates = sure.nonzero().flatten()
             if candidates.numel() >= wanted:
                 break
@@ -119,7 +121,7 @@ class ColdRows:
             rows = torch.arange(begin, begin + meta.shape[0], device=meta.device)
             chosen = meta[:, COUNT] > 0
             if self._bound != HOTTEST:
-                chosen &= _at_most(meta[:, self._column], meta[:, 1 - self._column], rows, self._bound)
+                chosen &= _at_most((meta[:, self._column], meta[:, 1 - self._column], rows), self._bound)
             found.append(rows[chosen])
         return torch.cat(found)
 
@@ -128,7 +130,7 @@ class ColdRows:
         rows, heat = self._below(rows, self._bound)
         if rows.numel() > self._size:
             self._bound = _kth_coldest(heat, self._size)
-            below = _at_most(*heat.unbind(1), self._bound)
+            below = _at_most(heat.unbind(1), self._bound)
             rows, heat = rows[below], heat[below]
         order = _order(heat)
         self._queue, self._heat = rows[order], heat[order]
@@ -140,7 +142,7 @@ class ColdRows:
         heat = torch.stack([meta[:, self._column], meta[:, 1 - self._column], rows], dim=1)
         chosen = meta[:, COUNT] > 0
         if bound != HOTTEST:
-            chosen &= _at_most(*heat.unbind(1), bound)
+            chosen &= _at_most(heat.unbind(1), bound)
         return rows[chosen], heat[chosen]
 
 
@@ -165,6 +167,8 @@ def _kth_coldest(heat: Tensor, k: int) -> tuple[int, int, int]:
     return value, other, row
 
 
-def _at_most(value: Tensor, other: Tensor, row: Tensor, bound: tuple[int, int, int] | list[int]) -> Tensor:
+def _at_most(heat: Sequence[Tensor], bound: Sequence[int]) -> Tensor:
+    """bool [n]: whether the heat of rows, three columns int64 [n], is not above the bound."""
+    value, other, row = heat
     tie = (other < bound[1]) | ((other == bound[1]) & (row <= bound[2]))
     return (value < bound[0]) | ((value == bound[0]) & tie)

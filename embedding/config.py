@@ -41,7 +41,7 @@ def key_of(name: str) -> int:
 
 def step_of_range(format: str, largest: float) -> float:
     """The step size with which codes of an int format reach from -largest to nearly largest."""
-    return largest / 2 ** (BITS[format] - 1)
+    return largest / (1 << (BITS[format] - 1))
 
 
 @dataclass(frozen=True)

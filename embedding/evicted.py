@@ -45,7 +45,8 @@ class EvictedIds:
     def read(self, reader: str) -> Tensor:
         """All ids kept for a reader, each once: int64 [k], ascending."""
         none = torch.empty(0, dtype=torch.int64, device=self._device)
-        return torch.cat([none, *self._pieces.get(reader, [])]).unique()
+        ids: Tensor = torch.cat([none, *self._pieces.get(reader, [])]).unique()
+        return ids
 
     def take(self, reader: str) -> Tensor:
         """What `read` gives; then forget them."""

@@ -47,8 +47,9 @@ class PackedRows:
             if steps is not None:
                 low, high = code_range(group.format)
                 steps = steps.maximum(first.max() / high).maximum(first.min() / low)
-        rounding = {"rounding": group.rounding, "ids": ids, "seed": config.seed, "table": self._lots_key}
-        stored = quantise(values, steps, group.format, **rounding)
+        stored = quantise(
+            values, steps, group.format, rounding=group.rounding, ids=ids, seed=config.seed, table=self._lots_key
+        )
         state = values.new_zeros((n, layout.state_floats + layout.moments + layout.step_state))
         state[:, : layout.state_floats] = config.optimizer.initial_accumulator
         self.write(rows, stored, state, steps)
@@ -89,6 +90,7 @@ class PackedRows:
     ) -> None:
         """One step on the step sizes by the gradients of what `look_ahead` gave; then the rows take the held values."""
         learned = self._group.learned
+        assert learned is not None, self._group
         packed_learn_steps(
             self.chunks,
             rows,
@@ -128,6 +130,7 @@ class PackedRows:
         moments, floats, step_state = state.split([layout.moments, layout.state_floats, layout.step_state], dim=1)
         parts = [step_state, floats, moments.to(DTYPES["bf16"]), values]
         if layout.step_floats:
+            assert steps is not None, layout
             parts.insert(0, steps[:, None])
         at = 0
         for part in parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,4 +31,5 @@ class RowBatch:
 
     def to(self, device: torch.device) -> RowBatch:
         """The same rows in the memory of a device."""
-        return RowBatch(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
+        parts: dict[str, Any] = {name: part if part is None else part.to(device) for name, part in vars(self).items()}
+        return RowBatch(**parts)

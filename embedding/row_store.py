@@ -6,8 +6,6 @@ float32 values and state side by side (`PlainRows`), or packed rows of low preci
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -163,13 +161,14 @@ class RowStore:
 
     def decode(self, raw: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """What `read` gives of rows as they lie in the chunks of each group."""
-        values, states, steps = zip(*(g.decode(rows) for g, rows in zip(self.groups, raw, strict=True)), strict=True)
+        parts = [group.decode(rows) for group, rows in zip(self.groups, raw, strict=True)]
         dtype = self._config.values_dtype
-        values = join([value.contiguous().view(dtype) for value in values])
+        values = join([value.contiguous().view(dtype) for value, _, _ in parts])
+        state = join([state for _, state, _ in parts])
         if not self._config.has_steps:
-            return values, join(states), None
-        steps = [values.new_zeros(len(values), dtype=torch.float32) if step is None else step for step in steps]
-        return values, join(states), torch.stack(steps, dim=1)
+            return values, state, None
+        none = values.new_zeros(len(values), dtype=torch.float32)
+        return values, state, torch.stack([none if steps is None else steps for _, _, steps in parts], dim=1)
 
     def write(self, rows: Tensor, values: Tensor, state: Tensor, steps: Tensor | None) -> None:
         """Overwrite rows with what `read` gave. Raises ValueError for other shapes or dtypes."""
@@ -208,6 +207,6 @@ class RowStore:
             raise ValueError(f"table {name}: step_size: expected float32 [{n}, {len(self.groups)}], found {found}")
 
 
-def join(parts: Sequence[Tensor]) -> Tensor:
+def join(parts: list[Tensor]) -> Tensor:
     """The columns of all groups side by side."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

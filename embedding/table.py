@@ -355,7 +355,7 @@ class DynamicTable:
         if "counters" in state:
             self._total = dict(zip(COUNTERS, state["counters"].tolist(), strict=True))
             self.reset_interval()
-        parts = {"rows": {}, "admission": {}}
+        parts: dict[str, dict[str, Tensor]] = {"rows": {}, "admission": {}}
         for name, value in state.items():
             part, _, name_inside = name.partition("/")
             if name_inside:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,19 +43,21 @@ def pool(
     if weights is not None and (weights.dtype != torch.float32 or weights.shape != index.shape):
         found = f"{weights.dtype} {list(weights.shape)}"
         raise ValueError(f"weights: expected float32 [{index.numel()}], found {found}")
-    return _Pool.apply(values, index, offsets, weights, keys, widths)
+    return _Pool.apply(values, index, offsets, weights, keys, widths)  # type: ignore[no-untyped-call]
 
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None, keys: int, widths: list):
+    def forward(
+        ctx: Any, values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None, keys: int, widths: list[int]
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(index, offsets, weights)
         ctx.rows = values.shape[0]
         ops = backend.ops_for(values) or reference
         return tuple(ops.pool(values, index, offsets, weights, keys, widths))
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         index, offsets, weights = ctx.saved_tensors
         ops = backend.ops_for(grads[0]) or reference
         return ops.pool_backward(grads, index, offsets, weights, ctx.rows), None, None, None, None, None

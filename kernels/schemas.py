@@ -7,6 +7,8 @@ here, so that fake kernels and GPU versions exist on a machine that has torch an
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -63,8 +65,8 @@ def register(defined: bool, triton: bool) -> torch.library.Library:
     return library
 
 
-def _triton_op(name: str):
-    def op(*arguments, **named):
+def _triton_op(name: str) -> Callable[..., Any]:
+    def op(*arguments: Any, **named: Any) -> Any:
         return getattr(importlib.import_module("tessera.kernels.triton_ops"), name)(*arguments, **named)
 
     return op

@@ -87,7 +87,9 @@ def packed_look_ahead(
 ) -> Tensor:
     result = torch.zeros((rows.numel(), layout.dim), device=rows.device)
     for chunk, positions, local in by_chunk(chunks, rows):
-        result[positions] = fake_quantise(held[positions], Parts(chunk[local], layout).steps, layout.format)
+        steps = Parts(chunk[local], layout).steps
+        assert steps is not None, layout
+        result[positions] = fake_quantise(held[positions], steps, layout.format)
     return result if inverse is None else result[checked(inverse, rows)]
 
 
@@ -107,6 +109,7 @@ def packed_learn_steps(
     grads = merged(grads, rows, inverse)
     for chunk, positions, local in by_chunk(chunks, rows):
         parts, w = Parts(chunk[local], layout), held[positions]
+        assert parts.steps is not None, layout
         g = gradient_scale * step_gradient(w, parts.steps, grads[positions], layout.format)
         steps, state = parts.steps[:, None].clone(), parts.step_state  # the state is changed in place
         step(layout.optimizer, steps, state, g[:, None], hyper)

@@ -60,6 +60,7 @@ def quantise(
         return values.clone()
     lots = None if nearest else random.lots(stream, ids, values.shape[1], first)
     if is_int(format):
+        assert steps is not None, format
         return pack(to_codes(values, steps, format, lots), BITS[format])
     return to_grid(values, format, lots).to(DTYPES[format])
 
@@ -67,6 +68,7 @@ def quantise(
 def dequantise(stored: Tensor, steps: Tensor | None, format: str, dim: int) -> Tensor:
     if not is_int(format):
         return stored.to(torch.float32)
+    assert steps is not None, format
     return steps[:, None] * unpack(stored, dim, BITS[format]).to(torch.float32)
 
 

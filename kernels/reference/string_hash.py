@@ -96,7 +96,8 @@ def _hash_stripes(words: Tensor) -> Tensor:
     lanes = [torch.full_like(words[:, 0], signed(seed)) for seed in seeds]
     for i in range(0, words.shape[1], 4):
         lanes = [_round(lane, words[:, i + j]) for j, lane in enumerate(lanes)]
-    acc = sum(rotate_left(lane, bits) for lane, bits in zip(lanes, (1, 7, 12, 18), strict=True))
+    first, *others = (rotate_left(lane, bits) for lane, bits in zip(lanes, (1, 7, 12, 18), strict=True))
+    acc = sum(others, first)
     for lane in lanes:
         acc = (acc ^ _round(torch.zeros_like(lane), lane)) * PRIME1 + PRIME4
     return acc

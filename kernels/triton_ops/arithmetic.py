@@ -122,8 +122,8 @@ def load_values(address, column, mask, step, FORMAT: tl.constexpr, BITS: tl.cons
     elif FORMAT == FP16:
         return tl.load((address + column * 2).to(tl.pointer_type(tl.float16)), mask=mask, other=0.0).to(tl.float32)
     elif FORMAT == BF16:
-        half = tl.load((address + column * 2).to(tl.pointer_type(tl.uint16)), mask=mask, other=0)
-        return (half.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        upper = tl.load((address + column * 2).to(tl.pointer_type(tl.uint16)), mask=mask, other=0)
+        return (upper.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif FORMAT == INT8:
         code = tl.load((address + column).to(tl.pointer_type(tl.int8)), mask=mask, other=0)
         return step * code.to(tl.float32)

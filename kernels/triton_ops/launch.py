@@ -30,7 +30,7 @@ kernel = triton.jit(
 )
 
 #: Instead of a launch, call this with (kernel, arguments, constants): for a test that compiles without a GPU.
-recorder: Callable[[object, tuple, dict], None] | None = None
+recorder: Callable[[object, tuple[object, ...], dict[str, object]], None] | None = None
 
 
 def tile(dim: int, least: int = 1) -> tuple[int, int]:
@@ -60,11 +60,13 @@ def launch(function, programs: int, *arguments: object, warps: int = 4, **consta
     if recorder is not None:
         recorder(function, arguments, constants | {"num_warps": warps})
         return
-    with _device(arguments[0]):
+    first = arguments[0]
+    assert isinstance(first, Tensor), first
+    with _device(first):
         function[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
 
 
-def _device(tensor: Tensor) -> contextlib.AbstractContextManager:
+def _device(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     if INTERPRETED or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)

@@ -54,7 +54,7 @@ def test_every_op_has_a_triton_version():
 def test_without_the_compiled_library_ops_are_defined_for_tracing():
     """As on a machine with torch and Triton alone."""
     code = (
-        "import torch, kernels.gather; from kernels import backend; assert backend.problem;"
+        "import torch, tessera.kernels.gather; from tessera.kernels import backend; assert backend.problem;"
         "from torch._subclasses.fake_tensor import FakeTensorMode\n"
         "with FakeTensorMode():\n"
         "    chunks, rows = [torch.zeros(8, 4)], torch.zeros(3, dtype=torch.int64)\n"
