@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 from tessera.distributed import process as process_module
 
 ROOT = Path(__file__).resolve().parents[1]
+PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, sys.path)])  # other processes import what this one does
 
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -37,7 +38,7 @@ def _context() -> mp.context.BaseContext:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "hypothesis", "tessera.ctr.train.trainer", "tessera.ctr.models.deepfm"])
     saved = dict(os.environ)
-    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     try:
         forkserver.ensure_running()
     finally:
@@ -107,7 +108,7 @@ def torchrun(world: int, *command: str, timeout: float = 180, **environment: str
     return subprocess.run(
         launcher + list(command),
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, **environment},
         capture_output=True,
         text=True,
         timeout=timeout,

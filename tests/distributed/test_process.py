@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tessera.distributed import process as process_module
 from tessera.distributed.failure import explain
 from tessera.embedding.errors import ConfigError
-from tests.ranks import ROOT, torchrun
+from tests.ranks import PYTHONPATH, ROOT, torchrun
 
 JOB = "tests/distributed/failing_job.py"
 
@@ -70,7 +70,7 @@ def test_the_last_word_is_ours_where_the_launcher_is_told_to_end(tmp_path, numbe
         JOB,
         "until_stopped",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     with open(tmp_path / "said", "w") as said:
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
     text, end = "", time.monotonic() + 60
@@ -87,7 +87,7 @@ def test_the_last_word_is_ours_where_the_launcher_is_told_to_end(tmp_path, numbe
 
 def test_without_torchrun_a_mistake_is_one_line_and_status_2():
     command = [sys.executable, JOB, "mistake_everywhere"]
-    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": PYTHONPATH}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == "error: key x is 7; expected 1\n"
 

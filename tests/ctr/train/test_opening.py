@@ -20,7 +20,7 @@ from tests.ctr.daily.days import command as daily_command
 from tests.ctr.daily.days import write_days
 from tests.ctr.train.states import arguments, newest, write_data
 from tests.distributed.crafted import mutations, pickled, reseal, write_manifest
-from tests.ranks import ROOT, on_ranks, run_script
+from tests.ranks import PYTHONPATH, ROOT, on_ranks, run_script
 
 MINE = "tests.ctr.train.foreign.Mine"
 SMALL = ["trainer.batch_size=100", "embedding=dynamic", "trainer.max_steps=6", "trainer.checkpoint.every=3"]
@@ -49,7 +49,7 @@ def crafted(made, tmp_path, monkeypatch) -> Path:
     for name in ("run", "daily"):
         shutil.copytree(made / name, tmp_path / name)
     monkeypatch.setenv("TESSERA_TEST_MARKER", str(tmp_path / "marker"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     return tmp_path
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.ctr.train.states import arguments, assert_same_end, write_data
-from tests.ranks import ROOT, _free_port, torchrun
+from tests.ranks import PYTHONPATH, ROOT, _free_port, torchrun
 
 OPTIONS = ["trainer.batch_size=100", "trainer.eval_every=6", "trainer.checkpoint.every=4", "trainer.epochs=2"]
 
@@ -40,7 +40,7 @@ def test_a_restart_by_torchrun_goes_on_by_itself(data, whole, tmp_path):
     done = subprocess.run(
         command + job,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, **environment},
         capture_output=True,
         text=True,
         timeout=240,
@@ -69,7 +69,7 @@ def agent(node: int, port: int, log: Path, job: list[str]) -> subprocess.Popen:
         return subprocess.Popen(
             [*command, "--nproc-per-node=1", *job],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "GLOO_SOCKET_IFNAME": "lo"},
             stdout=output,
             stderr=output,
             start_new_session=True,
@@ -106,7 +106,7 @@ def agent_that_meets(folder: Path, node: int, job: list[str]) -> subprocess.Pope
     """One launcher of two that find each other in a file that both see, as docs/many_machines.md says."""
     rdzv = [f"--rdzv-endpoint={folder}/rdzv", "--rdzv-conf=store_type=file,keep_alive_interval=1", "--rdzv-id=job"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--rdzv-backend=c10d", *rdzv]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "GLOO_SOCKET_IFNAME": "lo"}
     with open(folder / f"log-{node}", "a") as output:
         return subprocess.Popen(
             [*command, "--local-addr=127.0.0.1", "--max-restarts=3", "--nproc-per-node=1", *job],

@@ -18,13 +18,13 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from tests.ranks import ROOT, _free_port
+from tests.ranks import PYTHONPATH, ROOT, _free_port
 
 
 @cache
 def _server() -> subprocess.Popen:
     """One for all tests of this process: its imports take longer than most jobs. It ends with this process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     command = [sys.executable, "-m", "tests.ctr.train.warm_ranks"]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

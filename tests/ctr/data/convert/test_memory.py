@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.ranks import PYTHONPATH
+
 ROOT = Path(__file__).resolve().parents[4]
 CODE = """
 import resource, sys
@@ -30,7 +32,7 @@ def test_peak_does_not_grow_with_the_input(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", CODE],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         timeout=120,
