@@ -3,7 +3,7 @@
 Each rank sends an id once per table and batch, however often it occurs and however many groups of embeddings the tower
 wants of it: one row of the table holds the values of all groups (DeepFM: v and w). The owners send rows back, and
 repeating, pooling and, in the backward pass, summing over repetitions happen here, where the repetitions are.
-Tables of long bags may take the bag path instead: owners send sums over bags, see `bag_sharding.py`.
+Tables of long bags may take the bag path instead: owners send sums over bags, see `torchrec/bag_sharding.py`.
 
 Ids without a row read zeros or one learned row per table. That row is a dense parameter, a copy on every rank, trained
 by the dense optimizer: nearly every batch reads it, with gradients from all ranks, as it reads a weight of the tower.
@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
 from tessera.distributed.ages import ages_at, ages_of_ranks, ages_of_values, least, packed, unpacked
-from tessera.distributed.bag_sharding import DynamicBagKernel, DynamicBagSharder
-from tessera.distributed.dynamic_sharding import DYNAMIC, DynamicSharder
 from tessera.distributed.fields import OnDevice, chosen, mixed, scale_to_mean
 from tessera.distributed.host_manager import CacheStats, HostManager
-from tessera.distributed.ids_ahead import ComingIds, IdsAhead
 from tessera.distributed.module_names import module_name
 from tessera.distributed.plan import TableSize
-from tessera.distributed.table_kernel import Counted, DynamicTableKernel, Pass
-from tessera.distributed.transport import codecs
+from tessera.distributed.torchrec.bag_sharding import DynamicBagKernel, DynamicBagSharder
+from tessera.distributed.torchrec.codecs import codecs
+from tessera.distributed.torchrec.ids_ahead import ComingIds, IdsAhead
+from tessera.distributed.torchrec.kernel import Counted, DynamicTableKernel, Pass
+from tessera.distributed.torchrec.row_sharding import DYNAMIC, DynamicSharder
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.mix import mix64
@@ -49,7 +49,7 @@ class DynamicTables(nn.Module):
         id_names: the id features, in the order in which a group's output lists the fields.
         expected_rows: rows per table that the planner counts with; tables grow beyond it.
         averaged: the features whose bags are averaged over their ids; the others are summed.
-        transport: precision in which rows travel between ranks, see `transport.py`.
+        transport: precision in which rows travel between ranks, see `torchrec/codecs.py`.
         others: what ids without a row read, zeros or the table's learned row (`others` [tables, width], first 0).
         first_values: what new rows begin with: random, or others, as the learned row is when they are added.
         bag_tables: the tables on the bag path, whose owners send sums over bags.
@@ -342,7 +342,7 @@ class DynamicTables(nn.Module):
         return stats
 
     def tensors(self) -> dict[str, Any]:
-        """Return what is saved by name, live. Rows are saved by id, see `distributed/checkpoint_tables.py`."""
+        """Return what is saved by name, live. Rows are saved by id, see `distributed/saved/tables.py`."""
         return {} if self.others is None else {"tables/others": self.others.detach()}
 
     def clear(self) -> None:

@@ -19,9 +19,9 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ShardingType
 
 from tessera.distributed.fields import OnDevice, scale_to_mean
-from tessera.distributed.ids_ahead import IdsAhead
 from tessera.distributed.module_names import module_name
 from tessera.distributed.plan import TableSize
+from tessera.distributed.torchrec.ids_ahead import IdsAhead
 from tessera.embedding.config import RowOptimizer, TableConfig
 from tessera.embedding.errors import ConfigError
 from tessera.embedding.table import DynamicTable

@@ -7,8 +7,8 @@ of the newest delta and those that it builds on (no job may be using the folder)
 import argparse
 import sys
 
-from tessera.distributed.checkpoint_inspect import inspect
 from tessera.distributed.process import run_alone
+from tessera.distributed.saved.inspect import inspect
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("path", help="a run's folder, a folder of states, a state, or a URI of one of them")

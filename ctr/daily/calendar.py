@@ -26,7 +26,7 @@ from tessera.ctr.daily.partitions import (
 from tessera.ctr.data.day_folders import DayFolders, check_key, time_of
 from tessera.ctr.data.visible import STAGING
 from tessera.ctr.targets import check_place
-from tessera.distributed.first_rank import on_first_rank
+from tessera.distributed.collectives import on_first_rank
 from tessera.distributed.process import Process, Stopped
 from tessera.embedding.errors import ConfigError
 

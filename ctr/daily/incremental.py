@@ -15,7 +15,7 @@ from tessera.ctr.daily.partitions import sources_of
 from tessera.ctr.daily.records import TRAINED, day_dir
 from tessera.ctr.data.reservoir import add_to_reservoir
 from tessera.ctr.train.teacher_logits import read_logits, score_teacher
-from tessera.distributed.first_rank import on_first_rank
+from tessera.distributed.collectives import on_first_rank
 from tessera.embedding.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_manifest import CheckpointError, check, checksum, is_inside, read_manifest, shown
+from tessera.distributed.saved.manifest import CheckpointError, check, checksum, is_inside, read_manifest, shown
+from tessera.distributed.saved.storage import Storage
 
 LATEST = "latest"
 #: Files of publications by name: how they are known where a manifest is damaged.

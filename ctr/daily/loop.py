@@ -38,12 +38,12 @@ from tessera.ctr.report.days import write_index
 from tessera.ctr.train.evaluate import evaluate, open_reader
 from tessera.ctr.train.optimizers import Optimizers
 from tessera.ctr.train.trainer import Trainer
-from tessera.distributed.checkpoint import Saved, folder_name
-from tessera.distributed.checkpoint_manifest import TRAINING
-from tessera.distributed.first_rank import on_first_rank
+from tessera.distributed.collectives import on_first_rank
 from tessera.distributed.plan import size
 from tessera.distributed.process import Stopped, say
-from tessera.distributed.table_files import ColumnSource
+from tessera.distributed.saved.manifest import TRAINING
+from tessera.distributed.saved.row_files import ColumnSource
+from tessera.distributed.saved.states import Saved, folder_name
 
 HELD_STATUS = 3  # exit status: the guard holds a day; what was published before stays
 

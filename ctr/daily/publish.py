@@ -22,15 +22,15 @@ from tessera.ctr.daily.latest import LATEST, OF_A_MODEL, chain_of, write_latest
 from tessera.ctr.data.day_folders import KEY
 from tessera.ctr.models.network import Network
 from tessera.ctr.targets import check_place
-from tessera.distributed.checkpoint import DELETED, PARTIAL, REPLACED, CheckpointError, Saved, clean, discard, save
-from tessera.distributed.checkpoint_dense import save_tensors
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_manifest import MANIFEST, read_manifest, read_training
-from tessera.distributed.checkpoint_tables import TableParts, describe_tables
-from tessera.distributed.first_rank import on_first_rank
+from tessera.distributed.collectives import on_first_rank
 from tessera.distributed.locations import missing_bucket
 from tessera.distributed.process import Process
-from tessera.distributed.table_files import ColumnSource, copied, files_of, folder_name, read_columns, rows_of
+from tessera.distributed.saved.dense import save_tensors
+from tessera.distributed.saved.manifest import MANIFEST, read_manifest, read_training
+from tessera.distributed.saved.row_files import ColumnSource, copied, files_of, folder_name, read_columns, rows_of
+from tessera.distributed.saved.states import DELETED, PARTIAL, REPLACED, CheckpointError, Saved, clean, discard, save
+from tessera.distributed.saved.storage import Storage
+from tessera.distributed.saved.tables import TableParts, describe_tables
 from tessera.embedding.errors import ConfigError
 
 FOLDER = "published"

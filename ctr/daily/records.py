@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from tessera.ctr.metrics.exact import evaluate_predictions
 from tessera.ctr.report.report import write_report
-from tessera.distributed.checkpoint_manifest import CheckpointError, check, is_inside, shown
+from tessera.distributed.saved.manifest import CheckpointError, check, is_inside, shown
 
 DAYS, FOLDER = "days.jsonl", "days"
 METRICS = ("auc", "logloss", "gauc", "normalized_entropy", "calibration", "pr_auc", "observed_rate")

@@ -15,12 +15,12 @@ from tessera.ctr.daily.publish import point, publications_of
 from tessera.ctr.daily.records import FOLDER as DAYS_FOLDER
 from tessera.ctr.daily.records import TRAINED, clear_day, records_of, write_records
 from tessera.ctr.data.day_folders import KEY
-from tessera.distributed.checkpoint import discard, names_of_states, open_saved
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_lock import FolderLock
-from tessera.distributed.checkpoint_manifest import TRAINING, CheckpointError, read_manifest, read_training
-from tessera.distributed.first_rank import on_first_rank
+from tessera.distributed.collectives import on_first_rank
+from tessera.distributed.folder_lock import FolderLock
 from tessera.distributed.process import Process
+from tessera.distributed.saved.manifest import TRAINING, CheckpointError, read_manifest, read_training
+from tessera.distributed.saved.states import discard, names_of_states, open_saved
+from tessera.distributed.saved.storage import Storage
 
 ROLLBACKS = "rollbacks.jsonl"
 

@@ -20,9 +20,9 @@ from tessera.ctr.models.tower import Fields, Tower
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.no_tables import NoTables
 from tessera.distributed.plan import sums_are_smaller
+from tessera.distributed.saved.row_files import folder_name
 from tessera.distributed.sharding import Tables
 from tessera.distributed.static_tables import StaticTables
-from tessera.distributed.table_files import folder_name
 from tessera.embedding.config import (
     Admission,
     DynamicTableConfig,

@@ -24,7 +24,12 @@ from omegaconf import OmegaConf
 
 from tessera.ctr.train.saved_model import fill_model, link_model, put_into, take_out
 from tessera.ctr.train.saved_training import as_written, changed_keys, check_goes_on
-from tessera.distributed.checkpoint import (
+from tessera.distributed.collectives import on_first_rank
+from tessera.distributed.plan import size
+from tessera.distributed.process import Process, Stopped
+from tessera.distributed.saved.dense import Tensors, copy_of, load_tensors, save_tensors
+from tessera.distributed.saved.manifest import MANIFEST, CheckpointError
+from tessera.distributed.saved.states import (
     DamagedState,
     Saved,
     clean,
@@ -35,20 +40,15 @@ from tessera.distributed.checkpoint import (
     save,
     states,
 )
-from tessera.distributed.checkpoint_dense import Tensors, copy_of, load_tensors, save_tensors
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_manifest import MANIFEST, CheckpointError
-from tessera.distributed.checkpoint_tables import (
+from tessera.distributed.saved.storage import Storage
+from tessera.distributed.saved.tables import (
     TableParts,
     TableSaver,
     describe_tables,
     load_table_state,
     load_waiting,
 )
-from tessera.distributed.checkpoint_watch import SaveWatch
-from tessera.distributed.first_rank import on_first_rank
-from tessera.distributed.plan import size
-from tessera.distributed.process import Process, Stopped
+from tessera.distributed.saved.watch import SaveWatch
 
 if TYPE_CHECKING:
     from tessera.ctr.train.trainer import Trainer

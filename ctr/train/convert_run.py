@@ -14,13 +14,10 @@ from tessera.ctr.models.network import build_tables, build_tower
 from tessera.ctr.targets import replacing
 from tessera.ctr.train.score_run import run_config
 from tessera.ctr.train.stored_config import targets_of
-from tessera.distributed.checkpoint import Saved, open_saved, save
-from tessera.distributed.checkpoint_dense import load_tensors, save_tensors
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_tables import describe_tables
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.process import Process
-from tessera.distributed.table_files import (
+from tessera.distributed.saved.dense import load_tensors, save_tensors
+from tessera.distributed.saved.row_files import (
     ColumnSource,
     columns_of,
     copied,
@@ -31,6 +28,9 @@ from tessera.distributed.table_files import (
     to_batch,
     write_columns,
 )
+from tessera.distributed.saved.states import Saved, open_saved, save
+from tessera.distributed.saved.storage import Storage
+from tessera.distributed.saved.tables import describe_tables
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.convert import ConversionError, convert_rows
 from tessera.embedding.errors import ConfigError

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from tessera.ctr.config import Config
 from tessera.ctr.data.config import SPLITS, paths_of
 from tessera.ctr.targets import check_place
-from tessera.distributed.checkpoint import names_of_states
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_lock import FolderInUse, FolderLock
+from tessera.distributed.folder_lock import FolderInUse, FolderLock
 from tessera.distributed.locations import missing_bucket
 from tessera.distributed.process import Process, job_store
+from tessera.distributed.saved.states import names_of_states
+from tessera.distributed.saved.storage import Storage
 from tessera.embedding.errors import ConfigError
 
 # What a run has written before its first log line, evaluation or saved state. `.lock` says that it is a run's folder.

@@ -26,10 +26,10 @@ from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.train.optimizers import Optimizers
 from tessera.ctr.train.run_folder import RunFolder
-from tessera.distributed.checkpoint_files import Storage
 from tessera.distributed.host_manager import CacheStats
 from tessera.distributed.plan import size
 from tessera.distributed.process import Process
+from tessera.distributed.saved.storage import Storage
 
 PACKAGES = ("tessera-ctr", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "pyarrow", "numpy", "hydra-core")
 

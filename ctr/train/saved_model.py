@@ -8,13 +8,13 @@ from typing import Any
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from tessera.distributed.checkpoint import REPLACED, DamagedState, Saved, open_saved, save
-from tessera.distributed.checkpoint_dense import load_into, load_tensors, save_tensors, tensor_shapes
-from tessera.distributed.checkpoint_files import Sealed, Storage, seal
-from tessera.distributed.checkpoint_manifest import MANIFEST, CheckpointError, read_manifest
-from tessera.distributed.checkpoint_tables import TableParts, describe_tables, load_rows
 from tessera.distributed.process import Process
-from tessera.distributed.table_files import rows_of
+from tessera.distributed.saved.dense import load_into, load_tensors, save_tensors, tensor_shapes
+from tessera.distributed.saved.manifest import MANIFEST, CheckpointError, read_manifest
+from tessera.distributed.saved.row_files import rows_of
+from tessera.distributed.saved.states import REPLACED, DamagedState, Saved, open_saved, save
+from tessera.distributed.saved.storage import Sealed, Storage, seal
+from tessera.distributed.saved.tables import TableParts, describe_tables, load_rows
 from tessera.embedding.errors import TesseraError
 
 

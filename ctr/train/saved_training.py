@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from tessera.ctr.config import Config
-from tessera.distributed.checkpoint import Saved
-from tessera.distributed.checkpoint_manifest import TRAINING, CheckpointError, check
+from tessera.distributed.saved.manifest import TRAINING, CheckpointError, check
+from tessera.distributed.saved.states import Saved
 
 if TYPE_CHECKING:
     from tessera.ctr.train.trainer import Trainer

@@ -30,8 +30,8 @@ from tessera.ctr.train.saved_model import fill_model, has_model, load_model
 from tessera.ctr.train.slice_columns import SliceColumn
 from tessera.ctr.train.stored_config import read_config, targets_of
 from tessera.ctr.train.trainer import build_model, set_threads
-from tessera.distributed.checkpoint import CheckpointError
 from tessera.distributed.process import Process
+from tessera.distributed.saved.states import CheckpointError
 from tessera.embedding.errors import ConfigError, TesseraError
 
 PLACE = "evaluations"  # in the folder of the run

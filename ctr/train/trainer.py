@@ -32,12 +32,12 @@ from tessera.ctr.train.run_log import RunLog
 from tessera.ctr.train.saved_model import load_model, save_model
 from tessera.ctr.train.teacher_logits import prepare
 from tessera.ctr.train.warm_start import warm_start
-from tessera.distributed.checkpoint import Saved
-from tessera.distributed.first_rank import on_first_rank
+from tessera.distributed.collectives import on_first_rank
 from tessera.distributed.process import Process
+from tessera.distributed.saved.row_files import ColumnSource
+from tessera.distributed.saved.states import Saved
 from tessera.distributed.sharding import shard
 from tessera.distributed.side_stream import SideStream
-from tessera.distributed.table_files import ColumnSource
 from tessera.embedding.errors import ConfigError
 
 HIGHER_IS_BETTER = {"auc": True, "logloss": False}

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from tessera.ctr.train.checkpoints import find_saved
 from tessera.ctr.train.saved_training import as_written
-from tessera.distributed.checkpoint import Saved
-from tessera.distributed.checkpoint_dense import load_into, load_tensors, tensor_shapes
-from tessera.distributed.checkpoint_tables import describe_tables, load_rows, load_waiting
+from tessera.distributed.saved.dense import load_into, load_tensors, tensor_shapes
+from tessera.distributed.saved.states import Saved
+from tessera.distributed.saved.tables import describe_tables, load_rows, load_waiting
 from tessera.embedding.errors import ConfigError
 
 if TYPE_CHECKING:

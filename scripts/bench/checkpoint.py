@@ -34,10 +34,10 @@ import torch.nn.functional as F
 
 from tessera.ctr.models.deepfm import DeepFM
 from tessera.ctr.models.tower import Fields
-from tessera.distributed.checkpoint import open_saved, save
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_tables import TableParts, TableSaver, describe_tables, load_rows
 from tessera.distributed.process import Process
+from tessera.distributed.saved.states import open_saved, save
+from tessera.distributed.saved.storage import Storage
+from tessera.distributed.saved.tables import TableParts, TableSaver, describe_tables, load_rows
 from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
 from tessera.embedding.snapshot import Snapshot
 from tessera.embedding.table import DynamicTable

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tessera.distributed.checkpoint_files import seal
-from tessera.distributed.checkpoint_manifest import MANIFEST, checksum
+from tessera.distributed.saved.manifest import MANIFEST, checksum
+from tessera.distributed.saved.storage import seal
 
 WRONG = (None, {}, [], "", -1, 10**30, True, "../../x", 0.5)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tessera.distributed.checkpoint import open_saved, save
-from tessera.distributed.checkpoint_dense import load_tensors, save_tensors
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_tables import TableSaver, describe_tables, load_rows, load_table_state, load_waiting
 from tessera.distributed.ownership import owner_of
 from tessera.distributed.process import Process
+from tessera.distributed.saved.dense import load_tensors, save_tensors
+from tessera.distributed.saved.states import open_saved, save
+from tessera.distributed.saved.storage import Storage
+from tessera.distributed.saved.tables import TableSaver, describe_tables, load_rows, load_table_state, load_waiting
 from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.mix import mix64

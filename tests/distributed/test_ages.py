@@ -9,9 +9,9 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 from tessera.distributed.ages import MAX_AGE, MAX_COUNT, ages_at, ages_of_values, least, packed, unpacked
-from tessera.distributed.dynamic_sharding import RawIdsDist
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.sharding import shard
+from tessera.distributed.torchrec.row_sharding import RawIdsDist
 from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
 from tests.ranks import on_ranks
 

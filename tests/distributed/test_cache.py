@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torchrec import KeyedJaggedTensor
 
-from tessera.distributed.dynamic_sharding import RawIdsDist
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.sharding import shard
+from tessera.distributed.torchrec.row_sharding import RawIdsDist
 from tessera.embedding.cached_table import CachedTable
 from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, StepOptimizer
 from tessera.embedding.errors import CacheFull, TableFull, TesseraError

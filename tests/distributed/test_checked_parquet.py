@@ -5,12 +5,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tessera.distributed import checked_parquet, table_files
-from tessera.distributed.checked_parquet import NOTES, CheckedParquet, DamagedFile, problem_but_for_groups
-from tessera.distributed.checkpoint import DamagedState, folder_name, open_saved
-from tessera.distributed.checkpoint_files import Storage, seal
-from tessera.distributed.checkpoint_tables import TableSaver, load_rows
-from tessera.distributed.table_files import copied, count_rows, read_columns, write_columns
+from tessera.distributed.saved import checked_parquet, row_files
+from tessera.distributed.saved.checked_parquet import NOTES, CheckedParquet, DamagedFile, problem_but_for_groups
+from tessera.distributed.saved.row_files import copied, count_rows, read_columns, write_columns
+from tessera.distributed.saved.states import DamagedState, folder_name, open_saved
+from tessera.distributed.saved.storage import Storage, seal
+from tessera.distributed.saved.tables import TableSaver, load_rows
 from tessera.embedding.table import DynamicTable
 from tests.distributed.saved_tables import config, content, save_tables, step
 from tests.ranks import on_ranks
@@ -21,8 +21,8 @@ ROWS = 300
 @pytest.fixture
 def storage(tmp_path, monkeypatch) -> Storage:
     """With a file "rows/f" of several row groups."""
-    monkeypatch.setattr(table_files, "BUCKET_ROWS", 20)
-    monkeypatch.setattr(table_files, "GROUP_ROWS", 16)
+    monkeypatch.setattr(row_files, "BUCKET_ROWS", 20)
+    monkeypatch.setattr(row_files, "GROUP_ROWS", 16)
     storage = Storage(tmp_path)
     columns = {"id": torch.randperm(ROWS), "values": torch.randn(ROWS, 3), "count": torch.arange(ROWS)}
     write_columns(storage, "rows/f", copied(columns), 1)

@@ -9,10 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tessera.distributed import checkpoint
-from tessera.distributed.checkpoint import CheckpointError, clean, discard, folder_name, latest, names_of_states, retain
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_tables import TableSaver
+from tessera.distributed.saved import states as states_module
+from tessera.distributed.saved.states import (
+    CheckpointError,
+    clean,
+    discard,
+    folder_name,
+    latest,
+    names_of_states,
+    retain,
+)
+from tessera.distributed.saved.storage import Storage
+from tessera.distributed.saved.tables import TableSaver
 from tessera.embedding.table import DynamicTable
 from tests.distributed.saved_tables import config, content, load_tables, save_tables, step
 
@@ -135,7 +143,7 @@ def test_the_clock_has_no_say(states, process, table, monkeypatch):
         def now(cls, tz=None):
             return datetime.now(tz) - timedelta(days=7300)
 
-    monkeypatch.setattr(checkpoint, "datetime", Past)
+    monkeypatch.setattr(states_module, "datetime", Past)
     root = Storage(states)
     save_tables(TableSaver({"a": table}), root, folder_name(3), process, 3)
     written = [json.loads((states / folder_name(n) / "manifest.json").read_text())["written"] for n in (1, 2, 3)]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shards
 
-from tessera.distributed import checkpoint_dense
-from tessera.distributed.checkpoint_dense import copy_of, load_into, load_tensors, save_tensors, tensor_shapes
-from tessera.distributed.checkpoint_files import Storage, seal
-from tessera.distributed.checkpoint_manifest import CheckpointError, SavedFolder
+from tessera.distributed.saved import dense
+from tessera.distributed.saved.dense import copy_of, load_into, load_tensors, save_tensors, tensor_shapes
+from tessera.distributed.saved.manifest import CheckpointError, SavedFolder
+from tessera.distributed.saved.storage import Storage, seal
 from tests.distributed.crafted import mutations, pickled
 from tests.ranks import on_ranks
 
@@ -23,7 +23,7 @@ def saved(folder, storage=None) -> SavedFolder:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tensors_of_any_type_shape_and_name_come_back(tmp_path, process, monkeypatch, dtype):
-    monkeypatch.setattr(checkpoint_dense, "PIECE_BYTES", 100)
+    monkeypatch.setattr(dense, "PIECE_BYTES", 100)
     matrix = torch.arange(221).reshape(17, 13).to(getattr(torch, dtype))
     tensors = {
         "tower/a.b/c": matrix,
@@ -57,7 +57,7 @@ def shards(process, rows: int, width: int = 4):
 
 
 def save_shards(process, folder):
-    checkpoint_dense.PIECE_BYTES = 64  # four rows
+    dense.PIECE_BYTES = 64  # four rows
     tensors = {"tables/large": shards(process, 40), "tables/small": shards(process, 2), "tower/x": torch.ones(3)}
     tensors[f"rank/{process.rank}/rng"] = torch.tensor([process.rank])
     save_tensors(Storage(folder), {name: copy_of(value) for name, value in tensors.items()}, process)

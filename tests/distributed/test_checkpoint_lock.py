@@ -1,7 +1,6 @@
 """One job per folder, on one host and on two; the lock of a dead job does not stop the next."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -10,14 +9,14 @@ import time
 
 import pytest
 
-from tessera.distributed import checkpoint_lock
-from tessera.distributed.checkpoint_lock import FolderInUse, FolderLock
+from tessera.distributed import folder_lock
+from tessera.distributed.folder_lock import FolderInUse, FolderLock
 from tests.ranks import ROOT
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from distributed.checkpoint_lock import FolderLock
+from tessera.distributed.folder_lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -26,7 +25,7 @@ time.sleep(60)
 
 def test_the_second_job_is_told_who_has_the_folder_until_that_is_killed(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(FolderInUse) as error:
         FolderLock(tmp_path)
@@ -39,8 +38,8 @@ def test_the_second_job_is_told_who_has_the_folder_until_that_is_killed(tmp_path
 
 
 def test_a_lock_of_another_host_is_stale_when_no_beat_comes(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_lock, "STALE_SECONDS", 1.2)
-    lock = tmp_path / checkpoint_lock.NAME
+    monkeypatch.setattr(folder_lock, "STALE_SECONDS", 1.2)
+    lock = tmp_path / folder_lock.NAME
     lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "beat": 7}))
     FolderLock(tmp_path).release()
 

@@ -5,13 +5,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tessera.distributed import table_files
-from tessera.distributed.checkpoint import CheckpointError, folder_name, latest, open_saved, retain
-from tessera.distributed.checkpoint_compact import compact
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_tables import TableSaver
 from tessera.distributed.ownership import owner_of
-from tessera.distributed.table_files import copied, read_columns, write_columns
+from tessera.distributed.saved import row_files
+from tessera.distributed.saved.compact import compact
+from tessera.distributed.saved.row_files import copied, read_columns, write_columns
+from tessera.distributed.saved.states import CheckpointError, folder_name, latest, open_saved, retain
+from tessera.distributed.saved.storage import Storage
+from tessera.distributed.saved.tables import TableSaver
 from tessera.embedding.config import Admission
 from tessera.embedding.errors import TesseraError
 from tessera.embedding.table import DynamicTable
@@ -72,8 +72,8 @@ def test_two_to_one_to_three_to_two_ranks(tmp_path, process):
 
 
 def test_a_rank_reads_only_its_share(tmp_path, process, monkeypatch):
-    monkeypatch.setattr(table_files, "BUCKET_ROWS", 8)
-    monkeypatch.setattr(table_files, "GROUP_ROWS", 32)
+    monkeypatch.setattr(row_files, "BUCKET_ROWS", 8)
+    monkeypatch.setattr(row_files, "GROUP_ROWS", 32)
     ids = torch.randperm(1 << 14)
     for rank in range(2):
         mine = ids[owner_of(mix64(ids), 2) == rank]

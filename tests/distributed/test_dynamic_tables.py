@@ -4,11 +4,11 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from tessera.distributed.checkpoint import open_saved, save
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_tables import TableSaver, describe_tables, load_rows
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.ownership import owner_of
+from tessera.distributed.saved.states import open_saved, save
+from tessera.distributed.saved.storage import Storage
+from tessera.distributed.saved.tables import TableSaver, describe_tables, load_rows
 from tessera.distributed.sharding import shard
 from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
 from tessera.kernels.mix import mix64

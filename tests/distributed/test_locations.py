@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tessera.distributed.checkpoint_files import Storage
 from tessera.distributed.locations import filesystem_of, joined
+from tessera.distributed.saved.storage import Storage
 from tessera.embedding.errors import ConfigError
 
 QUERY = "?endpoint_override=127.0.0.1:9000&scheme=http"

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from tessera.distributed.checkpoint import open_saved, save
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_tables import TableParts, describe_tables, load_rows
 from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.saved.row_files import rows_of as all_rows
+from tessera.distributed.saved.states import open_saved, save
+from tessera.distributed.saved.storage import Storage
+from tessera.distributed.saved.tables import TableParts, describe_tables, load_rows
 from tessera.distributed.sharding import shard
-from tessera.distributed.table_files import rows_of as all_rows
 from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer, key_of
 from tessera.embedding.errors import TesseraError
 from tessera.kernels.quantise import dequantise, quantise

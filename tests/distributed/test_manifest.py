@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 
-from tessera.distributed.checkpoint import CheckpointError, clean, folder_name, latest, open_saved, retain
-from tessera.distributed.checkpoint_compact import compact
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_inspect import _inspect
-from tessera.distributed.checkpoint_tables import TableSaver
 from tessera.distributed.process import Process
+from tessera.distributed.saved.compact import compact
+from tessera.distributed.saved.inspect import _inspect
+from tessera.distributed.saved.states import CheckpointError, clean, folder_name, latest, open_saved, retain
+from tessera.distributed.saved.storage import Storage
+from tessera.distributed.saved.tables import TableSaver
 from tessera.embedding.errors import TesseraError
 from tessera.embedding.table import DynamicTable
 from tests.distributed.crafted import mutations, pickled, reseal, write_manifest

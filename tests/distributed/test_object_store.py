@@ -6,9 +6,17 @@ from contextlib import contextmanager
 
 import pytest
 
-from tessera.distributed.checkpoint import CheckpointError, clean, discard, folder_name, latest, names_of_states, retain
-from tessera.distributed.checkpoint_files import REMOTE_BUFFER_BYTES, Sealed, Storage, seal
-from tessera.distributed.checkpoint_tables import TableSaver
+from tessera.distributed.saved.states import (
+    CheckpointError,
+    clean,
+    discard,
+    folder_name,
+    latest,
+    names_of_states,
+    retain,
+)
+from tessera.distributed.saved.storage import REMOTE_BUFFER_BYTES, Sealed, Storage, seal
+from tessera.distributed.saved.tables import TableSaver
 from tessera.embedding.table import DynamicTable
 from tests.distributed.saved_tables import config, content, load_tables, save_tables, step
 from tests.object_store import ObjectStore

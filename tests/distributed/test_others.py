@@ -4,10 +4,10 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from tessera.distributed.checkpoint_dense import load_into, save_tensors
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_manifest import SavedFolder
 from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.saved.dense import load_into, save_tensors
+from tessera.distributed.saved.manifest import SavedFolder
+from tessera.distributed.saved.storage import Storage
 from tessera.distributed.sharding import shard
 from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, StepOptimizer
 from tests.distributed.dictionary import IDS, Case, Model, Reference, joined, same, to_kjt, train

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tessera.distributed.checkpoint import folder_name, open_saved
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_tables import TableSaver, load_rows
+from tessera.distributed.saved.states import folder_name, open_saved
+from tessera.distributed.saved.storage import Storage
+from tessera.distributed.saved.tables import TableSaver, load_rows
 from tessera.embedding.table import DynamicTable
 from tests.distributed.dictionary import Case, Reference, joined, same, train
 from tests.distributed.saved_tables import INT8, config, content, load_tables, save_tables, step

@@ -12,7 +12,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding, RwSparseFeaturesDist
 
-from tessera.distributed.dynamic_sharding import by_owner
+from tessera.distributed.torchrec.row_sharding import by_owner
 
 
 def test_the_pinned_release():

@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tessera.distributed.checkpoint import folder_name
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_inspect import inspect
-from tessera.distributed.checkpoint_tables import TableSaver
+from tessera.distributed.saved.inspect import inspect
+from tessera.distributed.saved.states import folder_name
+from tessera.distributed.saved.storage import Storage
+from tessera.distributed.saved.tables import TableSaver
 from tessera.embedding.config import Group
 from tessera.embedding.errors import ConfigError
 from tessera.embedding.table import DynamicTable

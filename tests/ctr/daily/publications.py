@@ -9,12 +9,12 @@ import torch
 
 from tessera.ctr.daily.latest import chain_of, write_latest
 from tessera.ctr.daily.publish import LEFT_OUT, READER
-from tessera.distributed.checkpoint import save
-from tessera.distributed.checkpoint_dense import save_tensors
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_manifest import read_manifest
-from tessera.distributed.checkpoint_tables import TableParts, describe_tables
-from tessera.distributed.table_files import copied, rows_of
+from tessera.distributed.saved.dense import save_tensors
+from tessera.distributed.saved.manifest import read_manifest
+from tessera.distributed.saved.row_files import copied, rows_of
+from tessera.distributed.saved.states import save
+from tessera.distributed.saved.storage import Storage
+from tessera.distributed.saved.tables import TableParts, describe_tables
 from tessera.embedding.table import DynamicTable
 from tests.ctr.train.states import rows_of_state, tensors_of_state
 from tests.distributed.saved_tables import alone, config, content, step

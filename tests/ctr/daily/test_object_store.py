@@ -8,7 +8,7 @@ import pytest
 
 from tessera.ctr.daily.partitions import find_partitions, fingerprint
 from tessera.ctr.data.errors import DataError
-from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.saved.storage import Storage
 from tests.ctr.daily.days import command, key_of, predictions, records, served, without_gauges, write_day, write_days
 from tests.ctr.train.warm_ranks import WarmRanks
 from tests.object_store import CREDENTIALS

@@ -14,11 +14,11 @@ import pytest
 
 from tessera.ctr.daily.latest import read_latest
 from tessera.ctr.daily.serve import apply, is_served
-from tessera.distributed import checkpoint
-from tessera.distributed.checkpoint import open_saved
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_lock import FolderInUse, FolderLock
-from tessera.distributed.checkpoint_manifest import CheckpointError, checksum
+from tessera.distributed.folder_lock import FolderInUse, FolderLock
+from tessera.distributed.saved import states
+from tessera.distributed.saved.manifest import CheckpointError, checksum
+from tessera.distributed.saved.states import open_saved
+from tessera.distributed.saved.storage import Storage
 from tessera.embedding.errors import ConfigError, TesseraError
 from tests.ctr.daily.publications import Publications, published
 from tests.ctr.test_targets import tree
@@ -278,8 +278,8 @@ def killed_at(operation: int, published: str, output: Path, exchanges: bool) -> 
         return call
 
     if not exchanges:
-        checkpoint.exchange = lambda *_: False
-    for owner, names in ((os, ("rename", "replace", "remove", "unlink", "rmdir", "fsync")), (checkpoint, ["exchange"])):
+        states.exchange = lambda *_: False
+    for owner, names in ((os, ("rename", "replace", "remove", "unlink", "rmdir", "fsync")), (states, ["exchange"])):
         for name in names:
             setattr(owner, name, counted(getattr(owner, name)))
     apply(published, output, alone())

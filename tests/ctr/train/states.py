@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from tessera.distributed.checkpoint_compact import newest_rows
-from tessera.distributed.checkpoint_dense import load_tensors
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_manifest import SavedFolder, files_listed, read_manifest
+from tessera.distributed.saved.compact import newest_rows
+from tessera.distributed.saved.dense import load_tensors
+from tessera.distributed.saved.manifest import SavedFolder, files_listed, read_manifest
+from tessera.distributed.saved.storage import Storage
 
 SCHEMA = (
     "data.schema.features=[{name: x, kind: numeric}, {name: row, kind: id}, {name: c, kind: id}, {name: d, kind: id}]"

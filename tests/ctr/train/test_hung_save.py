@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tessera.distributed.checkpoint import folder_name
-from tessera.distributed.checkpoint_watch import ELSEWHERE, WAITING, describe
+from tessera.distributed.saved.states import folder_name
+from tessera.distributed.saved.watch import ELSEWHERE, WAITING, describe
 from tests.ctr.train.states import arguments, write_data
 
 LIMIT = 6

@@ -13,7 +13,7 @@ from tessera.ctr.config import load_config
 from tessera.ctr.models.network import LONGEST_NAME
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.module_names import module_name
-from tessera.distributed.table_files import folder_name
+from tessera.distributed.saved.row_files import folder_name
 from tessera.embedding.errors import ConfigError, TesseraError
 from tests.ranks import on_ranks
 

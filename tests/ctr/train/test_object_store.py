@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tessera.distributed.checkpoint import folder_name
-from tessera.distributed.checkpoint_files import Storage
+from tessera.distributed.saved.states import folder_name
+from tessera.distributed.saved.storage import Storage
 from tests.ctr.train.states import arguments, metrics_of, times_trained, write_data
 from tests.ctr.train.warm_ranks import WarmRanks
 from tests.object_store import CREDENTIALS

@@ -13,9 +13,9 @@ from tessera.ctr.data.batch import Batch
 from tessera.ctr.metrics.streaming import StreamingMetrics
 from tessera.ctr.train.distil import DistilConfig, Distillation
 from tessera.ctr.train.look_ahead import to_device
-from tessera.distributed.dynamic_sharding import by_owner
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.fields import OnDevice, scale_to_mean
+from tessera.distributed.torchrec.row_sharding import by_owner
 from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
 from tessera.kernels import backend
 

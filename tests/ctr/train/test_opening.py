@@ -13,8 +13,8 @@ from tessera.ctr.models.instantiate import is_own
 from tessera.ctr.train.score_run import run_config
 from tessera.ctr.train.stored_config import read_config
 from tessera.ctr.train.trainer import Trainer
-from tessera.distributed.checkpoint import folder_name
-from tessera.distributed.checkpoint_manifest import MANIFEST
+from tessera.distributed.saved.manifest import MANIFEST
+from tessera.distributed.saved.states import folder_name
 from tessera.embedding.errors import ConfigError, TesseraError
 from tests.ctr.daily.days import command as daily_command
 from tests.ctr.daily.days import write_days

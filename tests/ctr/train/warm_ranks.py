@@ -221,7 +221,7 @@ def _overlap() -> None:
 
 
 def _hang(path: str) -> None:
-    from tessera.distributed.checkpoint_files import Storage
+    from tessera.distributed.saved.storage import Storage
 
     write = Storage.write
 
@@ -235,7 +235,7 @@ def _hang(path: str) -> None:
 
 
 def _die(path: str) -> None:
-    from tessera.distributed.checkpoint_files import Storage
+    from tessera.distributed.saved.storage import Storage
 
     write = Storage.write
 

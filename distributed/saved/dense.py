@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_manifest import LARGEST, CheckpointError, SavedFolder, check, shown
 from tessera.distributed.process import Process
+from tessera.distributed.saved.manifest import LARGEST, CheckpointError, SavedFolder, check, shown
+from tessera.distributed.saved.storage import Storage
 
 FOLDER = "dense"
 PIECE_BYTES = 1 << 26  # of a tensor, and of a file, at most: that much is held twice while it is written or read

@@ -24,7 +24,7 @@ from torchrec.distributed.types import Awaitable, ParameterSharding, ShardingEnv
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tessera.distributed.ownership import owner_of
-from tessera.distributed.table_kernel import DynamicTableKernel
+from tessera.distributed.torchrec.kernel import DynamicTableKernel
 
 DYNAMIC = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
 

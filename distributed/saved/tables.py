@@ -13,12 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tessera.distributed.checked_parquet import DamagedFile
-from tessera.distributed.checkpoint import DamagedState, Saved, first_problem
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_manifest import CheckpointError, files_listed, read_manifest
 from tessera.distributed.process import Process
-from tessera.distributed.table_files import (
+from tessera.distributed.saved.checked_parquet import DamagedFile
+from tessera.distributed.saved.manifest import CheckpointError, files_listed, read_manifest
+from tessera.distributed.saved.row_files import (
     Columns,
     ColumnSource,
     copied,
@@ -31,6 +29,8 @@ from tessera.distributed.table_files import (
     to_batch,
     write_columns,
 )
+from tessera.distributed.saved.states import DamagedState, Saved, first_problem
+from tessera.distributed.saved.storage import Storage
 from tessera.embedding.errors import TesseraError
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.table import DynamicTable

@@ -282,7 +282,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         yield from ()
 
     def state_dict(self, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict:
-        """Empty: rows are saved by `distributed/table_files.py`, by id, so that any number of ranks can load them."""
+        """Empty: `distributed/saved/row_files.py` saves rows, by id, so that any number of ranks can load them."""
         return destination if destination is not None else {}
 
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from tessera.distributed.checkpoint import Saved, latest, names_of_states, open_saved
-from tessera.distributed.checkpoint_compact import compact, newest_rows
-from tessera.distributed.checkpoint_dense import tensor_shapes
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_manifest import MANIFEST, TRAINING, CheckpointError, check, read_manifest
 from tessera.distributed.plan import size
 from tessera.distributed.process import Process
-from tessera.distributed.table_files import Columns, folder_name
+from tessera.distributed.saved.compact import compact, newest_rows
+from tessera.distributed.saved.dense import tensor_shapes
+from tessera.distributed.saved.manifest import MANIFEST, TRAINING, CheckpointError, check, read_manifest
+from tessera.distributed.saved.row_files import Columns, folder_name
+from tessera.distributed.saved.states import Saved, latest, names_of_states, open_saved
+from tessera.distributed.saved.storage import Storage
 from tessera.embedding.errors import ConfigError
 
 PROGRESS = {"progress": {"epoch": int, "best": (float, None)}, "reader": ({"lane_offsets": [int]}, None)}

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from tessera.distributed.checkpoint import TRAINING, CheckpointError, Saved, names_of_states, read_manifest, save
-from tessera.distributed.checkpoint_files import READ_BYTES, Storage
 from tessera.distributed.process import Process
-from tessera.distributed.table_files import Columns, copied, no_rows, read_columns, write_columns
+from tessera.distributed.saved.row_files import Columns, copied, no_rows, read_columns, write_columns
+from tessera.distributed.saved.states import TRAINING, CheckpointError, Saved, names_of_states, read_manifest, save
+from tessera.distributed.saved.storage import READ_BYTES, Storage
 
 
 def newest_rows(folders: list[Storage], path: str) -> Iterator[Columns]:

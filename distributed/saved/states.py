@@ -17,9 +17,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tessera.distributed.checked_parquet import problem_but_for_groups
-from tessera.distributed.checkpoint_files import Sealed, Storage
-from tessera.distributed.checkpoint_manifest import (
+from tessera.distributed.atomic import exchange
+from tessera.distributed.process import Process
+from tessera.distributed.saved.checked_parquet import problem_but_for_groups
+from tessera.distributed.saved.manifest import (
     FORMAT,
     MANIFEST,
     TRAINING,
@@ -30,9 +31,8 @@ from tessera.distributed.checkpoint_manifest import (
     read_manifest,
     read_training,
 )
-from tessera.distributed.checkpoint_watch import WAITING
-from tessera.distributed.exchange import exchange
-from tessera.distributed.process import Process
+from tessera.distributed.saved.storage import Sealed, Storage
+from tessera.distributed.saved.watch import WAITING
 
 NAME = re.compile(r"step-(\d{12})")
 PARTIAL, REPLACED, DELETED = ".partial-", ".replaced-", ".deleted-"  # before the names of folders that are no states

@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from tessera.distributed.checked_parquet import CheckedParquet, Notes, as_rows
-from tessera.distributed.checkpoint_files import Storage
-from tessera.distributed.checkpoint_manifest import CheckpointError
 from tessera.distributed.ownership import owner_of
 from tessera.distributed.process import Process
+from tessera.distributed.saved.checked_parquet import CheckedParquet, Notes, as_rows
+from tessera.distributed.saved.manifest import CheckpointError
+from tessera.distributed.saved.storage import Storage
 from tessera.embedding.errors import TesseraError
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.table import DynamicTable

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Mapping
 from typing import IO, Any
 
-from tessera.distributed.checkpoint_files import Sealed, Storage
+from tessera.distributed.saved.storage import Sealed, Storage
 from tessera.embedding.errors import TesseraError
 
 FORMAT = 2

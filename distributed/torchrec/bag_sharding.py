@@ -1,7 +1,7 @@
 """Dynamic tables whose bags are summed by the owners of their rows, under torchrec's row-wise pooled sharding.
 
 A rank sends each id of a bag to its owner, an owner answers with one sum per bag over the ids that it owns, and the
-asking rank adds the sums of all owners. As in `dynamic_sharding.py` ids travel mixed and raw, and the places where
+asking rank adds the sums of all owners. As in `row_sharding.py` ids travel mixed and raw, and the places where
 torchrec lets this in are held by `tests/distributed/test_torchrec_contract.py`. torchrec's own way back, a
 reduce-scatter, wants equally many rows on all ranks under gloo and adds in the precision that it sends in.
 """
@@ -29,8 +29,8 @@ from torchrec.distributed.types import (
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tessera.distributed.ages import ages_of_values, least
-from tessera.distributed.dynamic_sharding import DYNAMIC, HasKernels, RawIdsDist, RowWiseDynamic, raw_ids_dist
-from tessera.distributed.table_kernel import DynamicTableKernel, Request
+from tessera.distributed.torchrec.kernel import DynamicTableKernel, Request
+from tessera.distributed.torchrec.row_sharding import DYNAMIC, HasKernels, RawIdsDist, RowWiseDynamic, raw_ids_dist
 from tessera.kernels.unique import unique_inverse
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tessera.distributed.checkpoint_files import ChecksumStream, Sealed, Storage, let_go
+from tessera.distributed.saved.storage import ChecksumStream, Sealed, Storage, let_go
 from tessera.embedding.errors import TesseraError
 
 NOTES = "tessera.crc32_behind_row_groups"
