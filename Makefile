@@ -6,7 +6,7 @@ RANKS ?= 2
 DEMO_ROWS ?= 400000
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup demo test test-slow lint doctor bench clean
+.PHONY: help install setup demo test test-slow lint doctor bench docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,6 +42,11 @@ bench: setup ## measure reader, training step and tables
 	$(PYTHON) scripts/bench/reader.py
 	$(PYTHON) scripts/bench/train_step.py
 	$(PYTHON) scripts/bench/tables.py
+
+docs: setup ## build the documentation's site into build/site, which opens without a network
+	@$(PYTHON) -c "import mkdocs" 2>/dev/null || { echo "make docs needs Python 3.11 or later in $(VENV)" >&2; exit 1; }
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 clean: ## remove what can be built again, except the environment, data and runs
 	rm -rf build kernels/_C*.so kernels/_build.json *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -30,7 +30,7 @@ TRANSFORMS = ("none", "log1p", "log2_square", "standardise", "min_max", "bucketi
 class FeatureConfig:
     """One feature. Two features may read one column, and two categorical features may share a table."""
 
-    name: str = MISSING
+    name: str = MISSING  # of the feature, in reports, in the plan and in the model
     # numeric | id (one per row) | ids (any number per row) | sequence (ordered, newest last)
     kind: str = "id"
     column: str | None = None  # default: the name
@@ -47,11 +47,11 @@ class FeatureConfig:
     # none | log1p: sign(x) ln(1+|x|) | log2_square: ln(x)^2 where x > 2 (natural) | standardise: (x-mean)/std
     # | min_max: (x-min)/(max-min) | bucketise: the number of boundaries <= x, as a categorical id
     transform: str = "none"
-    mean: float = 0.0
-    std: float = 1.0
-    min: float = 0.0
-    max: float = 1.0
-    boundaries: list[float] = field(default_factory=list)
+    mean: float = 0.0  # transform standardise: subtracted from the value
+    std: float = 1.0  # transform standardise: divides it then
+    min: float = 0.0  # transform min_max: the value that becomes 0
+    max: float = 1.0  # transform min_max: the value that becomes 1
+    boundaries: list[float] = field(default_factory=list)  # transform bucketise: where buckets begin, rising
     table: str | None = None  # embedding table; default: the name
 
 
@@ -64,11 +64,9 @@ class SchemaConfig:
     group: str | None = None  # group of GAUC, an integer or a string
     time: str | None = None  # event time: an integer in time_unit, a timestamp or a date
     time_unit: str = "s"  # of integers since 1970, UTC: s | ms | us | ns; timestamps know their own
-    # A time outside [time_from, time_to) is a bad row, and so are few rows that lie more than time_jump_days beyond
-    # all others of their window. Dates as YYYY-MM-DD.
-    time_from: str = "1990-01-01"
-    time_to: str = "2100-01-01"
-    time_jump_days: float = 365.0
+    time_from: str = "1990-01-01"  # a row with an earlier time is bad; YYYY-MM-DD
+    time_to: str = "2100-01-01"  # a row with this time or a later one is bad; YYYY-MM-DD
+    time_jump_days: float = 365.0  # few rows that lie more than so many days beyond all others of their window are bad
     features: list[FeatureConfig] = field(default_factory=list)
 
 

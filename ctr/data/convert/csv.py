@@ -39,14 +39,16 @@ from tessera.embedding.errors import ConfigError
 class ColumnConfig:
     """One column of the output; the meaning of the keys is that of `columns.Column`."""
 
-    name: str = MISSING
-    source: str | None = None
+    name: str = MISSING  # of the column in the output
+    source: str | None = None  # its name in the text; default: the name
+    # int8 | int16 | int32 | int64 | uint64 | float32 | float64 | string | hex: at most 16 hex digits as 64 bits | time:
+    # seconds since 1970, UTC | hour, weekday: of such a time | list<string> | list<int64> | list<float32>
     type: str = "int64"
-    stored: str | None = None
-    format: str = "seconds"
-    delimiter: str = " "
-    values: list[int] | None = None
-    required: bool = False
+    stored: str | None = None  # a plain type to write instead of `type`
+    format: str = "seconds"  # of times: seconds, milliseconds, microseconds, nanoseconds, or a pattern as %Y-%m-%d
+    delimiter: str = " "  # of lists: what stands between the items; several of it in a row count once
+    values: list[int] | None = None  # the only values accepted; an empty one is then bad too
+    required: bool = False  # true: a row without a value is bad
 
 
 @dataclass
@@ -54,23 +56,23 @@ class InputConfig:
     """Either `files` to be split, or `train`, `valid` and `test`. Relative paths start at the yaml's
     folder. `md5`: sums that the files of these names must have, so that a published split is that split."""
 
-    files: list[str] = field(default_factory=list)
-    train: list[str] = field(default_factory=list)
-    valid: list[str] = field(default_factory=list)
-    test: list[str] = field(default_factory=list)
-    md5: dict[str, str] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)  # text files whose rows are split as `split` says
+    train: list[str] = field(default_factory=list)  # instead of `files`: those of the training rows
+    valid: list[str] = field(default_factory=list)  # instead of `files`: those of the valid split
+    test: list[str] = field(default_factory=list)  # instead of `files`: those of the test split
+    md5: dict[str, str] = field(default_factory=dict)  # a file's name: the sum that it must have
 
 
 @dataclass
 class SplitConfig:
     """How `input.files` are split: "random", "time" or "day"; times are seconds or ISO dates."""
 
-    how: str = "random"
-    valid: float = 0.1
-    test: float = 0.1
-    seed: int = 2026
-    valid_from: str | None = None
-    test_from: str | None = None
+    how: str = "random"  # random: by file, line and seed | time: the latest rows are test | day: a folder per day
+    valid: float = 0.1  # share of the rows, or of the range of times
+    test: float = 0.1  # share of the rows, or of the range of times
+    seed: int = 2026  # how random: another one draws other rows
+    valid_from: str | None = None  # how time: where the valid split begins, instead of a share; seconds or a date
+    test_from: str | None = None  # how time: where the test split begins, instead of a share; seconds or a date
 
 
 @dataclass
@@ -78,17 +80,18 @@ class CsvConfig:
     """The whole yaml. time: the output column to split by. names: of the text's columns, where it has no
     header."""
 
-    output: str | None = None
+    output: str | None = None  # folder of the data set, if --output names none
     input: InputConfig = field(default_factory=InputConfig)
-    delimiter: str = ","
-    header: str = "yes"
-    names: list[str] = field(default_factory=list)
-    encoding: str = "utf8"
-    quote: str | None = '"'
-    null_values: list[str] = field(default_factory=lambda: [""])
+    delimiter: str = ","  # what stands between the fields of a line
+    header: str = "yes"  # yes: the first line names the columns | no | auto: it does if it begins with the first name
+    names: list[str] = field(default_factory=list)  # of the columns of the text, where no header says them
+    encoding: str = "utf8"  # of the text, as Python calls it
+    quote: str | None = '"'  # the sign around fields that hold the delimiter; null: quotes are text
+    null_values: list[str] = field(default_factory=lambda: [""])  # fields that stand for: no value
     columns: list[ColumnConfig] = field(default_factory=list)
-    time: str | None = None
+    time: str | None = None  # the output column to split by
     split: SplitConfig = field(default_factory=SplitConfig)
+    # The reader's block of conf/data, put beside the data; without it every column but label and time is a feature.
     schema: dict[str, Any] = field(default_factory=dict)
 
 
