@@ -10,12 +10,12 @@ import pytest
 from tests.docs.pages import PAGES, ROOT, anchors, names, prose
 
 LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)|(?:src|href)=\"(?P<html>[^\"]+)\"")
-FILE = re.compile(r"(?<![\w/.:-])(?:[\w-]+/)+[\w.-]+\.(?:py|yaml|yml|sh|txt|md|toml|cpp|h)(?:::\w+)?")
+FILE = re.compile(r"(?<![\w/.:-])(?:[\w-]+/)+[\w.-]+\.(?:py|yaml|yml|sh|txt|md|toml|cpp|h)\b(?:::\w+)?")
 TESTS = re.compile(r"::(test_\w+)")
 #: Folders in which a page may leave out what stands before: `daily/test_life.py` is below tests/ctr.
 BELOW = ("", "tests", "tests/ctr", "scripts", "docs")
-#: Files that a page has the reader make.
-MADE = re.compile(r"nfm|mine|my_|/NAME|\.\./|^[A-Z]+/")
+#: Files that a page has the reader make, or a command write.
+MADE = re.compile(r"nfm|mine|my_|/NAME|\.\./|^[A-Z]+/|^runs/")
 
 
 def links(text: str) -> list[str]:
