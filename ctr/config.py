@@ -14,6 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tessera.ctr.config_checks import check
+from tessera.ctr.config_help import choices_and_keys
 from tessera.ctr.daily.config import DailyConfig
 from tessera.ctr.data.config import DataConfig
 from tessera.ctr.overrides import compose_overrides
@@ -188,13 +189,7 @@ def load_config(arguments: Sequence[str], description: str) -> Config:
         ConfigError: an unknown key or group (with the nearest known one), or a value of the wrong type.
         SystemExit: after `--help` or `--cfg`, which only print.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("overrides", nargs="*", help="hydra overrides: model=deepfm data.path=/data trainer.epochs=2")
-    parser.add_argument(
-        "--config-dir", action="append", default=[], help="a folder of your own yaml, laid out as conf/"
-    )
-    parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and leave")
-    options = parser.parse_intermixed_args(arguments)
+    options = config_parser(description).parse_intermixed_args(arguments)
     for folder in options.config_dir:
         if not Path(folder).is_dir():
             raise ConfigError(f"--config-dir {folder} is not a folder")
@@ -208,6 +203,24 @@ def load_config(arguments: Sequence[str], description: str) -> Config:
         print(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
         raise SystemExit(0)
     return config
+
+
+def config_parser(description: str) -> argparse.ArgumentParser:
+    """The command line of what trains. `--help` lists the choices of each group of conf/ and all keys."""
+    parser = ConfigParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="model=deepfm data.path=/data trainer.epochs=2; all are below")
+    parser.add_argument(
+        "--config-dir", action="append", default=[], help="a folder of your own yaml, laid out as conf/"
+    )
+    parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and leave")
+    return parser
+
+
+class ConfigParser(argparse.ArgumentParser):
+    """Composes what it lists only when somebody asks for help."""
+
+    def format_help(self) -> str:
+        return f"{super().format_help()}\n{choices_and_keys(Config)}"
 
 
 def typed(composed: DictConfig) -> Config:

@@ -1,4 +1,4 @@
-"""Compare two runs on the rows that both scored: `python scripts/compare.py runs/old runs/new --split test`.
+"""Compare two runs on the rows that both scored: `tessera compare runs/old runs/new --split test`.
 
 Says by how much the second run's AUC and logloss differ from the first's, with confidence intervals from a paired
 bootstrap and from closed forms. Two folders of daily retraining are compared over all days that both scored.
@@ -6,15 +6,16 @@ bootstrap and from closed forms. Two folders of daily retraining are compared ov
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tessera.ctr.report.comparison import PLACE, compare_runs
 from tessera.distributed.process import run_alone
 
 
-def main() -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("first", type=Path, help="a run folder, or one that scripts/evaluate.py wrote")
+    parser.add_argument("first", type=Path, help="a run folder, or one that `tessera evaluate` wrote")
     parser.add_argument("second", type=Path, help="another")
     parser.add_argument("--split", help="default: test, valid or train, the first that both have")
     parser.add_argument("--output", type=Path, help="default: comparisons/<name of the first> in the second")
@@ -22,24 +23,18 @@ def main() -> int:
     parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
     parser.add_argument("--by-group", action="store_true", help="draw groups (users) instead of rows")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    options = parser.parse_args()
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
     if not 0 < options.confidence < 1 or options.replicates < 0:
         parser.error("--confidence lies between 0 and 1, and --replicates is 0 or more")
     output = options.output or options.second / PLACE / options.first.resolve().name
-    print(
-        compare_runs(
-            options.first,
-            options.second,
-            output,
-            options.split,
-            options.replicates,
-            options.confidence,
-            options.by_group,
-            options.seed,
-        ).summary()
-    )
-    return 0
+    how = (options.split, options.replicates, options.confidence, options.by_group, options.seed)
+    return run_alone(lambda: print(compare_runs(options.first, options.second, output, *how).summary()))
 
 
 if __name__ == "__main__":
-    sys.exit(run_alone(main))
+    sys.exit(main())

@@ -1,11 +1,12 @@
-"""Store the rows of a trained run in another format: `python scripts/convert_tables.py runs/a runs/a8 format=int8`.
+"""Store the rows of a trained run in another format: `tessera convert-tables runs/a runs/a8 format=int8`.
 
-The new folder can be scored (`scripts/evaluate.py runs/a8`) as the old one can. The error that rounding makes is
+The new folder can be scored (`tessera evaluate runs/a8`) as the old one can. The error that rounding makes is
 printed by table. Keys are those of `conf/embedding/` that tell the format: format, formats, rounding, step, range.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tessera.ctr.config import Config
@@ -14,30 +15,33 @@ from tessera.ctr.train.score_run import run_config
 from tessera.ctr.train.stored_config import targets_of
 from tessera.distributed.process import Process, run
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("run_dir", type=Path, help="a finished run")
-parser.add_argument("output", type=Path, help="the folder to make")
-parser.add_argument("overrides", nargs="+", help="format=int8, formats.w=fp32, format=fp32")
-options = parser.parse_args()
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path, help="a finished run")
+    parser.add_argument("output", type=Path, help="the folder to make")
+    parser.add_argument("overrides", nargs="+", help="format=int8, formats.w=fp32, format=fp32")
+    return parser
 
 
-def targets() -> list[str]:
-    """Return the overrides that name classes which the run may import: model.target=my_models.Mine."""
-    return [f"{key}={value}" for key, value in targets_of(options.overrides).items()]
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
+    # Classes that the user names here may be imported for the run: model.target=my_models.Mine.
+    named = [f"{key}={value}" for key, value in targets_of(options.overrides).items()]
+    overrides = [one if one in named else f"embedding.{one}" for one in options.overrides]
 
+    def load() -> tuple[Config, str, float]:
+        config = run_config(options.run_dir, named)
+        return config, "cpu", config.trainer.timeout_seconds
 
-def load() -> tuple[Config, str, float]:
-    config = run_config(options.run_dir, [one for one in options.overrides if one in targets()])
-    return config, "cpu", config.trainer.timeout_seconds
+    def convert(config: Config, process: Process) -> None:
+        for table, groups in convert_run(options.run_dir, options.output, overrides, process).items():
+            for group, error in groups.items():
+                print(f"{table} {group}: {error}")
+        print(f"{options.output} is written")
 
-
-def convert(config: Config, process: Process) -> None:
-    overrides = [one if one in targets() else f"embedding.{one}" for one in options.overrides]
-    for table, groups in convert_run(options.run_dir, options.output, overrides, process).items():
-        for group, error in groups.items():
-            print(f"{table} {group}: {error}")
-    print(f"{options.output} is written")
+    return run(load, convert)
 
 
 if __name__ == "__main__":
-    sys.exit(run(load, convert))
+    sys.exit(main())

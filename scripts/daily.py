@@ -1,20 +1,24 @@
-"""Retrain day by day: `torchrun --nproc-per-node 2 scripts/daily.py data=mine data.path=/data/mine \
-trainer.run_dir=runs/mine daily.from=2026-01-01 daily.to=2026-01-14`. The same command goes on where it stopped.
+"""Retrain day by day: `tessera daily data=mine data.path=/data/mine trainer.run_dir=runs/mine daily.from=2026-01-01 \
+daily.to=2026-01-14`. The same command goes on where it stopped. On several ranks: `torchrun --nproc-per-node 2 -m \
+tessera.scripts.daily` with the same keys.
 
 Exit status: 0 all is done, 2 a mistake in configuration or data, 3 the guard holds a day, 75 asked to stop and saved.
 """
 
 import sys
+from collections.abc import Sequence
 
 from tessera.ctr.config import Config, load_config
+from tessera.ctr.daily.calendar import for_days
 from tessera.distributed.process import Process, run
 
 
-def load() -> tuple[Config, str, float]:
-    from tessera.ctr.daily.calendar import for_days
+def main(arguments: Sequence[str] | None = None) -> int:
+    def load() -> tuple[Config, str, float]:
+        config = for_days(load_config(sys.argv[1:] if arguments is None else arguments, __doc__))
+        return config, config.trainer.device, config.trainer.timeout_seconds
 
-    config = for_days(load_config(sys.argv[1:], __doc__))
-    return config, config.trainer.device, config.trainer.timeout_seconds
+    return run(load, train)
 
 
 def train(config: Config, process: Process) -> None:
@@ -29,4 +33,4 @@ def train(config: Config, process: Process) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(load, train))
+    sys.exit(main())

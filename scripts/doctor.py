@@ -1,18 +1,24 @@
 """Check the installation: one line per finding (ok, warn or FAIL, with its cure). Exit status 1 after a FAIL.
 
-    python scripts/doctor.py [--quick]
+    tessera doctor [--quick]
+    python scripts/doctor.py [--quick]     where nothing is installed
 
 --quick, for the end of an installation, shows only what needs attention.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 
-def main() -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Check the installation.")
     parser.add_argument("--quick", action="store_true", help="only what an installation can get wrong, problems only")
-    quick = parser.parse_args().quick
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    quick = make_parser().parse_args(arguments).quick
     try:
         from tessera.ctr.doctor import check_all
     except ImportError as error:  # whatever hides the project must not hide the cure

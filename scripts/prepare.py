@@ -1,21 +1,26 @@
 """Make a data set that the trainer reads: from Criteo's, Avazu's or MovieLens' files, from any CSV, or
 synthetic.
 
-python scripts/prepare.py criteo --input train.txt.gz --output data/criteo
-python scripts/prepare.py KIND --help
+tessera prepare criteo --input train.txt.gz --output data/criteo
+tessera prepare KIND --help
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from tessera.ctr.data.convert.command import add_kinds, prepare
 from tessera.distributed.process import run_alone
 
 
-def main() -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_kinds(parser)
-    return run_alone(lambda: print(prepare(parser.parse_args())))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_alone(lambda: print(prepare(make_parser().parse_args(arguments))))
 
 
 if __name__ == "__main__":

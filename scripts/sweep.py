@@ -1,7 +1,7 @@
 """Train every combination of a grid with several seeds and print one table, mean ± standard deviation over seeds.
 
-`python scripts/sweep.py --output sweeps/a --seeds 1 2 3 --grid model.dropout=0,0.2 model=deepfm,ipnn -- data=ml100k ..`
-runs `scripts/train.py` once per combination and seed with the overrides after `--`. The table is sorted by the metric
+`tessera sweep --output sweeps/a --seeds 1 2 3 --grid model.dropout=0,0.2 model=deepfm,ipnn -- data=ml100k ..`
+runs `tessera train` once per combination and seed with the overrides after `--`. The table is sorted by the metric
 on the valid split, so that the test split chooses nothing. A run that finished is not repeated: start the same
 command again to go on.
 """
@@ -25,13 +25,11 @@ from tessera.ctr.train.trainer import HIGHER_IS_BETTER
 from tessera.distributed.process import run_alone
 from tessera.embedding.errors import ConfigError, TesseraError
 
-ROOT = Path(__file__).resolve().parents[1]
-
 SCORES = ("auc", "logloss")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return run_alone(lambda: sweep(_parse(arguments)))
+    return run_alone(lambda: sweep(make_parser().parse_args(arguments)))
 
 
 def sweep(options: argparse.Namespace) -> None:
@@ -110,7 +108,7 @@ def _folder(name: str) -> str:
 
 
 def _train(launcher: str, overrides: Sequence[str], folder: Path) -> None:
-    command = [*launcher.split(), str(ROOT / "scripts/train.py"), *overrides, f"trainer.run_dir={folder}"]
+    command = [*launcher.split(), "-m", "tessera.scripts.train", *overrides, f"trainer.run_dir={folder}"]
     command += ["trainer.resume=auto"]  # of a sweep that was stopped, the run goes on
     print(" ".join(command), file=sys.stderr, flush=True)
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -128,7 +126,7 @@ def _scores(folder: Path) -> dict[str, float | None]:
     return scores
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs and the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2021, 2022, 2023])
@@ -136,7 +134,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--metric", choices=SCORES, default="auc", help="on the valid split, sorts the table")
     parser.add_argument("--launcher", default=sys.executable, help='for ranks: "torchrun --nproc-per-node 2"')
     parser.add_argument("overrides", nargs="*", help="after --: what all runs share")
-    return parser.parse_args(arguments)
+    return parser
 
 
 if __name__ == "__main__":

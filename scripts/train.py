@@ -1,14 +1,21 @@
-"""Train a model: `torchrun --nproc-per-node 2 scripts/train.py model=deepfm data=criteo data.path=/data/criteo`."""
+"""Train a model: `tessera train model=deepfm data=criteo data.path=/data/criteo`.
+
+On several ranks: `torchrun --nproc-per-node 2 -m tessera.scripts.train` with the same keys.
+"""
 
 import sys
+from collections.abc import Sequence
 
 from tessera.ctr.config import Config, load_config
 from tessera.distributed.process import Process, run
 
 
-def load() -> tuple[Config, str, float]:
-    config = load_config(sys.argv[1:], __doc__)
-    return config, config.trainer.device, config.trainer.timeout_seconds
+def main(arguments: Sequence[str] | None = None) -> int:
+    def load() -> tuple[Config, str, float]:
+        config = load_config(sys.argv[1:] if arguments is None else arguments, __doc__)
+        return config, config.trainer.device, config.trainer.timeout_seconds
+
+    return run(load, train)
 
 
 def train(config: Config, process: Process) -> None:
@@ -18,4 +25,4 @@ def train(config: Config, process: Process) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(load, train))
+    sys.exit(main())

@@ -1,10 +1,20 @@
-"""Before anything imports Triton: where there is no GPU, its kernels run on the CPU under its interpreter."""
+"""Before anything imports Triton: where there is no GPU, its kernels run on the CPU under its interpreter.
 
+Where nothing is installed, as on a machine that has a GPU, torch and Triton alone, `tessera.kernels` is kernels/ here.
+"""
+
+import importlib.util
 import os
+import sys
+import types
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if importlib.util.find_spec("tessera") is None:
+    sys.modules["tessera"] = types.ModuleType("tessera")
+    sys.modules["tessera"].__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

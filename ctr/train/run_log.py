@@ -290,13 +290,16 @@ class RunLog:
                 self.say(f"{split}: left out {reasons}")
 
     def close(self) -> None:
+        """Let the folder go. A second call does nothing."""
         if self._tensorboard:
             self._tensorboard.close()
+            self._tensorboard = None
         for handler in list(self._logger.handlers):
             self._logger.removeHandler(handler)
             handler.close()
         if self._lock:
             self._lock.release()
+            self._lock = None
 
 
 def shown(value: float | None) -> str:

@@ -20,7 +20,7 @@ from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.report.files import json_text, write_text
 from tessera.ctr.report.predictions import NEW_IDS, SLICE
-from tessera.ctr.report.report import write_report
+from tessera.ctr.report.report import Report, write_report
 from tessera.ctr.report.slices import SLICE_NAMES, largest_ids
 from tessera.ctr.targets import replacing_on_ranks
 from tessera.ctr.train.checkpoints import BEST, find_saved
@@ -70,8 +70,10 @@ def run_config(run_dir: Path, overrides: list[str], named: Collection[str] = ())
 
 def score_run(
     config: Config, process: Process, run_dir: Path, split: str, output: Path | None, slices: Sequence[str] = ()
-) -> None:
+) -> Report | None:
     """Write predictions and the report of one split to `output` (default: evaluations/<time> in the run folder).
+
+    Returns the report on the first rank, None on the others.
 
     slices: features by whose values the report breaks the metrics down; `new_ids` are rows with ids that the model's
     tables do not know.
@@ -105,8 +107,7 @@ def score_run(
                 line = {"kind": "eval", "split": split, "step": step, "model": which, **metrics}
                 file.write(json.dumps(line) + "\n")
             report = write_report(folder, scored={split: metrics["rows"]})
-    if process.is_main:
-        print(replace(report, folder=output).summary())
+    return replace(report, folder=output) if process.is_main else None
 
 
 def load_model_of_run(

@@ -9,9 +9,10 @@ import shlex
 import pytest
 
 from tessera.ctr.config import load_config
+from tessera.scripts.command import COMMANDS
 from tests.ranks import ROOT, run_script
 
-COMMAND = re.compile(r"(?:python|torchrun[^`\n]*?|\.venv/bin/python) scripts/(\w+)\.py( [^`\n]+)")
+EXAMPLE = re.compile(r"\btessera ([a-z-]+)( [^`\n]+)")
 
 
 def examples() -> list[tuple[str, str]]:
@@ -19,7 +20,7 @@ def examples() -> list[tuple[str, str]]:
     found = []
     for path in sorted((ROOT / "scripts").glob("*.py")):
         text = ast.get_docstring(ast.parse(path.read_text())) or ""
-        found += [(name, line.strip()) for name, line in COMMAND.findall(text.replace("\\\n", " "))]
+        found += [(COMMANDS[word][0], line.strip()) for word, line in EXAMPLE.findall(text.replace("\\\n", " "))]
     return [(name, line) for name, line in found if "[" not in line and "--help" not in line]
 
 
@@ -27,7 +28,7 @@ EXAMPLES = examples()
 
 
 def test_the_scripts_that_take_arguments_have_an_example():
-    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__", "doctor"}
+    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__", "command", "doctor"}
     assert {name for name, _ in EXAMPLES} == scripts
 
 

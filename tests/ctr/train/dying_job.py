@@ -3,14 +3,13 @@
 import os
 import sys
 
-from tessera.distributed import process
 from tests.ctr.train.warm_ranks import _die
 
 if __name__ == "__main__":
     _die(sys.argv.pop(1))
     sys.argv[0] = "scripts/train.py"
-    from tessera.scripts import train
+    from tessera.scripts.train import main
 
-    status = process.run(train.load, train.train)
+    status = main()
     sys.stdout.flush()
     os._exit(status)

@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 from tessera.ctr.train.trainer import Trainer
-from tessera.distributed.process import run
-from tessera.scripts.train import load, train
+from tessera.scripts.train import main
 
 train_step, marker = Trainer.train_step, Path(os.environ["KILL_MARKER"])
 
@@ -21,4 +20,4 @@ def step_then_die(trainer: Trainer, batch):
 
 if __name__ == "__main__":
     Trainer.train_step = step_then_die
-    sys.exit(run(load, train))
+    sys.exit(main())

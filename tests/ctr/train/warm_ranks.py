@@ -102,7 +102,7 @@ def _fork_rank(rank: int, command: dict) -> int:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(command["port"]))
     sys.argv = [f"scripts/{command['script']}.py", *command["arguments"]]
 
-    from tessera.distributed import heartbeat, process
+    from tessera.distributed import heartbeat
 
     script = importlib.import_module(f"tessera.scripts.{command['script']}")
 
@@ -122,7 +122,7 @@ def _fork_rank(rank: int, command: dict) -> int:
         _die(command["die"])
     status = 1
     try:
-        status = process.run(script.load, script.train)
+        status = script.main()
     finally:
         sys.stdout.flush()
         os._exit(status)

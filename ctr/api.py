@@ -1,0 +1,132 @@
+"""Train and score from Python, in a notebook too: no torchrun, one process.
+
+    from tessera.ctr import api
+
+    config = api.load_config("model=deepfm", "data=mine", "data.path=/data/mine", "trainer.run_dir=runs/mine")
+    run = api.train(config)
+    run.report["auc"], run.predictions().to_pandas()
+    api.evaluate(run, "test", "data.path=/data/new").report["auc"]
+
+Mistakes raise `TesseraError` with the line that a command would print. Under torchrun the same calls join its ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch.distributed as dist
+
+from tessera.ctr import config as configuration
+from tessera.ctr.config import Config
+from tessera.ctr.report.result import PREDICTIONS, settle_result
+from tessera.ctr.train.score_run import run_config, score_run
+from tessera.ctr.train.trainer import Trainer
+from tessera.distributed import process as processes
+from tessera.distributed.process import Process
+from tessera.embedding.errors import ConfigError, TesseraError
+
+__all__ = ["Config", "Run", "TesseraError", "evaluate", "load_config", "train"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder with a report: of a training run, or of an evaluation of one."""
+
+    folder: Path
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The content of report.json: auc, logloss, rows, ... of the split that counts, those of all in `splits`.
+
+        Raises ConfigError: there is none in the folder.
+        """
+        settle_result(self.folder)
+        path = self.folder / "report.json"
+        if not path.is_file():
+            raise ConfigError(f"{self.folder} holds no report.json; expected the folder of a finished run")
+        return json.loads(path.read_text())
+
+    def predictions(self, split: str = "test") -> pa.Table:
+        """What was predicted for each row of a split: prediction float32, label, weight, and what else was kept.
+
+        Raises ConfigError: the split was not scored.
+        """
+        settle_result(self.folder)
+        files = sorted((self.folder / PREDICTIONS).glob(f"{split}-*.parquet"))
+        if not files:
+            raise ConfigError(f"{self.folder} holds no predictions of split {split!r}")
+        return pa.concat_tables([pq.read_table(path) for path in files])
+
+
+def load_config(*overrides: str, config_dir: str | os.PathLike | Sequence[str | os.PathLike] = ()) -> Config:
+    """Compose a configuration as the commands do: `load_config("model=deepfm", "data.path=/data")`.
+
+    Args:
+        overrides: `key=value`, as on a command line.
+        config_dir: folders of your own yaml, laid out as conf/.
+
+    Raises ConfigError: an unknown key, or a value that it does not take.
+    """
+    folders = [config_dir] if isinstance(config_dir, str | os.PathLike) else config_dir
+    options = [word for folder in folders for word in ("--config-dir", str(folder))]
+    return configuration.load_config([*options, *overrides], "")
+
+
+def train(config: Config) -> Run:
+    """Train as `tessera train` does and return the run with its report.
+
+    Raises TesseraError: what the command would print as its error.
+    """
+    with _process(config) as process:
+        trainer = Trainer(config, process)
+        try:
+            trainer.fit()
+        finally:  # a notebook keeps the frames of an exception, and with them what holds the folder
+            trainer.log.close()
+        return Run(Path(trainer.log.folder))
+
+
+def evaluate(
+    run: Run | str | os.PathLike,
+    split: str = "test",
+    *overrides: str,
+    slices: Sequence[str] = (),
+    output: str | os.PathLike | None = None,
+) -> Run:
+    """Score a split with the best model of a run, as `tessera evaluate` does, and return the folder of the scores.
+
+    Args:
+        overrides: `data.<key>=<value>` and `trainer.<key>=<value>`; other data is `data.path=/data/new`.
+        slices: features by whose values the report breaks the metrics down.
+        output: default evaluations/<time> in the folder of the run.
+
+    Raises TesseraError: what the command would print as its error.
+    """
+    folder = run.folder if isinstance(run, Run) else Path(run)
+    config = run_config(folder, list(overrides))
+    with _process(config) as process:
+        report = score_run(config, process, folder, split, Path(output) if output else None, slices)
+        found = [str(report.folder) if report else None]
+        if process.world_size > 1:
+            dist.broadcast_object_list(found)
+        return Run(Path(found[0]))
+
+
+@contextmanager
+def _process(config: Config) -> Iterator[Process]:
+    """The process group of a call, which ends with it."""
+    if dist.is_initialized():
+        raise ConfigError("torch.distributed is in use in this process; expected no process group, one is made here")
+    process = processes.start(config.trainer.device, config.trainer.timeout_seconds)
+    try:
+        yield process
+    finally:
+        processes.stop(process)
