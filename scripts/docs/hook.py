@@ -14,7 +14,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from tessera.scripts.docs import api, keys
+from tessera.scripts.docs import api, commands, keys
 
 ROOT = Path(__file__).resolve().parents[2]
 #: File in the root -> its address in the site.
@@ -42,7 +42,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def generated() -> dict[str, str]:
     """Address in the site -> markdown, of all pages that docs/ does not hold."""
-    found = {"reference/keys.md": keys.page(), **dict(api.pages())}
+    found = {"reference/keys.md": keys.page(), "reference/commands.md": commands.page(), **dict(api.pages())}
     for name, address in FROM_ROOT.items():
         found[address] = (ROOT / name).read_text()
     return found

@@ -11,6 +11,7 @@ from tests.docs.pages import PAGES, ROOT, anchors, names, prose
 
 LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)|(?:src|href)=\"(?P<html>[^\"]+)\"")
 FILE = re.compile(r"(?<![\w/.:-])(?:[\w-]+/)+[\w.-]+\.(?:py|yaml|yml|sh|txt|md|toml|cpp|h)\b(?:::\w+)?")
+LAYERS = "ctr|distributed|embedding|kernels|conf|scripts"
 TESTS = re.compile(r"::(test_\w+)")
 #: Folders in which a page may leave out what stands before: `daily/test_life.py` is below tests/ctr.
 BELOW = ("", "tests", "tests/ctr", "scripts", "docs")
@@ -78,3 +79,20 @@ def test_what_leads_nowhere_is_found():
         "conf/nowhere.yaml",
         "docs/test_links.py::test_no",
     ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_modules_that_are_named_are_there(page):
+    """`tessera.a.b.C` in a page is a module, or a name in one."""
+    named = set(re.findall(rf"\btessera\.(?:{LAYERS})(?:\.\w+)*", page.read_text()))
+    gone = [name for name in named if not MADE.search(name) and not _is_in_source(name.split(".")[1:])]
+    assert not gone
+
+
+def _is_in_source(parts: list[str]) -> bool:
+    path = ROOT.joinpath(*parts)
+    if path.is_dir() or path.with_suffix(".py").is_file():
+        return True
+    module = path.parent.with_suffix(".py")
+    source = module if module.is_file() else path.parent / "__init__.py"
+    return source.is_file() and re.search(rf"^(?:class|def) {parts[-1]}\b|^{parts[-1]}\b", source.read_text(), re.M)

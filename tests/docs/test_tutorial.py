@@ -12,13 +12,13 @@ import pytest
 
 from tessera.ctr.config import load_config
 from tessera.ctr.data.schema import Schema
+from tessera.scripts.command import COMMANDS
 from tests.docs.pages import ROOT, blocks
 from tests.ranks import run_script
 
 TEXT = (ROOT / "docs" / "tutorial.md").read_text()
 #: What the reader's folder holds; in the test it lies elsewhere.
 HIS = re.compile(r"(?<![\w/])(data/shop|my_conf|runs/shop|served/shop)")
-LAUNCHERS = {".venv/bin/torchrun", ".venv/bin/python", ".venv/bin/tessera"}
 
 
 def commands() -> list[list[str]]:
@@ -27,18 +27,20 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for line in lines if line.strip()]
 
 
+def understood(words: list[str]) -> tuple[str, list[str], int]:
+    """The script that a command starts, its arguments, and on how many ranks."""
+    if words[0] == "tessera":
+        return COMMANDS[words[1]][0], words[2:], 1
+    launcher, option, number, module, name, *arguments = words
+    assert (launcher, option, module) == ("torchrun", "--nproc-per-node", "-m")
+    return name.removeprefix("tessera.scripts."), arguments, int(number)
+
+
 def run(words: list[str], folder: Path) -> str:
-    """Run a command in the folder, on as many ranks as it asks for. Returns what it said; an error if it failed."""
-    launcher, *rest = words
-    assert launcher in LAUNCHERS, f"the test cannot run {launcher}"
-    world = 1
-    if launcher.endswith("torchrun"):
-        option, number, *rest = rest
-        assert option == "--nproc-per-node"
-        world = int(number)
-    script, *arguments = rest
+    """Run a command with the reader's files in the folder. Returns what it said; an error if it failed."""
+    script, arguments, world = understood(words)
     moved = [HIS.sub(rf"{folder}/\1", one) for one in arguments]
-    done = run_script(script, *moved, world=world)
+    done = run_script(f"scripts/{script}.py", *moved, world=world)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout
 
@@ -63,15 +65,12 @@ def reader(tmp_path_factory) -> Path:
 
 def test_every_configuration_is_understood(reader):
     """Those of all commands that take overrides alone."""
-    understood = 0
-    for words in commands():
-        script = next(one for one in words if one.endswith(".py"))
-        if script in ("scripts/train.py", "scripts/daily.py"):
-            arguments = [HIS.sub(rf"{reader}/\1", one) for one in words[words.index(script) + 1 :]]
-            config = load_config([one for one in arguments if one != "--cfg"], "")
-            assert Schema(config.data.schema).tables.keys() == {"user", "item", "category", "tags"}
-            understood += 1
-    assert understood >= 6
+    of_keys = [understood(words) for words in commands() if understood(words)[0] in ("train", "daily")]
+    assert len(of_keys) >= 6
+    for _, arguments, _ in of_keys:
+        moved = [HIS.sub(rf"{reader}/\1", one) for one in arguments if one != "--cfg"]
+        config = load_config(moved, "")
+        assert Schema(config.data.schema).tables.keys() == {"user", "item", "category", "tags"}
 
 
 def test_the_first_training_ends_in_its_report(reader, tmp_path):
