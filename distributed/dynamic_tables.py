@@ -262,9 +262,6 @@ class DynamicTables(nn.Module):
             for i, t in enumerate(self.tables)
         ]
 
-    def fill(self) -> None:
-        """Nothing: rows come to be when their ids are seen."""
-
     def _kernels(self) -> list[DynamicTableKernel]:
         return [k for module in (self.collection, self.bags) if module is not None for k in module.kernels()]
 

@@ -18,15 +18,12 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingPlan, ShardingType
 
-from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.module_names import module_name
-from tessera.distributed.no_tables import NoTables
 from tessera.distributed.plan import describe, size
 from tessera.distributed.process import Process
-from tessera.distributed.static_tables import StaticTables
+from tessera.distributed.tables import PrefilledTables, ShardedTables, Tables
 from tessera.embedding.errors import ConfigError
 
-Tables = StaticTables | DynamicTables | NoTables
 RESERVED = 0.2  # share of memory left for the dense side, its optimizer and batches
 
 
@@ -45,10 +42,10 @@ def shard(
         ConfigError: the tables do not fit the ranks' memory.
     """
     sizes, memory = tables.sizes(), _memory_per_rank(process)
-    sharders = tables.sharders()
+    sharders, plan = [], ShardingPlan({})
     try:
-        plan = ShardingPlan({})
-        if sizes:  # the planner has no plan for nothing
+        if isinstance(tables, ShardedTables):  # the planner has no plan for nothing
+            sharders = tables.sharders()
             plan = _planner(tables, process, batch_size).collective_plan(network, sharders, dist.group.WORLD)
     except PlannerError:
         need = sum(table.bytes for table in sizes)
@@ -65,11 +62,12 @@ def shard(
         init_data_parallel=process.world_size > 1,
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
-    tables.fill()
+    if isinstance(tables, PrefilledTables):
+        tables.fill()
     return sharded, describe(sizes, process.world_size, process.device.type, memory)
 
 
-def _planner(tables: Tables, process: Process, batch_size: int) -> EmbeddingShardingPlanner:
+def _planner(tables: ShardedTables, process: Process, batch_size: int) -> EmbeddingShardingPlanner:
     topology = _topology(process)
     one = ParameterConstraints(sharding_types=[ShardingType.ROW_WISE.value], compute_kernels=[tables.compute_kernel])
     constraints = {module_name(table.name): one for table in tables.sizes()}

@@ -24,7 +24,6 @@ from tessera.distributed.plan import TableSize
 from tessera.distributed.torchrec.ids_ahead import IdsAhead
 from tessera.embedding.config import RowOptimizer, TableConfig
 from tessera.embedding.errors import ConfigError
-from tessera.embedding.table import DynamicTable
 from tessera.kernels.mix import mix64
 from tessera.kernels.random import normal
 
@@ -54,8 +53,6 @@ class StaticTables(nn.Module):
     """
 
     compute_kernel = EmbeddingComputeKernel.FUSED.value
-    brings_ahead = False
-    learns_steps = False
 
     def __init__(
         self,
@@ -142,10 +139,6 @@ class StaticTables(nn.Module):
             stride=ids.stride(),
         )
 
-    def dense_parameters(self) -> dict[str, nn.Parameter]:
-        """None."""
-        return {}
-
     def sharders(self) -> list[RowWiseSharder]:
         optimizer = self.optimizer
         kind = SPARSE_OPTIMIZERS[optimizer.name]
@@ -167,26 +160,6 @@ class StaticTables(nn.Module):
             table = by_name[key.split(".")[-2]]
             for shard in value.local_shards():
                 _fill(shard.tensor, shard.metadata.shard_offsets[0], table, self.seed)
-
-    def begin_step(self, now: int, learn_steps: bool = False, times: Tensor | None = None) -> None:
-        """Nothing: static rows have no age, and no step sizes."""
-
-    def begin_period(self) -> None:
-        """Nothing: rows are as old as the table."""
-
-    def expire(self, now: int, everywhere: bool = False) -> None:
-        """Nothing: static rows never expire."""
-
-    def stats(self) -> dict[str, dict[str, float]]:
-        """Nothing to count."""
-        return {}
-
-    def cache_stats(self) -> None:
-        """No cache."""
-
-    def owned(self) -> dict[str, DynamicTable]:
-        """No dynamic tables."""
-        return {}
 
     def tensors(self) -> dict[str, Any]:
         """Weights and optimizer state, as live shards: what is saved by name."""
@@ -211,9 +184,6 @@ class StaticTables(nn.Module):
                 for shard in value.local_shards():
                     shard.tensor.zero_()
         self.fill()
-
-    def clear(self) -> None:
-        """Nothing to forget: rows are overwritten."""
 
 
 def stored_dim(dim: int) -> int:

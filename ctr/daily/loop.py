@@ -158,7 +158,7 @@ class Daily(Trainer):
         record, folder = self.record, self.log.folder
         key, began = record["partition"], time.perf_counter()
         on_first_rank(self.process, lambda: clear_day(folder, key))
-        marks = bool(self.tables.owned())
+        marks = self.growing is not None
         predictions = day_dir(folder, key) / "predictions"
         evaluate(self.model, self.readers["day"], self.process, predictions, key, mark_new_ids=marks)
         if self.process.world_size > 1:
@@ -227,7 +227,8 @@ class Daily(Trainer):
             if self.distil:
                 self.log.distil(self.step, self.epoch, self.distil.end_epoch())
         self.log_interval()
-        self.tables.expire(self.now, everywhere=True)
+        if self.growing:
+            self.growing.expire(self.now, everywhere=True)
         self.record["train_seconds"] = before + time.perf_counter() - began
 
     def begin_period(self, goes_on: bool) -> None:
@@ -235,7 +236,8 @@ class Daily(Trainer):
         if not goes_on:
             if self.config.daily.method == "window":
                 self._start_anew()
-            self.tables.begin_period()
+            if self.growing:
+                self.growing.begin_period()
         if self.distil:
             self.incremental.ask_teacher(goes_on)
 
@@ -323,7 +325,8 @@ class Daily(Trainer):
     def _start_anew(self) -> None:
         """Method window: the model as it was before the first step."""
         self.model.module.tower.load_state_dict(self.first_tower)
-        self.tables.restart()
+        if self.sharded:
+            self.sharded.restart()
         self.optimizers = Optimizers(self.config.optimizer, self.model)
         self.checkpoints.forget_tables()
         self.publisher.forget()
@@ -331,9 +334,9 @@ class Daily(Trainer):
 
     def _counts(self) -> dict[str, int | None]:
         """Rows and bytes of all tables now, rows added and given up since there are tables. The same on all ranks."""
-        stats = self.tables.stats().values()
-        if not stats:
+        if self.growing is None:
             return dict.fromkeys(TABLES)
+        stats = self.growing.stats().values()
         names = ("rows", "bytes", "admitted", "expired", "evicted")
         counts = torch.tensor([sum(int(one[name]) for one in stats) for name in names])
         if self.process.world_size > 1:

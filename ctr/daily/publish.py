@@ -31,6 +31,7 @@ from tessera.distributed.saved.row_files import ColumnSource, copied, files_of, 
 from tessera.distributed.saved.states import DELETED, PARTIAL, REPLACED, CheckpointError, Saved, clean, discard, save
 from tessera.distributed.saved.storage import Storage
 from tessera.distributed.saved.tables import TableParts, describe_tables
+from tessera.distributed.tables import owned_tables
 from tessera.embedding.errors import ConfigError
 
 FOLDER = "published"
@@ -85,7 +86,7 @@ class Publisher:
         records: of the days before.
         """
         chain = chain_of(records)
-        tables = self._network.tables.owned()
+        tables = owned_tables(self._network.tables)
         possible = 0 < len(chain) < self._config.daily.full_every and self._marks.keys() == tables.keys() != set()
         possible = possible and all(table.evicted(READER) is not None for table in tables.values())
         if self._process.is_main:
@@ -118,7 +119,7 @@ class Publisher:
 
         Raises CheckpointError: it cannot be written; what was published before is untouched.
         """
-        record, process, tables = records[-1], self._process, self._network.tables.owned()
+        record, process, tables = records[-1], self._process, owned_tables(self._network.tables)
         delta = record["published"] == "delta"
 
         def write(storage: Storage) -> dict[str, Any]:
@@ -149,7 +150,7 @@ class Publisher:
 
     def follow(self) -> None:
         """The live tables are published: note what changes from here on."""
-        for name, table in self._network.tables.owned().items():
+        for name, table in owned_tables(self._network.tables).items():
             table.take_evicted(READER)
             self._marks[name] = table.mark()
 
@@ -161,7 +162,7 @@ class Publisher:
         """What a state must hold for `restore`: the ids touched and given up since the last publication."""
         files = {}
         for name, mark in self._marks.items():
-            table = self._network.tables.owned()[name]
+            table = owned_tables(self._network.tables)[name]
             evicted = table.evicted(READER)
             if evicted is None:  # too many: the next publication is whole
                 continue
@@ -173,7 +174,7 @@ class Publisher:
     def restore(self, saved: Saved) -> None:
         """Go on from a state, on any number of ranks, after the tables were loaded from it."""
         self._marks, folder = {}, saved.folders[0]
-        for name, table in self._network.tables.owned().items():
+        for name, table in owned_tables(self._network.tables).items():
             if all(self._is_whole(folder, kind, name) for kind in (TOUCHED, GIVEN_UP)):
                 ids = [self._ids(folder, kind, name).to(table.device) for kind in (TOUCHED, GIVEN_UP)]
                 self._marks[name] = table.note(READER, *ids)

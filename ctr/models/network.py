@@ -21,8 +21,8 @@ from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.no_tables import NoTables
 from tessera.distributed.plan import sums_are_smaller
 from tessera.distributed.saved.row_files import folder_name
-from tessera.distributed.sharding import Tables
 from tessera.distributed.static_tables import StaticTables
+from tessera.distributed.tables import Tables, growing
 from tessera.embedding.config import (
     Admission,
     DynamicTableConfig,
@@ -72,7 +72,8 @@ class Network(nn.Module):
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """All that the dense optimizer trains: the tower's and, by `embedding.others`, the tables' learned rows."""
-        return {**dict(self.tower.named_parameters()), **self.tables.dense_parameters()}
+        tables = growing(self.tables)
+        return {**dict(self.tower.named_parameters()), **(tables.dense_parameters() if tables else {})}
 
 
 def build_tower(config: Config, schema: Schema) -> Tower:

@@ -49,6 +49,7 @@ from tessera.distributed.saved.tables import (
     load_waiting,
 )
 from tessera.distributed.saved.watch import SaveWatch
+from tessera.distributed.tables import owned_tables
 
 if TYPE_CHECKING:
     from tessera.ctr.train.trainer import Trainer
@@ -77,7 +78,7 @@ class Checkpoints:
         folder = self._config.folder or str(trainer.log.folder / "checkpoints")
         self._watch = SaveWatch(self._process, trainer.config.trainer.timeout_seconds)
         self.root = Storage(folder, self._watch.note)
-        self._tables = TableSaver(trainer.tables.owned())
+        self._tables = TableSaver(owned_tables(trainer.tables))
         self._chain: list[dict[str, str]] = []
         self._saved_step: int | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -145,7 +146,7 @@ class Checkpoints:
     def _copy_fits(self) -> bool:
         """Whether the host has memory for copies of its ranks' rows, should all change before they are written. Ranks
         may differ: the group's agreement is the same from the thread and from here."""
-        needed = sum(table.nbytes for table in self._trainer.tables.owned().values())
+        needed = sum(table.nbytes for table in owned_tables(self._trainer.tables).values())
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return needed * local_ranks < MEMORY_SHARE * available_memory()
 
@@ -190,7 +191,7 @@ class Checkpoints:
             **trainer.state(),
             "log": trainer.log.state(),
             "distil": trainer.distil.state() if trainer.distil else None,
-            "tables": describe_tables(trainer.tables.owned()),
+            "tables": describe_tables(owned_tables(trainer.tables)),
             "config": OmegaConf.to_container(OmegaConf.structured(trainer.config), resolve=True),
         }
 
@@ -241,7 +242,7 @@ class Checkpoints:
     def forget_tables(self) -> None:
         """The live tables are new ones: the next state is full."""
         self.wait()
-        self._tables, self._chain = TableSaver(self._trainer.tables.owned()), []
+        self._tables, self._chain = TableSaver(owned_tables(self._trainer.tables)), []
 
     def resume(self) -> bool:
         """Go on from the newest state of this run, or from the one that trainer.resume names. False: there is none.
@@ -263,7 +264,7 @@ class Checkpoints:
             except DamagedState as error:
                 problems.append(str(error))
                 trainer.log.warn(problems[-1])
-                self._tables = TableSaver(trainer.tables.owned())
+                self._tables = TableSaver(owned_tables(trainer.tables))
         else:
             return False
         trainer.log.say(f"step {trainer.step} · goes on from {saved.name}, saved by {saved.ranks} rank(s)")
@@ -316,11 +317,11 @@ class Checkpoints:
         trainer, process, training = self._trainer, self._process, saved.training
         same_ranks = saved.ranks == process.world_size
         fill_model(trainer.model, saved, process, in_place=same_ranks)
-        self._tables = TableSaver(trainer.tables.owned())
-        load_waiting(trainer.tables.owned(), saved, process)
+        self._tables = TableSaver(owned_tables(trainer.tables))
+        load_waiting(owned_tables(trainer.tables), saved, process)
         tensors = load_tensors(saved.folders[0], lambda name: name.startswith(("rank/", "optimizer/")))
         by_rank = [_below(tensors, f"rank/{rank}/") for rank in range(saved.ranks)]
-        for line in load_table_state(trainer.tables.owned(), saved, by_rank, process):
+        for line in load_table_state(owned_tables(trainer.tables), saved, by_rank, process):
             trainer.log.warn(line)
         trainer.optimizers.load_state(_below(tensors, "optimizer/"), **training["schedule"])
         trainer.load_state(saved)

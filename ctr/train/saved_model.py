@@ -15,6 +15,7 @@ from tessera.distributed.saved.row_files import rows_of
 from tessera.distributed.saved.states import REPLACED, DamagedState, Saved, open_saved, save
 from tessera.distributed.saved.storage import Sealed, Storage, seal
 from tessera.distributed.saved.tables import TableParts, describe_tables, load_rows
+from tessera.distributed.tables import growing, owned_tables
 from tessera.embedding.errors import TesseraError
 
 
@@ -25,7 +26,7 @@ def save_model(model: DistributedModelParallel, folder: Path, process: Process, 
     """
     process.stage = f"saving {folder.name}"
     network = model.module
-    tables = network.tables.owned()
+    tables = owned_tables(network.tables)
 
     def write(storage: Storage) -> dict[str, Any]:
         tower = {f"tower/{name}": value for name, value in network.tower.state_dict().items()}
@@ -94,11 +95,14 @@ def fill_model(model: DistributedModelParallel, saved: Saved, process: Process, 
     if extra:
         hint = "trainer.warm_start takes what fits"
         raise CheckpointError(f"{saved.name} holds {extra[0]}, which the model lacks; {hint}")
-    network.tables.clear()
+    growing_tables = growing(network.tables)
+    if growing_tables:
+        growing_tables.clear()
     try:
-        load_rows(network.tables.owned(), saved, process, in_place=in_place)
+        load_rows(owned_tables(network.tables), saved, process, in_place=in_place)
     except DamagedState:
-        network.tables.clear()
+        if growing_tables:
+            growing_tables.clear()
         raise
     found = load_tensors(saved.folders[0], lambda name: name.startswith("tower/"))
     network.tower.load_state_dict({name.removeprefix("tower/"): value for name, value in found.items()})

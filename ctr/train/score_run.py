@@ -32,6 +32,7 @@ from tessera.ctr.train.stored_config import read_config, targets_of
 from tessera.ctr.train.trainer import build_model, set_threads
 from tessera.distributed.process import Process
 from tessera.distributed.saved.states import CheckpointError
+from tessera.distributed.tables import owned_tables
 from tessera.embedding.errors import ConfigError, TesseraError
 
 PLACE = "evaluations"  # in the folder of the run
@@ -89,7 +90,7 @@ def score_run(
         SliceColumn(schema, feature)  # a name that the schema lacks ends the job before anything is written
     model, _ = build_model(config, schema, process)
     marks = NEW_IDS in slices
-    if marks and not model.module.tables.owned():
+    if marks and not owned_tables(model.module.tables):
         raise ConfigError("slice new_ids: embedding.kind is static; expected dynamic, which knows its ids")
     which, step = load_model_of_run(model, config, run_dir, process)
     output, places = output or run_dir / PLACE / f"{datetime.now():%Y%m%d-%H%M%S}", [run_dir / PLACE]

@@ -38,6 +38,7 @@ from tessera.distributed.saved.row_files import ColumnSource
 from tessera.distributed.saved.states import Saved
 from tessera.distributed.sharding import shard
 from tessera.distributed.side_stream import SideStream
+from tessera.distributed.tables import Tables, growing, sharded
 from tessera.embedding.errors import ConfigError
 
 HIGHER_IS_BETTER = {"auc": True, "logloss": False}
@@ -60,11 +61,12 @@ class Trainer:
         self.schema = Schema(config.data.schema)
         self.readers = self.open_readers()
         self.model, plan = build_model(config, self.schema, process)
-        self.tables = self.model.module.tables
+        self.tables: Tables = self.model.module.tables
+        self.sharded, self.growing = sharded(self.tables), growing(self.tables)  # the tables again, if they are that
         self.optimizers = Optimizers(config.optimizer, self.model)
         self.log = RunLog(config, process, plan)
         self.log.passed_over(self.readers)
-        self.steps_every = config.embedding.alpt.every if self.tables.learns_steps else None
+        self.steps_every = config.embedding.alpt.every if self.growing and self.growing.learns_steps else None
         distil = config.trainer.distil
         self.distil = None if distil.kind == "none" else Distillation(distil, process.device)
         self.step = self.epoch = self.now = 0
@@ -74,7 +76,7 @@ class Trainer:
         self.evaluated_step = -1
         self.batches: LookAhead | None = None
         self.ready: ReadyBatch | None = None  # the next step's batch, if this step has begun with it
-        self.overlaps = process.device.type == "cuda" or self.tables.brings_ahead
+        self.overlaps = process.device.type == "cuda" or bool(self.growing and self.growing.brings_ahead)
         self.ahead = SideStream(process.device)
         self.stopping = False  # a rank was asked to stop; all ranks learn it in the same step
         self.checkpoints = Checkpoints(self)
@@ -132,11 +134,10 @@ class Trainer:
         self.batches = LookAhead(self.log.progress(batches, reader, self.epoch))
         for batch in self.batches:
             loss_sum, weight = self.train_step(batch)
-            if self.step % self.config.embedding.expire_every == 0:
-                self.tables.expire(self.now)
+            if self.growing and self.step % self.config.embedding.expire_every == 0:
+                self.growing.expire(self.now)
             if self.log.train(self.step, self.epoch, batch.rows, loss_sum, weight, self.optimizers):
-                self.log.tables(self.step, self.tables.stats())
-                self.log.cache(self.step, self.tables.cache_stats())
+                self.log_tables()
             yield batch
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -148,7 +149,8 @@ class Trainer:
         self.ahead.begin_step(ready)
         batch, self.now, self.stopping = ready.on_device, ready.now, ready.stop
         learn_steps = self.steps_every is not None and self.step % self.steps_every == 0
-        self.tables.begin_step(self.now, learn_steps, ready.times)
+        if self.growing:
+            self.growing.begin_step(self.now, learn_steps, ready.times)
         network.step = self.step
         self.ready = self.get_next_ready()
         logits, embeddings = self.model(batch)
@@ -175,7 +177,7 @@ class Trainer:
         and from it the step sizes with which they are stored. The tower has been updated and takes no part."""
         network: Network = self.model.module
         self.process.stage = f"step {self.step}: step sizes"
-        with self.tables.second_pass():
+        with self.growing.second_pass():
             logits, embeddings = network(batch)
             loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
             loss_sum = loss_sum + (self.distil.loss(logits, batch, count=False) if self.distil else 0.0)
@@ -192,7 +194,8 @@ class Trainer:
         with self.ahead.queued():
             on_device = to_device(batch, self.process.device)
             times = on_device.time if self.clock.of_events else None
-            sent = self.tables.prepare(on_device.ids, agreed.now, times) if self.overlaps else None
+            sends = self.overlaps and self.sharded is not None
+            sent = self.sharded.prepare(on_device.ids, agreed.now, times) if sends else None
         return ReadyBatch(batch, on_device, sent, times, *agreed)
 
     def get_next_ready(self) -> ReadyBatch | None:
@@ -207,8 +210,9 @@ class Trainer:
     def send_next(self) -> None:
         """Send the ids of the next step's batch, of which their owners know the number now. The device is busy with
         the forward pass of this step."""
-        with self.ahead.queued():
-            self.tables.send_prepared()
+        if self.sharded:
+            with self.ahead.queued():
+                self.sharded.send_prepared()
 
     def pauses_after(self, step: int) -> bool:
         """Whether rows may expire, or there is an evaluation, a saved state or the end, between a step and the next.
@@ -252,8 +256,13 @@ class Trainer:
     def log_interval(self) -> None:
         """Log the steps since the last line: a run, or a day, may end before the next line is due."""
         if self.log.interval(self.step, self.optimizers):
-            self.log.tables(self.step, self.tables.stats())
-            self.log.cache(self.step, self.tables.cache_stats())
+            self.log_tables()
+
+    def log_tables(self) -> None:
+        """Log the counts of tables whose rows come and go, and what their caches did."""
+        if self.growing:
+            self.log.tables(self.step, self.growing.stats())
+            self.log.cache(self.step, self.growing.cache_stats())
 
     def evaluate(self) -> None:
         """Score the valid split; keep the model if it is the best so far. All ranks see the same numbers."""

@@ -16,6 +16,7 @@ from tessera.ctr.train.saved_training import as_written
 from tessera.distributed.saved.dense import load_into, load_tensors, tensor_shapes
 from tessera.distributed.saved.states import Saved
 from tessera.distributed.saved.tables import describe_tables, load_rows, load_waiting
+from tessera.distributed.tables import owned_tables
 from tessera.embedding.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _there(name: str, old_names: Mapping[str, str]) -> str:
 
 
 def _take_tables(trainer: Trainer, saved: Saved, old_names: Mapping[str, str], with_state: bool) -> Taken:
-    described, owned = saved.training["tables"], trainer.tables.owned()
+    described, owned = saved.training["tables"], owned_tables(trainer.tables)
     taken, there_of = Taken(), {name: _there(name, old_names) for name in owned}
     for name, mine in describe_tables(owned).items():
         found = described.get(there_of[name])

@@ -104,7 +104,8 @@ class Model:
     def train(self, days: list[str], replay: Path | None = None, teach: bool = True) -> None:
         """One pass over days that were scored just now. teach: distil, if the method does."""
         reader, distil, began = self.reader(days, replay, training=True), self.trainer.distil, time.process_time()
-        self.trainer.tables.begin_period()
+        if self.trainer.growing:
+            self.trainer.growing.begin_period()
         if distil and teach:
             logits = self.folder / "predictions"
             if distil.config.kind == "batch":

@@ -14,6 +14,7 @@ from tessera.ctr.models.network import LONGEST_NAME
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.module_names import module_name
 from tessera.distributed.saved.row_files import folder_name
+from tessera.distributed.tables import owned_tables
 from tessera.embedding.errors import ConfigError, TesseraError
 from tests.ranks import on_ranks
 
@@ -77,7 +78,7 @@ def train_and_resume(process, data: Path, run_dir: Path) -> list[bool]:
 
 def content(trainer: Trainer) -> dict:
     found = {name: p.tolist() for name, p in trainer.model.module.dense_parameters().items()}
-    for name, table in trainer.tables.owned().items():
+    for name, table in owned_tables(trainer.tables).items():
         for batch in table.export_rows():
             found |= {(name, i): row.tolist() for i, row in zip(batch.ids.tolist(), batch.values, strict=True)}
     for name, value in trainer.tables.tensors().items():

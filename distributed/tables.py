@@ -1,0 +1,135 @@
+"""What the rest of the system may ask of a model's tables, whatever kind they are.
+
+`Tables` is what every kind has: `NoTables` has no more. What only some kinds can do is a protocol of its own:
+`ShardedTables` (static and dynamic) are spread over ranks, `PrefilledTables` (static) have rows before training, and
+`GrowingTables` (dynamic) have rows that come and go by id. A caller asks with isinstance, or with the functions below.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
+
+from tessera.distributed.host_manager import CacheStats
+from tessera.distributed.plan import TableSize
+from tessera.embedding.table import DynamicTable
+
+
+@runtime_checkable
+class Tables(Protocol):
+    """An nn.Module that turns the ids of a batch into embeddings."""
+
+    def __call__(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """ids: raw int64 ids, stride B. Returns group -> [B, fields, dim] float32; an empty bag gives zeros."""
+        ...
+
+    def squares_looked_up(self, embeddings: dict[str, Tensor]) -> Tensor:
+        """Return the sum of squares of all rows that the batch looked up, float32 [], differentiable: what L2
+        multiplies. embeddings: what the forward pass returned."""
+        ...
+
+    def sizes(self) -> list[TableSize]:
+        """Return what each table takes, for the plan."""
+        ...
+
+    def tensors(self) -> dict[str, Any]:
+        """Return what is saved by name, live: tensors and shards. Rows of dynamic tables are saved by id instead."""
+        ...
+
+
+@runtime_checkable
+class ShardedTables(Tables, Protocol):
+    """Tables that torchrec spreads over the ranks."""
+
+    compute_kernel: str
+
+    def sharders(self) -> list[Any]:
+        """Return torchrec's sharders for the modules inside."""
+        ...
+
+    def prepare(self, ids: KeyedJaggedTensor, now: int, times: Tensor | None = None) -> Any:
+        """Begin to send the ids of a coming training batch to the owners of their rows. Collective. Batches are
+        prepared in the order of their steps. times: int64 [B] of the rows' events, at most `now`, in seconds.
+
+        Returns what holds the memory that the step will use.
+        """
+        ...
+
+    def send_prepared(self) -> None:
+        """Go on with what `prepare` has begun, as long as the device is busy. Collective."""
+        ...
+
+    def restart(self) -> None:
+        """Be as before the first step."""
+        ...
+
+
+@runtime_checkable
+class PrefilledTables(ShardedTables, Protocol):
+    """Tables whose rows are all there before the first step."""
+
+    def fill(self) -> None:
+        """Draw this rank's first rows, after sharding."""
+        ...
+
+
+@runtime_checkable
+class GrowingTables(ShardedTables, Protocol):
+    """Tables whose rows are added when their ids are admitted, and given up when they are not seen any more."""
+
+    brings_ahead: bool
+    learns_steps: bool
+
+    def owned(self) -> dict[str, DynamicTable]:
+        """Return this rank's part of each table, after sharding."""
+        ...
+
+    def begin_step(self, now: int, learn_steps: bool = False, times: Tensor | None = None) -> None:
+        """Set the time of the coming training step, in seconds, with which its rows are touched. times: int64 [B]."""
+        ...
+
+    def begin_period(self) -> None:
+        """Count rows that are there now as old from here on."""
+        ...
+
+    def second_pass(self) -> AbstractContextManager[None]:
+        """Enter the second pass of a step, which trains the rows' quantisation steps alone."""
+        ...
+
+    def expire(self, now: int, everywhere: bool = False) -> None:
+        """Give up rows not seen for their table's TTL, in the next part of each table or everywhere."""
+        ...
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        """Return this rank's counts by table."""
+        ...
+
+    def cache_stats(self) -> CacheStats | None:
+        """Return what the caches of this rank did since the last call; None if tables have no cache."""
+        ...
+
+    def dense_parameters(self) -> dict[str, nn.Parameter]:
+        """Return by name what the dense optimizer trains."""
+        ...
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        ...
+
+
+def sharded(tables: Tables) -> ShardedTables | None:
+    """Return `tables` if they are spread over the ranks."""
+    return tables if isinstance(tables, ShardedTables) else None
+
+
+def growing(tables: Tables) -> GrowingTables | None:
+    """Return `tables` if their rows come and go."""
+    return tables if isinstance(tables, GrowingTables) else None
+
+
+def owned_tables(tables: Tables) -> dict[str, DynamicTable]:
+    """Return this rank's part of each dynamic table by name; nothing if the tables are of another kind."""
+    return tables.owned() if isinstance(tables, GrowingTables) else {}
