@@ -6,7 +6,6 @@ import argparse
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from tessera.ctr.daily.config import DailyConfig
 from tessera.ctr.data.config import DataConfig
 from tessera.ctr.overrides import compose_overrides
 from tessera.ctr.train.distil import DistilConfig
-from tessera.embedding.errors import ConfigError
+from tessera.embedding.errors import ConfigError, did_you_mean
 
 
 @dataclass
@@ -245,8 +244,7 @@ def _explain_type(error: OmegaConfBaseException, composed: DictConfig) -> str:
     if unknown:
         dataclass_type = next((t for t in _dataclasses() if t.__name__ == unknown[2]), None)
         names = list(dataclass_type.__dataclass_fields__) if dataclass_type else []
-        near = get_close_matches(unknown[1], names, 1)
-        return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}")
+        return f"unknown key {key!r}" + did_you_mean(unknown[1], names, f"known: {', '.join(names)}")
     if "Missing mandatory value" in first_line:
         return f"{key} is not set"
     if "is not a ListConfig" in first_line:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from tessera.ctr.daily.config import check_daily
 from tessera.ctr.data.config import check_splits
 from tessera.ctr.unused_keys import check_unused
-from tessera.embedding.errors import ConfigError
+from tessera.embedding.errors import ConfigError, did_you_mean
 from tessera.kernels.formats import FORMATS, ROUNDINGS
 
 if TYPE_CHECKING:
@@ -107,8 +106,7 @@ def _check_embedding(embedding: EmbeddingConfig, state_format: str) -> None:
     }
     for key, (value, known) in choices.items():
         if value not in known:
-            near = get_close_matches(str(value), known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(value, known, form="{}")
             raise ConfigError(f"embedding.{key} is {value!r}; expected {', '.join(known[:-1])} or {known[-1]}{hint}")
     if embedding.first_values == "others" and embedding.others != "learned":
         raise ConfigError(f"embedding.first_values is others; expected others=learned, found {embedding.others}")

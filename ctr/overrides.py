@@ -12,7 +12,6 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import is_dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from tessera import conf
-from tessera.embedding.errors import ConfigError
+from tessera.embedding.errors import ConfigError, did_you_mean
 
 OVERRIDE = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[^=]*)(?P<equals>=)?(?P<value>.*)", re.DOTALL)
 FREE = ("model.", "numeric.")  # keys below are those of the yaml that was chosen, and may hold anything
@@ -89,8 +88,7 @@ def _ready(override: str, keys: dict[str, Any], groups: set[str], known: Callabl
         return f"{prefix}{key}={_value(key, value, None)}"
     if key.startswith(FREE) and (prefix or key in known()):
         return f"{prefix}{key}={_value(key, value, None)}"
-    near = get_close_matches(key, sorted(known()), 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(key, sorted(known()))
     if key.startswith(FREE):
         hint += f" (+{key}=... gives the key to a model whose yaml does not name it)"
     raise ConfigError(f"unknown key {key!r} in override {override!r}{hint}")
@@ -159,9 +157,8 @@ def _explain(error: Exception) -> str:
     option = re.search(r"Could not find '(\w+)/(\S+)' Available options in '\w+': (.*?) Config search path", text)
     if option:
         group, choice, options = option[1], option[2], option[3].split()
-        near = get_close_matches(choice, options, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(options)}"
-        return f"no {group} {choice!r}; {hint} (a yaml of your own: --config-dir)"
+        hint = did_you_mean(choice, options, f"there are {', '.join(options)}")
+        return f"no {group} {choice!r}{hint} (a yaml of your own: --config-dir)"
     return text
 
 

@@ -6,11 +6,10 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 
 import torch
 
-from tessera.embedding.errors import ConfigError
+from tessera.embedding.errors import ConfigError, did_you_mean
 from tessera.kernels.formats import (
     BITS,
     FORMATS,
@@ -267,9 +266,8 @@ class DynamicTableConfig:
 
     def _check_choice(self, key: str, found: str, known: Sequence[str]) -> None:
         if found not in known:
-            near = get_close_matches(str(found), known, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            self._fail(key, found, f"one of {', '.join(known)}{hint}")
+            hint = did_you_mean(found, known, form="{}", lead="")
+            self._fail(key, found, f"one of {', '.join(known)}" + (f" ({hint})" if hint else ""))
 
     def _check_groups(self) -> None:
         names = [group.name for group in self.groups]

@@ -6,9 +6,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import metadata
 from typing import Any
+
+from tessera.embedding.errors import did_you_mean
 
 #: word -> module of this folder, what it is for
 COMMANDS = {
@@ -39,9 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     word, *rest = given
     if word not in COMMANDS:
-        near = get_close_matches(word, COMMANDS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
-        print(f"error: tessera has no command {word!r}; {hint}", file=sys.stderr)
+        hint = did_you_mean(word, COMMANDS, f"expected one of {', '.join(COMMANDS)}", form="{}")
+        print(f"error: tessera has no command {word!r}{hint}", file=sys.stderr)
         return 2
     sys.argv[0] = f"tessera {word}"  # as argparse shows it
     return _script(word).main(rest)

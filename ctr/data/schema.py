@@ -7,7 +7,6 @@ with the schema.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tessera.ctr.data.errors import SchemaError
 from tessera.ctr.data.times import TimeRule
+from tessera.embedding.errors import did_you_mean
 
 KINDS = ("numeric", "id", "ids", "sequence")
 DTYPES = ("int", "hex", "string")
@@ -73,11 +73,8 @@ class SchemaConfig:
 def nearest(word: str, known: Iterable[str]) -> str:
     """The tail of an error message: which known word is meant, or which words there are."""
     known = list(known)
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if match:
-        return f"did you mean {match[0]!r}?"
     shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-    return f"known: {shown or 'none'}"
+    return did_you_mean(word, known, f"known: {shown or 'none'}", lead="")
 
 
 class Schema:

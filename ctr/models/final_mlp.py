@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
 
 from tessera.ctr.models.layers import MLP, FieldEmbedding, linear
 from tessera.ctr.models.tower import Fields, Tower
-from tessera.embedding.errors import ConfigError
+from tessera.embedding.errors import ConfigError, did_you_mean
 
 
 class FinalMLP(Tower):
@@ -62,8 +61,7 @@ class Gate(nn.Module):
         super().__init__()
         for name in wanted:
             if name not in names:
-                near = get_close_matches(name, names, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, names)
                 raise ConfigError(f"model.{key} names {name!r}, which is no embedded field{hint}")
         self.fields = [names.index(name) for name in wanted]
         self.context = None if wanted else nn.Parameter(torch.zeros(1, dim))

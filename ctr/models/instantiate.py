@@ -6,12 +6,11 @@ import importlib
 import inspect
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
-from tessera.embedding.errors import ConfigError
+from tessera.embedding.errors import ConfigError, did_you_mean
 
 OWN = re.compile(r"tessera\.ctr\.models\.\w+\.\w+")
 BEFORE = "ctr.models."  # so runs and yaml of version 0.1 name what is below tessera.ctr.models
@@ -60,8 +59,7 @@ def instantiate(config: Mapping[str, Any], key: str, *positional: Any, **given: 
     known = [parameter.name for parameter in parameters]
     for name in config:
         if name not in known and name != "target":
-            near = get_close_matches(name, known, 1)
-            hint = f"; did you mean {key}.{near[0]}?" if near else f"; expected {', '.join(known) or 'none'}"
+            hint = did_you_mean(name, known, f"expected {', '.join(known) or 'none'}", form=f"{key}.{{}}")
             raise ConfigError(f"{key}.{name} is not a key of {class_name}{hint}")
     for parameter in parameters:
         if parameter.name not in arguments and parameter.default is inspect.Parameter.empty:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from tessera.embedding.config import (
     TableConfig,
     step_of_range,
 )
-from tessera.embedding.errors import ConfigError
+from tessera.embedding.errors import ConfigError, did_you_mean
 from tessera.kernels.formats import PackedLayout, code_range, is_int
 
 LONGEST_NAME = 255  # bytes of one part of a path, on all usual file systems
@@ -248,6 +247,5 @@ def _check_exceptions(formats: dict[str, str], tower: Tower, schema: Schema) -> 
     known = [*groups, *tables, *(f"{table}.{group}" for table in tables for group in groups)]
     for key in formats:
         if key not in known:
-            near = get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"groups are {', '.join(groups)}"
-            raise ConfigError(f"embedding.formats.{key} names no table and no group; {hint}")
+            hint = did_you_mean(key, known, f"groups are {', '.join(groups)}")
+            raise ConfigError(f"embedding.formats.{key} names no table and no group{hint}")
