@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tessera.distributed.atomic import exchange
+from tessera.distributed.atomic import exchange, sync_folder
 from tessera.distributed.collectives import on_first_rank
 from tessera.distributed.folder_lock import FolderInUse, FolderLock
 from tessera.distributed.process import Process
-from tessera.distributed.saved.storage import Storage, sync_folder
+from tessera.distributed.saved.storage import Storage
 from tessera.embedding.errors import ConfigError
 
 RECORD = ".written.json"  # hidden, so that no reader of data takes it for data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 
 from tessera.ctr.metrics.exact import evaluate_predictions
 from tessera.ctr.report.report import write_report
+from tessera.distributed.atomic import write_text
 from tessera.distributed.saved.manifest import CheckpointError, check, is_inside, shown
 
 DAYS, FOLDER = "days.jsonl", "days"
@@ -105,12 +105,7 @@ def write_records(run_dir: Path, records: Sequence[Mapping[str, Any]]) -> None:
     path = run_dir / DAYS
     if path.exists() and path.read_text() == text:
         return
-    partial = run_dir / f".partial-{DAYS}"
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_text(path, text)
 
 
 def day_dir(run_dir: Path, partition: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +14,7 @@ from tessera.ctr.daily.publish import point, publications_of
 from tessera.ctr.daily.records import FOLDER as DAYS_FOLDER
 from tessera.ctr.daily.records import TRAINED, clear_day, records_of, write_records
 from tessera.ctr.data.day_folders import KEY
+from tessera.distributed.atomic import sync_file
 from tessera.distributed.collectives import on_first_rank
 from tessera.distributed.folder_lock import FolderLock
 from tessera.distributed.process import Process
@@ -86,7 +86,6 @@ def _remove_newer(run_dir: Path, root: Storage, name: str, key: str) -> None:
         line = {"to": key, "from_state": newer[0], "to_state": name, "at": datetime.now(timezone.utc).isoformat()}
         with open(run_dir / ROLLBACKS, "a") as file:
             file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        sync_file(run_dir / ROLLBACKS)
     for one in newer:
         discard(root, one)

@@ -9,7 +9,6 @@ rows, as all that is in the sample of both is in the sample of one or of the oth
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tessera.ctr.data.files import one_line
 from tessera.ctr.data.footers import RowGroups, read_footers
 from tessera.ctr.data.listing import Listing, list_files
 from tessera.ctr.data.schema import Schema
+from tessera.distributed.atomic import replacing_file
 from tessera.embedding.config import key_of
 from tessera.embedding.errors import ConfigError
 
@@ -75,11 +75,8 @@ def add_to_reservoir(
             raise DataError(f"{path}: rows do not go with those of {before}: {one_line(error)}") from None
     rows = rows.sort_by([(PRIORITY, "ascending"), (PARTITION, "ascending")]).slice(0, size)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    pq.write_table(rows, partial, row_group_size=ROW_GROUP_ROWS, write_page_checksum=True)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, output)
+    with replacing_file(output) as partial:
+        pq.write_table(rows, partial, row_group_size=ROW_GROUP_ROWS, write_page_checksum=True)
     return rows.num_rows
 
 

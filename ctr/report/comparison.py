@@ -15,12 +15,13 @@ from tessera.ctr.metrics.exact import summarise
 from tessera.ctr.metrics.score_table import Rows, score_table
 from tessera.ctr.report.comparison_plots import day_plot, replicates_plot
 from tessera.ctr.report.definitions import DEFINITIONS, number
-from tessera.ctr.report.files import json_text, write_text
+from tessera.ctr.report.files import json_text
 from tessera.ctr.report.page import Card, render
 from tessera.ctr.report.paired import Scored, pooled, read_pairs
 from tessera.ctr.report.plot import Table, json_points
 from tessera.ctr.report.quality import SplitCurves, roc_plot, split_curves
 from tessera.ctr.targets import replacing
+from tessera.distributed.atomic import write_text
 
 TITLES = {"auc": "AUC", "logloss": "logloss"}
 PLACE = "comparisons"  # in the folder of the second run

@@ -19,9 +19,10 @@ from tessera.ctr.data.errors import DataError
 from tessera.ctr.report import about
 from tessera.ctr.report.day_plots import operation_plots, quality_plots
 from tessera.ctr.report.definitions import DEFINITIONS, number, percent
-from tessera.ctr.report.files import json_text, write_text
+from tessera.ctr.report.files import json_text
 from tessera.ctr.report.page import Card, render, versions_table
 from tessera.ctr.report.plot import Table, json_points
+from tessera.distributed.atomic import write_text
 from tessera.distributed.plan import size
 
 STATUSES = ("trained", "held", "skipped")

@@ -1,25 +1,10 @@
-"""The files of a report: text that is there as a whole or not at all, and JSON that people can read, too."""
+"""Text of the files of a report, with JSON that people can read, too."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write durably under another name, then rename. A failure leaves the old file and nothing else."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def read_text(path: Path) -> str:

@@ -11,7 +11,7 @@ from tessera.ctr.data.errors import DataError
 from tessera.ctr.metrics.exact import group_auc, summarise
 from tessera.ctr.metrics.score_table import Rows, score_table
 from tessera.ctr.report import about
-from tessera.ctr.report.files import json_text, read_text, write_text
+from tessera.ctr.report.files import json_text, read_text
 from tessera.ctr.report.history import History, read_history
 from tessera.ctr.report.page import Page, lead
 from tessera.ctr.report.plot import Plot, json_points
@@ -21,6 +21,7 @@ from tessera.ctr.report.result import PREDICTIONS, settle_result
 from tessera.ctr.report.slices import SLICE_NAMES, Slices, measure_slices
 from tessera.ctr.report.tables import json_values, table_plots
 from tessera.ctr.report.training import training_plots
+from tessera.distributed.atomic import write_text
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import os
 import shutil
 from pathlib import Path
 
+from tessera.distributed.atomic import sync_folder
+
 PREDICTIONS = "predictions"
 PIECES = (PREDICTIONS, "report.json", "report.html")
 # The stages of a new result, in order: being written, complete, and the old one out of its way.
@@ -31,9 +33,9 @@ def commit_result(run_dir: Path) -> None:
     """Make the new result, whose files are all written and durable, the result of the run."""
     partial = run_dir / PARTIAL
     for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
-        _make_names_durable(folder)
+        sync_folder(folder)
     os.rename(partial, run_dir / COMPLETE)
-    _make_names_durable(run_dir)
+    sync_folder(run_dir)
     settle_result(run_dir)
 
 
@@ -50,14 +52,6 @@ def settle_result(run_dir: Path) -> None:
         for piece in placing.iterdir():
             os.rename(piece, run_dir / piece.name)
         placing.rmdir()
-        _make_names_durable(run_dir)
+        sync_folder(run_dir)
     if replaced.is_dir():
         shutil.rmtree(replaced)
-
-
-def _make_names_durable(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

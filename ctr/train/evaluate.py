@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tessera.ctr.metrics.streaming import StreamingMetrics
 from tessera.ctr.report.predictions import REQUIRED, SPLIT_OF_FILE
 from tessera.ctr.train.look_ahead import to_device
 from tessera.ctr.train.slice_columns import SliceColumn
+from tessera.distributed.atomic import partial_of, put_in_place
 from tessera.distributed.new_ids import rows_with_new_ids
 from tessera.distributed.process import Process
 
@@ -145,7 +145,7 @@ class _PredictionWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._split = split
         self._final = folder / f"{split}-{rank:05d}.parquet"
-        self._partial = self._final.with_suffix(".partial")
+        self._partial = partial_of(self._final)
         self._writer: pq.ParquetWriter | None = None
 
     def write(self, logits: Tensor, batch: Batch, new_ids: Tensor | None) -> None:
@@ -174,6 +174,4 @@ class _PredictionWriter:
             fields = [(name, pa.float32()) for name in REQUIRED]
             self._writer = pq.ParquetWriter(self._partial, pa.schema(fields, {SPLIT_OF_FILE: self._split}))
         self._writer.close()
-        with open(self._partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(self._partial, self._final)
+        put_in_place(self._partial, self._final)

@@ -26,6 +26,7 @@ from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.train.optimizers import Optimizers
 from tessera.ctr.train.run_folder import RunFolder
+from tessera.distributed.atomic import sync_file
 from tessera.distributed.host_manager import CacheStats
 from tessera.distributed.plan import size
 from tessera.distributed.process import Process
@@ -101,8 +102,7 @@ class RunLog:
         """Make what was written to metrics.jsonl durable, as a state counts on it."""
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():
-            with open(metrics, "rb") as file:
-                os.fsync(file.fileno())
+            sync_file(metrics)
 
     def passed_over(self, readers: Mapping[str, ParquetReader | None]) -> None:
         """Say which entries of the data set were left out because they hold no rows."""

@@ -18,7 +18,7 @@ from tessera.ctr.config import Config, typed
 from tessera.ctr.data.id_names import names_of_ids
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.report.files import json_text, write_text
+from tessera.ctr.report.files import json_text
 from tessera.ctr.report.predictions import NEW_IDS, SLICE
 from tessera.ctr.report.report import Report, write_report
 from tessera.ctr.report.slices import SLICE_NAMES, largest_ids
@@ -30,6 +30,7 @@ from tessera.ctr.train.saved_model import fill_model, has_model, load_model
 from tessera.ctr.train.slice_columns import SliceColumn
 from tessera.ctr.train.stored_config import read_config, targets_of
 from tessera.ctr.train.trainer import build_model, set_threads
+from tessera.distributed.atomic import write_text
 from tessera.distributed.process import Process
 from tessera.distributed.saved.states import CheckpointError
 from tessera.distributed.tables import owned_tables

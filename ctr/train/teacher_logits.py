@@ -7,7 +7,6 @@ model on the rows of a period before training on them (progressive validation) h
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.train.evaluate import evaluate, read_split
 from tessera.ctr.train.saved_model import load_model
+from tessera.distributed.atomic import sync_file, write_text
 from tessera.distributed.process import Process
 from tessera.embedding.errors import ConfigError, TesseraError
 
@@ -131,15 +131,9 @@ def _described(folder: Path, process: Process) -> dict[str, Any] | None:
 
 def _seal(folder: Path, made_of: dict[str, Any]) -> None:
     """Make the files durable, then say that they are complete: states of the run count on them."""
-    partial = folder / f".{COMPLETE}"
-    partial.write_text(json.dumps(made_of))
-    for path in [*folder.glob("*.parquet"), partial]:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    os.replace(partial, folder / COMPLETE)
-    number = os.open(folder, os.O_RDONLY)
-    os.fsync(number)
-    os.close(number)
+    for path in folder.glob("*.parquet"):
+        sync_file(path)
+    write_text(folder / COMPLETE, json.dumps(made_of))
 
 
 def _check_shared(folder: Path, logits: Tensor, process: Process) -> None:

@@ -16,6 +16,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.fs
 
+from tessera.distributed.atomic import put_in_place, sync_folder
 from tessera.distributed.locations import WITHOUT_FOLDERS, filesystem_of, joined
 
 READ_BYTES = 1 << 22
@@ -147,8 +148,7 @@ class Storage:
         partial = os.path.join(os.path.dirname(path), f".partial-{os.path.basename(path)}")
         with self.write(partial) as stream:
             stream.write(content)
-        os.replace(self.full(partial), self.full(path))
-        sync_folder(os.path.dirname(self.full(path)))
+        put_in_place(self.full(partial), self.full(path))
 
     def open(self, path: str, buffered: bool = True) -> IO[bytes]:
         """buffered: small reads are gathered."""
@@ -257,11 +257,3 @@ def let_go(file: IO[bytes], begin: int, end: int) -> None:
     while the next are made and the last sync is short; what was read need not stay in memory."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
-
-
-def sync_folder(folder: str | Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
