@@ -30,6 +30,7 @@ from tessera.ctr.report.result import PREDICTIONS, settle_result
 from tessera.ctr.train.score_run import run_config, score_run
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed import process as processes
+from tessera.distributed.collectives import from_first_rank
 from tessera.distributed.process import Process
 from tessera.embedding.errors import ConfigError, TesseraError
 
@@ -114,10 +115,7 @@ def evaluate(
     config = run_config(folder, list(overrides))
     with _process(config) as process:
         report = score_run(config, process, folder, split, Path(output) if output else None, slices)
-        found = [str(report.folder) if report else None]
-        if process.world_size > 1:
-            dist.broadcast_object_list(found)
-        return Run(Path(found[0]))
+        return Run(Path(from_first_rank(str(report.folder) if report else "")))
 
 
 @contextmanager

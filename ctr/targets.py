@@ -18,10 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch.distributed as dist
-
 from tessera.distributed.atomic import exchange, sync_folder
-from tessera.distributed.collectives import on_first_rank
+from tessera.distributed.collectives import on_first_rank, wait_for_all
 from tessera.distributed.folder_lock import FolderInUse, FolderLock
 from tessera.distributed.process import Process
 from tessera.distributed.saved.storage import Storage
@@ -228,8 +226,7 @@ def replacing_on_ranks(
     process.folder = str(target)
     try:
         yield on_first_rank(process, begin)
-        if process.world_size > 1:
-            dist.barrier()
+        wait_for_all()
         on_first_rank(process, lambda: held[0].finish())
     except BaseException:
         for one in held:

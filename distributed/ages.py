@@ -9,9 +9,10 @@ they occur and have no count; there ranks tell each other the ages of their rows
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
+
+from tessera.distributed.collectives import gather
 
 COUNT_BITS, AGE_BITS = 24, 29
 MAX_COUNT, MAX_AGE = (1 << COUNT_BITS) - 1, (1 << AGE_BITS) - 1  # 17 years: what is older counts as so old
@@ -53,9 +54,4 @@ def unpacked(weights: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def ages_of_ranks(ages: Tensor) -> Tensor:
     """The ages of all ranks' rows in the order of ranks: int64 [ranks * B]. Collective; ranks have as many rows."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world == 1:
-        return ages
-    everyone = ages.new_empty(world * ages.numel())
-    dist.all_gather_into_tensor(everyone, ages.contiguous())
-    return everyone
+    return gather(ages).flatten()

@@ -9,9 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from tessera.ctr.config import Config
 from tessera.ctr.daily.partitions import (
     Partition,
@@ -26,7 +23,7 @@ from tessera.ctr.daily.partitions import (
 from tessera.ctr.data.day_folders import DayFolders, check_key, time_of
 from tessera.ctr.data.visible import STAGING
 from tessera.ctr.targets import check_place
-from tessera.distributed.collectives import on_first_rank
+from tessera.distributed.collectives import on_any_rank, on_first_rank
 from tessera.distributed.process import Process, Stopped
 from tessera.embedding.errors import ConfigError
 
@@ -200,7 +197,4 @@ class Calendar:
 
 def any_asked_to_stop(process: Process) -> bool:
     """The same on every rank."""
-    asked = torch.tensor(int(process.stop_asked))
-    if process.world_size > 1:
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return bool(asked)
+    return on_any_rank(process.stop_asked)

@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from tessera.ctr.daily.partitions import sources_of
 from tessera.ctr.daily.records import TRAINED, day_dir
 from tessera.ctr.data.reservoir import add_to_reservoir
 from tessera.ctr.train.teacher_logits import read_logits, score_teacher
-from tessera.distributed.collectives import on_first_rank
+from tessera.distributed.collectives import on_first_rank, wait_for_all
 from tessera.embedding.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,8 +49,7 @@ class Incremental:
         else:
             if kind == "batch":
                 score_teacher(daily.config, daily.model, daily.readers["day"], daily.process, folder / "teacher", key)
-                if daily.process.world_size > 1:
-                    dist.barrier()
+                wait_for_all()
             logits = read_logits(folder / ("predictions" if kind == "self" else "teacher"), key, rows)
         if goes_on:
             distil.logits = logits

@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from tessera.ctr.daily.calendar import Calendar, Due, any_asked_to_stop
 from tessera.ctr.daily.guard import out_of_band
@@ -38,7 +37,7 @@ from tessera.ctr.report.days import write_index
 from tessera.ctr.train.evaluate import evaluate, open_reader
 from tessera.ctr.train.optimizers import Optimizers
 from tessera.ctr.train.trainer import Trainer
-from tessera.distributed.collectives import on_first_rank
+from tessera.distributed.collectives import on_first_rank, sum_over_ranks, wait_for_all
 from tessera.distributed.plan import size
 from tessera.distributed.process import Stopped, say
 from tessera.distributed.saved.manifest import TRAINING
@@ -161,8 +160,7 @@ class Daily(Trainer):
         marks = self.growing is not None
         predictions = day_dir(folder, key) / "predictions"
         evaluate(self.model, self.readers["day"], self.process, predictions, key, mark_new_ids=marks)
-        if self.process.world_size > 1:
-            dist.barrier()
+        wait_for_all()
         record |= on_first_rank(self.process, lambda: measure(predictions))
         record["evaluate_seconds"] = time.perf_counter() - began
         record["tables"] = self._counts()
@@ -209,8 +207,7 @@ class Daily(Trainer):
             say(line)
         self.checkpoints.close()
         self.log.close()
-        if self.process.world_size > 1:
-            dist.barrier()  # a launcher ends the other ranks when the first one leaves
+        wait_for_all()  # a launcher ends the other ranks when the first one leaves
         raise Stopped(HELD_STATUS)
 
     def train_day(self) -> None:
@@ -339,8 +336,7 @@ class Daily(Trainer):
         stats = self.growing.stats().values()
         names = ("rows", "bytes", "admitted", "expired", "evicted")
         counts = torch.tensor([sum(int(one[name]) for one in stats) for name in names])
-        if self.process.world_size > 1:
-            dist.all_reduce(counts)
+        sum_over_ranks(counts)
         rows, held, new, expired, evicted = counts.tolist()
         return {"rows": rows, "bytes": held, "new": new, "expired": expired + evicted}
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from tessera.ctr.config import Config
@@ -22,7 +21,7 @@ from tessera.ctr.daily.latest import LATEST, OF_A_MODEL, chain_of, write_latest
 from tessera.ctr.data.day_folders import KEY
 from tessera.ctr.models.network import Network
 from tessera.ctr.targets import check_place
-from tessera.distributed.collectives import on_first_rank
+from tessera.distributed.collectives import on_all_ranks, on_first_rank
 from tessera.distributed.locations import missing_bucket
 from tessera.distributed.process import Process
 from tessera.distributed.saved.dense import save_tensors
@@ -92,10 +91,7 @@ class Publisher:
         if self._process.is_main:
             manifests = self._manifests(chain)
             possible = possible and manifests is not None and manifests[-1]["world_size"] == self._process.world_size
-        answer = torch.tensor(int(possible))
-        if self._process.world_size > 1:
-            dist.all_reduce(answer, dist.ReduceOp.MIN)
-        return "delta" if answer.item() else "full"
+        return "delta" if on_all_ranks(possible) else "full"
 
     def _manifests(self, chain: Sequence[str]) -> list[dict] | None:
         """Of a chain of publications, the whole one first; None if one of them is not there."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tessera.ctr.data.errors import DataError
 from tessera.ctr.metrics.score_table import PROBABILITY_EPSILON, entropy
+from tessera.distributed.collectives import min_over_ranks, ranks, sum_over_ranks
 
 BINS = 1 << 16
 # Where the offline logloss clips a probability, as a logit: 16.1 to either side.
@@ -115,11 +116,11 @@ class StreamingMetrics:
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Add the other ranks' rows, in two collectives; without a process group there are none."""
         assert not self._reduced, "a second all_reduce would count rows twice; call reset first"
-        if dist.is_available() and dist.is_initialized():
+        if ranks(group) > 1:
             ends = self._ends.clone()
-            dist.all_reduce(ends, op=dist.ReduceOp.MIN, group=group)
+            min_over_ranks(ends, group=group)
             self._span(ends)
-            dist.all_reduce(self._state, group=group)
+            sum_over_ranks(self._state, group=group)
         self._reduced = True
 
     def compute(self) -> dict[str, float | None]:

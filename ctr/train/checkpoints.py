@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from tessera.ctr.train.saved_model import fill_model, link_model, put_into, take_out
 from tessera.ctr.train.saved_training import as_written, changed_keys, check_goes_on
-from tessera.distributed.collectives import on_first_rank
+from tessera.distributed.collectives import on_first_rank, wait_for_all
 from tessera.distributed.plan import size
 from tessera.distributed.process import Process, Stopped
 from tessera.distributed.saved.dense import Tensors, copy_of, load_tensors, save_tensors
@@ -152,7 +152,7 @@ class Checkpoints:
 
     def _take(self) -> Moment:
         trainer = self._trainer
-        delta = 0 < len(self._chain) < self._config.full_every and self._tables.can_follow(self._process)
+        delta = 0 < len(self._chain) < self._config.full_every and self._tables.can_follow()
         delta = delta and self._saved_step != trainer.step  # a state does not build on the one that it replaces
         tables = self._tables.take(delta)
         tables.files |= trainer.state_files()
@@ -310,8 +310,7 @@ class Checkpoints:
             self._take_over(saved, own)
         if own:
             self._saved_step = saved.step
-        if self._process.world_size > 1:
-            dist.barrier()
+        wait_for_all()
 
     def _take_over(self, saved: Saved, own: bool) -> None:
         trainer, process, training = self._trainer, self._process, saved.training

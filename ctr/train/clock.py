@@ -20,13 +20,13 @@ import time
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.periods import span
 from tessera.ctr.data.reader import ParquetReader
+from tessera.distributed.collectives import gather
 from tessera.distributed.process import Process
 
 LEFT_OUT = 100  # one row of so many
@@ -52,12 +52,12 @@ class Clock:
         """Collective. before: the clock of the step before this one in this epoch, 0 if this is its first."""
         mine = [float(batch.weight.sum()), float(self._process.stop_asked)]
         if not self.of_events:
-            weights, stops, now = self._of_ranks(torch.tensor([*mine, time.time()], dtype=torch.float64)).unbind(1)
+            weights, stops, now = gather(torch.tensor([*mine, time.time()], dtype=torch.float64)).unbind(1)
             return Agreed(weights.sum().item(), int(now.max()), bool(stops.any()))
         times = batch.time[: batch.rows]
         newest = torch.full((self._kept,), -torch.inf, dtype=torch.float64)
         newest[: batch.rows] = times.topk(min(self._kept, batch.rows)).values.double()
-        everyone = self._of_ranks(torch.cat([torch.tensor([*mine, batch.rows], dtype=torch.float64), newest]))
+        everyone = gather(torch.cat([torch.tensor([*mine, batch.rows], dtype=torch.float64), newest]))
         weights, stops, rows = everyone[:, :3].unbind(1)
         now = self._follow(everyone[:, 3:].flatten(), int(rows.sum()), times, before)
         return Agreed(weights.sum().item(), now, bool(stops.any()))
@@ -73,20 +73,12 @@ class Clock:
 
     def _median(self, times: Tensor, rows: int) -> int:
         """That of all ranks' times. Seldom asked for: every rank sends all its times."""
-        counts = self._of_ranks(torch.tensor([len(times)])).flatten().tolist()
+        counts = gather(torch.tensor([len(times)])).flatten().tolist()
         mine = torch.zeros(max(counts), dtype=torch.int64)
         mine[: len(times)] = times
-        everyone = self._of_ranks(mine)
+        everyone = gather(mine)
         known = torch.cat([one[:count] for one, count in zip(everyone, counts, strict=True)])
         return int(known.kthvalue((rows + 1) // 2).values)
-
-    def _of_ranks(self, mine: Tensor) -> Tensor:
-        """[ranks, n] of [n]."""
-        if self._process.world_size == 1:
-            return mine.unsqueeze(0)
-        everyone = mine.new_empty(self._process.world_size * mine.numel())
-        dist.all_gather_into_tensor(everyone, mine)
-        return everyone.view(self._process.world_size, -1)
 
 
 def left_out(rows: int) -> int:

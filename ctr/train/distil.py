@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from tessera.distributed.collectives import sum_over_ranks
 from tessera.embedding.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ class Distillation:
     def end_epoch(self) -> float | None:
         """The epoch's loss per row over all ranks, None without rows; and note whether it is less than that before."""
         total = self.sums.clone()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(total)
+        sum_over_ranks(total)
         loss, weight = total.tolist()
         self.sums.zero_()
         value = loss / weight if weight else None

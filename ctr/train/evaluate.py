@@ -25,6 +25,7 @@ from tessera.ctr.report.predictions import REQUIRED, SPLIT_OF_FILE
 from tessera.ctr.train.look_ahead import to_device
 from tessera.ctr.train.slice_columns import SliceColumn
 from tessera.distributed.atomic import partial_of, put_in_place
+from tessera.distributed.collectives import gather
 from tessera.distributed.new_ids import rows_with_new_ids
 from tessera.distributed.process import Process
 
@@ -87,8 +88,7 @@ def _agree_on_files(reader: ParquetReader, process: Process) -> None:
     state = reader.state()
     seen = hashlib.sha256(repr((state["fingerprint"], state["contents"])).encode()).digest()
     mine = torch.tensor([int.from_bytes(seen[:7], "little")])
-    everyone = mine.new_empty(process.world_size)
-    dist.all_gather_into_tensor(everyone, mine)
+    everyone = gather(mine).flatten()
     for rank, other in enumerate(everyone.tolist()):
         if other != everyone[0]:
             raise DataError(

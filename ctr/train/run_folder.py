@@ -7,11 +7,10 @@ import shutil
 import socket
 from pathlib import Path
 
-import torch.distributed as dist
-
 from tessera.ctr.config import Config
 from tessera.ctr.data.config import SPLITS, paths_of
 from tessera.ctr.targets import check_place
+from tessera.distributed.collectives import from_first_rank
 from tessera.distributed.folder_lock import FolderInUse, FolderLock
 from tessera.distributed.locations import missing_bucket
 from tessera.distributed.process import Process, job_store
@@ -55,7 +54,7 @@ class RunFolder:
             if problem is None:
                 store.set("run_dir", f"{me} {path}")
             agreed = [str(path), may_go_on, problem]
-        path, self.may_go_on, problem = _agree(agreed, process)
+        path, self.may_go_on, problem = from_first_rank(agreed)
         if problem:
             raise ConfigError(problem)
         self.path = Path(path)
@@ -148,10 +147,3 @@ def _begin_again(path: Path) -> str | None:
     for name in FOLDERS_AT_START:
         shutil.rmtree(path / name, ignore_errors=True)
     return None
-
-
-def _agree(values: list, process: Process) -> list:
-    """Rank 0's values on every rank."""
-    if process.world_size > 1:
-        dist.broadcast_object_list(values, src=0)
-    return values

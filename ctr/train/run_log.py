@@ -15,7 +15,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -27,6 +26,7 @@ from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.train.optimizers import Optimizers
 from tessera.ctr.train.run_folder import RunFolder
 from tessera.distributed.atomic import sync_file
+from tessera.distributed.collectives import gather_objects, sum_over_ranks
 from tessera.distributed.host_manager import CacheStats
 from tessera.distributed.plan import size
 from tessera.distributed.process import Process
@@ -145,8 +145,7 @@ class RunLog:
 
     def interval(self, step: int, optimizers: Optimizers) -> bool:
         """Log the steps since the last line, over all ranks. Return False where there are none."""
-        if self._process.world_size > 1:
-            dist.all_reduce(self.sums)
+        sum_over_ranks(self.sums)
         total_loss, total_weight, total_rows = self.sums.tolist()
         self.sums.zero_()
         if not total_rows:
@@ -183,8 +182,7 @@ class RunLog:
             return
         names, keys = list(stats), ("rows", "bytes", "new", "admitted", "rejected", "expired", "evicted")
         counts = torch.tensor([[stats[name][key] for key in keys] for name in names], dtype=torch.float64)
-        if self._process.world_size > 1:
-            dist.all_reduce(counts)
+        sum_over_ranks(counts)
         by_table = {name: dict(zip(keys, map(int, row), strict=True)) for name, row in zip(names, counts, strict=True)}
         total = dict(zip(keys, map(int, counts.sum(0)), strict=True))
         before, self._tables_before = self._tables_before, total
@@ -211,9 +209,7 @@ class RunLog:
         keys = ("hits", "misses", "written_back")
         counts = torch.tensor([[one[key] for key in keys] for one in stats.by_table.values()], dtype=torch.float64)
         seconds = torch.tensor([stats.waited_seconds, stats.busy_seconds], dtype=torch.float64)
-        if self._process.world_size > 1:
-            dist.all_reduce(counts)
-            dist.all_reduce(seconds)
+        sum_over_ranks(counts, seconds)
         total = dict(zip(keys, map(int, counts.sum(0)), strict=True))
         by_table = {
             name: dict(zip(keys, map(int, row), strict=True)) for name, row in zip(stats.by_table, counts, strict=True)
@@ -276,10 +272,7 @@ class RunLog:
     def bad_rows(self, readers: dict[str, ParquetReader | None]) -> None:
         """Sum over ranks the rows that each split left out, and say how many for which reason."""
         counts = {split: reader.bad_row_counts for split, reader in readers.items() if reader is not None}
-        gathered: list[dict | None] = [counts]
-        if self._process.world_size > 1:
-            gathered = [None] * self._process.world_size
-            dist.all_gather_object(gathered, counts)
+        gathered = gather_objects(counts)
         for split in counts:
             total: Counter[str] = Counter()
             for one in gathered:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -31,6 +30,7 @@ from tessera.ctr.train.slice_columns import SliceColumn
 from tessera.ctr.train.stored_config import read_config, targets_of
 from tessera.ctr.train.trainer import build_model, set_threads
 from tessera.distributed.atomic import write_text
+from tessera.distributed.collectives import wait_for_all
 from tessera.distributed.process import Process
 from tessera.distributed.saved.states import CheckpointError
 from tessera.distributed.tables import owned_tables
@@ -101,8 +101,7 @@ def score_run(
             (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
             copy_teacher(config, folder)
         metrics = evaluate(model, reader, process, folder / "predictions", split, features, marks)
-        if process.world_size > 1:
-            dist.barrier()
+        wait_for_all()
         if process.is_main:
             _write_slice_names(folder, reader, split, features)
             with open(folder / "metrics.jsonl", "w") as file:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tessera.ctr.config import Config
@@ -22,6 +21,7 @@ from tessera.ctr.data.schema import Schema
 from tessera.ctr.train.evaluate import evaluate, read_split
 from tessera.ctr.train.saved_model import load_model
 from tessera.distributed.atomic import sync_file, write_text
+from tessera.distributed.collectives import from_first_rank, wait_for_all
 from tessera.distributed.process import Process
 from tessera.embedding.errors import ConfigError, TesseraError
 
@@ -55,13 +55,13 @@ def prepare(trainer: Trainer) -> None:
             )
         if process.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-        _wait(process)
+        wait_for_all()
         scored = read_split(trainer.config, trainer.schema, process, SPLIT)
         score_teacher(trainer.config, trainer.model, scored, process, folder)
-        _wait(process)
+        wait_for_all()
         if process.is_main:
             _seal(folder, made_of)
-        _wait(process)
+        wait_for_all()
     elif found != made_of:
         key = next(key for key in made_of if found.get(key) != made_of[key])
         raise TesseraError(f"{folder}: {key} is {found.get(key)!r}; the run has {made_of[key]!r}")
@@ -121,12 +121,8 @@ def read_logits(folder: Path, split: str, rows: int) -> Tensor:
 
 def _described(folder: Path, process: Process) -> dict[str, Any] | None:
     """What complete logits were made of, as rank 0 finds it; None if there are none."""
-    found: list[Any] = [None]
-    if process.is_main and (folder / COMPLETE).exists():
-        found = [json.loads((folder / COMPLETE).read_text())]
-    if process.world_size > 1:
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
+    complete = folder / COMPLETE
+    return from_first_rank(json.loads(complete.read_text()) if process.is_main and complete.exists() else None)
 
 
 def _seal(folder: Path, made_of: dict[str, Any]) -> None:
@@ -138,16 +134,9 @@ def _seal(folder: Path, made_of: dict[str, Any]) -> None:
 
 def _check_shared(folder: Path, logits: Tensor, process: Process) -> None:
     mine = int((~logits.isnan()).sum())
-    main = [mine]
-    if process.world_size > 1:
-        dist.broadcast_object_list(main, src=0)
-    if mine != main[0]:
+    main = from_first_rank(mine)
+    if mine != main:
         raise TesseraError(
-            f"{folder}: rank {process.rank} finds logits of {mine:,} rows, rank 0 of {main[0]:,}; "
+            f"{folder}: rank {process.rank} finds logits of {mine:,} rows, rank 0 of {main:,}; "
             "with distillation the run folder must be on storage that all hosts share"
         )
-
-
-def _wait(process: Process) -> None:
-    if process.world_size > 1:
-        dist.barrier()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -32,7 +31,7 @@ from tessera.ctr.train.run_log import RunLog
 from tessera.ctr.train.saved_model import load_model, save_model
 from tessera.ctr.train.teacher_logits import prepare
 from tessera.ctr.train.warm_start import warm_start
-from tessera.distributed.collectives import on_first_rank
+from tessera.distributed.collectives import on_first_rank, wait_for_all
 from tessera.distributed.process import Process
 from tessera.distributed.saved.row_files import ColumnSource
 from tessera.distributed.saved.states import Saved
@@ -304,8 +303,7 @@ class Trainer:
                 scored[split] = metrics["rows"]
         process.stage = "writing the report"
         self.log.bad_rows(self.readers)
-        if process.world_size > 1:
-            dist.barrier()  # all predictions are written
+        wait_for_all()  # all predictions are written
         report = on_first_rank(process, lambda: self._write_report(new, scored))
         if not scored:
             self.log.say("nothing was scored: data.valid and data.test are null")

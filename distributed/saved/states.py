@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tessera.distributed.atomic import exchange
+from tessera.distributed.collectives import from_first_rank, gather_objects
 from tessera.distributed.process import Process
 from tessera.distributed.saved.checked_parquet import problem_but_for_groups
 from tessera.distributed.saved.manifest import (
@@ -108,7 +109,7 @@ def save(
     """
     partial = f"{PARTIAL}{name}" if root.local else name
     folder, said = root.below(partial), {}
-    problem = _broadcast(_make_room(root, name, partial) if process.is_main else None, process, group)
+    problem = from_first_rank(_make_room(root, name, partial) if process.is_main else None, group)
     if problem is None:
         try:
             folder.make()
@@ -116,7 +117,7 @@ def save(
         except OSError as error:
             problem = f"rank {process.rank}: {_reason(error)}"
     root.note(WAITING)
-    reports = _gather((problem, said, folder.written), process, group)
+    reports = gather_objects((problem, said, folder.written), group)
     problem = next((report[0] for report in reports if report[0]), None)
     manifest = None
     if process.is_main:
@@ -133,7 +134,7 @@ def save(
                 with suppress(OSError):  # then `clean` does it
                     _put_back(root, name)
     root.note(WAITING)
-    problem, manifest = _broadcast((problem, manifest), process, group)
+    problem, manifest = from_first_rank((problem, manifest), group)
     if problem is not None:
         where = root.full(name) if root.local else root.below(name).name
         raise CheckpointError(f"{where} cannot be written: {problem}; what was saved before is untouched")
@@ -253,20 +254,20 @@ def open_saved(folder: Storage, process: Process, rows_later: bool = False) -> S
             chain = [(one.base_name, manifest) for one, manifest in _chain(folder, read_manifest(folder))]
         except CheckpointError as error:
             problem = str(error)
-    problem, chain = _broadcast((problem, chain), process, None)
+    problem, chain = from_first_rank((problem, chain))
     places = [folder, *(folder.beside(name) for name, _ in chain[1:])] if chain else []
     folders = [SavedFolder(one, files_listed(m)) for one, (_, m) in zip(places, chain, strict=True)]
     training: dict[str, Any] = {}
     if problem is None:
         files = [(one, path, sealed) for one in folders for path, sealed in sorted(one.files.items())]
         mine = files[process.rank :: process.world_size]
-        problem = first_problem(next((p for one in mine if (p := _problem(*one, rows_later))), None), process)
+        problem = first_problem(next((p for one in mine if (p := _problem(*one, rows_later))), None))
     if problem is None:
         try:
             training = read_training(folders[0])
         except CheckpointError as error:
             problem = str(error)
-        problem = first_problem(problem, process)
+        problem = first_problem(problem)
     if problem is not None:
         raise CheckpointError(f"{folder.name} is passed over: {problem}")
     return Saved(folders, chain[0][1], training)
@@ -278,9 +279,9 @@ def _problem(folder: SavedFolder, path: str, sealed: Sealed, rows_later: bool) -
     return folder.problem(path, sealed)
 
 
-def first_problem(mine: str | None, process: Process) -> str | None:
+def first_problem(mine: str | None) -> str | None:
     """What is wrong on the first rank where something is. All ranks must ask."""
-    return next((problem for problem in _gather(mine, process, None) if problem is not None), None)
+    return next((problem for problem in gather_objects(mine) if problem is not None), None)
 
 
 def names_of_states(root: Storage) -> list[str]:
@@ -294,7 +295,7 @@ def has_states(root: Storage, process: Process) -> bool:
     Behind a URI a folder without a manifest is a save that did not end.
     """
     found = process.is_main and any(root.local or root.exists(f"{one}/{MANIFEST}") for one in names_of_states(root))
-    return _broadcast(found, process, None)
+    return from_first_rank(found)
 
 
 def states(root: Storage, process: Process, warn: Callable[[str], None], rows_later: bool = False) -> Iterator[Saved]:
@@ -308,7 +309,7 @@ def states(root: Storage, process: Process, warn: Callable[[str], None], rows_la
             names = names_of_states(root)
         except OSError as error:
             problem = f"{root.name} cannot be read: {_reason(error)}"
-    problem, names = _broadcast((problem, names), process, None)
+    problem, names = from_first_rank((problem, names))
     if problem is not None:
         raise CheckpointError(problem)
     for name in names:
@@ -366,19 +367,3 @@ def clean(root: Storage) -> None:
             root.remove(name)
         elif meant != name:
             root.rename(name, meant)
-
-
-def _gather(value: Any, process: Process, group: dist.ProcessGroup | None) -> list[Any]:
-    if process.world_size == 1:
-        return [value]
-    gathered: list[Any] = [None] * process.world_size
-    dist.all_gather_object(gathered, value, group=group)
-    return gathered
-
-
-def _broadcast(value: Any, process: Process, group: dist.ProcessGroup | None) -> Any:
-    if process.world_size == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0, group=group)
-    return values[0]

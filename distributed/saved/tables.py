@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from tessera.distributed.collectives import on_all_ranks
 from tessera.distributed.process import Process
 from tessera.distributed.saved.checked_parquet import DamagedFile
 from tessera.distributed.saved.manifest import CheckpointError, files_listed, read_manifest
@@ -66,17 +66,13 @@ class TableSaver:
         self._marks: dict[str, int] = {}
         self._given_up: dict[str, float] = {}
 
-    def can_follow(self, process: Process) -> bool:
+    def can_follow(self) -> bool:
         """Whether a delta would be complete on every rank: there was a state before, and the tables know all ids given
         up since. Ranks agree, because a state is a delta as a whole or not at all: the main thread of each must ask."""
         mine = self._marks.keys() == self._tables.keys() and all(
             _given_up(table) - self._given_up[name] < table.config.evicted_kept for name, table in self._tables.items()
         )
-        if process.world_size == 1:
-            return mine
-        everyone = torch.tensor(int(mine))
-        dist.all_reduce(everyone, dist.ReduceOp.MIN)
-        return bool(everyone)
+        return on_all_ranks(mine)
 
     def take(self, delta: bool) -> TableParts:
         """The tables as they are now; training may go on while they are written."""
@@ -146,7 +142,7 @@ def load_rows(
         _fill(tables, saved, process, name_there, with_state, in_place, with_periods)
     except DamagedFile as error:
         problem = _all_that_is_wrong(error)
-    problem = first_problem(problem, process)
+    problem = first_problem(problem)
     if problem is not None:
         raise DamagedState(f"{saved.name} is passed over: {problem}")
 

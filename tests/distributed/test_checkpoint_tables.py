@@ -180,12 +180,12 @@ def test_compaction_of_a_table_without_rows(tmp_path, process):
 def test_a_full_state_follows_when_too_many_ids_were_given_up(process):
     table = DynamicTable(config(ttl_seconds=2, evicted_kept=50))
     saver = TableSaver({"a": table})
-    assert not saver.can_follow(process)
+    assert not saver.can_follow()
     saver.follow(deltas=True)
-    assert saver.can_follow(process)
+    assert saver.can_follow()
     for number in range(8):
         step(table, number)
-    assert not saver.can_follow(process)
+    assert not saver.can_follow()
 
 
 def save_where_one_rank_forgets(process, folder):
@@ -196,7 +196,7 @@ def save_where_one_rank_forgets(process, folder):
         step(tables["a"], number, process.rank, process.world_size)
         if number not in (1, 7):
             continue
-        delta = bool(chain) and saver.can_follow(process)
+        delta = bool(chain) and saver.can_follow()
         manifest = save_tables(saver, root, folder_name(number), process, number, chain if delta else None)
         chain.append({"name": folder_name(number), "checksum": manifest["checksum"]})
     again = {"a": DynamicTable(config(ttl_seconds=2))}
