@@ -93,7 +93,8 @@ def on_first_rank(process: Process, function: Callable[[], T]) -> T:
             answer = (function(), None)
         except TesseraError as error:
             answer = (None, error)
-    found, error = from_first_rank(answer)
-    if error is not None:
-        raise error
+    found: T
+    found, failed = from_first_rank(answer)
+    if failed is not None:
+        raise failed
     return found

@@ -32,6 +32,7 @@ from tessera.distributed.torchrec.codecs import codecs
 from tessera.distributed.torchrec.ids_ahead import ComingIds, IdsAhead
 from tessera.distributed.torchrec.kernel import Counted, DynamicTableKernel, Pass
 from tessera.distributed.torchrec.row_sharding import DYNAMIC, DynamicSharder
+from tessera.embedding.cached_table import CachedTable
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.mix import mix64
@@ -96,7 +97,8 @@ class DynamicTables(nn.Module):
         self._averaged = OnDevice([name in averaged for name in id_names]) if averaged else None
         self._row_tables = [i for i, table in enumerate(tables) if table.name not in bag_tables]
         self._bag_tables = [i for i, table in enumerate(tables) if table.name in bag_tables]
-        self.collection = self.bags = None
+        self.collection: Any = None  # torchrec puts a sharded module in its place, as in that of bags
+        self.bags: Any = None
         if self._row_tables:
             configs = [self._torchrec_config(EmbeddingConfig, i, [tables[i].name]) for i in self._row_tables]
             self.collection = EmbeddingCollection(device=torch.device("meta"), tables=configs)
@@ -169,8 +171,7 @@ class DynamicTables(nn.Module):
 
     def _begun(self, ids: KeyedJaggedTensor, ages: Tensor | None) -> ComingIds:
         """A batch of which nothing is sent yet but, on the bag path, the ages of its rows."""
-        told = ages is not None and self.bags is not None
-        return ComingIds(ids, ages, ages_of_ranks(ages) if told else None)
+        return ComingIds(ids, ages, None if ages is None or self.bags is None else ages_of_ranks(ages))
 
     def send_prepared(self) -> None:
         """Go on with what `prepare` has begun, as long as the device is busy. Collective."""
@@ -185,7 +186,8 @@ class DynamicTables(nn.Module):
             for kernel, features in module.received(received):
                 kernel.bring_ahead(features, now, self._manager, coming.ages_of_ranks)
 
-    def _paths(self, coming: ComingIds) -> list[tuple[nn.Module, IdsAhead]]:
+    def _paths(self, coming: ComingIds) -> list[tuple[Any, IdsAhead]]:
+        """Return the sharded collections that the batch was sent to, each with what is under way."""
         paths = [(self.collection, coming.rows), (self.bags, coming.bags)]
         return [(module, sent) for module, sent in paths if sent is not None]
 
@@ -199,6 +201,7 @@ class DynamicTables(nn.Module):
         """By group [B, fields, dim], of the fields whose tables answer with rows."""
         if not self._second:
             self._asked = coming.asked or self._distinct(ids, coming.ages)
+        assert self._asked is not None, "no first pass"
         asked, index = self._asked
         rows = (self.collection(asked) if coming.rows is None else coming.rows.answer()).wait()
         if self.others is not None:
@@ -216,7 +219,7 @@ class DynamicTables(nn.Module):
         if self._keeps_squares and self.training:
             self._squares += [self._squares_of_owner(kernel) for kernel in self.bags.kernels()]
         sums = [self._with_others(answered[name], table) for name, table in self._bags_of]
-        return torch.stack(sums, 1).split(list(self.groups.values()), 2)
+        return list(torch.stack(sums, 1).split(list(self.groups.values()), 2))
 
     def _squares_of_owner(self, kernel: DynamicBagKernel) -> Tensor:
         squares, missing = kernel.squares()
@@ -232,7 +235,7 @@ class DynamicTables(nn.Module):
 
         On the bag path a rank counts the rows that it owns, for all ranks, and divides by the number of ranks what the
         row's gradient is divided by on its way there otherwise; so the sum over ranks is of use, not one rank's."""
-        return sum(self._squares)
+        return sum(self._squares, torch.zeros(()))
 
     def _with_others(self, answered: Tensor, table: int) -> Tensor:
         """[n, columns] as the owners answer -> [n, width], the table's learned row added where ids have none."""
@@ -282,7 +285,7 @@ class DynamicTables(nn.Module):
         for kernel in self._kernels():
             kernel.now = now
             kernel.phase = Pass.FIRST if learn_steps else Pass.ONLY
-        if self._begin_as_others:
+        if self._begin_as_others and self.others is not None:
             for table, others in zip(self.owned().values(), self.others.detach(), strict=True):
                 table.first_values = others.to(table.device)
 
@@ -333,7 +336,8 @@ class DynamicTables(nn.Module):
         if not self.cached:
             return None
         counted = self._counted()
-        stats = CacheStats({name: table.cache_stats(counted[name].cache) for name, table in self.owned().items()})
+        tables = [(name, table) for name, table in self.owned().items() if isinstance(table, CachedTable)]
+        stats = CacheStats({name: table.cache_stats(counted[name].cache) for name, table in tables})
         if self._manager is not None:
             stats.waited_seconds, stats.busy_seconds = self._manager.take_seconds()
         return stats

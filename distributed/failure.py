@@ -11,7 +11,7 @@ import os
 import resource
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -29,27 +29,29 @@ class Terminated(BaseException):
 
 
 #: What runs out, by the number of an OSError and by words of other errors, and what to do.
-MEMORY = (
+# What is exhausted: its name, numbers of OSErrors, words in messages, and what to do.
+Resource: TypeAlias = tuple[str, tuple[int, ...], tuple[str, ...], str]
+MEMORY: Resource = (
     "out of memory",
     (errno.ENOMEM,),
     ("bad_alloc", "can't allocate memory", "Cannot allocate memory", "malloc of size", "realloc of size"),
     "give the job more memory (ulimit -v, the limit of its container or job), or lower trainer.batch_size, "
     "data.window_rows, data.threads or the rows of the tables",
 )
-THREADS = (
+THREADS: Resource = (
     "out of threads",
     (errno.EAGAIN,),
     ("can't start new thread", "Resource temporarily unavailable", "pthread_create failed"),
     "raise the limit of processes and threads (ulimit -u, the pids limit of its container), or lower trainer.threads "
     "and data.threads",
 )
-FILES = (
+FILES: Resource = (
     "out of open files",
     (errno.EMFILE, errno.ENFILE),
     ("Too many open files", "too many open files"),
     "raise the limit of open files (ulimit -n), for example to 4096",
 )
-GPU_MEMORY = (
+GPU_MEMORY: Resource = (
     "out of GPU memory",
     (),
     ("CUDA out of memory", "CUDA error: out of memory"),
@@ -101,7 +103,7 @@ def explain(error: BaseException, process: Process | None) -> tuple[int, str]:
     return 1, f"{''.join(traceback.format_exception(error))}error: {where}{type(error).__name__}: {error}"
 
 
-def exhausted(error: BaseException) -> tuple[str, tuple, tuple, str] | None:
+def exhausted(error: BaseException) -> Resource | None:
     """Which of EXHAUSTED is behind an error, also where another error was made of it."""
     for one in _chain(error):
         if isinstance(one, torch.OutOfMemoryError):
@@ -145,7 +147,7 @@ def of_disk(error: OSError, folder: str | None) -> str:
     if isinstance(path, bytes):
         path = os.fsdecode(path)
     why = os.strerror(error.errno) if error.errno else " ".join(str(error).split()) or type(error).__name__
-    remedy = DISK_REMEDIES.get(error.errno)
+    remedy = DISK_REMEDIES.get(error.errno or 0)
     line = f"{path}: {why}" if path else why
     return f"{line}; {remedy}; saved states are as they were" if remedy else line
 
@@ -175,6 +177,6 @@ def is_broken_collective(error: BaseException) -> bool:
     """Whether an error is that of a collective, or of the store, whose other side went away or did not answer."""
     if isinstance(error, dist.DistError):
         return True
-    words = ("gloo", "Connection closed", "Connection reset", "Timed out waiting", "NCCL", "ProcessGroup")
-    words += ("pair closure", "Application timeout", "Broken pipe")
+    words = ["gloo", "Connection closed", "Connection reset", "Timed out waiting", "NCCL", "ProcessGroup"]
+    words += ["pair closure", "Application timeout", "Broken pipe"]
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

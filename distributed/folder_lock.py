@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from tessera.embedding.errors import TesseraError
 
@@ -73,11 +74,12 @@ class FolderLock:
                 self._file.close()
                 raise FolderInUse(self._refusal())
 
-    def _holder(self) -> dict:
+    def _holder(self) -> dict[str, Any]:
         try:
-            return json.loads(self._path.read_text() or "{}")
+            said: dict[str, Any] = json.loads(self._path.read_text() or "{}")
         except (OSError, ValueError):
             return {}
+        return said
 
     def _refusal(self) -> str:
         holder = self._holder()

@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from tessera.distributed.process import Process
+
+T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 1.0
 STALE_SECONDS = 5.0  # a rank silent for this long is taken for dead, or stopped
@@ -49,7 +51,7 @@ class Beat:
 def beat(process: Process) -> None:
     """Publish this rank's sign of life."""
     stage = process.stage
-    if stage != getattr(process, "_beat_stage", None):
+    if stage != process._beat_stage:
         process._beat_stage, process._beat_since = stage, time.monotonic()
     now, pid = time.monotonic(), os.getpid()
     mine = Beat(now, stage, now - process._beat_since, process.broken, pid, _born(pid), socket.gethostname())
@@ -92,7 +94,7 @@ def find_failed_rank(process: Process) -> str | None:
     return watched.slowest()
 
 
-def ask(question: Callable[[], Any], seconds: float) -> Any:
+def ask(question: Callable[[], T], seconds: float) -> T:
     """The answer to a question to the store. Its host may stand still, and then it would never come.
 
     Raises:
@@ -114,6 +116,7 @@ def ask(question: Callable[[], Any], seconds: float) -> Any:
     thread.join(seconds)
     if not answer:
         raise TimeoutError
+    value: T
     value, error = answer[0]
     if error is not None:
         raise error
@@ -138,7 +141,7 @@ class _Others:
                 self._changed[rank] = time.monotonic()
         self._beats |= found
         store = self._process.store
-        return store.get("failure").decode() if store.check(["failure"]) else None
+        return str(store.get("failure").decode()) if store.check(["failure"]) else None
 
     def gone(self) -> str | None:
         """A rank of this host whose process has ended without a word."""

@@ -16,13 +16,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotDone  # Python 3.10 has another TimeoutError besides
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from tessera.embedding.errors import TesseraError
 
 T = TypeVar("T")
+# What work gave, and the event behind it on the manager's stream, if there is one.
+Submitted: TypeAlias = "Future[tuple[T, torch.cuda.Event | None]]"
 
 
 @dataclass
@@ -47,9 +49,9 @@ class HostManager:
         self._kept: deque[Any] = deque(maxlen=6)
         self._waited_seconds = self._busy_seconds = 0.0
 
-    def submit(self, work: Callable[[], T]) -> Future[T]:
+    def submit(self, work: Callable[[], T]) -> Submitted[T]:
         """Let the thread do `work` after what it has to do already."""
-        given = []
+        given: list[torch.cuda.Event] = []
         if self._stream is not None:
             device = self._stream.device
             given = [s.record_event() for s in (torch.cuda.current_stream(device), torch.cuda.default_stream(device))]
@@ -67,7 +69,7 @@ class HostManager:
         self._busy_seconds += time.perf_counter() - began
         return result, ready
 
-    def result(self, future: Future[T]) -> T:
+    def result(self, future: Submitted[T]) -> T:
         """What the work gave, or what it raised. Raises TesseraError if it takes longer than the limit."""
         began = time.perf_counter()
         try:

@@ -31,7 +31,8 @@ def filesystem_of(location: str) -> tuple[pa.fs.FileSystem, str]:
         return pa.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(location))
     try:
         if scheme in ARROW_SCHEMES:
-            return pa.fs.FileSystem.from_uri(location)
+            opened, inside = pa.fs.FileSystem.from_uri(location)
+            return opened, str(inside)
         import fsspec
 
         # A listing that is kept would not show the states, days and markers that others write meanwhile.

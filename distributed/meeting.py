@@ -64,7 +64,7 @@ def _answer(store: dist.Store, rank: int, me: str, end: float) -> str | None:
     while time.monotonic() < end:
         if store.check(["call"]):
             call = json.loads(store.get("call"))
-            name = call["name"]
+            name: str = call["name"]
             if call["ranks"].get(str(rank)) == me:
                 if name != answered:
                     store.set(f"yes/{name}/{rank}/{me}", "")

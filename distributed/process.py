@@ -85,6 +85,8 @@ class Process:
     others: dict[int, Beat] = field(default_factory=dict)
     to_end: set[int] = field(default_factory=set)
     _asked_at: float = 0.0
+    _beat_stage: str | None = None  # at the last sign of life, and since when
+    _beat_since: float = 0.0
     _ended: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -116,7 +118,7 @@ def start(device: str = "auto", timeout_seconds: float = 300.0) -> Process:
     chosen = _choose_device(device, local_rank)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    store = dist.HashStore()
+    store: dist.Store = dist.HashStore()
     try:
         if "MASTER_ADDR" in os.environ:
             store, rank, world = next(rendezvous("env://", timeout=timeout))
@@ -204,7 +206,9 @@ def run(load: Callable[[], tuple[T, str, float]], main: Callable[[T, Process], N
         config, device, timeout_seconds = load()
         process = start(device, timeout_seconds)
         _watch_signals(process)
-        threading.excepthook = lambda failed: _leave_because(failed.exc_value, process)
+        threading.excepthook = lambda failed: _leave_because(
+            failed.exc_value or RuntimeError("a thread failed"), process
+        )
         status, line = 0, None
         try:
             main(config, process)
@@ -303,7 +307,7 @@ def _first_to_report(process: Process | None, line: str) -> bool:
         return True
     text = line.rsplit("error: ", 1)[-1]
     try:
-        return ask(lambda: _claim(process, text), STALE_SECONDS)
+        return bool(ask(lambda: _claim(process, text), STALE_SECONDS))
     except Exception:
         return speaks_for_host(process)
 

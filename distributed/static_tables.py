@@ -7,7 +7,7 @@ price. Output is the same for any number of ranks: initial rows depend on (seed,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,11 @@ SPARSE_OPTIMIZERS = {
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
 }
-STATE_FLOATS = {"sgd": lambda dim: 0, "adagrad": lambda dim: dim, "rowwise_adagrad": lambda dim: 1}
+STATE_FLOATS: dict[str, Callable[[int], int]] = {
+    "sgd": lambda dim: 0,
+    "adagrad": lambda dim: dim,
+    "rowwise_adagrad": lambda dim: 1,
+}
 INIT_CHUNK_FLOATS = 1 << 24  # initial rows are drawn in pieces of 64 MiB, so that start-up needs no second table
 
 
@@ -127,7 +131,7 @@ class StaticTables(nn.Module):
 
     def squares_looked_up(self, embeddings: dict[str, Tensor]) -> Tensor:
         """As that of `DynamicTables`, of features with one id a row: their embeddings are their rows."""
-        return sum(emb_bfd.square().sum() for emb_bfd in embeddings.values())
+        return sum((emb_bfd.square().sum() for emb_bfd in embeddings.values()), torch.zeros(()))
 
     def _to_rows(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return KeyedJaggedTensor(

@@ -1,4 +1,4 @@
-"""Types of all packages hold by mypy, as `make lint` checks them: strictly in kernels and embedding."""
+"""Types of all packages hold by mypy, as `make lint` checks them: strictly but for ctr and scripts."""
 
 import os
 import subprocess

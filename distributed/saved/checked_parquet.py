@@ -156,7 +156,7 @@ class _Window:
         return crc
 
     def size(self) -> int:
-        return self._size
+        return int(self._size)
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self._at = offset + (0, self._at, self._size)[whence]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from tessera.distributed.process import Process
+from tessera.distributed.saved.manifest import TRAINING, CheckpointError, read_manifest
 from tessera.distributed.saved.row_files import Columns, copied, no_rows, read_columns, write_columns
-from tessera.distributed.saved.states import TRAINING, CheckpointError, Saved, names_of_states, read_manifest, save
+from tessera.distributed.saved.states import Saved, names_of_states, save
 from tessera.distributed.saved.storage import READ_BYTES, Storage
 
 
-def newest_rows(folders: list[Storage], path: str) -> Iterator[Columns]:
+def newest_rows(folders: Sequence[Storage], path: str) -> Iterator[Columns]:
     """The rows of one rank's file of a table, each once: from the newest folder that has it, unless given up since.
 
     folders: newest first. path: "rows/<table>/<rank>-of-<ranks>.parquet".
@@ -32,7 +33,7 @@ def newest_rows(folders: list[Storage], path: str) -> Iterator[Columns]:
         hidden = torch.cat([hidden, *seen]).unique()
 
 
-def compact(root: Storage, saved: Saved, process: Process) -> dict:
+def compact(root: Storage, saved: Saved, process: Process) -> dict[str, Any]:
     """Replace the delta `saved`, the newest of `root`, by a full state of the same step. Returns its manifest.
 
     Raises:
@@ -51,7 +52,7 @@ def compact(root: Storage, saved: Saved, process: Process) -> dict:
 
 def save_merged(
     root: Storage, name: str, saved: Saved, process: Process, kind: str, said: dict[str, Any] | None = None
-) -> dict:
+) -> dict[str, Any]:
     """Write one folder with all rows of a delta and those that it builds on. Returns its manifest.
 
     said: what its description and its manifest hold besides.
@@ -60,7 +61,7 @@ def save_merged(
     """
     folder = saved.folders[0]
 
-    def write(target: Storage) -> dict:
+    def write(target: Storage) -> dict[str, Any]:
         for path in saved.manifest["files"]:
             if path.startswith("gone/") or path == TRAINING:
                 continue
@@ -72,8 +73,9 @@ def save_merged(
             write_columns(target, path, copied({c: torch.cat([part[c] for part in parts]) for c in parts[0]}), ranks)
         return {}
 
-    def describe(*_: object) -> dict:
-        return json.loads(folder.read(TRAINING)) | (said or {})
+    def describe(*_: object) -> dict[str, Any]:
+        described: dict[str, Any] = json.loads(folder.read(TRAINING))
+        return described | (said or {})
 
     return save(root, name, write, describe, process, step=saved.step, kind=kind, world_size=saved.ranks, notes=said)
 

@@ -114,7 +114,7 @@ def _cut(tensors: Tensors) -> Iterator[tuple[Piece, Tensor]]:
             step = max(1, PIECE_BYTES * rows // max(1, values.nbytes))
             for begin in range(0, max(1, rows), step):
                 part = values[begin : begin + step] if values.dim() else values
-                if not part.numel() and math.prod(shape):
+                if not part.numel() and 0 not in shape:
                     continue  # a rank without rows of a small table
                 place = (offset[0] + begin, *offset[1:]) if values.dim() else ()
                 yield Piece(name, part.dtype, shape, place, tuple(part.shape)), part

@@ -34,22 +34,27 @@ def inspect(path: str, table: str | None, row_id: int | None, rows: int, compact
         dist.destroy_process_group()
 
 
-def _inspect(folder: Storage, table: str | None, row_id: int | None, rows: int, compacting: bool, process) -> int:
+def _inspect(
+    folder: Storage, table: str | None, row_id: int | None, rows: int, compacting: bool, process: Process
+) -> int:
     if folder.exists(MANIFEST):
-        saved, damaged = open_saved(folder, process), []
+        saved = open_saved(folder, process)
+        damaged: list[str] = []
         _mention_strays(saved)
     else:
         root = folder.below("checkpoints") if folder.exists("checkpoints") else folder
         if not names_of_states(root):
             raise ConfigError(f"{folder.name} holds no saved states")
         damaged = _list(root, process)
-        saved = latest(root, process, lambda _: None)
-        if saved is None:
+        newest = latest(root, process, lambda _: None)
+        if newest is None:
             return 1
         if compacting:
-            compact(root, saved, process)
-            saved = latest(root, process, print)
-            print(f"{saved.name} is a full state now")
+            compact(root, newest, process)
+            newest = latest(root, process, print)
+            assert newest is not None, "it was saved just now"
+            print(f"{newest.name} is a full state now")
+        saved = newest
     if table is None:
         _show(saved)
     else:

@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from tessera.distributed.saved.storage import Sealed, Storage
 from tessera.embedding.errors import TesseraError
@@ -55,7 +55,7 @@ class SavedFolder(Storage):
     def _at(self, name: str, root: str) -> Storage:
         return self._folder._at(name, root)
 
-    def open(self, path: str, buffered: bool = True) -> IO[bytes]:
+    def open(self, path: str, buffered: bool = True) -> BinaryIO:
         """Open a listed file. Raises FileNotFoundError where it is not listed, OSError where it is a link."""
         if path not in self.files and path != MANIFEST:
             raise FileNotFoundError(errno.ENOENT, "not listed in the manifest", path)
@@ -88,7 +88,7 @@ def read_manifest(folder: Storage) -> dict[str, Any]:
     Raises CheckpointError, one line: why the folder is no state that can be read.
     """
     try:
-        manifest = json.loads(folder.read(MANIFEST))
+        manifest: Any = json.loads(folder.read(MANIFEST))
     except FileNotFoundError:
         raise CheckpointError("it has no manifest: a save that did not end, or not a state") from None
     except OSError as error:
@@ -104,7 +104,7 @@ def read_manifest(folder: Storage) -> dict[str, Any]:
         raise CheckpointError("its manifest was changed: its checksum does not match")
     check(manifest, MANIFEST_PATTERN, "its manifest")
     _check_names(manifest)
-    return manifest
+    return dict(manifest)
 
 
 def _check_names(manifest: Mapping[str, Any]) -> None:
@@ -143,7 +143,7 @@ def read_training(folder: Storage) -> dict[str, Any]:
     check(training, {}, TRAINING)
     if "tables" in training:
         check(training["tables"], TABLES_PATTERN, f"{TRAINING}: tables")
-    return training
+    return dict(training)
 
 
 def check(value: Any, pattern: Any, where: str) -> None:

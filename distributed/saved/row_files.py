@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -125,7 +125,7 @@ def ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
     """What the calls return, in order. The next two run in a thread while the caller works on one's result: two, for a
     large row group between small ones would wait."""
     with ThreadPoolExecutor(1, "rows ahead") as thread:
-        waiting: deque[Future] = deque()
+        waiting: deque[Future[T]] = deque()
         for call in calls:
             waiting.append(thread.submit(call))
             if len(waiting) > 2:
@@ -209,7 +209,7 @@ def count_rows(storage: Storage, path: str, rank: int, ranks: int) -> int:
     with CheckedParquet(storage, path) as file:
         wanted, share = _groups_of(file, rank, ranks)
         with file.as_rows():
-            return sum(file.metadata.row_group(group).num_rows for group in wanted) // share
+            return sum(int(file.metadata.row_group(group).num_rows) for group in wanted) // share
 
 
 def _groups_of(file: CheckedParquet, rank: int, ranks: int) -> tuple[list[int], int]:
@@ -263,7 +263,7 @@ def to_batch(
     if not with_state or "state" not in columns:
         first = table.config.optimizer.initial_accumulator
         columns = {**columns, "state": torch.full((columns["id"].numel(), expected["state"].shape[1]), first)}
-    parts = {}
+    parts: dict[str, Any] = {}  # tensors, and None where a field may lack
     for field in fields(RowBatch):
         name = COLUMN_OF_FIELD.get(field.name, field.name)
         absent = name == "period" and not (with_periods and name in columns)

@@ -62,11 +62,11 @@ class Saved:
 
     @property
     def step(self) -> int:
-        return self.manifest["step"]
+        return int(self.manifest["step"])
 
     @property
     def ranks(self) -> int:
-        return self.manifest["world_size"]
+        return int(self.manifest["world_size"])
 
     @property
     def bytes(self) -> int:
@@ -108,7 +108,8 @@ def save(
         CheckpointError: on every rank, naming the rank that failed and why.
     """
     partial = f"{PARTIAL}{name}" if root.local else name
-    folder, said = root.below(partial), {}
+    folder = root.below(partial)
+    said: dict[str, Any] = {}
     problem = from_first_rank(_make_room(root, name, partial) if process.is_main else None, group)
     if problem is None:
         try:
@@ -119,7 +120,7 @@ def save(
     root.note(WAITING)
     reports = gather_objects((problem, said, folder.written), group)
     problem = next((report[0] for report in reports if report[0]), None)
-    manifest = None
+    manifest: dict[str, Any] = {}
     if process.is_main:
         if problem is None:
             try:
@@ -175,7 +176,16 @@ def _copy_folder(root: Storage, name: str, new: str) -> None:
         root.copy(f"{name}/{path}", f"{new}/{path}")
 
 
-def _commit(root, folder, partial, name, reports, describe, head, chain) -> dict[str, Any]:
+def _commit(
+    root: Storage,
+    folder: Storage,
+    partial: str,
+    name: str,
+    reports: list[tuple[str | None, dict[str, Any], dict[str, Sealed]]],
+    describe: Callable[[Storage, list[dict[str, Any]]], dict[str, Any]],
+    head: dict[str, Any],
+    chain: list[dict[str, str]],
+) -> dict[str, Any]:
     for _, _, written in reports:
         folder.written.update(written)
     training = describe(folder, [said for _, said, _ in reports])

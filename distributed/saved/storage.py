@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.fs
@@ -150,12 +150,12 @@ class Storage:
             stream.write(content)
         put_in_place(self.full(partial), self.full(path))
 
-    def open(self, path: str, buffered: bool = True) -> IO[bytes]:
+    def open(self, path: str, buffered: bool = True) -> BinaryIO:
         """buffered: small reads are gathered."""
         if self.local:
-            return open(self.full(path), "rb", **({} if buffered else {"buffering": 0}))
-        file = self._fs.open_input_file(self.full(path))
-        return io.BufferedReader(file, REMOTE_BUFFER_BYTES) if buffered else file
+            return open(self.full(path), "rb") if buffered else open(self.full(path), "rb", buffering=0)
+        file: BinaryIO = self._fs.open_input_file(self.full(path))
+        return io.BufferedReader(cast(io.RawIOBase, file), REMOTE_BUFFER_BYTES) if buffered else file
 
     def read(self, path: str) -> bytes:
         with self.open(path) as file:
@@ -166,7 +166,7 @@ class Storage:
         try:
             size, crc, memory = 0, 0, memoryview(bytearray(READ_BYTES))
             with self.open(path, buffered=False) as file:
-                while count := file.readinto(memory):
+                while count := cast(io.RawIOBase, file).readinto(memory):
                     size += count
                     crc = zlib.crc32(memory[:count], crc)
         except FileNotFoundError:
@@ -200,7 +200,7 @@ class Storage:
         return sorted(info.path.strip("/")[root:].strip("/") for info in infos if info.type != pa.fs.FileType.Directory)
 
     def exists(self, path: str) -> bool:
-        return self._fs.get_file_info(self.full(path)).type != pa.fs.FileType.NotFound
+        return bool(self._fs.get_file_info(self.full(path)).type != pa.fs.FileType.NotFound)
 
     def make(self, path: str = "") -> None:
         if self.local:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def _given_up(table: DynamicTable) -> float:
     return stats["expired"] + stats["evicted"]
 
 
-def describe_tables(tables: Tables) -> dict[str, dict]:
+def describe_tables(tables: Tables) -> dict[str, dict[str, Any]]:
     """What the rows of each table are made of, for whoever loads them into another model."""
     described = {}
     for name, table in tables.items():
@@ -113,7 +114,7 @@ def describe_tables(tables: Tables) -> dict[str, dict]:
     return described
 
 
-def _formats(groups: list[list]) -> str:
+def _formats(groups: list[list[Any]]) -> str:
     return ", ".join(" ".join(map(str, group)) for group in groups)
 
 
@@ -251,7 +252,7 @@ def load_table_state(tables: Tables, saved: Saved, by_rank: list[dict[str, Tenso
             table.import_state(states[process.rank])
             continue
         counters = torch.stack([state["counters"] for state in states]).sum(0)
-        kept = {key: states[0][key] for key in ("step", "period") if key in states[0]}
+        kept: dict[str, Tensor] = {key: states[0][key] for key in ("step", "period") if key in states[0]}
         kept |= {"counters": counters if process.is_main else torch.zeros_like(counters)}
         if "admission/cells" in states[0]:
             if process.world_size % saved.ranks:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from tessera.distributed.heartbeat import STALE_SECONDS, ask, silent_store, stands_still, stopped_here
@@ -58,7 +58,7 @@ class SaveWatch:
                 leave(self._process, f"error: {name} cannot be saved: {silent}")
             except Exception:  # rank 0 has gone; the others end by that, but not one that hangs in a file
                 if not done.wait(STALE_SECONDS):
-                    gone = f"the job's store on the first host is gone; {describe([[self._at, 0]], self._process.rank)}"
+                    gone = f"the job's store on the first host is gone; {describe([(self._at, 0)], self._process.rank)}"
                     leave(self._process, f"error: {name} cannot be saved: {gone}")
                 return
             if found != seen:
@@ -72,16 +72,16 @@ class SaveWatch:
         if self._process.world_size > 1:
             self._process.store.set(f"saving/{self._process.rank}", json.dumps([self._at, self._count]))
 
-    def _everyone(self) -> list[list]:
+    def _everyone(self) -> list[tuple[str, int]]:
         """[what it is at, how often it got further] of each rank."""
         self._publish()
         if self._process.world_size == 1:
-            return [[self._at, self._count]]
+            return [(self._at, self._count)]
         keys = [f"saving/{rank}" for rank in range(self._process.world_size)]
-        return [json.loads(text) for text in self._process.store.multi_get(keys)]
+        return [tuple(json.loads(text)) for text in self._process.store.multi_get(keys)]
 
 
-def describe(found: list[list], first_rank: int = 0) -> str:
+def describe(found: Sequence[tuple[str, int]], first_rank: int = 0) -> str:
     """Who is to blame: ranks in the middle of a file, or not there, else those that do not say they wait, else all."""
     at = {rank: at for rank, (at, _) in enumerate(found, first_rank)}
     holding = {rank for rank in at if at[rank] == ELSEWHERE or at[rank].startswith("writing ")}

@@ -9,15 +9,16 @@ reduce-scatter, wants equally many rows on all ranks under gloo and adds in the 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
-from torchrec.distributed.embedding_sharding import BaseEmbeddingDist, EmbeddingShardingContext
-from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardingType
+from torchrec.distributed.embedding_sharding import BaseEmbeddingDist, EmbeddingShardingContext, EmbeddingShardingInfo
+from torchrec.distributed.embedding_types import BaseGroupedFeatureProcessor, GroupedEmbeddingConfig, ShardingType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.types import (
@@ -25,6 +26,7 @@ from torchrec.distributed.types import (
     CommOp,
     NoWait,
     QuantizedCommCodecs,
+    ShardingEnv,
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -50,6 +52,7 @@ class DynamicBagKernel(DynamicTableKernel):
         request = self.next_request(features)
         rows = self.rows(request)
         self._last = (rows, request) if self.training else None
+        assert request.places is not None
         sums = F.embedding_bag(
             request.places,
             rows,
@@ -63,6 +66,7 @@ class DynamicBagKernel(DynamicTableKernel):
     def squares(self) -> tuple[Tensor, Tensor]:
         """Of the last forward pass in training: the squares of the rows of all look-ups that came here, summed up,
         divided as the gradients of sums are on their way here; and by table the number of look-ups without a row."""
+        assert self._last is not None, "no forward pass in training"
         (rows, request), self._last = self._last, None
         counts = request.counts.to(rows)
         values = rows[:, :-1] if self.tells_missing else rows
@@ -93,8 +97,13 @@ class DynamicBagKernel(DynamicTableKernel):
 
 class DynamicBagLookup(GroupedPooledEmbeddingsLookup):
     def _create_embedding_kernel(
-        self, config: GroupedEmbeddingConfig, device, pg, sharding_type=None, env=None
-    ) -> nn.Module:
+        self,
+        config: GroupedEmbeddingConfig,
+        device: torch.device | None,
+        pg: dist.ProcessGroup | None,
+        sharding_type: ShardingType | None = None,
+        env: ShardingEnv | None = None,
+    ) -> DynamicBagKernel:
         assert config.compute_kernel is DYNAMIC, config.compute_kernel
         return DynamicBagKernel(config, pg, device)
 
@@ -109,12 +118,15 @@ class SumsOfOwners(BaseEmbeddingDist[EmbeddingShardingContext, Tensor, Tensor]):
     def forward(self, local_embs: Tensor, sharding_ctx: EmbeddingShardingContext | None = None) -> Awaitable[Tensor]:
         """local_embs: [rows of all ranks, n] -> [rows of this rank, n]."""
         rows = sharding_ctx.batch_size_per_rank if sharding_ctx is not None else []
-        return NoWait(_SumOfOwners.apply(local_embs, rows or [local_embs.shape[0]], self._pg, self._codecs))
+        rows = rows or [local_embs.shape[0]]
+        return NoWait(_SumOfOwners.apply(local_embs, rows, self._pg, self._codecs))  # type: ignore[no-untyped-call]
 
 
 class _SumOfOwners(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, partial: Tensor, rows: list[int], pg: dist.ProcessGroup, codecs: QuantizedCommCodecs | None):
+    def forward(
+        ctx: Any, partial: Tensor, rows: list[int], pg: dist.ProcessGroup, codecs: QuantizedCommCodecs | None
+    ) -> Tensor:
         ctx.rows, ctx.pg, ctx.codecs = rows, pg, codecs
         ranks, mine = len(rows), rows[dist.get_rank(pg)]
         sent = partial.contiguous() if codecs is None else codecs.forward.encode(partial).contiguous()
@@ -124,7 +136,7 @@ class _SumOfOwners(torch.autograd.Function):
         return sums.view(ranks, mine, partial.shape[1]).sum(0)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """Each owner's sum has the gradient of the whole sum."""
         ranks, mine = len(ctx.rows), ctx.rows[dist.get_rank(ctx.pg)]
         sent = grad if ctx.codecs is None else ctx.codecs.backward.encode(grad)
@@ -139,7 +151,12 @@ class DynamicBagSharding(RwPooledEmbeddingSharding):
     def create_input_dist(self, device: torch.device | None = None) -> RawIdsDist:
         return raw_ids_dist(self, is_sequence=False, device=device)
 
-    def create_lookup(self, device=None, fused_params=None, feature_processor=None) -> DynamicBagLookup:
+    def create_lookup(
+        self,
+        device: torch.device | None = None,
+        fused_params: dict[str, Any] | None = None,
+        feature_processor: BaseGroupedFeatureProcessor | None = None,
+    ) -> DynamicBagLookup:
         return DynamicBagLookup(
             self._grouped_embedding_configs,
             pg=self._pg,
@@ -156,7 +173,12 @@ class DynamicBagSharding(RwPooledEmbeddingSharding):
 class ShardedDynamicBags(HasKernels, ShardedEmbeddingBagCollection):
     @classmethod
     def create_embedding_bag_sharding(
-        cls, sharding_infos, env, device=None, permute_embeddings=False, qcomm_codecs_registry=None
+        cls,
+        sharding_infos: list[EmbeddingShardingInfo],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        permute_embeddings: bool = False,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
     ) -> DynamicBagSharding:
         sharding_type = sharding_infos[0].param_sharding.sharding_type
         assert sharding_type == ShardingType.ROW_WISE.value, sharding_type

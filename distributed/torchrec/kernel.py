@@ -94,7 +94,7 @@ class RowLearningRate(FusedOptimizer):
 
     @property
     def lr(self) -> float:
-        return self.param_groups[0]["lr"]
+        return float(self.param_groups[0]["lr"])
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         pass
@@ -116,8 +116,8 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         super().__init__(config, pg, device)
         fused = config.fused_params or {}
         configs = {module_name(table.name): table for table in fused["table_configs"]}
-        self._device_of_rows = device
-        self.tables = [make_table(configs[table.name], device) for table in config.embedding_tables]
+        self._device_of_rows = torch.device("cpu") if device is None else device
+        self.tables = [make_table(configs[table.name], self._device_of_rows) for table in config.embedding_tables]
         self.names = [table.name for table in config.embedding_tables]
         self.repeats = pg is not None and pg.size() > 1  # each rank sends an id once; two ranks may send the same one
         self._rank = pg.rank() if pg is not None and pg.size() > 1 else None
@@ -134,7 +134,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         self._handle = torch.zeros((), requires_grad=True)
         for table in config.embedding_tables:
             placeholder = nn.Parameter(torch.empty(0, table.local_cols))
-            placeholder._in_backward_optimizers = [EmptyFusedOptimizer()]
+            setattr(placeholder, "_in_backward_optimizers", [EmptyFusedOptimizer()])  # noqa: B010, torchrec reads it
             self._param_per_table[table.name] = placeholder
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
@@ -153,7 +153,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
             request.counted = [Counted.of(table) for table in self.tables]
             return request
 
-        for table in self.tables:
+        for table in self._cached():
             table.coming += 1
         future = manager.submit(work)
         self._coming.append(lambda: manager.result(future))
@@ -163,10 +163,14 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         if not (self._coming and self.training) or self.phase is Pass.SECOND:
             return self.request(features, self.ages)
         request = self._coming.popleft()()
-        for table in self.tables:
+        for table in self._cached():
             table.coming -= 1
+        assert request.counted is not None
         self._counted = request.counted
         return request
+
+    def _cached(self) -> list[CachedTable]:
+        return [table for table in self.tables if isinstance(table, CachedTable)]
 
     def counted(self) -> list[Counted]:
         """What the tables have counted up to the step that is under way or done: a batch that is being brought ahead
@@ -181,7 +185,8 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
 
     def rows(self, request: Request) -> Tensor:
         """The rows asked for, differentiable."""
-        return _LookUp.apply(self._handle, self, request)
+        rows: Tensor = _LookUp.apply(self._handle, self, request)  # type: ignore[no-untyped-call]
+        return rows
 
     def find(self, request: Request, now: int) -> list[FoundRows]:
         """Look the ids of a batch up in all tables, in training with all that this changes."""
@@ -246,6 +251,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
                 ahead.learn(part, inverse)
             self._ahead = []
             return
+        assert request.found is not None
         for found, part in zip(request.found, parts, strict=True):
             rows, inverse = found.rows, found.inverse
             if self.phase is Pass.FIRST:
@@ -275,24 +281,30 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     def split_embedding_weights(self) -> list[Tensor]:
         return [self._param_per_table[name] for name in self.names]
 
-    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator:
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
         yield from ()
 
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator:
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
         yield from ()
 
-    def state_dict(self, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict:
+    def state_dict(
+        self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         """Empty: `distributed/saved/row_files.py` saves rows, by id, so that any number of ranks can load them."""
         return destination if destination is not None else {}
 
 
 class _LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, handle: Tensor, kernel: DynamicTableKernel, request: Request):
+    def forward(ctx: Any, handle: Tensor, kernel: DynamicTableKernel, request: Request) -> Tensor:
         ctx.kernel, ctx.request = kernel, request
         return kernel.look_up(request)
 
     @staticmethod
-    def backward(ctx, grads: Tensor):
+    def backward(ctx: Any, grads: Tensor) -> tuple[None, None, None]:
         ctx.kernel.update(grads, ctx.request)
         return None, None, None

@@ -8,8 +8,10 @@ owner of a value is then the value modulo the ranks. We send mixed ids, so owner
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.embedding import (
     EmbeddingCollectionContext,
@@ -17,10 +19,16 @@ from torchrec.distributed.embedding import (
     ShardedEmbeddingCollection,
 )
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, KJTList
+from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
+from torchrec.distributed.embedding_types import (
+    BaseGroupedFeatureProcessor,
+    EmbeddingComputeKernel,
+    GroupedEmbeddingConfig,
+    KJTList,
+)
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import BaseRwEmbeddingSharding, RwSparseFeaturesDist
-from torchrec.distributed.types import Awaitable, ParameterSharding, ShardingEnv, ShardingType
+from torchrec.distributed.types import Awaitable, ParameterSharding, QuantizedCommCodecs, ShardingEnv, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tessera.distributed.ownership import owner_of
@@ -30,13 +38,21 @@ DYNAMIC = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
 
 
 class DynamicLookup(GroupedEmbeddingsLookup):
-    def _create_embedding_kernel(self, config: GroupedEmbeddingConfig, pg, device, env=None) -> nn.Module:
+    def _create_embedding_kernel(
+        self,
+        config: GroupedEmbeddingConfig,
+        pg: dist.ProcessGroup | None,
+        device: torch.device | None,
+        env: ShardingEnv | None = None,
+    ) -> DynamicTableKernel:
         assert config.compute_kernel is DYNAMIC, config.compute_kernel
         return DynamicTableKernel(config, pg, device)
 
 
 class RawIdsDist(RwSparseFeaturesDist):
     """Sends each value, unchanged, to the rank that is the value modulo the ranks."""
+
+    unbucketize_permute_tensor: Tensor | None
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
         if self._world_size == 1:  # all ids are this rank's, in the order that they have
@@ -93,6 +109,8 @@ def raw_ids_dist(sharding: BaseRwEmbeddingSharding, is_sequence: bool, device: t
 class HasKernels:
     """Of sharded collections: the kernels inside."""
 
+    _lookups: list[Any]  # torchrec's
+
     def received(self, features: KJTList) -> Iterator[tuple[DynamicTableKernel, KeyedJaggedTensor]]:
         """Each kernel with what it will be asked."""
         for lookup, one in zip(self._lookups, features, strict=True):
@@ -106,7 +124,12 @@ class DynamicSharding(RwSequenceEmbeddingSharding):
     def create_input_dist(self, device: torch.device | None = None) -> RawIdsDist:
         return raw_ids_dist(self, is_sequence=True, device=device)
 
-    def create_lookup(self, device=None, fused_params=None, feature_processor=None) -> DynamicLookup:
+    def create_lookup(
+        self,
+        device: torch.device | None = None,
+        fused_params: dict[str, Any] | None = None,
+        feature_processor: BaseGroupedFeatureProcessor | None = None,
+    ) -> DynamicLookup:
         return DynamicLookup(self._grouped_embedding_configs, self._pg, device or self._device, self._env)
 
 
@@ -121,7 +144,12 @@ class ShardedDynamicCollection(HasKernels, ShardedEmbeddingCollection):
 
     @classmethod
     def create_embedding_sharding(
-        cls, sharding_type, sharding_infos, env, device=None, qcomm_codecs_registry=None
+        cls,
+        sharding_type: str,
+        sharding_infos: list[EmbeddingShardingInfo],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
     ) -> DynamicSharding:
         assert sharding_type == ShardingType.ROW_WISE.value, sharding_type
         return DynamicSharding(
@@ -132,6 +160,10 @@ class ShardedDynamicCollection(HasKernels, ShardedEmbeddingCollection):
 class RowWiseDynamic:
     """What torchrec asks of a sharder, for those of dynamic tables: they are sharded by rows, on our own kernel."""
 
+    fused_params: dict[str, Any] | None  # these three are the sharder's
+    qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None
+    sharded_module_type: Any
+
     def shard(
         self,
         module: nn.Module,
@@ -140,7 +172,7 @@ class RowWiseDynamic:
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> nn.Module:
-        return self.sharded_module_type(
+        sharded: nn.Module = self.sharded_module_type(
             module,
             params,
             env,
@@ -149,6 +181,7 @@ class RowWiseDynamic:
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             module_fqn=module_fqn,
         )
+        return sharded
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return [ShardingType.ROW_WISE.value]
