@@ -6,7 +6,7 @@ RANKS ?= 2
 DEMO_ROWS ?= 400000
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup demo test test-slow lint doctor bench docs clean
+.PHONY: help install setup demo test test-slow lint doctor bench docs wheel clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20

@@ -105,4 +105,5 @@ setup(
     package_dir={f"tessera.{name}": name for name in FOLDERS},
     ext_modules=[kernel_extension()],
     cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if torch is not None else {},
 )

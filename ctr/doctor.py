@@ -25,7 +25,10 @@ from pathlib import Path
 from tessera.kernels import build_record
 
 ROOT = Path(__file__).resolve().parent.parent
+LISTS = ROOT / "requirements"  # of a checkout; an installed wheel has its own metadata instead
 REINSTALL = "run `make install`"
+if not LISTS.is_dir():  # for CUDA, tessera-ctr[cuda] alone
+    REINSTALL = "run `pip install 'tessera-ctr[cpu]' && pip install --no-deps torchrec==1.8.0`"
 
 # Runs in a child process, because a torch and an fbgemm that do not fit may end the process instead of
 # raising.
@@ -79,9 +82,12 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def pinned(folder: Path = ROOT / "requirements") -> dict[str, str]:
-    """Name to version of everything that the lists pin, but for lines with a marker."""
+def pinned(folder: Path = LISTS) -> dict[str, str]:
+    """Name to version of everything that the lists pin, but for lines with a marker. Without lists: what the metadata
+    of the installed distribution pin."""
     lines = [line for path in sorted(folder.glob("*.txt")) for line in path.read_text().splitlines()]
+    if not folder.is_dir():
+        lines = [line.partition(";")[0] for line in metadata.requires("tessera-ctr") or []]
     found = (re.fullmatch(r"([\w.-]+)==(\S+)", line.strip()) for line in lines)
     return {canonical(match[1]): match[2] for match in found if match}
 

@@ -122,7 +122,7 @@ def _value(key: str, value: str, admitted: set[Any] | None) -> str:
         return value
     if parsed:
         raise ConfigError(
-            f"{key} is {value}: a comma, or a function like range(..), would mean several runs (scripts/sweep.py does "
+            f"{key} is {value}: a comma, or a function like range(..), would mean several runs (`tessera sweep` does "
             f'these); a list is written "{key}=[{value}]", a text "{key}=\'{value}\'"'
         )
     if admitted is not None and list not in admitted and dict not in admitted:

@@ -169,7 +169,7 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"trainer.device is {device!r}; expected auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("trainer.device is cuda but torch finds no GPU here; run scripts/doctor.py")
+        raise ConfigError("trainer.device is cuda but torch finds no GPU here; run `tessera doctor`")
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     ranks, found = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()

@@ -76,5 +76,5 @@ def read_latest(root: Storage) -> dict[str, Any]:
 
 def _damaged(root: Storage, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"{root.name}: {LATEST} is damaged: {problem}; start the run's scripts/daily.py again, which writes it anew"
+        f"{root.name}: {LATEST} is damaged: {problem}; start the run's `tessera daily` again, which writes it anew"
     )

@@ -117,7 +117,7 @@ def _open_published(root: Storage, process: Process) -> tuple[Saved, list[dict[s
             return saved, links
         except CheckpointError as error:
             if attempt + 1 == ATTEMPTS or read_latest(root) == latest:
-                hint = "remove it and start the run's scripts/daily.py again, which publishes anew"
+                hint = "remove it and start the run's `tessera daily` again, which publishes anew"
                 raise CheckpointError(f"{error}; {hint}") from None
     raise AssertionError
 

@@ -177,7 +177,7 @@ def _fill(
         found = _formats(described[there]["groups"])
         expected = _formats(describe_tables({there: table})[there]["groups"])
         if found != expected:
-            hint = "scripts/convert_tables.py converts"
+            hint = "`tessera convert-tables` converts"
             raise TesseraError(f"{saved.name}: rows of table {there} have {found}; the model has {expected} ({hint})")
         table.expect(_rows_expected(saved.folders[-1], there, process))
         hidden = torch.empty(0, dtype=torch.int64) if len(saved.folders) > 1 else None

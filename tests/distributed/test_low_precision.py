@@ -150,7 +150,7 @@ def test_rows_of_another_format_are_refused(tmp_path):
     on_ranks(2, train_linear, tables_of("int8"), "fp32", tmp_path)
     (message,) = on_ranks(1, load_others, tables_of("int4"), tmp_path)
     expected = (
-        "rows of table a have v 4 int8, w 1 fp32; the model has v 4 int4, w 1 fp32 (scripts/convert_tables.py converts)"
+        "rows of table a have v 4 int8, w 1 fp32; the model has v 4 int4, w 1 fp32 (`tessera convert-tables` converts)"
     )
     assert message.endswith(expected)
 

@@ -8,6 +8,7 @@ from importlib import metadata
 
 import pytest
 
+from tessera import ctr
 from tessera.ctr.config import Config
 from tessera.ctr.config_help import choices, keys_by_group
 from tessera.ctr.overrides import keys_of
@@ -53,6 +54,7 @@ def test_training_lists_models_data_sets_and_every_key(capsys, monkeypatch):
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"tessera {metadata.version('tessera-ctr')}\n"
+    assert ctr.__version__ == metadata.version("tessera-ctr")
 
 
 @pytest.mark.parametrize(

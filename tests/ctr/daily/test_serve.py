@@ -54,7 +54,7 @@ def test_latest_with_any_bit_flipped_or_cut_anywhere_is_one_line(days, tmp_path)
         with pytest.raises(CheckpointError) as raised:
             read_latest(days.root)
         assert "latest is damaged: " in str(raised.value) and "\n" not in str(raised.value)
-        assert str(raised.value).endswith("start the run's scripts/daily.py again, which writes it anew")
+        assert str(raised.value).endswith("start the run's `tessera daily` again, which writes it anew")
     latest.write_bytes(whole)
     assert read_latest(days.root) == meant
 
@@ -165,7 +165,7 @@ def test_what_is_published_and_damaged_leaves_the_copy_as_it_was(days, tmp_path)
     for name in ("2026-01-01", "2026-01-03", "2026-01-04"):
         rows = tmp_path / "run" / "published" / name / "rows" / "a" / "00000-of-00001.parquet"
         flip(rows, 100)
-        with pytest.raises(CheckpointError, match="checksum .*; remove it and start the run's scripts/daily.py again"):
+        with pytest.raises(CheckpointError, match="checksum .*; remove it and start the run's `tessera daily` again"):
             serve(days, served)
         flip(rows, 100)
     aside = tmp_path / "run" / "published" / "2026-01-02"
