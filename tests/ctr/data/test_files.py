@@ -97,7 +97,7 @@ def test_an_unknown_scheme_is_named():
 
 OPENED = """
 import json, resource, sys
-from ctr.data.reader import ParquetReader
+from tessera.ctr.data.reader import ParquetReader
 from tests.ctr.data.rows import features, taken_apart
 reader = ParquetReader(sys.argv[1], features("row"), 100, **json.loads(sys.argv[3]))
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]),) * 2)

@@ -276,7 +276,7 @@ def test_forty_million_rows_fit_in_memory():
     script = """
 import resource
 import numpy as np
-from ctr.metrics.exact import evaluate_predictions
+from tessera.ctr.metrics.exact import evaluate_predictions
 generator = np.random.default_rng(0)
 rows = 40_000_000
 prediction = generator.random(rows, dtype=np.float32)

@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[4]
 CODE = """
 import resource, sys
 from pathlib import Path
-from ctr.data.convert.criteo import convert_criteo
-from ctr.data.convert.output import Writing
-from ctr.data.convert.pipeline import Input, Options
+from tessera.ctr.data.convert.criteo import convert_criteo
+from tessera.ctr.data.convert.output import Writing
+from tessera.ctr.data.convert.pipeline import Input, Options
 options = Options(overwrite=True, block_bytes=1 << 20, writing=Writing(row_group_rows=4096))
 peaks = []
 for name in ("warm", "small", "large"):
