@@ -22,9 +22,13 @@ FROM_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md
 LINK = re.compile(r"(?<=\]\()(?P<path>[\w./-]+\.md)(?=[)#])")
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Lay out the sources by their import names before docstrings are read, and put their pages into the navigation."""
+def on_startup(command: str, dirty: bool) -> None:
+    """Lay out the sources by their import names, before mkdocstrings looks which of its folders are there."""
     api.import_tree(ROOT / "build" / "api")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the pages of the Python interface into the navigation."""
     assert config.nav is not None
     for section in config.nav:
         for entry in next(iter(section.values())):

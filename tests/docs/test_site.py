@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def site(tmp_path_factory) -> Path:
     pytest.importorskip("mkdocs", reason="requirements/docs.txt is not installed (Python 3.11 or later)")
     folder = tmp_path_factory.mktemp("docs") / "site"
+    shutil.rmtree(ROOT / "build" / "api", ignore_errors=True)  # as in a clone that has built nothing yet
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
