@@ -1,4 +1,4 @@
-"""Arrow's many ways to store one thing, brought back to few: what the rest of the reader has to know.
+"""Convert the many Arrow types that store one thing to the few plain types that the reader decodes.
 
 Writers choose: polars and DataFusion write views of strings and of lists, databases decimals, others fixed-size bytes
 or extension types. None of them says anything else than the plain type does.
@@ -11,7 +11,7 @@ from pyarrow import types
 
 
 def plain_type(stored: pa.DataType) -> pa.DataType:
-    """The type that says the same and that the reader decodes."""
+    """Return the plain type that the reader decodes and that holds the same values."""
     if isinstance(stored, pa.BaseExtensionType):  # uuid, json, bool8, ...
         return plain_type(stored.storage_type)
     if types.is_string_view(stored):
@@ -34,7 +34,7 @@ def _plain_item(stored: pa.DataType) -> pa.Field:
 
 
 def plain(array: pa.Array) -> pa.Array:
-    """The array in its plain type; as it is where it has one."""
+    """Return the array in its plain type; the same array if it is plain already."""
     wanted = plain_type(array.type)
     if wanted == array.type:
         return array
@@ -46,7 +46,8 @@ def plain(array: pa.Array) -> pa.Array:
 
 
 def advice(found: pa.DataType) -> str:
-    """How to write a column of a type that is not read; empty where there is nothing to say."""
+    """Return the end of an error message that says how to write a column of an unreadable type; empty if there is no
+    advice."""
     if types.is_duration(found) or types.is_time(found):
         return "; write the number of seconds: cast it to an integer or a float"
     if types.is_timestamp(found) or types.is_date(found):

@@ -1,4 +1,4 @@
-"""Windows to batches: the slices of a rank's lanes, one after the other, padded to the step's size."""
+"""Build batches from windows: concatenate the slices of a rank's lanes and pad them to the size of the step."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Assembler:
         return lengths
 
     def _single(self, slices: list[Slice], rows: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """int64 [singles, rows], and bool of the same shape where any is null."""
+        """Return the single ids int64 [singles, rows], and a bool mask of the same shape if any is null."""
         if not slices:
             return np.empty((self.singles, 0), np.int64), None
         matrix = np.concatenate([w.ids[:, a:b] for w, a, b, _ in slices], axis=1)
@@ -147,7 +147,7 @@ def _one(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 
 def _bag(slices: list[Slice], bag: int, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Values and weights of one multi-valued feature; its lengths are written to `lengths` [size]."""
+    """Return values and weights of one multi-valued feature; write its bag lengths to `lengths` [size]."""
     values, weights = [], []
     start = 0
     for window, first, stop, _ in slices:

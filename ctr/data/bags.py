@@ -1,4 +1,4 @@
-"""Multi-valued features: lists and delimited strings to values and offsets."""
+"""Decode multi-valued features: lists and delimited strings become values and offsets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Bags:
     weights: np.ndarray | None  # float32 [v]
 
     def take(self, rows: np.ndarray) -> Bags:
-        """The bags of these rows, in their order."""
+        """Return the bags of the given rows, in their order."""
         return _gather(self.values, self.weights, self.offsets[rows], np.diff(self.offsets)[rows])
 
 
@@ -92,7 +92,7 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def as_lists(feature: FeatureConfig, array: pa.Array) -> pa.Array:
-    """The column as a list array; a delimited string is split and its empty tokens become null items."""
+    """Return the column as a list array; delimited strings are split, and empty tokens become null items."""
     if types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if types.is_null(array.type):
@@ -126,7 +126,7 @@ def _items_of(lists: list[pa.Array], item: int):
 
 
 def _item_weights(feature, weights, lengths, problems) -> tuple[np.ndarray, np.ndarray]:
-    """float32 weight of every item, and bool [n] the rows whose weights are bad (0 where there are none)."""
+    """Return the float32 weight of every item, and bool [n] that marks rows with bad weights (they get weight 0)."""
     arrays = [pa.nulls(len(w), pa.list_(pa.float32())) if types.is_null(w.type) else w for w in weights]
     found = np.concatenate([_lengths(array) for array in arrays])
     parts, finite = [], []

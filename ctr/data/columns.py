@@ -1,4 +1,4 @@
-"""One Arrow array to numpy: numbers to float32, ids of any stored form to the 64 bits, times to seconds.
+"""Convert one Arrow array to numpy: numbers to float32, ids of any stored form to 64 bits, times to seconds.
 
 Nothing here knows features or files. Values under nulls are arbitrary; the mask that comes back tells them.
 """
@@ -20,12 +20,12 @@ PLAIN = {pa.int64(), pa.int32(), pa.float32(), pa.float64()}
 
 
 def plain(array: pa.Array) -> pa.Array:
-    """The array in the plain type that says the same (`arrow_types.py`)."""
+    """Return the array in the plain type that holds the same values (`arrow_types.py`)."""
     return array if array.type in PLAIN else arrow_types.plain(array)
 
 
 def present(array: pa.Array) -> np.ndarray | None:
-    """bool [n], False where null; None when nothing is null."""
+    """Return bool [n], False where null; None if nothing is null."""
     if array.null_count == 0:
         return None
     bits = array.buffers()[0]
@@ -38,7 +38,7 @@ def present(array: pa.Array) -> np.ndarray | None:
 
 
 def joined(masks: list[np.ndarray | None], sizes: list[int]) -> np.ndarray | None:
-    """Several masks one after the other, where None stands for all True; None when all are None."""
+    """Concatenate several masks, where None stands for all True; return None if all are None."""
     if all(mask is None for mask in masks):
         return None
     pairs = zip(masks, sizes, strict=True)
@@ -46,7 +46,7 @@ def joined(masks: list[np.ndarray | None], sizes: list[int]) -> np.ndarray | Non
 
 
 def fixed_width(array: pa.Array) -> np.ndarray:
-    """The values of an array of integers or floats without a copy; arbitrary where null."""
+    """Return the values of an array of integers or floats without a copy; they are arbitrary where null."""
     if not array.null_count:
         return array.to_numpy()
     plain = pa.Array.from_buffers(array.type, len(array), [None, array.buffers()[1]], offset=array.offset)
@@ -54,7 +54,7 @@ def fixed_width(array: pa.Array) -> np.ndarray:
 
 
 def filled(values: np.ndarray, there: np.ndarray, missing: float) -> np.ndarray:
-    """values [n] of 4 or 8 bytes, with `missing` where `there` is False.
+    """Return values [n] of 4 or 8 bytes, with `missing` where `there` is False.
 
     By bits, because where() and masked copies branch on each element: with a fifth of them missing at random they
     take ten times as long.
@@ -68,7 +68,8 @@ def filled(values: np.ndarray, there: np.ndarray, missing: float) -> np.ndarray:
 
 
 def floats(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
-    """A column of numbers: [n] of their type, to be cast to float32; bool [n] present, None when all are."""
+    """Return a column of numbers, [n] of their own type (to be cast to float32), and bool [n] present, None if all
+    are."""
     array = _dense(array, pa.float32())
     if types.is_decimal(array.type):
         array = array.cast(pa.float64())
@@ -76,7 +77,8 @@ def floats(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def seconds(array: pa.Array, unit: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """int64 [n] seconds since 1970, of integers in `unit`; bool [n] present, None when all are."""
+    """Return times (dates, timestamps, or integers in `unit`) as int64 [n] seconds since 1970; and bool [n] present,
+    None if all are."""
     array = _dense(array, pa.int64())
     if types.is_date32(array.type):
         values = fixed_width(array.view(pa.int32())).astype(np.int64) * 86400
@@ -93,7 +95,7 @@ def seconds(array: pa.Array, unit: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def ids(array: pa.Array, dtype: str) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Ids as stored by a feature's `dtype`: int, hex or string.
+    """Convert ids that are stored as the feature's `dtype` says: int, hex or string.
 
     Returns [n] values, integers to be widened to int64; bool [n] present, None when all are; bool [n]
     well-formed, None when all are. Nulls count as well-formed.
@@ -129,7 +131,7 @@ def whole(array: pa.Array) -> np.ndarray:
 
 
 def hashed(array: pa.Array, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Strings to 64 bits, by XXH64 or as hex digits: int64 [n], and for hex bool [n] well-formed."""
+    """Convert strings to 64 bits, by XXH64 or as hex digits: int64 [n], and for hex bool [n] well-formed."""
     # Imported late: the hash is a torch op, and processes that never decode strings need no torch here.
     import torch
 
@@ -149,7 +151,7 @@ def hashed(array: pa.Array, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def parse_integers(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
-    """Decimal digits to the bits of signed or unsigned integers: int64 [n]; bool [n] well-formed or None."""
+    """Parse decimal digits to the bits of signed or unsigned integers: int64 [n]; bool [n] well-formed or None."""
     try:
         return fixed_width(array.cast(pa.int64())), None
     except pa.ArrowInvalid:

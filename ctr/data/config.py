@@ -38,7 +38,7 @@ class DataConfig:
 
 
 def check_splits(data: DataConfig) -> None:
-    """Raises ConfigError, naming the key, for paths and days that are none."""
+    """Raise ConfigError, naming the key, for paths and days that are malformed."""
     if isinstance(data.days, Mapping):
         unknown = sorted(set(data.days) - set(SPLITS))
         if unknown:
@@ -49,7 +49,7 @@ def check_splits(data: DataConfig) -> None:
 
 
 def paths_of(data: DataConfig, split: str) -> list[str] | None:
-    """The folders, files, patterns and URIs of a split, below data.path where they are relative; None: no such split.
+    """Return the paths and URIs of a split, relative ones below data.path; None if there is no such split.
 
     Raises ConfigError: something that is no path.
     """
@@ -69,7 +69,7 @@ def _below(root: str, path: str) -> str:
 
 
 def split_days(data: DataConfig, split: str) -> list[str] | None:
-    """The keys of the days and hours of a split that are read; None: all.
+    """Return the keys of the days and hours of a split that are read; None means all.
 
     Raises ConfigError: something that is no day and no range of days.
     """

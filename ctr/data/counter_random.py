@@ -18,7 +18,7 @@ INVERSES = (np.uint64(0x96DE1B173F119089), np.uint64(0x319642B2D24D8EC3))
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's bijection, in place; x: uint64. Returns x."""
+    """Apply SplitMix64's bijection in place; x: uint64. Returns x."""
     shifted = x >> SHIFTS[0]
     x ^= shifted
     x *= MULTIPLIERS[0]
@@ -31,7 +31,7 @@ def mix64(x: np.ndarray) -> np.ndarray:
 
 
 def unmix64(x: np.ndarray) -> np.ndarray:
-    """The inverse of `mix64`; x: uint64, not changed."""
+    """Return the inverse of `mix64`; x: uint64, not changed."""
     x = x ^ (x >> SHIFTS[2]) ^ (x >> (SHIFTS[2] * np.uint64(2)))
     x = x * INVERSES[1]
     x = x ^ (x >> SHIFTS[1]) ^ (x >> (SHIFTS[1] * np.uint64(2)))
@@ -40,7 +40,7 @@ def unmix64(x: np.ndarray) -> np.ndarray:
 
 
 def key(*words: int) -> np.uint64:
-    """One 64-bit key from any number of integers, in this order."""
+    """Return one 64-bit key made from any number of integers, in this order."""
     state = np.zeros(1, np.uint64)
     for word in words:
         state = mix64(state + np.array([word & 0xFFFFFFFFFFFFFFFF], np.uint64) * GAMMA + GAMMA)
@@ -48,14 +48,14 @@ def key(*words: int) -> np.uint64:
 
 
 def bits(stream: np.uint64, counters: np.ndarray) -> np.ndarray:
-    """64 random bits for each counter (uint64) of a stream; returns a new uint64 array."""
+    """Return 64 random bits for each counter (uint64) of a stream, as a new uint64 array."""
     x = counters * GAMMA
     x += stream
     return mix64(x)
 
 
 def uniform(random_bits: np.ndarray) -> np.ndarray:
-    """Uniform float64 in [0, 1) from the upper 53 bits; the lower 11 bits remain unused."""
+    """Return uniform float64 in [0, 1) from the upper 53 bits; the lower 11 bits remain unused."""
     x = (random_bits >> np.uint64(11)).astype(np.float64)
     x *= 2.0**-53
     return x

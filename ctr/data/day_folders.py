@@ -1,4 +1,4 @@
-"""How folders of days and hours are called, and which of them a list of days or a range of days means.
+"""Name the folders of days and hours, and resolve lists and ranges of days to them.
 
 A day is known by its key, 2026-11-01, and an hour by 2026-11-01T05, however its folder is called.
 """
@@ -61,16 +61,16 @@ class DayFolders:
 
     @property
     def depth(self) -> int:
-        """How many folders deep a day lies below the data set's root."""
+        """Number of folder levels from the data set's root to a day."""
         return self.pattern.count("/") + 1
 
     @property
     def has_hours(self) -> bool:
-        """Whether the name of a folder tells the hour, too."""
+        """True if the folder name includes the hour."""
         return "%H" in self.format
 
     def __str__(self) -> str:
-        """As messages call such a folder: day=YYYY-MM-DD."""
+        """Return the form that messages use for such a folder: day=YYYY-MM-DD."""
         return DIRECTIVE.sub(lambda found: PLACE.get(found[1], "%"), self.pattern)
 
     @cached_property
@@ -78,12 +78,13 @@ class DayFolders:
         return [_expression(level) for level in self.pattern.split("/")]
 
     def values_of(self, level: int, folder: str) -> dict[str, str] | None:
-        """What the name of a folder tells, where it is one of the level-th folders on the way to a day."""
+        """Return the date parts in a folder name at the given level of the path to a day; None if it does not match."""
         match = self._expressions[level].fullmatch(unquote(folder))
         return match.groupdict() if match else None
 
     def key_of(self, folders: list[str]) -> str | None:
-        """The key of the folders from the root to a day; None where they are called otherwise, or are no date."""
+        """Return the key of the folders from the root to a day; None if their names do not match or hold no valid
+        date."""
         if len(folders) != self.depth:
             return None
         values: dict[str, str] = {}
@@ -96,7 +97,7 @@ class DayFolders:
         return None if time is None else time.strftime("%Y-%m-%dT%H" if self.has_hours else "%Y-%m-%d")
 
     def folder_of(self, key: str) -> str:
-        """How the folder of a key is called, where numbers have all their digits."""
+        """Return the folder name of a key, with leading zeros."""
         folder = time_of(key).strftime(self.pattern)
         return f"{folder}/{HOUR}={key[11:]}" if "T" in key and not self.has_hours else folder
 
@@ -126,7 +127,7 @@ class DayFolders:
 
 
 def _expression(level: str) -> re.Pattern:
-    """The regular expression of a folder. A number may lack its leading zeros where no digit can follow it."""
+    """Return the regular expression of a folder. A number may lack its leading zeros where no digit can follow it."""
     parts = DIRECTIVE.split(unquote(level))
     made = ""
     for i, part in enumerate(parts):
@@ -148,7 +149,7 @@ def _time(values: dict[str, str]) -> datetime | None:
 
 
 def hour_of(folder: str) -> str | None:
-    """05 for the folders hour=5 and hour=05, None for one that is called otherwise.
+    """Return 05 for the folders hour=5 and hour=05, and None for any other name.
 
     Raises DataError: hour= and something that is no hour.
     """
@@ -165,7 +166,7 @@ def time_of(key: str) -> datetime:
 
 
 def check_key(key: str, name: str) -> str:
-    """Raises ConfigError, naming the configuration's key, for what is neither a date nor an hour."""
+    """Raise ConfigError, naming the configuration's key, for a value that is neither a date nor an hour."""
     try:
         if KEY.fullmatch(key) and time_of(key):
             return key
@@ -175,13 +176,13 @@ def check_key(key: str, name: str) -> str:
 
 
 def is_inside(key: str, first: str | None, last: str | None) -> bool:
-    """Whether a key lies from `first` to `last`; a day is inside if some of its hours may be."""
+    """Return whether a key lies between `first` and `last`; a day counts as inside if any of its hours may be."""
     after = first is None or key >= first[: len(key)]
     return after and (last is None or key[: len(last)] <= last)
 
 
 def days_of(value: Any, name: str, folders: DayFolders) -> list[str] | None:
-    """The keys that a configuration lists: days, hours and ranges 2026-11-01..2026-11-06, both ends included.
+    """Return the keys that a configuration lists: days, hours and ranges 2026-11-01..2026-11-06, both ends included.
 
     Days may also be written as their folders are (20261101). Raises ConfigError, naming the configuration's key.
     """

@@ -1,4 +1,4 @@
-"""Spans of row groups to windows: every column decoded, checked and permuted, by numpy alone."""
+"""Decode spans of row groups to windows: every column is decoded, checked and permuted, by numpy alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_bag(feature: FeatureConfig) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """A span and the row group that it is read from."""
+    """A span and the row group from which it is read."""
 
     span: Span
     group: RowGroup
@@ -52,7 +52,7 @@ class WindowDecoder:
     def decode(
         self, sources: list[Source], windows: list[tuple[int, np.ndarray | None]], buffers: Buffers
     ) -> list[Window]:
-        """A chunk: some spans of row groups, cut into windows.
+        """Decode a chunk: some spans of row groups, cut into windows.
 
         Each window is given by its rows and by its order, int64 [rows]: the row of the window that is delivered
         at each place; None keeps the rows as stored. Windows lie in memory of `buffers`. Raises DataError for a
@@ -71,7 +71,8 @@ class WindowDecoder:
             return chunk.finished()
 
     def _steps(self) -> list[tuple[tuple[str, ...], list[Callable]]]:
-        """What is done with which columns. All that one column gives is done while it is in the cache."""
+        """Return the decoding steps, each with its columns. All steps of one column run together while it is in the
+        cache."""
         schema = self.schema
         steps: dict[tuple[str, ...], list[Callable]] = {}
 
@@ -100,7 +101,7 @@ class WindowDecoder:
 
 
 class _Delivery:
-    """A window while it is filled."""
+    """A window that is being filled."""
 
     def __init__(self, decoder: WindowDecoder, rows: int, order: np.ndarray | None, buffers: Buffers):
         schema = decoder.schema
@@ -125,7 +126,7 @@ class _Delivery:
 
 
 class _Chunk:
-    """The rows of some windows while they are decoded: where they come from and which are bad.
+    """The rows of some windows while they are decoded: their origin, and which are bad.
 
     Rows are numbered as scheduled (as the sources list them) or as decoded (without row groups that cannot be
     read); each window puts its decoded rows into the order of delivery.
@@ -153,7 +154,7 @@ class _Chunk:
             first, decoded = first + rows, decoded + kept
 
     def read(self, names: tuple[str, ...]) -> list[Arrays]:
-        """The decoded rows of some columns, each as arrays one after the other."""
+        """Return the decoded rows of some columns, each as arrays one after the other."""
         arrays: list[Arrays] = [[] for _ in names]
         for source in self.sources:
             if source.group.error is None:
@@ -163,7 +164,7 @@ class _Chunk:
         return arrays
 
     def deliver(self, values: np.ndarray, name: str, row: int | None = None) -> None:
-        """Decoded values to a row of the windows' arrays of this name, each window in its order."""
+        """Write decoded values to a row of the windows' arrays of this name, each window in its own order."""
         for _, _, here, delivery in self.windows:
             out = getattr(delivery, name)
             out = out if row is None else out[row]
@@ -176,7 +177,7 @@ class _Chunk:
                 out[:] = values[here][delivery.order]
 
     def deliver_places(self) -> None:
-        """What is known of rows by where they lie: their numbers, and weights that are those of their row groups."""
+        """Deliver what follows from the position of rows: their numbers, and weights given per row group."""
         decoder = self.decoder
         if decoder.first_numbers is not None:
             first = decoder.first_numbers
@@ -187,13 +188,13 @@ class _Chunk:
             self.deliver(self.group_weights(), "weight")
 
     def group_weights(self) -> np.ndarray:
-        """float32 [decoded]: the weight of the row group that each row comes from."""
+        """Return float32 [decoded]: the weight of the row group of each row."""
         spans = [source.span for source in self.sources if source.group.error is None]
         groups = np.array([span.group for span in spans], np.int64)
         return np.repeat(self.decoder.groups.weight[groups], [span.stop - span.first for span in spans])
 
     def mark(self, bad: np.ndarray, reason: str, column: str, expected: str, found: Callable[[int], object]):
-        """bad: bool [decoded]. Raises for the first of them, or notes why they are dropped.
+        """Raise for the first bad row, or record why the bad rows are dropped. bad: bool [decoded].
 
         found: decoded row number -> what stands there.
         """
@@ -209,7 +210,7 @@ class _Chunk:
         self.reasons[fresh] = REASONS.index(reason)
 
     def finished(self) -> list[Window]:
-        """The windows without the rows that are marked."""
+        """Return the windows without the marked rows."""
         return [self._finished(here, order, delivery) for here, order, _, delivery in self.windows]
 
     def _finished(self, here: slice, order: np.ndarray | None, delivery: _Delivery) -> Window:
@@ -224,7 +225,7 @@ class _Chunk:
         return good
 
     def _readable(self) -> np.ndarray | None:
-        """bool [scheduled]; None when all can be read. Those that cannot are marked."""
+        """Return bool [scheduled], None if all rows can be read. Unreadable rows are marked."""
         fine = [source.group.error is None for source in self.sources]
         if all(fine):
             return None
@@ -235,7 +236,7 @@ class _Chunk:
         return readable
 
     def where(self, row: int) -> str:
-        """The file, row group and row of a decoded row."""
+        """Return the file, row group and row of a decoded row as text."""
         row = row if self.numbers is None else int(self.numbers[row])
         for source in self.sources:
             rows = source.span.stop - source.span.first
@@ -252,7 +253,7 @@ def _concatenated(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _values(parts: list[tuple]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Values and masks of (values, mask, ...) parts as one; None for a mask without False."""
+    """Concatenate (values, mask, ...) parts; the mask is None if it has no False."""
     if len(parts) == 1:
         return parts[0][:2]
     masks = columns.joined([part[1] for part in parts], [len(part[0]) for part in parts])
@@ -318,7 +319,7 @@ def _time(chunk: _Chunk, arrays: Arrays) -> None:
 
 
 def _numeric(chunk: _Chunk, arrays: Arrays, row: int, feature: FeatureConfig) -> None:
-    """One feature, and its indicator in the row behind."""
+    """Decode one numeric feature, and its indicator into the row behind it."""
     stored, there = _values([columns.floats(array) for array in arrays])
     values = stored
     if feature.transform != "none" or values.dtype != np.float32:
@@ -339,7 +340,7 @@ def _numeric(chunk: _Chunk, arrays: Arrays, row: int, feature: FeatureConfig) ->
 
 
 def _single(chunk: _Chunk, arrays: Arrays, row: int, feature: FeatureConfig) -> None:
-    """One id per row; `present` is False where it is null."""
+    """Decode one id per row; `present` is False where it is null."""
     values, there = (_buckets if feature.kind == "numeric" else _ids)(chunk, arrays, feature)
     if there is not None and feature.missing_id is not None:
         values = columns.filled(values.astype(np.int64), there, feature.missing_id)

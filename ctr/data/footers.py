@@ -42,7 +42,7 @@ class RowGroups:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the files' names below the data set's root and with the rows of each row group."""
+        """Hash of the files' names below the data set's root and of the row counts of each row group."""
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(file.name.encode() + b"\0")
@@ -60,12 +60,12 @@ class RowGroups:
 
     @property
     def files_of_one(self) -> int:
-        """How many neighbouring files have one checksum in `contents`."""
+        """Number of neighbouring files that share one checksum in `contents`."""
         return -(-len(self.files) // CONTENTS)
 
     @property
     def first(self) -> np.ndarray:
-        """int64 [groups]: the number of each one's first row, where the rows of all are numbered in order."""
+        """int64 [groups]: number of each group's first row, with the rows of all groups numbered in order."""
         return np.cumsum(self.rows) - self.rows
 
     def where(self, group: int) -> str:

@@ -1,4 +1,4 @@
-"""How pyiceberg opens the metadata of a table: through the file system that the data set is read with.
+"""Let pyiceberg read a table's metadata through the file system that the data set is read with.
 
 Metadata names every file by the place where the table was written. It is looked for where the table lies now, so that
 a table may be copied, and its store reached in the way that this project's URIs say.

@@ -1,4 +1,4 @@
-"""The strings behind ids: the reader keeps 64-bit hashes, and people read names."""
+"""Find the strings behind ids: the reader keeps 64-bit hashes, and people read names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tessera.ctr.data.schema import FeatureConfig
 
 
 def names_of_ids(groups: RowGroups, feature: FeatureConfig, ids: np.ndarray) -> dict[int, str]:
-    """The strings of the data set that hash to these ids (int64) of a feature of dtype string.
+    """Return the strings of the data set that hash to these ids (int64) of a feature of dtype string.
 
     Reads the feature's column, row group by row group, until all are found; ids that no row holds are left out.
     """

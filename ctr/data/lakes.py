@@ -1,4 +1,4 @@
-"""Tables that keep a log of their files: Delta and Iceberg are read through their libraries, Hudi is refused by name.
+"""List the live files of tables with a log: Delta and Iceberg through their libraries; Hudi is refused by name.
 
 The folder of such a table also holds files that its log has removed or never accepted. Which files count is what the
 library says of the newest version; they are then read as any parquet file is. The log is read through this project's
@@ -66,7 +66,7 @@ def _is_plain_folder(entry: Entry) -> bool:
 
 
 def refuse_removed(filesystem: fs.FileSystem, location: str, path: str) -> None:
-    """Raises DataError for a file in the folder of a table that does not list it."""
+    """Raise DataError for a file in the folder of a table whose log does not list it."""
     table = table_above(filesystem, location)
     if table is not None and location[len(table[0]) + 1 :] not in _live_files(filesystem, *table, path):
         raise DataError(f"{path}: is not among the files of the {table[1]} table that it lies in; its log removed it")
@@ -90,7 +90,7 @@ def table_above(filesystem: fs.FileSystem, location: str) -> tuple[str, str] | N
 
 
 def table_at(filesystem: fs.FileSystem, folder: str) -> str | None:
-    """The kind of the table whose folder this is."""
+    """Return the kind of the table in this folder."""
     kinds = {**LOG_FOLDERS, ICEBERG_FOLDER: ICEBERG}
     try:
         found = filesystem.get_file_info([f"{folder}/{name}" for name in kinds])
@@ -116,7 +116,7 @@ def _tables_in(entries: list[Entry]) -> list[tuple[str, str]]:
 
 
 def _live_files(filesystem: fs.FileSystem, place: str, kind: str, shown: str) -> list[str]:
-    """The names, below the table's folder, of the files of its newest version."""
+    """Return the names, below the table's folder, of the files of its newest version."""
     if kind == HUDI:
         raise DataError(
             f"{shown}: is a Hudi table, whose folder also holds rows that it has replaced; write plain parquet from "

@@ -1,4 +1,4 @@
-"""Which row is delivered when: the arithmetic of lanes, without files and without data.
+"""Define the order in which rows are delivered: the arithmetic of lanes, without files and without data.
 
 One epoch is one order of all rows: the row groups in a seeded order, one after the other. It is cut into a
 fixed number of lanes of equal length, and lanes are dealt to ranks in contiguous blocks. Batch k takes rows
@@ -21,7 +21,7 @@ ORDER = 2
 
 
 def seeded_order(n: int, *key: int) -> np.ndarray:
-    """A random order of range(n) as int64 [n], a function of (n, key) alone.
+    """Return a random order of range(n) as int64 [n], a function of (n, key) alone.
 
     The raw output of a bit generator is fixed by numpy's compatibility policy, the methods of Generator are
     not; a saved position must mean the same rows after an upgrade of numpy. So the order is that of random
@@ -39,23 +39,24 @@ def seeded_order(n: int, *key: int) -> np.ndarray:
 
 
 def lane_starts(rows: int, lanes: int) -> np.ndarray:
-    """Start of each lane in the epoch's order, int64 [lanes + 1]; the first rows % lanes are a row longer."""
+    """Return the start of each lane in the epoch's order, int64 [lanes + 1]; the first rows % lanes are a row
+    longer."""
     sizes = rows // lanes + (np.arange(lanes) < rows % lanes)
     return np.concatenate([[0], np.cumsum(sizes)])
 
 
 def lane_offsets(position: int, lanes: int) -> np.ndarray:
-    """Rows that each lane has delivered when all together have delivered `position`; int64 [lanes]."""
+    """Return the rows that each lane has delivered when all together have delivered `position`; int64 [lanes]."""
     return (position + lanes - 1 - np.arange(lanes)) // lanes
 
 
 def rank_bounds(world_size: int, lanes: int) -> np.ndarray:
-    """First lane of each rank, int64 [world_size + 1]: rank r owns lanes bounds[r] to bounds[r + 1] - 1."""
+    """Return the first lane of each rank, int64 [world_size + 1]: rank r owns lanes bounds[r] to bounds[r + 1] - 1."""
     return np.arange(world_size + 1) * lanes // world_size
 
 
 def scheduled_rows(position: int, stop: int, lanes: int, world_size: int) -> np.ndarray:
-    """Rows that each rank delivers between two positions, int64 [world_size]."""
+    """Return the rows that each rank delivers between two positions, int64 [world_size]."""
     per_lane = lane_offsets(stop, lanes) - lane_offsets(position, lanes)
     return np.diff(np.concatenate([[0], np.cumsum(per_lane)])[rank_bounds(world_size, lanes)])
 
@@ -75,12 +76,12 @@ CHUNK_ROWS = 65536
 
 
 def window_step(group_rows: int, window_rows: int) -> int:
-    """Rows of the windows of a row group larger than a window: equal parts, so that none is tiny."""
+    """Return the rows per window of a row group larger than a window: equal parts, so that none is tiny."""
     return -(-group_rows // -(-group_rows // window_rows))
 
 
 def chunk_rows(group_rows: int, window_rows: int) -> int:
-    """Rows of the chunks of a row group: whole windows."""
+    """Return the rows per chunk of a row group: a whole number of windows."""
     step = window_step(group_rows, window_rows)
     return step * max(1, CHUNK_ROWS // step)
 
@@ -88,7 +89,7 @@ def chunk_rows(group_rows: int, window_rows: int) -> int:
 def lane_chunks(
     order: np.ndarray, rows: np.ndarray, start: int, stop: int, window_rows: int
 ) -> Iterator[list[list[Span]]]:
-    """The windows of a lane that is the rows [start, stop) of the epoch's order, in chunks to be decoded together.
+    """Return the windows of the lane [start, stop) of the epoch's order, in chunks to be decoded together.
 
     order: int64 [groups] the permuted row groups; rows: int64 [groups] rows of each, in their own order. A window
     has at most `window_rows` rows and is given by its spans. It is part of one large row group, and the chunk then

@@ -1,4 +1,4 @@
-"""The files of a data set: of folders, files, patterns and URIs, of all their days or of some.
+"""List the files of a data set: folders, files, patterns and URIs, with all their days or some.
 
 `visible.py` has the rule that says what is read, `lakes.py` reads the tables that keep a log of their files.
 """
@@ -30,7 +30,7 @@ COLUMN_VALUE = re.compile(r"[^=/]+=[^/]*")
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies below one or several paths. passed_over: entries that hold no rows, as messages call them."""
+    """The files below one or several paths. passed_over: names, for messages, of skipped entries that hold no rows."""
 
     files: list[DataFile]
     passed_over: list[str] = field(default_factory=list)
@@ -87,7 +87,7 @@ def _list_path(path: str, folders: DayFolders, marker: str | None) -> Listing:
 
 
 def kind_of(filesystem: pa.fs.FileSystem, location: str, path: str) -> pa.fs.FileType:
-    """What lies at a place. Raises DataError, naming `path`, where nobody can say."""
+    """Return the file type at a location. Raises DataError, naming `path`, if it cannot be determined."""
     try:
         return filesystem.get_file_info(location).type
     except OSError as error:
@@ -102,7 +102,7 @@ def _list_folder(
     marker: str | None,
     pattern: str | None = None,
 ) -> Listing:
-    """pattern: keep what it matches below the folder, and what lies below what it matches."""
+    """List a folder. pattern: keep what it matches below the folder, and what lies below a match."""
     entries, chosen = keep_live(filesystem, location, path, entries_below(filesystem, location, path))
     if pattern is not None:
         entries, named = _matching(entries, pattern)
@@ -121,7 +121,7 @@ def _list_folder(
 
 
 def _list_pattern(path: str, folders: DayFolders, marker: str | None) -> Listing:
-    """Files and folders whose names match, from the folder on that the path names without wildcards."""
+    """List files and folders whose names match, starting at the last folder that the path names without wildcards."""
     scheme, between, rest = path.rpartition("://")
     rest, mark, query = rest.partition("?") if scheme else (rest, "", "")
     parts = rest.split("/")
@@ -135,8 +135,8 @@ def _list_pattern(path: str, folders: DayFolders, marker: str | None) -> Listing
 
 
 def _matching(entries: list[Entry], pattern: str) -> tuple[list[Entry], set[str]]:
-    """What a pattern matches and what lies below it, with the markers beside; and, of these, the files of which the
-    pattern tells how their names end."""
+    """Return the entries that match a pattern or lie below a match, with the markers beside them; and the names of
+    matched files whose suffix the pattern spells out."""
     levels, suffix = pattern.rstrip("/").split("/"), os.path.splitext(pattern)[1]
     matched = {entry.name for entry in entries if _matches(entry.parts, levels)}
     kept = [entry for entry in entries if matched.intersection([*folders_above(entry.name), entry.name])]
@@ -150,7 +150,8 @@ def _matching(entries: list[Entry], pattern: str) -> tuple[list[Entry], set[str]
 
 
 def _matches(parts: list[str], levels: list[str]) -> bool:
-    """Whether folder after folder matches; `**` stands for any number of them. Hidden ones have to be named."""
+    """Return whether the folders match the pattern level by level; `**` matches any number of them. Hidden ones must be
+    named."""
     if not levels or not parts:
         return not levels and not parts
     hidden = is_hidden(parts[0])
@@ -161,7 +162,7 @@ def _matches(parts: list[str], levels: list[str]) -> bool:
 
 
 def _outermost(entry: Entry) -> str:
-    """An entry that is passed over, or the hidden folder that it lies in."""
+    """Return an entry that is passed over, or the hidden folder that contains it."""
     hidden = next((i for i, part in enumerate(entry.parts) if is_hidden(part)), len(entry.parts) - 1)
     return "/".join(entry.parts[: hidden + 1])
 
@@ -182,7 +183,7 @@ def _place(name: str, folders: DayFolders) -> tuple[str, str]:
 
 
 def key_of_file(file: DataFile, folders: DayFolders) -> str | None:
-    """The key of a file's day or hour, by the folders below the listed one, or else by those above it."""
+    """Return the key of a file's day or hour, by the folders below the listed one, or else by those above it."""
     below = file.name.split("/")[:-1]
     try:
         found = folders.find(below) or folders.find(file.location.split("/")[:-1])
@@ -192,7 +193,7 @@ def key_of_file(file: DataFile, folders: DayFolders) -> str | None:
 
 
 def _select_days(files: list[DataFile], days: list[str], paths: object, folders: DayFolders) -> list[DataFile]:
-    """The files of some days, and of those hours that are named."""
+    """Return the files of some days, and of those hours that are named."""
     keys = [key_of_file(file, folders) for file in files]
     outside = [file for file, key in zip(files, keys, strict=True) if key is None]
     known = {key for key in keys if key} | {key[:10] for key in keys if key}
@@ -229,7 +230,7 @@ def _refuse_doubled(files: Iterable[DataFile]) -> None:
 def _refuse_unmarked(
     files: list[DataFile], days: list[str] | None, marked: frozenset[str], folders: DayFolders, marker: str | None
 ) -> None:
-    """Raises DataError for a folder of a partition without the marker where folders like it have one."""
+    """Raise DataError for a partition folder without the marker if folders like it have one."""
     if not marked:
         return
     kind = cache(lambda folder: _kind(folder, folders))
@@ -252,7 +253,8 @@ def _is_asked_for(file: DataFile, days: list[str], folders: DayFolders) -> bool:
 
 
 def _kind(folder: str, folders: DayFolders) -> tuple[str, ...] | None:
-    """What folders of one kind have in common: the columns that their names hold. None for one of no partition."""
+    """Return the columns in the names of a partition folder, which folders of one kind share; None for other
+    folders."""
     parts = folder.split("/")
     columns = tuple(part.split("=")[0] for part in parts if COLUMN_VALUE.fullmatch(part))
     if COLUMN_VALUE.fullmatch(parts[-1]):

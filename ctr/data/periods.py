@@ -1,4 +1,4 @@
-"""The order of an epoch in time: row groups dealt to periods, which are read one after the other.
+"""Order an epoch by time: row groups are dealt to periods, which are read one after the other.
 
 With `data.order: mixed` an epoch is one period that holds all row groups. With `data.order: time` a row group belongs
 to the period (`data.period_days` from 1970 on, UTC) in which the middle of its times lies. Inside a period rows are
@@ -36,7 +36,8 @@ def one_period(groups: RowGroups) -> list[Period]:
 
 
 def periods_of(groups: RowGroups, rule: TimeRule, period_days: float) -> list[Period]:
-    """Raises DataError for a row group that spans more than a period: its rows cannot be read in order of time."""
+    """Deal row groups to periods. Raises DataError for a row group that spans more than a period: its rows cannot be
+    read in order of time."""
     seconds = period_days * DAY
     times = plausible(groups.times, rule)
     unknown = np.flatnonzero(times[:, 0] > times[:, 1])
@@ -75,7 +76,7 @@ def plausible(times: np.ndarray, rule: TimeRule) -> np.ndarray:
 
 
 def span(groups: RowGroups, rule: TimeRule) -> int | None:
-    """Seconds from the first to the last time of all rows, as far as footers tell; None where none does."""
+    """Return the seconds from the first to the last time of all rows, as far as footers tell; None if none does."""
     times = plausible(groups.times, rule)
     times = times[times[:, 0] <= times[:, 1]]
     return int(times[:, 1].max() - times[:, 0].min()) if len(times) else None

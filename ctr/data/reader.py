@@ -1,4 +1,4 @@
-"""Parquet to batches: every row of an epoch exactly once over all ranks, in an order that is a few integers.
+"""Read parquet to batches: every row of an epoch exactly once over all ranks, at a position that is a few integers.
 
 Read on: `lanes.py` for the order, `row_groups.py` for parquet to Arrow, `decode.py` for Arrow to numpy
 windows, `read_ahead.py` for the threads that do both, `assemble.py` for windows to `Batch`.
@@ -61,7 +61,7 @@ class ParquetReader:
         order: str = "mixed",
         period_days: float = 1.0,
     ):
-        """Lists the files and checks all footers.
+        """List the files and check all footers.
 
         path: folders, files, patterns or URIs, or what is listed already. batch_size: rows of all ranks' step. lanes,
         window_rows: shape of the shuffle; an epoch is continued only with the same. bad_rows: raise | skip. days,
@@ -101,7 +101,7 @@ class ParquetReader:
         self._resumed = False
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, from the loaded state if there is one, else from the start.
+        """Yield the batches of an epoch, from the loaded state if there is one, else from the start.
 
         Raises DataError when the loaded state stands inside another epoch, and for bad rows as configured.
         """
@@ -117,7 +117,7 @@ class ParquetReader:
 
     @property
     def steps_done(self) -> int:
-        """Batches of the current epoch delivered so far."""
+        """Number of batches of the current epoch delivered so far."""
         return self._steps_until(self._position)
 
     def _periods(self) -> list[Period]:
@@ -128,12 +128,12 @@ class ParquetReader:
         return periods_of(self.groups, self.schema.times, self.period_days)
 
     def _steps_until(self, position: int) -> int:
-        """Batches of an epoch from its beginning up to a position."""
+        """Return the number of batches of an epoch from its beginning up to a position."""
         parts = (min(position, period.stop) - period.first for period in self.periods if period.first < position)
         return sum(-(-rows // self.batch_size) for rows in parts)
 
     def state(self, batch: Batch | None = None) -> dict[str, Any]:
-        """The position behind the batch delivered last, or behind `batch`, for `load_state`.
+        """Return the position behind the batch delivered last, or behind `batch`, for `load_state`.
 
         It holds plain integers and strings, is the same on every rank, and fits any number of ranks and any
         batch size.
@@ -154,7 +154,7 @@ class ParquetReader:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The next call of `epoch(state["epoch"])` continues there.
+        """Let the next call of `epoch(state["epoch"])` continue from this state.
 
         Raises DataError when the order of rows would not be the one of the state.
         """
@@ -180,7 +180,8 @@ class ParquetReader:
         self._epoch, self._position, self._resumed = int(state["epoch"]), position, True
 
     def _refuse_other_data(self, state: dict[str, Any]) -> None:
-        """Raises DataError, naming a file if it can, where files have come, gone or changed since a state was saved."""
+        """Raise DataError, naming a file if possible, if files were added, removed or changed since a state was
+        saved."""
         files, problem = self.groups.files, None
         if state.get("fingerprint") != self._fingerprint:
             had = f", expected {state['rows']:,} rows as saved" if "rows" in state else ""

@@ -81,7 +81,7 @@ def add_to_reservoir(
 
 
 def _smallest(groups: RowGroups, partition: str, size: int, seed: int) -> _Chosen:
-    """The rows with the smallest priorities, found a row group at a time: memory for the size and one row group."""
+    """Return the rows with the smallest priorities, a row group at a time: memory for the size and one row group."""
     stream = key(RESERVOIR, seed, key_of(partition))
     group, place, priority = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64)
     for number, (first, rows) in enumerate(zip(groups.first.tolist(), groups.rows.tolist(), strict=True)):
@@ -116,7 +116,7 @@ def _read(groups: RowGroups, chosen: _Chosen, columns: list[str], partition: str
 
 
 def _plain(table: pa.Table) -> pa.Table:
-    """Dictionaries as their values: those of different partitions differ."""
+    """Replace dictionaries by their values: those of different partitions differ."""
     for i, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
             table = table.set_column(i, field.name, table.column(i).cast(field.type.value_type))

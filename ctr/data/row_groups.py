@@ -1,4 +1,4 @@
-"""Row groups to Arrow arrays, column by column, in bounded memory.
+"""Read row groups to Arrow arrays, column by column, in bounded memory.
 
 A column is decoded, used and dropped before the next one is decoded: its 8 bytes times some ten thousand rows
 stay in the processor's cache, and the allocator hands out the same memory again and again. Decoding all columns
@@ -49,7 +49,7 @@ class RowGroupReader:
         self._footers: dict[int, pq.FileMetaData] = {}  # of the files opened last
 
     def share(self, first_groups: list[int]) -> None:
-        """Tell with which row group each of the lanes begins, before any of them reads."""
+        """Set the row group in which each of the lanes begins, before any of them reads."""
         budget = SHARED_BYTES
         for group, users in Counter(first_groups).items():
             budget -= int(self.groups.bytes[group]) if users > 1 else 0
@@ -111,7 +111,7 @@ class RowGroup:
         self._chunk_first = 0
 
     def read(self, columns: tuple[str, ...], first: int, stop: int) -> list[list[pa.Array]]:
-        """The rows [first, stop) of some columns, each as one or several arrays.
+        """Return the rows [first, stop) of some columns, each as one or several arrays.
 
         In a row group that is not whole, rows must not go back, and not go over the end of a chunk. Raises
         Unreadable for a page that cannot be decoded, DataError when the file cannot be read any more.
@@ -132,14 +132,14 @@ class RowGroup:
         return [a.chunks if isinstance(a, pa.ChunkedArray) else [a] for a in arrays]
 
     def load_all(self) -> pa.Table:
-        """The whole row group with all columns."""
+        """Read the whole row group with all columns."""
         self.stop = self.rows
         self.together = self.whole = True
         self._load_whole(tuple(self.reader.columns))
         return self._chunk
 
     def hold(self, table: pa.Table) -> None:
-        """Read from this table, which is the row group."""
+        """Read from this table from now on, which is the whole row group."""
         self.stop = self.rows
         self.together = self.whole = True
         self._key, self._chunk = tuple(self.reader.columns), table
@@ -198,7 +198,8 @@ class RowGroup:
             raise pa.ArrowInvalid(f"found fewer rows than the {self.rows} of the footer")
 
     def _refuse_unreachable(self) -> None:
-        """A page that cannot be decoded is bad data; bytes that cannot be read are no reason to drop rows."""
+        """Raise DataError if the file's bytes cannot be read: that is no reason to drop rows, as a page that cannot be
+        decoded is."""
         groups = self.reader.groups
         file = groups.files[groups.file[self.group]]
         try:

@@ -1,4 +1,4 @@
-"""What the columns of a data set mean: labels, numeric features and categorical features.
+"""Describe the columns of a data set: labels, numeric features and categorical features.
 
 `SchemaConfig` is the form users write in `conf/data/*.yaml`; `Schema` is the same after the defaults are
 filled in and the contradictions are refused. Nothing here opens a file: `tessera.ctr.data.files` compares the footers
@@ -71,7 +71,7 @@ class SchemaConfig:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The tail of an error message: which known word is meant, or which words there are."""
+    """Return the end of an error message: the known word that is probably meant, or all known words."""
     known = list(known)
     shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
     return did_you_mean(word, known, f"known: {shown or 'none'}", lead="")
@@ -126,7 +126,7 @@ class Schema:
 
     @classmethod
     def from_config(cls, config: Any) -> Schema:
-        """From a `SchemaConfig`, a mapping or an OmegaConf node. An unknown key is a SchemaError."""
+        """Build a schema from a `SchemaConfig`, a mapping or an OmegaConf node. An unknown key is a SchemaError."""
         if isinstance(config, SchemaConfig):
             return cls(config)
         plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
@@ -169,7 +169,7 @@ def _refuse_duplicates(where: str, names: list[str]) -> None:
 
 
 def _resolved(feature: FeatureConfig) -> FeatureConfig:
-    """The feature with column, table and the signed form of missing_id filled in."""
+    """Return the feature with column, table and the signed form of missing_id filled in."""
     where = f"schema.features: {feature.name!r}"
     for key, known in (("kind", KINDS), ("dtype", DTYPES), ("pooling", POOLINGS), ("transform", TRANSFORMS)):
         value = getattr(feature, key)
@@ -197,7 +197,7 @@ def _resolved(feature: FeatureConfig) -> FeatureConfig:
 
 
 def _refuse_set_keys(where: str, feature: FeatureConfig, keys: str, why: str) -> None:
-    """Raises when one of the keys differs from its default: it has no effect, which is easily missed."""
+    """Raise SchemaError if one of the keys differs from its default, because it would have no effect."""
     default = FeatureConfig()
     for key in keys.split():
         if getattr(feature, key) != getattr(default, key):

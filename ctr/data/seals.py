@@ -1,4 +1,4 @@
-"""What tells a parquet file from another one under its name, without reading its rows."""
+"""Tell a parquet file from another one of the same name, without reading its rows."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def read_seal(file: DataFile, small_bytes: int = SMALL_BYTES, columns: Collectio
 
 
 def _footer(file: DataFile, stream: pa.NativeFile, size: int, count: int) -> bytes:
-    """The last `count` bytes, or as many more as the footer has."""
+    """Return the last `count` bytes, or as many more as the footer has."""
     tail = _last(stream, size, count)
     if tail[-4:] == ENCRYPTED_END:
         raise DataError(f"{file.path}: its footer is encrypted; write it anew without encryption")
@@ -70,7 +70,8 @@ def _length(tail: bytes) -> int:
 
 
 def _first_pages(metadata: pq.FileMetaData, columns: Collection[str], groups: int) -> Iterator[tuple[int, int]]:
-    """Where the first bytes of some columns lie, and how many count, in row groups from the first to the last."""
+    """Yield the offset and the number of the first bytes of some columns, in up to `groups` row groups from the first
+    to the last."""
     count = min(groups, metadata.num_row_groups)
     for number in range(count):
         group = metadata.row_group(number * (metadata.num_row_groups - 1) // max(1, count - 1))

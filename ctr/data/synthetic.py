@@ -1,4 +1,4 @@
-"""Writes the synthetic Criteo-shaped data set, and beside it `teacher.json`: how well any model can do.
+"""Write the synthetic Criteo-shaped data set, and beside it `teacher.json`: how well any model can do.
 
 Rows are drawn in blocks of 8192 by threads and written in order, so the files depend on the config alone, not
 on the threads. teacher.json holds for each split (or day) the AUC and logloss of the true probabilities
@@ -101,7 +101,7 @@ class _Block:
 def _blocks(
     population: Population, teacher: Teacher, day: int, first: int, last: int, threads: int
 ) -> Iterator[_Block]:
-    """The blocks of a part in order, drawn by `threads` threads, at most two per thread in flight."""
+    """Yield the blocks of a part in order, drawn by `threads` threads, at most two per thread in flight."""
     cuts = [(begin, min(begin + BLOCK_ROWS, last)) for begin in range(first, last, BLOCK_ROWS)]
     if threads == 1:
         yield from (_Block(population, teacher, day, *cut) for cut in cuts)
@@ -129,7 +129,7 @@ class _DistinctIds:
         self.flags = [np.zeros(shape, bool) for shape in zip(self.alive, population.sizes, strict=True)]
 
     def open_day(self, day: int) -> None:
-        """Before the rows of a day are added."""
+        """Begin a day, before its rows are added."""
         for c, turning in enumerate(self.population.turning):
             oldest = int(day * self.population.config.new_ids) if turning else 0
             for generation in range(self.oldest[c], min(oldest, self.oldest[c] + 2)):
@@ -155,7 +155,7 @@ class _DistinctIds:
 
 
 class _SplitStatistics:
-    """What teacher.json says of one split or day, gathered while its blocks pass."""
+    """Statistics of one split or day for teacher.json, accumulated block by block."""
 
     def __init__(self, population: Population, day: int) -> None:
         self.population, self.day = population, day
@@ -251,7 +251,7 @@ HEX_PAIRS = np.frombuffer("".join(f"{byte:02x}" for byte in range(256)).encode()
 
 
 def _hex_strings(raw: np.ndarray, mask: np.ndarray | None) -> pa.Array:
-    """16 digits for each id, most significant first."""
+    """Return 16 hexadecimal digits for each id, most significant first."""
     digits = HEX_PAIRS[raw.astype(">i8").view(np.uint8)]
     offsets = np.arange(len(raw) + 1, dtype=np.int32) * 16
     array = pa.StringArray.from_buffers(len(raw), pa.py_buffer(offsets), pa.py_buffer(digits))

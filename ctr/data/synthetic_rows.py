@@ -1,4 +1,4 @@
-"""Criteo-shaped rows without labels: 13 counts with missing values and 26 columns of Zipf-distributed ids.
+"""Draw Criteo-shaped rows without labels: 13 counts with missing values and 26 columns of Zipf-distributed ids.
 
 Every value is a function of (seed, day, row, column), so any part of any data set can be drawn alone. An id
 is a bijective mix of (column, rank, generation): all 64 bits are used, no two ids of a data set are equal,
@@ -42,7 +42,7 @@ IDS, COUNTS, SCRAMBLE, PHASE = 1, 2, 3, 4
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """What a synthetic data set is, to the last byte of its columns."""
+    """Settings that determine a synthetic data set, to the last byte of its columns."""
 
     rows: int = 400_000  # of all splits or days together; scales the vocabularies by Criteo's ids per row
     days: int = 0  # 0: train, valid and test; otherwise so many days, day=YYYY-MM-DD
@@ -63,7 +63,7 @@ class SyntheticConfig:
     string_ids: bool = False  # ids as 16 hexadecimal digits instead of int64
 
     def __post_init__(self) -> None:
-        """Raises ConfigError, naming the key."""
+        """Raise ConfigError, naming the key."""
         share, above_0 = "at least 0 and below 1", "above 0"
         wanted = {
             "rows": (self.rows >= 1, "at least 1"),
@@ -95,7 +95,8 @@ class Rows:
 
 
 class Population:
-    """Where the rows come from. sizes: ids of each of the 26 columns that exist at one time."""
+    """The distribution that rows are drawn from. sizes: number of ids of each of the 26 columns that exist at one
+    time."""
 
     def __init__(self, config: SyntheticConfig) -> None:
         self.config = config
@@ -146,8 +147,8 @@ class Population:
         return Rows(raw, np.where(missing, 0, rank), generation.astype(np.int64), missing, counts)
 
     def new_today(self, column: int, rank: np.ndarray, day: int) -> np.ndarray | None:
-        """bool [n]: which ranks carry an id that did not exist the day before. None where no id ever
-        changes."""
+        """Return bool [n] that marks ranks whose id did not exist the day before; None if none can be: on the first
+        day, or in a column whose ids never change."""
         if not day or not self.turning[column]:
             return None
         age = self._age(rank, column, day)

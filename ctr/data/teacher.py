@@ -1,4 +1,4 @@
-"""The hidden truth behind the synthetic data: the probability of a click given a row.
+"""Compute the hidden truth behind the synthetic data: the probability of a click given a row.
 
     logit = bias + sum_c w(id_c) + sum_j f_j(x_j) + sum_{c < c'} <v(id_c), v(id_c')>
 
@@ -57,12 +57,12 @@ class Teacher:
         self.scales = scales or self._calibrate()
 
     def steps(self, rows: Rows, day: int) -> np.ndarray:
-        """The probability of each row, int64 [n] in units of 2^-20, from 1 to 2^20 - 1."""
+        """Return the probability of each row, int64 [n] in units of 2^-20, from 1 to 2^20 - 1."""
         logit = self._logit(*self._sums(rows, day))
         return np.clip(np.rint(STEPS / (1.0 + np.exp(-logit))), 1, STEPS - 1).astype(np.int64)
 
     def labels(self, steps: np.ndarray, day: int, first_row: int) -> np.ndarray:
-        """Labels drawn by these probabilities, int8 [n], for the rows of the day from first_row on."""
+        """Draw labels by these probabilities, int8 [n], for the rows of the day from first_row on."""
         counters = np.arange(first_row, first_row + len(steps), dtype=np.uint64)
         chance = bits(key(self.config.seed, DATA, day, LABELS), counters) >> np.uint64(44)
         return (chance.view(np.int64) < steps).astype(np.int8)
@@ -72,7 +72,7 @@ class Teacher:
         return scales.ids * ids + scales.counts * counts + scales.pairs * pairs + scales.bias
 
     def _sums(self, rows: Rows, day: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(weights of ids, effects of counts, pairs of ids), float64 [n] each, before scaling."""
+        """Return (weights of ids, effects of counts, pairs of ids), float64 [n] each, before scaling."""
         n = rows.raw.shape[1]
         total, squares = np.zeros((n, 4), np.float32), np.zeros((n, 4), np.float32)
         angle = self.config.drift * day
@@ -121,7 +121,7 @@ class Teacher:
 
 
 def _hashed(raw: np.ndarray, stream: np.uint64) -> np.ndarray:
-    """Four independent values per id, uniform with mean 0 and variance 1: float32 [n, 4]."""
+    """Return four independent values per id, uniform with mean 0 and variance 1: float32 [n, 4]."""
     hashed = raw.view(np.uint64) ^ stream
     values = mix64(hashed).view(np.int16).astype(np.float32).reshape(-1, 4)
     values *= np.float32(SQRT_3 / 32768)

@@ -1,4 +1,4 @@
-"""Event times: which ones are plausible, and what is said of those that are not.
+"""Check event times, and describe those that are not plausible.
 
 A time far outside the data would do more harm than its row: rows of tables expire by the times of others. So a row is
 bad if its time lies outside a plausible range of the calendar, or if it is one of few (at most 1 % of a window) that
@@ -29,7 +29,7 @@ FEW = 100  # one row of so many; a window of fewer rows is too small to tell who
 
 @dataclass(frozen=True)
 class TimeRule:
-    """Of the column of event times: the unit of integers in it, the plausible range [first, stop) in seconds since
+    """Rule for the column of event times: the unit of its integers, the plausible range [first, stop) in seconds since
     1970, and the longest empty stretch (seconds) before times that few rows have."""
 
     column: str
@@ -40,7 +40,7 @@ class TimeRule:
 
     @classmethod
     def of(cls, column: str, unit: str, time_from: str, time_to: str, jump_days: float) -> TimeRule:
-        """From the keys of the schema. Raises SchemaError for values that mean nothing."""
+        """Build a rule from the keys of the schema. Raises SchemaError for invalid values."""
         if unit not in TICKS_PER_SECOND:
             raise SchemaError(f"schema.time_unit: found {unit!r}, expected one of {', '.join(TICKS_PER_SECOND)}")
         first, stop = _seconds_of("time_from", time_from), _seconds_of("time_to", time_to)
@@ -59,17 +59,18 @@ class TimeRule:
         return f"{self.range} (data.schema.time_from and time_to)"
 
     def outside(self, seconds: np.ndarray) -> np.ndarray:
-        """bool [n]: which times are outside the plausible range."""
+        """Return bool [n] that marks times outside the plausible range."""
         return (seconds < self.first) | (seconds >= self.stop)
 
 
 def unit_of(rule: TimeRule, stored: pa.DataType) -> str:
-    """The unit in which a column's numbers are stored."""
+    """Return the unit in which a column's numbers are stored."""
     return stored.unit if types.is_timestamp(stored) else rule.unit
 
 
 def advice(rule: TimeRule, stored: pa.DataType, seconds: int) -> str:
-    """What to do about an implausible time that would be plausible in another unit; empty where it would not."""
+    """Return the end of a message about an implausible time: the unit in which it would be plausible; empty if there is
+    none."""
     ticks = seconds * TICKS_PER_SECOND[unit_of(rule, stored)]
     fits = [u for u, per_second in TICKS_PER_SECOND.items() if rule.first <= ticks // per_second < rule.stop]
     if not fits or not (types.is_integer(stored) or types.is_timestamp(stored)):
@@ -92,7 +93,7 @@ def refuse_unit(rule: TimeRule, stored: pa.DataType, seconds: np.ndarray, where:
 
 
 def described(seconds: np.ndarray, unit: str) -> Callable[[int], str]:
-    """What to call the time of a row: the number in the unit that it is stored in, and its year."""
+    """Return a function that describes the time of a row in a message: the number in the stored unit, and its year."""
     ticks = TICKS_PER_SECOND[unit]
     return lambda row: f"{int(seconds[row]) * ticks} {unit} (the year {1970 + int(seconds[row]) // YEAR})"
 
@@ -118,7 +119,8 @@ DAYS = -1
 
 
 def _ticks_of(column: pq.ColumnSchema, rule: TimeRule) -> int | None:
-    """How many of a parquet column's whole numbers are a second; DAYS if they are days, None if they tell no time."""
+    """Return the units per second of a parquet column's integers; DAYS if they count days, None if they are no
+    times."""
     if column.physical_type not in ("INT32", "INT64"):
         return None
     logical = json.loads(column.logical_type.to_json())
@@ -130,7 +132,7 @@ def _ticks_of(column: pq.ColumnSchema, rule: TimeRule) -> int | None:
 
 
 def far_ahead(rule: TimeRule, seconds: np.ndarray, fine: np.ndarray) -> np.ndarray | None:
-    """bool [n]: the few rows of a window that lie far beyond all others; None if there are none.
+    """Return bool [n] that marks the few rows of a window far beyond all others; None if there are none.
 
     seconds: int64 [n]; fine: bool [n], the rows that count.
     """

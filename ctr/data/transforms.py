@@ -23,7 +23,7 @@ def transform(feature: FeatureConfig, x: np.ndarray) -> np.ndarray:
 
 
 def bucket(feature: FeatureConfig, x: np.ndarray) -> np.ndarray:
-    """The number of boundaries <= x, int64 [n]."""
+    """Return the number of boundaries <= x, int64 [n]."""
     # In the precision of the data, so that a stored float32 0.7 is not below the boundary 0.7.
     kind = x.dtype if x.dtype.kind == "f" else np.float64
     return np.searchsorted(np.array(feature.boundaries, kind), x, side="right")

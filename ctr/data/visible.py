@@ -1,4 +1,4 @@
-"""What lies below a path, and what of it is data: the one rule for splits, days, hours, replayed rows and samples.
+"""Decide which entries below a path are data: the one rule for splits, days, hours, replayed rows and samples.
 
 Every visible entry is read as parquet or ends the job in a line that names it. Only what surely holds no rows is passed
 over: markers, checksums, descriptions, and names that begin with `.` or `_`, which every writer and reader of such
@@ -80,17 +80,17 @@ def _walk(folder: str, name: str, deep: bool, above: tuple[str, ...]) -> Iterabl
 
 
 def is_hidden(part: str) -> bool:
-    """Whether an entry of this name is hidden, as Spark, Hive and their like agree."""
+    """Return whether an entry of this name is hidden by the convention of Spark, Hive and similar tools."""
     return part.startswith(".") or (part.startswith("_") and "=" not in part)
 
 
 def is_passed_over(entry: Entry, marker: str | None) -> bool:
-    """Whether an entry is left out and worth a word: a visible folder is not, for what lies in it is looked at."""
+    """Return whether an entry is skipped and should be reported. A visible folder is not: its content is examined."""
     return holds_no_rows(entry, marker) and (entry.kind != "folder" or is_hidden(entry.parts[-1]))
 
 
 def holds_no_rows(entry: Entry, marker: str | None) -> bool:
-    """Whether an entry surely holds no rows that count."""
+    """Return whether an entry certainly holds no rows that count."""
     name = entry.parts[-1]
     return (
         any(is_hidden(part) for part in entry.parts)
@@ -133,13 +133,14 @@ def sort_out(path: str, entries: Iterable[Entry], marker: str | None, chosen: Co
 
 
 def looks_like_parquet(name: str) -> bool:
-    """Whether a file is read for its name; its footer has the last word. `part-0.parquet.bak` would count twice."""
+    """Return whether a file is read because of its name; its footer decides in the end. `part-0.parquet.bak` is left
+    out, as it would count rows twice."""
     stem, suffix = os.path.splitext(name.lower())
     return suffix in SUFFIXES or not suffix or (suffix in CODECS and "." not in stem)
 
 
 def refuse_half_written(path: str, entries: Iterable[Entry], marker: str | None) -> None:
-    """Raises DataError for a folder in which a job is still writing, or was killed, and one that a stream writes."""
+    """Raise DataError for a folder in which a job still writes, or was killed, and for one that a stream writes."""
     entries = list(entries)
     names = {entry.name for entry in entries}
     for entry in entries:
@@ -160,6 +161,6 @@ def refuse_half_written(path: str, entries: Iterable[Entry], marker: str | None)
 
 
 def folders_above(name: str) -> list[str]:
-    """The folders that hold an entry, outermost first: a/b/c gives a and a/b."""
+    """Return the folders that contain an entry, outermost first: a/b/c gives a and a/b."""
     parts = name.split("/")
     return ["/".join(parts[:i]) for i in range(1, len(parts))]

@@ -32,20 +32,23 @@ class Window:
     buffers: tuple[np.ndarray, ...] = ()  # what the matrices lie in, to be used again
 
     def span(self, first: int, stop: int) -> tuple[int, int]:
-        """Where the good ones of the scheduled rows [first, stop) lie in the arrays, if not all are good."""
+        """Return the range [first, stop) in the arrays of the good rows among the scheduled rows [first, stop). Call it
+        only if some rows are bad."""
         return int(self.good_before[first]), int(self.good_before[stop])
 
     def good(self, first: int, stop: int) -> np.ndarray:
-        """Which of the scheduled rows [first, stop) are good, int64 counted from `first`, if not all are."""
+        """Return the positions of good rows among the scheduled rows [first, stop), int64 counted from `first`. Call it
+        only if some rows are bad."""
         return np.flatnonzero(self.reasons[first:stop] == GOOD)
 
     def dropped(self, first: int, stop: int) -> dict[str, int]:
-        """How many of the scheduled rows [first, stop) were dropped, by reason, if not all are good."""
+        """Return the number of dropped rows among the scheduled rows [first, stop), by reason. Call it only if some
+        rows are bad."""
         counts = np.bincount(self.reasons[first:stop], minlength=len(REASONS))
         return {REASONS[i]: int(counts[i]) for i in np.flatnonzero(counts) if i != GOOD}
 
     def take(self, rows: np.ndarray) -> Window:
-        """These rows of the arrays, in their order."""
+        """Return these rows of the arrays, in their order."""
         along = [None if a is None else a[rows] for a in (self.weight, self.group, self.time, self.number)]
         return Window(
             self.numeric[:, rows],
@@ -67,7 +70,7 @@ class Slice(NamedTuple):
 
 
 class Buffers:
-    """Memory of matrices of finished windows for those to come.
+    """Recycled memory: matrices of finished windows are reused for new ones.
 
     Asking the system for it anew costs as much as filling it: every page is cleared first.
     """
@@ -77,7 +80,7 @@ class Buffers:
         self._free: dict[tuple, list[np.ndarray]] = {}
 
     def take(self, rows: int, columns: int, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-        """A matrix [rows, columns] of arbitrary content, and the buffer to give back. Any thread may call."""
+        """Return a matrix [rows, columns] of arbitrary content, and the buffer to give back. Thread-safe."""
         free = self._free.setdefault((rows, np.dtype(dtype)), [])
         try:
             buffer = free.pop()
@@ -86,6 +89,6 @@ class Buffers:
         return buffer[: rows * columns].reshape(rows, columns), buffer
 
     def give_back(self, *buffers: np.ndarray) -> None:
-        """The matrices in them must not be read after this."""
+        """Take buffers back; their matrices must not be read after this."""
         for buffer in buffers:
             self._free[buffer.size // self.window_rows, buffer.dtype].append(buffer)

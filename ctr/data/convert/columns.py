@@ -1,4 +1,4 @@
-"""Columns as they are stored: what is read from the text, what is written, which values are bad."""
+"""Define the output columns: what is read from the text, what is written, and which values are bad."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Column:
 
     @property
     def text_type(self) -> pa.DataType:
-        """The type arrow parses the text to."""
+        """The type that arrow parses the text to."""
         if self.of_time and self.format in PER_SECOND:
             return pa.float64()
         return PLAIN_TYPES.get(self.type, pa.string())
@@ -108,7 +108,7 @@ def check_columns(columns: Sequence[Column], where: str) -> None:
 
 
 def text_types(columns: Sequence[Column]) -> dict[str, pa.DataType]:
-    """What to parse: text column -> arrow type. Raises SchemaError when one text column is asked for as two
+    """Return the arrow type to parse each text column to. Raises SchemaError if one text column is asked for as two
     types."""
     types: dict[str, pa.DataType] = {}
     for column in columns:
@@ -126,7 +126,7 @@ def stored_schema(columns: Sequence[Column]) -> pa.Schema:
 
 
 def make_columns(text: TextTable, columns: Sequence[Column], bad_rows: BadRows) -> TextTable:
-    """The output's columns. Rows with a bad value are met by `bad_rows` (which may raise) and left out."""
+    """Return the output columns. Rows with a bad value are reported to `bad_rows` (which may raise) and left out."""
     made, bad = [], np.zeros(text.table.num_rows, dtype=bool)
     for column in columns:
         source = text.table.column(column.text_column).combine_chunks()
@@ -162,7 +162,8 @@ def _expected(column: Column) -> str:
 
 
 def _make(source: pa.Array, column: Column, where: str) -> tuple[pa.Array, np.ndarray | None]:
-    """(array as stored, mask of bad rows or None when there are none). `where` names the file and the column."""
+    """Return the array as stored, and a mask of bad rows or None if there are none. `where` names the file and the
+    column."""
     wrong = None
     if column.type == "hex":
         array, wrong = _from_hex(source)
@@ -209,7 +210,7 @@ def _from_hex(source: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 
 def _string_buffers(source: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets int64 [n + 1] and bytes uint8 of a string array without offset (as combine_chunks gives it)."""
+    """Return offsets int64 [n + 1] and bytes uint8 of a string array without offset (as combine_chunks gives it)."""
     _, offset_buffer, data_buffer = source.buffers()
     offsets = np.frombuffer(offset_buffer, np.int32, len(source) + 1, source.offset * 4).astype(np.int64)
     # A copy, because torch warns about tensors over memory that cannot be written.

@@ -1,5 +1,4 @@
-"""What `scripts/prepare.py` does with its options: from an argparse namespace to a converter and back to a
-line."""
+"""Run `scripts/prepare.py`: build a converter from an argparse namespace, call it, and return a one-line summary."""
 
 from __future__ import annotations
 

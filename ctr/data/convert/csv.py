@@ -37,7 +37,7 @@ from tessera.embedding.errors import ConfigError
 
 @dataclass
 class ColumnConfig:
-    """One column of the output; the meaning of the keys is that of `columns.Column`."""
+    """One column of the output; the keys mean the same as those of `columns.Column`."""
 
     name: str = MISSING  # of the column in the output
     source: str | None = None  # its name in the text; default: the name
@@ -65,7 +65,7 @@ class InputConfig:
 
 @dataclass
 class SplitConfig:
-    """How `input.files` are split: "random", "time" or "day"; times are seconds or ISO dates."""
+    """The split of `input.files`: "random", "time" or "day"; times are seconds or ISO dates."""
 
     how: str = "random"  # random: by file, line and seed | time: the latest rows are test | day: a folder per day
     valid: float = 0.1  # share of the rows, or of the range of times

@@ -1,4 +1,4 @@
-"""Delimited text to arrow tables, keeping for every row the line that it stood on.
+"""Parse delimited text to arrow tables, and keep for every row the number of its line.
 
 A block of lines is parsed by arrow in one call. Only when that fails is the block halved again and again
 until the bad lines are alone, so that good input costs nothing and bad input is named exactly.
@@ -28,7 +28,7 @@ SKIPPED_BEFORE_GIVING_UP = 1000
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How the text is laid out.
+    """Layout of the text.
 
     columns: names in the order of the file; may be empty when header is "yes". header: "yes", "no", or "auto"
     (the first line is a header if its first field is the first name in `columns`). quote None: quotes are
@@ -45,14 +45,14 @@ class TextFormat:
 
 @dataclass
 class BadRows:
-    """What to do with rows that cannot be read: "raise" (DataError at the first), or "skip" and count."""
+    """Policy for rows that cannot be read: "raise" (DataError at the first), or "skip" and count."""
 
     policy: str = "raise"
     counts: Counter[str] = field(default_factory=Counter)
     rows_read: int = 0
 
     def meet(self, path: Path, line: int, message: str) -> None:
-        """One bad row; `message` says what was expected and what was found."""
+        """Report one bad row: raise DataError or count it. `message` says what was expected and what was found."""
         message = f"{path} line {line}: {message}"
         if self.policy == "raise":
             raise DataError(message)
@@ -102,7 +102,7 @@ def read_tables(
 
 
 def shorten(found: str) -> str:
-    """`found` in quotes, on one line and not longer than a line of a terminal."""
+    """Return `found` in quotes, on one line and not longer than a line of a terminal."""
     shown = repr(found)
     return shown if len(shown) <= SHOWN_CHARACTERS else shown[: SHOWN_CHARACTERS - 4] + "...'"
 
@@ -174,7 +174,7 @@ class _BlockParser:
                 spans += [(middle, last), (first, middle)]
 
     def _read(self, data: bytes) -> tuple[pa.Table | None, str]:
-        """The lines as a table, or None and why there is none."""
+        """Parse the lines; return the table, or None and the reason."""
         read = pa.csv.ReadOptions(
             column_names=self.names,
             block_size=len(data),
@@ -187,7 +187,7 @@ class _BlockParser:
             return None, self._explained(str(error).splitlines()[0], data)
 
     def _explained(self, message: str, data: bytes) -> str:
-        """Arrow's message in the words of this file's columns."""
+        """Rewrite arrow's message with the names of this file's columns."""
         width = re.search(r"Expected (\d+) columns, got (\d+)", message)
         if width:
             return (
@@ -202,7 +202,7 @@ class _BlockParser:
         return message
 
     def _decoded(self, data: bytes) -> str:
-        """The beginning of the lines as a person would see it."""
+        """Return the beginning of the lines as text that a person can read."""
         start = data[:1000].decode(self.text.encoding, "replace").rstrip("\r\n")
         return start.replace(self.parse_options.delimiter, self.text.delimiter)
 
@@ -220,13 +220,13 @@ class _BlockParser:
 
 
 def _line_bounds(data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Where each line starts and where it stops (past its newline): int64 [lines] each."""
+    """Return the start and the stop (past its newline) of each line: int64 [lines] each."""
     stops = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")) + 1
     return np.concatenate((np.zeros(1, stops.dtype), stops[:-1])), stops
 
 
 def _not_blank(data: bytes, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """False for lines that hold nothing but their end; arrow passes over these too."""
+    """Return False for lines that hold nothing but their end; arrow skips these too."""
     length = stops - starts
     characters = np.frombuffer(data, np.uint8)
     return (length > 2) | ((length == 2) & (characters[starts] != ord("\r")))

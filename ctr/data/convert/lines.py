@@ -1,4 +1,4 @@
-"""Text files, compressed or not, as blocks of whole lines."""
+"""Read text files, compressed or not, in blocks of whole lines."""
 
 from __future__ import annotations
 

@@ -237,7 +237,7 @@ class _Join:
 
 
 def _genres(movies: pa.Table, separator: str | None) -> pa.Array:
-    """list<string> per movie; movies without a genre have an empty list."""
+    """Return a list<string> per movie; movies without a genre have an empty list."""
     if separator is None:
         flags = np.stack([movies.column(name).to_numpy() for name in ML_100K_FLAGS], axis=1) == 1
         offsets = np.concatenate(([0], np.cumsum(flags.sum(axis=1)))).astype(np.int32)

@@ -26,7 +26,7 @@ COMPRESSIONS = ("snappy", "zstd", "lz4", "none")
 
 @dataclass(frozen=True)
 class Writing:
-    """How parquet is written. row_group_rows: rows decoded at a time, per lane, by the reader. Raises
+    """Settings for writing parquet. row_group_rows: rows that the reader decodes at a time, per lane. Raises
     ConfigError."""
 
     row_group_rows: int = 16384
@@ -43,7 +43,7 @@ class Writing:
 
 @contextmanager
 def complete_folder(target: Path, sources: Sequence[Path] = (), overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `target` that takes its place when the block ends well, and is removed when it does not.
+    """Yield a folder beside `target` that replaces it if the block succeeds, and is removed if it fails.
 
     With `overwrite` an earlier data set is replaced, and only if all its files are those that this command wrote.
 

@@ -1,4 +1,4 @@
-"""Text in, prepared data set out: reading, making of columns, splitting and writing in a row."""
+"""Convert text to a prepared data set: read, make columns, split and write."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Transform = Callable[[TextTable], TextTable]
 
 @dataclass(frozen=True)
 class Options:
-    """What every converter takes. bad_rows: "raise" or "skip". block_bytes: text parsed at a time."""
+    """Options that every converter takes. bad_rows: "raise" or "skip". block_bytes: text parsed at a time."""
 
     overwrite: bool = False
     bad_rows: str = "raise"
@@ -44,7 +44,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Input:
-    """Which files to read and how their rows are split.
+    """Input files and the rule that splits their rows.
 
     Either `files` of named splits ({"train": [...], "valid": [...], "test": [...]}; or any folder names such
     as day=2014-10-21), or one list of files under the key "" together with `how`: "random" (valid and test
@@ -78,7 +78,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is particular to one kind of log. time: the stored column to split by time, if there is one."""
+    """The parts that are specific to one kind of log. time: the stored column to split by time, if there is one."""
 
     kind: str
     text: TextFormat
@@ -89,7 +89,7 @@ class Conversion:
 
 
 def schema_from_conf(name: str) -> dict:
-    """The `schema:` block of conf/data/<name>.yaml, so that it is written down in one place only."""
+    """Return the `schema:` block of conf/data/<name>.yaml, so that it is written down in one place only."""
     text = (resources.files("conf") / "data" / f"{name}.yaml").read_text()
     schema = OmegaConf.to_container(OmegaConf.create(text)["schema"])
     assert isinstance(schema, dict)
@@ -145,7 +145,7 @@ def convert(
 def _rows(
     columns: Sequence[Column], conversion: Conversion, paths: list[Path], bad_rows: BadRows, options: Options
 ) -> Iterator[tuple[int, TextTable]]:
-    """(number of the file, rows with the columns made), with a progress bar if someone looks."""
+    """Yield (number of the file, rows with the columns made); show a progress bar on a terminal."""
     types = text_types(columns)
     total = sum(path.stat().st_size for path in paths)
     with tqdm(total=total, unit="B", unit_scale=True, desc=conversion.kind, disable=None) as bar:
@@ -169,7 +169,7 @@ def _splitter(conversion: Conversion, source: Input, options: Options) -> Splitt
 
 
 def _with_time(made: TextTable, time: str, bad_rows: BadRows) -> TextTable:
-    """The rows that have a time; the others are bad rows when the split needs it."""
+    """Return the rows that have a time; if the split needs it, the others are bad rows."""
     null = made.table.column(time).is_null().to_numpy()
     if not null.any():
         return made

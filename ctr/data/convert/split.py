@@ -1,4 +1,4 @@
-"""Which folder of the prepared data set each row goes to.
+"""Assign each row to a folder of the prepared data set.
 
 A splitter is called with some rows and a key for each (int64, made of file and line number), and returns the
 folder names and, for each row, the index of its folder. It sees one block of rows at a time and keeps
@@ -26,7 +26,7 @@ SECONDS_PER_DAY = 86400
 
 
 def into(folder: str) -> Splitter:
-    """Every row goes to `folder`."""
+    """Send every row to `folder`."""
 
     def assign(table: pa.Table, row_keys: np.ndarray) -> tuple[list[str], np.ndarray]:
         return [folder], np.zeros(table.num_rows, dtype=np.int64)
@@ -35,7 +35,8 @@ def into(folder: str) -> Splitter:
 
 
 def by_fraction(valid: float, test: float, seed: int) -> Splitter:
-    """Random train, valid and test from (seed, row key) alone: no shuffle, the same for every block size.
+    """Split into train, valid and test at random, by (seed, row key) alone: no shuffle, and independent of the block
+    size.
 
     Raises ConfigError unless 0 <= valid, 0 <= test and valid + test < 1.
     """
@@ -50,7 +51,7 @@ def by_fraction(valid: float, test: float, seed: int) -> Splitter:
 
 
 def by_time(column: str, valid_from: int, test_from: int) -> Splitter:
-    """Rows before `valid_from` (seconds) train, before `test_from` validate, the others test.
+    """Send rows before `valid_from` (seconds) to train, before `test_from` to valid, and all later ones to test.
 
     Raises ConfigError unless valid_from <= test_from.
     """
@@ -65,7 +66,7 @@ def by_time(column: str, valid_from: int, test_from: int) -> Splitter:
 
 
 def by_day(column: str) -> Splitter:
-    """Rows go to `day=YYYY-MM-DD`, the day (UTC) of their time."""
+    """Send each row to `day=YYYY-MM-DD`, the day (UTC) of its time."""
 
     def assign(table: pa.Table, row_keys: np.ndarray) -> tuple[list[str], np.ndarray]:
         seconds = _times(table, column)

@@ -1,4 +1,5 @@
-"""Text to seconds since 1970, UTC. A date that does not exist is no date: 2026-02-30 is not the second of March."""
+"""Parse text to seconds since 1970, UTC. A date that does not exist is refused: 2026-02-30 is not the second of
+March."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ SHORT_FORMS = {"%T": "%H:%M:%S", "%R": "%H:%M", "%D": "%m/%d/%y", "%F": "%Y-%m-%
 
 
 def seconds_of_numbers(source: pa.Array, unit: str) -> tuple[pa.Array, np.ndarray]:
-    """Whole seconds of float64 numbers in `unit`: int64 [n] with nulls, and bool [n], which are no times."""
+    """Convert float64 numbers in `unit` to whole seconds: int64 [n] with nulls, and bool [n] that marks invalid
+    times."""
     null = source.is_null().to_numpy(zero_copy_only=False)
     seconds = np.floor(source.fill_null(0).to_numpy(zero_copy_only=False) / PER_SECOND[unit])
     wrong = ~(np.abs(seconds) < 2.0**62)
@@ -27,7 +29,7 @@ def seconds_of_numbers(source: pa.Array, unit: str) -> tuple[pa.Array, np.ndarra
 
 
 def seconds_of_text(source: pa.Array, pattern: str) -> tuple[pa.Array, np.ndarray]:
-    """Seconds of text as a strptime pattern says: int64 [n] with nulls, and bool [n], which are no times.
+    """Parse text by a strptime pattern to seconds: int64 [n] with nulls, and bool [n] that marks invalid times.
 
     Arrow reads it fast, and takes days beyond the end of a month, seconds beyond 59 and days of the year for something
     else. So what it does not write back as it was is read again by Python, which refuses what does not exist.
@@ -54,7 +56,7 @@ def seconds_of_text(source: pa.Array, pattern: str) -> tuple[pa.Array, np.ndarra
 
 
 def implausible(seconds: pa.Array, rule: TimeRule) -> np.ndarray:
-    """bool [n]: which times lie outside the range of plausible ones."""
+    """Return bool [n] that marks times outside the plausible range."""
     known = seconds.is_valid().to_numpy(zero_copy_only=False)
     return rule.outside(seconds.fill_null(rule.first).to_numpy(zero_copy_only=False)) & known
 
@@ -78,7 +80,7 @@ def refuse_unit(source: pa.Array, outside: np.ndarray, rule: TimeRule, unit: str
 
 
 def _plain(text: pa.Array) -> pa.Array:
-    """Without what does not tell times apart: leading zeros, upper case, spaces around."""
+    """Remove what does not distinguish times: leading zeros, upper case, spaces around."""
     text = pc.replace_substring_regex(pc.utf8_lower(text), r"(^|[^0-9])[0 ]+([0-9])", r"\1\2")
     return pc.utf8_trim_whitespace(text)
 
@@ -93,7 +95,7 @@ def _python_reads(pattern: str) -> bool:
 
 
 def _by_python(text: str, pattern: str) -> int | None:
-    """Seconds, or None for what is no time. The short forms of `pattern` are written out."""
+    """Return seconds, or None for an invalid time. The short forms of `pattern` are written out."""
     try:
         time = datetime.datetime.strptime(text.strip(), pattern)
     except ValueError:
