@@ -48,6 +48,9 @@ docs: setup ## build the documentation's site into build/site, which opens witho
 	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
+wheel: setup ## build a wheel and a source distribution into dist/
+	TESSERA_VENV=$(VENV) scripts/wheel.sh
+
 clean: ## remove what can be built again, except the environment, data and runs
 	rm -rf build kernels/_C*.so kernels/_build.json *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
