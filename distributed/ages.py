@@ -1,9 +1,9 @@
-"""How long before the time of a batch its ids were seen: ages, in seconds, on their way to the owners of rows.
+"""Carry ages, the seconds between a row's last event and the time of its batch, to the owners of table rows.
 
 A batch may hold events of many days, and a row is touched with the time of its own: the latest event of the batch that
 has the row's id. On the row path an id travels once, and its age travels with its count as one float64, which holds
-whole numbers of 53 bits exactly; without times only the count does, as float32. On the bag path ids travel as often as
-they occur and have no count; there ranks tell each other the ages of their rows.
+whole numbers of 53 bits exactly; without times only the count does, as float32. With the pooled output dist ids travel
+as often as they occur and have no count; there ranks tell each other the ages of their rows.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ MAX_COUNT, MAX_AGE = (1 << COUNT_BITS) - 1, (1 << AGE_BITS) - 1  # 17 years: wha
 
 
 def ages_at(now: int, times: Tensor) -> Tensor:
-    """How long before `now` events were: int64 [B], 0 for those behind it. times: int64 [B]."""
+    """Return how long before `now` the events were, in seconds: int64 [B], 0 for later events. times: int64 [B]."""
     return (now - times).clamp_(0, MAX_AGE)
 
 
 def ages_of_values(ids: KeyedJaggedTensor, ages: Tensor) -> Tensor:
-    """The age of each id's row: int64 [values], for ages int64 [B] of the rows."""
+    """Return the age of each id's row: int64 [values], for ages int64 [B] of the rows."""
     values, lengths = ids.values(), ids.lengths()
     if lengths.device.type == "cpu" and values.numel() == lengths.numel() and bool((lengths == 1).all()):
         return ages.repeat(len(ids.keys()))  # one id per row everywhere: the most frequent case, and cheaper
@@ -33,19 +33,19 @@ def ages_of_values(ids: KeyedJaggedTensor, ages: Tensor) -> Tensor:
 
 
 def least(ages: Tensor, places: Tensor, count: int) -> Tensor:
-    """The least of the ages (int64 [n]) that belong to each of `count` places: int64 [count]. places: int64 [n]."""
+    """Return the smallest age (int64 [n]) that belongs to each of `count` places: int64 [count]. places: int64 [n]."""
     return ages.new_full((count,), MAX_AGE).scatter_reduce_(0, places, ages, "amin")
 
 
 def packed(counts: Tensor, ages: Tensor | None) -> Tensor:
-    """Counts and ages (int64 [n]) as the weights that travel with ids: float64 [n]; without ages float32 [n]."""
+    """Pack counts and ages (int64 [n]) into the weights that travel with ids: float64 [n]; float32 [n] without ages."""
     if ages is None:
         return counts.float()  # exact up to 2^24 of one id in one batch
     return ((ages << COUNT_BITS) | counts.clamp(max=MAX_COUNT)).double()
 
 
 def unpacked(weights: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What `packed` was given."""
+    """Return the counts and the ages (int64 [n] each; ages may be None) that `packed` was given."""
     whole = weights.long()
     if weights.dtype != torch.float64:
         return whole, None
@@ -53,5 +53,6 @@ def unpacked(weights: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def ages_of_ranks(ages: Tensor) -> Tensor:
-    """The ages of all ranks' rows in the order of ranks: int64 [ranks * B]. Collective; ranks have as many rows."""
+    """Return the ages of all ranks' rows in the order of ranks: int64 [ranks * B]. Collective; every rank must have the
+    same number of rows."""
     return gather(ages).flatten()

@@ -1,4 +1,4 @@
-"""What all ranks of a job do together; a job of one rank has nobody to wait for.
+"""Collectives over all ranks of a job; they return at once in a job of one rank.
 
 All functions are collective: every rank calls them, in the same order. `group`: the ranks that take part, all of them
 by default.
@@ -25,7 +25,7 @@ def ranks(group: dist.ProcessGroup | None = None) -> int:
 
 
 def wait_for_all(group: dist.ProcessGroup | None = None) -> None:
-    """Return when all ranks are here."""
+    """Return when all ranks have called this."""
     if ranks(group) > 1:
         dist.barrier(group)
 
@@ -47,14 +47,14 @@ def _reduce(kind: dist.ReduceOp.RedOpType, tensors: tuple[Tensor, ...], group: d
 
 
 def on_all_ranks(mine: bool) -> bool:
-    """Return whether it is so on all ranks."""
+    """Return whether `mine` is true on all ranks."""
     answer = torch.tensor(int(mine))
     min_over_ranks(answer)
     return bool(answer)
 
 
 def on_any_rank(mine: bool) -> bool:
-    """Return whether it is so on one rank at least."""
+    """Return whether `mine` is true on at least one rank."""
     return not on_all_ranks(not mine)
 
 
@@ -68,7 +68,7 @@ def gather(mine: Tensor) -> Tensor:
 
 
 def gather_objects(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Return what all ranks have, in their order."""
+    """Return the objects of all ranks, in their order."""
     if ranks(group) == 1:
         return [mine]
     gathered: list[Any] = [None] * ranks(group)
@@ -77,7 +77,7 @@ def gather_objects(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def from_first_rank(mine: T, group: dist.ProcessGroup | None = None) -> T:
-    """Return what rank 0 has; what other ranks have does not matter."""
+    """Return the object of rank 0; those of other ranks are ignored."""
     values = [mine]
     if ranks(group) > 1:
         dist.broadcast_object_list(values, src=0, group=group)

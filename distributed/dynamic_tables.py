@@ -1,9 +1,9 @@
-"""The asking side of dynamic tables: ids in, embeddings out, the same on any number of ranks.
+"""Look up ids in dynamic tables that are sharded over any number of ranks, with the same embeddings for each.
 
 Each rank sends an id once per table and batch, however often it occurs and however many groups of embeddings the tower
 wants of it: one row of the table holds the values of all groups (DeepFM: v and w). The owners send rows back, and
 repeating, pooling and, in the backward pass, summing over repetitions happen here, where the repetitions are.
-Tables of long bags may take the bag path instead: owners send sums over bags, see `torchrec/bag_sharding.py`.
+Tables of long bags may use the pooled output dist: owners send sums over bags, see `torchrec/bag_sharding.py`.
 
 Ids without a row read zeros or one learned row per table. That row is a dense parameter, a copy on every rank, trained
 by the dense optimizer: nearly every batch reads it, with gradients from all ranks, as it reads a weight of the tower.
@@ -43,7 +43,8 @@ EXPIRE_ROWS = 1 << 18  # rows of each table that one call of `expire` looks at: 
 
 
 class DynamicTables(nn.Module):
-    """All tables of a model: an EmbeddingCollection and, for the tables on the bag path, an EmbeddingBagCollection.
+    """All tables of a model: an EmbeddingCollection and, for tables with a pooled output dist, an
+    EmbeddingBagCollection.
 
     Args:
         tables: every id feature belongs to exactly one; all have the same groups.
@@ -51,9 +52,9 @@ class DynamicTables(nn.Module):
         expected_rows: rows per table that the planner counts with; tables grow beyond it.
         averaged: the features whose bags are averaged over their ids; the others are summed.
         transport: precision in which rows travel between ranks, see `torchrec/codecs.py`.
-        others: what ids without a row read, zeros or the table's learned row (`others` [tables, width], first 0).
-        first_values: what new rows begin with: random, or others, as the learned row is when they are added.
-        bag_tables: the tables on the bag path, whose owners send sums over bags.
+        others: the OOV row that ids without a row read, zeros or learned per table (`others` [tables, width], first 0).
+        first_values: init of new rows: random, or others, the learned OOV row as it is when they are added.
+        bag_tables: the tables with a pooled output dist, whose owners send sums over bags.
         timeout_seconds: longest wait of a step for rows that are brought to the caches of tables on the host.
         squares: whether `squares_looked_up` will be asked for after forward passes in training.
     """
@@ -170,7 +171,7 @@ class DynamicTables(nn.Module):
         return coming
 
     def _begun(self, ids: KeyedJaggedTensor, ages: Tensor | None) -> ComingIds:
-        """A batch of which nothing is sent yet but, on the bag path, the ages of its rows."""
+        """Return a batch of which nothing is sent yet except, for the pooled output dist, the ages of its rows."""
         return ComingIds(ids, ages, None if ages is None or self.bags is None else ages_of_ranks(ages))
 
     def send_prepared(self) -> None:
@@ -187,7 +188,7 @@ class DynamicTables(nn.Module):
                 kernel.bring_ahead(features, now, self._manager, coming.ages_of_ranks)
 
     def _paths(self, coming: ComingIds) -> list[tuple[Any, IdsAhead]]:
-        """Return the sharded collections that the batch was sent to, each with what is under way."""
+        """Return the sharded collections that the batch was sent to, each with its pending ids."""
         paths = [(self.collection, coming.rows), (self.bags, coming.bags)]
         return [(module, sent) for module, sent in paths if sent is not None]
 
@@ -198,7 +199,7 @@ class DynamicTables(nn.Module):
         return chosen(ids, self._bags_of_all) if self._row_fields else ids
 
     def _sums_of_rows(self, ids: KeyedJaggedTensor, coming: ComingIds) -> Sequence[Tensor]:
-        """By group [B, fields, dim], of the fields whose tables answer with rows."""
+        """Return [B, fields, dim] by group, for fields whose tables answer with rows."""
         if not self._second:
             self._asked = coming.asked or self._distinct(ids, coming.ages)
         assert self._asked is not None, "no first pass"
@@ -212,7 +213,7 @@ class DynamicTables(nn.Module):
         return self._pool(rows, index, ids)
 
     def _sums_of_owners(self, ids: KeyedJaggedTensor, coming: ComingIds) -> Sequence[Tensor]:
-        """By group [B, fields, dim], of the fields on the bag path."""
+        """Return [B, fields, dim] by group, for fields with a pooled output dist."""
         for kernel in self.bags.kernels():
             kernel.ages = coming.ages_of_ranks
         answered = self.bags(mixed(ids)) if coming.bags is None else coming.bags.answer()
@@ -230,15 +231,15 @@ class DynamicTables(nn.Module):
         return squares
 
     def squares_looked_up(self, embeddings: dict[str, Tensor]) -> Tensor:
-        """The squares of all rows, each as often as the batch looked it up, summed up: differentiable, what L2 per
-        look-up multiplies. `embeddings` are what the forward pass returned.
+        """Return the sum of squares of all rows, each as often as the batch looked it up: float32 [], differentiable,
+        what L2 per look-up multiplies. `embeddings` are what the forward pass returned.
 
-        On the bag path a rank counts the rows that it owns, for all ranks, and divides by the number of ranks what the
-        row's gradient is divided by on its way there otherwise; so the sum over ranks is of use, not one rank's."""
+        With the pooled output dist a rank counts the rows that it owns, for all ranks, and divides by the number of
+        ranks, as the row's gradient is on its way there; so only the sum over ranks is of use, not one rank's."""
         return sum(self._squares, torch.zeros(()))
 
     def _with_others(self, answered: Tensor, table: int) -> Tensor:
-        """[n, columns] as the owners answer -> [n, width], the table's learned row added where ids have none."""
+        """Map the owners' answer [n, columns] to [n, width]; ids without a row get the table's OOV row."""
         if self.others is None:
             return answered
         # The second pass is for step sizes alone. Data parallel counts gradients: a second one would confuse it.
@@ -246,7 +247,7 @@ class DynamicTables(nn.Module):
         return torch.addcmul(answered[:, :-1], answered[:, -1:].detach(), others)
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
-        """By name, what the dense optimizer trains."""
+        """Return the parameters of the dense optimizer by name."""
         return {} if self.others is None else {"tables.others": self.others}
 
     def sharders(self) -> list[DynamicSharder | DynamicBagSharder]:
@@ -269,7 +270,7 @@ class DynamicTables(nn.Module):
         return [k for module in (self.collection, self.bags) if module is not None for k in module.kernels()]
 
     def owned(self) -> dict[str, DynamicTable]:
-        """This rank's part of each table, after sharding."""
+        """Return this rank's part of each table, after sharding."""
         return self._by_table([kernel.tables for kernel in self._kernels()])
 
     def begin_step(self, now: int, learn_steps: bool = False, times: Tensor | None = None) -> None:
@@ -290,13 +291,13 @@ class DynamicTables(nn.Module):
                 table.first_values = others.to(table.device)
 
     def begin_period(self) -> None:
-        """From here on, rows that are there now are old: the optimizer's `old_rows_factor` slows them."""
+        """Count the rows that exist now as old from here on: the optimizer's `old_rows_factor` slows them."""
         for table in self.owned().values():
             table.begin_period()
 
     @contextmanager
     def second_pass(self) -> Iterator[None]:
-        """Forward and backward in this block are the second pass of a step, on the batch of the first.
+        """Run forward and backward in this block as the second pass of a step, on the batch of the first.
 
         A look-up gives the updated rows as they would be stored; gradients go to the step sizes alone.
         """
@@ -311,15 +312,14 @@ class DynamicTables(nn.Module):
                 kernel.end_second_pass()
 
     def expire(self, now: int, everywhere: bool = False) -> None:
-        """Give up rows not seen for their table's TTL; scans a part of each table, the next part the next time, or
-        (everywhere) all of it."""
+        """Evict rows not seen for their table's TTL; scan the next part of each table, or (everywhere) all of it."""
         for table in self.owned().values():
             if table.config.ttl_seconds is not None:
                 table.expire(now, budget_rows=None if everywhere else EXPIRE_ROWS)
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """This rank's counts by table: rows, bytes, new, admitted, rejected, expired, evicted. They may be asked for at
-        any time: a batch that is brought ahead of its step does not count yet."""
+        """Return this rank's counts by table: rows, bytes, new, admitted, rejected, expired, evicted. They may be read
+        at any time: a batch that is prefetched does not count before its step."""
         return {name: counted.stats for name, counted in self._counted().items()}
 
     def _counted(self) -> dict[str, Counted]:
@@ -332,7 +332,8 @@ class DynamicTables(nn.Module):
         return {table.name: found[module_name(table.name)] for table in self.tables}
 
     def cache_stats(self) -> CacheStats | None:
-        """Of this rank, since the last call; None if tables have no cache. As for `stats`, at any time."""
+        """Return this rank's cache counts since the last call; None if tables have no cache. Allowed at any time, as
+        `stats`."""
         if not self.cached:
             return None
         counted = self._counted()
@@ -353,15 +354,15 @@ class DynamicTables(nn.Module):
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Be as before the first step."""
+        """Reset to the state before the first step."""
         self.clear()
         if self.others is not None:
             self.others.zero_()
 
     @torch.no_grad()
     def _distinct(self, ids: KeyedJaggedTensor, ages: Tensor | None) -> tuple[KeyedJaggedTensor, Tensor]:
-        """The distinct ids per table, mixed, with their counts and ages; and for each value of `ids` its place among
-        them. ages: int64 [B] of the rows, or None."""
+        """Return the distinct ids per table, mixed, with their counts and ages; and the place of each value of `ids`
+        among them, int64 [values]. ages: int64 [B] of the rows, or None."""
         values, bounds = ids.values(), ids.offset_per_key()
         index = torch.empty_like(values)
         distinct, counts, lengths, first = [], [], [], 0
@@ -393,6 +394,6 @@ class DynamicTables(nn.Module):
         return asked, index
 
     def _pool(self, rows: Tensor, index: Tensor, ids: KeyedJaggedTensor) -> Sequence[Tensor]:
-        """Weighted sums over bags. rows: [distinct, width]; index: [values]. Returns by group [B, fields, dim]."""
+        """Return weighted sums over bags by group, [B, fields, dim]. rows: [distinct, width]; index: [values]."""
         widths = list(self.groups.values())
         return pool(rows, index, ids.offsets().long(), ids.weights_or_none(), len(ids.keys()), widths)

@@ -1,4 +1,4 @@
-"""What to say of an error that ends a rank: one line that names what happened, where, and what to do.
+"""Describe an error that ends a rank in one line: what happened, where, and what to do.
 
 A mistake of the user's is a `TesseraError` and says all that itself. What the machine runs out of, and what a disk
 refuses, comes up in any place as one of many types; here they become lines, so that no place needs to know of it.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived, or Ctrl-C for the second time: this rank ends at once."""
+    """Raised when SIGTERM arrives, or Ctrl-C for the second time: this rank ends at once."""
 
 
 #: What runs out, by the number of an OSError and by words of other errors, and what to do.
@@ -73,7 +73,8 @@ DISK_REMEDIES = {
 
 
 def explain(error: BaseException, process: Process | None) -> tuple[int, str]:
-    """The exit status and the line for an error on this rank; for a broken collective, find the rank to blame."""
+    """Return the exit status and the line for an error on this rank; for a broken collective, find the rank to
+    blame."""
     ran_out = exhausted(error)
     if isinstance(error, TesseraError):
         remedy = f"; {ran_out[0]}: {ran_out[3]}" if ran_out else ""
@@ -104,7 +105,7 @@ def explain(error: BaseException, process: Process | None) -> tuple[int, str]:
 
 
 def exhausted(error: BaseException) -> Resource | None:
-    """Which of EXHAUSTED is behind an error, also where another error was made of it."""
+    """Return which resource of EXHAUSTED ran out, also if another error was raised from that one; None if none did."""
     for one in _chain(error):
         if isinstance(one, torch.OutOfMemoryError):
             return GPU_MEMORY
@@ -118,7 +119,7 @@ def exhausted(error: BaseException) -> Resource | None:
 
 
 def _no_room_for_a_stack() -> bool:
-    """Whether a thread cannot start because the address space, and not the number of threads, has a limit."""
+    """Return whether a thread failed to start because of a limit on the address space, not on the number of threads."""
     limit, stack = (resource.getrlimit(one)[0] for one in (resource.RLIMIT_AS, resource.RLIMIT_STACK))
     if limit == resource.RLIM_INFINITY:
         return False
@@ -131,7 +132,7 @@ def _no_room_for_a_stack() -> bool:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that it came from."""
+    """Yield an error and its causes."""
     seen: set[int] = set()
     one: BaseException | None = error
     while one is not None and id(one) not in seen:
@@ -141,8 +142,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def of_disk(error: OSError, folder: str | None) -> str:
-    """A line for what a disk, a file system or a stream refused. Writing to an open file fails without a name: then
-    it is in `folder`, to which the command writes."""
+    """Return a line for an error of a disk, a file system or a stream. Writing to an open file fails without a name:
+    then it is in `folder`, to which the command writes."""
     path = error.filename or error.filename2 or folder
     if isinstance(path, bytes):
         path = os.fsdecode(path)
@@ -153,7 +154,7 @@ def of_disk(error: OSError, folder: str | None) -> str:
 
 
 def of_start(error: Exception, rank: int) -> str | None:
-    """A line for why the ranks' store cannot be reached or opened, None if the error says something else."""
+    """Return a line that says why the ranks' store cannot be reached or opened; None for other errors."""
     text = str(error)
     at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     if "EADDRINUSE" in text or "address already in use" in text.lower():
@@ -174,7 +175,8 @@ def first_line(error: BaseException) -> str:
 
 
 def is_broken_collective(error: BaseException) -> bool:
-    """Whether an error is that of a collective, or of the store, whose other side went away or did not answer."""
+    """Return whether an error means that the other side of a collective, or of the store, went away or did not
+    answer."""
     if isinstance(error, dist.DistError):
         return True
     words = ["gloo", "Connection closed", "Connection reset", "Timed out waiting", "NCCL", "ProcessGroup"]

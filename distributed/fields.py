@@ -1,4 +1,4 @@
-"""What is known of a model's id features before any batch, on the device where batches are."""
+"""Constants of a model's id features, on the device of the batches."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class OnDevice:
         self._tensor = torch.tensor(self.values, dtype=torch.bool if are_bool else torch.int32)
 
     def on(self, device: torch.device) -> Tensor:
-        """[n] bool or, as torchrec wants places of keys, int32."""
+        """Return the values as bool [n] or, as torchrec wants places of keys, int32 [n], on `device`."""
         if self._tensor.device != device:
             self._tensor = self._tensor.to(device)
         return self._tensor
 
 
 def chosen(ids: KeyedJaggedTensor, fields: OnDevice) -> KeyedJaggedTensor:
-    """The bags of some fields (their places), in this order."""
+    """Return the bags of some fields (given by their places), in this order."""
     return ids.permute(fields.values, fields.on(ids.values().device))
 
 
 def mixed(ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """The same bags with mixed ids, as they travel: their owners are balanced whatever the ids are."""
+    """Return the same bags with mixed ids, as they travel: this balances owners for any distribution of ids."""
     return KeyedJaggedTensor(
         keys=ids.keys(),
         values=mix64(ids.values()),

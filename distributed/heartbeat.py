@@ -1,4 +1,4 @@
-"""Signs of life of the ranks of a job, and who is to blame when a collective breaks.
+"""Exchange signs of life between the ranks of a job, and find the rank to blame when a collective breaks.
 
 Each rank publishes again and again that it lives and the stage it is in. When a collective breaks on a rank, it says
 so, too: all ranks that waited in vain have done nothing wrong. To blame is who is gone, who stands still, or who has
@@ -30,7 +30,8 @@ LEAVE_SECONDS = 1.0  # how long a rank may still hang in a collective after anot
 
 @dataclass
 class Beat:
-    """What a rank says of itself. `seconds` is how long it has been at `stage`: hosts' clocks differ and may jump.
+    """The status that a rank publishes. `seconds` is how long it has been at `stage`: hosts' clocks differ and may
+    jump.
 
     broken: a collective has failed on it. pid, born and host tell its process.
     """
@@ -95,7 +96,7 @@ def find_failed_rank(process: Process) -> str | None:
 
 
 def ask(question: Callable[[], T], seconds: float) -> T:
-    """The answer to a question to the store. Its host may stand still, and then it would never come.
+    """Return the answer to a question to the store, in limited time: the store's host may stand still and never answer.
 
     Raises:
         TimeoutError: there was none within the time.
@@ -124,7 +125,7 @@ def ask(question: Callable[[], T], seconds: float) -> T:
 
 
 class _Others:
-    """What a rank whose collective broke sees of the others."""
+    """The view of the other ranks from a rank whose collective broke."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
@@ -133,7 +134,7 @@ class _Others:
         self._changed = {rank: time.monotonic() for rank in self._ranks}
 
     def look(self) -> str | None:
-        """Read what the others say; a failure that one of them has reported."""
+        """Read the others' status; return a failure that one of them has reported, else None."""
         beat(self._process)
         found = read_beats(self._process)
         for rank, one in found.items():
@@ -144,7 +145,7 @@ class _Others:
         return str(store.get("failure").decode()) if store.check(["failure"]) else None
 
     def gone(self) -> str | None:
-        """A rank of this host whose process has ended without a word."""
+        """Return a message about a rank of this host whose process has ended without a report, else None."""
         for rank, one in self._beats.items():
             if one.is_here and state_of(one) is None:
                 with suppress(Exception):
@@ -168,7 +169,8 @@ class _Others:
         return all(rank in self._beats and self._beats[rank].broken for rank in self._ranks)
 
     def slowest(self) -> str | None:
-        """Of the ranks that have not said that they waited, the one that is at its stage for longest."""
+        """Return a message about the rank that has been longest at its stage, among those that do not wait; None if
+        none is slow."""
         busy = [rank for rank in self._beats if not self._beats[rank].broken]
         slow = max(busy, key=lambda rank: self._beats[rank].seconds, default=None)
         if slow is None or self._beats[slow].seconds < STALE_SECONDS:
@@ -184,7 +186,7 @@ class _Others:
 
 
 def read_beats(process: Process) -> dict[int, Beat]:
-    """The last sign of life of every other rank."""
+    """Return the last sign of life of every other rank."""
     keys = {rank: f"alive/{rank}" for rank in range(process.world_size) if rank != process.rank}
     if not process.store.check(list(keys.values())):
         keys = {rank: key for rank, key in keys.items() if process.store.check([key])}
@@ -193,7 +195,7 @@ def read_beats(process: Process) -> dict[int, Beat]:
 
 
 def stopped_here(process: Process) -> int | None:
-    """A rank of this host whose process was stopped; None if there is none."""
+    """Return a rank of this host whose process was stopped; None if there is none."""
     stopped = (rank for rank, one in process.others.items() if one.is_here and (state_of(one) or "") in ("T", "t"))
     return next(stopped, None)
 
@@ -203,7 +205,7 @@ def stands_still(rank: int) -> str:
 
 
 def silent_store(process: Process, at: str) -> str:
-    """What to say when the store does not answer, by a rank that is at `at`."""
+    """Return a message for a store that does not answer, from a rank that is at `at`."""
     me = f"rank {process.rank} was at {at}"
     if not rank_0_holds_store() or process.is_main:
         return f"the job's store on the first host does not answer; {me}"
@@ -211,7 +213,7 @@ def silent_store(process: Process, at: str) -> str:
 
 
 def rank_0_holds_store() -> bool:
-    """Whether the store lives in rank 0 and ends with it; else it is the launcher's."""
+    """Return whether the store lives in rank 0 and ends with it; otherwise the launcher holds it."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
@@ -225,14 +227,14 @@ def let_others_leave(process: Process) -> None:
 
 
 def speaks_for_host(process: Process) -> bool:
-    """Whether this rank is the one of its host to say what all find out by themselves, as the store is lost."""
+    """Return whether this rank is the one that reports for its host, when all ranks find the store lost."""
     return not any(
         0 < rank < process.rank and one.is_here and state_of(one) is not None for rank, one in process.others.items()
     )
 
 
 def end_neighbours(process: Process) -> None:
-    """Kill what stands still on this host: a launcher would wait for it, half a minute, before it does the same."""
+    """Kill ranks of this host that stand still: a launcher would wait half a minute before it does the same."""
     for rank, one in process.others.items():
         if one.is_here and (state := state_of(one)) is not None and (state in ("T", "t") or rank in process.to_end):
             with suppress(OSError):
@@ -254,7 +256,7 @@ def _born(pid: int) -> str:
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of /proc/<pid>/stat from the state on; [] if there is none."""
+    """Return the fields of /proc/<pid>/stat from the state on; [] if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()

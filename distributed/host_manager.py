@@ -1,4 +1,4 @@
-"""The thread that looks the ids of coming batches up in tables on the host and brings their rows to the device.
+"""Run the thread that looks up ids of coming batches in host tables and copies their rows to the device.
 
 The middle of three stages (ScaleFreeCTR, arXiv 2104.08542): the reader's threads decode batch t + 2, this one works on
 batch t + 1, the device trains batch t. It takes no part in collectives: ids travel on the main thread, so that all
@@ -38,7 +38,7 @@ class CacheStats:
 
 
 class HostManager:
-    """Does one thing after the other, in the order in which they are submitted."""
+    """Runs submitted work in one thread, in the order of submission."""
 
     def __init__(self, device: torch.device, timeout_seconds: float) -> None:
         self._timeout_seconds = timeout_seconds
@@ -50,7 +50,7 @@ class HostManager:
         self._waited_seconds = self._busy_seconds = 0.0
 
     def submit(self, work: Callable[[], T]) -> Submitted[T]:
-        """Let the thread do `work` after what it has to do already."""
+        """Queue `work` behind what the thread has to do already. Returns its future."""
         given: list[torch.cuda.Event] = []
         if self._stream is not None:
             device = self._stream.device
@@ -70,7 +70,7 @@ class HostManager:
         return result, ready
 
     def result(self, future: Submitted[T]) -> T:
-        """What the work gave, or what it raised. Raises TesseraError if it takes longer than the limit."""
+        """Return the result of the work, or raise its error. Raises TesseraError if it takes longer than the limit."""
         began = time.perf_counter()
         try:
             result, ready = future.result(self._timeout_seconds)
@@ -88,7 +88,7 @@ class HostManager:
         return result
 
     def take_seconds(self) -> tuple[float, float]:
-        """How long steps have waited for results, and how long the thread has worked, since the last call."""
+        """Return the seconds that steps waited for results, and that the thread worked, since the last call."""
         taken = self._waited_seconds, self._busy_seconds
         self._waited_seconds = self._busy_seconds = 0.0
         return taken

@@ -1,4 +1,4 @@
-"""Paths and URIs of folders and files: one way to open them, and one way to join names onto them.
+"""Open paths and URIs of folders and files, and join names onto them: one way for each.
 
 A URI may end in a query that says how to reach its store (`s3://bucket/runs?endpoint_override=127.0.0.1:9000`). A name
 that is joined onto it goes before the query.

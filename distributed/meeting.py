@@ -1,4 +1,4 @@
-"""How the ranks of a job find each other in a store that may still hold what ranks before them wrote.
+"""Let the ranks of a job find each other in a store that may still hold keys of earlier ranks.
 
 A launcher that restarts its ranks keeps its store, and of several launchers each counts restarts for itself: one that
 is started again begins at nought while the others go on. So no number that a launcher tells can name the meeting. Rank
@@ -20,7 +20,7 @@ LOOK_SECONDS = 0.05  # between two looks into the store
 
 
 class RankFailure(TesseraError):
-    """Another rank did not come, died or hung; the message names it and the stage it was last seen in."""
+    """Raised when another rank did not come, died or hung; the message names it and the stage it was last seen in."""
 
 
 def meet(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> dist.Store:
@@ -76,7 +76,7 @@ def _answer(store: dist.Store, rank: int, me: str, end: float) -> str | None:
 
 
 def _ranks_in(store: dist.Store, key: str, world_size: int) -> list[int]:
-    """The ranks, but for 0, that have written their `key`."""
+    """Return the ranks, except 0, that have written their `key`."""
     ranks = range(1, world_size)
     keys = [key.format(rank=rank) for rank in ranks]
     if store.check(keys):
@@ -93,7 +93,8 @@ def _missing(store: dist.Store, me: str, world_size: int) -> str:
 
 
 def _advice() -> str:
-    """What torchrun's own sharing of its store gets wrong when a host comes back; see docs/many_machines.md."""
+    """Return advice about torchrun's shared store, which fails when a host comes back; see docs/many_machines.md. Empty
+    if it does not apply."""
     several_hosts = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
     if several_hosts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return "; on several hosts start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"

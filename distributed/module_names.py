@@ -1,4 +1,4 @@
-"""Names of tables inside torch's modules."""
+"""Encode names of tables as names of torch modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows of a batch hold ids that the tables have no row for: the owners of the ids know."""
+"""Find rows of a batch with ids that the tables have no row for, by asking the owners of the ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tessera.kernels.unique import unique_inverse
 
 @torch.no_grad()
 def rows_with_new_ids(tables: DynamicTables, ids: KeyedJaggedTensor) -> Tensor:
-    """bool [B]: whether any id of the row has no row of its own in its table, on whatever rank. Changes nothing.
+    """Return bool [B]: True if any id of the row has no row of its own in its table, on whatever rank. Changes nothing.
 
     All ranks call it together. ids: raw int64 ids, stride B.
     """
@@ -37,7 +37,8 @@ def rows_with_new_ids(tables: DynamicTables, ids: KeyedJaggedTensor) -> Tensor:
 
 
 def _without_row(tables: DynamicTables, asked: list[Tensor]) -> list[Tensor]:
-    """For each table bool [n], whether ids (int64 [n]) have no row. One exchange for all tables there and one back."""
+    """Return for each table bool [n], True where an id (int64 [n]) has no row, by one exchange for all tables there and
+    one back."""
     owned, world = list(tables.owned().values()), dist.get_world_size()
     if world == 1:
         return [_unknown(table, ids) for table, ids in zip(owned, asked, strict=True)]
@@ -67,5 +68,5 @@ def _without_row(tables: DynamicTables, asked: list[Tensor]) -> list[Tensor]:
 
 
 def _unknown(table: DynamicTable, ids: Tensor) -> Tensor:
-    """bool [n]. Tables with a cache are on the host, whatever device asks."""
+    """Return bool [n], True where an id has no row. Tables with a cache are on the host, whatever device asks."""
     return (table.lookup(ids.to(table.device), 0, training=False) < 0).to(ids.device)

@@ -1,4 +1,4 @@
-"""What stands in for tables where a model has no id features."""
+"""Implement `Tables` for a model without id features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rank owns an id."""
+"""Map ids to the ranks that own them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def owner_of(mixed: Tensor, world_size: int) -> Tensor:
-    """The rank that owns each id: its 64 mixed bits, read as an unsigned number, modulo the number of ranks.
+    """Return the rank that owns each id: its 64 mixed bits, read as an unsigned number, modulo the number of ranks.
 
     mixed: int64 [n], `mix64` of raw ids. torchrec's input dist computes the same on what is sent through it.
     """

@@ -1,4 +1,4 @@
-"""A sharding plan in plain words."""
+"""Describe a sharding plan in plain words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TableSize:
-    """What one table takes over all ranks. `row_bytes`: values, optimizer state and bookkeeping of one row.
+    """Size of one table over all ranks. `row_bytes`: values, optimizer state and bookkeeping of one row.
 
     summed_by_owner: whether its bags travel as sums instead of rows. cache_rows: rows of one rank that are on the
     device, if the table is on the host.
@@ -29,7 +29,7 @@ class TableSize:
 
 
 def describe(sizes: Sequence[TableSize], ranks: int, device: str, memory_per_rank: int) -> str:
-    """The plan as text, one line per table, a heading that says why and a closing line that adds up."""
+    """Return the plan as text: a heading that says why, one line per table, and a closing line that adds up."""
     lines = [
         f"{len(sizes)} tables, row-wise over {ranks} rank{'s' if ranks > 1 else ''} on {device}: "
         "rows are spread evenly by a mixed id, so no rank is a hot spot",
@@ -49,10 +49,11 @@ def describe(sizes: Sequence[TableSize], ranks: int, device: str, memory_per_ran
 
 
 def sums_are_smaller(bags: int, ids: int, rows: int, width: int, ranks: int, weighted: bool = False) -> bool:
-    """Whether one step of a table moves fewer bytes if bags travel as sums of owners and not as rows of distinct ids.
+    """Return whether a table moves fewer bytes per step with the pooled output dist (sums of owners) than with rows of
+    distinct ids.
 
     Per rank, without the share that stays: a distinct id costs its 8 bytes, a 4-byte count, and a row of `width` floats
-    there and one of gradients back. On the bag path each id of each bag travels (8 bytes, and 4 of its weight), and
+    there and one of gradients back. With pooling each id of each bag travels (8 bytes, and 4 of its weight), and
     each bag has a sum from every rank and its gradient to every rank. Of `ids` drawn from `rows`,
     rows * (1 - exp(-ids / rows)) are distinct if all are equally likely; in skewed data fewer are, which favours rows.
 

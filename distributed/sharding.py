@@ -109,7 +109,7 @@ def _topology(process: Process) -> Topology:
 
 
 def _memory_per_rank(process: Process) -> int:
-    """Bytes this rank may count on: its GPU, or its share of the host's memory."""
+    """Return the bytes that this rank may use: its GPU, or its share of the host's memory."""
     if process.device.type == "cuda":
         return torch.cuda.get_device_properties(process.device).total_memory
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

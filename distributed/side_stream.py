@@ -1,4 +1,4 @@
-"""Where the next step is prepared on a GPU while this one is computed."""
+"""Prepare the next step on a second GPU stream while this step is computed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 
 
 class SideStream:
-    """A CUDA stream beside the default one, in which steps run. On the CPU all is done where it is written.
+    """A CUDA stream beside the default one, in which steps run. On the CPU all work is done in the order of the code.
 
-    What is made here lies in memory of this stream, which the allocator would give away while a step still reads it.
-    So it is held until this stream has waited for the end of that step, two steps later, when it is long over.
+    Tensors allocated on this stream must outlive the steps that read them, so references are kept for two steps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -23,7 +22,7 @@ class SideStream:
 
     @contextmanager
     def queued(self) -> Iterator[None]:
-        """What is queued in this block does not wait for steps that are computed."""
+        """Queue work of this block on the side stream, which does not wait for steps that are computed."""
         if self._stream is None:
             yield
         else:
@@ -31,7 +30,7 @@ class SideStream:
                 yield
 
     def begin_step(self, ready: Any) -> None:
-        """The step that is queued from here on waits for all that was queued ahead, of which it uses `ready`."""
+        """Let the step that is queued from here on wait for all work queued ahead, of which it uses `ready`."""
         if self._stream is None:
             return
         steps = torch.cuda.default_stream(self._stream.device)

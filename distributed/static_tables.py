@@ -48,7 +48,7 @@ class StaticTables(nn.Module):
         id_names: the id features, in the order in which a group's output lists the fields.
         rows: rows of each table.
         optimizer: how rows are updated: sgd, adagrad or rowwise_adagrad.
-        seed: with the table and the row it fixes a row's first values.
+        seed: with the table and the row it fixes a row's initial values.
         weighted: ids carry weights, which scale their rows before pooling.
         averaged: the features whose bags are averaged over their ids; the others are summed.
 
@@ -130,7 +130,8 @@ class StaticTables(nn.Module):
             sent.send()
 
     def squares_looked_up(self, embeddings: dict[str, Tensor]) -> Tensor:
-        """As that of `DynamicTables`, of features with one id a row: their embeddings are their rows."""
+        """Return the sum of squares of the looked-up rows, float32 [], as `DynamicTables` does; only for features with
+        one id a row, whose embeddings are their rows."""
         return sum((emb_bfd.square().sum() for emb_bfd in embeddings.values()), torch.zeros(()))
 
     def _to_rows(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:

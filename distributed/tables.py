@@ -1,4 +1,4 @@
-"""What the rest of the system may ask of a model's tables, whatever kind they are.
+"""Protocols of a model's tables: what the rest of the system may ask of them, for each kind.
 
 `Tables` is what every kind has: `NoTables` has no more. What only some kinds can do is a protocol of its own:
 `ShardedTables` (static and dynamic) are spread over ranks, `PrefilledTables` (static) have rows before training, and
@@ -78,7 +78,7 @@ class PrefilledTables(ShardedTables, Protocol):
 
 @runtime_checkable
 class GrowingTables(ShardedTables, Protocol):
-    """Tables whose rows are added when their ids are admitted, and given up when they are not seen any more."""
+    """Tables whose rows are added when their ids are admitted, and evicted when they are not seen any more."""
 
     brings_ahead: bool
     learns_steps: bool
@@ -96,11 +96,11 @@ class GrowingTables(ShardedTables, Protocol):
         ...
 
     def second_pass(self) -> AbstractContextManager[None]:
-        """Enter the second pass of a step, which trains the rows' quantisation steps alone."""
+        """Enter the second pass of a step, which trains the rows' scales (of quantisation) alone."""
         ...
 
     def expire(self, now: int, everywhere: bool = False) -> None:
-        """Give up rows not seen for their table's TTL, in the next part of each table or everywhere."""
+        """Evict rows not seen for their table's TTL, in the next part of each table or everywhere."""
         ...
 
     def stats(self) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Which unknown ids get a row: filters that see the ids of one batch that the table does not know.
+"""Filters that decide which unknown ids of a batch get a row.
 
 `admit(ids int64 [u] distinct, counts int64 [u], now, step)` returns bool [u]. Counts are added first: an id passes
 in the batch in which it reaches the threshold. The answer depends on the ids, their counts and what the filter has
@@ -24,7 +24,7 @@ SURE = 0.95  # with this probability the probabilistic filter has let an id pass
 def admission_filter(
     admission: Admission, seed: int, key: int, ttl_seconds: int | None, device: torch.device | str
 ) -> ExactCounter | SlidingHashFilter | ProbabilisticFilter | None:
-    """The configured filter; None where every id passes."""
+    """Return the configured filter; None if every id passes."""
     if admission.kind == "none" or admission.threshold == 1:
         return None
     if admission.kind == "exact":
@@ -85,7 +85,9 @@ class ExactCounter:
 
 
 class ProbabilisticFilter:
-    """Draws lots with chance 1 - (1 - p)^count, where (1 - p)^threshold = 5 %; remembers nothing.
+    """Admits an id at random with chance 1 - (1 - p)^count, where (1 - p)^threshold = 5 %; remembers nothing.
+
+    The random draw is a function of (seed, table, id, step), so that neither order nor rank matters.
 
     The lot is a function of (seed, table, id, step), so that neither order nor rank matters.
     """
@@ -98,7 +100,7 @@ class ProbabilisticFilter:
         self._key = key
 
     def admit(self, ids: Tensor, counts: Tensor, now: int | Tensor, step: int) -> Tensor:
-        # step + 1: at step 0 the same numbers make the first values of a row.
+        # step + 1: at step 0 the same numbers make the initial values of a row.
         lot = uniform(self._seed, self._key, ids, 1, step + 1).flatten()
         admitted: Tensor = lot < 1 - self._miss ** counts.to(torch.float64)
         return admitted

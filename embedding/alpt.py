@@ -13,7 +13,7 @@ from tessera.embedding.row_store import RowStore, join
 def by_age(
     rows: Tensor, old: Tensor | None, grads: Tensor, inverse: Tensor | None, optimizer: RowOptimizer, lr: float | None
 ) -> tuple[list[tuple[Tensor, float]], Tensor, Tensor | None]:
-    """Rows by their learning rate, and gradients and inverse for each of these parts.
+    """Split rows by learning rate; return the parts with their rates, and the gradients and inverse for them.
 
     All rows with one rate, `lr` or the configured one; or, with `old` (bool [u]), the old ones and the others, -1 in
     place of those of the other part. Then gradients are merged here, once for both.
@@ -38,7 +38,7 @@ class RowsAhead:
         self._held: list[Tensor | None] = []
 
     def update(self, grads: Tensor, inverse: Tensor | None, rates: list[tuple[Tensor, float]]) -> None:
-        """The first pass: one optimizer step by gradients float32 [n, width].
+        """Run the first pass: one optimizer step by gradients float32 [n, width].
 
         rates: disjoint parts of the rows, -1 in place of the others, and the learning rate of each.
         """
@@ -54,7 +54,7 @@ class RowsAhead:
             self._held.append(held)
 
     def gather(self, inverse: Tensor | None = None) -> Tensor:
-        """Values for the second pass: the new ones, learned groups rounded to nearest with the old step sizes.
+        """Return values for the second pass: the new ones, learned groups rounded to nearest with the old scales.
 
         float32 [u, width], or [n, width] with inverse int64 [n].
         """
@@ -68,7 +68,7 @@ class RowsAhead:
         return join(parts)
 
     def learn(self, grads: Tensor, inverse: Tensor | None = None) -> None:
-        """The second pass: one step on the step sizes by gradients of what `gather` gave, then values are stored."""
+        """Run the second pass: one step on the scales by gradients of what `gather` gave; then values are stored."""
         for group, held, part in zip(self._store.groups, self._held, self._store.split(grads), strict=True):
             if held is not None:
                 assert isinstance(group, PackedRows)

@@ -37,7 +37,7 @@ class CachedTable(DynamicTable):
         self._cache_at_interval = dict(self.cache.total)
 
     def bring(self, ids: Tensor, now: int | Tensor, counts: Tensor | None = None) -> tuple[CachedRows, Tensor]:
-        """`lookup` in training, and the rows of the batch to the device, ahead of its step or in it.
+        """Look up as in training, and copy the rows of the batch to the device, ahead of its step or in it.
 
         ids, counts: on any device, as for `lookup`. Returns what stands for the table in the step of this batch, and
         slots int64 [u] on the device, -1 for an id that has no row. Raises TableFull, and CacheFull if the rows of this
@@ -57,7 +57,7 @@ class CachedTable(DynamicTable):
         super()._free(rows)
 
     def _settle(self) -> None:
-        """Have on the host what the uncached table would have."""
+        """Write back the cache, so that the host has what an uncached table would have."""
         self._assert_alone()
         self.cache.flush()
 
@@ -95,7 +95,7 @@ class CachedTable(DynamicTable):
         return super().update_ahead(rows, grads, inverse, lr, ids)
 
     def _replace(self, rows: Tensor) -> None:
-        """Rows are about to change on the host."""
+        """Prepare for a change of rows on the host: write back the cache and drop them from it."""
         self._settle()
         self.cache.end_step()
         self.cache.drop(rows[rows >= 0])
@@ -135,7 +135,8 @@ class CachedTable(DynamicTable):
         return super().mark()
 
     def cache_stats(self, total: dict[str, int] | None = None) -> dict[str, int]:
-        """Since the last call: rows of batches that were there (hits) or fetched (misses), and rows written back.
+        """Return counts since the last call: rows of batches that were there (hits) or fetched (misses), and rows
+        written back.
 
         total: what `cache.total` was at some moment since the last call; None: up to now.
         """

@@ -47,7 +47,7 @@ class ColdRows:
         self._others_count = 0
 
     def add(self, rows: Tensor) -> None:
-        """Rows that were given to ids."""
+        """Register rows that were given to ids."""
         if self._queue is None:
             return
         self._others.append(rows)
@@ -56,7 +56,7 @@ class ColdRows:
             self.reset()
 
     def take(self, wanted: int, keep: Tensor) -> Tensor | None:
-        """The `wanted` (1 or more) coldest rows in use, coldest first, none of `keep` (int64); None if too few.
+        """Return the `wanted` (1 or more) coldest rows in use, coldest first, none of `keep` (int64); None if too few.
 
         -1 in `keep` is ignored. The rows taken must be freed before the next call.
         """
@@ -69,7 +69,7 @@ class ColdRows:
         return self._choose(wanted, keep)
 
     def _choose(self, wanted: int, keep: Tensor) -> Tensor | None:
-        """The coldest rows if they are certain to be among the queue and the others."""
+        """Return the coldest rows if they are certain to be among the queue and the rows added since; else None."""
         assert self._queue is not None and self._heat is not None
         look_at = max(0, wanted + wanted // 2 - self._others_count)
         while True:
@@ -137,7 +137,7 @@ class ColdRows:
         self._position, self._others, self._others_count = 0, [], 0
 
     def _below(self, rows: Tensor, bound: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Those of the rows that are in use and not above the bound, with their heat int64 [n, 3]."""
+        """Return the rows that are in use and not above the bound, int64 [n], with their heat int64 [n, 3]."""
         meta = self._index.read(rows)
         heat = torch.stack([meta[:, self._column], meta[:, 1 - self._column], rows], dim=1)
         chosen = meta[:, COUNT] > 0
@@ -147,7 +147,7 @@ class ColdRows:
 
 
 def _order(heat: Tensor) -> Tensor:
-    """Positions, coldest first."""
+    """Return positions, coldest first: int64 [n]."""
     order = torch.arange(heat.shape[0], device=heat.device)
     for column in (2, 1, 0):  # the last sort decides; all are stable
         order = order[heat[order, column].argsort(stable=True)]
@@ -155,7 +155,7 @@ def _order(heat: Tensor) -> Tensor:
 
 
 def _kth_coldest(heat: Tensor, k: int) -> tuple[int, int, int]:
-    """The heat of the k-th coldest row, k from 1."""
+    """Return the heat of the k-th coldest row, k from 1."""
     bound = []
     for column in range(3):
         key = heat[:, column]
@@ -168,7 +168,7 @@ def _kth_coldest(heat: Tensor, k: int) -> tuple[int, int, int]:
 
 
 def _at_most(heat: Sequence[Tensor], bound: Sequence[int]) -> Tensor:
-    """bool [n]: whether the heat of rows, three columns int64 [n], is not above the bound."""
+    """Return bool [n]: True where the heat of a row, three columns int64 [n], is not above the bound."""
     value, other, row = heat
     tie = (other < bound[1]) | ((other == bound[1]) & (row <= bound[2]))
     return (value < bound[0]) | ((value == bound[0]) & tie)

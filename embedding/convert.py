@@ -1,4 +1,4 @@
-"""Rows of one format to another, with the error that this makes."""
+"""Convert rows from one format to another, and measure the error of the conversion."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tessera.kernels.quantise import dequantise, quantise
 
 @dataclass
 class ConversionError:
-    """How far the values of one group are from what they were: sums over rows."""
+    """Difference of one group's values before and after conversion: sums over rows."""
 
     rows: int = 0
     values: int = 0
@@ -24,7 +24,7 @@ class ConversionError:
     largest: float = 0.0
 
     def add(self, before: Tensor, after: Tensor) -> None:
-        """Values float32 [n, dim] before and after."""
+        """Add values float32 [n, dim] before and after conversion."""
         difference = (after.double() - before.double()).abs()
         self.rows += before.shape[0]
         self.values += before.numel()
@@ -40,7 +40,8 @@ class ConversionError:
 def convert_rows(
     batch: RowBatch, source: DynamicTableConfig, target: DynamicTableConfig, errors: dict[str, ConversionError]
 ) -> RowBatch:
-    """Rows of `source` as `target` stores them, rounded to nearest; both have the same groups, dims and optimizer.
+    """Return rows of `source` as `target` stores them, rounded to nearest; both have the same groups, dims and
+    optimizer.
 
     A row that becomes int gets the smallest step size with which all its values are in range. The state of a learned
     step size starts at zero. errors: by group name, added to.
@@ -83,7 +84,7 @@ def _in_its_dtype(stored: Tensor, group: Group) -> Tensor:
 
 
 def _steps(values: Tensor, group: Group) -> Tensor:
-    """float32 [n]; rows of zeros take the configured step size."""
+    """Return the scale of each row, float32 [n]; rows of zeros take the configured scale."""
     low, high = code_range(group.format)
     needed = torch.maximum(values.amax(dim=1) / high, values.amin(dim=1) / low)
     return torch.where(needed > 0, needed, torch.full_like(needed, group.step))

@@ -11,15 +11,15 @@ class TesseraError(Exception):
 
 
 class ConfigError(TesseraError):
-    """A configuration key has a value that cannot work, or a key is not known."""
+    """Raised for a configuration key with an invalid value, or an unknown key."""
 
 
 class TableFull(TesseraError):
-    """A table is at its limit and may not, or cannot, give up enough rows for the ids of one batch."""
+    """Raised when a table is at its limit and may not, or cannot, evict enough rows for the ids of one batch."""
 
 
 class CacheFull(TesseraError):
-    """The cache of a table does not hold the rows of two batches in a row."""
+    """Raised when the cache of a table cannot hold the rows of two batches in a row."""
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str = "", form: str = "{!r}", lead: str = "; ") -> str:

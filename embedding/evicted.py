@@ -1,4 +1,4 @@
-"""Ids whose rows were given up, kept for whoever must drop them too (a serving copy of the table, a saved delta)."""
+"""Keep ids whose rows were evicted for readers that must drop them too (a serving copy of the table, a saved delta)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class EvictedIds:
-    """For each reader the last `limit` ids or a few more since it took them last: whole pieces are dropped.
+    """The last `limit` evicted ids or a few more, for each reader since it took them last: whole pieces are dropped.
 
     Readers do not take ids from each other. None are kept for one before its first `take`, so that they take no memory
     where nobody asks for them.
@@ -22,7 +22,7 @@ class EvictedIds:
 
     @property
     def nbytes(self) -> int:
-        """Readers share the pieces, and the one that took longest ago has them all."""
+        """Bytes of the ids. Readers share the pieces, and the one that took longest ago has them all."""
         return 8 * max(self._count.values(), default=0)
 
     def add(self, ids: Tensor) -> None:
@@ -30,7 +30,7 @@ class EvictedIds:
             self.add_for(reader, ids)
 
     def add_for(self, reader: str, ids: Tensor) -> None:
-        """Keep ids for one reader, who has taken before."""
+        """Keep ids for one reader, which has taken before."""
         pieces = self._pieces[reader]
         pieces.append(ids)
         self._count[reader] += ids.numel()
@@ -39,17 +39,17 @@ class EvictedIds:
             self._incomplete.add(reader)
 
     def complete(self, reader: str) -> bool:
-        """Whether all ids since the reader's last `take` are kept. No, if there was none."""
+        """Return whether all ids since the reader's last `take` are kept; False if it never took."""
         return reader in self._pieces and reader not in self._incomplete
 
     def read(self, reader: str) -> Tensor:
-        """All ids kept for a reader, each once: int64 [k], ascending."""
+        """Return all ids kept for a reader, each once: int64 [k], ascending."""
         none = torch.empty(0, dtype=torch.int64, device=self._device)
         ids: Tensor = torch.cat([none, *self._pieces.get(reader, [])]).unique()
         return ids
 
     def take(self, reader: str) -> Tensor:
-        """What `read` gives; then forget them."""
+        """Return the same as `read`, and forget these ids."""
         ids = self.read(reader)
         self._pieces[reader], self._count[reader] = [], 0
         self._incomplete.discard(reader)

@@ -1,4 +1,4 @@
-"""What tables give and take of their rows."""
+"""Define the batch of rows that tables export and import."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ class RowBatch:
     period: Tensor | None = None
 
     def to(self, device: torch.device) -> RowBatch:
-        """The same rows in the memory of a device."""
+        """Return the same rows in the memory of a device."""
         parts: dict[str, Any] = {name: part if part is None else part.to(device) for name, part in vars(self).items()}
         return RowBatch(**parts)

@@ -56,11 +56,12 @@ class RowCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device of slots ever taken."""
+        """Bytes on the device of all slots ever taken."""
         return self._end * self.store.bytes_per_row
 
     def bring(self, rows: Tensor) -> Tensor:
-        """Slots of the rows of the next batch, which will be updated there: int64 [u], -1 where the row is -1.
+        """Return the slots of the rows of the next batch, which will be updated there: int64 [u], -1 where the row is
+        -1.
 
         rows: int64 [u], distinct but for -1. Slots are good until the batch after the next is brought. Raises CacheFull
         if they do not fit beside the rows of the batch before.
@@ -80,7 +81,7 @@ class RowCache:
         return slots
 
     def _fetch(self, rows: Tensor) -> Tensor:
-        """Bring rows that have no slot to slots that they get."""
+        """Assign slots to rows that have none and copy the rows there; return the slots."""
         slots = self._take(rows.numel())
         self._write_back(slots[self._dirty[slots]])
         before = self._row[slots]
@@ -97,7 +98,7 @@ class RowCache:
         return slots
 
     def _take(self, count: int) -> Tensor:
-        """Slots that neither this batch nor the one before wants."""
+        """Return slots that neither this batch nor the one before uses."""
         taken, looked_at, left = [], 0, count
         while left:
             if looked_at > 2 * self.capacity:  # every slot was passed and looked at again
@@ -124,11 +125,11 @@ class RowCache:
         )
 
     def end_step(self) -> None:
-        """No step is under way: the slots of the last batch may be taken, too."""
+        """Mark that no step runs: the slots of the last batch may be taken, too."""
         self._batch += 1
 
     def drop(self, rows: Tensor) -> None:
-        """Forget rows (int64 [n], without -1) that were given up or replaced on the host. A slot that a step under way
+        """Forget rows (int64 [n], without -1) that were evicted or replaced on the host. A slot that a running step
         uses is not taken before that step is over."""
         slots = self._slots(rows)
         slots = slots[slots >= 0]
@@ -137,7 +138,8 @@ class RowCache:
         self._dirty[slots] = False
 
     def flush(self) -> None:
-        """Write back all that may have changed. Rows stay in their slots; those of the last batch may change again."""
+        """Write back all rows that may have changed. They stay in their slots; those of the last batch may change
+        again."""
         if not self.changed:
             return
         self.changed = False
@@ -155,7 +157,7 @@ class RowCache:
             self._count(written_back=slots.numel())
 
     def _slots(self, rows: Tensor) -> Tensor:
-        """int64 [n], -1 for rows (or -1) without a slot."""
+        """Return the slots of rows, int64 [n]; -1 for rows (or -1) without a slot."""
         if rows.numel():
             self._reserve(int(rows.max()) + 1)
         if not self._slot_of_row:

@@ -1,4 +1,4 @@
-"""Who lives in which row, since when, and how often it was seen.
+"""Track which id each row belongs to, when it was added and last seen, and how often.
 
 An `IdMap` leads from an id to its row. Beside the rows lie chunks of int64 [chunk_rows, 4]: time last seen, count
 (0: the row is free), id, and the mark under which the row last changed; where it is asked for, a fifth column has the
@@ -46,7 +46,7 @@ class RowIndex:
         return self.map.nbytes + self.end * self._columns * 8 + self._free.numel() * 8
 
     def find(self, ids: Tensor) -> Tensor:
-        """Rows int64 [n] of ids int64 [n]; -1 where unknown."""
+        """Return rows int64 [n] of ids int64 [n]; -1 where unknown."""
         return self.map.find(ids)
 
     def add(self, ids: Tensor, mark: int, period: int = 0) -> Tensor:
@@ -67,7 +67,7 @@ class RowIndex:
         return ids
 
     def touch(self, rows: Tensor, now: int | Tensor, counts: Tensor | None) -> None:
-        """Rows (distinct, -1 skipped) were seen at `now`, each counts[i] times (None: once)."""
+        """Record that rows (distinct, -1 skipped) were seen at `now`, each counts[i] times (None: once)."""
         touch(self.meta, rows, now, counts)
 
     def set_mark(self, rows: Tensor, mark: int) -> None:
@@ -75,7 +75,7 @@ class RowIndex:
         scatter(self.meta, rows, torch.full((1, 1), mark, dtype=torch.int64, device=self.device), begin=MARK)
 
     def read(self, rows: Tensor) -> Tensor:
-        """int64 [n, 4]: time, count, id, mark of rows; [n, 5] with the period."""
+        """Return int64 [n, 4]: time, count, id, mark of rows; [n, 5] with the period."""
         return gather(self.meta, rows, self._columns)
 
     def write(
@@ -87,13 +87,13 @@ class RowIndex:
         mark: int,
         period: Tensor | int = 0,
     ) -> None:
-        """Set all that is known of rows that have been taken (tensors int64 [n])."""
+        """Set time, count, id, mark and period of rows that have been taken (tensors int64 [n])."""
         known = (last_seen, count, ids, mark, period)[: self._columns]
         parts = [self._column(number) for number in known]
         scatter_columns(self.meta, rows, parts)
 
     def _column(self, numbers: Tensor | int) -> Tensor:
-        """[n, 1], or [1, 1] of one number for all rows."""
+        """Return [n, 1], or [1, 1] of one number for all rows."""
         if isinstance(numbers, Tensor):
             return numbers[:, None]
         return torch.full((1, 1), numbers, dtype=torch.int64, device=self.device)
@@ -118,7 +118,7 @@ class RowIndex:
         return self._free[: self._free_count]
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield (first row, what is known of it and those after it: int64 [k, 4 or 5]) for all rows ever taken."""
+        """Yield (first row, `read` of it and those after it: int64 [k, 4 or 5]) for all rows ever taken."""
         for begin, chunk in zip(range(0, self.end, self._chunk_rows), self.meta, strict=False):
             yield begin, chunk[: self.end - begin]
 
@@ -138,7 +138,7 @@ class RowIndex:
                 yield rows[chosen], meta[chosen]
 
     def reserve(self, end: int) -> None:
-        """Have memory for rows [0, end), the new ones free. Memory beyond is not touched."""
+        """Provide memory for rows [0, end), the new ones free. Memory beyond is not touched."""
         begin, self.end = self.end, max(self.end, end)
         self._add_chunks(end)
         while begin < end:
@@ -151,7 +151,7 @@ class RowIndex:
             self.meta.append(allocate_chunk((self._chunk_rows, self._columns), torch.int64, self.device))
 
     def expect(self, rows: int) -> None:
-        """Commit the memory of as many rows, still to be taken, and of their ids. No row must have been taken."""
+        """Reserve and commit memory for so many rows, still to be taken, and their ids. No row must have been taken."""
         assert self.end == 0, self.end
         self.map.reserve(rows)
         self._add_chunks(rows)
@@ -164,7 +164,8 @@ class RowIndex:
         self.map.insert(ids, rows)
 
     def export_state(self) -> dict[str, Tensor]:
-        """What decides which rows are taken and looked at next: free int64 [k], end and cursor int64 []."""
+        """Return the state that decides which rows are taken and scanned next: free int64 [k], end and cursor int64
+        []."""
         return {"free": self.free.clone(), "end": torch.tensor(self.end), "cursor": torch.tensor(self._cursor)}
 
     def import_state(self, state: dict[str, Tensor]) -> None:

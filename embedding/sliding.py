@@ -55,7 +55,7 @@ class SlidingHashFilter:
         return self._cells.numel() * 2
 
     def admit(self, ids: Tensor, counts: Tensor, now: int | Tensor, step: int) -> Tensor:
-        """As `embedding/admission.py` says; `now` and `step` do not matter here."""
+        """Return which ids pass, bool [u], as described in `embedding/admission.py`; `now` and `step` are ignored."""
         self._slide()
         bucket, signature = self._place_of(ids)
         key, inverse, _ = unique_inverse(bucket * (SIGNATURES + 1) + signature)
@@ -73,13 +73,13 @@ class SlidingHashFilter:
         self._used[emptied] = 0
 
     def _place_of(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(bucket, signature 1..4095) of ids: the lower 40 and the upper 24 bits of a hash."""
+        """Return (bucket, signature 1..4095) of ids: from the lower 40 and the upper 24 bits of a hash."""
         hashes = mix64(ids + _HASH_OFFSET)
         bucket = (hashes & ((1 << 40) - 1)) % self._buckets
         return bucket, ((hashes >> 40) & ((1 << 24) - 1)) % SIGNATURES + 1
 
     def _add(self, bucket: Tensor, signature: Tensor, counts: Tensor) -> Tensor:
-        """Steps 3 to 5 for distinct pairs. Returns bool [m]."""
+        """Run steps 3 to 5 for distinct pairs. Returns bool [m]."""
         order = [(self._head + AHEAD - age) % self._splits for age in range(self._splits)]
         rows_sm = torch.tensor(order, device=bucket.device)[:, None] * self._buckets + bucket
         cells_smw = self._cells.index_select(0, rows_sm.flatten()).view(*rows_sm.shape, WAYS)
@@ -120,10 +120,10 @@ class SlidingHashFilter:
         return left[missed]
 
     def expire(self, now: int, budget_rows: int | None = None) -> None:
-        """The ring forgets by itself."""
+        """Do nothing: the ring forgets by itself."""
 
     def export_state(self) -> dict[str, Tensor]:
-        """cells int16 [splits * buckets, 16], used int64 [splits], head int64 []. It cannot be cut by id."""
+        """Return cells int16 [splits * buckets, 16], used int64 [splits], head int64 []. It cannot be cut by id."""
         return {"cells": self._cells.clone(), "used": torch.tensor(self._used), "head": torch.tensor(self._head)}
 
     def import_state(self, state: dict[str, Tensor]) -> None:
@@ -137,7 +137,7 @@ class SlidingHashFilter:
 
 
 def _rank_in_bucket(rows: Tensor) -> Tensor:
-    """How many earlier elements have the same value: int64 [n]."""
+    """Return the number of earlier elements with the same value: int64 [n]."""
     order = rows.argsort(stable=True)
     ordered = rows[order]
     place = torch.arange(rows.numel(), device=rows.device)

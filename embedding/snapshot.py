@@ -1,4 +1,4 @@
-"""The rows of a table as they were at one moment, read by another thread while training goes on.
+"""Read the rows of a table as they were at one moment, in another thread while training goes on.
 
 At the moment itself nothing is copied. Before training changes a row for the first time after it, the table has the
 row kept as it was; the reader takes rows that are kept from there, all others from the table. So a moment costs
@@ -54,7 +54,7 @@ class Snapshot:
         self._lock = threading.Lock()
 
     def keep(self, rows: Tensor) -> None:
-        """Rows (int64 [n], distinct, -1 skipped) are about to change."""
+        """Copy rows (int64 [n], distinct, -1 skipped) that are about to change."""
         rows = rows.cpu()
         with self._lock:
             rows = take_places(self._places, rows, self._kept)
@@ -71,7 +71,8 @@ class Snapshot:
                     scatter(copies, places, gather(chunks, rows.to(chunks[0].device), chunks[0].shape[1]).cpu())
 
     def rows_in_use(self, since: int | None = None) -> tuple[Tensor, Tensor]:
-        """Rows of the moment, ascending, and their ids: int64 [n] each. since: only those touched since a mark."""
+        """Return the rows in use at that moment, ascending, and their ids: int64 [n] each. since: only those touched
+        since a mark."""
         all_rows, all_ids = torch.empty((2, self._end), dtype=torch.int64)
         count = 0
         for rows, ids in self._walk(since):
@@ -91,11 +92,11 @@ class Snapshot:
             yield rows.index_select(0, chosen), meta[:, ID].index_select(0, chosen)
 
     def read(self, rows: Tensor) -> RowBatch:
-        """Rows (int64 [n], distinct) as they were. Of no rows: empty tensors of the right kinds."""
+        """Return rows (int64 [n], distinct) as they were; for no rows, empty tensors with the right dtypes."""
         return self._batch_of(rows, self._read(rows, len(self._chunks), passing=True)[0])
 
     def _read(self, rows: Tensor, groups: int, passing: bool = False) -> tuple[list[Tensor], Tensor]:
-        """Rows of the first `groups` chunk lists, and their `_places` before. passing: they are not read again.
+        """Return rows of the first `groups` chunk lists, and their `_places` before. passing: they are not read again.
 
         Training need not wait for this: whatever it changes while the table is read has been kept before, and what is
         kept is put over what was read.
@@ -113,7 +114,7 @@ class Snapshot:
         return found, places
 
     def _read_open(self, rows: Tensor, groups: int | None = None) -> list[Tensor]:
-        """[n, width of the chunks] each."""
+        """Return one tensor [n, width of the chunks] per chunk list."""
         if not rows.numel():
             return [chunks[0][:0].cpu() for chunks in self._chunks[:groups]]
         there = rows.to(self._chunks[0][0].device)

@@ -30,7 +30,7 @@ class DynamicTable:
     `lookup` in training at a limit, `expire`, `import_rows`.
 
     Attributes:
-        first_values: what new rows begin with, float32 [width]; None: numbers drawn from (seed, table, group, id).
+        first_values: initial values of new rows, float32 [width]; None: drawn from (seed, table, group, id).
     """
 
     def __init__(self, config: DynamicTableConfig, device: torch.device | str = "cpu") -> None:
@@ -52,11 +52,11 @@ class DynamicTable:
         self._at_interval = dict(self._total)
 
     def __len__(self) -> int:
-        """Rows in use."""
+        """Return the number of rows in use."""
         return len(self._index)
 
     def lookup(self, ids: Tensor, now: int | Tensor, counts: Tensor | None = None, training: bool = True) -> Tensor:
-        """The rows of a batch's ids: int64 [u], -1 for an id that has none.
+        """Return the rows of a batch's ids: int64 [u], -1 for an id that has none.
 
         ids: int64 [u], distinct; now: seconds, one number or int64 [u]; counts: int64 [u], how often each id is in
         the batch, 1 or more (None: once). In training an unknown id is counted by the admission filter and gets a row
@@ -80,7 +80,7 @@ class DynamicTable:
         return rows
 
     def _admit(self, ids: Tensor, unknown: Tensor, now: int | Tensor, counts: Tensor | None) -> Tensor:
-        """Positions of those of the unknown ids that get a row now."""
+        """Return the positions of those unknown ids that get a row now."""
         if counts is not None and counts.device.type == "cpu" and int(counts[unknown].min()) < 1:
             raise ValueError(f"table {self.config.name}: counts must be 1 or more")
         passed = unknown
@@ -93,7 +93,7 @@ class DynamicTable:
         return passed
 
     def _make_room(self, wanted: int, keep: Tensor) -> None:
-        """Give up the coldest rows, none of `keep`, until `wanted` more fit the limit."""
+        """Evict the coldest rows, none of `keep`, until `wanted` more fit the limit."""
         missing = 0 if self._limit is None else len(self) + wanted - self._limit
         if missing <= 0:
             return
@@ -107,7 +107,7 @@ class DynamicTable:
         self._count(evicted=rows.numel())
 
     def _add(self, ids: Tensor) -> Tensor:
-        """Rows of new ids, with their first values."""
+        """Add rows for new ids, with their initial values; return them."""
         rows = self._index.add(ids, self._mark, self._period)
         self._store.reserve(self._index.end)
         self._store.initialise(rows, ids, self.first_values)
@@ -116,7 +116,7 @@ class DynamicTable:
         return rows
 
     def gather(self, rows: Tensor, inverse: Tensor | None = None) -> Tensor:
-        """Values of rows, all groups side by side: float32 [u, width], or [n, width] with inverse int64 [n].
+        """Return values of rows, all groups side by side: float32 [u, width], or [n, width] with inverse int64 [n].
 
         Row -1 gives zeros.
         """
@@ -130,7 +130,7 @@ class DynamicTable:
         lr: float | None = None,
         ids: Tensor | None = None,
     ) -> None:
-        """One optimizer step on the rows of a batch, after their `lookup`.
+        """Apply one optimizer step to the rows of a batch, after their `lookup`.
 
         rows: int64 [u], distinct but for -1, which is skipped; grads: float32 [n, width], where n == u, or
         inverse: int64 [n] names the place in `rows` that each gradient belongs to (they are summed in order);
@@ -152,7 +152,7 @@ class DynamicTable:
         lr: float | None = None,
         ids: Tensor | None = None,
     ) -> RowsAhead:
-        """`update` where step sizes are learned: its result looks ahead and, by a second gradient, stores the rows."""
+        """Do `update` where scales are learned: the result looks ahead and, by a second gradient, stores the rows."""
         self._keep(rows)
         ahead = RowsAhead(self._store, rows, self._ids_of(rows, ids), self._step)
         parts, grads, inverse = by_age(rows, self._old(rows), grads, inverse, self.config.optimizer, lr)
@@ -162,23 +162,23 @@ class DynamicTable:
         return ahead
 
     def begin_period(self) -> None:
-        """From here on, rows that are there now are old: the optimizer's `old_rows_factor` slows them."""
+        """Count the rows that exist now as old from here on: the optimizer's `old_rows_factor` slows them."""
         self._period += 1
 
     def _old(self, rows: Tensor) -> Tensor | None:
-        """bool [u], which rows (int64 [u]) were there when the period began; None where that does not matter."""
+        """Return bool [u], True for rows (int64 [u]) added before the period began; None if that does not matter."""
         if not self.config.knows_periods or not self._index.meta:
             return None
         return gather(self._index.meta, rows, 1, begin=PERIOD).flatten() < self._period
 
     def _ids_of(self, rows: Tensor, ids: Tensor | None) -> Tensor | None:
-        """What the lots of rounding are drawn by, where they are."""
+        """Return the ids that seed stochastic rounding; None if not needed."""
         if ids is not None or not self._store.needs_ids or not self._index.meta:
             return ids
         return gather(self._index.meta, rows, 1, begin=ID).flatten()
 
     def expire(self, now: int, budget_rows: int | None = None) -> int:
-        """Give up rows with now - last seen >= ttl_seconds. Returns how many.
+        """Evict rows with now - last seen >= ttl_seconds. Returns how many.
 
         budget_rows: look at so many rows only, those after the ones looked at last time (None: at all). The ids that
         the exact admission filter counts expire by the same rule. Without ttl_seconds nothing expires.
@@ -195,13 +195,14 @@ class DynamicTable:
         return self._total["expired"] - before
 
     def _free(self, rows: Tensor) -> None:
-        """Clear rows; other ids may take them."""
+        """Clear rows, so that other ids may take them."""
         self._keep(rows)
         self._store.clear(rows)
         self._evicted.add(self._index.remove(rows))
 
     def take_evicted(self, reader: str = "serving") -> Tensor:
-        """Ids given up (expired or evicted) since this reader's last call that have no row now: int64 [k], distinct.
+        """Return ids evicted (expired or at the limit) since this reader's last call that have no row now: distinct,
+        int64 [k].
 
         A reader's first call gives none: until then they are not noted for it. Of more than `evicted_kept` only the
         last are known.
@@ -209,8 +210,8 @@ class DynamicTable:
         return self._without_row(self._evicted.take(reader))
 
     def evicted(self, reader: str) -> Tensor | None:
-        """What `take_evicted` would give, which may still ask; None if ids were given up that are not known any more,
-        or the reader never asked."""
+        """Return what `take_evicted` would, without taking it; None if some evicted ids are lost or the reader never
+        asked."""
         return self._without_row(self._evicted.read(reader)) if self._evicted.complete(reader) else None
 
     def _without_row(self, ids: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ class DynamicTable:
 
     def note(self, reader: str, touched: Tensor, evicted: Tensor) -> int:
         """Go on from what another table knew: a mark since which these ids (int64, distinct) count as touched, and for
-        this reader, whose last `take_evicted` is now, these ids as given up. Returns the mark."""
+        this reader, whose last `take_evicted` is now, these ids as evicted. Returns the mark."""
         mark = self.mark()
         self._index.set_mark(self._index.find(touched), mark)
         self._evicted.take(reader)
@@ -226,7 +227,7 @@ class DynamicTable:
         return mark
 
     def mark(self) -> int:
-        """A point in time to ask `touched_since` about. Until the first one, changes are not noted."""
+        """Return a point in time to ask `touched_since` about. Until the first one, changes are not noted."""
         self._mark += 1
         return self._mark
 
@@ -236,7 +237,7 @@ class DynamicTable:
             yield meta[:, ID].contiguous()
 
     def export_rows(self, batch_rows: int = 1 << 16, since: int | None = None) -> Iterator[RowBatch]:
-        """Rows in order of their numbers, at most `batch_rows` at once: all, or those touched since a mark.
+        """Yield rows in order of their numbers, at most `batch_rows` at once: all, or those touched since a mark.
 
         The table must not change meanwhile.
         """
@@ -244,12 +245,12 @@ class DynamicTable:
             yield self._read(rows, meta)
 
     def rows_in_use(self, since: int | None = None) -> Tensor:
-        """Numbers of all rows, or of those touched since a mark: int64 [n], ascending."""
+        """Return the numbers of all rows, or of those touched since a mark: int64 [n], ascending."""
         found = [rows for rows, _ in self._index.walk(1 << 20, since)]
         return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=self.device)
 
     def read_rows(self, rows: Tensor) -> RowBatch:
-        """What `export_rows` gives of certain rows in use: int64 [n]. Of none: empty tensors of the right kinds."""
+        """Return rows in use (int64 [n]) as `export_rows` does; for no rows, empty tensors with the right dtypes."""
         self._store.reserve(1)  # a store without a chunk does not know what its rows are made of
         return self._read(rows, self._index.read(rows).long())
 
@@ -269,7 +270,7 @@ class DynamicTable:
         )
 
     def snapshot(self) -> Snapshot:
-        """All rows as they are now, for another thread to read while this one goes on, until `release`."""
+        """Return all rows as they are now, for another thread to read while this one goes on, until `release`."""
         self._store.reserve(1)  # as in `read_rows`
         none = [torch.empty((0, COLUMNS + self.config.knows_periods), dtype=torch.int64, device=self.device)]
         chunks = [self._index.meta or none, *(group.chunks for group in self._store.groups)]
@@ -284,26 +285,26 @@ class DynamicTable:
         return snapshot
 
     def release(self, snapshot: Snapshot) -> None:
-        """Nobody reads a snapshot any more. Its memory is for the next one."""
+        """Release a snapshot that nobody reads any more. Its memory is reused by the next one."""
         with self._snapshots_change:
             if any(other is snapshot for other in self._snapshots):
                 self._snapshots = [other for other in self._snapshots if other is not snapshot]
                 self._spare_copies = snapshot.copies
 
     def _keep(self, rows: Tensor) -> None:
-        """Before rows change."""
+        """Copy rows that are about to change into the snapshots."""
         for snapshot in self._snapshots:
             snapshot.keep(rows)
 
     def expect(self, rows: int) -> None:
-        """As many rows will be imported: an empty table gets their memory at once, which takes less time."""
+        """Reserve memory for the rows of an import at once, which takes less time. Does nothing unless empty."""
         if not self._index.end:
             rows = rows if self._limit is None else min(rows, self._limit)
             self._index.expect(rows)
             self._store.expect(rows)
 
     def import_rows(self, batch: RowBatch) -> None:
-        """Take rows in as they are; a known id is replaced. Raises TableFull as `lookup`.
+        """Import rows as they are; a known id is replaced. Raises TableFull as `lookup`.
 
         Tensors of the batch may be on the CPU. batch.ids must be distinct. If batch.rows is given, every id must be
         unknown and gets the row it had: then the `rows/` part of the exported state must be imported too.
@@ -331,7 +332,7 @@ class DynamicTable:
             self._cold.reset()
 
     def export_state(self) -> dict[str, Tensor]:
-        """All that a table is besides its rows: `step`, `counters`, `period`, `rows/...` and `admission/...`.
+        """Return all state of a table besides its rows: `step`, `counters`, `period`, `rows/...` and `admission/...`.
 
         With it and the rows with their numbers, a new table goes on exactly as this one would.
         """
@@ -373,10 +374,10 @@ class DynamicTable:
         return rows + (0 if self._filter is None else self._filter.nbytes) + self._evicted.nbytes
 
     def stats(self, interval: bool = False) -> dict[str, float]:
-        """What the table holds now, and what happened since start or (interval) since `reset_interval`.
+        """Return the table's current size, and its counts since start or (interval) since `reset_interval`.
 
         rows, bytes, bytes_per_row; new: unknown ids in training batches, of which admitted got a row and rejected did
-        not; expired: rows given up by age; evicted: rows given up at the limit.
+        not; expired: rows removed by age; evicted: rows removed at the limit.
         """
         counters = {name: self._total[name] - interval * self._at_interval[name] for name in COUNTERS}
         rows = len(self)

@@ -1,4 +1,4 @@
-"""Parquet files whose row groups are each checked before they are believed, so that loading reads a file once.
+"""Read parquet files whose row groups are each verified before use, so that loading reads a file once.
 
 While a file is written, the CRC-32 of all bytes so far is noted behind each row group, and the notes go into the file's
 metadata, which is its end. The manifest has the CRC-32 of the whole file. So continued from the last note, the bytes
@@ -26,7 +26,7 @@ PIECE_BYTES = 1 << 22  # read and checked at once: it is in the processor's cach
 
 
 class DamagedFile(TesseraError):
-    """A row group is not what was written, or cannot be read.
+    """Raised when a row group is not what was written, or cannot be read.
 
     Attributes: storage, path: the file.
     """
@@ -38,7 +38,7 @@ class DamagedFile(TesseraError):
 
 @contextmanager
 def as_rows(storage: Storage, path: str) -> Iterator[None]:
-    """While the block reads a file, what is not there or not as `write_columns` makes it is a DamagedFile."""
+    """Raise DamagedFile for errors in this block, which reads a file that `write_columns` wrote."""
     try:
         yield
     except OSError as error:
@@ -49,7 +49,8 @@ def as_rows(storage: Storage, path: str) -> Iterator[None]:
 
 
 class Notes:
-    """Made when a parquet writer has begun a file; `add` behind each row group; `metadata` before the writer ends."""
+    """Checksums of a file in progress. Make it when a parquet writer has begun the file; call `add` after each row
+    group, and `metadata` before the writer ends."""
 
     def __init__(self, stream: ChecksumStream) -> None:
         self._stream, self._notes = stream, [(stream.bytes, stream.crc32)]
@@ -62,7 +63,7 @@ class Notes:
 
 
 class CheckedParquet:
-    """A file as `write_columns` makes them. Files of before there were notes are read unchecked.
+    """Reads a file that `write_columns` wrote. Files from before there were checksum notes are read unchecked.
 
     Attributes:
         metadata: Arrow's of the file. schema: of its rows. They are not checked but by `leads_to`.
@@ -89,12 +90,11 @@ class CheckedParquet:
         self._file.close()
 
     def as_rows(self) -> AbstractContextManager[None]:
-        """`as_rows` of this file."""
+        """Return `as_rows` of this file."""
         return as_rows(self._storage, self._path)
 
     def leads_to(self, sealed: Sealed) -> bool:
-        """Whether notes and metadata are those of the file that the manifest knows. Then only `read` is left to
-        check."""
+        """Return whether notes and metadata match the checksum in the manifest. Then only `read` is left to check."""
         if self._notes is None:
             return False
         (first, begun), (last, ended) = self._notes[0], self._notes[-1]
@@ -107,7 +107,8 @@ class CheckedParquet:
         )
 
     def read(self, group: int, once: bool = False) -> pa.Table:
-        """once: nobody else reads this row group, and the system need not keep it in memory. Raises DamagedFile."""
+        """Return a row group after checking it. once: nobody else reads it, and the system need not keep it in memory.
+        Raises DamagedFile."""
         if self._notes is not None:
             with as_rows(self._storage, self._path):
                 (begin, before), (end, behind) = self._notes[group : group + 2]
@@ -120,7 +121,7 @@ class CheckedParquet:
 
 
 class _Window:
-    """A file as Arrow reads one, without a copy of the part that was loaded last.
+    """File object for Arrow that serves the part that was loaded last without a copy.
 
     The memory of that part is taken for the next one: Arrow's columns are copies of the pages that it decodes.
     """
@@ -133,7 +134,7 @@ class _Window:
         self._memory, self._begin, self._end = bytearray(), 0, 0
 
     def load(self, begin: int, end: int, crc: int, once: bool = False) -> int | None:
-        """Have bytes [begin, end) in memory. Returns the CRC-32 continued over them, None if the file ends before.
+        """Load bytes [begin, end) into memory. Returns the CRC-32 continued over them, None if the file ends before.
 
         once: of a local file; the page cache does not grow by it. New memory takes longer to get than the bytes
         themselves where a host has to find it.
@@ -185,11 +186,11 @@ class _Window:
         return True
 
     def close(self) -> None:
-        """The file is closed by who opened it."""
+        """Do nothing: whoever opened the file closes it."""
 
 
 def problem_but_for_groups(storage: Storage, path: str, sealed: Sealed) -> str | None:
-    """As `Storage.problem`, but what `CheckedParquet.read` will check is not read now."""
+    """Return the same as `Storage.problem`, without reading the row groups that `CheckedParquet.read` will check."""
     # Whatever is read wrongly out of a damaged file, the checksum will say what is wrong.
     with suppress(Exception), CheckedParquet(storage, path) as file:
         if file.leads_to(sealed):

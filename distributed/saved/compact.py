@@ -16,7 +16,7 @@ from tessera.distributed.saved.storage import READ_BYTES, Storage
 
 
 def newest_rows(folders: Sequence[Storage], path: str) -> Iterator[Columns]:
-    """The rows of one rank's file of a table, each once: from the newest folder that has it, unless given up since.
+    """Yield rows of one rank's file of a table, each once: from the newest folder that has it, unless evicted since.
 
     folders: newest first. path: "rows/<table>/<rank>-of-<ranks>.parquet".
     """

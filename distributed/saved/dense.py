@@ -1,4 +1,4 @@
-"""The dense side of a state: tensors by name in safetensors files, with JSON beside. Nothing in them can run code.
+"""Save the dense side of a state: tensors by name in safetensors files, with JSON beside. Nothing in them can run code.
 
 Each rank writes what it has: rank 0 the tensors that are the same on all ranks, every rank those called `rank/<r>/…`
 and its own shards of static tables. Large tensors are cut into pieces of some MiB along their first dimension, so that
@@ -92,7 +92,7 @@ def save_tensors(storage: Storage, tensors: Tensors, process: Process) -> None:
 
 
 def _files(tensors: Tensors) -> Iterator[list[tuple[Piece, Tensor]]]:
-    """What goes into one file each: pieces of different tensors, of PIECE_BYTES together."""
+    """Yield the pieces of each file: pieces of different tensors, of about PIECE_BYTES together."""
     group: dict[str, tuple[Piece, Tensor]] = {}
     held = 0
     for piece, values in _cut(tensors):
@@ -106,7 +106,7 @@ def _files(tensors: Tensors) -> Iterator[list[tuple[Piece, Tensor]]]:
 
 
 def _cut(tensors: Tensors) -> Iterator[tuple[Piece, Tensor]]:
-    """Pieces of all tensors and shards, each with its live values."""
+    """Yield pieces of all tensors and shards, each with its live values."""
     for name, tensor in tensors.items():
         shape = _whole_shape(tensor)
         for offset, values in _boxes(tensor):
@@ -121,7 +121,7 @@ def _cut(tensors: Tensors) -> Iterator[tuple[Piece, Tensor]]:
 
 
 def _boxes(tensor: Tensor | ShardedTensor) -> list[tuple[tuple[int, ...], Tensor]]:
-    """The parts of a tensor that this rank has, each with its offset in the whole."""
+    """Return the parts of a tensor that this rank has, each with its offset in the whole."""
     if not isinstance(tensor, ShardedTensor):
         return [((0,) * tensor.dim(), tensor)]
     return [(tuple(shard.metadata.shard_offsets), shard.tensor) for shard in tensor.local_shards()]
@@ -176,7 +176,7 @@ def load_into(folder: SavedFolder, tensors: Tensors) -> None:
 
 @torch.no_grad()
 def _copy(found: Tensor, at: tuple[int, ...], values: Tensor, offset: tuple[int, ...]) -> None:
-    """Copy what two boxes of one tensor have in common."""
+    """Copy the intersection of two boxes of one tensor."""
     begin = [max(a, b) for a, b in zip(at, offset, strict=True)]
     end = [min(a + n, b + m) for a, n, b, m in zip(at, found.shape, offset, values.shape, strict=True)]
     there = tuple(slice(b - a, e - a) for a, b, e in zip(at, begin, end, strict=True))
@@ -194,7 +194,7 @@ def _read(folder: SavedFolder, file: str) -> dict[str, Tensor]:
 
 
 def _saved_pieces(folder: SavedFolder) -> dict[str, list[Piece]]:
-    """The pieces of every tensor, by name, of all ranks that saved.
+    """Return the pieces of every tensor, by name, of all ranks that saved.
 
     Raises CheckpointError: they do not make up their tensors, or no file can hold them.
     """

@@ -1,4 +1,4 @@
-"""Saved states as text."""
+"""Print saved states as text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROGRESS = {"progress": {"epoch": int, "best": (float, None)}, "reader": ({"lane
 
 
 def inspect(path: str, table: str | None, row_id: int | None, rows: int, compacting: bool) -> int:
-    """Print what lies at a path. Returns 1 if a state there is damaged, else 0.
+    """Print the states at a path. Returns 1 if one is damaged, else 0.
 
     Raises:
         ConfigError: no states there, or no such table. CheckpointError: a single state that is damaged.
@@ -63,7 +63,7 @@ def _inspect(
 
 
 def _list(root: Storage, process: Process) -> list[str]:
-    """One line per state, newest first; returns what is wrong with the damaged ones."""
+    """Print one line per state, newest first; return the problems of damaged ones."""
     damaged = []
     for name in names_of_states(root):
         try:

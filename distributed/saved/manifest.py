@@ -1,4 +1,4 @@
-"""The manifest of a saved state: what it lists is the state, and nothing that it says is believed unchecked.
+"""Read and check the manifest of a saved state, which lists all that belongs to the state.
 
 A state may come from somebody else. So file names must lead to files inside its folder, and every value out of a JSON
 file is compared with what this version writes before it is used.
@@ -38,7 +38,7 @@ LARGEST = 2**63 - 1
 
 
 class CheckpointError(TesseraError):
-    """A state cannot be written, or the one asked for cannot be read."""
+    """Raised when a state cannot be written, or the one asked for cannot be read."""
 
 
 class SavedFolder(Storage):

@@ -1,4 +1,4 @@
-"""Rows of dynamic tables as parquet files by id: any number of ranks can load what any number has saved.
+"""Store rows of dynamic tables as parquet files by id: any number of ranks can load what any number has saved.
 
 A rank writes one file per table. In it rows lie by bucket, mix64(id) modulo a number that many numbers of ranks divide,
 each bucket in row groups of its own; so a rank reads only the row groups that can hold rows it owns.
@@ -55,14 +55,14 @@ class ColumnSource:
 
 
 def columns_of(batch: RowBatch) -> Columns:
-    """The tensors of a batch by the names of their columns, on the host."""
+    """Return the tensors of a batch by the names of their columns, on the host."""
     named = {COLUMN_OF_FIELD.get(field.name, field.name): getattr(batch, field.name) for field in fields(RowBatch)}
     return {name: tensor.cpu() for name, tensor in named.items() if tensor is not None}
 
 
 def rows_of(table: DynamicTable, leave_out: tuple[str, ...] = (), since: int | None = None) -> ColumnSource:
-    """All rows of a table as they are now, or those touched since a mark. Another thread may write them while the table
-    changes."""
+    """Return a source of all rows of a table as they are now, or of those touched since a mark. Another thread may
+    write them while the table changes."""
     snapshot, rows = table.snapshot(), torch.empty(0, dtype=torch.int64)
 
     def ids() -> Tensor:
@@ -78,21 +78,21 @@ def rows_of(table: DynamicTable, leave_out: tuple[str, ...] = (), since: int | N
 
 
 def copied(columns: Columns) -> ColumnSource:
-    """Columns that nobody changes any more, one of them `id`."""
+    """Return a source of columns that nobody changes any more, one of them `id`."""
     return ColumnSource(
         lambda: columns["id"], lambda rows: {name: one.index_select(0, rows) for name, one in columns.items()}
     )
 
 
 def folder_name(table: str) -> str:
-    """The name of a table's folder: quoted as in a URL, with dots where there is nothing else, as a folder may not be
-    called `..`; % for a table without a name."""
+    """Return the name of a table's folder: quoted as in a URL, with dots quoted where there is nothing else, as a
+    folder may not be called `..`; % for a table without a name."""
     quoted = quote(table, safe="")
     return quoted if quoted.strip(".") else quoted.replace(".", "%2E") or "%"
 
 
 def file_name(kind: str, table: str, rank: int, ranks: int) -> str:
-    """kind: rows, waiting (ids that the admission filter counts) or gone (ids whose rows were given up)."""
+    """Return the path of a rank's file. kind: rows, waiting (ids pending admission) or gone (evicted ids)."""
     return f"{kind}/{folder_name(table)}/{rank:05d}-of-{ranks:05d}.parquet"
 
 
@@ -122,8 +122,8 @@ def write_columns(storage: Storage, path: str, source: ColumnSource, ranks: int)
 
 
 def ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What the calls return, in order. The next two run in a thread while the caller works on one's result: two, for a
-    large row group between small ones would wait."""
+    """Yield the results of the calls, in order. A thread runs the next two while the caller works on one: two, because
+    with one a large row group between small ones would stall the caller."""
     with ThreadPoolExecutor(1, "rows ahead") as thread:
         waiting: deque[Future[T]] = deque()
         for call in calls:
@@ -135,7 +135,7 @@ def ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
 
 
 def _spans(ends: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Of buckets that end there: number, begin and end of row groups, equal parts of their bucket."""
+    """Yield (bucket, begin, end) of row groups, equal parts of their bucket. ends: the end of each bucket."""
     for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
         groups = -(-(end - begin) // GROUP_ROWS)
         for group in range(groups):
@@ -168,7 +168,7 @@ def _to_arrow(column: Tensor, kind: pa.DataType) -> pa.Array:
 
 
 def _to_tensor(array: pa.Array, field: pa.Field) -> Tensor:
-    """The same memory: only the tensor refers to it any more."""
+    """Return a tensor on the array's memory, which it alone refers to."""
     if not pa.types.is_fixed_size_binary(field.type):
         return torch.from_dlpack(array)
     begin, size = array.offset * field.type.byte_width, len(array) * field.type.byte_width
@@ -178,7 +178,8 @@ def _to_tensor(array: pa.Array, field: pa.Field) -> Tensor:
 
 
 def read_columns(storage: Storage, path: str, rank: int, ranks: int) -> Iterator[Columns]:
-    """The rows of a file that `rank` of `ranks` owns, a row group at a time. Only such are read as may hold some.
+    """Yield the rows of a file that `rank` of `ranks` owns, one row group at a time; groups without such rows are not
+    read.
 
     Raises DamagedFile: a row group is not what was written (it is looked at before it is believed), or cannot be read.
     """
@@ -205,7 +206,7 @@ def no_rows(storage: Storage, path: str) -> Columns:
 
 
 def count_rows(storage: Storage, path: str, rank: int, ranks: int) -> int:
-    """How many rows of a file `rank` of `ranks` owns; about, where that is not decided by buckets."""
+    """Return the number of rows of a file that `rank` of `ranks` owns; an estimate if buckets alone do not decide."""
     with CheckedParquet(storage, path) as file:
         wanted, share = _groups_of(file, rank, ranks)
         with file.as_rows():
@@ -213,7 +214,7 @@ def count_rows(storage: Storage, path: str, rank: int, ranks: int) -> int:
 
 
 def _groups_of(file: CheckedParquet, rank: int, ranks: int) -> tuple[list[int], int]:
-    """The row groups that may hold rows of `rank` of `ranks`, and how many ranks own the rows of each."""
+    """Return the row groups that may hold rows of `rank` of `ranks`, and the number of ranks that share each."""
     with file.as_rows():
         about = file.metadata.metadata
         common = math.gcd(int(about[b"tessera.buckets"]), ranks)
@@ -239,7 +240,7 @@ def files_of(storage: Storage, kind: str, table: str, process: Process) -> list[
 
 
 def empty_columns(table: DynamicTable) -> Columns:
-    """No rows of the table: what they are made of."""
+    """Return the columns of the table without any rows."""
     return columns_of(table.read_rows(torch.empty(0, dtype=torch.int64, device=table.device)))
 
 
@@ -252,8 +253,8 @@ def to_batch(
     with_rows: bool,
     with_periods: bool = True,
 ) -> RowBatch:
-    """What `import_rows` takes. Optimizer state that the file lacks, or is not wanted, is a new row's; rows whose
-    period it lacks, or is not wanted, are older than any period of the table.
+    """Convert columns of a file to the batch that `import_rows` takes. Optimizer state that the file lacks, or that is
+    not wanted, is a new row's; rows whose period it lacks, or is not wanted, are older than any period of the table.
 
     expected: the table's `empty_columns`.
 

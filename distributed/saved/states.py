@@ -1,4 +1,4 @@
-"""Folders that each hold one complete saved state, or are passed over.
+"""Write, list and open folders that each hold one complete saved state; incomplete ones are passed over.
 
 A state is written under a name that nobody takes for a state; its manifest, with the size and the checksum of every
 file, comes last; then all is synced and one rename gives it its name. Behind a URI, where a rename is not atomic, a
@@ -40,12 +40,12 @@ PARTIAL, REPLACED, DELETED = ".partial-", ".replaced-", ".deleted-"  # before th
 
 
 class DamagedState(CheckpointError):
-    """Of a state that was opened, rows turned out not to be those that were saved."""
+    """Rows of an opened state failed their checksum while loading."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A state that verified; what is still to be checked of its rows, `load_rows` checks (`open_saved`).
+    """A verified state; `load_rows` checks what is left of its rows (`open_saved`).
 
     folders: where it lies, newest first: one folder, or a delta and those before it down to the full one. They show
         the files that their manifests list, and no others.
@@ -290,12 +290,12 @@ def _problem(folder: SavedFolder, path: str, sealed: Sealed, rows_later: bool) -
 
 
 def first_problem(mine: str | None) -> str | None:
-    """What is wrong on the first rank where something is. All ranks must ask."""
+    """Return the problem of the first rank that has one, else None. Collective."""
     return next((problem for problem in gather_objects(mine) if problem is not None), None)
 
 
 def names_of_states(root: Storage) -> list[str]:
-    """Folders that are called as states are, newest step first. The clock has no say in it."""
+    """Return the folders with names of states, newest step first. The clock has no say in it."""
     return sorted((name for name in root.names() if NAME.fullmatch(name)), reverse=True)
 
 
@@ -309,7 +309,7 @@ def has_states(root: Storage, process: Process) -> bool:
 
 
 def states(root: Storage, process: Process, warn: Callable[[str], None], rows_later: bool = False) -> Iterator[Saved]:
-    """The states that verify, newest first, the same on all ranks; what is passed over is told to `warn`.
+    """Yield the states that verify, newest first, the same on all ranks; `warn` is told of those passed over.
 
     Raises CheckpointError, on all ranks: the folder cannot be listed.
     """
@@ -332,7 +332,7 @@ def states(root: Storage, process: Process, warn: Callable[[str], None], rows_la
 
 
 def latest(root: Storage, process: Process, warn: Callable[[str], None]) -> Saved | None:
-    """The first of `states`."""
+    """Return the first of `states`, None if there is none."""
     return next(states(root, process, warn), None)
 
 

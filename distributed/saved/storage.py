@@ -1,4 +1,4 @@
-"""Files of saved states, in a local folder or behind a URI: written with checksums, made durable, read back."""
+"""Write files of saved states with checksums, durably, and read them back, in a local folder or behind a URI."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REMOTE_BUFFER_BYTES = 1 << 20  # one request each
 
 @dataclass(frozen=True)
 class Sealed:
-    """What a manifest says of a file."""
+    """Size and checksum of a file in a manifest."""
 
     bytes: int
     crc32: int
@@ -37,7 +37,7 @@ def seal(content: bytes) -> Sealed:
 
 
 class ChecksumStream:
-    """A writable binary stream that keeps the size and the CRC-32 of what went through it.
+    """A writable binary stream that counts the bytes and computes the CRC-32 of what is written.
 
     progress: called behind each write with the bytes so far.
     """
@@ -72,7 +72,7 @@ class ChecksumStream:
         return False
 
     def close(self) -> None:
-        """The file is closed by whoever opened it, after the stream's users."""
+        """Do nothing: whoever opened the file closes it, after the stream's users."""
 
 
 class Storage:
@@ -101,7 +101,7 @@ class Storage:
         return self._root.rstrip("/").rpartition("/")[2]
 
     def beside(self, name: str) -> Storage:
-        """The folder of another name in the folder that this one lies in."""
+        """Return the folder of another name in the parent of this one."""
         path, mark, query = self.name.partition("?") if "://" in self.name else (self.name, "", "")
         parent = str(path).rstrip("/").rpartition("/")[0]
         return self._at(joined(f"{parent}{mark}{query}", name), f"{self._root.rstrip('/').rpartition('/')[0]}/{name}")
@@ -151,7 +151,7 @@ class Storage:
         put_in_place(self.full(partial), self.full(path))
 
     def open(self, path: str, buffered: bool = True) -> BinaryIO:
-        """buffered: small reads are gathered."""
+        """Open a file for reading. buffered: small reads are gathered."""
         if self.local:
             return open(self.full(path), "rb") if buffered else open(self.full(path), "rb", buffering=0)
         file: BinaryIO = self._fs.open_input_file(self.full(path))
@@ -162,7 +162,8 @@ class Storage:
             return file.read()
 
     def problem(self, path: str, expected: Sealed) -> str | None:
-        """Read a file through; what is wrong with it, or None."""
+        """Read a whole file and return its problem (missing, unreadable, wrong size or checksum); None if there is
+        none."""
         try:
             size, crc, memory = 0, 0, memoryview(bytearray(READ_BYTES))
             with self.open(path, buffered=False) as file:
@@ -180,7 +181,7 @@ class Storage:
         return None
 
     def names(self, path: str = "") -> list[str]:
-        """What lies directly in a folder, sorted; nothing if it does not exist."""
+        """Return the names directly in a folder, sorted; none if it does not exist."""
         try:
             infos = self._fs.get_file_info(pa.fs.FileSelector(self.full(path), allow_not_found=True))
         except NotADirectoryError:
@@ -253,7 +254,7 @@ class Storage:
 
 
 def let_go(file: IO[bytes], begin: int, end: int) -> None:
-    """Of bytes of a local file that nobody will read soon. What was written the disk begins to write, so that it works
-    while the next are made and the last sync is short; what was read need not stay in memory."""
+    """Tell the system that bytes of a local file are not read again soon. Written bytes begin to go to the disk, so
+    that it works while the next are made and the last sync is short; bytes that were read leave memory."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)

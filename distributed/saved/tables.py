@@ -1,7 +1,7 @@
-"""What saved states hold of dynamic tables: their rows, the ids that wait for admission, and everything else they are.
+"""Save and load dynamic tables: their rows, the ids pending admission, and the rest of their state.
 
 A full state has all rows. A delta has the rows that changed since the state before it, and the ids whose rows were
-given up since then. A state is read newest folder first: a row found there, or given up, hides older ones.
+evicted since then. A state is read newest folder first: a row found there, or evicted, hides older ones.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class TableParts:
 
 
 class TableSaver:
-    """Takes tables as they are, and remembers when, so that a delta can follow."""
+    """Captures tables for saving, and remembers when, so that a delta can follow."""
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
@@ -68,15 +68,16 @@ class TableSaver:
         self._given_up: dict[str, float] = {}
 
     def can_follow(self) -> bool:
-        """Whether a delta would be complete on every rank: there was a state before, and the tables know all ids given
-        up since. Ranks agree, because a state is a delta as a whole or not at all: the main thread of each must ask."""
+        """Return whether a delta would be complete on every rank: there was a state before, and the tables know all ids
+        evicted since. Ranks agree, because a state is a delta as a whole or not at all: the main thread of each must
+        ask."""
         mine = self._marks.keys() == self._tables.keys() and all(
             _given_up(table) - self._given_up[name] < table.config.evicted_kept for name, table in self._tables.items()
         )
         return on_all_ranks(mine)
 
     def take(self, delta: bool) -> TableParts:
-        """The tables as they are now; training may go on while they are written."""
+        """Return the tables as they are now; training may go on while they are written."""
         parts = TableParts({}, {})
         for name, table in self._tables.items():
             parts.files["rows", name] = rows_of(table, since=self._marks[name] if delta else None)
@@ -90,7 +91,7 @@ class TableSaver:
         return parts
 
     def follow(self, deltas: bool) -> None:
-        """From here on note changes, for a delta to what was taken last."""
+        """Record changes from here on, for a delta to what was taken last."""
         for name, table in self._tables.items() if deltas else ():
             if name not in self._marks:
                 table.take_evicted(READER)
@@ -104,7 +105,7 @@ def _given_up(table: DynamicTable) -> float:
 
 
 def describe_tables(tables: Tables) -> dict[str, dict[str, Any]]:
-    """What the rows of each table are made of, for whoever loads them into another model."""
+    """Return the columns, groups and optimizer of each table's rows, for loading them into another model."""
     described = {}
     for name, table in tables.items():
         columns = empty_columns(table)
@@ -149,7 +150,7 @@ def load_rows(
 
 
 def _all_that_is_wrong(error: DamagedFile) -> str:
-    """What a check of the whole file would say; what was found, if it has changed meanwhile."""
+    """Return the problem that a check of the whole file finds; the error itself if the check finds none."""
     try:
         sealed = files_listed(read_manifest(error.storage)).get(error.path)
     except CheckpointError as changed:
@@ -166,7 +167,7 @@ def _fill(
     in_place: bool,
     with_periods: bool,
 ) -> None:
-    """As `load_rows` says, but DamagedFile is raised where it is found."""
+    """Do the work of `load_rows`, but raise DamagedFile where it is found."""
     for name, table in tables.items():
         there = name_there(name)
         if not saved.folders[-1].names(f"rows/{file_name('', there, 0, 1).split('/')[1]}"):
@@ -192,7 +193,7 @@ def _fill(
 
 
 def _rows_expected(folder: Storage, there: str, process: Process) -> int:
-    """Of the full state that others build on, which has most."""
+    """Return the rows to reserve for this rank: those of the full state that deltas build on, which has most."""
     paths = files_of(folder, "rows", there, process)
     return sum(count_rows(folder, path, process.rank, process.world_size) for path in paths)
 
@@ -200,8 +201,8 @@ def _rows_expected(folder: Storage, there: str, process: Process) -> int:
 def _batches(
     table: DynamicTable, folder: Storage, there: str, process: Process, hidden: Tensor | None, kinds: tuple[bool, ...]
 ) -> Iterator[RowBatch]:
-    """What the table takes of its rows in a folder. hidden: ids given up since, if a newer one was read. kinds: of what
-    `to_batch` takes."""
+    """Yield the table's rows in a folder as batches to import. hidden: evicted ids of newer folders; None if the folder
+    is the only one. kinds: the last arguments of `to_batch`."""
     expected = empty_columns(table)
     for path in files_of(folder, "rows", there, process):
         for columns in read_columns(folder, path, process.rank, process.world_size):
@@ -211,7 +212,7 @@ def _batches(
 
 
 def _without(columns: Columns, table: DynamicTable, hidden: Tensor) -> Columns:
-    """Leave out rows that the table has already from a newer state, and those given up since."""
+    """Leave out rows that the table has already from a newer state, and those evicted since."""
     ids = columns["id"]
     known = table.lookup(ids.to(table.device), 0, training=False).cpu() >= 0
     chosen = (~known & ~torch.isin(ids, hidden, assume_unique=True)).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""Ends a job whose save does not go on, and says who was waited for.
+"""End a job whose save makes no progress, and name the ranks it waited for.
 
 How long a save may take depends on the disk and on what is saved, so the collectives of the threads that write have no
 limit of their own. What has one is standing still: every rank publishes how far it is, and when none of them has got
@@ -82,7 +82,8 @@ class SaveWatch:
 
 
 def describe(found: Sequence[tuple[str, int]], first_rank: int = 0) -> str:
-    """Who is to blame: ranks in the middle of a file, or not there, else those that do not say they wait, else all."""
+    """Return who is to blame: ranks in the middle of a file, or not there, else those that do not say they wait, else
+    all."""
     at = {rank: at for rank, (at, _) in enumerate(found, first_rank)}
     holding = {rank for rank in at if at[rank] == ELSEWHERE or at[rank].startswith("writing ")}
     blamed = holding or {rank for rank in at if at[rank] != WAITING} or set(at)

@@ -1,1 +1,1 @@
-"""Where dynamic tables plug into torchrec: their kernel, their sharding, and what ranks send each other."""
+"""Plug dynamic tables into torchrec: their kernel, their sharding, and what ranks send each other."""

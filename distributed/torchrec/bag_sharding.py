@@ -37,7 +37,8 @@ from tessera.kernels.unique import unique_inverse
 
 
 class DynamicBagKernel(DynamicTableKernel):
-    """The same tables, asked for sums over bags. The ids of all features of a table are merged before its look-up."""
+    """The same tables with pooled output: weighted sums over bags. The ids of all features of a table are merged before
+    its look-up."""
 
     def __init__(self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None):
         super().__init__(config, pg, device)
@@ -64,7 +65,7 @@ class DynamicBagKernel(DynamicTableKernel):
         return sums.view(sum(self._features), features.stride(), rows.shape[1]).transpose(0, 1).flatten(1)
 
     def squares(self) -> tuple[Tensor, Tensor]:
-        """Of the last forward pass in training: the squares of the rows of all look-ups that came here, summed up,
+        """Return, for the last forward pass in training, the sum of squares of the rows of all look-ups that came here,
         divided as the gradients of sums are on their way here; and by table the number of look-ups without a row."""
         assert self._last is not None, "no forward pass in training"
         (rows, request), self._last = self._last, None

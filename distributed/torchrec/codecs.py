@@ -1,4 +1,4 @@
-"""The precision in which rows and their gradients travel between ranks.
+"""Choose the precision in which rows and their gradients travel between ranks.
 
 torchrec hands what it sends to a codec. fp16: rows as float16, gradients as bfloat16, because float16 loses gradients
 of a mean over a large batch (its smallest number is 6e-8). bf16: both as bfloat16. With two or more ranks, rows that
@@ -43,12 +43,12 @@ class HalfCodec:
 
 
 def codecs(transport: str) -> dict[str, QuantizedCommCodecs] | None:
-    """What torchrec's sharders take as `qcomm_codecs_registry`; None for fp32."""
+    """Return the `qcomm_codecs_registry` for torchrec's sharders; None for fp32."""
     if transport == "fp32":
         return None
     forward = HalfCodec(torch.float16 if transport == "fp16" else torch.bfloat16)
     both = QuantizedCommCodecs(forward=forward, backward=HalfCodec(torch.bfloat16))
     return {
         CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: both,
-        CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER.name: both,  # the bag path; partial sums are added in float32
+        CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER.name: both,  # the pooled output dist; partial sums are added in float32
     }

@@ -1,4 +1,5 @@
-"""The first part of a sharded collection's forward pass, apart: the ids of a batch go to their owners."""
+"""Run the first part of a sharded collection's forward pass ahead of its step: send the ids of a batch to their
+owners."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torchrec.distributed.types import Awaitable
 
 
 class IdsAhead:
-    """A batch on its way. It is begun, sent on and answered by all ranks in the same places, as each is collective.
+    """A batch on its way. Every call is collective: all ranks make it in the same place.
 
     How many ids go where is exchanged first, and only when the host knows that can ids be sent. So a caller has
     something else queued on the device between the two, as torchrec's TrainPipelineSparseDist has.
@@ -33,7 +34,7 @@ class IdsAhead:
         return self._ids
 
     def answer(self) -> Awaitable:
-        """What the module's forward pass returns."""
+        """Return the output of the module's forward pass."""
         return self._module.compute_and_output_dist(self._context, self.send())
 
 
@@ -41,12 +42,13 @@ class IdsAhead:
 class ComingIds:
     """The ids of a batch, and what has been sent of them ahead of its step, if anything.
 
-    ages: int64 [B] of the batch's rows, None where they have no times; ages_of_ranks: on the bag path, of all ranks'.
+    ages: int64 [B] of the batch's rows, None where they have no times; ages_of_ranks: of all ranks', for the pooled
+    output dist.
     """
 
     ids: KeyedJaggedTensor
     ages: Tensor | None = None
     ages_of_ranks: Tensor | None = None
     asked: tuple[KeyedJaggedTensor, Tensor] | None = None  # the distinct ones, and the place of each id among them
-    rows: IdsAhead | None = None  # of the row path and of the bag path
+    rows: IdsAhead | None = None  # of the row path and of the pooled output dist
     bags: IdsAhead | None = None

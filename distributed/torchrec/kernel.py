@@ -40,7 +40,7 @@ from tessera.kernels.unique import unique_inverse
 
 
 class Pass(Enum):
-    """What the next forward and backward of a training step are: all of it, or the first or second of two."""
+    """Role of the next forward and backward in a training step: the only pass, or the first or second of two."""
 
     ONLY = auto()
     FIRST = auto()
@@ -59,7 +59,7 @@ class FoundRows:
 
 
 class Counted(NamedTuple):
-    """What a table has counted up to some moment: its `stats`, and of one with a cache the totals of that."""
+    """Counts of a table at some moment: its `stats`, and the totals of its cache if it has one."""
 
     stats: dict[str, float]
     cache: dict[str, int] | None
@@ -71,11 +71,10 @@ class Counted(NamedTuple):
 
 @dataclass
 class Request:
-    """What one batch asks of all tables of a kernel. mixed: int64 [n], those of table t from bounds[t] on; counts: [n];
-    ages: int64 [n], how long before the batch's time each was seen last, None: just then. places: int64, for each id of
-    a bag its place in mixed, on the bag path. found: by table, once they are looked up; counted: of a batch that is
-    brought ahead, by table, then.
-    """
+    """Look-ups of one batch in all tables of a kernel. mixed: int64 [n], those of table t from bounds[t] on; counts:
+    [n]; ages: int64 [n], seconds before the batch's time at which each id was last seen, None: all at that time.
+    places: int64, for each id of a bag its place in mixed, with the pooled output dist. found: by table, once the ids
+    are looked up; counted: by table at that moment, for a batch that is prefetched."""
 
     mixed: Tensor
     counts: Tensor
@@ -104,12 +103,12 @@ class RowLearningRate(FusedOptimizer):
 
 
 class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
-    """All dynamic tables of one model, those parts of them that this rank owns.
+    """The parts of all dynamic tables of one model that this rank owns.
 
     Attributes:
         tables: in the order of torchrec's grouped config.
         now: time of the batch in seconds, set by the caller before each training step, as phase is.
-        ages: on the bag path, of the rows of all ranks' batches: int64 [stride], or None. Set as now is.
+        ages: with the pooled output dist, of the rows of all ranks' batches: int64 [stride], or None. Set as now is.
     """
 
     def __init__(self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None):
@@ -159,7 +158,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         self._coming.append(lambda: manager.result(future))
 
     def next_request(self, features: KeyedJaggedTensor) -> Request:
-        """The request of a batch: that which was brought ahead, if there is one and it is for this step."""
+        """Return the request of a batch: the prefetched one, if there is one and it is for this step."""
         if not (self._coming and self.training) or self.phase is Pass.SECOND:
             return self.request(features, self.ages)
         request = self._coming.popleft()()
@@ -173,18 +172,19 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         return [table for table in self.tables if isinstance(table, CachedTable)]
 
     def counted(self) -> list[Counted]:
-        """What the tables have counted up to the step that is under way or done: a batch that is being brought ahead
-        does not count yet."""
+        """Return the counts of the tables up to the current or last step; a batch that is prefetched does not count
+        yet."""
         return self._counted if self._coming else [Counted.of(table) for table in self.tables]
 
     def request(self, features: KeyedJaggedTensor, ages: Tensor | None) -> Request:
-        """What is asked. ages: those of rows on the bag path; here they travel with the ids."""
+        """Return the look-ups of a batch. ages: of rows, with the pooled output dist; here ages travel with the ids
+        instead."""
         offsets = features.offsets()
         stride = (offsets.numel() - 1) // len(self.tables)
         return Request(features.values(), *unpacked(features.weights()), offsets[::stride].tolist())
 
     def rows(self, request: Request) -> Tensor:
-        """The rows asked for, differentiable."""
+        """Return the rows asked for, [n, width], differentiable."""
         rows: Tensor = _LookUp.apply(self._handle, self, request)  # type: ignore[no-untyped-call]
         return rows
 
@@ -219,7 +219,8 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
             raise type(error)(f"rank {self._rank}: {error}") from None
 
     def look_up(self, request: Request) -> Tensor:
-        """Rows of all tables one after the other: those of the request, in a second pass those of the first one's."""
+        """Return the rows of all tables one after the other: those of the request, or in a second pass those of the
+        first."""
         if self.phase is Pass.SECOND and self.training:
             parts = [self._answer(ahead.gather(inverse), rows, inverse) for ahead, rows, inverse in self._ahead]
             return torch.cat(parts)

@@ -63,16 +63,17 @@ class RawIdsDist(RwSparseFeaturesDist):
         return self.by_sort(sparse_features)
 
     def by_sort(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
-        """The same by a stable sort. On a GPU fbgemm groups the values of a sequence by rank with one thread per bag,
-        and all distinct ids of a table are one bag here; and it leaves the order in bags that are summed to a race."""
+        """Do the same by a stable sort. On a GPU fbgemm groups the values of a sequence by rank with one thread per
+        bag, and all distinct ids of a table are one bag here; and it leaves the order in bags that are summed to a
+        race."""
         grouped, places = by_owner(sparse_features, self._world_size)
         self.unbucketize_permute_tensor = places if self._is_sequence else None
         return self._dist(grouped)
 
 
 def by_owner(features: KeyedJaggedTensor, ranks: int) -> tuple[KeyedJaggedTensor, Tensor]:
-    """Features for each rank, one rank's after the other's, with the values that it owns in the order that they had;
-    and the place that each value has taken, int64 [n]. As fbgemm's `block_bucketize_sparse_features`."""
+    """Group features by the rank that owns each value, one rank after the other, in the order that they had; also
+    return the place that each value has taken, int64 [n]. Equivalent to fbgemm's `block_bucketize_sparse_features`."""
     values, lengths, weights = features.values(), features.lengths(), features.weights_or_none()
     owner, bags = owner_of(values, ranks), lengths.numel()
     bag = torch.repeat_interleave(lengths, output_size=values.numel())
@@ -92,7 +93,7 @@ def by_owner(features: KeyedJaggedTensor, ranks: int) -> tuple[KeyedJaggedTensor
 
 
 def raw_ids_dist(sharding: BaseRwEmbeddingSharding, is_sequence: bool, device: torch.device | None) -> RawIdsDist:
-    """The input dist of dynamic tables."""
+    """Return the input dist of dynamic tables."""
     features = sharding._get_num_features()
     return RawIdsDist(
         pg=sharding._pg,
@@ -107,12 +108,12 @@ def raw_ids_dist(sharding: BaseRwEmbeddingSharding, is_sequence: bool, device: t
 
 
 class HasKernels:
-    """Of sharded collections: the kernels inside."""
+    """Mixin for sharded collections that gives access to the kernels inside."""
 
     _lookups: list[Any]  # torchrec's
 
     def received(self, features: KJTList) -> Iterator[tuple[DynamicTableKernel, KeyedJaggedTensor]]:
-        """Each kernel with what it will be asked."""
+        """Yield each kernel with the features that it will be asked for."""
         for lookup, one in zip(self._lookups, features, strict=True):
             yield from zip(lookup._emb_modules, one.split(lookup._feature_splits), strict=True)
 
@@ -135,8 +136,8 @@ class DynamicSharding(RwSequenceEmbeddingSharding):
 
 class ShardedDynamicCollection(HasKernels, ShardedEmbeddingCollection):
     def compute_and_output_dist(self, ctx: EmbeddingCollectionContext, input: KJTList) -> Awaitable[Tensor]:
-        """The rows of all features, one feature's behind the other's, float32 [n, dim]: torchrec's answer before it is
-        cut into features."""
+        """Return the rows of all features, one feature's behind the other's, float32 [n, dim]: torchrec's answer before
+        it is cut into features."""
         (sent,) = (sharding.features_before_input_dist.keys() for sharding in ctx.sharding_contexts)
         assert sent == [name for config in self._embedding_configs for name in config.feature_names], sent
         (rows,) = super().compute_and_output_dist(ctx, input)._awaitables_per_sharding
@@ -158,7 +159,7 @@ class ShardedDynamicCollection(HasKernels, ShardedEmbeddingCollection):
 
 
 class RowWiseDynamic:
-    """What torchrec asks of a sharder, for those of dynamic tables: they are sharded by rows, on our own kernel."""
+    """Mixin for sharders of dynamic tables: they are sharded by rows, on our own kernel."""
 
     fused_params: dict[str, Any] | None  # these three are the sharder's
     qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None
