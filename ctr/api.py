@@ -45,7 +45,7 @@ class Run:
 
     @property
     def report(self) -> dict[str, Any]:
-        """The content of report.json: auc, logloss, rows, ... of the split that counts, those of all in `splits`.
+        """The content of report.json: auc, logloss, rows, ... of the main split, and those of all splits in `splits`.
 
         Raises ConfigError: there is none in the folder.
         """
@@ -56,7 +56,8 @@ class Run:
         return json.loads(path.read_text())
 
     def predictions(self, split: str = "test") -> pa.Table:
-        """What was predicted for each row of a split: prediction float32, label, weight, and what else was kept.
+        """Return the predictions for each row of a split: prediction float32, label, weight, and the other stored
+        columns.
 
         Raises ConfigError: the split was not scored.
         """
@@ -120,7 +121,7 @@ def evaluate(
 
 @contextmanager
 def _process(config: Config) -> Iterator[Process]:
-    """The process group of a call, which ends with it."""
+    """Yield a process group for one call, and close it at the end."""
     if dist.is_initialized():
         raise ConfigError("torch.distributed is in use in this process; expected no process group, one is made here")
     process = processes.start(config.trainer.device, config.trainer.timeout_seconds)

@@ -1,4 +1,4 @@
-"""What can be said on a command line: the choices of each group of `conf/`, and every key."""
+"""List the choices and keys of a command line: the choices of each group of `conf/`, and every key."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ WRITTEN = {"daily.first": "daily.from", "daily.last": "daily.to"}
 
 
 def choices() -> dict[str, list[str]]:
-    """By group of `conf/` ("model"): the names of its yaml."""
+    """Return the names of the yaml files of each group of `conf/` ("model")."""
     folders = sorted(path for path in Path(conf.__file__).parent.iterdir() if path.name != "prepare")
     found = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
     return {group: names for group, names in found.items() if names}
 
 
 def keys_by_group(schema: type) -> dict[str, list[str]]:
-    """By dotted prefix ("trainer.checkpoint"): the names of the keys that hold values.
+    """Return the names of the keys that hold values, by dotted prefix ("trainer.checkpoint").
 
     schema: the dataclass of all keys.
     """
@@ -36,7 +36,7 @@ def keys_by_group(schema: type) -> dict[str, list[str]]:
 
 
 def choices_and_keys(schema: type) -> str:
-    """Both as text, as wide as the terminal."""
+    """Return the choices and the keys as text, as wide as the terminal."""
     lines = ["choices, one of each group (model=deepfm):"]
     lines += [_wrapped(f"{group}=", names) for group, names in choices().items()]
     lines += ["", "keys by group (trainer.epochs=2); what they mean stands in conf/ and, with --cfg, their values:"]

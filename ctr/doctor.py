@@ -1,4 +1,4 @@
-"""Checks of an installation: what is wrong, and its cure.
+"""Check an installation, and name the cure of each problem.
 
 Standard library only: torch, which may be missing or broken, is tried in a child process.
 
@@ -78,13 +78,13 @@ def check_python(version: Sequence[int] = sys.version_info) -> Iterator[Finding]
 
 
 def canonical(name: str) -> str:
-    """The normalised name of a distribution: fbgemm_gpu-cpu and fbgemm-gpu-cpu are one."""
+    """Return the normalised name of a distribution: fbgemm_gpu-cpu and fbgemm-gpu-cpu are one."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def pinned(folder: Path = LISTS) -> dict[str, str]:
-    """Name to version of everything that the lists pin, but for lines with a marker. Without lists: what the metadata
-    of the installed distribution pin."""
+    """Return name to version of everything that the lists pin, except lines with a marker. Without lists: the pins in
+    the metadata of the installed distribution."""
     lines = [line for path in sorted(folder.glob("*.txt")) for line in path.read_text().splitlines()]
     if not folder.is_dir():
         lines = [line.partition(";")[0] for line in metadata.requires("tessera-ctr") or []]
@@ -93,13 +93,13 @@ def pinned(folder: Path = LISTS) -> dict[str, str]:
 
 
 def some(names: Sequence[str], shown: int = 6) -> str:
-    """The names in one line, the tail of a long list as a number."""
+    """Join the names in one line, with the tail of a long list as a number."""
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def installed(path: Sequence[str] | None = None) -> dict[str, metadata.Distribution]:
-    """Distributions by normalised name; the first on the path counts, as for imports."""
+    """Return distributions by normalised name; the first on the path counts, as for imports."""
     found: dict[str, metadata.Distribution] = {}
     for distribution in metadata.distributions(path=list(sys.path if path is None else path)):
         if name := distribution.metadata["Name"]:
@@ -108,7 +108,7 @@ def installed(path: Sequence[str] | None = None) -> dict[str, metadata.Distribut
 
 
 def check_versions(found: Mapping[str, metadata.Distribution], pins: Mapping[str, str]) -> Iterator[Finding]:
-    """torch and torchrec must be the pinned ones; of the others a difference is worth a line."""
+    """Fail if torch or torchrec is not the pinned version, and warn if another package is not."""
     for name in ("torch", "torchrec"):
         if name not in found:
             yield Finding("FAIL", name, "is not installed", REINSTALL)
@@ -130,7 +130,7 @@ def check_versions(found: Mapping[str, metadata.Distribution], pins: Mapping[str
 
 
 def check_fbgemm(found: Mapping[str, metadata.Distribution], pins: Mapping[str, str]) -> Iterator[Finding]:
-    """Exactly one build of fbgemm, of the pinned version, with the libraries that it brought."""
+    """Check for exactly one build of fbgemm, of the pinned version, with the libraries that it brought."""
     builds = [name for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if name in found]
     remove = "run `pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu` in .venv, remove .venv/.tessera-packages, "
     if not builds:
@@ -161,7 +161,8 @@ def check_fbgemm(found: Mapping[str, metadata.Distribution], pins: Mapping[str, 
 
 
 def probe() -> dict:
-    """What importing torch, our kernels, fbgemm and torchrec gives; key `error` when that fails."""
+    """Import torch, our kernels, fbgemm and torchrec in a child process and return what it found; key `error` if that
+    fails."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     try:
         child = subprocess.run(
@@ -199,7 +200,7 @@ def check_loading(found: Mapping) -> Iterator[Finding]:
 
 
 def check_kernels(found: Mapping) -> Iterator[Finding]:
-    """Compiled and current, or plain torch and why."""
+    """Check that the kernels are compiled and current; otherwise say why plain torch is used."""
     if found.get("backend") == "cpp":
         record = build_record.read()
         yield Finding("ok", "kernels", f"{record['library']}, compiled with {record['compiler']}")
@@ -238,7 +239,7 @@ def check_threads(environment: Mapping[str, str] = os.environ, cores: int | None
 
 
 def gpu_drivers() -> list[str]:
-    """'name, driver version' of each NVIDIA GPU that the driver shows."""
+    """Return 'name, driver version' of each NVIDIA GPU that the driver shows."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -248,7 +249,7 @@ def gpu_drivers() -> list[str]:
 
 
 def check_gpu(found: Mapping, gpus: Sequence[str], cuda_fbgemm: bool) -> Iterator[Finding]:
-    """GPU and driver against the builds of torch and fbgemm."""
+    """Check GPU and driver against the builds of torch and fbgemm."""
     cuda, usable = found.get("cuda"), found.get("gpus", 0)
     switch = "run `TESSERA_STACK=cuda make install`"
     if cuda_fbgemm and "torch" in found and not cuda:
@@ -279,7 +280,8 @@ def check_space(root: Path = ROOT, shared: Path = Path("/dev/shm")) -> Iterator[
 
 
 def find_spec(name: str, path: Sequence[str]) -> importlib.machinery.ModuleSpec | None:
-    """What `import name` would find with this module search path, whatever has been imported here already."""
+    """Return the spec that `import name` would find with this module search path, regardless of earlier imports here;
+    None if there is none."""
     before, sys.path[:] = list(sys.path), list(path)
     try:
         # All finders: an editable installation puts its own behind the one that looks into the path.
@@ -290,7 +292,7 @@ def find_spec(name: str, path: Sequence[str]) -> importlib.machinery.ModuleSpec 
 
 
 def check_names(path: Sequence[str]) -> Iterator[Finding]:
-    """Whether `import tessera...` with this module search path finds our packages.
+    """Check that `import tessera...` with this module search path finds our packages.
 
     `tessera` is a namespace without files of its own. A module or a package of that name hides all that is below.
     """
@@ -308,7 +310,7 @@ def check_names(path: Sequence[str]) -> Iterator[Finding]:
 
 
 def check_all(path: Sequence[str], quick: bool = False) -> Iterator[Finding]:
-    """All checks, in an order in which the first failure is the likely cause of the later ones.
+    """Run all checks, in an order in which the first failure is the likely cause of the later ones.
 
     path: the module search path that the other scripts have. quick leaves out what an installation cannot
     change.

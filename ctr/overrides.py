@@ -1,4 +1,4 @@
-"""The overrides of a command line, `key=value`, and what hydra composes from them.
+"""Compose the overrides of a command line, `key=value`, with hydra.
 
 Hydra reads a value by a grammar of its own, in which `=`, commas, quotes, `#`, `(` and letters outside of ASCII mean
 something or nothing. Users write paths and dates. So a key that holds text takes the text as it was typed, and what
@@ -48,7 +48,7 @@ def compose_overrides(overrides: Sequence[str], folders: Sequence[Path], schema:
 
         @cache
         def known() -> set[str]:
-            """The keys that there are with the groups as chosen, of the model's yaml too."""
+            """Return all keys of the chosen groups, those of the model's yaml included."""
             choices = [_ready(one, keys, groups, lambda: groups) for one in overrides if _key(one) in groups]
             return {*keys, *groups, *_names(compose("config", overrides=search_path + choices))}
 
@@ -60,7 +60,7 @@ def compose_overrides(overrides: Sequence[str], folders: Sequence[Path], schema:
 
 
 def keys_of(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted name and the annotation of every key of a dataclass and of those in it."""
+    """Yield the dotted name and the annotation of every key of a dataclass and of the dataclasses in it."""
     for name, annotation in typing.get_type_hints(schema).items():
         yield prefix + name, annotation
         if is_dataclass(annotation):
@@ -68,7 +68,7 @@ def keys_of(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _ready(override: str, keys: dict[str, Any], groups: set[str], known: Callable[[], set[str]]) -> str:
-    """The override as hydra understands it as the user meant it."""
+    """Return the override in the form in which hydra understands what the user meant."""
     parts = OVERRIDE.fullmatch(override)
     prefix, key, value = parts["prefix"] or "", parts["key"], parts["value"]
     if prefix == "~" or key.startswith("hydra.") or "@" in key:
@@ -99,13 +99,13 @@ def _first(group: str, keys: dict[str, Any]) -> str:
 
 
 def _types(annotation: Any) -> set[Any]:
-    """The types that an annotation admits: str | list[str] | None gives {str, list, NoneType}."""
+    """Return the types that an annotation admits: str | list[str] | None gives {str, list, NoneType}."""
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else [annotation]
     return {dict if is_dataclass(one) else typing.get_origin(one) or one for one in options}
 
 
 def _value(key: str, value: str, admitted: set[Any] | None) -> str:
-    """The value in hydra's grammar. `admitted` are the types that the key takes, None if anything."""
+    """Return the value in hydra's grammar. `admitted` are the types that the key takes, None if anything."""
     parsed = _parse(value)
     if admitted is not None and str in admitted:
         if value == "" or (value == "null" and type(None) in admitted):
@@ -136,7 +136,7 @@ def _value(key: str, value: str, admitted: set[Any] | None) -> str:
 
 
 def _parse(value: str) -> Any:
-    """Hydra's override of a value, None if its grammar does not read it."""
+    """Return hydra's override of a value, None if its grammar does not read it."""
     try:
         return OverridesParser.create().parse_override(f"key={value}")
     except HydraException:
@@ -152,7 +152,7 @@ def _key(override: str) -> str:
 
 
 def _explain(error: Exception) -> str:
-    """One line for hydra's several; the nearest choice where a group has none of that name."""
+    """Return hydra's message as one line, with the nearest choice if a group has none of that name."""
     text = " ".join(str(error).split())
     option = re.search(r"Could not find '(\w+)/(\S+)' Available options in '\w+': (.*?) Config search path", text)
     if option:

@@ -1,4 +1,4 @@
-"""Where commands write: one rule for every target.
+"""Check and replace the folders that commands write: one rule for every target.
 
 A target is missing, empty, or what the same command wrote there before; and it is never what the command reads, nor
 lies inside that or around it. Otherwise the command ends with one line and nothing is touched. A command knows its
@@ -30,7 +30,7 @@ Own = Callable[[Path], str | None]  # why a folder that is not empty is not the 
 
 
 def check_place(target: Path, key: str, sources: Sequence[str | Path], places: Sequence[Path] = ()) -> None:
-    """Refuse a target that is one of the sources, or lies inside or around one. Links are followed.
+    """Raise ConfigError for a target that is one of the sources, or lies inside or around one. Links are followed.
 
     Args:
         key: what the user calls the target, for the message.
@@ -55,7 +55,7 @@ def check_place(target: Path, key: str, sources: Sequence[str | Path], places: S
 
 
 def _is_below(path: str | Path, folder: str | Path) -> bool:
-    """Whether a path is a folder or lies below it, under whatever names: also where folders are mounted twice."""
+    """Return whether a path is a folder or lies below it, under any of its names: also if folders are mounted twice."""
     above = Path(os.path.realpath(os.path.expanduser(path)))
     if not os.path.exists(folder):
         return Path(os.path.realpath(os.path.expanduser(folder))) in [above, *above.parents]
@@ -63,7 +63,7 @@ def _is_below(path: str | Path, folder: str | Path) -> bool:
 
 
 def check_target(target: Path, key: str, own: Own) -> None:
-    """Refuse a target that is neither missing, nor empty, nor the command's own.
+    """Raise ConfigError for a target that is neither missing, nor empty, nor the command's own.
 
     Raises ConfigError: one line that names an entry which is not the command's.
     """
@@ -80,7 +80,7 @@ def check_target(target: Path, key: str, own: Own) -> None:
 
 
 def written_by(command: str) -> Own:
-    """What a target must be to be an earlier result of a command that leaves a record."""
+    """Return a check for targets: a folder passes if it is an earlier result of a command that leaves a record."""
 
     def own(folder: Path) -> str | None:
         files = _files_recorded(folder, command)
@@ -92,7 +92,7 @@ def written_by(command: str) -> Own:
 
 
 def _files_recorded(folder: Path, command: str) -> list[str] | None:
-    """The files that a command's record lists; None where there is no such record."""
+    """Return the files that a command's record lists; None if there is no such record."""
     try:
         record = json.loads((folder / RECORD).read_text())
         files = record["files"] if record["command"] == command else None
@@ -123,7 +123,7 @@ def claim(target: Path, key: str, command: str, sources: Sequence[str | Path]) -
 
 
 def foreign_file(folder: Path, own: set[str], command: str) -> str | None:
-    """Name a file of a folder that is not among its own, if there is one."""
+    """Return a message that names a file of a folder that is not among its own; None if there is none."""
     other = next((path for path in Storage(folder).all_files() if path not in own), None)
     return other and f"it holds {other}, which {command} did not write"
 
@@ -183,7 +183,7 @@ class Replacement:
         sync_folder(self.target.parent)
 
     def remove(self) -> None:
-        """Leave nothing but what is in its place."""
+        """Remove everything except what is in place already."""
         self._lock.release()
         shutil.rmtree(self._holder, ignore_errors=True)
 
@@ -197,7 +197,7 @@ def replacing(
     places: Sequence[Path] = (),
     own: Own | None = None,
 ) -> Iterator[Path]:
-    """A folder beside the target that takes its place when the block ends well, and is removed when it does not."""
+    """Yield a folder beside the target that replaces it if the block succeeds, and is removed if it fails."""
     replacement = Replacement(target, key, command, sources, places, own)
     try:
         yield replacement.folder
@@ -216,7 +216,7 @@ def replacing_on_ranks(
     sources: Sequence[str | Path],
     places: Sequence[Path] = (),
 ) -> Iterator[Path]:
-    """As `replacing`, where all ranks write into the folder: rank 0 makes it and puts it in its place."""
+    """Do the same as `replacing` when all ranks write into the folder: rank 0 makes it and puts it in place."""
     held: list[Replacement] = []
 
     def begin() -> Path:
@@ -235,7 +235,7 @@ def replacing_on_ranks(
 
 
 def _remove_if_dead(left: Path) -> None:
-    """Remove what a command that was killed left half written; one that still runs holds its lock."""
+    """Remove what a killed command left half written; one that still runs holds its lock."""
     if (left / ".lock").exists():
         with suppress(FolderInUse):
             lock = FolderLock(left)

@@ -1,4 +1,5 @@
-"""Keys that are set and do nothing: whoever sets one believes that it works, so it ends the job as a wrong one does."""
+"""Refuse keys that are set but have no effect: whoever sets one believes that it works, so it ends the job as a wrong
+one does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What saved states hold: `tessera inspect runs/mine`, or one state, or a best/ folder.
+"""Show what saved states hold: `tessera inspect runs/mine`, or one state, or a best/ folder.
 
 Checks every file, and shows steps, ranks, tables and rows. --table and --id show rows. --compact makes one full state
 of the newest delta and those that it builds on (no job may be using the folder).

@@ -1,4 +1,5 @@
-"""How sure is the difference of two models on the same rows: closed forms, and a paired bootstrap.
+"""Compare two models on the same rows: the difference with its confidence interval, in closed form and by paired
+bootstrap.
 
 All take the predictions of both models for the same rows in the same order. A difference is that of the second model
 minus that of the first. The formulas are in docs/metrics.md.
@@ -74,7 +75,7 @@ def auc_difference(rows: PairedRows, confidence: float = 0.95) -> Difference | N
 
 
 def logloss_difference(rows: PairedRows, confidence: float = 0.95) -> Difference | None:
-    """The interval of the mean of the rows' differences in loss, by their spread. None without rows."""
+    """Return the interval of the mean of the rows' differences in loss, by their spread. None without rows."""
     if not len(rows.positive):
         return None
     losses = [row_loss(prediction, rows.positive) for prediction in (rows.first, rows.second)]
@@ -87,13 +88,13 @@ def logloss_difference(rows: PairedRows, confidence: float = 0.95) -> Difference
 
 
 def row_loss(prediction: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """Negative log likelihood of each row in nats, clipped as the offline logloss; float64 [rows]."""
+    """Return the negative log likelihood of each row in nats, clipped as the offline logloss; float64 [rows]."""
     probability = np.clip(prediction.astype(np.float64), PROBABILITY_EPSILON, 1 - PROBABILITY_EPSILON)
     return -np.where(positive, np.log(probability), np.log1p(-probability))
 
 
 def _auc_influence(prediction: np.ndarray, rows: PairedRows) -> tuple[float, np.ndarray]:
-    """AUC, and what each row adds to it beyond the average row of its class; float64 [rows]."""
+    """Return the AUC, and how much each row adds to it beyond the average row of its class; float64 [rows]."""
     weight = _weight(rows)
     order = np.argsort(prediction, kind="stable")
     starts = run_starts(prediction[order])
@@ -116,7 +117,7 @@ def _weight(rows: PairedRows) -> np.ndarray:
 
 
 def _variance(influence: np.ndarray) -> float:
-    """Of the sum of influences that add up to 0: with equal weights the usual s^2 / n."""
+    """Return the variance of the sum of influences that add up to 0: with equal weights the usual s^2 / n."""
     n = len(influence)
     return float(np.dot(influence, influence)) * n / (n - 1) if n > 1 else float("inf")
 
@@ -136,7 +137,7 @@ def _interval(first: float, second: float, variance: float, confidence: float) -
 
 
 def paired_bootstrap(rows: PairedRows, replicates: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
-    """Differences in AUC and logloss on resampled rows.
+    """Return differences in AUC and logloss on resampled rows.
 
     Every row (cluster, if given) is taken Poisson(1) times, the same for both models: for metrics that are ratios of
     sums this is drawing rows with replacement, without drawing a fixed number of them (Chamandy et al. 2012), and a
@@ -170,14 +171,14 @@ _POISSON = np.searchsorted(
 
 
 def _times(n: int, stream: np.uint64) -> np.ndarray:
-    """How often each of n is taken; uint8 [n]."""
+    """Draw how often each of n items is taken, Poisson(1); uint8 [n]."""
     words = bits(stream, np.arange(-(-n // 4), dtype=np.uint64))
     return _POISSON[words.astype("<u8", copy=False).view("<u2")[:n]]
 
 
 @dataclass(frozen=True)
 class _SortedClasses:
-    """The order that a model gives to rows, kept for any weights of theirs.
+    """The rows of each class sorted by one model's predictions, reused for any weights.
 
     negatives: rows of label 0 by ascending prediction; positives: rows of label 1 likewise; below, upto: for each of
     these the number of negatives predicted below it, and not above it (None: no ties). All int [..].
@@ -199,7 +200,7 @@ class _SortedClasses:
         return _SortedClasses(negatives, positives, below, None if np.array_equal(below, upto) else upto)
 
     def auc(self, weight: np.ndarray) -> float:
-        """weight: of all rows, floating, or uint8 for how often each counts."""
+        """Return the AUC with the given row weights; floating, or uint8 for how often each row counts."""
         exact = np.int64 if weight.dtype == np.uint8 else np.float64
         beaten = np.zeros(len(self.negatives) + 1, exact)
         np.cumsum(weight[self.negatives], out=beaten[1:])

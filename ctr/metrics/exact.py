@@ -1,4 +1,4 @@
-"""Exact metrics of a split held in memory. Definitions and formulas: docs/metrics.md.
+"""Compute exact metrics of a split held in memory. Definitions and formulas: docs/metrics.md.
 
 Every function takes `prediction` [rows] floating, `label` [rows] of 0 and 1, and `weight` [rows] (None: 1
 each), and gives None where the metric is undefined. A wrong value in a column raises DataError. Rows of
@@ -88,7 +88,7 @@ def gauc(prediction, label, group, weight=None) -> float | None:
 
 
 def group_auc(rows: Rows) -> GroupAuc:
-    """AUC of every group at once: one sort by group and prediction, then sums over runs of equal keys."""
+    """Return the AUC of every group at once: one sort by group and prediction, then sums over runs of equal keys."""
     assert rows.group is not None, "group_auc needs rows with a group"
     order = np.lexsort((rows.prediction, rows.group))
     score, group, positive = rows.prediction[order], rows.group[order], rows.positive[order]
@@ -118,7 +118,7 @@ def group_auc(rows: Rows) -> GroupAuc:
 
 
 def evaluate_predictions(prediction, label, weight=None, group=None) -> dict[str, Any]:
-    """All metrics of a split.
+    """Return all metrics of a split.
 
     Returns:
         auc, logloss, gauc, normalized_entropy, calibration, pr_auc, expected_calibration_error, observed_rate: float,
@@ -130,7 +130,7 @@ def evaluate_predictions(prediction, label, weight=None, group=None) -> dict[str
 
 
 def summarise(table: ScoreTable, groups: GroupAuc | None) -> dict[str, Any]:
-    """The dict of `evaluate_predictions`, from what was computed once."""
+    """Return the dict of `evaluate_predictions`, from what was computed once."""
     metrics: dict[str, Any] = {
         "auc": table.auc(),
         "logloss": table.logloss(),

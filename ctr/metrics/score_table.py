@@ -1,4 +1,4 @@
-"""All that the offline metrics need to know of a split: its distinct predictions and the weight at each."""
+"""Summarise a split for the offline metrics: its distinct predictions and the weight at each."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class ScoreTable:
 
 
 def entropy(positive_weight: float, negative_weight: float) -> float:
-    """Logloss, in nats, of always predicting the share of positives. Both weights above 0."""
+    """Return the logloss, in nats, of always predicting the share of positives. Both weights above 0."""
     total = positive_weight + negative_weight
     shares = np.array([positive_weight, negative_weight]) / total
     return float(-(shares * np.log(shares)).sum())
@@ -223,7 +223,7 @@ def _check_finite(name: str, values: np.ndarray) -> None:
 
 
 def run_starts(*sorted_keys: np.ndarray) -> np.ndarray:
-    """Where a run of equal keys begins. int64 [runs]."""
+    """Return the position at which each run of equal keys begins: int64 [runs]."""
     changed = np.zeros(len(sorted_keys[0]), dtype=bool)
     changed[:1] = True
     for keys in sorted_keys:
@@ -232,12 +232,12 @@ def run_starts(*sorted_keys: np.ndarray) -> np.ndarray:
 
 
 def sum_runs(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Sum of each run in float64. `reduceat` refuses an empty array."""
+    """Return the sum of each run in float64. `reduceat` refuses an empty array."""
     return np.add.reduceat(values, starts, dtype=np.float64) if len(starts) else np.zeros(0)
 
 
 def cumsum_runs(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Running sums (float64) that begin anew with each run, of values not below 0.
+    """Return running sums (float64) that restart with each run, of values not below 0.
 
     One running sum over all runs, less what it was before a run, would lose a run of small values behind a large one.
     Here no sum reaches over two runs: in pass j every place takes what lies 2^j before it in its run, so there are as

@@ -1,4 +1,4 @@
-"""Metrics of a stream of batches on any number of ranks, in memory that does not grow with the rows."""
+"""Compute metrics of a stream of batches on any number of ranks, in memory that does not grow with the rows."""
 
 from __future__ import annotations
 
@@ -85,29 +85,31 @@ class StreamingMetrics:
         self._state[2 * self.bins :] += torch.stack([values.double().sum() for values in sums])
 
     def _span(self, ends: Tensor) -> None:
-        """Take these ends, which hold the ones so far between them, and move what is counted to the bins they give."""
+        """Set ends that contain the earlier ones, and move the counts to the bins they give."""
         kept = self._first_key_of_bins()
         self._ends = ends
         self._move_counts(kept)
 
     def _width(self) -> Tensor:
-        """k of the bins' width 2^k, int64 [1]: the smallest for which the bins reach from the lowest to the highest."""
+        """Return k of the bins' width 2^k, int64 [1]: the smallest for which the bins reach from the lowest to the
+        highest."""
         powers = torch.arange(63, device=self._ends.device)
         return ((-self._ends[1] >> powers) - (self._ends[0] >> powers) >= self.bins).sum(dim=0, keepdim=True)
 
     def _bin_of(self, keys: Tensor) -> Tensor:
-        """The bin of each key; the clamp takes rows that do not count, and both signs where there is one bin."""
+        """Return the bin of each key; the clamp takes rows that do not count, and both signs if there is one bin."""
         width = self._width()
         return ((keys >> width) - (self._ends[0] >> width)).clamp(0, self.bins - 1)
 
     def _first_key_of_bins(self) -> Tensor:
-        """The lowest key of each bin, int64 [bins]. Bins behind the last one in use hold nothing and end early."""
+        """Return the lowest key of each bin, int64 [bins]. Bins behind the last one in use hold nothing and end
+        early."""
         width = self._width()
         numbers = (self._ends[0] >> width) + torch.arange(self.bins, device=width.device)
         return torch.minimum(numbers, -self._ends[1] >> width) << width
 
     def _move_counts(self, first_keys: Tensor) -> None:
-        """Add up the counts of bins that began at these keys in the bins that there are now."""
+        """Move the counts of bins that began at these keys into the current bins."""
         target = self._bin_of(first_keys)
         counts = self._state[: 2 * self.bins]
         moved = torch.zeros_like(counts).index_add_(0, torch.cat([target, target + self.bins]), counts)
@@ -124,7 +126,7 @@ class StreamingMetrics:
         self._reduced = True
 
     def compute(self) -> dict[str, float | None]:
-        """The metrics of all rows so far.
+        """Return the metrics of all rows so far.
 
         Returns:
             auc, auc_error_bound, logloss, normalized_entropy, calibration: float, or None where undefined;
@@ -156,8 +158,8 @@ class StreamingMetrics:
 
 
 def logit_keys(logit: Tensor) -> Tensor:
-    """Whole numbers in the order of the logits (float64, finite), int64 below 2^62 in size: the bit pattern of
-    |logit| + 1, counted from that of 1, with the logit's sign.
+    """Map logits (float64, finite) to integers in the same order, int64 below 2^62 in size: the bit pattern of |logit|
+    + 1, counted from that of 1, with the logit's sign.
 
     Equal steps between keys are about equal steps between logits around 0 and equal ratios far from it, so that a few
     huge logits do not take all bins, and near each other a million keys fit between any two float32 numbers.

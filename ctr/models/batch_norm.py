@@ -1,4 +1,4 @@
-"""Batch norm over the rows of the global batch, so that a model does not depend on how they are spread over ranks."""
+"""Normalise over the rows of the global batch, so that a model does not depend on how they are spread over ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         return self._normalise(rows) if self.training else self._by_running_statistics(rows)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions from two on will do."""
+        """Accept any number of dimensions from two on."""
 
     # The compiler cannot look into collectives; what it makes of the layers around this one is the same.
     @torch.compiler.disable
@@ -67,7 +67,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def _statistics(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How many values a channel has (scalar), their mean [channels] and their variance [channels] around it."""
+    """Return the number of values per channel (scalar), their mean [channels] and their variance [channels]."""
     if not len(rows):
         return rows.new_zeros(()), rows.new_zeros(rows.shape[1]), rows.new_zeros(rows.shape[1])
     if rows.is_cuda:
@@ -78,7 +78,7 @@ def _statistics(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _merge(count: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The statistics of all ranks' rows together, by the formulas of Chan et al.; the same bits on every rank."""
+    """Combine the statistics of all ranks' rows, by the formulas of Chan et al.; the same bits on every rank."""
     mine = torch.cat([count[None], mean, variance])
     everyone = mine.new_empty(dist.get_world_size() * mine.numel())
     dist.all_gather_into_tensor(everyone, mine)

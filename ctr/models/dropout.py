@@ -48,7 +48,7 @@ class Dropout(nn.Module):
 
 
 def dropout_layers(tower: nn.Module) -> list[Dropout]:
-    """The layers of a tower that drop something, numbered in the order of its modules."""
+    """Return the dropout layers of a tower, numbered in the order of its modules."""
     layers = [module for module in tower.modules() if isinstance(module, Dropout) and module.p]
     for number, layer in enumerate(layers):
         layer.layer = number

@@ -1,4 +1,4 @@
-"""Build what a configuration names: `target` is the path of a class, the other keys are its arguments."""
+"""Build the object that a configuration names: `target` is the path of a class, the other keys are its arguments."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def is_own(target: Any) -> bool:
 
 
 def current_name(target: str) -> str:
-    """The path of a class as it is now: version 0.1 had no `tessera.` in front."""
+    """Return the present path of a class: version 0.1 had no `tessera.` in front."""
     return f"tessera.{target}" if target.startswith(BEFORE) else target
 
 
 def instantiate(config: Mapping[str, Any], key: str, *positional: Any, **given: Any) -> Any:
-    """The class that `config["target"]` names ("tessera.ctr.models.deepfm.DeepFM"), called with the other keys.
+    """Call the class that `config["target"]` names ("tessera.ctr.models.deepfm.DeepFM") with the other keys.
 
     Args:
         key: where in the configuration this stands ("model"), for messages.
@@ -68,6 +68,7 @@ def instantiate(config: Mapping[str, Any], key: str, *positional: Any, **given: 
 
 
 def _moved(error: Exception) -> str:
-    """What to say where a model of the user's own imports by the names of version 0.1."""
+    """Return the end of an import error's message if a model of the user's imports by the names of version 0.1; else
+    empty."""
     moved = isinstance(error, ImportError) and (error.name or "").split(".")[0] in ("ctr", "embedding", "distributed")
     return f"; since version 0.2 this project is imported as tessera.{error.name}" if moved else ""

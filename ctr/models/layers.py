@@ -43,7 +43,8 @@ class FieldEmbedding(nn.Module):
         return torch.cat([self.numeric(numeric_bn), emb_bfd], 1)
 
     def flat(self, numeric_bn: Tensor, emb_bfd: Tensor) -> Tensor:
-        """What dense layers read, [B, inputs]: `emb_bfd` (as `forward` returns it) side by side, and raw values."""
+        """Return the input of dense layers, [B, inputs]: `emb_bfd` (as `forward` returns it) side by side, and raw
+        values."""
         return torch.cat([emb_bfd.flatten(1), numeric_bn], 1) if self.raw else emb_bfd.flatten(1)
 
 
@@ -180,7 +181,7 @@ def in_pieces(function: Callable[..., Tensor], rows: Tensor, keys: Tensor | None
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
-    """W x + b with W Xavier normal and b zero, as most public CTR code begins."""
+    """Return a layer W x + b with W Xavier normal and b zero, as most public CTR code begins."""
     layer = nn.Linear(inputs, outputs, bias)
     nn.init.xavier_normal_(layer.weight)
     if bias:
@@ -189,7 +190,7 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
 
 
 def pairs(fields: int) -> tuple[Tensor, Tensor]:
-    """The pairs i < j of `fields` fields, two int64 vectors of F (F - 1) / 2: (0,1), (0,2), .., (1,2), .."""
+    """Return the pairs i < j of `fields` fields, two int64 vectors of F (F - 1) / 2: (0,1), (0,2), .., (1,2), .."""
     first, second = torch.triu_indices(fields, fields, 1)
     return first, second
 

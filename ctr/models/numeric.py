@@ -1,4 +1,4 @@
-"""How a numeric field becomes a vector. Every kind maps values [B, fields] to [B, fields, dim], except `Raw`."""
+"""Embed numeric fields. Every kind maps values [B, fields] to [B, fields, dim], except `Raw`."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Bucketised(nn.Module):
 
 
 class Raw(nn.Module):
-    """No vectors: the values themselves go to the dense layers, beside the embeddings of the id fields."""
+    """No embedding: the values themselves go to the dense layers, beside the embeddings of the id fields."""
 
     def __init__(self, fields: int, dim: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a model is to the rest of the system: embedded fields in, one logit out."""
+"""Define the interface of a model: embedded fields in, one logit out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run folder says of itself beside its numbers: model and data, configuration, plan, versions."""
+"""Read the description of a run from its folder: model and data, configuration, plan, versions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Text:
 
 
 def texts(folder: Path) -> list[Text]:
-    """The sharding plan and the resolved configuration, where they are there."""
+    """Return the sharding plan and the resolved configuration, those that exist."""
     found = [("Sharding plan", read_text(folder / "plan.txt")), ("Resolved configuration", read_text(_config(folder)))]
     return [Text(title, body) for title, body in found if body]
 
@@ -33,7 +33,7 @@ def _config(folder: Path) -> Path:
 
 
 def subtitle(folder: Path) -> str:
-    """`deepfm on criteo`, as far as the configuration tells."""
+    """Return `deepfm on criteo`, as far as the configuration tells."""
     path = _config(folder)
     try:
         loaded = yaml.safe_load(read_text(path))
@@ -49,7 +49,7 @@ def subtitle(folder: Path) -> str:
 
 
 def versions(folder: Path) -> dict[str, str]:
-    """As the run recorded them, else those of this environment."""
+    """Return package versions as the run recorded them, or those of this environment if it did not."""
     path = folder / "versions.json"
     text = read_text(path)
     if text:

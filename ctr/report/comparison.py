@@ -1,4 +1,4 @@
-"""Compare two runs on the rows that both scored: comparison.json and comparison.html."""
+"""Compare two runs on the rows that both scored, and write comparison.json and comparison.html."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ class Comparison:
     values: dict[str, Any]
 
     def summary(self) -> str:
-        """The differences with their intervals and where the page is, in one line."""
+        """Return the differences with their intervals and the place of the page, in one line."""
         return f"{self.values['summary']} Page: {self.folder / 'comparison.html'}"
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Of one metric: the closed form, and the quantiles of the bootstrap (None: no replicate was asked for)."""
+    """Interval of one metric's difference: in closed form, and by quantiles of the bootstrap (None: no replicate was
+    asked for)."""
 
     metric: str
     closed: Difference
@@ -114,7 +115,7 @@ def compare_runs(
 
 
 def _names(first: Path, second: Path) -> tuple[str, str]:
-    """The ends of both paths, as long as it takes to tell them apart."""
+    """Return the ends of both paths, just long enough to tell them apart."""
     parts = [folder.resolve().parts for folder in (first, second)]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(one[-length:]) for one in parts]
@@ -153,8 +154,8 @@ def _by_day(parts: list[Scored], confidence: float) -> list[dict[str, Any]]:
 
 
 def _mean_of_days(days: list[dict[str, Any]], confidence: float) -> dict[str, Any]:
-    """The mean of the days' differences, each day counting once: what a mean of progressive evaluation differs by.
-    Days are taken to be independent."""
+    """Return the mean of the days' differences, each day counting once: the difference in a mean of progressive
+    evaluation. Days are taken to be independent."""
     means = {}
     for metric in CLOSED_FORMS:
         known = [day[metric] for day in days if metric in day]
@@ -237,7 +238,7 @@ def _card(one: Interval, confidence: float) -> Card:
 
 
 def _undefined_cards(intervals: list[Interval]) -> list[Card]:
-    """One for each metric of which these rows give no difference."""
+    """Return a card for each metric whose difference is undefined on these rows."""
     missing = [metric for metric in CLOSED_FORMS if metric not in [one.metric for one in intervals]]
     why = {one.key: one.undefined for one in DEFINITIONS}
     return [Card(metric, f"Difference in {TITLES[metric]}", "", "", None, why[metric]) for metric in missing]

@@ -1,4 +1,4 @@
-"""Plots of a comparison: the bootstrap's differences, and the difference of each day."""
+"""Draw the plots of a comparison: the bootstrap's differences, and the difference of each day."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BINS = 40
 
 
 def replicates_plot(metric: str, title: str, differences: np.ndarray, ends: tuple[float, float]) -> Plot | None:
-    """How the difference is spread over the replicates, with its interval; None without replicates."""
+    """Plot the distribution of the difference over the replicates, with its interval; None without replicates."""
     if not len(differences):
         return None
     counts, edges = np.histogram(differences, BINS if np.ptp(differences) else 1)
@@ -43,7 +43,7 @@ def replicates_plot(metric: str, title: str, differences: np.ndarray, ends: tupl
 
 
 def day_plot(days: list[dict[str, Any]]) -> Plot | None:
-    """Difference in AUC on each day with its interval; None without days."""
+    """Plot the difference in AUC on each day with its interval; None without days."""
     known = [(at, day["auc"]) for at, day in enumerate(days) if "auc" in day]
     if not known:
         return None

@@ -1,4 +1,4 @@
-"""Plots over days: quality of each day before it was trained on, and what became of tables, time and model."""
+"""Draw plots over days: quality of each day before it was trained on, and changes of tables, time and model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PARTS = (("all rows", ""), ("known ids only", "known"), ("with new ids", "new"))
 
 
 def quality_plots(days: Days) -> list[Plot]:
-    """AUC and logloss of all rows and of those with and without new ids, normalized entropy, calibration."""
+    """Plot AUC and logloss of all rows and of those with and without new ids, normalized entropy, calibration."""
     plots = [
         _parts_plot(days, "auc", "AUC", "AUC"),
         _parts_plot(days, "logloss", "Logloss", "logloss"),
@@ -42,14 +42,14 @@ def quality_plots(days: Days) -> list[Plot]:
 
 
 def operation_plots(days: Days) -> list[Plot]:
-    """Rows and bytes of tables, ids that came and went, rows of the day, speed, minutes, published bytes."""
+    """Plot rows and bytes of tables, ids that came and went, rows of the day, speed, minutes, published bytes."""
     plots = [_tables_plot(days), _ids_plot(days), _rows_plot(days), _speed_plot(days), _time_plot(days)]
     plots.append(_published_plot(days))
     return [plot for plot in plots if plot is not None]
 
 
 def column(days: Days, *keys: str) -> np.ndarray:
-    """A number of each day, reached by keys, float64 [days]; NaN where a day lacks it."""
+    """Return a number of each day, reached by keys, float64 [days]; NaN if a day lacks it."""
     values = []
     for day in days:
         value: Any = day
@@ -60,7 +60,7 @@ def column(days: Days, *keys: str) -> np.ndarray:
 
 
 def short_names(days: Days) -> list[str]:
-    """Of the days for an axis: without the year where all are of one, hours as 05h."""
+    """Return names of the days for an axis: without the year if all are of one, hours as 05h."""
     names = [day["partition"] for day in days]
     dates = [re.fullmatch(r"(\d{4})-(\d\d-\d\d)(?:T(\d\d))?", name) for name in names]
     if not all(dates):
@@ -226,7 +226,7 @@ def _bars(axes: Axes, values: dict[str, np.ndarray], stacked: bool = False) -> N
 
 
 def _mark_held(axes: Axes, days: Days, values: np.ndarray) -> None:
-    """A ring around the value of each day whose model was not kept."""
+    """Draw a ring around the value of each day whose model was not kept."""
     held = [at for at, day in enumerate(days) if day["status"] == "held" and np.isfinite(values[at])]
     if held:
         style = dict(markersize=11, markerfacecolor="none", markeredgecolor=INK, linestyle="none")
@@ -241,7 +241,7 @@ def _from_zero(axes: Axes, label: str) -> None:
 
 
 def finish_days(axes: Axes, days: Days, label: str) -> None:
-    """Days along x, a band over days that were skipped, `label` along y, and a legend that covers nothing."""
+    """Put days along x, a band over skipped days, `label` along y, and a legend that covers nothing."""
     names = short_names(days)
     shown = list(range(len(days) - 1, -1, -max(1, -(-(len(days) - 1) // (TICKS - 1)))))  # the last day is one
     axes.set(ylabel=label, xlim=(-0.6, len(days) - 0.4))

@@ -41,7 +41,7 @@ class Index:
     values: dict[str, Any]
 
     def summary(self) -> str:
-        """What happened on all days and how good the last one was, in one line."""
+        """Return the outcome of all days and the quality of the last one, in one line."""
         return f"{self.values['summary']} Index: {self.folder / 'index.html'}"
 
 
@@ -81,7 +81,7 @@ def write_index(run_dir: str | Path) -> Index:
 
 
 def read_days(path: Path) -> list[dict[str, Any]]:
-    """The days in the order of the file; of a partition that stands twice the later line counts, in the first place.
+    """Return the days in the order of the file; if a partition stands twice the later line counts, in the first place.
 
     Raises:
         DataError: no such file, no day in it, or a line that is not an object with a partition and a status. A last
@@ -108,7 +108,7 @@ def read_days(path: Path) -> list[dict[str, Any]]:
 
 
 def lead(days: list[dict[str, Any]]) -> str:
-    """How many days came to what, and the quality on the last one, in a sentence or two."""
+    """Return the number of days by outcome, and the quality on the last one, in a sentence or two."""
     counts = [(status, sum(day["status"] == status for day in days)) for status in STATUSES]
     counted = ", ".join(f"{count} {status}" for status, count in counts if count)
     measured = [day for day in days if day.get("logloss") is not None]
@@ -130,7 +130,7 @@ def _subtitle(folder: Path, days: list[dict[str, Any]]) -> str:
 
 
 def _cards(days: list[dict[str, Any]]) -> list[Card]:
-    """The last measured day, each number beside its mean over the trained days before."""
+    """Return cards of the last measured day, each number beside its mean over the trained days before."""
     measured = [day for day in days if day.get("logloss") is not None]
     if not measured:
         return []
@@ -217,7 +217,7 @@ def _status(day: dict[str, Any]) -> str:
 
 
 def _measured(part: dict[str, Any], key: str, shown: Callable[[float | None], str]) -> str:
-    """A metric of scored rows, "undefined" where they give none; a dash where nothing was scored or told."""
+    """Return a metric of scored rows as text: "undefined" if they give none, a dash if nothing was scored or told."""
     if part.get("rows") is None or key not in part:
         return "–"
     return shown(part[key])

@@ -1,4 +1,4 @@
-"""What each number of a report means, in a line and a formula. docs/metrics.md says the same at length."""
+"""Define each number of a report in a line and a formula. docs/metrics.md says the same at length."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ DEFINITIONS = (
 
 
 def number(value: float | int | None) -> str:
-    """A metric with four digits, or a count."""
+    """Format a metric with four digits, or a count."""
     if value is None:
         return "undefined"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def percent(value: float | None) -> str:
-    """A rate with two digits behind the point."""
+    """Format a rate with two digits behind the point."""
     return "undefined" if value is None else f"{value:.2%}"

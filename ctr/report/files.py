@@ -1,4 +1,4 @@
-"""Text of the files of a report, with JSON that people can read, too."""
+"""Read and write text files of a report, with JSON that people can read, too."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def read_text(path: Path) -> str:
-    """Without the space around; "" where there is no such file."""
+    """Return the text without the space around; "" if there is no such file."""
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def json_text(values: Any, indent: str = "") -> str:
-    """JSON with a line for each key and for each object of a list; a list of numbers stands on one line."""
+    """Return JSON with a line for each key and for each object of a list; a list of numbers stands on one line."""
     inner = indent + "  "
     if isinstance(values, dict) and values:
         lines = [f"{inner}{json.dumps(str(key))}: {json_text(value, inner)}" for key, value in values.items()]

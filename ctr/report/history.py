@@ -1,4 +1,4 @@
-"""What happened during a run: its `metrics.jsonl` as series over steps."""
+"""Read the history of a run: its `metrics.jsonl` as series over steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ TABLE_COUNTS = ("rows", "bytes", "new", "admitted", "rejected", "expired", "evic
 
 @dataclass(frozen=True)
 class TableCounts:
-    """What dynamic tables held at a step, and what had happened in them by then: TABLE_COUNTS, as logged."""
+    """Counts of dynamic tables at a step: what they held, and what had happened in them by then, as logged
+    (TABLE_COUNTS)."""
 
     step: int
     total: dict[str, int]

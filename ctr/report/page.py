@@ -1,4 +1,4 @@
-"""The HTML page of a report, from numbers and plots that are ready."""
+"""Render the HTML page of a report, from numbers and plots that are ready."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Page:
 
 
 def render(template: str, **values: Any) -> str:
-    """A page of the family: a template of this folder, which all extend base.html, with its values."""
+    """Render a template of this folder, which all extend base.html, with its values."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.get_template(template).render(**values)
@@ -92,7 +92,7 @@ def versions_table(versions: dict[str, str]) -> Table | None:
 
 
 def lead(split: str | None, metrics: dict[str, Any], ceiling: dict[str, float] | None) -> str:
-    """The result in one sentence. `metrics` may say of which step's model it is."""
+    """Return the result in one sentence. `metrics` may say of which step's model it is."""
     if split is None:
         return "Nothing was scored; this is the report of the training."
     parts = []
@@ -116,13 +116,13 @@ def _card(definition: Definition, metrics: dict[str, Any], ceiling: dict[str, fl
 
 
 def _comparison(splits: dict[str, dict[str, Any]]) -> Table:
-    """A row for each metric: few splits and many metrics fit a phone that way round."""
+    """Return a table with a row for each metric: few splits and many metrics fit a phone that way round."""
     rows = [[one.title, *(number(metrics[one.key]) for metrics in splits.values())] for one in DEFINITIONS]
     return Table(["metric", *splits], rows)
 
 
 def _left_out(history: History) -> list[str]:
-    """A sentence for each split of which the reader left rows out."""
+    """Return a sentence for each split from which the reader left out rows."""
     sentences = []
     for split, counts in sorted(history.left_out.items()):
         reasons = [f"{count:,} rows ({reason})" for reason, count in sorted(counts.items())]

@@ -1,4 +1,4 @@
-"""The same rows as two runs scored them, whatever files, ranks and order each wrote them in."""
+"""Match rows that two runs scored, whatever files, ranks and order each wrote them in."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Scored:
 
 
 def read_pairs(first: Path, second: Path, split: str | None) -> tuple[list[Scored], list[str]]:
-    """The rows that two run folders both scored: of one split, or (daily retraining) of all days in common.
+    """Return the rows that two run folders both scored: of one split, or (daily retraining) of all days in common.
 
     split: None takes test, valid or train, the first that both have. Returns the parts, and a sentence for each
     reason for which something was left out.
@@ -55,7 +55,7 @@ def read_pairs(first: Path, second: Path, split: str | None) -> tuple[list[Score
 
 
 def pooled(parts: list[Scored], by_group: bool) -> PairedRows:
-    """All parts as one; by_group: rows of one group are a cluster, over all parts.
+    """Return all parts as one; by_group: rows of one group are a cluster, over all parts.
 
     Raises:
         DataError: by_group, and the predictions have no column group.

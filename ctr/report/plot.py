@@ -1,4 +1,4 @@
-"""What every plot is made of: a figure in the page's style, as inline SVG that follows light and dark."""
+"""Shared parts of all plots: a figure in the page's style, as inline SVG that follows light and dark."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Plot:
 
 
 def json_points(plots: Iterable[Plot]) -> dict[str, dict]:
-    """The points of each plot by its name, numbers to six digits, null for a gap."""
+    """Return the points of each plot by its name, numbers to six digits, null for a gap."""
     return {
         plot.name: {
             curve: {axis: [_json_number(value) for value in values] for axis, values in axes.items()}
@@ -100,7 +100,7 @@ def _json_number(value: Any) -> Any:
 
 @contextmanager
 def canvas(rows: int = 1, height_inches: float = 2.9, **gridspec) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure of `rows` axes that share x, drawn in the page's style."""
+    """Yield a figure of `rows` axes that share x, drawn in the page's style."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, height_inches))
         FigureCanvasSVG(figure)
@@ -109,7 +109,7 @@ def canvas(rows: int = 1, height_inches: float = 2.9, **gridspec) -> Iterator[tu
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> Markup:
-    """The figure as an <svg> element: the same figure gives the same bytes.
+    """Return the figure as an <svg> element: the same figure gives the same bytes.
 
     Args:
         name: prefix of the ids inside, unique on the page.
@@ -139,7 +139,7 @@ def _opening_tag(description: str) -> str:
 
 
 def split_styles(splits: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Colour and dashes for each of the first four splits; test, valid and train look alike in every plot."""
+    """Return colour and dashes for each of the first four splits; test, valid and train look alike in every plot."""
     shown = list(splits)[: len(SERIES)]
     styles = [dict(color=colour, linestyle=dashes) for colour, dashes in zip(SERIES, DASHES, strict=True)]
     chosen = {split: styles[at] for at, split in enumerate(("test", "valid", "train")) if split in shown}
@@ -149,7 +149,7 @@ def split_styles(splits: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def legend_above(axes: Axes) -> None:
-    """A legend that covers nothing: above the axes, in at most two lines; none where nothing has a name."""
+    """Draw a legend that covers nothing: above the axes, in at most two lines; none if nothing has a name."""
     names = axes.get_legend_handles_labels()[1]
     if names:
         style = dict(borderaxespad=0.2, handlelength=1.8, columnspacing=1.2, markerscale=0.7)
@@ -157,13 +157,13 @@ def legend_above(axes: Axes) -> None:
 
 
 def unit_of(highest: float) -> tuple[int, str]:
-    """Bytes and name of the unit for an axis of bytes, so that its marks are round numbers of it."""
+    """Return bytes and name of the unit for an axis of bytes, so that its marks are round numbers of it."""
     unit = 1024 ** min(3, (max(1, int(highest)).bit_length() - 1) // 10)
     return unit, size(unit).split()[-1]
 
 
 def short_number(value: float, _: Any = None) -> str:
-    """12500 -> 12.5k, for axes."""
+    """Format 12500 as 12.5k, for axes."""
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{value / unit:g}{letter}"

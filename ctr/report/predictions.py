@@ -25,7 +25,7 @@ PREFERRED_SPLITS = ("test", "valid", "train")
 
 
 def read_predictions(folder: Path) -> dict[str, Rows]:
-    """Rows of each split, over all files of the folder.
+    """Return the rows of each split, over all files of the folder.
 
     The files hold prediction (probability), label (0 or 1), weight, and optionally group (integer) and split
     (string; `test` where absent). A file without a row may name the split that it is of in its metadata: a split of
@@ -47,7 +47,7 @@ def read_predictions(folder: Path) -> dict[str, Rows]:
 
 
 def read_column(folder: Path, split: str, column: str) -> tuple[Rows, pa.ChunkedArray]:
-    """Rows of one split, and what one more column holds for each of them.
+    """Return the rows of one split, and the values of one more column for them.
 
     Raises:
         DataError: as `read_predictions`; also for a file without the column, or no row of that split.
@@ -65,7 +65,7 @@ def read_column(folder: Path, split: str, column: str) -> tuple[Rows, pa.Chunked
 
 
 def split_names(folder: Path) -> list[str]:
-    """The splits of which there are rows."""
+    """Return the splits that have rows."""
     names: set[str] = set()
     for path in _files(folder):
         with _opened(path) as file:
@@ -79,18 +79,18 @@ def split_names(folder: Path) -> list[str]:
 
 
 def slice_names(folder: Path) -> list[str]:
-    """Columns that say to which slice a row belongs, in the order of the first file."""
+    """Return the columns that assign rows to slices, in the order of the first file."""
     schema = _first_schema(folder)
     return [name for name in schema.names if name == NEW_IDS or name.startswith(SLICE)]
 
 
 def slice_field(folder: Path, column: str) -> pa.Field:
-    """How the first file declares a column; its metadata says how values are shown."""
+    """Return the field of a column in the first file with rows; its metadata says how values are shown."""
     return _first_schema(folder).field(column)
 
 
 def _first_schema(folder: Path) -> pa.Schema:
-    """That of the first file with a row; a rank without rows writes fewer columns."""
+    """Return the schema of the first file with a row; a rank without rows writes fewer columns."""
     schemas = []
     for path in _files(folder):
         with _opened(path) as file:
@@ -119,7 +119,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def _read_file(path: Path, extra: str | None = None) -> list[tuple[str, Rows, pa.ChunkedArray | None]]:
-    """Rows of each split of one file, with the column `extra` of the same rows."""
+    """Return the rows of each split of one file, with the column `extra` of the same rows."""
     with _opened(path) as file:
         present = file.schema_arrow.names
         empty_split = None if file.metadata.num_rows else (file.schema_arrow.metadata or {}).get(SPLIT_OF_FILE)
@@ -176,7 +176,7 @@ def _checked(path: Path, columns: dict[str, np.ndarray]) -> Rows:
 
 
 def _join(parts: list[tuple[Path, Rows]]) -> Rows:
-    """Rows of several files as one. A weight of None stands for ones."""
+    """Concatenate rows of several files. A weight of None stands for ones."""
     parts = [part for part in parts if len(part[1].prediction)] or parts[:1]
     (first_path, first), all_rows = parts[0], [rows for _, rows in parts]
     for path, rows in parts:

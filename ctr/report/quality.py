@@ -1,4 +1,4 @@
-"""Plots of how good the predictions are: ROC, precision and recall, calibration, spread by class."""
+"""Plot how good the predictions are: ROC, precision and recall, calibration, spread by class."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class SplitCurves:
-    """What the plots keep of one split after its rows are let go.
+    """Data for the plots of one split, kept after its rows are released.
 
     roc, pr and their values at the rates of the tables are None unless both classes are there. `decades`: the
     calibration plot is on logarithmic axes, and `spread`, the histogram below it, is too.
@@ -63,7 +63,7 @@ class SplitCurves:
 
 
 def split_curves(split: str, table: ScoreTable, metrics: dict[str, Any]) -> SplitCurves:
-    """Curves of at most 500 points and histograms of one split; `table` may be empty or of one class."""
+    """Compute curves of at most 500 points and histograms of one split; `table` may be empty or of one class."""
     roc = roc_curve(table) if table.has_both_classes else None
     pr = pr_curve(table) if table.has_both_classes else None
     low, high = (float(table.score[0]), float(table.score[-1])) if len(table.score) else (0.0, 1.0)

@@ -32,7 +32,7 @@ class Report:
     values: dict[str, Any]
 
     def summary(self) -> str:
-        """The result and where the page is, in one line."""
+        """Return the result and the place of the page, in one line."""
         sentence = lead(self.values["split"], self.values, self.values.get("ceiling"))
         return f"{sentence} Report: {self.folder / 'report.html'}"
 
@@ -102,7 +102,7 @@ def write_report(
 
 
 def _check_scored(folder: Path, scored: dict[str, int], found: dict[str, Rows]) -> None:
-    """Raise DataError where the predictions are not the rows that were scored."""
+    """Raise DataError if the predictions are not the rows that were scored."""
     for split, rows in scored.items():
         there = len(found[split].prediction) if split in found else 0
         if there != rows:
@@ -119,7 +119,7 @@ def _quality_plots(measured: list[SplitCurves]) -> list[Plot]:
 
 
 def _values(measured: list[SplitCurves], ceiling: dict[str, float] | None, history: History) -> dict[str, Any]:
-    """The content of report.json: the metrics of the first split, and what else there is."""
+    """Return the content of report.json: the metrics of the first split, and the other values."""
     values: dict[str, Any] = {"split": None}
     if measured:
         values = {"split": measured[0].split, "step": history.scored_step, **measured[0].metrics}
@@ -147,7 +147,7 @@ def _measure(split: str, rows: Rows) -> SplitCurves:
 
 
 def _ceilings(path: Path, teacher: dict[str, Any] | None, splits: list[str]) -> dict[str, dict[str, float]]:
-    """AUC and logloss of the best possible predictions, for each split of which they are known."""
+    """Return AUC and logloss of the best possible predictions, for each split with known ones."""
     if teacher is None:
         text = read_text(path)
         if not text:

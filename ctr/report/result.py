@@ -1,4 +1,4 @@
-"""What a run writes at its end, its predictions and its report, put in the place of an earlier result as one thing.
+"""Write the result of a run, its predictions and its report, and put it in the place of an earlier one as a whole.
 
 The new result is written into a folder of its own. Its renaming is the moment from which it counts: before it, the old
 result is the result; after it, the new one is, and whoever opens the run next puts its pieces in their places where a

@@ -1,4 +1,4 @@
-"""Metrics of parts of a split: rows by the value of a feature, or by whether their ids were known."""
+"""Measure parts of a split: rows by the value of a feature, or by whether their ids were known."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Slices:
     parts: list[tuple[str, dict[str, Any]]]
 
     def json(self) -> dict[str, Any]:
-        """For report.json: the number of values, and a list of slices with their metrics."""
+        """Return the content for report.json: the number of values, and a list of slices with their metrics."""
         return {"distinct": self.distinct, "slices": [{"value": name, **metrics} for name, metrics in self.parts]}
 
     def table(self) -> Table:
@@ -64,7 +64,7 @@ class Slices:
 def measure_slices(
     folder: Path, split: str, column: str, names: dict[str, str] | None = None, top: int = TOP
 ) -> Slices:
-    """Metrics by the values of `column` in the parquet files of `folder`.
+    """Return metrics by the values of `column` in the parquet files of `folder`.
 
     A row of a multi-valued feature counts in the slice of each of its values; a row without any is in `missing`.
     Memory: the rows of the split and this one column.
@@ -101,7 +101,7 @@ def measure_slices(
 
 
 def largest_ids(folder: Path, split: str, column: str, top: int = TOP) -> np.ndarray:
-    """The ids (int64) with the most rows, of a column of ids or of lists of them."""
+    """Return the ids (int64) with the most rows, of a column of ids or of lists of them."""
     _, values = read_column(folder, split, column)
     values = values.combine_chunks()
     ids = values.flatten() if pa.types.is_list(values.type) else values
@@ -122,8 +122,8 @@ def _metrics(rows: Rows, chosen: np.ndarray) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Coded:
-    """A column as small numbers: `codes` int64, index into `names`; `rows` the row of each, None: one each, in order.
-    ordered: the values have an order of their own, in which they are shown. caption: what they are."""
+    """A column as small numbers: `codes` int64, index into `names`; `rows` the row of each, None: one each, in
+    order."""
 
     codes: np.ndarray
     names: list[str]
@@ -161,7 +161,7 @@ def _coded(folder: Path, field: pa.Field, values: pa.ChunkedArray, names: dict[s
 
 
 def _names(field: pa.Field, ids: np.ndarray, names: dict[str, str]) -> list[str]:
-    """How the ids were stored, as far as that is known: of a string the reader keeps a hash of 64 bits."""
+    """Return the stored form of ids, as far as it is known: the reader keeps only a 64-bit hash of a string."""
     metadata = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
     if "boundaries" in metadata:
         shown = _intervals([f"{edge:g}" for edge in json.loads(metadata["boundaries"])])
@@ -175,7 +175,7 @@ def _names(field: pa.Field, ids: np.ndarray, names: dict[str, str]) -> list[str]
 
 
 def _buckets(values: np.ndarray, of: str) -> _Coded:
-    """Buckets of about equal rows, between quantiles of the values that occur."""
+    """Return buckets with about equal rows, between quantiles of the values that occur."""
     edges = np.unique(np.quantile(values, np.linspace(0, 1, NUMERIC_BUCKETS + 1), method="inverted_cdf"))
     if len(edges) == 1:
         return _Coded(np.zeros(len(values), np.int64), [f"{edges[0]:g}"], None, True)
@@ -186,6 +186,6 @@ def _buckets(values: np.ndarray, of: str) -> _Coded:
 
 
 def _intervals(edges: list[str]) -> list[str]:
-    """Names of the buckets between edges; each edge belongs to the bucket above it."""
+    """Return names of the buckets between edges; each edge belongs to the bucket above it."""
     between = [f"{low} to {high}" for low, high in pairwise(edges)]
     return [f"below {edges[0]}", *between, f"{edges[-1]} and above"]

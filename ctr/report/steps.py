@@ -1,4 +1,4 @@
-"""What plots over steps share: their axis, their markers and the table of their numbers."""
+"""Shared parts of plots over steps: their axis, their markers and the table of their numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TABLE_ROWS = 12
 
 
 def finish_steps(axes: Axes, label: str) -> None:
-    """Steps along x, `label` along y, and a legend if anything has a name."""
+    """Put steps along x, `label` along y, and a legend if anything has a name."""
     axes.set(xlabel="step", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(short_number))
@@ -22,12 +22,13 @@ def finish_steps(axes: Axes, label: str) -> None:
 
 
 def marker(curve: Curve) -> str | None:
-    """A line through few points hides where they are, and a line through one shows nothing."""
+    """Return a marker for short curves: a line through few points hides where they are, and through one shows
+    nothing."""
     return "o" if len(curve.x) <= 40 else None
 
 
 def series_table(series: dict[str, np.ndarray], names: tuple[str, ...]) -> Table:
-    """Values of `names` (float64 [steps] each, NaN is a gap) at a few steps; the table beside the plot."""
+    """Return values of `names` (float64 [steps] each, NaN is a gap) at a few steps: the table beside the plot."""
     columns = ["step", *(name.replace("_", " ") for name in names)]
     rows = [
         [f"{series['step'][at]:,.0f}", *(four_digits(series[name][at]) for name in names)]
@@ -37,12 +38,12 @@ def series_table(series: dict[str, np.ndarray], names: tuple[str, ...]) -> Table
 
 
 def evenly(length: int) -> list[int]:
-    """At most TABLE_ROWS positions, with the first and the last."""
+    """Return at most TABLE_ROWS positions, with the first and the last."""
     return sorted({round(at) for at in np.linspace(0, length - 1, min(length, TABLE_ROWS))}) if length else []
 
 
 def four_digits(value: float) -> str:
-    """Four digits, or all of a number of five and more; a dash for a gap."""
+    """Format four digits, or all of a number of five and more; a dash for a gap."""
     if not np.isfinite(value):
         return "–"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"

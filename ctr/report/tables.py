@@ -1,4 +1,4 @@
-"""Dynamic tables in a report: rows and bytes over steps, what came and went, and the numbers by table."""
+"""Report dynamic tables: rows and bytes over steps, what came and went, and the numbers by table."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ COLUMNS = (*CAME, *WENT)
 
 
 def table_plots(history: History) -> list[Plot]:
-    """Rows and bytes of all tables, and ids admitted, rejected, expired and evicted, over steps."""
+    """Plot rows and bytes of all tables, and ids admitted, rejected, expired and evicted, over steps."""
     if history.last_tables is None:
         return []
     return [_size_plot(history, history.last_tables), _count_plot(history, history.last_tables)]
 
 
 def numbers_by_table(counts: TableCounts) -> Table:
-    """A row for each table, largest in bytes first, and their total."""
+    """Return a row for each table, largest in bytes first, and their total."""
     ordered = sorted(counts.by_table.items(), key=lambda item: (-item[1]["bytes"], item[0]))
     return Table(
         ["table", "rows", "bytes", "bytes per row", *COLUMNS],
@@ -34,7 +34,7 @@ def numbers_by_table(counts: TableCounts) -> Table:
 
 
 def json_values(counts: TableCounts) -> dict[str, dict[str, int]]:
-    """For report.json: the counts by table, and `total`. A table of that very name is `table total`."""
+    """Return the counts by table for report.json, and `total`. A table of that very name is `table total`."""
     by_table = {"table total" if name == "total" else name: one for name, one in counts.by_table.items()}
     return {**by_table, "total": counts.total}
 
@@ -94,14 +94,14 @@ def _count_plot(history: History, last: TableCounts) -> Plot:
 
 
 def _exact(series: dict[str, np.ndarray], name: str) -> Curve:
-    """At most POINTS points as they were logged: means would end a running count below its last value."""
+    """Return at most POINTS points as they were logged: means would end a running count below its last value."""
     known = np.isfinite(series[name])
     curve = Curve(series["step"][known], series[name][known])
     return curve.keep(np.linspace(0, len(curve.x) - 1, POINTS).round().astype(np.int64))
 
 
 def _from_zero(axes: Axes, highest: float) -> None:
-    """Whole numbers from 0 on, also where nothing was counted."""
+    """Label an axis with whole numbers from 0 on, also if nothing was counted."""
     top = max(1.0, 1.05 * highest)
     # A count that stays 0 would lie under the axis.
     axes.set_ylim(-0.04 * top, top)

@@ -1,4 +1,4 @@
-"""Plots of how the run went: loss, AUC of the evaluations, learning rates and speed over steps."""
+"""Plot how the run went: loss, AUC of the evaluations, learning rates and speed over steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Bound:
 
 
 def training_plots(history: History, watched: str, ceiling: dict[str, float] | None) -> list[Plot]:
-    """Loss, AUC of evaluations, learning rates and speed over steps; those that the log has numbers for.
+    """Plot loss, AUC of evaluations, learning rates and speed over steps; those that the log has numbers for.
 
     ceiling: auc and logloss of the best possible predictions on the split `watched`, drawn as a line.
     """
@@ -38,7 +38,8 @@ def training_plots(history: History, watched: str, ceiling: dict[str, float] | N
 
 
 def course(history: History) -> list[str]:
-    """How long training was and how fast, and where it was best, in a sentence each, as far as the log tells."""
+    """Return how long training took, how fast it was and where it was best, in a sentence each, as far as the log
+    tells."""
     sentences = []
     steps, rows, seconds, speed = (
         history.train.get(name, np.zeros(0)) for name in ("step", "rows", "seconds", "samples_per_second")

@@ -1,4 +1,4 @@
-"""Saved states against the disk itself, and what a save costs training.
+"""Compare saved states with the disk itself, and measure what a save costs training.
 
     python scripts/bench/checkpoint.py [--rows 4000000] [--dim 16] [--optimizer adam] [--folder DIR]
 
@@ -71,7 +71,7 @@ def read_plain(path: Path) -> None:
 
 
 def read_and_keep(path: Path) -> None:
-    """A plain read of a file into memory of its own, as much as it has bytes."""
+    """Read a file plainly into new memory, as large as the file."""
     left, chunks = path.stat().st_size, []
     with open(path, "rb", buffering=0) as file:
         while left:
@@ -82,7 +82,7 @@ def read_and_keep(path: Path) -> None:
 
 
 def touch_new_memory(size: int) -> None:
-    """Of a table's chunks: write one number of each page."""
+    """Allocate a table's chunks and write one number of each page."""
     chunks = [allocate_chunk((CHUNK // 4096, 1024)) for _ in range(0, size, CHUNK)]
     for chunk in chunks:
         chunk[:, 0] = 1.0
@@ -97,7 +97,7 @@ def drop_cache() -> bool:
 
 
 def write_state(root: Storage, parts: TableParts, table: DynamicTable, process: Process) -> int:
-    """Returns the bytes of the state."""
+    """Write a state; return its bytes."""
 
     def write(storage: Storage) -> dict:
         parts.write(storage, process)
@@ -154,7 +154,7 @@ def step_of_deepfm(table: DynamicTable, rows: int) -> Callable[[], None]:
 
 
 def steps_while(step: Callable[[], None], running: Callable[[], bool]) -> list[float]:
-    """Seconds of each step for as long as `running`."""
+    """Return the seconds of each step for as long as `running`."""
     times = []
     while running():
         times.append(seconds(step))

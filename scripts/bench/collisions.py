@@ -1,4 +1,4 @@
-"""What collisions cost: the same model and table, with every id its own row, and with ids taken modulo m.
+"""Measure the cost of collisions: the same model and table, with every id its own row, and with ids taken modulo m.
 
     python scripts/bench/collisions.py --seeds 3 experiment=demo data.path=data/synthetic
 
@@ -57,7 +57,7 @@ def train(divisor: int | None, folder: str, overrides: list[str]) -> int:
 
 
 def count_distinct(trainer) -> dict[str, int]:
-    """Distinct ids of each feature in the training split."""
+    """Return the number of distinct ids of each feature in the training split."""
     import torch
 
     found = {name: [] for name in trainer.schema.id_names}

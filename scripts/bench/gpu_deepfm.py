@@ -1,4 +1,4 @@
-"""DeepFM on one GPU from preloaded batches: samples per second, and where the time of a step goes.
+"""Measure DeepFM on one GPU from preloaded batches: samples per second, and the time of the parts of a step.
 
     python scripts/bench/gpu_deepfm.py [--rows 1000000] [--batch 4096] [--repeat 50] [--variants amp amp+compile]
 
@@ -70,7 +70,7 @@ class Batch:
 
 
 class Clock:
-    """Seconds of the parts of each step: by CUDA events, read after all steps, or by the host's clock."""
+    """Measures seconds of the parts of each step: by CUDA events, read after all steps, or by the host's clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -81,7 +81,7 @@ class Clock:
         self.mark()
 
     def mark(self) -> None:
-        """The end of a part."""
+        """Record the end of a part."""
         if self._on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -90,7 +90,7 @@ class Clock:
             self._steps[-1].append(time.perf_counter())
 
     def medians(self, leave_out: int) -> tuple[float, list[float]]:
-        """Of a step and of its parts, without the first steps."""
+        """Return the median seconds of a step and of its parts, without the first `leave_out` steps."""
         if self._on_gpu:
             torch.cuda.synchronize()
         steps = self._steps[leave_out:]

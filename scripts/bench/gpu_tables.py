@@ -50,7 +50,7 @@ class Sizes:
 
 
 def timed(work: Callable[[int], object], repeat: int, device: torch.device) -> float:
-    """Median seconds of work(0), work(1), ..."""
+    """Return the median seconds of work(0), work(1), ..."""
     times = []
     for turn in range(repeat + 3):
         if device.type == "cuda":
@@ -68,12 +68,12 @@ def timed(work: Callable[[int], object], repeat: int, device: torch.device) -> f
 
 
 def spread(rows: Tensor) -> Tensor:
-    """Ids of row numbers: different 64-bit numbers in no order."""
+    """Return ids of row numbers: different 64-bit numbers in no order."""
     return rows * -7046029254386353131
 
 
 def drawn_rows(sizes: Sizes, distinct: bool, seed: int) -> Tensor:
-    """Row numbers int64 [ids] of one step and table."""
+    """Return the row numbers int64 [ids] of one step and table."""
     generator = torch.Generator().manual_seed(seed)
     if distinct:
         return torch.randperm(sizes.rows, generator=generator)[: sizes.ids]
@@ -119,7 +119,7 @@ class Static:
 
 
 def moved_bytes(config: DynamicTableConfig, batches: list[list[Tensor]]) -> float:
-    """Bytes that a step has to move once, mean of the batches."""
+    """Return the bytes that a step has to move once, mean of the batches."""
     width = config.width * 4
     values = config.stored_bytes - 4 * config.state_width
     total = 0
@@ -131,7 +131,7 @@ def moved_bytes(config: DynamicTableConfig, batches: list[list[Tensor]]) -> floa
 
 
 def bench_steps(sizes: Sizes, repeat: int, device: torch.device, copy_speed: float) -> None:
-    """The table of steps."""
+    """Measure and print the table of steps."""
     print(f"{'ids':<10}{'format':<8}{'optimizer':<18}{'distinct':>10}", end="")
     print(f"{'static ms':>11}{'dynamic ms':>12}{'ratio':>7}{'static GB/s':>13}{'dynamic GB/s':>14}{'of copy':>9}")
     grads = [torch.randn(sizes.ids, sizes.dim, device=device) for _ in range(sizes.tables)]
@@ -168,14 +168,14 @@ def steps_of(tables: list, batches: list[list[Tensor]], grads: list[Tensor]) -> 
 
 
 def copy_bandwidth(sizes: Sizes, repeat: int, device: torch.device) -> float:
-    """GB/s read and written by a copy on the device."""
+    """Return the GB/s read and written by a copy on the device."""
     source = torch.ones(sizes.copy, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * sizes.copy / timed(lambda turn: target.copy_(source), repeat, device) / 1e9
 
 
 def bench_map(sizes: Sizes, repeat: int, device: torch.device) -> None:
-    """Ids found per second, known and unknown, and ids inserted per second."""
+    """Measure ids found per second, known and unknown, and ids inserted per second."""
     id_map, known = IdMap(device), spread(torch.arange(10 * sizes.rows, device=device))
     start = time.perf_counter()
     for begin in range(0, known.numel(), sizes.ids):

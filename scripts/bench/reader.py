@@ -1,4 +1,4 @@
-"""Rows per second of the reader beside pyarrow alone, and whether its memory grows with the data.
+"""Measure rows per second of the reader beside pyarrow alone, and whether its memory grows with the data.
 
     python scripts/bench/reader.py --rows 2000000 --links 4 --runs 5 --threads 1 2
 
@@ -93,7 +93,7 @@ def print_speed(folder: Path, ids: str, threads: int, args: argparse.Namespace) 
 
 
 def pyarrow_alone(groups: list, columns: list[str], threads: int, whole: bool) -> float:
-    """Seconds to decode all row groups, each as a whole or in batches."""
+    """Return the seconds to decode all row groups, each as a whole or in batches."""
 
     def decode(file: Path, group: int) -> None:
         parquet = pq.ParquetFile(file)
@@ -160,7 +160,7 @@ def write_data(folder: Path, rows: int, ids: str) -> None:
 
 
 def as_hex(codes: np.ndarray) -> pa.Array:
-    """Strings of 8 hexadecimal digits, as Criteo stores them."""
+    """Return strings of 8 hexadecimal digits, as Criteo stores them."""
     shifts = np.arange(28, -4, -4, dtype=np.uint64)
     digits = np.frombuffer(b"0123456789abcdef", np.uint8)[(codes[:, None] >> shifts) & np.uint64(15)]
     offsets = np.arange(0, 8 * len(codes) + 1, 8, dtype=np.int32)

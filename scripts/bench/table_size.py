@@ -1,4 +1,4 @@
-"""What a training step of DeepFM costs when its tables grow: 0.3 M, 3 M and 30 M rows.
+"""Measure a training step of DeepFM when its tables grow: 0.3 M, 3 M and 30 M rows.
 
     python scripts/bench/table_size.py --millions 0.3 3 30 --peer ENVIRONMENT
 

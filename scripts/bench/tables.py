@@ -38,12 +38,12 @@ def show(what: str, *columns: str) -> None:
 
 
 def distinct_ids(count: int, seed: int = 0) -> torch.Tensor:
-    """Random 64-bit ids; two of some million are equal once in millions of runs."""
+    """Return random 64-bit ids; two of some million are equal once in millions of runs."""
     return torch.randint(-(2**63), 2**63 - 1, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 def power_law_rows(rows: int, seed: int = 1) -> list[torch.Tensor]:
-    """Row numbers below `rows`, int64 [IDS], of STEPS steps: every feature has an equal part of the rows."""
+    """Return row numbers below `rows`, int64 [IDS], of STEPS steps: every feature has an equal part of the rows."""
     generator = torch.Generator().manual_seed(seed)
     values = rows // FEATURES
     offsets = (torch.arange(FEATURES) * values).repeat_interleave(BATCH)
@@ -52,7 +52,7 @@ def power_law_rows(rows: int, seed: int = 1) -> list[torch.Tensor]:
 
 
 def in_turn(items: list[torch.Tensor], work: Callable[[torch.Tensor], object]) -> Callable[[], object]:
-    """`work` on the next item with every call."""
+    """Return a function that calls `work` on the next item with every call."""
     turn = [0]
 
     def call() -> None:
@@ -74,7 +74,7 @@ def filled_table(ids: torch.Tensor) -> DynamicTable:
 
 
 def table_step(table: DynamicTable, grads: torch.Tensor, parts: dict[str, list[float]] | None = None):
-    """What training does with the ids of one batch."""
+    """Return a function that does a training step's table work on the ids of one batch."""
 
     def step(ids: torch.Tensor) -> None:
         times = [time.perf_counter()]

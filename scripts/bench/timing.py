@@ -1,4 +1,4 @@
-"""How benchmarks take time."""
+"""Measure time in benchmarks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def alternate(works: dict[K, Callable[[], object]], rounds: int, calls: int = 1) -> dict[K, float]:
-    """Median seconds per call of each of several works, which take turns so that disturbances meet them alike. Each is
-    called twice before."""
+    """Return median seconds per call of each of several works, which take turns so that disturbances affect them alike.
+    Each is called twice before."""
     for work in works.values():
         work(), work()
     times: dict[K, list[float]] = {name: [] for name in works}

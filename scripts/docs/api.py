@@ -1,4 +1,4 @@
-"""The pages of the Python interface: one per package, with the docstrings of its public modules.
+"""Build the pages of the Python interface: one per package, with the docstrings of its public modules.
 
 They are found in the source tree, so that a module that is moved or new needs no entry anywhere.
 """

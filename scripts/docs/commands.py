@@ -1,4 +1,4 @@
-"""The page of all commands: what `tessera WORD --help` says of each."""
+"""Build the page of all commands: what `tessera WORD --help` says of each."""
 
 from __future__ import annotations
 

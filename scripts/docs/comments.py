@@ -1,4 +1,4 @@
-"""The comments that explain keys: beside the fields of a dataclass, and beside the keys of a yaml file."""
+"""Find the comments that explain keys: beside the fields of a dataclass, and beside the keys of a yaml file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What mkdocs calls while it builds the site (mkdocs.yml): pages that are made from the code, and pages from the root.
+"""Hooks for mkdocs (mkdocs.yml): they add pages that are made from the code, and pages from the root.
 
 On disk docs/ holds what people write. Added here are the page of every key, the pages of the Python interface, and
 README's neighbours (CONTRIBUTING.md and so on), whose links then lead to the site's own pages.

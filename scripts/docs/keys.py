@@ -1,4 +1,5 @@
-"""The page of every key: what conf/ and the data schema know, with types, defaults and comments, out of the code."""
+"""Build the page of every key: those of conf/ and of the data schema, with types, defaults and comments from the
+code."""
 
 from __future__ import annotations
 
