@@ -1,4 +1,4 @@
-"""What `setup.py` wrote about the compiled kernels, and whether they may be used.
+"""Write and read the record of the compiled kernels, which says whether they may be used.
 
 The library is `kernels/_C*.so`, the record `kernels/_build.json` beside it: from which sources and for
 which torch the library was made, or why there is none. A library that does not match is never loaded.
@@ -17,7 +17,7 @@ NAME = "_build.json"
 
 
 def source_hash(folder: Path = SOURCES) -> str | None:
-    """Hash over names and contents of the C++ sources; None where they are not installed."""
+    """Return a hash over names and contents of the C++ sources; None if they are not installed."""
     files = sorted(path for path in folder.glob("*") if path.suffix in (".cpp", ".h"))
     if not files:
         return None
@@ -34,7 +34,7 @@ def write(folder: Path, **fields: str | None) -> None:
 
 
 def read(folder: Path = HERE) -> dict[str, str | None]:
-    """The record, or {} where there is none or it cannot be read."""
+    """Return the record, or {} if there is none or it cannot be read."""
     try:
         record = json.loads((folder / NAME).read_text())
     except (OSError, ValueError):
@@ -43,7 +43,7 @@ def read(folder: Path = HERE) -> dict[str, str | None]:
 
 
 def problem(torch_version: str, folder: Path = HERE) -> str | None:
-    """Why the compiled library in `folder` cannot be used with this torch (one line), or None if it can."""
+    """Return why the compiled library in `folder` cannot be used with this torch (one line), or None if it can."""
     record = read(folder)
     if not record:
         return "the kernels have not been compiled; run `make install`"

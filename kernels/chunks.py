@@ -1,4 +1,4 @@
-"""How a table's rows are stored: a list of equal chunks [chunk_rows, width], chunk_rows a power of two.
+"""Store a table's rows in a list of equal chunks [chunk_rows, width], chunk_rows a power of two.
 
 Row r is row r & (chunk_rows - 1) of chunk r >> log2(chunk_rows). A table grows by appending a chunk, so no
 row ever moves. Row number -1 stands for "no row" in every op. Values and optimizer state lie side by side in
@@ -24,7 +24,7 @@ _MOST_THREADS = 4  # that commit memory
 def allocate_chunk(
     shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Zeros for one chunk, in large pages where the system offers them.
+    """Return zeros for one chunk, in large pages if the system offers them.
 
     Rows of a large table are read at random: with pages of 4 KiB nearly every one costs a walk through the
     page tables. Only fresh memory can become large pages, so it does not come from torch's allocator. It is
@@ -42,7 +42,7 @@ def allocate_chunk(
 
 
 def commit(fresh: Sequence[Tensor]) -> None:
-    """Have the memory of chunks, or of their first rows, committed now, where it is known that all will be written.
+    """Commit the memory of chunks, or of their first rows, now, if it is known that all will be written.
 
     To get new pages takes longer than to write rows, on a virtual machine whose host has to find them much longer.
     Several threads are faster than the one that would write the rows. fresh: as `allocate_chunk` gave them.
@@ -57,7 +57,7 @@ def commit(fresh: Sequence[Tensor]) -> None:
 
 
 def first_rows(chunks: Sequence[Tensor], rows: int) -> list[Tensor]:
-    """The parts of chunks that hold rows [0, rows)."""
+    """Return the parts of chunks that hold rows [0, rows)."""
     return [part for i, chunk in enumerate(chunks) if len(part := chunk[: max(0, rows - i * len(chunk))])]
 
 

@@ -1,4 +1,4 @@
-"""Sums over bags of rows that were looked up."""
+"""Sum looked-up rows over bags."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pool(
     keys: int = 1,
     widths: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Sums over bags of rows, differentiable in them: for each group of columns float32 [B, keys, its width].
+    """Return sums over bags of rows, differentiable in them: for each group of columns float32 [B, keys, its width].
 
     values: float32 [u, w]; index: int64 [n], 0 <= index < u; offsets: int64 [keys * B + 1], not decreasing, bag b of
     key k is positions offsets[k B + b] to offsets[k B + b + 1] of `index`; weights: float32 [n], factors of the

@@ -6,16 +6,16 @@ from torch import Tensor
 
 
 def signed(number: int) -> int:
-    """The Python integer whose int64 bit pattern is that of `number` modulo 2**64."""
+    """Return the Python integer whose int64 bit pattern is that of `number` modulo 2**64."""
     number &= (1 << 64) - 1
     return number - (1 << 64) if number >> 63 else number
 
 
 def shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64 by 1..63 bits: the arithmetic shift with the copies of the sign cleared."""
+    """Shift int64 right logically by 1..63 bits: the arithmetic shift with the copies of the sign cleared."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def rotate_left(x: Tensor, bits: int) -> Tensor:
-    """Rotation of int64 by 1..63 bits."""
+    """Rotate int64 left by 1..63 bits."""
     return (x << bits) | shift_right(x, 64 - bits)

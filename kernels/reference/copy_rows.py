@@ -1,4 +1,4 @@
-"""Copying rows in torch."""
+"""Copy rows in torch."""
 
 from __future__ import annotations
 

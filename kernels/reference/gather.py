@@ -1,4 +1,4 @@
-"""Reading rows in torch."""
+"""Read rows in torch."""
 
 from __future__ import annotations
 

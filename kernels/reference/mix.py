@@ -27,7 +27,7 @@ def unmix64(x: Tensor) -> Tensor:
 
 
 def mix64_number(x: int) -> int:
-    """mix64 of one number, 0 <= result < 2**64."""
+    """Return mix64 of one number, 0 <= result < 2**64."""
     x &= (1 << 64) - 1
     x = (x ^ (x >> 30)) * FACTOR1 & (1 << 64) - 1
     x = (x ^ (x >> 27)) * FACTOR2 & (1 << 64) - 1

@@ -1,4 +1,4 @@
-"""Sums over bags in torch."""
+"""Sum over bags in torch."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def pool_backward(grads: Sequence[Tensor], index: Tensor, offsets: Tensor, weigh
 
 
 def columns_of_groups(sums: Tensor, keys: int, widths: Sequence[int]) -> list[Tensor]:
-    """[keys * B, w] -> [B, keys, width] of each group, which have the columns one after the other."""
+    """Split [keys * B, w] into one [B, keys, width] per group; the groups' columns lie one after the other."""
     groups = sums.view(keys, len(sums) // keys, sums.shape[1]).transpose(0, 1).split(list(widths), 2)
     return [group.clone(memory_format=torch.contiguous_format) for group in groups]
 
 
 def _positions(index: Tensor, offsets: Tensor, rows: int) -> tuple[slice, Tensor]:
-    """The positions that lie in bags, and the bag of each."""
+    """Return the positions that lie in bags, and the bag of each."""
     lengths = offsets.diff()
     if bool((lengths < 0).any()) or int(offsets[0]) < 0 or int(offsets[-1]) > index.numel():
         raise IndexError(f"offsets must not decrease and must stay inside the {index.numel()} positions")

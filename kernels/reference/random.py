@@ -16,19 +16,19 @@ LOW32 = (1 << 32) - 1
 
 
 def stream(seed: int, table: int, step: int) -> int:
-    """The int64 key that all rows of one table at one step share."""
+    """Return the int64 key that all rows of one table at one step share."""
     key = mix64_number(seed + GOLDEN)
     key = mix64_number(key + table + GOLDEN)
     return signed(mix64_number(key + step + GOLDEN))
 
 
 def row_key(stream: int, ids: Tensor) -> Tensor:
-    """What all columns of an id share: int64 [n]."""
+    """Return the key that all columns of an id share: int64 [n]."""
     return mix64(mix64(ids + signed(GOLDEN)) ^ stream)
 
 
 def bits(stream: int, ids: Tensor, dim: int) -> Tensor:
-    """64 random bits for every id and column: int64 [n] to int64 [n, dim]."""
+    """Return 64 random bits for every id and column: int64 [n] to int64 [n, dim]."""
     row = row_key(stream, ids)
     column = torch.arange(1, dim + 1, device=ids.device) * signed(GOLDEN)
     return mix64(row[:, None] + column)
@@ -39,14 +39,14 @@ def uniform(stream: int, ids: Tensor, dim: int) -> Tensor:
 
 
 def mix32(x: Tensor) -> Tensor:
-    """lowbias32 of numbers below 2**32, kept in int64."""
+    """Return lowbias32 of numbers below 2**32, kept in int64."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & LOW32
     x = ((x ^ (x >> 15)) * 0x846CA68B) & LOW32
     return x ^ (x >> 16)
 
 
 def lots(stream: int, ids: Tensor, dim: int, first: int = 0) -> Tensor:
-    """Columns [first, first + dim) of the numbers that rounding draws: float32 [n, dim]."""
+    """Return columns [first, first + dim) of the random draws of stochastic rounding: float32 [n, dim] in [0, 1)."""
     row = row_key(stream, ids)
     column = torch.arange(first + 1, first + dim + 1, device=ids.device) * GOLDEN32
     lot = mix32(((row & LOW32)[:, None] + column) & LOW32) + shift_right(row, 32)[:, None]

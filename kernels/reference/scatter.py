@@ -1,4 +1,4 @@
-"""Writing rows in torch."""
+"""Write rows in torch."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def scatter_columns(chunks: Sequence[Tensor], rows: Tensor, parts: Sequence[Tens
 
 
 def side_by_side(parts: Sequence[Tensor], rows: int) -> Tensor:
-    """[rows, sum of k] of parts [rows or 1, k]."""
+    """Concatenate parts [rows or 1, k] to [rows, sum of k]."""
     return torch.cat([part.expand(rows, -1) for part in parts], dim=1)

@@ -62,13 +62,13 @@ def _round(lane: Tensor, word: Tensor) -> Tensor:
 
 
 def _words(strings: Tensor) -> Tensor:
-    """uint8 [k, length] to int64 [k, length // 8], little-endian."""
+    """Read uint8 [k, length] as int64 [k, length // 8], little-endian."""
     rows, length = strings.shape
     return strings[:, : length // 8 * 8].reshape(-1).view(torch.int64).view(rows, length // 8)
 
 
 def _hash(strings: Tensor) -> Tensor:
-    """XXH64, seed 0, of k strings of one length: uint8 [k, length] to int64 [k]."""
+    """Return XXH64, seed 0, of k strings of one length: uint8 [k, length] to int64 [k]."""
     rows, length = strings.shape
     words = _words(strings)
     if length >= 32:
@@ -91,7 +91,7 @@ def _hash(strings: Tensor) -> Tensor:
 
 
 def _hash_stripes(words: Tensor) -> Tensor:
-    """The state after all whole 32-byte stripes: int64 [k, 4 * stripes] to int64 [k]."""
+    """Return the state after all whole 32-byte stripes: int64 [k, 4 * stripes] to int64 [k]."""
     seeds = (PRIME1 + PRIME2, PRIME2, 0, -PRIME1)
     lanes = [torch.full_like(words[:, 0], signed(seed)) for seed in seeds]
     for i in range(0, words.shape[1], 4):

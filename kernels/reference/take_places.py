@@ -1,4 +1,4 @@
-"""Places in order of arrival, in torch."""
+"""Assign places in order of arrival, in torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Per-row time and count in torch."""
+"""Update time and count per row in torch."""
 
 from __future__ import annotations
 

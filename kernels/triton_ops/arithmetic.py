@@ -1,4 +1,4 @@
-"""What the kernels compute with: mix64, counter-based random numbers, rounding to formats, addresses of rows.
+"""Arithmetic of the kernels: mix64, counter-based random numbers, rounding to formats, addresses of rows.
 
 Formulas: `kernels/mix.py`, `kernels/random.py`, `kernels/quantise.py`. Format numbers are places in `formats.FORMATS`.
 """
@@ -14,7 +14,7 @@ FP32, FP16, BF16, INT8, INT4, INT2 = (tl.constexpr(number) for number in range(6
 
 @triton.jit
 def mix64(x):
-    """uint64 to uint64."""
+    """Apply mix64 to uint64."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x ^ (x >> 31)
@@ -29,19 +29,19 @@ def unmix64(x):
 
 @triton.jit
 def hash_of(ids):
-    """int64 ids to the uint64 that stands for them in the id map."""
+    """Map int64 ids to the uint64 hashes that stand for them in the id map."""
     return mix64(ids.to(tl.uint64, bitcast=True) + GOLDEN)
 
 
 @triton.jit
 def row_key(stream, ids):
-    """What all random numbers of an id share; stream and ids int64."""
+    """Return the key that all random numbers of an id share; stream and ids int64."""
     return mix64(hash_of(ids) ^ stream.to(tl.int64).to(tl.uint64, bitcast=True))
 
 
 @triton.jit
 def random_bits(key, column):
-    """64 random bits; key uint64, column int32."""
+    """Return 64 random bits; key uint64, column int32."""
     return mix64(key + (column + 1).to(tl.uint64) * GOLDEN)
 
 
@@ -53,7 +53,7 @@ def uniform(key, column):
 
 @triton.jit
 def lot(key, column):
-    """The number in [0, 1) that rounding draws for a column."""
+    """Return the random draw in [0, 1) that stochastic rounding uses for a column."""
     x = key.to(tl.uint32) + (column + 1).to(tl.uint32) * 0x9E3779B9
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
@@ -63,13 +63,13 @@ def lot(key, column):
 
 @triton.jit
 def fraction(bits):
-    """The upper 53 of 64 bits as float64 in [0, 1)."""
+    """Return the upper 53 of 64 bits as float64 in [0, 1)."""
     return (bits >> 11).to(tl.int64).to(tl.float64) * 1.1102230246251565e-16
 
 
 @triton.jit
 def normal(key, column):
-    """Box and Muller's transform of the pair of columns that `column` is in."""
+    """Return a standard normal number by Box and Muller's transform of the pair of columns that `column` is in."""
     even = column - column % 2
     radius = tl.sqrt(-2.0 * tl.log(fraction(random_bits(key, even)) + 1.1102230246251565e-16))
     angle = fraction(random_bits(key, even + 1)) * 6.283185307179586
@@ -78,13 +78,13 @@ def normal(key, column):
 
 @triton.jit
 def nearest(x):
-    """x rounded to an integer, ties to even: the sum has no bits for a fraction. |x| < 2^22 or infinite."""
+    """Round x to an integer, ties to even: the sum has no bits for a fraction. |x| < 2^22 or infinite."""
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
 def to_code(x, lots, NEAREST: tl.constexpr, BITS: tl.constexpr):
-    """The code (float32) of x = value / step size."""
+    """Return the code (float32) of x = value / scale."""
     high: tl.constexpr = (1 << (BITS - 1)) - 1
     low: tl.constexpr = -high - 1
     x = tl.minimum(tl.maximum(x, low - 1.0), high + 1.0)
@@ -98,7 +98,7 @@ def to_code(x, lots, NEAREST: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def to_grid(x, lots, NEAREST: tl.constexpr, FORMAT: tl.constexpr):
-    """The number of fp16 or bf16 that a float32 becomes, as float32."""
+    """Round a float32 to a number of fp16 or bf16; return it as float32."""
     mantissa: tl.constexpr = (10 if FORMAT == FP16 else 7) << 23
     lowest: tl.constexpr = (113 if FORMAT == FP16 else 14) << 23
     most: tl.constexpr = 65504.0 if FORMAT == FP16 else 3.3895313892515355e38
@@ -116,7 +116,7 @@ def to_grid(x, lots, NEAREST: tl.constexpr, FORMAT: tl.constexpr):
 
 @triton.jit
 def load_values(address, column, mask, step, FORMAT: tl.constexpr, BITS: tl.constexpr):
-    """Values (float32) that rows hold from the bytes at `address` on; all arguments broadcast to one tile."""
+    """Load values (float32) of rows from the bytes at `address` on; all arguments broadcast to one tile."""
     if FORMAT == FP32:
         return tl.load((address + column * 4).to(tl.pointer_type(tl.float32)), mask=mask, other=0.0)
     elif FORMAT == FP16:
@@ -152,7 +152,7 @@ def store_values(
 ):
     """Write a tile x [ROWS, COLUMNS] of float32 into rows; address [ROWS, 1], column [1, COLUMNS], mask of both.
 
-    key uint64 [ROWS, 1] and columns counted from first_lot draw the lots.
+    key uint64 [ROWS, 1] and columns counted from first_lot give the random draws.
     """
     if FORMAT == FP32:
         tl.store((address + column * 4).to(tl.pointer_type(tl.float32)), x, mask=mask)
@@ -187,6 +187,6 @@ def store_codes(address, mask, code, BITS: tl.constexpr, ROWS: tl.constexpr, COL
 
 @triton.jit
 def address_of(bases, rows, known, SHIFT: tl.constexpr, BYTES: tl.constexpr):
-    """Addresses (int64) of rows of BYTES bytes in chunks of 2^SHIFT rows."""
+    """Return addresses (int64) of rows of BYTES bytes in chunks of 2^SHIFT rows."""
     base = tl.load(bases + (rows >> SHIFT), mask=known, other=0)
     return tl.multiple_of(base, 16) + (rows & ((1 << SHIFT) - 1)) * BYTES

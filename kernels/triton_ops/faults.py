@@ -1,4 +1,4 @@
-"""Numbers out of range that kernels met: noted on the device, raised when the host looks.
+"""Record numbers out of range in kernels: noted on the device, raised when the host looks.
 
 A kernel skips what is out of range. The note is one tensor per device, int64 [5]; reading it waits for the device, so
 it is read where the host waits anyway, by `check`, and after every op under the interpreter.
@@ -26,7 +26,8 @@ _limits: dict[torch.device, tuple[int, int]] = {}
 
 
 def note_of(device: torch.device, rows: int, positions: int = 0) -> Tensor:
-    """The note for a kernel that is about to run; rows and positions: the limits of row numbers and of inverse."""
+    """Return the note for a kernel that is about to run; rows and positions: the limits of row numbers and of
+    inverse."""
     _limits[device] = (rows, positions)
     return _note(device)
 
@@ -66,21 +67,21 @@ def note_duplicates(met: Tensor) -> None:
 
 
 def check_interpreted(device: torch.device) -> None:
-    """`check` where it costs nothing: under the interpreter."""
+    """Call `check` if it costs nothing: under the interpreter."""
     if launch.INTERPRETED:
         check(device)
 
 
 @triton.jit
 def known_rows(rows, inside, total, note):
-    """Whether rows are in the table. -1 is not; one beyond the table is noted."""
+    """Return whether rows are in the table: -1 is not; one beyond the table is noted."""
     tl.atomic_max(note + ROW + tl.zeros_like(rows), rows, mask=inside & (rows >= total), sem="relaxed")
     return inside & (rows >= 0) & (rows < total)
 
 
 @triton.jit
 def known_positions(positions, inside, count, note):
-    """Whether positions are in [0, count); others are noted."""
+    """Return whether positions are in [0, count); others are noted."""
     zeros = tl.zeros_like(positions)
     tl.atomic_max(note + ABOVE + zeros, positions, mask=inside & (positions >= count), sem="relaxed")
     tl.atomic_min(note + BELOW + zeros, positions, mask=inside & (positions < 0), sem="relaxed")

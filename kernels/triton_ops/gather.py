@@ -1,4 +1,4 @@
-"""Reading rows as they are."""
+"""Read rows as they are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tessera.kernels.triton_ops.rows import place_of
 
 @triton.jit
 def rows_at(rows, inverse, at, inside, count, note, HAS_INVERSE: tl.constexpr):
-    """The rows that positions `at` ask for; -1 outside."""
+    """Return the rows that positions `at` ask for; -1 outside."""
     if HAS_INVERSE:
         at = tl.load(inverse + at, mask=inside, other=0)
         inside = known_positions(at, inside, count, note)

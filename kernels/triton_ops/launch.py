@@ -1,4 +1,4 @@
-"""Starting Triton kernels: on the GPU of their tensors, or on the CPU under Triton's interpreter.
+"""Start Triton kernels: on the GPU of their tensors, or on the CPU under Triton's interpreter.
 
 What all kernels of this folder keep to, so that results are those of the C++ ones:
 
@@ -34,18 +34,18 @@ recorder: Callable[[object, tuple[object, ...], dict[str, object]], None] | None
 
 
 def tile(dim: int, least: int = 1) -> tuple[int, int]:
-    """(rows, columns) of a tile for rows of `dim` values: powers of two, columns at least dim and `least`."""
+    """Return (rows, columns) of a tile for rows of `dim` values: powers of two, columns at least dim and `least`."""
     columns = max(least, triton.next_power_of_2(dim))
     return max(1, _SPREAD // columns), columns
 
 
 def block() -> int:
-    """Elements that one program of an elementwise kernel handles."""
+    """Return the number of elements that one program of an elementwise kernel handles."""
     return 1 << 14 if INTERPRETED else 256
 
 
 def warps_of(elements: int) -> int:
-    """Warps of a program that works on a tile of so many elements.
+    """Return the number of warps of a program that works on a tile of so many elements.
 
     A program that changes rows in place has one warp: a value that belongs to a whole row is held by every warp, and
     one warp could write it before another has read it.

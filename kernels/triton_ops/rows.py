@@ -1,4 +1,4 @@
-"""Where the rows of a table are: the addresses of its chunks in device memory, so that one kernel reaches them all."""
+"""Give kernels the addresses of a table's chunks in device memory, so that one kernel reaches all rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Place(NamedTuple):
 
 
 def place_of(chunks: Sequence[Tensor], device: torch.device) -> Place:
-    """Raises ValueError unless all chunks are contiguous and alike."""
+    """Return the place of a table's rows. Raises ValueError unless all chunks are contiguous and alike."""
     if not chunks:
         return Place(torch.zeros(1, dtype=torch.int64, device=device), 0, 1, 0)
     first = chunks[0]
@@ -32,7 +32,7 @@ def place_of(chunks: Sequence[Tensor], device: torch.device) -> Place:
 
 
 def bases_of(chunks: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Addresses of chunks, int64 [chunks] on the device. Raises as `place_of`.
+    """Return addresses of chunks, int64 [chunks] on the device. Raises as `place_of`.
 
     Chunks are appended to a table and never moved, so the addresses are sent to the device once per growth: they are
     kept with the first chunk, which every list of the table's chunks begins with.

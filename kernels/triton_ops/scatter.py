@@ -1,4 +1,4 @@
-"""Writing rows as they are."""
+"""Write rows as they are."""
 
 from __future__ import annotations
 

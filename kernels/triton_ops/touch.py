@@ -1,4 +1,4 @@
-"""Per-row time and count."""
+"""Update time and count per row."""
 
 from __future__ import annotations
 
