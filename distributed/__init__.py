@@ -1,4 +1,4 @@
-"""The seam to torchrec and torch.distributed: processes, sharding, agreement between ranks."""
+"""Connect to torchrec and torch.distributed: processes, sharding, agreement between ranks."""
 
 import logging
 import warnings

@@ -1,4 +1,4 @@
-"""Files and folders that change as a whole or not at all, and stay changed when the machine loses its power."""
+"""Change files and folders as a whole or not at all, durably, also if the machine loses power."""
 
 from __future__ import annotations
 

@@ -43,8 +43,7 @@ EXPIRE_ROWS = 1 << 18  # rows of each table that one call of `expire` looks at: 
 
 
 class DynamicTables(nn.Module):
-    """All tables of a model: an EmbeddingCollection and, for tables with a pooled output dist, an
-    EmbeddingBagCollection.
+    """All tables of a model: an EmbeddingCollection and, with a pooled output dist, an EmbeddingBagCollection.
 
     Args:
         tables: every id feature belongs to exactly one; all have the same groups.
@@ -130,7 +129,7 @@ class DynamicTables(nn.Module):
         return kind(name=name, embedding_dim=width, num_embeddings=rows, feature_names=features)
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
-        """ids: raw int64 ids, stride B. Returns group -> [B, fields, dim] float32; an empty bag gives zeros."""
+        """Return group -> [B, fields, dim] float32, zeros for empty bags. ids: raw int64 ids, stride B."""
         first = self.training and not self._second
         coming = self._coming.popleft() if first and self._coming else self._begun(ids, self._ages if first else None)
         assert coming.ids is ids, "another batch was prepared for this step"

@@ -12,7 +12,7 @@ from tessera.kernels.mix import mix64
 
 
 class OnDevice:
-    """A small constant. It is sent to a device once, not in every step: the host would wait for a GPU each time."""
+    """A small constant that is sent to a device once, not in every step: the host would wait for a GPU each time."""
 
     def __init__(self, values: Sequence[int] | Sequence[bool]) -> None:
         self.values = list(values)
@@ -44,7 +44,8 @@ def mixed(ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
 
 
 def scale_to_mean(ids: KeyedJaggedTensor, averaged: OnDevice) -> Tensor:
-    """float32 [fields, B]: 1 / bag length for averaged fields, 1 elsewhere; an empty bag counts as one of length 1.
+    """Return float32 [fields, B]: 1 / bag length for averaged fields, 1 elsewhere; an empty bag counts as one of length
+    1.
 
     averaged: of each key of `ids`, in order, whether its bags are averaged.
     """

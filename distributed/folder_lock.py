@@ -1,4 +1,4 @@
-"""One job per folder: the second is told who has it.
+"""Allow one job per folder; the error of a second job names the first.
 
 The kernel holds the lock (flock), and lets go of it when the process ends in whatever way. Not every file system shares
 such locks between hosts, so the file also tells who holds it, and the holder writes a new beat every few seconds: a
@@ -24,11 +24,11 @@ STALE_SECONDS = 16.0
 
 
 class FolderInUse(TesseraError):
-    """Another job writes to the folder."""
+    """Raised when another job writes to the folder."""
 
 
 class FolderLock:
-    """Held from construction to `release` or the end of the process.
+    """A lock on a folder, held from construction to `release` or the end of the process.
 
     path: of the lock's file, if not `.lock` in the folder.
 

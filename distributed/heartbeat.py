@@ -242,8 +242,8 @@ def end_neighbours(process: Process) -> None:
 
 
 def state_of(one: Beat) -> str | None:
-    """The letter that Linux has for the state of a rank's process on this host: T for stopped. None: it has ended.
-    Elsewhere than on Linux "?"."""
+    """Return Linux's letter for the state of a rank's process on this host: T for stopped; None if it has ended. On
+    other systems "?"."""
     found = _stat(one.pid)
     if not os.path.isdir("/proc/self"):
         return "?"

@@ -29,8 +29,8 @@ Submitted: TypeAlias = "Future[tuple[T, torch.cuda.Event | None]]"
 
 @dataclass
 class CacheStats:
-    """by_table: hits, misses and written_back, in rows. waited_seconds: how long steps waited for the threads that
-    bring rows, busy_seconds: how long these worked."""
+    """Counts of caches. by_table: hits, misses and written_back, in rows. waited_seconds: how long steps waited for the
+    threads that bring rows; busy_seconds: how long these worked."""
 
     by_table: dict[str, dict[str, int]]
     waited_seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""The job's last word: one line on stderr, behind all that a launcher says."""
+"""Print the job's last word: one line on stderr, behind all output of the launcher."""
 
 from __future__ import annotations
 

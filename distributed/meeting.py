@@ -42,8 +42,8 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) 
 
 
 def _call(store: dist.Store, me: str, world_size: int, end: float) -> str | None:
-    """Rank 0: call the ranks that are there until all have answered. A rank that is started anew draws a new number,
-    and is called by that."""
+    """Call the ranks that are there until all have answered, as rank 0; return the name, None after `end`. A restarted
+    rank draws a new number and is called by that."""
     called: dict[str, str] = {}
     while time.monotonic() < end:
         here = {str(rank): store.get(f"here/{rank}").decode() for rank in _ranks_in(store, "here/{rank}", world_size)}
@@ -58,7 +58,8 @@ def _call(store: dist.Store, me: str, world_size: int, end: float) -> str | None
 
 
 def _answer(store: dist.Store, rank: int, me: str, end: float) -> str | None:
-    """Another rank: say that it is there, answer each call that has its number, and go when rank 0 says so."""
+    """Announce this rank, answer each call that has its number, and return the name when rank 0 says so; None after
+    `end`."""
     store.set(f"here/{rank}", me)
     answered = None
     while time.monotonic() < end:

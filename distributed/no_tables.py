@@ -12,7 +12,7 @@ from tessera.distributed.plan import TableSize
 
 
 class NoTables(nn.Module):
-    """`Tables` for a model of numeric features alone.
+    """Implementation of `Tables` for a model of numeric features alone.
 
     Args:
         groups: name of a group -> its dim, as the tower wants them.
@@ -23,7 +23,7 @@ class NoTables(nn.Module):
         self.groups = groups
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
-        """Returns group -> [B, 0, dim] float32."""
+        """Return group -> [B, 0, dim] float32."""
         empty = torch.empty(ids.stride(), 0, device=ids.values().device)
         return {group: empty.view(len(empty), 0, 1).expand(-1, -1, dim) for group, dim in self.groups.items()}
 

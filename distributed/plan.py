@@ -66,7 +66,7 @@ def sums_are_smaller(bags: int, ids: int, rows: int, width: int, ranks: int, wei
 
 
 def size(count: float) -> str:
-    """Bytes with a unit: 1536 -> 1.5 KiB."""
+    """Format bytes with a unit: 1536 -> 1.5 KiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"

@@ -265,7 +265,7 @@ def leave(process: Process | None, line: str, status: int = 1) -> NoReturn:
 
 
 def job_store() -> dist.Store:
-    """A store that outlives restarts of the ranks by torchrun (`Process.store` is new after each)."""
+    """Return a store that outlives restarts of the ranks by torchrun (`Process.store` is new after each)."""
     store = dist.distributed_c10d._get_default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
@@ -300,7 +300,7 @@ def _watch_signals(process: Process) -> None:
 
 
 def _first_to_report(process: Process | None, line: str) -> bool:
-    """True for the one rank of the job that shall print. Without a store (start failed), rank 0."""
+    """Return True for the one rank of the job that shall print. Without a store (start failed), that is rank 0."""
     if process is None:
         return int(os.environ.get("RANK", 0)) == 0
     if process.world_size == 1:

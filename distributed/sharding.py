@@ -73,7 +73,7 @@ def _planner(tables: ShardedTables, process: Process, batch_size: int) -> Embedd
     constraints = {module_name(table.name): one for table in tables.sizes()}
 
     class Hardware(HardwarePerfConfig):
-        """The stock estimator knows no bandwidth for kernels that are not torchrec's and raises without one."""
+        """Bandwidths for the estimator, which knows none for kernels that are not torchrec's and raises without one."""
 
         kernel_device_bandwidths = {
             ("cpu", EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value): topology.ddr_mem_bw,

@@ -97,7 +97,7 @@ class StaticTables(nn.Module):
         self._output_keys = [_output_keys(tables, id_names, self.tables) for tables in groups.values()]
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
-        """ids: raw int64 ids, stride B. Returns group -> [B, fields, dim] float32; an empty bag gives zeros."""
+        """Return group -> [B, fields, dim] float32, zeros for empty bags. ids: raw int64 ids, stride B."""
         if self._coming and self.training:
             coming, sent = self._coming.popleft()
             assert coming is ids, "another batch was prepared for this step"
@@ -167,11 +167,12 @@ class StaticTables(nn.Module):
                 _fill(shard.tensor, shard.metadata.shard_offsets[0], table, self.seed)
 
     def tensors(self) -> dict[str, Any]:
-        """Weights and optimizer state, as live shards: what is saved by name."""
+        """Return weights and optimizer state as live shards, by the names under which they are saved."""
         names = {module_name(table.name): table.name for table in self.tables}
 
         def readable(name: str) -> str:
-            """embedding_bags.t_<quoted>.weight and t_<quoted>.momentum1 with the table's own name."""
+            """Return a name such as embedding_bags.t_<quoted>.weight or t_<quoted>.momentum1 with the table's own
+            name."""
             return ".".join(names.get(part, part) for part in name.split("."))
 
         weights = {f"tables/{readable(name)}": value for name, value in self.ebc.state_dict().items()}
@@ -183,7 +184,7 @@ class StaticTables(nn.Module):
         }
 
     def restart(self) -> None:
-        """Be as before the first step."""
+        """Reset to the state before the first step."""
         for name, value in self.tensors().items():
             if name.startswith("tables.optimizer/"):
                 for shard in value.local_shards():
@@ -192,15 +193,17 @@ class StaticTables(nn.Module):
 
 
 def stored_dim(dim: int) -> int:
-    """fbgemm stores rows in units of 4 floats. The surplus never has a gradient; row-wise Adagrad averages squared
-    gradients over it too, so that a group of dim 1 learns at twice the configured rate."""
+    """Return the stored width of a row: fbgemm stores rows in units of 4 floats. The surplus never has a gradient;
+    row-wise Adagrad averages squared gradients over it too, so that a group of dim 1 learns at twice the configured
+    rate."""
     return -(-dim // 4) * 4
 
 
 def _output_keys(
     tables: Sequence[TableConfig], id_names: Sequence[str], all_tables: Sequence[TableConfig]
 ) -> list[str]:
-    """torchrec names a pooled output after its feature, and feature@table where several tables share the feature."""
+    """Return torchrec's names of the pooled outputs: the feature, or feature@table if several tables share the
+    feature."""
     owner = {feature: table for table in tables for feature in table.features}
     assert sorted(owner) == sorted(id_names), "a group of tables covers every id feature once"
     shared = {name: sum(name in table.features for table in all_tables) > 1 for name in id_names}
@@ -208,7 +211,7 @@ def _output_keys(
 
 
 class RowWiseSharder(EmbeddingBagCollectionSharder):
-    """The stock sharder offers row-wise sharding on GPUs only; it works on the CPU as well."""
+    """Sharder that offers row-wise sharding on the CPU as well; the stock one does so on GPUs only."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return [ShardingType.ROW_WISE.value]

@@ -23,7 +23,7 @@ class Tables(Protocol):
     """An nn.Module that turns the ids of a batch into embeddings."""
 
     def __call__(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
-        """ids: raw int64 ids, stride B. Returns group -> [B, fields, dim] float32; an empty bag gives zeros."""
+        """Return group -> [B, fields, dim] float32, zeros for empty bags. ids: raw int64 ids, stride B."""
         ...
 
     def squares_looked_up(self, embeddings: dict[str, Tensor]) -> Tensor:
@@ -63,7 +63,7 @@ class ShardedTables(Tables, Protocol):
         ...
 
     def restart(self) -> None:
-        """Be as before the first step."""
+        """Reset to the state before the first step."""
         ...
 
 

@@ -118,7 +118,7 @@ def _train(launcher: str, overrides: Sequence[str], folder: Path) -> None:
 
 
 def _scores(folder: Path) -> dict[str, float | None]:
-    """ "valid auc", "test logloss", ..: the best model's, which a finished run scores last."""
+    """Return "valid auc", "test logloss", ..: the best model's, which a finished run scores last."""
     scores = {}
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         if line["kind"] == "eval":

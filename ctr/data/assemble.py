@@ -15,7 +15,7 @@ from tessera.ctr.data.window import Slice
 
 
 class Assembler:
-    """Makes the batches of one epoch."""
+    """Builds the batches of one epoch."""
 
     def __init__(self, schema: Schema, numbered: bool = False):
         self.schema, self.numbered = schema, numbered
@@ -24,7 +24,7 @@ class Assembler:
         self.full = torch.ones(self.singles, 0, dtype=torch.int32)
 
     def batch(self, slices: list[Slice], size: int, position: int) -> Batch:
-        """slices: what the rank delivers in this step, at most `size` rows. Returns a batch of `size` rows."""
+        """Return a batch of `size` rows. slices: what the rank delivers in this step, at most `size` rows."""
         schema = self.schema
         rows = sum([stop - first for _, first, stop, _ in slices])
         assert rows <= size, (rows, size)
@@ -99,7 +99,7 @@ class Assembler:
         )
 
     def _mixed(self, slices, rows, matrix, present, lengths) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Values and weights of all keys in pieces; lengths go to `lengths` int32 [keys, size]."""
+        """Return values and weights of all keys in pieces; write their lengths to `lengths` int32 [keys, size]."""
         values, weights = [], []
         for keys, place in self.parts:
             item_weights = None
@@ -115,7 +115,7 @@ class Assembler:
         return values, weights
 
     def _ones(self, rows: int, size: int) -> torch.Tensor:
-        """One id per row but for the padding. Nobody writes to lengths, so full batches share theirs."""
+        """Return lengths of one id per row, 0 for padding. Nobody writes to lengths, so full batches share theirs."""
         if rows == size == self.full.shape[1]:
             return self.full
         lengths = torch.ones(self.singles, size, dtype=torch.int32)

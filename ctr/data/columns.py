@@ -125,7 +125,7 @@ def ids(array: pa.Array, dtype: str) -> tuple[np.ndarray, np.ndarray | None, np.
 
 
 def whole(array: pa.Array) -> np.ndarray:
-    """[n] of an integer type, to be widened to int64; unsigned 64-bit numbers keep their bits."""
+    """Return [n] of an integer type, to be widened to int64; unsigned 64-bit numbers keep their bits."""
     values = fixed_width(_dense(array, pa.int64()))
     return values.view(np.int64) if values.dtype == np.uint64 else values
 
@@ -190,7 +190,8 @@ def _dictionary_ids(array: pa.DictionaryArray, dtype: str):
 
 
 def _dense(array: pa.Array, when_null: pa.DataType) -> pa.Array:
-    """Without dictionary, bit-packed booleans or the type null, which have no buffer of values to look at."""
+    """Return the array without dictionary, bit-packed booleans or the type null, which have no buffer of values to
+    read."""
     if array.type in PLAIN:
         return array
     if types.is_dictionary(array.type):

@@ -1,4 +1,4 @@
-"""The keys of conf/data: which files are read, and how. What they mean is said there."""
+"""Define the keys of conf/data: which files are read, and how. Their meaning is explained there."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ DATE_LIKE = re.compile(r"(?:(\w+)=)?(\d{4}-\d\d?-\d\d?|\d{8})")
 
 @dataclass
 class PartitionConfig:
-    """data.partition: how folders of days are called."""
+    """Keys of data.partition: the names of day folders."""
 
     name: str | None = "day"  # day=2026-11-01; null or empty: the folder is called 2026-11-01
     format: str = "%Y-%m-%d"  # of %Y, %m, %d and, where a folder is an hour, %H; with / for folders in folders
@@ -102,8 +102,8 @@ class DayFolders:
         return f"{folder}/{HOUR}={key[11:]}" if "T" in key and not self.has_hours else folder
 
     def find(self, folders: list[str]) -> tuple[int, str] | None:
-        """Among the folders on the way to a file, how many come before the last that is a day, and the key of the day
-        or of the hour in it. None where no folder is a day.
+        """Find the last day among the folders on the way to a file: return how many folders come before it, and the key
+        of the day or of the hour in it. None if no folder is a day.
 
         Raises DataError: a folder of hours in it is no hour.
         """
@@ -116,7 +116,7 @@ class DayFolders:
         return None
 
     def hint(self, folders: Iterable[str]) -> str:
-        """The end of a message where folders may be days under another name: which keys would say so."""
+        """Return the end of a message if folders may be days under another name: the keys that would say so."""
         for folder in folders:
             match = DATE_LIKE.fullmatch(folder)
             if match and self.key_of([folder]) is None:

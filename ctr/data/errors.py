@@ -1,11 +1,11 @@
-"""Errors about data: they name the file, the column or the row, what was found and what was expected."""
+"""Define errors about data: they name the file, the column or the row, what was found and what was expected."""
 
 from tessera.embedding.errors import TesseraError
 
 
 class DataError(TesseraError):
-    """The data cannot be read or holds a value outside the contract."""
+    """Raised when the data cannot be read or holds a value outside the contract."""
 
 
 class SchemaError(DataError):
-    """The schema and the files disagree, or the schema contradicts itself."""
+    """Raised when the schema and the files disagree, or the schema contradicts itself."""

@@ -1,4 +1,4 @@
-"""A parquet file of a data set: where it lies and how it is opened."""
+"""Open the parquet files of a data set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DataFile:
         return not isinstance(self.filesystem, pa.fs.LocalFileSystem)
 
     def open(self, **options) -> pq.ParquetFile:
-        """Options are those of `pyarrow.parquet.ParquetFile`."""
+        """Open the file. Options are those of `pyarrow.parquet.ParquetFile`."""
         return pq.ParquetFile(self.filesystem.open_input_file(self.location), **options)
 
 

@@ -1,4 +1,4 @@
-"""The footers of a data set's files: row groups, and whether every file agrees with the schema."""
+"""Read the footers of a data set's files: row groups, and whether every file agrees with the schema."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def _check_column(file: DataFile, arrow: pa.Schema, want: _Wanted) -> None:
 
 
 def _small_dictionaries(group: pq.RowGroupMetaData, leaves: list[int], arrow: pa.Schema) -> set[str]:
-    """Plain text columns that are quicker to decode as dictionary and codes than as one string per row.
+    """Return plain text columns that are quicker to decode as dictionary and codes than as one string per row.
 
     Measured on 8-byte strings: with a dictionary page up to about half of the column's bytes this wins (one
     hash per dictionary entry), with a larger one plain decoding does.

@@ -17,7 +17,7 @@ _TABLES: dict[str, tuple[fs.FileSystem, str, str]] = {}  # pyiceberg makes FileI
 
 
 class TableIO(FileIO):
-    """Files below the folder of one table, to be read."""
+    """Reads files below the folder of one table."""
 
     def new_input(self, location: str) -> InputFile:
         filesystem, place, written = _TABLES[self.properties["tessera.table"]]
@@ -47,7 +47,7 @@ class _Input(InputFile):
 
 @contextmanager
 def files_of_table(filesystem: fs.FileSystem, place: str, written: str) -> Iterator[dict[str, str]]:
-    """Properties that let pyiceberg read a table at `place` whose metadata says that it lies at `written`."""
+    """Yield properties that let pyiceberg read a table at `place` whose metadata says that it lies at `written`."""
     name = uuid.uuid4().hex
     _TABLES[name] = (filesystem, place, written)
     try:

@@ -36,8 +36,8 @@ INSTALL = "install it with: pip install --no-deps -r requirements/lakes.txt"
 def keep_live(
     filesystem: fs.FileSystem, location: str, path: str, entries: list[Entry]
 ) -> tuple[list[Entry], set[str]]:
-    """Entries without what logs of tables have removed, and the names of files that logs list: they may end as they
-    like.
+    """Return entries without those that logs of tables have removed, and the names of files that logs list, which may
+    end as they like.
 
     Raises DataError, naming the table: one that cannot be read as plain files, or whose library is not installed.
     """
@@ -73,8 +73,8 @@ def refuse_removed(filesystem: fs.FileSystem, location: str, path: str) -> None:
 
 
 def table_above(filesystem: fs.FileSystem, location: str) -> tuple[str, str] | None:
-    """Place and kind of the table in whose folder a place lies, itself not counted. Over a network only the folders
-    behind those of partitions are looked at."""
+    """Return place and kind of the table that contains a place, itself not counted. Over a network only the folders
+    behind those of partitions are examined."""
     local = isinstance(filesystem, fs.LocalFileSystem)
     child = location
     for _ in range(LEVELS_ABOVE):
@@ -103,7 +103,7 @@ def table_at(filesystem: fs.FileSystem, folder: str) -> str | None:
 
 
 def _tables_in(entries: list[Entry]) -> list[tuple[str, str]]:
-    """Name of the folder and kind of each table; those that lie in another one are its own affair."""
+    """Return the folder and kind of each table, sorted by folder."""
     found: dict[str, str] = {}
     for entry in entries:
         parts = entry.parts
@@ -169,7 +169,7 @@ def _has_deletion_vectors(table) -> bool:
 
 @contextmanager
 def _log_here(filesystem: fs.FileSystem, place: str) -> Iterator[str]:
-    """A local folder with the table's log, from its last checkpoint on."""
+    """Yield a local folder with the table's log, from its last checkpoint on."""
     if isinstance(filesystem, fs.LocalFileSystem):
         yield place
         return
@@ -193,7 +193,7 @@ def _log_here(filesystem: fs.FileSystem, place: str) -> Iterator[str]:
 
 
 def _newest_metadata(filesystem: fs.FileSystem, place: str) -> list[str]:
-    """The file that describes the newest version; several where that cannot be told, none where there is no table."""
+    """Return the file that describes the newest version; several if that cannot be told, none if there is no table."""
     folder = f"{place}/{ICEBERG_FOLDER}"
     infos = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
     names = [info.base_name for info in infos]

@@ -43,7 +43,8 @@ def list_files(
     folders: DayFolders = DayFolders(),  # noqa: B008
     marker: str | None = MARKER,
 ) -> Listing:
-    """The parquet files of folders, files, patterns (`*`, `?`, `[…]`, `**`) or URIs, in order of time and name in each.
+    """Return the parquet files of folders, files, patterns (`*`, `?`, `[…]`, `**`) or URIs, in order of time and name
+    in each.
 
     Args:
         days: keys of the days and hours to keep; a day includes its hours. None: all files, whatever their folders.
@@ -168,7 +169,8 @@ def _outermost(entry: Entry) -> str:
 
 
 def _place(name: str, folders: DayFolders) -> tuple[str, str]:
-    """Names are sorted as texts, but for days and hours without leading zeros, which have their place in time."""
+    """Return the sort key of a name: names sort as text, but days and hours without leading zeros sort in order of
+    time."""
     parts = name.split("/")
     try:
         found = folders.find(parts[:-1])

@@ -22,8 +22,8 @@ ORDERS = ("mixed", "time")
 
 @dataclass(frozen=True)
 class Period:
-    """groups: int64 [g] numbers of row groups, in the order of the files; the rows [first, stop) of the epoch are
-    theirs. number: of the period, from 0."""
+    """Row groups of one period. groups: int64 [g] numbers of row groups, in the order of the files; the rows [first,
+    stop) of the epoch are theirs. number: of the period, from 0."""
 
     number: int
     groups: np.ndarray
@@ -65,8 +65,8 @@ def periods_of(groups: RowGroups, rule: TimeRule, period_days: float) -> list[Pe
 
 
 def plausible(times: np.ndarray, rule: TimeRule) -> np.ndarray:
-    """Smallest and largest times of row groups (int64 [groups, 2]), where one of the two is no plausible time the other
-    for both: the row that has it is bad. Both implausible: the first above the second."""
+    """Return smallest and largest times of row groups (int64 [groups, 2]), with an implausible one replaced by the
+    other: the row that has it is bad. If both are implausible, the first is above the second."""
     times = times.copy()
     wrong = rule.outside(times)
     times[:, 0] = np.where(wrong[:, 0], times[:, 1], times[:, 0])

@@ -35,7 +35,7 @@ WHOLE_READ_BYTES, READ_BUFFER_BYTES = 64 << 20, 256 << 10
 
 
 class Unreadable(Exception):
-    """A page of a row group cannot be decoded."""
+    """Raised when a page of a row group cannot be decoded."""
 
 
 class RowGroupReader:
@@ -57,8 +57,8 @@ class RowGroupReader:
                 self._shared[group] = _Shared(users)
 
     def open(self, group: int, stop: int, begins_lane: bool, of_many: bool = False) -> RowGroup:
-        """stop: where the lane leaves the group. begins_lane: the group is the first of its lane. of_many: it is read
-        with too many others to keep the file open from column to column."""
+        """Open a row group. stop: where the lane leaves the group. begins_lane: the group is the first of its lane.
+        of_many: it is read with too many others to keep the file open from column to column."""
         shared = self._shared.get(group) if begins_lane else None
         opened = RowGroup(self, group, stop)
         opened.together |= of_many

@@ -93,7 +93,7 @@ class Schema:
     """
 
     def __init__(self, config: SchemaConfig):
-        """Raises SchemaError, one line, for a schema that contradicts itself."""
+        """Raise SchemaError, one line, for a schema that contradicts itself."""
         self.labels = list(config.labels)
         self.weight, self.group, self.time = config.weight, config.group, config.time
         rule = (config.time_unit, config.time_from, config.time_to, config.time_jump_days)

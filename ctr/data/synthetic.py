@@ -83,7 +83,7 @@ def write_synthetic(
 
 
 def row_group_rows_of(config: SyntheticConfig) -> int:
-    """A 64th of the rows, from 1024 to 16384: small enough that the reader's 16 lanes seldom share a row
+    """Return a 64th of the rows, from 1024 to 16384: small enough that the reader's 16 lanes seldom share a row
     group."""
     return min(max(config.rows // 64, 1024), 16384)
 
@@ -175,15 +175,14 @@ class _SplitStatistics:
                 self.turning += int(there.sum())
 
     def result(self) -> dict:
-        """best_possible's keys; distinct_ids; new_id_share: of the occurrences in columns that get new ids,
+        """Return the keys of best_possible; distinct_ids; new_id_share: of the occurrences in columns that get new ids,
         those of ids that did not exist the day before (None on the first day)."""
         share = self.new / self.turning if self.turning else None
         return best_possible(self.histogram) | {"new_id_share": share, "distinct_ids": self.distinct.counts()}
 
 
 def best_possible(histogram: np.ndarray) -> dict:
-    """Exact AUC and logloss of the probabilities k / 2^20 themselves, from int64 [2, 2^20]: rows by label and
-    k.
+    """Return exact AUC and logloss of the probabilities k / 2^20 themselves, from int64 [2, 2^20]: rows by label and k.
 
     Keys: rows, positives, base_rate, auc (None with one class only), logloss.
     """
@@ -208,7 +207,7 @@ def best_possible(histogram: np.ndarray) -> dict:
 
 
 def _parts(config: SyntheticConfig) -> list[tuple[str, int, int, int]]:
-    """(folder, day, first row of the day, last row of the day + 1) of everything that is written."""
+    """Return (folder, day, first row of the day, last row of the day + 1) of everything that is written."""
     if config.days:
         first_day = _start_date(config)
         cuts = [config.rows * d // config.days for d in range(config.days + 1)]
@@ -265,7 +264,7 @@ def _as_hex(feature: dict) -> dict:
 
 
 def _dictionary_columns(config: SyntheticConfig, population: Population) -> list[str]:
-    """Dictionaries make small vocabularies smaller to store and faster to read; they only cost with large
-    ones."""
+    """Return the columns to store with a dictionary: it makes small vocabularies smaller to store and faster to read,
+    and only costs with large ones."""
     small = [name for name, size in zip(ID_NAMES, population.sizes, strict=True) if size <= SMALL_DICTIONARY]
     return ["label", *COUNT_NAMES, *small]

@@ -111,8 +111,7 @@ class Population:
         )
 
     def draw(self, stream: int, day: int, first_row: int, rows: int) -> Rows:
-        """The rows first_row to first_row + rows of a day; `stream` keeps a pilot sample apart from the
-        data."""
+        """Draw the rows first_row to first_row + rows of a day; `stream` keeps a pilot sample apart from the data."""
         counters = np.arange(first_row, first_row + rows, dtype=np.uint64)
         drawn = Rows(
             raw=np.empty((26, rows), np.int64),
@@ -139,8 +138,7 @@ class Population:
         return drawn
 
     def rows_of(self, raw: np.ndarray, missing: np.ndarray, counts: np.ndarray) -> Rows:
-        """The same, from stored data: ranks and generations are read back from the ids (any id where
-        missing)."""
+        """Rebuild rows from stored data: ranks and generations are read back from the ids (any id where missing)."""
         packed = unmix64(raw.view(np.uint64)) ^ self.scramble
         rank = (packed & np.uint64((1 << RANK_BITS) - 1)).astype(np.int64)
         generation = (packed >> np.uint64(RANK_BITS)) & np.uint64((1 << GENERATION_BITS) - 1)
@@ -156,8 +154,8 @@ class Population:
         return age < self.config.new_ids
 
     def _age(self, rank: np.ndarray, column: int, day: int) -> np.ndarray:
-        """The generation of each rank's id is the floor of this: it grows by `new_ids` a day, and ranks,
-        spread by multiples of the golden section, take their turns evenly."""
+        """Return a number for each rank whose floor is the generation of its id: it grows by `new_ids` a day, and
+        ranks, spread by multiples of the golden section, take their turns evenly."""
         age = rank * 0.6180339887498949
         age += self.phase[column]
         age -= np.floor(age)
@@ -174,9 +172,8 @@ class Population:
 
 
 def _zipf_ranks(x: np.ndarray, size: int, exponent: float) -> np.ndarray:
-    """Ranks 0 to size - 1 with probability about (rank + 1)^-exponent, from uniform x (overwritten): the
-    power law on the real line from 1/2 to size + 1/2 is inverted in closed form and rounded, so that no table
-    is needed."""
+    """Return ranks 0 to size - 1 with probability about (rank + 1)^-exponent, from uniform x (overwritten): the power
+    law on the real line from 1/2 to size + 1/2 is inverted in closed form and rounded, so that no table is needed."""
     low, high = 0.5, size + 0.5
     if exponent == 1.0:
         x *= np.log(high / low)
@@ -194,7 +191,7 @@ def _zipf_ranks(x: np.ndarray, size: int, exponent: float) -> np.ndarray:
 
 
 def _count_quantiles(log_mean: float, log_deviation: float, missing: float) -> np.ndarray:
-    """float32 [2^16]: floor(exp(normal)) at evenly spaced quantiles, NaN for the first `missing` of them."""
+    """Return float32 [2^16]: floor(exp(normal)) at evenly spaced quantiles, NaN for the first `missing` of them."""
     known = 1.0 - (np.arange(QUANTILES) + 0.5) / QUANTILES
     normal = NormalDist()
     grid = np.linspace(-5.0, 5.0, 2001)

@@ -81,8 +81,8 @@ def advice(rule: TimeRule, stored: pa.DataType, seconds: int) -> str:
 
 
 def refuse_unit(rule: TimeRule, stored: pa.DataType, seconds: np.ndarray, where: Callable[[], str]) -> None:
-    """Raises SchemaError where most of the times (int64 [n], without nulls) are implausible and would not be in another
-    unit. `where` names the file and the first row of them."""
+    """Raise SchemaError if most of the times (int64 [n], without nulls) are implausible and would not be in another
+    unit."""
     outside = seconds[rule.outside(seconds)]
     if len(seconds) < FEWEST or 2 * len(outside) <= len(seconds):
         return

@@ -1,4 +1,4 @@
-"""Transforms of numeric features, as `FeatureConfig.transform` names them."""
+"""Transform numeric features, as `FeatureConfig.transform` names the transforms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tessera.ctr.data.schema import FeatureConfig
 
 
 def transform(feature: FeatureConfig, x: np.ndarray) -> np.ndarray:
-    """x: numbers [n] -> numbers [n]. A value that is not finite gives one that is not finite."""
+    """Transform numbers [n] to numbers [n]. A value that is not finite gives one that is not finite."""
     if feature.transform == "log1p":
         return np.copysign(np.log1p(np.abs(x)), x)
     if feature.transform == "log2_square":

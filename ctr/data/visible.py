@@ -41,8 +41,8 @@ class Entry:
 
 
 def entries_below(filesystem: fs.FileSystem, location: str, path: str, deep: bool = True) -> list[Entry]:
-    """All entries below a folder, sorted by name; not deep: those directly in it. On this machine's disks nothing is
-    listed in hidden folders, and no link is followed in a circle.
+    """Return all entries below a folder, sorted by name; not deep: those directly in it. On local disks hidden folders
+    are not entered, and no link is followed in a circle.
 
     Raises DataError, naming `path`, where it cannot be listed.
     """
@@ -64,7 +64,8 @@ def _listed(filesystem: fs.FileSystem, location: str, deep: bool) -> list[Entry]
 
 
 def _walk(folder: str, name: str, deep: bool, above: tuple[str, ...]) -> Iterable[Entry]:
-    """Arrow's own listing leaves out links that lead nowhere, and goes round in circles."""
+    """Yield the entries below a local folder. Arrow's own listing leaves out links that lead nowhere, and goes round in
+    circles."""
     above = (*above, os.path.realpath(folder))
     with os.scandir(folder) as children:
         for child in children:
@@ -102,7 +103,7 @@ def holds_no_rows(entry: Entry, marker: str | None) -> bool:
 
 
 def sort_out(path: str, entries: Iterable[Entry], marker: str | None, chosen: Collection[str] = ()) -> list[str]:
-    """The names of the files that hold rows; what is passed over is what is left of the files.
+    """Return the names of the files that hold rows; the other files are passed over.
 
     marker: the name of the file that says that a folder is complete. chosen: names that the user asked for as they are,
     which may end as they like.

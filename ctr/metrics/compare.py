@@ -41,8 +41,9 @@ class PairedRows:
 
 @dataclass(frozen=True)
 class Difference:
-    """first, second: the metric of either model; low, high: the interval of second - first; p_value: two-sided, of no
-    difference (1 where the models agree on every row); standard_error of the difference."""
+    """Difference of two models in a metric. first, second: the metric of either model; low, high: the interval of
+    second - first; p_value: two-sided, of no difference (1 where the models agree on every row); standard_error of the
+    difference."""
 
     first: float
     second: float

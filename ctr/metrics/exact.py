@@ -49,37 +49,37 @@ class GroupAuc:
 
 
 def auc(prediction, label, weight=None) -> float | None:
-    """Area under the ROC curve; ties count half."""
+    """Return the area under the ROC curve; ties count half."""
     return score_table(check_rows(prediction, label, weight)).auc()
 
 
 def pr_auc(prediction, label, weight=None) -> float | None:
-    """Average precision: precision at each distinct prediction, weighted by the recall it adds."""
+    """Return the average precision: precision at each distinct prediction, weighted by the recall it adds."""
     return score_table(check_rows(prediction, label, weight)).pr_auc()
 
 
 def logloss(prediction, label, weight=None) -> float | None:
-    """Mean negative log likelihood in nats; predictions clipped to [1e-7, 1 - 1e-7]."""
+    """Return the mean negative log likelihood in nats; predictions are clipped to [1e-7, 1 - 1e-7]."""
     return score_table(check_rows(prediction, label, weight)).logloss()
 
 
 def normalized_entropy(prediction, label, weight=None) -> float | None:
-    """Logloss over the logloss of always predicting the share of positives."""
+    """Return the logloss over the logloss of always predicting the share of positives."""
     return score_table(check_rows(prediction, label, weight)).normalized_entropy()
 
 
 def calibration(prediction, label, weight=None) -> float | None:
-    """Sum of predictions over sum of labels; 1 is perfect, above 1 predicts too much."""
+    """Return the sum of predictions over the sum of labels; 1 is perfect, above 1 predicts too much."""
     return score_table(check_rows(prediction, label, weight)).calibration()
 
 
 def expected_calibration_error(prediction, label, weight=None, bins: int = CALIBRATION_BINS) -> float | None:
-    """Mean distance of predicted and observed rate over `bins` bins of equal weight."""
+    """Return the mean distance of predicted and observed rate over `bins` bins of equal weight."""
     return score_table(check_rows(prediction, label, weight)).expected_calibration_error(bins)
 
 
 def gauc(prediction, label, group, weight=None) -> float | None:
-    """Mean of the groups' AUC, each with the weight of its rows, over groups with both classes.
+    """Return the mean of the groups' AUC, each with the weight of its rows, over groups with both classes.
 
     Args:
         group: [rows] of any sortable dtype.

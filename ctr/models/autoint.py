@@ -107,7 +107,7 @@ class InteractingLayer(nn.Module):
         return mixed + residual[0] if residual else mixed
 
     def _attend_by_head(self, projected: Tensor, keys: Tensor | None) -> Tensor:
-        """The same head by head: the CPU's fused kernel is slower over so few fields, in bfloat16 four times."""
+        """Do the same head by head: the CPU's fused kernel is slower over so few fields, in bfloat16 four times."""
         parts = projected.split(self.width // self.heads, 2)
         query, key, value, residual = (parts[i * self.heads : (i + 1) * self.heads] for i in range(4))
         mixed = []

@@ -56,7 +56,7 @@ class DCNV2(Tower):
 
 
 def _cross(inputs: int, low_rank: int | None) -> nn.Module:
-    """W x + b, or U (V^T x) + b with `low_rank` columns (eq. 2)."""
+    """Return a layer W x + b, or U (V^T x) + b with `low_rank` columns (eq. 2)."""
     if low_rank is None:
         return linear(inputs, inputs)
     if not 1 <= low_rank <= inputs:

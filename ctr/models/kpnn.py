@@ -62,7 +62,7 @@ class KernelProducts(nn.Module):
             self.register_buffer("second", second, persistent=False)
 
     def forward(self, emb_bfd: Tensor) -> Tensor:
-        """[B, F, D] -> [B, F (F - 1) / 2]."""
+        """Map [B, F, D] to [B, F (F - 1) / 2]."""
         if self.kernel_type == "num":
             return self.inner(emb_bfd) * self.kernel
         return in_pieces(self._products, emb_bfd)

@@ -37,7 +37,7 @@ class FieldEmbedding(nn.Module):
         self.inputs = self.count * dim + (len(fields.numeric) if self.raw else 0)
 
     def forward(self, numeric_bn: Tensor, emb_bfd: Tensor) -> Tensor:
-        """[B, numeric fields], [B, id fields, dim] -> [B, F, dim]."""
+        """Map [B, numeric fields], [B, id fields, dim] to [B, F, dim]."""
         if self.raw or self.numeric is None:
             return emb_bfd
         return torch.cat([self.numeric(numeric_bn), emb_bfd], 1)
@@ -62,7 +62,7 @@ class FirstOrder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, numeric_bn: Tensor, weight_bf1: Tensor) -> Tensor:
-        """[B, numeric fields], [B, id fields, 1] -> [B]."""
+        """Map [B, numeric fields], [B, id fields, 1] to [B]."""
         sum_of_ids = self.bias + weight_bf1.sum((1, 2))
         return sum_of_ids if self.numeric is None else sum_of_ids + self.numeric(numeric_bn).sum((1, 2))
 
@@ -71,7 +71,7 @@ class FactorizationMachine(nn.Module):
     """Sum of all pairwise inner products by the identity 1/2 ((sum_i e_i)^2 - sum_i e_i^2), O(F D) (DeepFM eq. 2)."""
 
     def forward(self, emb_bfd: Tensor) -> Tensor:
-        """[B, F, D] -> [B]."""
+        """Map [B, F, D] to [B]."""
         return _SumOfPairs.apply(emb_bfd)
 
 
@@ -107,7 +107,7 @@ class InnerProducts(nn.Module):
         self.register_buffer("place", first * fields + second, persistent=False)
 
     def forward(self, emb_bfd: Tensor) -> Tensor:
-        """[B, F, D] -> [B, count]."""
+        """Map [B, F, D] to [B, count]."""
         if emb_bfd.is_cuda:
             return torch.bmm(emb_bfd, emb_bfd.transpose(1, 2)).flatten(1).index_select(1, self.place)
         return _UpperGram.apply(emb_bfd)

@@ -18,7 +18,7 @@ class ScaledVectors(nn.Module):
         nn.init.normal_(self.weight, std=init_std)
 
     def forward(self, numeric_bn: Tensor) -> Tensor:
-        """[B, n] float32 -> [B, n, dim]."""
+        """Map [B, n] float32 to [B, n, dim]."""
         return numeric_bn.unsqueeze(2) * self.weight
 
 
@@ -45,7 +45,7 @@ class AutoDis(nn.Module):
         nn.init.normal_(self.meta, std=init_std)
 
     def forward(self, numeric_bn: Tensor) -> Tensor:
-        """[B, n] float32 -> [B, n, dim]."""
+        """Map [B, n] float32 to [B, n, dim]."""
         # Fields first: each product over the batch is one matrix product per field.
         hidden_nbh = F.leaky_relu(numeric_bn.t().unsqueeze(2) * self.first, self.slope)
         scores_nbh = torch.bmm(hidden_nbh, self.second) + self.skip * hidden_nbh
@@ -71,7 +71,7 @@ class Bucketised(nn.Module):
         nn.init.normal_(self.weight, std=init_std)
 
     def forward(self, numeric_bn: Tensor) -> Tensor:
-        """[B, n] float32 -> [B, n, dim]."""
+        """Map [B, n] float32 to [B, n, dim]."""
         place = (numeric_bn - self.low) * (self.buckets / (self.high - self.low))
         return F.embedding(place.long().clamp_(0, self.buckets - 1) + self.first, self.weight)
 
@@ -83,5 +83,5 @@ class Raw(nn.Module):
         super().__init__()
 
     def forward(self, numeric_bn: Tensor) -> Tensor:
-        """Raises: never called; `FieldEmbedding` and `FirstOrder` read the values."""
+        """Raise an error: `FieldEmbedding` and `FirstOrder` read the values instead."""
         raise NotImplementedError

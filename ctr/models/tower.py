@@ -31,5 +31,5 @@ class Tower(nn.Module):
     embedding_dims: dict[str, int]
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
-        """numeric_bn: [B, numeric fields] float32; embeddings: group -> [B, id fields, dim]. Returns logits [B]."""
+        """Return logits [B]. numeric_bn: [B, numeric fields] float32; embeddings: group -> [B, id fields, dim]."""
         raise NotImplementedError

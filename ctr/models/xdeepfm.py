@@ -55,7 +55,7 @@ class CIN(nn.Module):
         )
 
     def forward(self, emb_bfd: Tensor) -> Tensor:
-        """[B, F, D] -> [B, sum of maps]."""
+        """Map [B, F, D] to [B, sum of maps]."""
         return in_pieces(self._pooled_maps, emb_bfd)
 
     def _pooled_maps(self, emb_bfd: Tensor) -> Tensor:

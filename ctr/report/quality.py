@@ -90,7 +90,7 @@ def split_curves(split: str, table: ScoreTable, metrics: dict[str, Any]) -> Spli
 
 
 def _spans_decades(bins: CalibrationBins) -> bool:
-    """Click rates span decades: on linear axes most bins would share a corner."""
+    """Return whether rates span decades, as click rates do: on linear axes most bins would share a corner."""
     if not len(bins.rows) or not bins.observed.min() > 0:
         return False
     return bool(bins.mean_prediction[-1] > 20 * bins.mean_prediction[0] > 0)

@@ -133,7 +133,7 @@ def _values(measured: list[SplitCurves], ceiling: dict[str, float] | None, histo
 
 
 def _slices(folder: Path, predictions: Path, split: str) -> list[Slices]:
-    """By each column of slices, one at a time."""
+    """Measure the slices by each column, one at a time."""
     names = read_text(folder / SLICE_NAMES)
     names = json.loads(names) if names else {}
     columns = slice_names(predictions)

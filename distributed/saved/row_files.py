@@ -46,7 +46,7 @@ COLUMN_OF_FIELD = {"ids": "id", "rows": "row"}  # of RowBatch; the other columns
 
 @dataclass(frozen=True)
 class ColumnSource:
-    """Rows on their way to a file: `ids()` gives int64 [n], then `read(positions)` the columns of some of them, each
+    """Source of rows for a file: `ids()` gives int64 [n], then `read(positions)` the columns of some of them, each
     once; `close()` when nobody reads any more."""
 
     ids: Callable[[], Tensor]

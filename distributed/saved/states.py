@@ -160,7 +160,8 @@ def _make_room(root: Storage, name: str, partial: str) -> str | None:
 
 
 def _put_back(root: Storage, name: str) -> None:
-    """Behind a URI: remove the copy that `_make_room` made, or make it the state again if there is no complete one."""
+    """Settle a replacement behind a URI: copy the old state that `_make_room` put aside back if there is no complete
+    one, and remove it from there."""
     aside = f"{REPLACED}{name}"
     if not root.exists(f"{name}/{MANIFEST}") and root.exists(f"{aside}/{MANIFEST}"):
         root.remove(name)
@@ -223,7 +224,8 @@ def _commit(
 
 
 def _remove_quietly(root: Storage, path: str) -> None:
-    """After a failure: on a full disk or a read-only one this may fail too, and then the first error matters."""
+    """Remove a folder after a failure; on a full or read-only disk this may fail too, and then the first error
+    matters."""
     with suppress(OSError):
         root.remove(path)
 

@@ -22,7 +22,8 @@ MOST_SECONDS = 10.0  # between two looks at the others
 
 
 class SaveWatch:
-    """One per rank, made on all ranks before a collective, so that each finds what the others publish."""
+    """Watches one rank's progress in a save. Make it on all ranks before a collective, so that each finds what the
+    others publish."""
 
     def __init__(self, process: Process, limit_seconds: float) -> None:
         self._process, self._limit = process, limit_seconds
@@ -30,12 +31,12 @@ class SaveWatch:
         self._publish()
 
     def note(self, at: str) -> None:
-        """This rank has got further: it is at `at` now ("writing rows/user/00000-of-00002.parquet")."""
+        """Record that this rank has got further: it is at `at` now ("writing rows/user/00000-of-00002.parquet")."""
         self._at, self._count = at, self._count + 1
 
     @contextmanager
     def watching(self, name: str) -> Iterator[None]:
-        """While the block saves the state `name`, end the process when no rank gets any further."""
+        """Watch this block, which saves the state `name`: end the process when no rank makes progress."""
         self.note("beginning")
         self._publish()
         done = threading.Event()
@@ -73,7 +74,7 @@ class SaveWatch:
             self._process.store.set(f"saving/{self._process.rank}", json.dumps([self._at, self._count]))
 
     def _everyone(self) -> list[tuple[str, int]]:
-        """[what it is at, how often it got further] of each rank."""
+        """Return [stage, number of progress notes] of each rank."""
         self._publish()
         if self._process.world_size == 1:
             return [(self._at, self._count)]

@@ -48,8 +48,8 @@ class DynamicBagKernel(DynamicTableKernel):
         self._last: tuple[Tensor, Request] | None = None
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        """features: one key per feature, values mixed ids, stride = rows of all ranks. Returns [stride, features * n]
-        with n the columns of one answer: weighted sums over bags, zeros where a bag is empty."""
+        """Return weighted sums over bags, [stride, features * n], zeros for an empty bag. features: one key per
+        feature, values mixed ids, stride = rows of all ranks; n: the columns of one answer."""
         request = self.next_request(features)
         rows = self.rows(request)
         self._last = (rows, request) if self.training else None
@@ -117,7 +117,7 @@ class SumsOfOwners(BaseEmbeddingDist[EmbeddingShardingContext, Tensor, Tensor]):
         self._pg, self._codecs = pg, codecs
 
     def forward(self, local_embs: Tensor, sharding_ctx: EmbeddingShardingContext | None = None) -> Awaitable[Tensor]:
-        """local_embs: [rows of all ranks, n] -> [rows of this rank, n]."""
+        """Map local_embs [rows of all ranks, n] to [rows of this rank, n]."""
         rows = sharding_ctx.batch_size_per_rank if sharding_ctx is not None else []
         rows = rows or [local_embs.shape[0]]
         return NoWait(_SumOfOwners.apply(local_embs, rows, self._pg, self._codecs))  # type: ignore[no-untyped-call]
@@ -138,7 +138,7 @@ class _SumOfOwners(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        """Each owner's sum has the gradient of the whole sum."""
+        """Return the gradient of the whole sum for each owner's sum."""
         ranks, mine = len(ctx.rows), ctx.rows[dist.get_rank(ctx.pg)]
         sent = grad if ctx.codecs is None else ctx.codecs.backward.encode(grad)
         received = sent.new_empty(sum(ctx.rows), sent.shape[1])

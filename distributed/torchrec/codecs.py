@@ -17,7 +17,7 @@ TRANSPORTS = ("fp32", "fp16", "bf16")
 
 
 class HalfCodec:
-    """torchrec's protocol `QuantizedCommCodec` by a cast."""
+    """Implementation of torchrec's protocol `QuantizedCommCodec` by a cast."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype

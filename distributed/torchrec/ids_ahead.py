@@ -40,7 +40,7 @@ class IdsAhead:
 
 @dataclass
 class ComingIds:
-    """The ids of a batch, and what has been sent of them ahead of its step, if anything.
+    """The ids of a pending batch, and what has been sent of them ahead of its step, if anything.
 
     ages: int64 [B] of the batch's rows, None where they have no times; ages_of_ranks: of all ranks', for the pooled
     output dist.

@@ -137,7 +137,8 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
             self._param_per_table[table.name] = placeholder
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        """features: one key per table, stride = ranks, values mixed ids, weights their counts. Returns [n, width]."""
+        """Return the rows asked for, [n, width]. features: one key per table, stride = ranks, values mixed ids, weights
+        their counts."""
         return self.rows(self.next_request(features))
 
     def bring_ahead(
@@ -295,7 +296,8 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     def state_dict(
         self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """Empty: `distributed/saved/row_files.py` saves rows, by id, so that any number of ranks can load them."""
+        """Return an empty state: `distributed/saved/row_files.py` saves rows, by id, so that any number of ranks can
+        load them."""
         return destination if destination is not None else {}
 
 

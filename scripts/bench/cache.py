@@ -1,4 +1,5 @@
-"""Training steps with tables on the host and a cache on the device, beside tables that are on the device as a whole.
+"""Measure training steps with tables on the host and a cache on the device, beside tables that are on the device as a
+whole.
 
 `python scripts/bench/cache.py [--device cuda] [--cache-rows 20000 100000]`: DeepFM, Criteo-shaped synthetic data with
 skewed ids, batches preloaded, one process. Rounds take the contenders in turn, so that a machine that slows down slows

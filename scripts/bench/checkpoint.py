@@ -114,7 +114,7 @@ def load_state(root: Storage, config: DynamicTableConfig, process: Process) -> N
 
 
 def step_of_table(table: DynamicTable, rows: int) -> Callable[[], None]:
-    """A training step of the table with next to nothing on top of it."""
+    """Return a training step of the table with next to nothing on top of it."""
     generator = torch.Generator().manual_seed(1)
     tower = torch.nn.Sequential(torch.nn.Linear(table.config.width, 256), torch.nn.ReLU(), torch.nn.Linear(256, 1))
 
@@ -129,7 +129,7 @@ def step_of_table(table: DynamicTable, rows: int) -> Callable[[], None]:
 
 
 def step_of_deepfm(table: DynamicTable, rows: int) -> Callable[[], None]:
-    """A training step of DeepFM whose fields share the table's rows. Its weights w are the first column of v."""
+    """Return a training step of DeepFM whose fields share the table's rows. Its weights w are the first column of v."""
     generator = torch.Generator().manual_seed(1)
     names = Fields(tuple(f"I{i}" for i in range(NUMERIC)), tuple(f"C{i}" for i in range(FIELDS)))
     dim, of_field = table.config.width, rows // FIELDS

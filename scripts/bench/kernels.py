@@ -32,7 +32,7 @@ def show(what: str, *columns: str) -> None:
 
 
 def zipf_steps(steps: int) -> list[torch.Tensor]:
-    """Row numbers [IDS] for each step: 26 features of 50,000 values, P(value k) ~ 1 / k."""
+    """Return row numbers [IDS] for each step: 26 features of 50,000 values, P(value k) ~ 1 / k."""
     generator = torch.Generator().manual_seed(1)
     offsets = (torch.arange(FEATURES) * (ROWS // FEATURES)).repeat_interleave(BATCH)
     found = []
@@ -67,7 +67,7 @@ def bench_unique(repeat: int) -> None:
 
 
 def bench_rows(repeat: int) -> None:
-    """Random rows, all distinct: bytes of the rows that are read or written, per second."""
+    """Measure random rows, all distinct: bytes of the rows that are read or written, per second."""
     dense = torch.zeros(ROWS, DIM)
     generator = torch.Generator().manual_seed(2)
     rows = torch.randperm(ROWS, generator=generator)[:IDS]

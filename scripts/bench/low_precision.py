@@ -1,4 +1,4 @@
-"""Accuracy and memory of row formats: trains each of them with several seeds and prints a table.
+"""Measure accuracy and memory of row formats: trains each of them with several seeds and prints a table.
 
     python scripts/bench/low_precision.py --output runs/formats --seeds 3 experiment=ml100k_deepfm data.path=FOLDER
 
@@ -42,7 +42,7 @@ VARIANTS = {
 
 
 def train(folder: Path, overrides: list[str], launcher: list[str]) -> dict[str, float]:
-    """AUC, logloss and bytes per row of one run, which is trained unless its folder holds a report."""
+    """Return AUC, logloss and bytes per row of one run, which is trained unless its folder holds a report."""
     report = folder / "report.json"
     if not report.exists():
         command = [*launcher, sys.executable, "scripts/train.py", *overrides, f"trainer.run_dir={folder}"]

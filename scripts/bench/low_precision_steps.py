@@ -1,4 +1,5 @@
-"""Time of a table's step and of a whole training step by row format, one thread, medians of alternating rounds.
+"""Measure the time of a table's step and of a whole training step by row format, one thread, medians of alternating
+rounds.
 
     python scripts/bench/low_precision_steps.py [--rounds 20] [--only table training]
 
@@ -44,7 +45,7 @@ options = parser.parse_args()
 
 
 def alternate(works: dict[str, Callable[[], None]], calls: int) -> dict[str, float]:
-    """Median milliseconds per call over rounds that take the works in turn, `calls` calls each."""
+    """Return median milliseconds per call over rounds that take the works in turn, `calls` calls each."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         work()

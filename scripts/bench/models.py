@@ -1,4 +1,4 @@
-"""Training steps per second of every model, Criteo-shaped: whole steps from parquet beside the tower alone.
+"""Measure training steps per second of every model, Criteo-shaped: whole steps from parquet beside the tower alone.
 
 `python scripts/bench/models.py --models deepfm,autoint_plus,fgcnn`: batch 4096, 13 numeric and 26 id fields, dim 16,
 MLP 400x3, one process. "Tower alone" is forward, backward and Adam on one preloaded batch: the bound for the whole

@@ -94,7 +94,7 @@ def table_step(table: DynamicTable, grads: torch.Tensor, parts: dict[str, list[f
 
 
 def fbgemm_step(tables: int) -> Callable[[torch.Tensor], object]:
-    """Forward and backward of fbgemm's static table(s) with SUM pooling; it is given row numbers."""
+    """Return forward and backward of fbgemm's static table(s) with SUM pooling; it is given row numbers."""
     import fbgemm_gpu.split_table_batched_embeddings_ops_training as training
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 
@@ -131,7 +131,7 @@ def bench_step(repeat: int) -> None:
 
 
 def mch_remap(ids: torch.Tensor) -> Callable[[torch.Tensor], object]:
-    """torchrec's managed collisions, with all ids admitted already."""
+    """Return torchrec's managed collisions, with all ids admitted already."""
     from torchrec import JaggedTensor
     from torchrec.modules.mc_modules import DistanceLFU_EvictionPolicy, MCHManagedCollisionModule
 

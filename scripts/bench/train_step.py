@@ -1,4 +1,4 @@
-"""Training steps per second of DeepFM, Criteo-shaped: ours whole, our dense tower alone, and plain torch.
+"""Measure training steps per second of DeepFM, Criteo-shaped: ours whole, our dense tower alone, and plain torch.
 
 `python scripts/bench/train_step.py`: batch 4096, 13 numeric and 26 id fields, dim 16, MLP 400x3, one process, one
 table. Rounds take the contenders in turn, so that a machine that slows down slows all of them; the figure is the
@@ -90,7 +90,7 @@ def tower_alone_step(amp: bool) -> Callable[[], None]:
 
 
 def our_step(trainer: Trainer, batches: list | None, amp: bool) -> Callable[[], None]:
-    """A training step on preloaded batches, or from parquet with `batches` None."""
+    """Return a training step on preloaded batches, or from parquet with `batches` None."""
 
     def endless():
         while True:

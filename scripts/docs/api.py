@@ -22,7 +22,7 @@ OPTIONS = """    options:
 
 
 def packages() -> list[str]:
-    """The packages that have a page, as `ctr.models`: the layers, and the folders in them."""
+    """Return the packages that have a page, as `ctr.models`: the layers, and the folders in them."""
     found = []
     for layer in LAYERS:
         inner = sorted(path.parent.name for path in (ROOT / layer).glob("*/__init__.py"))
@@ -31,7 +31,7 @@ def packages() -> list[str]:
 
 
 def pages() -> Iterator[tuple[str, str]]:
-    """(address in the site, markdown) of each page."""
+    """Yield (address in the site, markdown) of each page."""
     for package in packages():
         docstring = ast.get_docstring(ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text()))
         lines = [f"# tessera.{package}", "", docstring or "", ""]
@@ -42,12 +42,13 @@ def pages() -> Iterator[tuple[str, str]]:
 
 
 def navigation() -> list[dict[str, str]]:
-    """The entries of the site's navigation: title -> address."""
+    """Return the entries of the site's navigation: title -> address."""
     return [{f"tessera.{package}": f"api/{package}.md"} for package in packages()]
 
 
 def public_modules(package: str) -> list[Path]:
-    """Modules that have something public with a docstring: of a layer those beside its packages, of a package all."""
+    """Return modules that have something public with a docstring: of a layer those beside its packages, of a package
+    all."""
     folder = ROOT / package.replace(".", "/")
     paths = folder.glob("*.py") if package in LAYERS else folder.rglob("*.py")
     return sorted(path for path in paths if not path.name.startswith("_") and _has_public(path))

@@ -23,7 +23,7 @@ WIDTH = "100"  # of the texts, whatever terminal the site is built in
 
 
 def page() -> str:
-    """The page as markdown."""
+    """Return the page as markdown."""
     parts = [INTRODUCTION]
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = WIDTH
@@ -45,6 +45,6 @@ def _help(word: str) -> str:
 
 
 def _kinds(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """The parsers of the words that may follow, as those of `tessera prepare`."""
+    """Return the parsers of the words that may follow, as those of `tessera prepare`."""
     found = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return [one for choices in found for one in choices.values()]

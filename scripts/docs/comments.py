@@ -12,7 +12,7 @@ FIELD = re.compile(r"^ {4}(?P<key>\w+): ")
 
 
 def of_yaml(path: Path) -> tuple[str, dict[str, str]]:
-    """The comment at the top of a yaml file, and dotted key -> its comment ('' where it has none).
+    """Return the comment at the top of a yaml file, and dotted key -> its comment ('' if it has none).
 
     A key's comment stands behind it and goes on in comment lines below that are indented further; a key without
     one takes the comment lines above it. Keys inside of `[...]`, `{...}` and lists are not looked at.
@@ -52,7 +52,7 @@ def of_yaml(path: Path) -> tuple[str, dict[str, str]]:
 
 
 def of_dataclass(kind: type) -> dict[str, str]:
-    """Field -> the comment behind it or, where there is none, in the lines above it; '' where there is neither."""
+    """Return field -> the comment behind it or, if there is none, in the lines above it; '' if there is neither."""
     found: dict[str, str] = {field.name: "" for field in fields(kind)}
     above: list[str] = []
     for line in inspect.getsource(kind).splitlines():

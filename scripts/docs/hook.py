@@ -45,7 +45,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def generated() -> dict[str, str]:
-    """Address in the site -> markdown, of all pages that docs/ does not hold."""
+    """Return address in the site -> markdown, of all pages that docs/ does not hold."""
     found = {"reference/keys.md": keys.page(), "reference/commands.md": commands.page(), **dict(api.pages())}
     for name, address in FROM_ROOT.items():
         found[address] = (ROOT / name).read_text()
@@ -53,13 +53,13 @@ def generated() -> dict[str, str]:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links between docs/ and the files of the root lead to pages of the site."""
+    """Make links between docs/ and the files of the root lead to pages of the site."""
     if page.file.src_uri in FROM_ROOT.values():
         return LINK.sub(lambda found: FROM_ROOT.get(found["path"], found["path"].removeprefix("docs/")), markdown)
     return LINK.sub(lambda found: _of_root(found["path"], page.file.src_uri), markdown)
 
 
 def _of_root(path: str, page: str) -> str:
-    """The link to a file of the root as one to its page; others as they are."""
+    """Return the link to a file of the root as one to its page; others as they are."""
     whole = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), path))
     return posixpath.relpath(FROM_ROOT[whole], posixpath.dirname(page) or ".") if whole in FROM_ROOT else path

@@ -71,7 +71,7 @@ class Section:
 
 
 def sections() -> Iterator[Section]:
-    """All sections of the page, in order."""
+    """Return all sections of the page, in order."""
     composed = load_config([], "")
     yield Section("Groups", 2, "Each group is a folder of conf/, each choice a file in it.", list(_groups()))
     for field in fields(Config):
@@ -85,12 +85,12 @@ def sections() -> Iterator[Section]:
 
 
 def page() -> str:
-    """The page as markdown."""
+    """Return the page as markdown."""
     return INTRODUCTION + "\n".join(_written(section) for section in sections())
 
 
 def _comments_of_group(group: str) -> dict[str, str]:
-    """Dotted key -> comment, of all files of a group; those of the file that config.yaml names come first."""
+    """Return dotted key -> comment, of all files of a group; those of the file that config.yaml names come first."""
     chosen = {name: choice for one in _defaults() for name, choice in one.items()}.get(group)
     paths = sorted((CONF / group).glob("*.yaml"), key=lambda path: (path.stem != chosen, path.stem))
     found: dict[str, str] = {}
@@ -123,7 +123,7 @@ def _files(group: str) -> Iterator[Key]:
 def _of_dataclass(
     title: str, kind: type, comments: dict[str, str], composed: Any, level: int, prefix: str | None = None
 ) -> Iterator[Section]:
-    """The section of a dataclass, then those of the dataclasses in it.
+    """Yield the section of a dataclass, then those of the dataclasses in it.
 
     comments: dotted key, below the group -> comment of the yaml files. composed: the default configuration, for values
     that the dataclass leaves to yaml; None: there is none. prefix: what stands before the keys, if not the title.
@@ -150,7 +150,7 @@ def _of_dataclass(
 
 
 def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass that a type is, or that its list elements are."""
+    """Return the dataclass that a type is, or that its list elements are."""
     inside = typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
     return inside if is_dataclass(inside) and isinstance(inside, type) else None
 
@@ -221,7 +221,7 @@ def _type_of(value: Any) -> str:
 
 
 def _docstring(kind: type) -> str:
-    """The docstring of a class; '' if it has none of its own, but one that `dataclass` has made."""
+    """Return the docstring of a class; '' if it has none of its own, but one that `dataclass` has made."""
     text = inspect.getdoc(kind) or ""
     return "" if text.startswith(f"{kind.__name__}(") else text
 
@@ -240,7 +240,7 @@ def _written(section: Section) -> str:
 
 
 def _escaped(comment: str) -> str:
-    """A comment as markdown that shows it letter by letter, with links to the pages that it names."""
+    """Return a comment as markdown that shows it letter by letter, with links to the pages that it names."""
     text = html.escape(comment, quote=False)
     for sign in "|*_[]`^~":
         text = text.replace(sign, f"&#{ord(sign)};")

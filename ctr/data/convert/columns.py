@@ -78,7 +78,7 @@ class Column:
 
     @property
     def text_type(self) -> pa.DataType:
-        """The type that arrow parses the text to."""
+        """Arrow type that the text is parsed to."""
         if self.of_time and self.format in PER_SECOND:
             return pa.float64()
         return PLAIN_TYPES.get(self.type, pa.string())

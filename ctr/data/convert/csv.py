@@ -144,7 +144,7 @@ def _load(path: Path) -> CsvConfig:
 
 
 def _check(config: CsvConfig, columns: list[Column], path: Path) -> TimeRule | None:
-    """Returns which event times are plausible, as the schema says; None where it names no column of them."""
+    """Return which event times are plausible, as the schema says; None if it names no column of them."""
     if not columns:
         raise ConfigError(f"{path}: key columns: found none, expected at least one column to write")
     if config.header not in ("yes", "no", "auto"):
@@ -170,7 +170,8 @@ def _check(config: CsvConfig, columns: list[Column], path: Path) -> TimeRule | N
 
 
 def _check_schema(raw: dict, columns: list[Column], path: Path) -> TimeRule | None:
-    """The schema holds together, and every column that it reads is written. Returns its rule of times."""
+    """Check that the schema holds together, and that every column that it reads is written. Returns its rule of
+    times."""
     try:
         schema = Schema.from_config(raw)
     except SchemaError as error:

@@ -209,7 +209,8 @@ class _BlockParser:
     def _refuse_open_quotes(
         self, path: Path, data: bytes, lines: np.ndarray, starts: np.ndarray, stops: np.ndarray
     ) -> None:
-        """A quoted value over the end of its line swallows rows that cannot be told apart, whatever the policy."""
+        """Raise DataError for a quote that is open at the end of its line, whatever the policy: it swallows rows that
+        cannot be told apart."""
         quote = (self.text.quote or '"').encode()
         for line, start, stop in zip(lines, starts, stops, strict=True):
             if data.count(quote, start, stop) % 2:

@@ -1,4 +1,4 @@
-"""MovieLens ratings as a click task: rating above the threshold -> 1, below -> 0, equal -> dropped.
+"""Convert MovieLens ratings to a click task: rating above the threshold -> 1, below -> 0, equal -> dropped.
 
 Read are the layouts of GroupLens (ml-100k with u.data; ml-1m and ml-10m with ratings.dat; ml-20m, ml-25m and
 latest with ratings.csv) and of RecBole (.inter, .user, .item). Ratings stream; the tables of users and of

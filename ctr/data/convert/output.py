@@ -1,4 +1,4 @@
-"""Parquet parts in a folder that appears at its final name only when it is complete."""
+"""Write parquet parts in a folder that appears at its final name only when it is complete."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def write_description(folder: Path, schema: dict, summary: dict) -> None:
 
 
 class PartsWriter:
-    """Rows of several folders, each as part-00000.parquet, part-00001.parquet, ... of whole row groups.
+    """Writes rows of several folders, each as part-00000.parquet, part-00001.parquet, ... of whole row groups.
 
     The rows and row groups of a folder depend only on the rows appended to it, not on how they were cut into
     tables, as long as at most 64 folders are written side by side. Beyond that the file of the folder longest

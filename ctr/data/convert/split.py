@@ -82,7 +82,7 @@ def day_folder(day: datetime.date) -> str:
 
 @dataclass
 class HourCounts:
-    """Rows per hour, to find the times that cut off the last fractions of a log without sorting it."""
+    """Counts rows per hour, to find the times that cut off the last fractions of a log without sorting it."""
 
     counts: dict[int, int]
 
@@ -92,9 +92,8 @@ class HourCounts:
             self.counts[hour] = self.counts.get(hour, 0) + count
 
     def cuts(self, valid: float, test: float) -> tuple[int, int]:
-        """(valid_from, test_from) in seconds, on whole hours: the last `test` of the rows, and `valid` before
-        them, as nearly as whole hours allow. Raises ConfigError for impossible fractions, DataError without
-        rows."""
+        """Return (valid_from, test_from) in seconds, on whole hours: the last `test` of the rows, and `valid` before
+        them, as nearly as whole hours allow. Raises ConfigError for impossible fractions, DataError without rows."""
         _check_fractions(valid, test)
         if not self.counts:
             raise DataError("no rows with a time found, expected some to split by time")
@@ -107,8 +106,8 @@ class HourCounts:
 
 
 def seconds_of(text: str, where: str = "time") -> int:
-    """Seconds since 1970 UTC of "1414281600", "2014-10-26" or "2014-10-26T06:00:00"; ConfigError for other
-    text, beginning with `where` it was found."""
+    """Return seconds since 1970 UTC of "1414281600", "2014-10-26" or "2014-10-26T06:00:00". Raises ConfigError for
+    other text, beginning with `where` it was found."""
     if text.lstrip("-").isdigit():
         return int(text)
     try:

@@ -62,14 +62,15 @@ def implausible(seconds: pa.Array, rule: TimeRule) -> np.ndarray:
 
 
 def unit_advice(number: float, rule: TimeRule) -> str:
-    """For an implausible number: in which unit it would be a plausible time, if in any."""
+    """Return the end of a message about an implausible number: the unit in which it would be plausible; empty if there
+    is none."""
     fits = [unit for unit, per_second in PER_SECOND.items() if rule.first <= number // per_second < rule.stop]
     return f"; as {fits[0]} it would be plausible (format: {fits[0]})" if fits else ""
 
 
 def refuse_unit(source: pa.Array, outside: np.ndarray, rule: TimeRule, unit: str, where: str) -> None:
-    """Raises SchemaError, whatever the policy about bad rows, where most numbers are implausible in their unit and
-    would not be in another."""
+    """Raise SchemaError, whatever the policy about bad rows, if most numbers are implausible in their unit and would
+    not be in another."""
     known = len(source) - source.null_count
     if known < FEWEST or 2 * int(outside.sum()) <= known:
         return
