@@ -13,7 +13,7 @@ from tessera.embedding.row_store import RowStore, join
 def by_age(
     rows: Tensor, old: Tensor | None, grads: Tensor, inverse: Tensor | None, optimizer: RowOptimizer, lr: float | None
 ) -> tuple[list[tuple[Tensor, float]], Tensor, Tensor | None]:
-    """Split rows by learning rate; return the parts with their rates, and the gradients and inverse for them.
+    """Rows by their learning rate, and gradients and inverse for each of these parts.
 
     All rows with one rate, `lr` or the configured one; or, with `old` (bool [u]), the old ones and the others, -1 in
     place of those of the other part. Then gradients are merged here, once for both.

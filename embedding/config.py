@@ -1,4 +1,4 @@
-"""What one embedding table is, apart from where it lives."""
+"""Configure one embedding table, apart from where it lives."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ MAP_BYTES_PER_ROW = math.ceil(16 / (LIMIT * 2**-SPREAD / 2))
 
 
 def key_of(name: str) -> int:
-    """A signed 64-bit number that stands for a name in the counter-based generator."""
+    """Return a signed 64-bit number that stands for a name in the counter-based generator."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def step_of_range(format: str, largest: float) -> float:
-    """The step size with which codes of an int format reach from -largest to nearly largest."""
+    """Return the scale with which codes of an int format reach from -largest to nearly largest."""
     return largest / (1 << (BITS[format] - 1))
 
 
@@ -118,7 +118,7 @@ class RowOptimizer:
 
 @dataclass(frozen=True)
 class Admission:
-    """When an unknown id gets a row; `embedding/admission.py` tells how.
+    """Rule by which an unknown id gets a row; `embedding/admission.py` has the filters.
 
     kind: none (at once), exact (seen `threshold` times), sliding (the same by a filter of fixed size, which errs
     towards admission and forgets), probabilistic (no memory at all: after `threshold` times with probability 95 %).
@@ -178,7 +178,7 @@ class DynamicTableConfig:
         return sum(sum(self.state_widths(group)) for group in self.groups)
 
     def state_widths(self, group: Group) -> tuple[int, int]:
-        """Floats of state of a group's values and of its learned step size."""
+        """Return the floats of state of a group's values and of its learned scale."""
         layout = self.layout(group)
         return state_width(self.optimizer.name, group.dim), 0 if layout is None else layout.step_state
 
@@ -196,7 +196,7 @@ class DynamicTableConfig:
         return found.pop() if len(found) == 1 else torch.uint8
 
     def values_columns(self, group: Group) -> int:
-        """Columns of `values_dtype` that hold a group's values in storage form."""
+        """Return the columns of `values_dtype` that hold a group's values in storage form."""
         columns = stored_columns(group.format, group.dim)
         return columns * stored_dtype(group.format).itemsize // self.values_dtype.itemsize
 
@@ -242,7 +242,7 @@ class DynamicTableConfig:
         return min(limits, default=None)
 
     def key(self, group: Group) -> int:
-        """The table key of a group's first values, the same as that of a static table `<table>_<group>`."""
+        """Return the table key of a group's initial values, the same as that of a static table `<table>_<group>`."""
         return key_of(f"{self.name}_{group.name}")
 
     def check_batch(self, rows_per_batch: int) -> None:

@@ -1,4 +1,4 @@
-"""The rows of one group in low precision: what `PlainRows` of `row_store.py` is for float32."""
+"""Store the rows of one group in low precision, as `PlainRows` of `row_store.py` does in float32."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PackedRows:
         self.chunks.append(allocate_chunk(shape, torch.uint8, self._device))
 
     def initialise(self, rows: Tensor, ids: Tensor, first: Tensor | None) -> None:
-        """First values and state, and the configured step size, or the one that reaches all values of `first`."""
+        """Set initial values and state, and the configured scale, or the one that reaches all values of `first`."""
         group, layout, config, n = self._group, self._layout, self._config, rows.numel()
         steps = torch.full((n,), group.step, device=self._device) if is_int(group.format) else None
         if first is None:
@@ -82,13 +82,15 @@ class PackedRows:
         )
 
     def look_ahead(self, rows: Tensor, held: Tensor, inverse: Tensor | None) -> Tensor:
-        """Held values as the rows would hold them by nearest rounding: float32 [u, dim] or, with inverse, [n, dim]."""
+        """Return held values as rows would hold them by nearest rounding: float32 [u, dim] or, with inverse, [n,
+        dim]."""
         return packed_look_ahead(self.chunks, rows, held, self._layout, inverse)
 
     def learn_steps(
         self, rows: Tensor, held: Tensor, grads: Tensor, inverse: Tensor | None, ids: Tensor | None, step: int
     ) -> None:
-        """One step on the step sizes by the gradients of what `look_ahead` gave; then the rows take the held values."""
+        """Apply one step to the scales by the gradients of what `look_ahead` gave; then the rows take the held
+        values."""
         learned = self._group.learned
         assert learned is not None, self._group
         packed_learn_steps(
@@ -114,7 +116,7 @@ class PackedRows:
         scatter(self.chunks, rows, torch.zeros((1, self._layout.bytes), dtype=torch.uint8, device=self._device))
 
     def decode(self, bytes_nb: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values in storage form, state float32 [n, state] (that of the step size last), step sizes [n] or None."""
+        """Return values in storage form, state float32 [n, state] (that of the scale last), scales [n] or None."""
         layout = self._layout
         first = layout.step_floats + layout.step_state
         floats = bytes_nb[:, : 4 * (first + layout.state_floats)].contiguous().view(torch.float32)
@@ -140,7 +142,7 @@ class PackedRows:
         scatter(self.chunks, rows, bytes_nb)
 
     def stored(self, rows: Tensor) -> Tensor:
-        """As `PlainRows.stored`: uint8 [n, bytes of a row]."""
+        """Return rows as they lie in the chunks: uint8 [n, bytes of a row]."""
         return gather(self.chunks, rows, self._layout.bytes)
 
     def store(self, rows: Tensor, stored: Tensor) -> None:

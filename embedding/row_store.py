@@ -1,4 +1,4 @@
-"""What rows hold: for every group of columns the values and the optimizer's state.
+"""Store the content of rows: for every group of columns the values and the optimizer's state.
 
 Each group has its own chunks, under row numbers that all groups share, in the form that its update kernel works on:
 float32 values and state side by side (`PlainRows`), or packed rows of low precision (`packed_rows.py`).
@@ -19,7 +19,7 @@ from tessera.kernels.update import state_width, update
 
 
 class PlainRows:
-    """One group in float32. The methods are those of `PackedRows`, but for what only low precision needs."""
+    """One group in float32. Its methods are those of `PackedRows`, except what only low precision needs."""
 
     needs_ids = False
 
@@ -87,7 +87,7 @@ class PlainRows:
         scatter_columns(self.chunks, rows, [values, state])
 
     def stored(self, rows: Tensor) -> Tensor:
-        """Rows as they lie in the chunks, one tensor, for a store of the same kind elsewhere."""
+        """Return rows as they lie in the chunks, one tensor, for a store of the same kind elsewhere."""
         return gather(self.chunks, rows, self._width)
 
     def store(self, rows: Tensor, stored: Tensor) -> None:
@@ -111,7 +111,7 @@ class RowStore:
         self.needs_ids = any(group.needs_ids for group in self.groups)
 
     def reserve(self, end: int) -> None:
-        """Have memory for rows [0, end). A new chunk is not touched before its rows are."""
+        """Provide memory for rows [0, end). A new chunk is not touched before its rows are."""
         while self._reserved < end:
             for group in self.groups:
                 group.grow()
@@ -123,19 +123,20 @@ class RowStore:
         commit([part for group in self.groups for part in first_rows(group.chunks, rows)])
 
     def initialise(self, rows: Tensor, ids: Tensor, first: Tensor | None = None) -> None:
-        """First values, `first` (float32 [width]) or from (seed, table, group, id) alone; first state, step sizes."""
+        """Set initial values, `first` (float32 [width]) or from (seed, table, group, id) alone; initial state,
+        scales."""
         parts = [None] * len(self.groups) if first is None else first.split(self._dims)
         for group, part in zip(self.groups, parts, strict=True):
             group.initialise(rows, ids, part)
 
     def gather(self, rows: Tensor, inverse: Tensor | None = None) -> Tensor:
-        """float32 [u, width], or [n, width] with inverse int64 [n]; row -1 gives zeros."""
+        """Return float32 [u, width], or [n, width] with inverse int64 [n]; row -1 gives zeros."""
         return join([group.gather(rows, inverse) for group in self.groups])
 
     def update(
         self, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float | None, ids: Tensor | None, step: int
     ) -> None:
-        """One optimizer step on rows (distinct, -1 skipped); grads float32 [n, width].
+        """Apply one optimizer step to rows (distinct, -1 skipped); grads float32 [n, width].
 
         ids int64 [u] of the rows and the table's step draw the lots of rounding; ids only where `needs_ids`.
         """
@@ -144,7 +145,7 @@ class RowStore:
             group.update(rows, part, inverse, lr, ids, step)
 
     def split(self, matrix: Tensor) -> list[Tensor]:
-        """[n, width] cut into the columns of each group."""
+        """Split [n, width] into the columns of each group."""
         return [matrix] if len(self._dims) == 1 else list(matrix.split(self._dims, dim=1))
 
     def clear(self, rows: Tensor) -> None:
@@ -153,14 +154,14 @@ class RowStore:
             group.clear(rows)
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values in storage form, state float32 [n, state_width], step sizes float32 [n, groups] or None.
+        """Return values in storage form, state float32 [n, state_width], scales float32 [n, groups] or None.
 
         The order is that of the groups; the step size of a group without one is 0.
         """
         return self.decode([gather(group.chunks, rows, group.chunks[0].shape[1]) for group in self.groups])
 
     def decode(self, raw: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What `read` gives of rows as they lie in the chunks of each group."""
+        """Return what `read` does, from rows (one tensor per group) as they lie in the chunks."""
         parts = [group.decode(rows) for group, rows in zip(self.groups, raw, strict=True)]
         dtype = self._config.values_dtype
         values = join([value.contiguous().view(dtype) for value, _, _ in parts])
@@ -180,8 +181,8 @@ class RowStore:
             group.write(rows, *parts)
 
     def stored(self, rows: Tensor) -> list[Tensor]:
-        """All that is stored of rows (int64 [n], -1 gives zeros) as it lies in memory: a tensor [n, columns] per group.
-        A store of the same groups and optimizer, on this or another device, takes it by `store`."""
+        """Return all that is stored of rows (int64 [n], -1 gives zeros) as it lies in memory: a tensor [n, columns] per
+        group. A store of the same groups and optimizer, on this or another device, takes it by `store`."""
         return [group.stored(rows) for group in self.groups]
 
     def store(self, rows: Tensor, stored: list[Tensor]) -> None:
@@ -208,5 +209,5 @@ class RowStore:
 
 
 def join(parts: list[Tensor]) -> Tensor:
-    """The columns of all groups side by side."""
+    """Concatenate the columns of all groups."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

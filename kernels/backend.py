@@ -1,4 +1,4 @@
-"""Which implementation the ops of this package run on.
+"""Choose the implementation that the ops of this package run on.
 
 Tensors in CPU memory go to compiled C++ (`cpp`) or plain torch (`reference`), tensors on a GPU to Triton kernels
 (`triton`) or plain torch. `TESSERA_KERNELS=reference` forces plain torch everywhere, `TESSERA_KERNELS=cpp` makes a
@@ -72,12 +72,12 @@ if _choice == "triton" and interpreted():
 
 
 def backend(device: str = "cpu") -> str:
-    """The implementation that tensors on this kind of device get now: `cpp`, `triton` or `reference`."""
+    """Return the implementation that tensors on this kind of device get now: `cpp`, `triton` or `reference`."""
     return _on_gpu if device == "cuda" else _current
 
 
 def available_backends() -> list[str]:
-    """All implementations that CPU tensors can use in this process, the definition (`reference`) first."""
+    """Return all implementations that CPU tensors can use in this process, the definition (`reference`) first."""
     return ["reference"] + ["cpp"] * (problem is None) + ["triton"] * interpreted()
 
 

@@ -20,7 +20,7 @@ def gather(
     default: Tensor | None = None,
     begin: int = 0,
 ) -> Tensor:
-    """Columns [begin, begin + dim) of rows, in the dtype of the chunks.
+    """Return columns [begin, begin + dim) of rows, in the dtype of the chunks.
 
     chunks: as `kernels/chunks.py` says, of any dtype (float32 if there is none yet); rows: int64 [u], -1
     reads `default` ([dim], the chunks' dtype) or zeros; inverse: int64 [n], 0 <= inverse < u. Returns

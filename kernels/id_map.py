@@ -1,4 +1,4 @@
-"""From raw 64-bit ids to row numbers: exact, and growing without ever moving more than one small block.
+"""Map raw 64-bit ids to row numbers: exact, and growing without ever moving more than one small block.
 
 Extendible hashing. h = mix64(id + 0x9E3779B97F4A7C15), a bijection, stands for the id everywhere inside. (The
 plain mix64(id) mod ranks decides which rank owns an id, so its bits are not evenly spread on one rank.) The
@@ -49,7 +49,7 @@ class IdMap:
         self._counters[0] = 1
 
     def reserve(self, ids: int) -> None:
-        """Have the segments that so many ids split the first one into, before they are inserted. The map must be empty.
+        """Provide the segments that so many ids split the first one into, before insertion. The map must be empty.
 
         What is looked for is found as without; it takes no more memory, for only the splits that are sure are done.
         """
@@ -80,7 +80,7 @@ class IdMap:
         return int(self._counters[0]) * SLOTS * 16 + self._segments.numel() * 4 + self._directory.numel() * 4
 
     def find(self, ids: Tensor) -> Tensor:
-        """ids: int64 [n], duplicates allowed. Returns rows int64 [n], -1 for unknown ids."""
+        """Return rows int64 [n] of ids int64 [n] (duplicates allowed), -1 for unknown ids."""
         check_index("ids", ids)
         if ops := backend.ops_for(ids):
             return ops.id_map_find(self._directory, self._chunks, ids)
@@ -124,7 +124,7 @@ class IdMap:
         return rows, new
 
     def erase(self, ids: Tensor) -> Tensor:
-        """ids: int64 [n], distinct. Returns the rows they had, int64 [n], -1 for unknown ids."""
+        """Remove ids (int64 [n], distinct). Returns the rows they had, int64 [n], -1 for unknown ids."""
         check_index("ids", ids)
         state = self._directory, self._chunks, self._segments, self._counters
         if ops := backend.ops_for(ids):

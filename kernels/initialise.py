@@ -1,4 +1,4 @@
-"""The first content of new rows: values that depend on (seed, table, id) alone, and the state's start."""
+"""Initialise new rows: values that depend on (seed, table, id) alone, and the state's start."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tessera.kernels.reference import mix as reference
 
 
 def mix64(x: Tensor) -> Tensor:
-    """int64 to int64 of the same shape, bits taken as unsigned. Raises ValueError for other dtypes."""
+    """Map int64 to int64 of the same shape, bits taken as unsigned. Raises ValueError for other dtypes."""
     _check(x)
     if ops := backend.ops_for(x):
         return ops.mix64(x)
@@ -26,7 +26,7 @@ def mix64(x: Tensor) -> Tensor:
 
 
 def unmix64(x: Tensor) -> Tensor:
-    """The inverse: unmix64(mix64(x)) == x. Raises ValueError for dtypes other than int64."""
+    """Return the inverse: unmix64(mix64(x)) == x. Raises ValueError for dtypes other than int64."""
     _check(x)
     if ops := backend.ops_for(x):
         return ops.unmix64(x)

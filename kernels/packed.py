@@ -59,7 +59,7 @@ def packed_update(
     rounding: str = "stochastic",
     held: Tensor | None = None,
 ) -> None:
-    """One optimizer step on rows in place: merge gradients, dequantise, update, quantise.
+    """Apply one optimizer step to rows in place: merge gradients, dequantise, update, quantise.
 
     rows: int64 [u], distinct, -1 is skipped; grads: float32 [n, dim], inverse as in `kernels/update.py`; ids: int64
     [u] of the rows and stream (`reference.random.stream` of seed, table and step) draw the lots of stochastic

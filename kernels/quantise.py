@@ -34,7 +34,7 @@ def quantise(
     table: int = 0,
     step: int = 0,
 ) -> Tensor:
-    """Values float32 [n, dim] in storage form: [n, stored_columns(format, dim)] of stored_dtype(format).
+    """Return values float32 [n, dim] in storage form: [n, stored_columns(format, dim)] of stored_dtype(format).
 
     steps: float32 [n], above 0, for int formats; ids: int64 [n], needed by stochastic rounding, as seed, table and
     step (integers modulo 2**64) are. Raises ValueError for unknown names, wrong dtypes or shapes.
@@ -59,7 +59,7 @@ def quantise(
 
 
 def dequantise(stored: Tensor, steps: Tensor | None, format: str, dim: int) -> Tensor:
-    """The float32 [n, dim] that `quantise` made `stored` of, but for its rounding. Raises as `quantise`."""
+    """Return the float32 [n, dim] that `quantise` made `stored` of, but for its rounding. Raises as `quantise`."""
     check_format(format)
     wanted = (stored.shape[0], stored_columns(format, dim))
     if stored.dtype != stored_dtype(format) or stored.shape != wanted:

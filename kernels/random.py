@@ -25,7 +25,7 @@ from tessera.kernels.reference import random as reference
 
 
 def uniform(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:
-    """Uniform numbers in [0, 1), multiples of 2**-24: the upper 24 of the 64 bits.
+    """Return uniform numbers in [0, 1), multiples of 2**-24: the upper 24 of the 64 bits.
 
     seed, table (any 64-bit key of the table, for example a hash of its name), step: integers, taken modulo
     2**64; ids: int64 [n]. Returns float32 [n, dim]. Bit-identical on every backend, machine and number of
@@ -39,7 +39,7 @@ def uniform(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tens
 
 
 def normal(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:
-    """Standard normal numbers: the Box-Muller transform of columns (0, 1), (2, 3), ...; arguments as above.
+    """Return standard normal numbers: the Box-Muller transform of columns (0, 1), (2, 3), ...; arguments as above.
 
     Computed in float64 and rounded to float32 [n, dim], so |x| < 8.6. Backends and machines may differ by
     one unit in the last place, because their logarithm and sine do; thread count and order change nothing.

@@ -1,4 +1,4 @@
-"""Strings to 64-bit ids: the public hash XXH64 with seed 0, and the parsing of hexadecimal ids.
+"""Map strings to 64-bit ids: the public hash XXH64 with seed 0, and the parsing of hexadecimal ids.
 
 A column of n strings is given as Arrow stores it: all bytes in one buffer, and n + 1 offsets into it. Both
 ops run on the calling thread and release the GIL, so the reader's threads run them side by side.

@@ -11,7 +11,8 @@ from tessera.kernels.reference import take_places as reference
 
 
 def take_places(places: Tensor, rows: Tensor, taken: int) -> Tensor:
-    """The rows whose entry in `places` is 0, in order: int64 [k]. Their entries become taken + 1, taken + 2 and so on.
+    """Return rows whose entry in `places` is 0, in order: int64 [k]. Their entries become taken + 1, taken + 2 and so
+    on.
 
     places: int32 [m], m >= 1; its last entry is that of row -1 and of rows from m - 1 on, and must not be 0; rows:
     int64 [n], distinct but for these. Raises ValueError for wrong dtypes or shapes.

@@ -1,4 +1,4 @@
-"""When a row was last seen and how often: kept per row, read in bounded slices to find rows to give up.
+"""Track when a row was last seen and how often: kept per row, read in bounded slices to find rows to evict.
 
 The chunks here are int64 [chunk_rows, 2 or more]: column 0 is the time last seen (in the caller's unit),
 column 1 the count; further columns belong to the caller. A row whose count is 0 is not in use.
@@ -42,7 +42,7 @@ def touch(chunks: Sequence[Tensor], rows: Tensor, now: int | Tensor, counts: Ten
 
 
 def expired(chunks: Sequence[Tensor], now: int, ttl: int, begin: int, end: int) -> Tensor:
-    """Rows in use of [begin, end) with now - last seen >= ttl: int64 [k], ascending.
+    """Return rows in use of [begin, end) with now - last seen >= ttl: int64 [k], ascending.
 
     Walk the table in slices to bound the work of one call. Raises IndexError if the slice leaves the table.
     """
@@ -56,7 +56,7 @@ def expired(chunks: Sequence[Tensor], now: int, ttl: int, begin: int, end: int) 
 
 
 def coldest(chunks: Sequence[Tensor], column: int, k: int, begin: int, end: int, keep: Tensor | None = None) -> Tensor:
-    """The k rows in use of [begin, end) with the smallest value in `column`: int64 [<= k], coldest first.
+    """Return the k rows in use of [begin, end) with the smallest value in `column`: int64 [<= k], coldest first.
 
     column LAST_SEEN gives the least recently used rows, COUNT the least frequently used; ties are broken by
     the other of these two columns, then by row number. keep: int64 rows never to be chosen, -1 is ignored.

@@ -1,4 +1,4 @@
-"""The distinct ids of a batch, in the order in which they first appear."""
+"""Find the distinct ids of a batch, in the order in which they first appear."""
 
 from __future__ import annotations
 

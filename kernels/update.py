@@ -1,4 +1,4 @@
-"""One fused optimizer step on the rows of a batch: merge duplicates, update values and state in place.
+"""Apply one fused optimizer step to the rows of a batch: merge duplicates, update values and state in place.
 
 g is the gradient of a row: the sum over its positions in the batch, in order, plus weight_decay * w. All
 state starts from zero unless a row was initialised with an accumulator (`kernels/initialise.py`).

@@ -1,4 +1,4 @@
-"""Rounding to formats of low precision, in torch."""
+"""Round to formats of low precision, in torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ GRIDS = {"fp16": (10, -14, 65504.0), "bf16": (7, -113, float(torch.finfo(torch.b
 
 
 def round_to_integer(x: Tensor, lots: Tensor | None) -> Tensor:
-    """To nearest, ties to even; or with lots in [0, 1) up with the chance that is the fraction of x, else down."""
+    """Round to nearest, ties to even; or, with random draws in [0, 1), up with probability the fraction of x, else
+    down."""
     if lots is None:
         return x.round()
     below = x.floor()
@@ -22,13 +23,13 @@ def round_to_integer(x: Tensor, lots: Tensor | None) -> Tensor:
 
 
 def to_codes(values: Tensor, steps: Tensor, format: str, lots: Tensor | None) -> Tensor:
-    """int32 [n, dim] codes of values [n, dim] with steps [n]."""
+    """Return int32 [n, dim] codes of values [n, dim] with scales [n]."""
     low, high = code_range(format)
     return round_to_integer(values / steps[:, None], lots).clamp(low, high).to(torch.int32)
 
 
 def to_grid(values: Tensor, format: str, lots: Tensor | None) -> Tensor:
-    """Values [n, dim] that a float format holds exactly, still float32."""
+    """Round values [n, dim] to those that a float format holds exactly; still float32."""
     mantissa, lowest, most = GRIDS[format]
     exponent = (torch.frexp(values)[1] - 1).clamp(min=lowest)
     spacing = ((exponent - mantissa + 127) << 23).view(torch.float32)
@@ -36,7 +37,7 @@ def to_grid(values: Tensor, format: str, lots: Tensor | None) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """int32 [n, dim] to uint8 [n, ceil(dim * bits / 8)]."""
+    """Pack int32 [n, dim] codes to uint8 [n, ceil(dim * bits / 8)]."""
     per_byte = 8 // bits
     columns = -(-codes.shape[1] // per_byte)
     padded = codes.new_zeros((codes.shape[0], columns * per_byte))
@@ -46,7 +47,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(stored: Tensor, dim: int, bits: int) -> Tensor:
-    """uint8 [n, columns] to int32 [n, dim]."""
+    """Unpack uint8 [n, columns] to int32 [n, dim] codes."""
     shifts = torch.arange(8 // bits, device=stored.device, dtype=torch.int32) * bits
     codes = (stored.to(torch.int32)[:, :, None] >> shifts) & ((1 << bits) - 1)
     half = 1 << (bits - 1)
@@ -77,7 +78,7 @@ def fake_quantise(values: Tensor, steps: Tensor, format: str) -> Tensor:
 
 
 def step_gradient(values: Tensor, steps: Tensor, grads: Tensor, format: str) -> Tensor:
-    """float32 [n]: the gradient of each row's step size, summed over its values."""
+    """Return the gradient of each row's scale, summed over its values: float32 [n]."""
     low, high = code_range(format)
     x = values / steps[:, None]
     inside = x.round() - x

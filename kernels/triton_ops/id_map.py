@@ -39,7 +39,7 @@ def _segment_of(directory, hashes, inside, bits):
 
 @triton.jit
 def _slots_of(bases, segment, inside):
-    """Pointers to the first words of segments."""
+    """Return pointers to the first words of segments."""
     base = tl.load(bases + (segment >> _SEGMENT_SHIFT), mask=inside, other=0)
     address = tl.multiple_of(base, 16) + (segment & _SEGMENT_MASK) * (_SLOTS * 16)
     return address.to(tl.pointer_type(tl.int64))
@@ -52,7 +52,8 @@ def _home_of(hashes):
 
 @triton.jit
 def _find(slots, hashes, inside):
-    """(row, slot) of hashes, -1 where unknown. A line is filled from its beginning: an empty slot ends the search."""
+    """Return (row, slot) of hashes, -1 where unknown. A line is filled from its beginning: an empty slot ends the
+    search."""
     wanted = hashes.to(tl.int64, bitcast=True)
     at = _home_of(hashes)
     row = tl.full(at.shape, -1, tl.int64)

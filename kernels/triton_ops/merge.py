@@ -105,7 +105,7 @@ def merged(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The merged gradients of places `row` [ROWS] among the batch's rows: float32 [ROWS, COLUMNS]."""
+    """Return the merged gradients of places `row` [ROWS] among the batch's rows: float32 [ROWS, COLUMNS]."""
     column = tl.arange(0, COLUMNS)[None, :]
     if DIRECT:
         return tl.load(grads + row[:, None] * DIM + column, mask=inside[:, None] & (column < DIM), other=0.0)
@@ -128,7 +128,7 @@ def _check_kernel(ordered, note, positions, count):
 
 
 def merge(grads: Tensor, inverse: Tensor | None, count: int, note: Tensor) -> Merge:
-    """What `merged` needs of gradients float32 [n, dim] for `count` rows."""
+    """Prepare the sums of gradients float32 [n, dim] for `count` rows; `merged` takes the result."""
     grads = grads.contiguous()
     n, dim = grads.shape
     if inverse is None or n == 0 or count == 0:

@@ -1,4 +1,4 @@
-"""Rounding matrices to formats of low precision, and back."""
+"""Round matrices to formats of low precision, and back."""
 
 from __future__ import annotations
 
