@@ -241,7 +241,7 @@ class DynamicTables(nn.Module):
         """Map the owners' answer [n, columns] to [n, width]; ids without a row get the table's OOV row."""
         if self.others is None:
             return answered
-        # The second pass is for step sizes alone. Data parallel counts gradients: a second one would confuse it.
+        # The second pass is for scales alone. Data parallel counts gradients: a second one would confuse it.
         others = self.others[table].detach() if self._second else self.others[table]
         return torch.addcmul(answered[:, :-1], answered[:, -1:].detach(), others)
 
@@ -278,7 +278,7 @@ class DynamicTables(nn.Module):
         times: int64 [B], of the events in the rows of this rank's batch, which then has as many rows as those of other
         ranks. Rows of ids are touched with the time of their latest event in all ranks' batches, at most `now`. Of a
         batch that was prepared the times are known already.
-        learn_steps: the step has a second pass (`second_pass`) in which step sizes are learned. Rows are stored
+        learn_steps: the step has a second pass (`second_pass`) in which scales are learned. Rows are stored
         at its end; what the first pass leaves between the two is kept in float32 for the rows of the batch.
         """
         self._ages = None if times is None or self._coming else ages_at(now, times)
@@ -298,7 +298,7 @@ class DynamicTables(nn.Module):
     def second_pass(self) -> Iterator[None]:
         """Run forward and backward in this block as the second pass of a step, on the batch of the first.
 
-        A look-up gives the updated rows as they would be stored; gradients go to the step sizes alone.
+        A look-up gives the updated rows as they would be stored; gradients go to the scales alone.
         """
         self._second = True
         for kernel in self._kernels():

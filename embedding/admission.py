@@ -89,7 +89,7 @@ class ProbabilisticFilter:
 
     The random draw is a function of (seed, table, id, step), so that neither order nor rank matters.
 
-    The lot is a function of (seed, table, id, step), so that neither order nor rank matters.
+    The random draw is a function of (seed, table, id, step), so that neither order nor rank matters.
     """
 
     nbytes = 0

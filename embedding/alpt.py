@@ -1,4 +1,4 @@
-"""The rows of one batch between the two passes of a step that learns step sizes (ALPT, arXiv 2212.05735)."""
+"""The rows of one batch between the two passes of a step that learns scales (ALPT, arXiv 2212.05735)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def by_age(
 class RowsAhead:
     """Rows after the optimizer step of the first pass: state is updated, new values are in float32 and not stored yet.
 
-    Only groups with a learned step size are held; the others are stored and do not take part in the second pass. Row
+    Only groups with a learned scale are held; the others are stored and do not take part in the second pass. Row
     numbers are those of the batch (distinct, -1 skipped): no row may be freed meanwhile.
     """
 

@@ -79,7 +79,7 @@ class StepOptimizer:
 class Group:
     """Columns of a row that are one embedding: `dim` values that start at N(0, init_std).
 
-    format, rounding: how they are stored, see `kernels/formats.py` and `kernels/quantise.py`. step: the step size that
+    format, rounding: how they are stored, see `kernels/formats.py` and `kernels/quantise.py`. step: the scale that
     a new row of an int format has, which it keeps (LPT) unless `learned` says how it is learned (ALPT).
     """
 
@@ -136,10 +136,10 @@ class DynamicTableConfig:
     """One table that gives every id a row of its own.
 
     features: the id columns looked up in it. groups: the embeddings that one id has here. seed: with the table's and
-    the group's name and the id it fixes a row's first values. ttl_seconds: a row not seen for so long expires (None:
+    the group's name and the id it fixes a row's initial values. ttl_seconds: a row not seen for so long expires (None:
     never). max_rows, max_bytes: the limit of one rank's part of the table (None: memory). eviction: what a full table
-    does: give up the least recently (lru) or least frequently (lfu) used rows, or raise TableFull. evicted_kept: ids
-    given up that are kept for `take_evicted`. chunk_rows: rows by which memory is reserved, a power of two. cache_rows,
+    does: evict the least recently (lru) or least frequently (lfu) used rows, or raise TableFull. evicted_kept: evicted
+    ids that are kept for `take_evicted`. chunk_rows: rows by which memory is reserved, a power of two. cache_rows,
     cache_bytes: the table is in host memory, and a device holds so many of its rows (None: all of them are there).
 
     Raises ConfigError, one line, for values that cannot work.
@@ -174,7 +174,7 @@ class DynamicTableConfig:
 
     @property
     def state_width(self) -> int:
-        """Floats of optimizer state of one row, that of learned step sizes included."""
+        """Floats of optimizer state of one row, that of learned scales included."""
         return sum(sum(self.state_widths(group)) for group in self.groups)
 
     def state_widths(self, group: Group) -> tuple[int, int]:
@@ -207,7 +207,7 @@ class DynamicTableConfig:
 
     @property
     def has_steps(self) -> bool:
-        """True if some group has step sizes."""
+        """True if some group has scales."""
         return any(is_int(group.format) for group in self.groups)
 
     @property
@@ -216,7 +216,7 @@ class DynamicTableConfig:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of values, step sizes and state of one row."""
+        """Bytes of values, scales and state of one row."""
         layouts = [(group, self.layout(group)) for group in self.groups]
         return sum(4 * (g.dim + self.state_widths(g)[0]) if at is None else at.bytes for g, at in layouts)
 

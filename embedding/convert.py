@@ -43,8 +43,8 @@ def convert_rows(
     """Return rows of `source` as `target` stores them, rounded to nearest; both have the same groups, dims and
     optimizer.
 
-    A row that becomes int gets the smallest step size with which all its values are in range. The state of a learned
-    step size starts at zero. errors: by group name, added to.
+    A row that becomes int gets the smallest scale with which all its values are in range. The state of a learned
+    scale starts at zero. errors: by group name, added to.
     """
     values, states, steps = [], [], []
     columns = [source.values_columns(group) for group in source.groups]

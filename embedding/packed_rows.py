@@ -19,7 +19,7 @@ from tessera.kernels.scatter import scatter
 class PackedRows:
     """Rows packed as `kernels/formats.py` describes.
 
-    Lots of rounding are drawn from (seed, table, group, id, step of the table); a row's first values take step 0.
+    Random draws of rounding come from (seed, table, group, id, step of the table); a row's initial values take step 0.
     """
 
     def __init__(self, config: DynamicTableConfig, group: Group, device: torch.device) -> None:

@@ -107,7 +107,7 @@ class RowStore:
         for group in config.groups:
             kind = PlainRows if config.layout(group) is None else PackedRows
             self.groups.append(kind(config, group, torch.device(device)))
-        #: Whether updates draw lots and so must know the ids of rows.
+        #: Whether updates round at random and so must know the ids of rows.
         self.needs_ids = any(group.needs_ids for group in self.groups)
 
     def reserve(self, end: int) -> None:
@@ -138,7 +138,7 @@ class RowStore:
     ) -> None:
         """Apply one optimizer step to rows (distinct, -1 skipped); grads float32 [n, width].
 
-        ids int64 [u] of the rows and the table's step draw the lots of rounding; ids only where `needs_ids`.
+        ids int64 [u] of the rows and the table's step seed stochastic rounding; ids only where `needs_ids`.
         """
         lr = self._lr if lr is None else lr
         for group, part in zip(self.groups, self.split(grads), strict=True):
@@ -149,14 +149,14 @@ class RowStore:
         return [matrix] if len(self._dims) == 1 else list(matrix.split(self._dims, dim=1))
 
     def clear(self, rows: Tensor) -> None:
-        """Set values, state and step sizes to zero."""
+        """Set values, state and scales to zero."""
         for group in self.groups:
             group.clear(rows)
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return values in storage form, state float32 [n, state_width], scales float32 [n, groups] or None.
 
-        The order is that of the groups; the step size of a group without one is 0.
+        The order is that of the groups; the scale of a group without one is 0.
         """
         return self.decode([gather(group.chunks, rows, group.chunks[0].shape[1]) for group in self.groups])
 

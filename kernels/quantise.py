@@ -1,6 +1,6 @@
 """Round values to a format of low precision, and back (`kernels/formats.py`).
 
-x is value / step size for int formats, value / spacing for float formats, where the spacing is that of the format's
+x is value / scale for int formats, value / spacing for float formats, where the spacing is that of the format's
 numbers near the value (bf16: 2^-120 for values below 2^-113). The stored number is
 
     nearest      x rounded to an integer, ties to even

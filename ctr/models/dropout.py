@@ -16,7 +16,7 @@ class Dropout(nn.Module):
     """Sets each unit of a row to zero with probability `p` in training, and divides the others by 1 - p.
 
     Whether a unit stays is a function of (seed, training step, the row's place in the epoch, layer, unit): the same on
-    any number of ranks, in a run that is resumed, and in both passes of a step that learns step sizes. `Network` tells
+    any number of ranks, in a run that is resumed, and in both passes of a step that learns scales. `Network` tells
     the layer its number and, before each step, the keys of the batch's rows (`draw_masks`). A layer that nobody tells
     draws as torch's does.
 

@@ -37,7 +37,7 @@ from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.table import DynamicTable
 
 Tables = dict[str, DynamicTable]
-READER = "states"  # of ids that tables gave up
+READER = "states"  # of evicted ids
 ADMISSION_COLUMNS = {"admission/ids": "id", "admission/counts": "count", "admission/last_seen": "last_seen"}
 
 

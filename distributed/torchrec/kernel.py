@@ -3,9 +3,9 @@
 It receives, per table, the ids that every rank asks for with their counts, and gives their rows; in the backward pass
 it receives the rows' gradients and updates the tables at once, so that no gradient leaves it.
 
-A step that learns step sizes (ALPT) has two such passes over one batch. The first updates the optimizer's state and
+A step that learns scales (ALPT) has two such passes over one batch. The first updates the optimizer's state and
 keeps the new rows of the batch in float32; the second gives them as they would be stored, and its gradients update
-the step sizes, with which the rows are stored.
+the scales, with which the rows are stored.
 
 Where the asking side has a learned row for ids without a row of their own, answers have one column more: 1 for such an
 id, 0 for the others. Both are exact in half precision.

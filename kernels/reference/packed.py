@@ -13,7 +13,7 @@ from tessera.kernels.reference.gather import checked
 from tessera.kernels.reference.quantise import dequantise, fake_quantise, quantise, step_gradient
 from tessera.kernels.reference.update import step
 
-LEAST_SHRINK = 0.5  # of a step size in one update, so that it stays above zero
+LEAST_SHRINK = 0.5  # of a scale in one update, so that it stays above zero
 
 
 class Parts:

@@ -1,4 +1,4 @@
-"""The second pass over rows with a learned step size: one optimizer step on the step sizes, then values are stored."""
+"""The second pass over rows with a learned scale: one optimizer step on the scales, then values are stored."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def _learn_kernel(
     inner = tl.minimum(tl.maximum(x, low * 1.0), high * 1.0)
     slope = tl.where(x <= low, low * 1.0, tl.where(x >= high, high * 1.0, arithmetic.nearest(inner) - inner))
     slope = scale * tl.sum(tl.where(mask, g * slope, 0.0), axis=1, keep_dims=True)
-    # The optimizer on step sizes [ROWS, 1], whose state is at byte 4.
+    # The optimizer on scales [ROWS, 1], whose state is at byte 4.
     zero = tl.zeros_like(address).to(tl.int32)
     new = step(size, slope, address + 4, address, zero, known, known, size, hyper, KIND, 1, False, 1, 1)
-    new = tl.maximum(new, 0.5 * size)  # a step size stays above zero
+    new = tl.maximum(new, 0.5 * size)  # a scale stays above zero
     tl.store(pointer, new, mask=known)
     key = tl.full([ROWS, 1], 0, tl.uint64)
     if not NEAREST:

@@ -158,7 +158,7 @@ def adam_half(
     v = load_values(moments + 2 * DIM, column, mask, 1.0, BF16, 16)
     w, m, v = adam_values(w, g, m, v, t, n)
     tl.store(floats(state), t, mask=known)
-    # The values have the first DIM lots.
+    # The values take the first DIM random draws.
     store_values(moments, column, mask, m, 1.0, key, DIM, BF16, 16, False, ROWS, COLUMNS)
     store_values(moments + 2 * DIM, column, mask, v, 1.0, key, 2 * DIM, BF16, 16, False, ROWS, COLUMNS)
     return w

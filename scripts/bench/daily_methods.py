@@ -96,8 +96,7 @@ class Model:
         return open_reader(self.config, self.trainer.schema, self.process, path, training, days, replay)
 
     def score(self, days: list[str]) -> dict[str, np.ndarray]:
-        """Return predictions of the model as it is: before the days are trained on, the logits of KD-self are among
-        them."""
+        """Predictions of the model as it is: before the days are trained on, the logits of KD-self are among them."""
         evaluate(self.trainer.model, self.reader(days), self.process, self.folder / "predictions", "day")
         table = pq.read_table(self.folder / "predictions" / "day-00000.parquet")
         return {name: table[name].to_numpy() for name in ("prediction", "label", "row")}
