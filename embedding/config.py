@@ -15,13 +15,13 @@ from tessera.kernels.formats import (
     FORMATS,
     ROUNDINGS,
     STATE_FORMATS,
-    PackedLayout,
     is_int,
     stored_columns,
     stored_dtype,
 )
+from tessera.kernels.layout import RowLayout, packed_layout
+from tessera.kernels.optimizers import OPTIMIZERS, OptimizerSettings, state_width
 from tessera.kernels.reference.id_map import LIMIT, SPREAD
-from tessera.kernels.update import OPTIMIZERS, state_width
 
 ADMISSIONS = ("none", "exact", "sliding", "probabilistic")
 EVICTIONS = ("lru", "lfu", "raise")
@@ -115,6 +115,10 @@ class RowOptimizer:
     state_format: str = "fp32"
     old_rows_factor: float = 1.0
 
+    def settings(self, lr: float) -> OptimizerSettings:
+        """The numbers of one step at a learning rate."""
+        return OptimizerSettings(lr, self.weight_decay, self.eps, self.beta1, self.beta2, self.beta, self.l1, self.l2)
+
 
 @dataclass(frozen=True)
 class Admission:
@@ -182,12 +186,18 @@ class DynamicTableConfig:
         layout = self.layout(group)
         return state_width(self.optimizer.name, group.dim), 0 if layout is None else layout.step_state
 
-    def layout(self, group: Group) -> PackedLayout | None:
+    def layout(self, group: Group) -> RowLayout | None:
         """How a group's rows are packed; None for rows of float32 alone."""
         if group.format == "fp32" and self.optimizer.state_format == "fp32":
             return None
-        learned = group.learned is not None
-        return PackedLayout(group.format, group.dim, self.optimizer.name, learned, self.optimizer.state_format)
+        return packed_layout(
+            group.format,
+            group.dim,
+            self.optimizer.name,
+            learned=group.learned is not None,
+            state_format=self.optimizer.state_format,
+            rounding=group.rounding,
+        )
 
     @property
     def values_dtype(self) -> torch.dtype:

@@ -9,15 +9,14 @@ from tessera.embedding.config import DynamicTableConfig, Group, key_of
 from tessera.kernels.chunks import allocate_chunk
 from tessera.kernels.formats import DTYPES, code_range, is_int, stored_dtype
 from tessera.kernels.gather import gather
-from tessera.kernels.packed import Hyper, packed_gather, packed_learn_steps, packed_look_ahead, packed_update
+from tessera.kernels.packed import BatchRows, packed_gather, packed_learn_steps, packed_look_ahead, packed_update
 from tessera.kernels.quantise import quantise
-from tessera.kernels.random import normal
-from tessera.kernels.reference.random import stream
+from tessera.kernels.random import normal, stream
 from tessera.kernels.scatter import scatter
 
 
 class PackedRows:
-    """Rows packed as `kernels/formats.py` describes.
+    """Rows packed as `kernels/layout.py` describes.
 
     Random draws of rounding come from (seed, table, group, id, step of the table); a row's initial values take step 0.
     """
@@ -28,7 +27,7 @@ class PackedRows:
         self._config, self._group, self._layout, self._device = config, group, layout, device
         self._lots_key = key_of(f"{config.name}_{group.name}/rounding")
         self.chunks: list[Tensor] = []
-        self.learned = layout.learned
+        self.learned = layout.learned > 0
         self.needs_ids = group.rounding == "stochastic" or layout.moments > 0
 
     def grow(self) -> None:
@@ -47,9 +46,7 @@ class PackedRows:
             if steps is not None:
                 low, high = code_range(group.format)
                 steps = steps.maximum(first.max() / high).maximum(first.min() / low)
-        stored = quantise(
-            values, steps, group.format, rounding=group.rounding, ids=ids, seed=config.seed, table=self._lots_key
-        )
+        stored = quantise(values, steps, group.format, rounding=group.rounding, ids=ids, stream=self._stream(0))
         state = values.new_zeros((n, layout.state_floats + layout.moments + layout.step_state))
         state[:, : layout.state_floats] = config.optimizer.initial_accumulator
         self.write(rows, stored, state, steps)
@@ -68,18 +65,8 @@ class PackedRows:
         held: Tensor | None = None,
     ) -> None:
         """As `PlainRows.update`; held: float32 [u, dim], takes the new values instead of the rows."""
-        packed_update(
-            self.chunks,
-            rows,
-            grads,
-            inverse,
-            rows if ids is None else ids,
-            self._layout,
-            self._hyper(lr, self._config.optimizer.weight_decay),
-            stream=stream(self._config.seed, self._lots_key, step),
-            rounding=self._group.rounding,
-            held=held,
-        )
+        batch, settings = BatchRows(rows, rows if ids is None else ids, inverse), self._config.optimizer.settings(lr)
+        packed_update(self.chunks, batch, grads, self._layout, settings, stream=self._stream(step), held=held)
 
     def look_ahead(self, rows: Tensor, held: Tensor, inverse: Tensor | None) -> Tensor:
         """Return held values as rows would hold them by nearest rounding: float32 [u, dim] or, with inverse, [n,
@@ -93,24 +80,15 @@ class PackedRows:
         values."""
         learned = self._group.learned
         assert learned is not None, self._group
-        packed_learn_steps(
-            self.chunks,
-            rows,
-            held,
-            grads,
-            inverse,
-            rows if ids is None else ids,
-            self._layout,
-            # The kernel adds its decay to the scaled gradient; ours belongs to the gradient before it is scaled.
-            self._hyper(learned.lr, learned.weight_decay * learned.gradient_scale),
-            gradient_scale=learned.gradient_scale,
-            stream=stream(self._config.seed, self._lots_key, step),
-            rounding=self._group.rounding,
-        )
+        # The kernel adds its decay to the scaled gradient; ours belongs to the gradient before it is scaled.
+        decay = learned.weight_decay * learned.gradient_scale
+        settings = self._config.optimizer.settings(learned.lr)
+        settings = settings._replace(weight_decay=decay, gradient_scale=learned.gradient_scale)
+        batch = BatchRows(rows, rows if ids is None else ids, inverse)
+        packed_learn_steps(self.chunks, batch, grads, self._layout, settings, stream=self._stream(step), held=held)
 
-    def _hyper(self, lr: float, weight_decay: float) -> Hyper:
-        o = self._config.optimizer
-        return lr, weight_decay, o.eps, o.beta1, o.beta2, o.beta, o.l1, o.l2
+    def _stream(self, step: int) -> int:
+        return stream(self._config.seed, self._lots_key, step)
 
     def clear(self, rows: Tensor) -> None:
         scatter(self.chunks, rows, torch.zeros((1, self._layout.bytes), dtype=torch.uint8, device=self._device))
@@ -119,10 +97,10 @@ class PackedRows:
         """Return values in storage form, state float32 [n, state] (that of the scale last), scales [n] or None."""
         layout = self._layout
         first = layout.step_floats + layout.step_state
-        floats = bytes_nb[:, : 4 * (first + layout.state_floats)].contiguous().view(torch.float32)
-        moments = bytes_nb[:, 4 * (first + layout.state_floats) : layout.codes_at].contiguous().view(torch.bfloat16)
+        floats = bytes_nb[:, : layout.moments_at].contiguous().view(torch.float32)
+        moments = bytes_nb[:, layout.moments_at : layout.values_at].contiguous().view(torch.bfloat16)
         state = torch.cat([moments.float(), floats[:, first:], floats[:, layout.step_floats : first]], dim=1)
-        stored = bytes_nb[:, layout.codes_at : layout.codes_at + layout.codes_bytes].contiguous()
+        stored = bytes_nb[:, layout.values_at : layout.values_at + layout.values_bytes].contiguous()
         steps = floats[:, 0] if layout.step_floats else None
         return stored.view(stored_dtype(layout.format)), state, steps
 

@@ -13,9 +13,11 @@ from tessera.embedding.config import DynamicTableConfig, Group
 from tessera.embedding.packed_rows import PackedRows
 from tessera.kernels.chunks import allocate_chunk, commit, first_rows
 from tessera.kernels.gather import gather
-from tessera.kernels.initialise import init_rows
+from tessera.kernels.initialise import InitialValues, init_rows
+from tessera.kernels.optimizers import state_width
+from tessera.kernels.random import stream
 from tessera.kernels.scatter import scatter, scatter_columns
-from tessera.kernels.update import state_width, update
+from tessera.kernels.update import update
 
 
 class PlainRows:
@@ -38,18 +40,9 @@ class PlainRows:
             state = torch.full((n, self._width - self._group.dim), start, device=self._device)
             self.write(rows, first.expand(n, -1), state, None)
             return
-        init_rows(
-            self.chunks,
-            rows,
-            ids,
-            self._group.dim,
-            distribution="normal",
-            offset=0.0,
-            scale=self._group.init_std,
-            seed=self._config.seed,
-            table=self._config.key(self._group),
-            state=self._config.optimizer.initial_accumulator,
-        )
+        initial = InitialValues("normal", 0.0, self._group.init_std, self._config.optimizer.initial_accumulator)
+        drawn = stream(self._config.seed, self._config.key(self._group))
+        init_rows(self.chunks, rows, ids, self._group.dim, initial, stream=drawn)
 
     def gather(self, rows: Tensor, inverse: Tensor | None) -> Tensor:
         return gather(self.chunks, rows, self._group.dim, inverse)
@@ -58,21 +51,7 @@ class PlainRows:
         self, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float, ids: Tensor | None, step: int
     ) -> None:
         optimizer = self._config.optimizer
-        update(
-            optimizer.name,
-            self.chunks,
-            rows,
-            grads,
-            inverse,
-            learning_rate=lr,
-            weight_decay=optimizer.weight_decay,
-            eps=optimizer.eps,
-            beta1=optimizer.beta1,
-            beta2=optimizer.beta2,
-            beta=optimizer.beta,
-            l1=optimizer.l1,
-            l2=optimizer.l2,
-        )
+        update(optimizer.name, self.chunks, rows, grads, inverse, settings=optimizer.settings(lr))
 
     def clear(self, rows: Tensor) -> None:
         scatter(self.chunks, rows, torch.zeros((1, self._width), device=self._device))

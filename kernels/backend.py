@@ -51,11 +51,13 @@ def _triton_problem() -> str | None:
     return None
 
 
+_library = schemas.define()
 #: Why the compiled library is not in use (one line); None when it is loaded.
 problem: str | None = _load()
 #: Why tensors on a GPU do not go to Triton kernels (one line); None when they do.
 triton_problem: str | None = _triton_problem()
-_library = schemas.register(defined=problem is None, triton=triton_problem is None)
+if triton_problem is None:
+    schemas.register_triton(_library)
 
 
 def interpreted() -> bool:
@@ -82,7 +84,7 @@ def available_backends() -> list[str]:
 
 
 def ops_for(tensor: torch.Tensor) -> torch._ops._OpNamespace | ModuleType | None:
-    """Where the ops on this tensor are: they have the names and arguments of `schemas.py`. None: plain torch.
+    """Where the ops on this tensor are: they are those of `schemas.py`. None: plain torch.
 
     A GPU tensor goes to the Triton kernels without the way through torch's dispatcher, which would copy lists of
     chunks; a tensor that only stands for one (tracing) takes that way.

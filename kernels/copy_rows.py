@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from tessera.kernels import backend
@@ -27,12 +26,5 @@ def copy_rows(source: Sequence[Tensor], rows: Tensor, target: Sequence[Tensor], 
         raise ValueError(f"target: expected {source[0].dtype} [rows, {source[0].shape[1]}], found {found}")
     for chunks in (source, target):
         check_chunks(chunks, 1)
-    if ops := backend.ops_for(rows):
-        ops.copy_rows(source, rows, target, places)
-    else:
-        reference.copy_rows(source, rows, target, places)
-
-
-@torch.library.register_fake("tessera::copy_rows")
-def _copy_rows_fake(source: Sequence[Tensor], rows: Tensor, target: Sequence[Tensor], places: Tensor) -> None:
-    return None
+    ops = backend.ops_for(rows) or reference
+    ops.copy_rows(source, rows, target, places)

@@ -30,9 +30,8 @@ def gather(
     _check(chunks, rows, dim, default, begin)
     if inverse is not None:
         check_index("inverse", inverse)
-    if ops := backend.ops_for(rows):
-        return ops.gather(chunks, rows, dim, inverse, default, begin)
-    return reference.gather(chunks, rows, dim, inverse, default, begin)
+    ops = backend.ops_for(rows) or reference
+    return ops.gather(chunks, rows, dim, inverse, default, begin)
 
 
 def _check(

@@ -82,9 +82,8 @@ class IdMap:
     def find(self, ids: Tensor) -> Tensor:
         """Return rows int64 [n] of ids int64 [n] (duplicates allowed), -1 for unknown ids."""
         check_index("ids", ids)
-        if ops := backend.ops_for(ids):
-            return ops.id_map_find(self._directory, self._chunks, ids)
-        return reference.find(self._directory, self._chunks, ids)
+        ops = backend.ops_for(ids) or reference
+        return ops.id_map_find(self._directory, self._chunks, ids)
 
     def insert(self, ids: Tensor, rows: Tensor) -> None:
         """Add distinct, unknown ids (int64 [n]) with their rows (int64 [n], >= 0).
@@ -96,13 +95,10 @@ class IdMap:
         check_index("rows", rows)
         if ids.numel() != rows.numel():
             raise ValueError(f"rows: expected {ids.numel()}, found {rows.numel()}")
-        done = 0
+        ops, done = backend.ops_for(ids) or reference, 0
         while done < ids.numel():
             state = self._directory, self._chunks, self._segments, self._counters
-            if ops := backend.ops_for(ids):
-                ops.id_map_insert(*state, ids[done:], rows[done:])
-            else:
-                reference.insert(*state, ids[done:], rows[done:])
+            ops.id_map_insert(*state, ids[done:], rows[done:])
             done += int(self._counters[2])
             if done < ids.numel():
                 self._grow()
@@ -127,9 +123,8 @@ class IdMap:
         """Remove ids (int64 [n], distinct). Returns the rows they had, int64 [n], -1 for unknown ids."""
         check_index("ids", ids)
         state = self._directory, self._chunks, self._segments, self._counters
-        if ops := backend.ops_for(ids):
-            return ops.id_map_erase(*state, ids)
-        return reference.erase(*state, ids)
+        ops = backend.ops_for(ids) or reference
+        return ops.id_map_erase(*state, ids)
 
     def items(self, batch: int = 1 << 20) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (ids int64 [k], rows int64 [k]), at most max(batch, SLOTS) at a time, in no useful order.
@@ -167,13 +162,6 @@ class IdMap:
 @torch.library.register_fake("tessera::id_map_find")
 def _find_fake(directory: Tensor, chunks: list[Tensor], ids: Tensor) -> Tensor:
     return ids.new_empty(ids.shape)
-
-
-@torch.library.register_fake("tessera::id_map_insert")
-def _insert_fake(
-    directory: Tensor, chunks: list[Tensor], segments: Tensor, counters: Tensor, ids: Tensor, rows: Tensor
-) -> None:
-    return None
 
 
 @torch.library.register_fake("tessera::id_map_erase")

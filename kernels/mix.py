@@ -20,17 +20,15 @@ from tessera.kernels.reference import mix as reference
 def mix64(x: Tensor) -> Tensor:
     """Map int64 to int64 of the same shape, bits taken as unsigned. Raises ValueError for other dtypes."""
     _check(x)
-    if ops := backend.ops_for(x):
-        return ops.mix64(x)
-    return reference.mix64(x)
+    ops = backend.ops_for(x) or reference
+    return ops.mix64(x)
 
 
 def unmix64(x: Tensor) -> Tensor:
     """Return the inverse: unmix64(mix64(x)) == x. Raises ValueError for dtypes other than int64."""
     _check(x)
-    if ops := backend.ops_for(x):
-        return ops.unmix64(x)
-    return reference.unmix64(x)
+    ops = backend.ops_for(x) or reference
+    return ops.unmix64(x)
 
 
 def _check(x: Tensor) -> None:

@@ -18,112 +18,100 @@ With a learned one it has two passes over the same batch:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tessera.kernels import backend
 from tessera.kernels.chunks import check_chunks, check_index
-from tessera.kernels.formats import ROUNDINGS, PackedLayout, check_format, is_int
+from tessera.kernels.formats import is_int
+from tessera.kernels.layout import RowLayout
+from tessera.kernels.optimizers import OptimizerSettings
 from tessera.kernels.reference import packed as reference
 
-# learning_rate, weight_decay, eps, beta1, beta2, beta, l1, l2: as `kernels/update.py`
-Hyper = tuple[float, float, float, float, float, float, float, float]
+
+class BatchRows(NamedTuple):
+    """The rows that a batch updates. rows: int64 [u], distinct, -1 is skipped; ids: int64 [u] of the rows, for the lots
+    of stochastic rounding; inverse: int64 [n], the row of gradient i is rows[inverse[i]] (None: n == u, in order)."""
+
+    rows: Tensor
+    ids: Tensor
+    inverse: Tensor | None = None
 
 
-def packed_gather(
-    chunks: Sequence[Tensor], rows: Tensor, layout: PackedLayout, inverse: Tensor | None = None
-) -> Tensor:
+def packed_gather(chunks: Sequence[Tensor], rows: Tensor, layout: RowLayout, inverse: Tensor | None = None) -> Tensor:
     """Values of rows: float32 [u, dim], or [n, dim] with `inverse`; row -1 gives zeros.
 
     chunks: uint8 [chunk_rows, layout.bytes]; rows: int64 [u]; inverse: int64 [n], 0 <= inverse < u. Raises
     ValueError for wrong dtypes or shapes, IndexError for a row or inverse out of range.
     """
     _check(chunks, rows, layout, inverse)
-    if ops := backend.ops_for(rows):
-        return ops.packed_gather(chunks, rows, layout.numbers, inverse)
-    return reference.packed_gather(chunks, rows, layout, inverse)
+    ops = backend.ops_for(rows) or reference
+    return ops.packed_gather(chunks, rows, layout, inverse)
 
 
 def packed_update(
     chunks: Sequence[Tensor],
-    rows: Tensor,
+    batch: BatchRows,
     grads: Tensor,
-    inverse: Tensor | None,
-    ids: Tensor,
-    layout: PackedLayout,
-    hyper: Hyper,
+    layout: RowLayout,
+    settings: OptimizerSettings,
     *,
     stream: int,
-    rounding: str = "stochastic",
     held: Tensor | None = None,
 ) -> None:
     """Apply one optimizer step to rows in place: merge gradients, dequantise, update, quantise.
 
-    rows: int64 [u], distinct, -1 is skipped; grads: float32 [n, dim], inverse as in `kernels/update.py`; ids: int64
-    [u] of the rows and stream (`reference.random.stream` of seed, table and step) draw the lots of stochastic
-    rounding; held: float32 [u, dim], takes the new values instead of the rows, whose state is updated all the same.
-    bf16 moments are rounded stochastically always. Raises as `packed_gather`.
+    grads: float32 [n, dim]; stream: that of `kernels/random.py` for seed, table and step, by which with the ids the
+    lots of stochastic rounding are drawn; held: float32 [u, dim], takes the new values instead of the rows, whose state
+    is updated all the same. bf16 moments are rounded stochastically always. Raises as `packed_gather`.
     """
+    rows, ids, inverse = batch
     _check(chunks, rows, layout, inverse)
-    _check_update(rows, grads, inverse, ids, layout, held, rounding)
-    nearest = rounding == "nearest"
-    if ops := backend.ops_for(rows):
-        numbers, optimizer = layout.numbers, layout.optimizer
-        ops.packed_update(chunks, rows, grads, inverse, ids, numbers, optimizer, hyper, stream, nearest, held)
-    else:
-        reference.packed_update(chunks, rows, grads, inverse, ids, layout, hyper, stream, nearest, held)
+    _check_update(batch, grads, layout)
+    if held is not None:
+        _check_held(rows, layout, held)
+    ops = backend.ops_for(rows) or reference
+    ops.packed_update(chunks, rows, ids, grads, inverse, held, layout, settings, stream)
 
 
 def packed_look_ahead(
-    chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: PackedLayout, inverse: Tensor | None = None
+    chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: RowLayout, inverse: Tensor | None = None
 ) -> Tensor:
     """The values `held` (float32 [u, dim]) as their rows would hold them, by nearest rounding; else `packed_gather`."""
     _check(chunks, rows, layout, inverse)
     _check_held(rows, layout, held)
-    if ops := backend.ops_for(rows):
-        return ops.packed_look_ahead(chunks, rows, held, layout.numbers, inverse)
-    return reference.packed_look_ahead(chunks, rows, held, layout, inverse)
+    ops = backend.ops_for(rows) or reference
+    return ops.packed_look_ahead(chunks, rows, held, layout, inverse)
 
 
 def packed_learn_steps(
     chunks: Sequence[Tensor],
-    rows: Tensor,
-    held: Tensor,
+    batch: BatchRows,
     grads: Tensor,
-    inverse: Tensor | None,
-    ids: Tensor,
-    layout: PackedLayout,
-    hyper: Hyper,
+    layout: RowLayout,
+    settings: OptimizerSettings,
     *,
-    gradient_scale: float,
     stream: int,
-    rounding: str = "stochastic",
+    held: Tensor,
 ) -> None:
     """Update the step sizes of rows by the gradients of what `packed_look_ahead` gave, and store `held` with them.
 
-    hyper is that of the step size's own optimizer, of the same kind as the values'. Other arguments as
+    settings are those of the step size's own optimizer, of the same kind as the values'. Other arguments as
     `packed_update`. Raises as `packed_gather`.
     """
+    rows, ids, inverse = batch
     _check(chunks, rows, layout, inverse)
     _check_held(rows, layout, held)
-    _check_update(rows, grads, inverse, ids, layout, None, rounding)
+    _check_update(batch, grads, layout)
     if not layout.learned:
         raise ValueError("layout: expected one with a learned step size")
-    nearest = rounding == "nearest"
-    if ops := backend.ops_for(rows):
-        numbers, optimizer = layout.numbers, layout.optimizer
-        ops.packed_learn_steps(
-            chunks, rows, held, grads, inverse, ids, numbers, optimizer, gradient_scale, hyper, stream, nearest
-        )
-    else:
-        reference.packed_learn_steps(
-            chunks, rows, held, grads, inverse, ids, layout, gradient_scale, hyper, stream, nearest
-        )
+    ops = backend.ops_for(rows) or reference
+    ops.packed_learn_steps(chunks, rows, ids, grads, inverse, held, layout, settings, stream)
 
 
-def _check(chunks: Sequence[Tensor], rows: Tensor, layout: PackedLayout, inverse: Tensor | None) -> None:
+def _check(chunks: Sequence[Tensor], rows: Tensor, layout: RowLayout, inverse: Tensor | None) -> None:
     check_index("rows", rows)
     if inverse is not None:
         check_index("inverse", inverse)
@@ -132,27 +120,17 @@ def _check(chunks: Sequence[Tensor], rows: Tensor, layout: PackedLayout, inverse
         raise ValueError(f"chunks: expected rows of {layout.bytes} bytes, found {chunks[0].shape[1]}")
 
 
-def _check_update(
-    rows: Tensor,
-    grads: Tensor,
-    inverse: Tensor | None,
-    ids: Tensor,
-    layout: PackedLayout,
-    held: Tensor | None,
-    rounding: str,
-) -> None:
-    check_format(rounding, ROUNDINGS, "rounding")
+def _check_update(batch: BatchRows, grads: Tensor, layout: RowLayout) -> None:
+    rows, ids, inverse = batch
     check_index("ids", ids)
     if ids.numel() != rows.numel():
         raise ValueError(f"ids: expected {rows.numel()} as there are rows, found {ids.numel()}")
     count = (rows if inverse is None else inverse).numel()
     if grads.dtype != torch.float32 or grads.shape != (count, layout.dim):
         raise ValueError(f"grads: expected float32 [{count}, {layout.dim}], found {grads.dtype} {list(grads.shape)}")
-    if held is not None:
-        _check_held(rows, layout, held)
 
 
-def _check_held(rows: Tensor, layout: PackedLayout, held: Tensor) -> None:
+def _check_held(rows: Tensor, layout: RowLayout, held: Tensor) -> None:
     if not is_int(layout.format):
         raise ValueError(f"held: expected a layout with a step size, found {layout.format}")
     shape = (rows.numel(), layout.dim)
@@ -161,24 +139,13 @@ def _check_held(rows: Tensor, layout: PackedLayout, held: Tensor) -> None:
 
 
 @torch.library.register_fake("tessera::packed_gather")
-def _gather_fake(chunks: Sequence[Tensor], rows: Tensor, layout: list[int], inverse: Tensor | None) -> Tensor:
+def _gather_fake(chunks: Sequence[Tensor], rows: Tensor, layout: Sequence[int], inverse: Tensor | None) -> Tensor:
     count = rows.shape[0] if inverse is None else inverse.shape[0]
-    return rows.new_empty((count, layout[1]), dtype=torch.float32)
+    return rows.new_empty((count, RowLayout(*layout).dim), dtype=torch.float32)
 
 
 @torch.library.register_fake("tessera::packed_look_ahead")
 def _look_ahead_fake(
-    chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: list[int], inverse: Tensor | None
+    chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: Sequence[int], inverse: Tensor | None
 ) -> Tensor:
-    count = rows.shape[0] if inverse is None else inverse.shape[0]
-    return rows.new_empty((count, layout[1]), dtype=torch.float32)
-
-
-@torch.library.register_fake("tessera::packed_update")
-def _update_fake(*arguments: Any) -> None:
-    return None
-
-
-@torch.library.register_fake("tessera::packed_learn_steps")
-def _learn_steps_fake(*arguments: Any) -> None:
-    return None
+    return _gather_fake(chunks, rows, layout, inverse)

@@ -20,7 +20,6 @@ from tessera.kernels import backend
 from tessera.kernels.chunks import check_index
 from tessera.kernels.formats import FORMATS, ROUNDINGS, check_format, is_int, stored_columns, stored_dtype
 from tessera.kernels.reference import quantise as reference
-from tessera.kernels.reference.random import stream
 
 
 def quantise(
@@ -30,32 +29,27 @@ def quantise(
     *,
     rounding: str = "stochastic",
     ids: Tensor | None = None,
-    seed: int = 0,
-    table: int = 0,
-    step: int = 0,
+    stream: int = 0,
 ) -> Tensor:
     """Return values float32 [n, dim] in storage form: [n, stored_columns(format, dim)] of stored_dtype(format).
 
-    steps: float32 [n], above 0, for int formats; ids: int64 [n], needed by stochastic rounding, as seed, table and
-    step (integers modulo 2**64) are. Raises ValueError for unknown names, wrong dtypes or shapes.
+    steps: float32 [n], above 0, for int formats; ids: int64 [n], needed by stochastic rounding, as is `stream` of
+    `kernels/random.py` for seed, table and step. Raises ValueError for unknown names, wrong dtypes or shapes.
     """
     check_format(format)
     check_format(rounding, ROUNDINGS, "rounding")
     if values.dtype != torch.float32 or values.dim() != 2 or values.shape[1] < 1:
         raise ValueError(f"values: expected float32 [n, dim], found {values.dtype} {list(values.shape)}")
     _check_steps(steps, values.shape[0], format)
-    nearest = rounding == "nearest" or format == "fp32"
     if ids is None:
-        if not nearest:
+        if rounding == "stochastic" and format != "fp32":
             raise ValueError("ids: expected int64 [n] for stochastic rounding, found None")
         ids = torch.empty(0, dtype=torch.int64, device=values.device)
     elif ids.numel() != values.shape[0]:
         raise ValueError(f"ids: expected {values.shape[0]} as there are rows, found {ids.numel()}")
     check_index("ids", ids)
-    key = stream(seed, table, step)
-    if ops := backend.ops_for(values):
-        return ops.quantise(values, steps, FORMATS.index(format), nearest, ids, key)
-    return reference.quantise(values, steps, format, nearest, ids, key, 0)
+    ops = backend.ops_for(values) or reference
+    return ops.quantise(values, steps, FORMATS.index(format), ids, stream, rounding)
 
 
 def dequantise(stored: Tensor, steps: Tensor | None, format: str, dim: int) -> Tensor:
@@ -66,9 +60,8 @@ def dequantise(stored: Tensor, steps: Tensor | None, format: str, dim: int) -> T
         expected = f"{stored_dtype(format)} [n, {wanted[1]}] for {dim} values of {format}"
         raise ValueError(f"stored: expected {expected}, found {stored.dtype} {list(stored.shape)}")
     _check_steps(steps, stored.shape[0], format)
-    if ops := backend.ops_for(stored):
-        return ops.dequantise(stored, steps, FORMATS.index(format), dim)
-    return reference.dequantise(stored, steps, format, dim)
+    ops = backend.ops_for(stored) or reference
+    return ops.dequantise(stored, steps, FORMATS.index(format), dim)
 
 
 def _check_steps(steps: Tensor | None, count: int, format: str) -> None:
@@ -81,7 +74,7 @@ def _check_steps(steps: Tensor | None, count: int, format: str) -> None:
 
 @torch.library.register_fake("tessera::quantise")
 def _quantise_fake(
-    values: Tensor, steps: Tensor | None, format: int, nearest: bool, ids: Tensor, stream: int
+    values: Tensor, steps: Tensor | None, format: int, ids: Tensor, stream: int, rounding: str
 ) -> Tensor:
     name = FORMATS[format]
     columns = stored_columns(name, values.shape[1])

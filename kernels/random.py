@@ -24,6 +24,11 @@ from tessera.kernels import backend
 from tessera.kernels.reference import random as reference
 
 
+def stream(seed: int, table: int, step: int = 0) -> int:
+    """The int64 key that all rows of one table at one step share; arguments as `uniform`."""
+    return reference.stream(seed, table, step)
+
+
 def uniform(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:
     """Return uniform numbers in [0, 1), multiples of 2**-24: the upper 24 of the 64 bits.
 
@@ -32,10 +37,9 @@ def uniform(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tens
     threads; column c does not depend on dim. Raises ValueError for wrong dtypes or shapes.
     """
     _check(ids, dim)
-    stream = reference.stream(seed, table, step)
-    if ops := backend.ops_for(ids):
-        return ops.uniform(stream, ids, dim)
-    return reference.uniform(stream, ids, dim)
+    key = stream(seed, table, step)
+    ops = backend.ops_for(ids) or reference
+    return ops.uniform(key, ids, dim)
 
 
 def normal(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:
@@ -45,10 +49,9 @@ def normal(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tenso
     one unit in the last place, because their logarithm and sine do; thread count and order change nothing.
     """
     _check(ids, dim)
-    stream = reference.stream(seed, table, step)
-    if ops := backend.ops_for(ids):
-        return ops.normal(stream, ids, dim)
-    return reference.normal(stream, ids, dim)
+    key = stream(seed, table, step)
+    ops = backend.ops_for(ids) or reference
+    return ops.normal(key, ids, dim)
 
 
 def lots(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:
@@ -57,13 +60,13 @@ def lots(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:
     Arguments and result as `uniform`; the C++ kernels draw them where they round.
     """
     _check(ids, dim)
-    return reference.lots(reference.stream(seed, table, step), ids, dim)
+    return reference.lots(stream(seed, table, step), ids, dim)
 
 
 def row_keys(seed: int, table: int, ids: Tensor, step: int = 0) -> Tensor:
     """row(id) of the formulas above, int64 [n]: what all numbers of an id are drawn from, itself fit to be an id."""
     _check(ids, 1)
-    return reference.row_key(reference.stream(seed, table, step), ids)
+    return reference.row_key(stream(seed, table, step), ids)
 
 
 def _check(ids: Tensor, dim: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from tessera.kernels import backend
@@ -25,10 +24,8 @@ def scatter(chunks: Sequence[Tensor], rows: Tensor, values: Tensor, begin: int =
         found = f"{values.dtype} {list(values.shape)}, begin {begin}"
         raise ValueError(f"values: expected {dtype} [{rows.numel()} or 1, k], begin >= 0, found {found}")
     check_chunks(chunks, begin + values.shape[1])
-    if ops := backend.ops_for(rows):
-        ops.scatter(chunks, rows, values, begin)
-    else:
-        reference.scatter(chunks, rows, values, begin)
+    ops = backend.ops_for(rows) or reference
+    ops.scatter(chunks, rows, values, begin)
 
 
 def scatter_columns(chunks: Sequence[Tensor], rows: Tensor, parts: Sequence[Tensor], begin: int = 0) -> None:
@@ -44,17 +41,5 @@ def scatter_columns(chunks: Sequence[Tensor], rows: Tensor, parts: Sequence[Tens
             found = f"{part.dtype} {list(part.shape)}, begin {begin}"
             raise ValueError(f"parts: expected {dtype} [{rows.numel()} or 1, k], begin >= 0, found {found}")
     check_chunks(chunks, begin + sum(part.shape[1] for part in parts))
-    if ops := backend.ops_for(rows):
-        ops.scatter_columns(chunks, rows, parts, begin)
-    else:
-        reference.scatter_columns(chunks, rows, parts, begin)
-
-
-@torch.library.register_fake("tessera::scatter")
-def _scatter_fake(chunks: Sequence[Tensor], rows: Tensor, values: Tensor, begin: int) -> None:
-    return None
-
-
-@torch.library.register_fake("tessera::scatter_columns")
-def _scatter_columns_fake(chunks: Sequence[Tensor], rows: Tensor, parts: Sequence[Tensor], begin: int) -> None:
-    return None
+    ops = backend.ops_for(rows) or reference
+    ops.scatter_columns(chunks, rows, parts, begin)

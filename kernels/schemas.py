@@ -1,7 +1,8 @@
-"""The ops of `torch.ops.tessera`: their schemas where no compiled library brings them, and their GPU versions.
+"""The ops of `torch.ops.tessera`, declared once: an op has the parameters of its definition in `kernels/reference`.
 
-The compiled library (`csrc/library.cpp`) defines the schemas and registers the ops for CPU. Without it they are defined
-here, so that fake kernels and GPU versions exist on a machine that has torch and Triton alone.
+The schema is made of the definition's signature, and torch checks the C++ function against it when the library is
+loaded. So an op's parameters are written in its definition, in C++ and in Triton, and there is no further list of them.
+Shapes for tracing (fake kernels) stand beside the public functions; those of ops that return nothing are here.
 """
 
 from __future__ import annotations
@@ -12,57 +13,84 @@ from typing import Any
 
 import torch
 
-SCHEMAS = (
-    "xxh64(Tensor data, Tensor offsets) -> Tensor",
-    "hex_to_int64(Tensor data, Tensor offsets) -> (Tensor, Tensor)",
-    "mix64(Tensor x) -> Tensor",
-    "unmix64(Tensor x) -> Tensor",
-    "uniform(int stream, Tensor ids, int dim) -> Tensor",
-    "normal(int stream, Tensor ids, int dim) -> Tensor",
-    "unique_inverse(Tensor ids) -> (Tensor, Tensor, Tensor)",
-    "id_map_find(Tensor directory, Tensor[] chunks, Tensor ids) -> Tensor",
-    "id_map_insert(Tensor(a!) directory, Tensor(b!)[] chunks, Tensor(c!) segments, Tensor(d!) counters, Tensor ids, "
-    "Tensor rows) -> ()",
-    "id_map_erase(Tensor directory, Tensor(a!)[] chunks, Tensor(b!) segments, Tensor(c!) counters, Tensor ids) -> "
-    "Tensor",
-    "gather(Tensor[] chunks, Tensor rows, int dim, Tensor? inverse, Tensor? default, int begin) -> Tensor",
-    "pool(Tensor values, Tensor index, Tensor offsets, Tensor? weights, int keys, int[] widths) -> Tensor[]",
-    "pool_backward(Tensor[] grads, Tensor index, Tensor offsets, Tensor? weights, int rows) -> Tensor",
-    "scatter(Tensor(a!)[] chunks, Tensor rows, Tensor values, int begin) -> ()",
-    "scatter_columns(Tensor(a!)[] chunks, Tensor rows, Tensor[] parts, int begin) -> ()",
-    "copy_rows(Tensor[] source, Tensor rows, Tensor(a!)[] target, Tensor places) -> ()",
-    "init_rows(Tensor(a!)[] chunks, Tensor rows, Tensor ids, int dim, bool bell, float offset, float scale, "
-    "int stream, float state) -> ()",
-    "update(Tensor(a!)[] chunks, Tensor rows, Tensor grads, Tensor? inverse, str optimizer, float learning_rate, "
-    "float weight_decay, float eps, float beta1, float beta2, float beta, float l1, float l2) -> ()",
-    "quantise(Tensor values, Tensor? steps, int format, bool nearest, Tensor ids, int stream) -> Tensor",
-    "dequantise(Tensor stored, Tensor? steps, int format, int dim) -> Tensor",
-    "packed_gather(Tensor[] chunks, Tensor rows, int[] layout, Tensor? inverse) -> Tensor",
-    "packed_update(Tensor(a!)[] chunks, Tensor rows, Tensor grads, Tensor? inverse, Tensor ids, int[] layout, "
-    "str optimizer, float[] hyper, int stream, bool nearest, Tensor(b!)? held) -> ()",
-    "packed_look_ahead(Tensor[] chunks, Tensor rows, Tensor held, int[] layout, Tensor? inverse) -> Tensor",
-    "packed_learn_steps(Tensor(a!)[] chunks, Tensor rows, Tensor held, Tensor grads, Tensor? inverse, Tensor ids, "
-    "int[] layout, str optimizer, float gradient_scale, float[] hyper, int stream, bool nearest) -> ()",
-    "take_places(Tensor(a!) places, Tensor rows, int taken) -> Tensor",
-    "touch(Tensor(a!)[] chunks, Tensor rows, Tensor now, Tensor? counts) -> ()",
-    "expired(Tensor[] chunks, int limit, int begin, int end) -> Tensor",
-    "coldest(Tensor[] chunks, int column, int k, int begin, int end, Tensor? keep) -> Tensor",
+from tessera.kernels.reference import (
+    copy_rows,
+    gather,
+    id_map,
+    initialise,
+    mix,
+    packed,
+    pool,
+    quantise,
+    random,
+    scatter,
+    string_hash,
+    take_places,
+    touch,
+    unique,
+    update,
 )
 
+#: Definitions of all ops in torch, and the tensors that they change in place.
+_DEFINITIONS: tuple[tuple[Callable[..., Any], tuple[str, ...]], ...] = (
+    (string_hash.xxh64, ()),
+    (string_hash.hex_to_int64, ()),
+    (mix.mix64, ()),
+    (mix.unmix64, ()),
+    (random.uniform, ()),
+    (random.normal, ()),
+    (unique.unique_inverse, ()),
+    (id_map.id_map_find, ()),
+    (id_map.id_map_insert, ("directory", "chunks", "segments", "counters")),
+    (id_map.id_map_erase, ("chunks", "segments", "counters")),
+    (gather.gather, ()),
+    (pool.pool, ()),
+    (pool.pool_backward, ()),
+    (scatter.scatter, ("chunks",)),
+    (scatter.scatter_columns, ("chunks",)),
+    (copy_rows.copy_rows, ("target",)),
+    (initialise.init_rows, ("chunks",)),
+    (update.update, ("chunks",)),
+    (quantise.quantise, ()),
+    (quantise.dequantise, ()),
+    (packed.packed_gather, ()),
+    (packed.packed_update, ("chunks", "held")),
+    (packed.packed_look_ahead, ()),
+    (packed.packed_learn_steps, ("chunks",)),
+    (take_places.take_places, ("places",)),
+    (touch.touch, ("chunks",)),
+    (touch.expired, ()),
+    (touch.coldest, ()),
+)
+OPS = {definition.__name__: (definition, changed) for definition, changed in _DEFINITIONS}
 
-def register(defined: bool, triton: bool) -> torch.library.Library:
-    """Define the ops unless they are defined, and register their GPU versions if there is a Triton to run them.
 
-    Triton is imported by the first call of an op. The registrations last as long as what is returned.
-    """
+def schema_of(name: str) -> str:
+    """The schema of an op, without its namespace."""
+    definition, changed = OPS[name]
+    schema = torch.library.infer_schema(definition, mutates_args=changed)
+    return name + schema.replace("SymInt", "int")  # compiled functions take numbers that are known
+
+
+def define() -> torch.library.Library:
+    """Define all ops. The definitions last as long as what is returned."""
     library = torch.library.Library("tessera", "FRAGMENT")
-    for schema in SCHEMAS:
-        name = schema.partition("(")[0]
-        if not defined:
-            library.define(schema)
-        if triton:
-            library.impl(name, _triton_op(name), "CUDA")
+    for name in OPS:
+        schema = schema_of(name)
+        library.define(schema)
+        if schema.endswith("-> ()"):
+            torch.library.register_fake(f"tessera::{name}", _nothing, lib=library)
     return library
+
+
+def register_triton(library: torch.library.Library) -> None:
+    """Register the GPU versions of all ops. Triton is imported by the first call of one."""
+    for name in OPS:
+        library.impl(name, _triton_op(name), "CUDA")
+
+
+def _nothing(*arguments: Any, **named: Any) -> None:
+    return None
 
 
 def _triton_op(name: str) -> Callable[..., Any]:

@@ -22,9 +22,8 @@ def xxh64(data: Tensor, offsets: Tensor) -> Tensor:
     offsets that leave `data`.
     """
     _check(data, offsets)
-    if ops := backend.ops_for(data):
-        return ops.xxh64(data, offsets)
-    return reference.xxh64(data, offsets)
+    ops = backend.ops_for(data) or reference
+    return ops.xxh64(data, offsets)
 
 
 def hex_to_int64(data: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,9 +34,8 @@ def hex_to_int64(data: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     ValueError as `xxh64`.
     """
     _check(data, offsets)
-    if ops := backend.ops_for(data):
-        return ops.hex_to_int64(data, offsets)
-    return reference.hex_to_int64(data, offsets)
+    ops = backend.ops_for(data) or reference
+    return ops.hex_to_int64(data, offsets)
 
 
 def _check(data: Tensor, offsets: Tensor) -> None:

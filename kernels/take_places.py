@@ -20,9 +20,8 @@ def take_places(places: Tensor, rows: Tensor, taken: int) -> Tensor:
     check_index("rows", rows)
     if places.dtype != torch.int32 or places.dim() != 1 or not places.numel():
         raise ValueError(f"places: expected int32 [1 or more], found {places.dtype} {list(places.shape)}")
-    if ops := backend.ops_for(rows):
-        return ops.take_places(places, rows, taken)
-    return reference.take_places(places, rows, taken)
+    ops = backend.ops_for(rows) or reference
+    return ops.take_places(places, rows, taken)
 
 
 @torch.library.register_fake("tessera::take_places")

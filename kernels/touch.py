@@ -35,10 +35,8 @@ def touch(chunks: Sequence[Tensor], rows: Tensor, now: int | Tensor, counts: Ten
         check_index("counts", counts)
         if counts.numel() != rows.numel():
             raise ValueError(f"counts: expected {rows.numel()} elements, found {counts.numel()}")
-    if ops := backend.ops_for(rows):
-        ops.touch(chunks, rows, times, counts)
-    else:
-        reference.touch(chunks, rows, times, counts)
+    ops = backend.ops_for(rows) or reference
+    ops.touch(chunks, rows, times, counts)
 
 
 def expired(chunks: Sequence[Tensor], now: int, ttl: int, begin: int, end: int) -> Tensor:
@@ -50,9 +48,8 @@ def expired(chunks: Sequence[Tensor], now: int, ttl: int, begin: int, end: int) 
     _check_slice(chunks, begin, end)
     if not chunks:
         return torch.empty(0, dtype=torch.int64)
-    if ops := backend.ops_for(chunks[0]):
-        return ops.expired(chunks, now - ttl, begin, end)
-    return reference.expired(chunks, now - ttl, begin, end)
+    ops = backend.ops_for(chunks[0]) or reference
+    return ops.expired(chunks, now - ttl, begin, end)
 
 
 def coldest(chunks: Sequence[Tensor], column: int, k: int, begin: int, end: int, keep: Tensor | None = None) -> Tensor:
@@ -71,20 +68,14 @@ def coldest(chunks: Sequence[Tensor], column: int, k: int, begin: int, end: int,
         check_index("keep", keep)
     if not chunks:
         return torch.empty(0, dtype=torch.int64)
-    if ops := backend.ops_for(chunks[0]):
-        return ops.coldest(chunks, column, k, begin, end, keep)
-    return reference.coldest(chunks, column, k, begin, end, keep)
+    ops = backend.ops_for(chunks[0]) or reference
+    return ops.coldest(chunks, column, k, begin, end, keep)
 
 
 def _check_slice(chunks: Sequence[Tensor], begin: int, end: int) -> None:
     total = len(chunks) * chunks[0].shape[0] if chunks else 0
     if not 0 <= begin <= end <= total:
         raise IndexError(f"slice: expected inside [0, {total}), found [{begin}, {end})")
-
-
-@torch.library.register_fake("tessera::touch")
-def _touch_fake(chunks: Sequence[Tensor], rows: Tensor, now: Tensor, counts: Tensor | None) -> None:
-    return None
 
 
 @torch.library.register_fake("tessera::expired")

@@ -17,9 +17,8 @@ def unique_inverse(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise ValueError(f"ids: expected int64 [n], found {ids.dtype} {list(ids.shape)}")
-    if ops := backend.ops_for(ids):
-        return ops.unique_inverse(ids)
-    return reference.unique_inverse(ids)
+    ops = backend.ops_for(ids) or reference
+    return ops.unique_inverse(ids)
 
 
 @torch.library.register_fake("tessera::unique_inverse")

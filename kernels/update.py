@@ -20,27 +20,21 @@ gradient (n = 0) therefore takes z = -w (beta / lr + l2) - sign(w) l1, of which 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from tessera.kernels import backend
 from tessera.kernels.chunks import check_chunks, check_index
+from tessera.kernels.layout import RowLayout, plain_layout
+from tessera.kernels.optimizers import OptimizerSettings
 from tessera.kernels.reference import update as reference
 
-OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
 
-
-def state_width(optimizer: str, dim: int) -> int:
-    """Number of float32 columns of state behind the `dim` values of a row.
-
-    adagrad: s [dim]; rowwise_adagrad: s [1]; adam: m [dim], v [dim], t [1]; ftrl: z [dim], n [dim].
-    Raises ValueError for an unknown optimizer.
-    """
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, found {optimizer!r}")
-    widths = {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1, "adam": 2 * dim + 1, "ftrl": 2 * dim}
-    return widths[optimizer]
+@cache
+def _layout(optimizer: str, dim: int) -> RowLayout:
+    return plain_layout(dim, optimizer)
 
 
 def update(
@@ -50,14 +44,7 @@ def update(
     grads: Tensor,
     inverse: Tensor | None = None,
     *,
-    learning_rate: float,
-    weight_decay: float = 0.0,
-    eps: float = 1e-8,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    beta: float = 1.0,
-    l1: float = 0.0,
-    l2: float = 0.0,
+    settings: OptimizerSettings,
 ) -> None:
     """Update the given rows in place; formulas above.
 
@@ -75,29 +62,7 @@ def update(
     if grads.shape[0] != (rows if inverse is None else inverse).numel():
         expected = (rows if inverse is None else inverse).numel()
         raise ValueError(f"grads: expected {expected} rows, found {grads.shape[0]}")
-    dim = grads.shape[1]
-    check_chunks(chunks, dim + state_width(optimizer, dim), torch.float32)
-    hyper = (learning_rate, weight_decay, eps, beta1, beta2, beta, l1, l2)
-    if ops := backend.ops_for(rows):
-        ops.update(chunks, rows, grads, inverse, optimizer, *hyper)
-    else:
-        reference.update(chunks, rows, grads, inverse, optimizer, *hyper)
-
-
-@torch.library.register_fake("tessera::update")
-def _update_fake(
-    chunks: Sequence[Tensor],
-    rows: Tensor,
-    grads: Tensor,
-    inverse: Tensor | None,
-    optimizer: str,
-    learning_rate: float,
-    weight_decay: float,
-    eps: float,
-    beta1: float,
-    beta2: float,
-    beta: float,
-    l1: float,
-    l2: float,
-) -> None:
-    return None
+    layout = _layout(optimizer, grads.shape[1])
+    check_chunks(chunks, layout.bytes // 4, torch.float32)
+    ops = backend.ops_for(rows) or reference
+    ops.update(chunks, rows, grads, inverse, layout, settings)

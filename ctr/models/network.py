@@ -32,7 +32,8 @@ from tessera.embedding.config import (
     step_of_range,
 )
 from tessera.embedding.errors import ConfigError, did_you_mean
-from tessera.kernels.formats import PackedLayout, code_range, is_int
+from tessera.kernels.formats import code_range, is_int
+from tessera.kernels.layout import packed_layout
 
 LONGEST_NAME = 255  # bytes of one part of a path, on all usual file systems
 
@@ -217,7 +218,7 @@ def _group(config: Config, table: str, name: str, dim: int) -> Group:
     format = next((exceptions[key] for key in (f"{table}.{name}", table, name) if key in exceptions), None)
     if format is None:
         # A row of few values would not become smaller: it has a step size beside them and fills whole words.
-        smaller = PackedLayout(embedding.format, dim, "sgd").bytes < 4 * dim
+        smaller = packed_layout(embedding.format, dim, "sgd").bytes < 4 * dim
         format = embedding.format if smaller else "fp32"
     if not is_int(format):
         return Group(name, dim, embedding.init_std, format, embedding.rounding)

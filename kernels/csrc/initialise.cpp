@@ -21,7 +21,7 @@ struct Start {
   const int64_t* rows;
   const int64_t* ids;
   int64_t dim;
-  bool bell;
+  bool normal;
   float offset;
   float scale;
   uint64_t stream;
@@ -40,7 +40,7 @@ TESSERA_SIMD tessera::Fault write_rows(const Start& start, int64_t begin, int64_
       continue;
     }
     const uint64_t key = tessera::random_row(start.stream, start.ids[i]);
-    if (start.bell)
+    if (start.normal)
       tessera::normal_row(key, start.dim, row);
     else
       tessera::uniform_row(key, start.dim, row);
@@ -49,8 +49,10 @@ TESSERA_SIMD tessera::Fault write_rows(const Start& start, int64_t begin, int64_
   return {};
 }
 
-void init_rows(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& ids_, int64_t dim, bool bell,
-               double offset, double scale, int64_t stream, double state) {
+void init_rows(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& ids_, int64_t dim,
+               c10::string_view distribution, at::ArrayRef<double> numbers, int64_t stream) {
+  TORCH_CHECK_VALUE(numbers.size() == 3, "numbers: expected offset, scale and state");
+  TORCH_CHECK_VALUE(distribution == "normal" || distribution == "uniform", "distribution: unknown name");
   const Rows<float> table(chunks, dim);
   const at::Tensor rows = rows_.contiguous(), ids = ids_.contiguous();
   TORCH_CHECK_VALUE(rows.numel() == ids.numel(), "expected as many ids as rows");
@@ -58,11 +60,11 @@ void init_rows(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor&
                     rows.const_data_ptr<int64_t>(),
                     ids.const_data_ptr<int64_t>(),
                     dim,
-                    bell,
-                    static_cast<float>(offset),
-                    static_cast<float>(scale),
+                    distribution == "normal",
+                    static_cast<float>(numbers[0]),
+                    static_cast<float>(numbers[1]),
                     static_cast<uint64_t>(stream),
-                    static_cast<float>(state)};
+                    static_cast<float>(numbers[2])};
   at::parallel_for(0, rows.numel(), std::max<int64_t>(1, kGrain / dim),
                    [&](int64_t begin, int64_t end) { write_rows(start, begin, end).raise(); });
 }

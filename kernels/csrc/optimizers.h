@@ -1,6 +1,9 @@
 // The optimizers of kernels/update.py, one row at a time: w are its values, s its state, g its merged gradient.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -47,14 +50,30 @@ class Corrections {
   std::vector<Factors> table_;
 };
 
+// In the order of OPTIMIZERS in kernels/optimizers.py.
+enum class Kind : int64_t { kSgd, kAdagrad, kRowwiseAdagrad, kAdam, kFtrl };
+
+inline Kind kind_of(int64_t number) {
+  TORCH_CHECK_VALUE(number >= 0 && number <= static_cast<int64_t>(Kind::kFtrl), "optimizer: unknown number ", number);
+  return static_cast<Kind>(number);
+}
+
+// The numbers of OptimizerSettings in kernels/optimizers.py, as the optimizers use them.
 struct Hyper {
   float learning_rate, weight_decay, eps, beta1, beta2, rest1, rest2, beta, l1, l2;
   float start;        // ftrl: -z / w of an element without gradients so far
   double exact_rate;  // learning_rate in float64
+  float gradient_scale;
   const Corrections& corrections;
 
+  static Hyper of(at::ArrayRef<double> s) {
+    TORCH_CHECK_VALUE(s.size() == 9, "settings: expected 9 numbers, found ", s.size());
+    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
+  }
+
+ private:
   Hyper(double learning_rate, double weight_decay, double eps, double beta1, double beta2, double beta, double l1,
-        double l2)
+        double l2, double gradient_scale)
       : learning_rate(static_cast<float>(learning_rate)),
         weight_decay(static_cast<float>(weight_decay)),
         eps(static_cast<float>(eps)),
@@ -67,6 +86,7 @@ struct Hyper {
         l2(static_cast<float>(l2)),
         start(static_cast<float>(beta / learning_rate + l2)),
         exact_rate(learning_rate),
+        gradient_scale(static_cast<float>(gradient_scale)),
         corrections(Corrections::of(beta1, beta2)) {}
 };
 

@@ -23,6 +23,7 @@ using tessera::Fault;
 using tessera::Format;
 using tessera::Gradients;
 using tessera::Hyper;
+using tessera::Kind;
 using tessera::Layout;
 using tessera::Positions;
 using tessera::Rows;
@@ -94,17 +95,8 @@ TESSERA_INLINE void step_rows(const StepBlock& block, int64_t begin, int64_t end
   }
 }
 
-enum class Kind { kSgd, kAdagrad, kRowwiseAdagrad, kAdam, kFtrl };
-
-Kind kind_of(c10::string_view name) {
-  constexpr const char* kNames[] = {"sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl"};
-  for (int i = 0; i < 5; ++i)
-    if (name == kNames[i]) return static_cast<Kind>(i);
-  TORCH_CHECK_VALUE(false, "optimizer: unknown name ", std::string(name));
-}
-
-TESSERA_SIMD void step(Kind kind, const StepBlock& block, int64_t begin, int64_t end) {
-  switch (kind) {
+TESSERA_SIMD void step(const StepBlock& block, int64_t begin, int64_t end) {
+  switch (block.batch.layout.optimizer) {
     case Kind::kSgd: return step_rows<tessera::Sgd>(block, begin, end);
     case Kind::kAdagrad: return step_rows<tessera::Adagrad>(block, begin, end);
     case Kind::kRowwiseAdagrad: return step_rows<tessera::RowwiseAdagrad>(block, begin, end);
@@ -162,7 +154,7 @@ TESSERA_INLINE float step_gradient(const float* __restrict w, const float* __res
 
 // One optimizer step on the step sizes of rows; arguments as for `step`, values are the new ones of the rows.
 template <typename Step>
-TESSERA_INLINE void learn_rows(const StepBlock& block, float scale, int64_t begin, int64_t end) {
+TESSERA_INLINE void learn_rows(const StepBlock& block, int64_t begin, int64_t end) {
   constexpr float kLeastShrink = 0.5f;  // a step size stays above zero
   const Layout& layout = block.batch.layout;
   const auto half = static_cast<float>(1 << (tessera::bits_of(layout.format) - 1));
@@ -172,7 +164,7 @@ TESSERA_INLINE void learn_rows(const StepBlock& block, float scale, int64_t begi
     char* const row = block.batch.table[block.batch.rows[i]];
     auto* const size = reinterpret_cast<float*>(row);
     const float g =
-        scale * step_gradient(block.values + k * layout.dim, block.grads + k * layout.dim, *size, -half, half - 1,
+        block.hyper.gradient_scale * step_gradient(block.values + k * layout.dim, block.grads + k * layout.dim, *size, -half, half - 1,
                               layout.dim);
     float state[3] = {};
     std::memcpy(state, row + 4, 4 * layout.step_state);
@@ -183,12 +175,12 @@ TESSERA_INLINE void learn_rows(const StepBlock& block, float scale, int64_t begi
   }
 }
 
-TESSERA_SIMD void learn(Kind kind, const StepBlock& block, float scale, int64_t begin, int64_t end) {
-  switch (kind) {
-    case Kind::kSgd: return learn_rows<tessera::Sgd>(block, scale, begin, end);
-    case Kind::kAdagrad: return learn_rows<tessera::Adagrad>(block, scale, begin, end);
-    case Kind::kRowwiseAdagrad: return learn_rows<tessera::RowwiseAdagrad>(block, scale, begin, end);
-    default: return learn_rows<tessera::Adam>(block, scale, begin, end);
+TESSERA_SIMD void learn(const StepBlock& block, int64_t begin, int64_t end) {
+  switch (block.batch.layout.optimizer) {
+    case Kind::kSgd: return learn_rows<tessera::Sgd>(block, begin, end);
+    case Kind::kAdagrad: return learn_rows<tessera::Adagrad>(block, begin, end);
+    case Kind::kRowwiseAdagrad: return learn_rows<tessera::RowwiseAdagrad>(block, begin, end);
+    default: return learn_rows<tessera::Adam>(block, begin, end);
   }
 }
 
@@ -229,11 +221,6 @@ at::Tensor packed_look_ahead(at::TensorList chunks, const at::Tensor& rows_, con
   return result;
 }
 
-Hyper hyper_of(at::ArrayRef<double> h) {
-  TORCH_CHECK_VALUE(h.size() == 8, "hyper: expected 8 numbers, found ", h.size());
-  return {h[0], h[1], h[2], h[3], h[4], h[5], h[6], h[7]};
-}
-
 // Tensors of an update that stay alive while it runs; merged gradients are made by the threads that use them.
 struct Arguments {
   at::Tensor rows, ids, grads, inverse, sums;
@@ -262,21 +249,19 @@ struct Arguments {
   }
 };
 
-void packed_update(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& grads_,
-                   const std::optional<at::Tensor>& inverse_, const at::Tensor& ids_, at::IntArrayRef numbers,
-                   c10::string_view optimizer, at::ArrayRef<double> hyper_, int64_t stream, bool nearest,
-                   const std::optional<at::Tensor>& held) {
+void packed_update(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& ids_, const at::Tensor& grads_,
+                   const std::optional<at::Tensor>& inverse_, const std::optional<at::Tensor>& held,
+                   at::IntArrayRef numbers, at::ArrayRef<double> settings, int64_t stream) {
   const Layout layout(numbers);
-  const Kind kind = kind_of(optimizer);
   const Rows<char> table(chunks, layout.bytes);
   const Arguments given(rows_, ids_, grads_, inverse_, layout.dim);
-  const Hyper hyper = hyper_of(hyper_);
+  const Hyper hyper = Hyper::of(settings);
   const int64_t count = given.rows.numel(), dim = layout.dim, width = layout.moments > 0 ? layout.moments + 1 : 0;
   TORCH_CHECK_VALUE(!held.has_value() || (held->is_contiguous() && held->numel() == count * dim),
                     "held: expected contiguous [", count, ", ", dim, "]");
   float* const into = held.has_value() ? held->mutable_data_ptr<float>() : nullptr;
   const Batch batch{table, layout, given.rows.const_data_ptr<int64_t>(), given.ids.const_data_ptr<int64_t>(),
-                    static_cast<uint64_t>(stream), nearest};
+                    static_cast<uint64_t>(stream)};
   const Positions where{batch.rows, nullptr, count};
   at::parallel_for(0, count, std::max<int64_t>(1, kGrain / dim), [&](int64_t first, int64_t last) {
     const float* const grads = given.merge(first, last);
@@ -288,29 +273,27 @@ void packed_update(at::TensorList chunks, const at::Tensor& rows_, const at::Ten
       float* const values = into == nullptr ? memory : into + begin * dim;
       read(table, layout, where, begin, end, last, values).raise();
       if (width > 0) read_moments(batch, begin, end, state);
-      step(kind, {batch, hyper, grads + begin * dim, values, width > 0 ? state : nullptr}, begin, end);
+      step({batch, hyper, grads + begin * dim, values, width > 0 ? state : nullptr}, begin, end);
       if (into == nullptr) write(batch, begin, end, values);
       if (width > 0) write_moments(batch, begin, end, state);
     }
   });
 }
 
-void packed_learn_steps(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& held, const at::Tensor& grads_,
-                        const std::optional<at::Tensor>& inverse_, const at::Tensor& ids_, at::IntArrayRef numbers,
-                        c10::string_view optimizer, double gradient_scale, at::ArrayRef<double> hyper_, int64_t stream,
-                        bool nearest) {
+void packed_learn_steps(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& ids_, const at::Tensor& grads_,
+                        const std::optional<at::Tensor>& inverse_, const at::Tensor& held, at::IntArrayRef numbers,
+                        at::ArrayRef<double> settings, int64_t stream) {
   const Layout layout(numbers);
-  const Kind kind = kind_of(optimizer);
   const Rows<char> table(chunks, layout.bytes);
   const Arguments given(rows_, ids_, grads_, inverse_, layout.dim);
-  const Hyper hyper = hyper_of(hyper_);
+  const Hyper hyper = Hyper::of(settings);
   const int64_t count = given.rows.numel(), dim = layout.dim;
-  TORCH_CHECK_VALUE(held.is_contiguous() && held.numel() == count * dim && tessera::is_int(layout.format) &&
-                        layout.step_state <= 3 && kind != Kind::kFtrl,
+  TORCH_CHECK_VALUE(held.is_contiguous() && held.numel() == count * dim && layout.learned &&
+                        tessera::is_int(layout.format) && layout.optimizer != Kind::kFtrl,
                     "held: expected contiguous [", count, ", ", dim, "] and a layout with a learned step size");
   auto* const values = const_cast<float*>(held.const_data_ptr<float>());
   const Batch batch{table, layout, given.rows.const_data_ptr<int64_t>(), given.ids.const_data_ptr<int64_t>(),
-                    static_cast<uint64_t>(stream), nearest};
+                    static_cast<uint64_t>(stream)};
   for (int64_t i = 0; i < count; ++i)
     if (table.beyond(batch.rows[i])) table.fault(batch.rows[i]).raise();
   at::parallel_for(0, count, std::max<int64_t>(1, kGrain / dim), [&](int64_t first, int64_t last) {
@@ -318,8 +301,7 @@ void packed_learn_steps(at::TensorList chunks, const at::Tensor& rows_, const at
     for (int64_t begin = first; begin < last; begin += kBlock) {
       const int64_t end = std::min(last, begin + kBlock);
       for (int64_t i = end; i < std::min(last, end + kBlock); ++i) table.prefetch(batch.rows[i], layout.bytes);
-      learn(kind, {batch, hyper, grads + begin * dim, values + begin * dim, nullptr},
-            static_cast<float>(gradient_scale), begin, end);
+      learn({batch, hyper, grads + begin * dim, values + begin * dim, nullptr}, begin, end);
       write(batch, begin, end, values + begin * dim);
     }
   });

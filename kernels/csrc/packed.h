@@ -1,4 +1,4 @@
-// Packed rows as kernels/formats.py lays them out, and reading and writing the values of a range of them.
+// Packed rows as layout.h describes them: reading and writing the values of a range of them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,35 +7,11 @@
 #include <cstdint>
 
 #include "chunks.h"
+#include "layout.h"
 #include "quantise.h"
 #include "random.h"
 
 namespace tessera {
-
-struct Layout {
-  Format format;
-  int64_t dim, step_state, state_floats, moments, bytes;
-  int64_t state_at, moments_at, values_at;  // byte offsets; the step size is at 0, its state at 4
-
-  explicit Layout(at::IntArrayRef numbers) {
-    TORCH_CHECK_VALUE(numbers.size() == 6, "layout: expected 6 numbers, found ", numbers.size());
-    format = format_of(numbers[0]);
-    dim = numbers[1], step_state = numbers[2], state_floats = numbers[3], moments = numbers[4], bytes = numbers[5];
-    state_at = is_int(format) ? 4 * (1 + step_state) : 0;
-    moments_at = state_at + 4 * state_floats;
-    values_at = moments_at + 2 * moments;
-    TORCH_CHECK_VALUE(dim >= 1 && step_state >= 0 && state_floats >= 0 && moments >= 0 &&
-                          values_at + stored_bytes(format, dim) <= bytes,
-                      "layout: ", bytes, " bytes do not hold a row of ", dim, " values");
-  }
-
-  // 1 where values have no step size.
-  TESSERA_INLINE float step_of(const char* row) const {
-    return is_int(format) ? *reinterpret_cast<const float*>(row) : 1.0f;
-  }
-  TESSERA_INLINE float* state_of(char* row) const { return reinterpret_cast<float*>(row + state_at); }
-  TESSERA_INLINE uint8_t* values_of(char* row) const { return reinterpret_cast<uint8_t*>(row + values_at); }
-};
 
 // A range of the rows of a batch. rows: -1 is skipped; ids and stream are for stochastic rounding.
 struct Batch {
@@ -44,7 +20,6 @@ struct Batch {
   const int64_t* rows;
   const int64_t* ids;
   uint64_t stream;
-  bool nearest;
 };
 
 template <Format F, int64_t Dim, typename Where>
@@ -114,7 +89,7 @@ TESSERA_INLINE void write_rows_in(const Batch& batch, int64_t begin, int64_t end
 
 template <Format F>
 TESSERA_INLINE void write_rows_as(const Batch& batch, int64_t begin, int64_t end, const float* values) {
-  if (batch.nearest)
+  if (batch.layout.nearest)
     write_rows_in<F, true>(batch, begin, end, values);
   else
     write_rows_in<F, false>(batch, begin, end, values);

@@ -84,12 +84,14 @@ at::Tensor steps_of(const std::optional<at::Tensor>& given, Format format, int64
   return given.has_value() ? given->contiguous() : at::Tensor();
 }
 
-at::Tensor quantise(const at::Tensor& values_, const std::optional<at::Tensor>& steps_, int64_t number, bool nearest,
-                    const at::Tensor& ids_, int64_t stream) {
+at::Tensor quantise(const at::Tensor& values_, const std::optional<at::Tensor>& steps_, int64_t number,
+                    const at::Tensor& ids_, int64_t stream, c10::string_view rounding) {
   const Format format = tessera::format_of(number);
   const at::Tensor values = values_.contiguous(), ids = ids_.contiguous();
   const int64_t n = values.size(0), dim = values.size(1), bytes = tessera::stored_bytes(format, dim);
   const at::Tensor steps = steps_of(steps_, format, n);
+  TORCH_CHECK_VALUE(rounding == "nearest" || rounding == "stochastic", "rounding: unknown name");
+  const bool nearest = rounding == "nearest" || format == Format::kFp32;
   TORCH_CHECK_VALUE(nearest || ids.numel() == n, "ids: expected as many as rows");
   at::Tensor result = at::empty({n, tessera::is_int(format) ? bytes : dim}, values.options().dtype(dtype_of(format)));
   const Work work{format, dim, bytes, steps.defined() ? steps.const_data_ptr<float>() : nullptr,

@@ -36,7 +36,7 @@ def id_of(hashes: Tensor) -> Tensor:
     return unmix64(hashes) - signed(GOLDEN)
 
 
-def find(directory: Tensor, chunks: Sequence[Tensor], ids: Tensor) -> Tensor:
+def id_map_find(directory: Tensor, chunks: Sequence[Tensor], ids: Tensor) -> Tensor:
     hashes = hash_of(ids)
     rows = torch.full_like(ids, -1)
     for slots, positions, start in _by_chunk(chunks, _segment_of(directory, hashes)):
@@ -45,7 +45,7 @@ def find(directory: Tensor, chunks: Sequence[Tensor], ids: Tensor) -> Tensor:
     return rows
 
 
-def insert(
+def id_map_insert(
     directory: Tensor,
     chunks: Sequence[Tensor],
     segments: Tensor,
@@ -55,7 +55,7 @@ def insert(
 ) -> None:
     """Insert all ids, or none where memory or a bit of the directory is missing; counters[2] tells."""
     counters[2] = 0
-    if bool((find(directory, chunks, ids) >= 0).any()) or ids.unique().numel() < ids.numel():
+    if bool((id_map_find(directory, chunks, ids) >= 0).any()) or ids.unique().numel() < ids.numel():
         raise ValueError("ids: expected distinct, unknown ids, found one that is already known")
     if bool((rows < 0).any()):
         raise ValueError("rows: expected 0 or more")
@@ -78,7 +78,9 @@ def insert(
     counters[2] = ids.numel()
 
 
-def erase(directory: Tensor, chunks: Sequence[Tensor], segments: Tensor, counters: Tensor, ids: Tensor) -> Tensor:
+def id_map_erase(
+    directory: Tensor, chunks: Sequence[Tensor], segments: Tensor, counters: Tensor, ids: Tensor
+) -> Tensor:
     hashes = hash_of(ids)
     segment = _segment_of(directory, hashes)
     rows = torch.full_like(ids, -1)

@@ -15,13 +15,12 @@ def init_rows(
     rows: Tensor,
     ids: Tensor,
     dim: int,
-    bell: bool,
-    offset: float,
-    scale: float,
+    distribution: str,
+    numbers: Sequence[float],
     stream: int,
-    state: float,
 ) -> None:
-    draw = normal if bell else uniform
+    offset, scale, state = numbers
+    draw = normal if distribution == "normal" else uniform
     for chunk, positions, local in by_chunk(chunks, rows):
         block = chunk.new_full((local.numel(), chunk.shape[1]), state)
         block[:, :dim] = offset

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tessera.kernels.formats import DTYPES, PackedLayout, is_int
+from tessera.kernels.formats import DTYPES, is_int
+from tessera.kernels.layout import RowLayout
+from tessera.kernels.optimizers import OptimizerSettings
 from tessera.kernels.reference.chunks import by_chunk
 from tessera.kernels.reference.gather import checked
-from tessera.kernels.reference.quantise import dequantise, fake_quantise, quantise, step_gradient
-from tessera.kernels.reference.update import step
+from tessera.kernels.reference.quantise import dequantised, fake_quantise, rounded, step_gradient
+from tessera.kernels.reference.random import lots
+from tessera.kernels.reference.update import merged, step
 
 LEAST_SHRINK = 0.5  # of a scale in one update, so that it stays above zero
 
@@ -19,20 +22,20 @@ LEAST_SHRINK = 0.5  # of a scale in one update, so that it stays above zero
 class Parts:
     """The parts of packed rows uint8 [n, bytes]. steps: float32 [n]; step_state, state: float32 [n, k]."""
 
-    def __init__(self, block: Tensor, layout: PackedLayout) -> None:
-        floats = layout.step_floats + layout.step_state + layout.state_floats
-        first = block[:, : 4 * floats].contiguous().view(torch.float32).reshape(block.shape[0], floats)
-        begin, end = layout.step_floats, layout.step_floats + layout.step_state
+    def __init__(self, block: Tensor, layout: RowLayout) -> None:
+        begin, floats = layout.step_floats, layout.moments_at // 4
+        first = block[:, : layout.moments_at].contiguous().view(torch.float32).reshape(block.shape[0], floats)
+        end = begin + layout.step_state
         self.steps = first[:, 0] if is_int(layout.format) else None
         self.step_state, self.state = first[:, begin:end], first[:, end:]
         if layout.moments:  # m and v come before the count of steps
-            moments = block[:, 4 * floats : layout.codes_at].contiguous().view(torch.bfloat16)
+            moments = block[:, layout.moments_at : layout.values_at].contiguous().view(torch.bfloat16)
             self.state = torch.cat([moments.to(torch.float32), self.state], dim=1)
-        self.codes = block[:, layout.codes_at : layout.codes_at + layout.codes_bytes].contiguous()
+        self.codes = block[:, layout.values_at : layout.values_at + layout.values_bytes].contiguous()
         if not is_int(layout.format):
             self.codes = self.codes.view(DTYPES[layout.format])
 
-    def bytes(self, layout: PackedLayout) -> Tensor:
+    def bytes(self, layout: RowLayout) -> Tensor:
         """Back to uint8 [n, bytes]."""
         n = self.codes.shape[0]
         state, moments = self.state[:, layout.moments :], self.state[:, : layout.moments].to(torch.bfloat16)
@@ -43,82 +46,80 @@ class Parts:
         return torch.cat([packed, packed.new_zeros((n, layout.bytes - packed.shape[1]))], dim=1)
 
 
-def packed_gather(chunks: Sequence[Tensor], rows: Tensor, layout: PackedLayout, inverse: Tensor | None) -> Tensor:
-    result = torch.zeros((rows.numel(), layout.dim), device=rows.device)
+def packed_gather(chunks: Sequence[Tensor], rows: Tensor, layout: Sequence[int], inverse: Tensor | None) -> Tensor:
+    where = RowLayout(*layout)
+    result = torch.zeros((rows.numel(), where.dim), device=rows.device)
     for chunk, positions, local in by_chunk(chunks, rows):
-        parts = Parts(chunk[local], layout)
-        result[positions] = dequantise(parts.codes, parts.steps, layout.format, layout.dim)
+        parts = Parts(chunk[local], where)
+        result[positions] = dequantised(parts.codes, parts.steps, where.format, where.dim)
     return result if inverse is None else result[checked(inverse, rows)]
 
 
 def packed_update(
     chunks: Sequence[Tensor],
     rows: Tensor,
+    ids: Tensor,
     grads: Tensor,
     inverse: Tensor | None,
-    ids: Tensor,
-    layout: PackedLayout,
-    hyper: tuple[float, ...],
-    stream: int,
-    nearest: bool,
     held: Tensor | None,
+    layout: Sequence[int],
+    settings: Sequence[float],
+    stream: int,
 ) -> None:
+    where = RowLayout(*layout)
     grads = merged(grads, rows, inverse)
     if held is not None:
         held.zero_()
     for chunk, positions, local in by_chunk(chunks, rows):
-        parts = Parts(chunk[local], layout)
-        w = dequantise(parts.codes, parts.steps, layout.format, layout.dim)
-        step(layout.optimizer, w, parts.state, grads[positions], hyper)
+        parts = Parts(chunk[local], where)
+        w = dequantised(parts.codes, parts.steps, where.format, where.dim)
+        step(where.optimizer, w, parts.state, grads[positions], settings)
         if held is None:
-            parts.codes = quantise(w, parts.steps, layout.format, nearest, ids[positions], stream, 0)
+            parts.codes = _codes(w, parts.steps, where, ids[positions], stream)
         else:
             held[positions] = w
-        if layout.moments:  # always stochastic: v changes by less than half a unit of bf16 in a step
-            moments = parts.state[:, : layout.moments]
-            parts.state[:, : layout.moments] = quantise(
-                moments, None, "bf16", False, ids[positions], stream, layout.dim
-            ).float()
-        chunk[local] = parts.bytes(layout)
+        if where.moments:  # always stochastic: v changes by less than half a unit of bf16 in a step
+            draws = lots(stream, ids[positions], where.moments, where.dim)
+            parts.state[:, : where.moments] = rounded(parts.state[:, : where.moments], None, "bf16", draws).float()
+        chunk[local] = parts.bytes(where)
 
 
 def packed_look_ahead(
-    chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: PackedLayout, inverse: Tensor | None
+    chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: Sequence[int], inverse: Tensor | None
 ) -> Tensor:
-    result = torch.zeros((rows.numel(), layout.dim), device=rows.device)
+    where = RowLayout(*layout)
+    result = torch.zeros((rows.numel(), where.dim), device=rows.device)
     for chunk, positions, local in by_chunk(chunks, rows):
-        steps = Parts(chunk[local], layout).steps
-        assert steps is not None, layout
-        result[positions] = fake_quantise(held[positions], steps, layout.format)
+        steps = Parts(chunk[local], where).steps
+        assert steps is not None, where
+        result[positions] = fake_quantise(held[positions], steps, where.format)
     return result if inverse is None else result[checked(inverse, rows)]
 
 
 def packed_learn_steps(
     chunks: Sequence[Tensor],
     rows: Tensor,
-    held: Tensor,
+    ids: Tensor,
     grads: Tensor,
     inverse: Tensor | None,
-    ids: Tensor,
-    layout: PackedLayout,
-    gradient_scale: float,
-    hyper: tuple[float, ...],
+    held: Tensor,
+    layout: Sequence[int],
+    settings: Sequence[float],
     stream: int,
-    nearest: bool,
 ) -> None:
+    where, gradient_scale = RowLayout(*layout), OptimizerSettings(*settings).gradient_scale
     grads = merged(grads, rows, inverse)
     for chunk, positions, local in by_chunk(chunks, rows):
-        parts, w = Parts(chunk[local], layout), held[positions]
-        assert parts.steps is not None, layout
-        g = gradient_scale * step_gradient(w, parts.steps, grads[positions], layout.format)
+        parts, w = Parts(chunk[local], where), held[positions]
+        assert parts.steps is not None, where
+        g = gradient_scale * step_gradient(w, parts.steps, grads[positions], where.format)
         steps, state = parts.steps[:, None].clone(), parts.step_state  # the state is changed in place
-        step(layout.optimizer, steps, state, g[:, None], hyper)
+        step(where.optimizer, steps, state, g[:, None], settings)
         parts.steps = torch.maximum(steps[:, 0], LEAST_SHRINK * parts.steps)
-        parts.codes = quantise(w, parts.steps, layout.format, nearest, ids[positions], stream, 0)
-        chunk[local] = parts.bytes(layout)
+        parts.codes = _codes(w, parts.steps, where, ids[positions], stream)
+        chunk[local] = parts.bytes(where)
 
 
-def merged(grads: Tensor, rows: Tensor, inverse: Tensor | None) -> Tensor:
-    if inverse is None:
-        return grads
-    return grads.new_zeros((rows.numel(), grads.shape[1])).index_add_(0, checked(inverse, rows), grads)
+def _codes(values: Tensor, steps: Tensor | None, layout: RowLayout, ids: Tensor, stream: int) -> Tensor:
+    draws = None if layout.nearest or layout.format == "fp32" else lots(stream, ids, layout.dim)
+    return rounded(values, steps, layout.format, draws)

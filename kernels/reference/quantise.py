@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tessera.kernels.formats import BITS, DTYPES, code_range, is_int
+from tessera.kernels.formats import BITS, DTYPES, FORMATS, code_range, is_int
 from tessera.kernels.reference import random
 
 # A float format is a grid whose spacing is a power of two for values of one exponent: mantissa bits, the exponent
@@ -54,19 +54,27 @@ def unpack(stored: Tensor, dim: int, bits: int) -> Tensor:
     return ((codes ^ half) - half).flatten(1)[:, :dim]
 
 
-def quantise(
-    values: Tensor, steps: Tensor | None, format: str, nearest: bool, ids: Tensor, stream: int, first: int
-) -> Tensor:
+def quantise(values: Tensor, steps: Tensor | None, format: int, ids: Tensor, stream: int, rounding: str) -> Tensor:
+    name = FORMATS[format]
+    nearest = rounding == "nearest" or name == "fp32"
+    return rounded(values, steps, name, None if nearest else random.lots(stream, ids, values.shape[1]))
+
+
+def dequantise(stored: Tensor, steps: Tensor | None, format: int, dim: int) -> Tensor:
+    return dequantised(stored, steps, FORMATS[format], dim)
+
+
+def rounded(values: Tensor, steps: Tensor | None, format: str, lots: Tensor | None) -> Tensor:
+    """Values in storage form: stochastically by lots in [0, 1) of their shape, or to nearest."""
     if format == "fp32":
         return values.clone()
-    lots = None if nearest else random.lots(stream, ids, values.shape[1], first)
     if is_int(format):
         assert steps is not None, format
         return pack(to_codes(values, steps, format, lots), BITS[format])
     return to_grid(values, format, lots).to(DTYPES[format])
 
 
-def dequantise(stored: Tensor, steps: Tensor | None, format: str, dim: int) -> Tensor:
+def dequantised(stored: Tensor, steps: Tensor | None, format: str, dim: int) -> Tensor:
     if not is_int(format):
         return stored.to(torch.float32)
     assert steps is not None, format

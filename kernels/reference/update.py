@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tessera.kernels.layout import RowLayout
 from tessera.kernels.reference.chunks import by_chunk
 from tessera.kernels.reference.gather import checked
 
@@ -16,30 +17,27 @@ def update(
     rows: Tensor,
     grads: Tensor,
     inverse: Tensor | None,
-    optimizer: str,
-    learning_rate: float,
-    weight_decay: float,
-    eps: float,
-    beta1: float,
-    beta2: float,
-    beta: float,
-    l1: float,
-    l2: float,
+    layout: Sequence[int],
+    settings: Sequence[float],
 ) -> None:
-    if inverse is not None:
-        merged = grads.new_zeros((rows.numel(), grads.shape[1]))
-        grads = merged.index_add_(0, checked(inverse, rows), grads)
-    dim = grads.shape[1]
-    hyper = (learning_rate, weight_decay, eps, beta1, beta2, beta, l1, l2)
+    where = RowLayout(*layout)
+    grads = merged(grads, rows, inverse)
     for chunk, positions, local in by_chunk(chunks, rows):
         block = chunk[local]
-        step(optimizer, block[:, :dim], block[:, dim:], grads[positions], hyper)
+        step(where.optimizer, block[:, : where.dim], block[:, where.dim :], grads[positions], settings)
         chunk[local] = block
 
 
-def step(optimizer: str, w: Tensor, state: Tensor, g: Tensor, hyper: Sequence[float]) -> None:
-    """One step on values w [n, dim] and their state, in place; hyper in the order of `update`'s arguments."""
-    learning_rate, weight_decay, eps, beta1, beta2, beta, l1, l2 = hyper
+def merged(grads: Tensor, rows: Tensor, inverse: Tensor | None) -> Tensor:
+    """Gradients float32 [n, dim] summed by row: [u, dim]."""
+    if inverse is None:
+        return grads
+    return grads.new_zeros((rows.numel(), grads.shape[1])).index_add_(0, checked(inverse, rows), grads)
+
+
+def step(optimizer: str, w: Tensor, state: Tensor, g: Tensor, settings: Sequence[float]) -> None:
+    """One step on values w [n, dim] and their state, in place; settings: those of `OptimizerSettings`."""
+    learning_rate, weight_decay, eps, beta1, beta2, beta, l1, l2, _ = settings
     dim = w.shape[1]
     if weight_decay != 0:
         g = g + weight_decay * w

@@ -160,7 +160,7 @@ class _Map:
         self.bases = bases_of(chunks, directory.device)
         self.bits = directory.numel().bit_length() - 1
 
-    def find(self, ids: Tensor, with_places: bool = False) -> tuple[Tensor, Tensor]:
+    def find(self, ids: Tensor, *, with_places: bool = False) -> tuple[Tensor, Tensor]:
         ids = ids.contiguous()
         rows = torch.empty_like(ids)
         places = torch.empty_like(ids) if with_places else rows
@@ -172,7 +172,7 @@ class _Map:
         arguments = (ids, rows, self.directory, self.bases, wanted, met, ids.numel(), self.bits)
         launch(_count_kernel, _programs(ids.numel()), *arguments, BLOCK=block())
 
-    def place(self, hashes: Tensor, rows: Tensor, hashed: bool) -> None:
+    def place(self, hashes: Tensor, rows: Tensor, *, hashed: bool) -> None:
         arguments = (hashes, rows, self.directory, self.bases, rows.numel(), self.bits)
         launch(_place_kernel, _programs(rows.numel()), *arguments, HASHED=hashed, BLOCK=block())
 

@@ -55,12 +55,11 @@ def init_rows(
     rows: Tensor,
     ids: Tensor,
     dim: int,
-    bell: bool,
-    offset: float,
-    scale: float,
+    distribution: str,
+    numbers: Sequence[float],
     stream: int,
-    state: float,
 ) -> None:
+    offset, scale, state = numbers
     place = place_of(chunks, rows.device)
     rows = rows.contiguous()
     height, width = tile(dim)
@@ -77,7 +76,7 @@ def init_rows(
         float(offset),
         float(scale),
         float(state),
-        DRAW=0 if scale == 0 else 1 + bell,
+        DRAW=0 if scale == 0 else 1 + (distribution == "normal"),
         SHIFT=place.shift,
         WIDTH=place.bytes // 4,
         DIM=dim,

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import triton.language as tl
 from torch import Tensor
 
+from tessera.kernels.layout import RowLayout
+from tessera.kernels.optimizers import OptimizerSettings
 from tessera.kernels.triton_ops import arithmetic
 from tessera.kernels.triton_ops.faults import check_interpreted, known_rows, note_of
 from tessera.kernels.triton_ops.launch import kernel, launch, tile
 from tessera.kernels.triton_ops.merge import merge, merged
 from tessera.kernels.triton_ops.optimizers import numbers, step
-from tessera.kernels.triton_ops.packed import layout_of, merge_constants
+from tessera.kernels.triton_ops.packed import merge_constants, step_constants
 from tessera.kernels.triton_ops.rows import place_of
-from tessera.kernels.update import OPTIMIZERS
 
 
 @kernel
@@ -80,18 +81,15 @@ def _learn_kernel(
 def packed_learn_steps(
     chunks: Sequence[Tensor],
     rows: Tensor,
-    held: Tensor,
+    ids: Tensor,
     grads: Tensor,
     inverse: Tensor | None,
-    ids: Tensor,
-    layout: list[int],
-    optimizer: str,
-    gradient_scale: float,
-    hyper: Sequence[float],
+    held: Tensor,
+    layout: Sequence[int],
+    settings: Sequence[float],
     stream: int,
-    nearest: bool,
 ) -> None:
-    place, where = place_of(chunks, rows.device), layout_of(layout)
+    place, where = place_of(chunks, rows.device), RowLayout(*layout)
     rows, ids, count = rows.contiguous(), ids.contiguous(), rows.numel()
     note = note_of(rows.device, place.total, count)
     given = merge(grads, inverse, count, note)
@@ -107,18 +105,11 @@ def packed_learn_steps(
         *given[:5],
         count,
         place.total,
-        float(gradient_scale),
+        float(OptimizerSettings(*settings).gradient_scale),
         stream,
-        numbers(tuple(hyper)),
+        numbers(settings),
         **merge_constants(given),
-        KIND=OPTIMIZERS.index(optimizer),
-        NEAREST=nearest,
-        FORMAT=where.format,
-        BITS=where.bits,
-        VALUES_AT=where.values_at,
-        SHIFT=place.shift,
-        BYTES=place.bytes,
-        DIM=where.dim,
+        **step_constants(place, where),
         ROWS=height,
         COLUMNS=width,
         warps=1,

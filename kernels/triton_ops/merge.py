@@ -133,13 +133,13 @@ def merge(grads: Tensor, inverse: Tensor | None, count: int, note: Tensor) -> Me
     n, dim = grads.shape
     if inverse is None or n == 0 or count == 0:
         none = grads if inverse is None else grads.new_zeros((count, dim))
-        return Merge(none, note, note, note, none, True, False)
+        return Merge(none, note, note, note, none, direct=True, long=False)
     # Half the bytes of int64 are half the passes of the sort; what is out of range stays so.
     ordered, order = torch.sort(inverse.clamp(-1, count).to(torch.int32), stable=True)
     begins = torch.searchsorted(ordered, torch.arange(count + 1, dtype=torch.int32, device=grads.device))
     launch(_check_kernel, 1, ordered, note, n, count, warps=1)
     if n <= PIECE:
-        return Merge(grads, order, begins, begins, grads, False, False)
+        return Merge(grads, order, begins, begins, grads, direct=False, long=False)
     lengths = begins.diff()
     ends = torch.where(lengths > PIECE, (lengths + (PIECE - 1)) // PIECE, 0).cumsum(0)
     pieces = 2 * n // PIECE  # at most: more than PIECE positions make fewer than 2 / PIECE pieces each
@@ -163,4 +163,4 @@ def merge(grads: Tensor, inverse: Tensor | None, count: int, note: Tensor) -> Me
         COLUMNS=width,
         warps=warps_of(height * width),
     )
-    return Merge(grads, order, begins, ends, sums, False, True)
+    return Merge(grads, order, begins, ends, sums, direct=False, long=True)

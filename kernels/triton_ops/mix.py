@@ -20,14 +20,14 @@ def _mix_kernel(x, out, count, INVERSE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def mix64(x: Tensor) -> Tensor:
-    return _run(x, False)
+    return _run(x, inverse=False)
 
 
 def unmix64(x: Tensor) -> Tensor:
-    return _run(x, True)
+    return _run(x, inverse=True)
 
 
-def _run(x: Tensor, inverse: bool) -> Tensor:
+def _run(x: Tensor, *, inverse: bool) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     launch(_mix_kernel, -(-x.numel() // block()), x, out, x.numel(), INVERSE=inverse, BLOCK=block())

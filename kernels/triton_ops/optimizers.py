@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
@@ -15,6 +16,7 @@ import triton.language as tl
 
 from tessera.kernels.triton_ops.arithmetic import BF16, load_values, store_values
 
+# Places in OPTIMIZERS of `kernels/optimizers.py`.
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, FTRL = (tl.constexpr(number) for number in range(5))
 
 
@@ -38,13 +40,29 @@ class Numbers(NamedTuple):
     start: float
 
 
-def numbers(hyper: tuple[float, ...]) -> Numbers:
-    """hyper in the order of `update`'s arguments."""
-    rate, decay, eps, beta1, beta2, beta, l1, l2 = (float(number) for number in hyper)
+def numbers(settings: Sequence[float]) -> Numbers:
+    """settings: those of `OptimizerSettings`."""
+    rate, decay, eps, beta1, beta2, beta, l1, l2, _ = (float(number) for number in settings)
     start = beta / rate + l2 if rate else math.inf
     pairs = [_pair(rate), *(_pair(math.log(b) if b > 0 else -math.inf) for b in (beta1, beta2))]
     (high, low), (high1, low1), (high2, low2) = pairs
-    return Numbers(high, low, decay, eps, 1 - beta1, beta2, 1 - beta2, high1, low1, high2, low2, beta, l1, l2, start)
+    return Numbers(
+        rate=high,
+        rate_rest=low,
+        decay=decay,
+        eps=eps,
+        rest1=1 - beta1,
+        beta2=beta2,
+        rest2=1 - beta2,
+        log_beta1=high1,
+        log_beta1_rest=low1,
+        log_beta2=high2,
+        log_beta2_rest=low2,
+        beta=beta,
+        l1=l1,
+        l2=l2,
+        start=start,
+    )
 
 
 def _pair(number: float) -> tuple[float, float]:

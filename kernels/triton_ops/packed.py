@@ -1,19 +1,19 @@
 """Rows with optimizer state: read and updated. What a learned step size adds is in `learned.py`.
 
-One set of kernels for packed rows (`kernels/formats.py`) and for plain float32 rows (`kernels/update.py`), which differ
-in where in a row things are.
+One set of kernels for packed rows and for plain float32 rows, which differ in where in a row things are
+(`kernels/layout.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from tessera.kernels.formats import BITS, FORMATS, is_int
+from tessera.kernels.formats import BITS
+from tessera.kernels.layout import RowLayout
 from tessera.kernels.triton_ops import arithmetic
 from tessera.kernels.triton_ops.faults import check_interpreted, known_rows, note_of
 from tessera.kernels.triton_ops.gather import rows_at
@@ -21,42 +21,6 @@ from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
 from tessera.kernels.triton_ops.merge import PIECE, Merge, merge, merged
 from tessera.kernels.triton_ops.optimizers import numbers, step
 from tessera.kernels.triton_ops.rows import Place, place_of
-from tessera.kernels.update import OPTIMIZERS
-
-
-class Layout(NamedTuple):
-    """Byte offsets in a row; the step size is at 0 and its state at 4."""
-
-    format: int
-    bits: int
-    dim: int
-    step_state: int
-    state_floats: int
-    state_at: int
-    moments_at: int
-    values_at: int
-    bytes: int
-    half_moments: bool
-
-
-def layout_of(given: list[int]) -> Layout:
-    """given: `PackedLayout.numbers`."""
-    format, dim, step_state, state_floats, moments, size = given
-    name = FORMATS[format]
-    state_at = 4 * (1 + step_state) if is_int(name) else 0
-    moments_at = state_at + 4 * state_floats
-    return Layout(
-        format,
-        BITS[name],
-        dim,
-        step_state,
-        state_floats,
-        state_at,
-        moments_at,
-        moments_at + 2 * moments,
-        size,
-        moments > 0,
-    )
 
 
 @kernel
@@ -103,20 +67,20 @@ def _read_kernel(
     tl.store(out + at[:, None] * DIM + column, value, mask=inside[:, None] & (column < DIM))
 
 
-def packed_gather(chunks: Sequence[Tensor], rows: Tensor, layout: list[int], inverse: Tensor | None) -> Tensor:
-    return _read(chunks, rows, None, layout, inverse)
+def packed_gather(chunks: Sequence[Tensor], rows: Tensor, layout: Sequence[int], inverse: Tensor | None) -> Tensor:
+    return _read(chunks, rows, None, RowLayout(*layout), inverse)
 
 
 def packed_look_ahead(
-    chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: list[int], inverse: Tensor | None
+    chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: Sequence[int], inverse: Tensor | None
 ) -> Tensor:
-    return _read(chunks, rows, held, layout, inverse)
+    return _read(chunks, rows, held, RowLayout(*layout), inverse)
 
 
 def _read(
-    chunks: Sequence[Tensor], rows: Tensor, held: Tensor | None, given: list[int], inverse: Tensor | None
+    chunks: Sequence[Tensor], rows: Tensor, held: Tensor | None, layout: RowLayout, inverse: Tensor | None
 ) -> Tensor:
-    place, layout = place_of(chunks, rows.device), layout_of(given)
+    place = place_of(chunks, rows.device)
     rows, dim = rows.contiguous(), layout.dim
     count = rows.numel() if inverse is None else inverse.numel()
     out = torch.empty((count, dim), device=rows.device)
@@ -135,8 +99,8 @@ def _read(
         place.total,
         HAS_INVERSE=inverse is not None,
         AHEAD=held is not None,
-        FORMAT=layout.format,
-        BITS=layout.bits,
+        FORMAT=layout.format_number,
+        BITS=BITS[layout.format],
         VALUES_AT=layout.values_at,
         SHIFT=place.shift,
         BYTES=place.bytes,
@@ -214,49 +178,28 @@ def update(
     rows: Tensor,
     grads: Tensor,
     inverse: Tensor | None,
-    optimizer: str,
-    *hyper: float,
+    layout: Sequence[int],
+    settings: Sequence[float],
 ) -> None:
-    dim = grads.shape[1]
-    place = place_of(chunks, rows.device)
-    layout = Layout(0, 32, dim, 0, 0, 4 * dim, 0, 0, place.bytes, False)
-    _update(place, rows, grads, inverse, rows, layout, optimizer, hyper, 0, True, None)
+    packed_update(chunks, rows, rows, grads, inverse, None, layout, settings, 0)
 
 
 def packed_update(
     chunks: Sequence[Tensor],
     rows: Tensor,
+    ids: Tensor,
     grads: Tensor,
     inverse: Tensor | None,
-    ids: Tensor,
-    layout: list[int],
-    optimizer: str,
-    hyper: Sequence[float],
-    stream: int,
-    nearest: bool,
     held: Tensor | None,
-) -> None:
-    place = place_of(chunks, rows.device)
-    _update(place, rows, grads, inverse, ids, layout_of(layout), optimizer, hyper, stream, nearest, held)
-
-
-def _update(
-    place: Place,
-    rows: Tensor,
-    grads: Tensor,
-    inverse: Tensor | None,
-    ids: Tensor,
-    layout: Layout,
-    optimizer: str,
-    hyper: Sequence[float],
+    layout: Sequence[int],
+    settings: Sequence[float],
     stream: int,
-    nearest: bool,
-    held: Tensor | None,
 ) -> None:
+    place, where = place_of(chunks, rows.device), RowLayout(*layout)
     rows, ids, count = rows.contiguous(), ids.contiguous(), rows.numel()
     note = note_of(rows.device, place.total, count)
     given = merge(grads, inverse, count, note)
-    height, width = tile(layout.dim, least=4)
+    height, width = tile(where.dim, least=4)
     launch(
         _update_kernel,
         -(-count // height),
@@ -269,25 +212,32 @@ def _update(
         count,
         place.total,
         stream,
-        numbers(tuple(hyper)),
+        numbers(settings),
         **merge_constants(given),
-        KIND=OPTIMIZERS.index(optimizer),
         HOLD=held is not None,
-        NEAREST=nearest,
-        FORMAT=layout.format,
-        BITS=layout.bits,
-        STATE_AT=layout.state_at,
-        MOMENTS_AT=layout.moments_at,
-        VALUES_AT=layout.values_at,
-        HALF_MOMENTS=layout.half_moments,
-        SHIFT=place.shift,
-        BYTES=place.bytes,
-        DIM=layout.dim,
+        STATE_AT=where.state_at,
+        MOMENTS_AT=where.moments_at,
+        HALF_MOMENTS=where.moments > 0,
+        **step_constants(place, where),
         ROWS=height,
         COLUMNS=width,
         warps=1,
     )
     check_interpreted(rows.device)
+
+
+def step_constants(place: Place, layout: RowLayout) -> dict[str, object]:
+    """What both updates of rows are compiled for."""
+    return {
+        "KIND": layout.optimizer_number,
+        "NEAREST": layout.nearest > 0,
+        "FORMAT": layout.format_number,
+        "BITS": BITS[layout.format],
+        "VALUES_AT": layout.values_at,
+        "SHIFT": place.shift,
+        "BYTES": place.bytes,
+        "DIM": layout.dim,
+    }
 
 
 def merge_constants(given: Merge) -> dict[str, object]:

@@ -103,24 +103,22 @@ def _merged_kernel(
     tl.store(out + row[:, None] * DIM + column, total, mask=inside[:, None] & (column < DIM))
 
 
-def pool_backward(
-    grads_of_groups: Sequence[Tensor], index: Tensor, offsets: Tensor, weights: Tensor | None, rows: int
-) -> Tensor:
-    grads_bkw = torch.cat(list(grads_of_groups), 2)
+def pool_backward(grads: Sequence[Tensor], index: Tensor, offsets: Tensor, weights: Tensor | None, rows: int) -> Tensor:
+    grads_bkw = torch.cat(list(grads), 2)
     batch, keys, dim = grads_bkw.shape
-    grads, bags = grads_bkw.flatten(0, 1), batch * keys
-    positions = torch.arange(index.numel(), device=grads.device)
+    flat, bags = grads_bkw.flatten(0, 1), batch * keys
+    positions = torch.arange(index.numel(), device=flat.device)
     bag = torch.searchsorted(offsets.contiguous(), positions, right=True) - 1
     inside = (bag >= 0) & (bag < bags)
-    factors = inside.to(grads.dtype) if weights is None else inside * weights
+    factors = inside.to(flat.dtype) if weights is None else inside * weights
     if bags:
         bag = bag.clamp(0, bags - 1)
-        of_positions = grads[bag % batch * keys + bag // batch] * factors[:, None]
+        of_positions = flat[bag % batch * keys + bag // batch] * factors[:, None]
     else:
-        of_positions = grads.new_zeros(index.numel(), dim)
-    note = note_of(grads.device, rows, rows)
+        of_positions = flat.new_zeros(index.numel(), dim)
+    note = note_of(flat.device, rows, rows)
     parts = merge(of_positions, index, rows, note)
-    out = torch.empty((rows, dim), device=grads.device)
+    out = torch.empty((rows, dim), device=flat.device)
     height, width = tile(dim)
     launch(
         _merged_kernel,
@@ -141,5 +139,5 @@ def pool_backward(
         COLUMNS=width,
         warps=warps_of(height * width),
     )
-    check_interpreted(grads.device)
+    check_interpreted(flat.device)
     return out

@@ -43,7 +43,7 @@ def _quantise_kernel(
     arithmetic.store_values(address, column, mask, value, step, key, 0, FORMAT, BITS, NEAREST, ROWS, COLUMNS)
 
 
-def quantise(values: Tensor, steps: Tensor | None, format: int, nearest: bool, ids: Tensor, stream: int) -> Tensor:
+def quantise(values: Tensor, steps: Tensor | None, format: int, ids: Tensor, stream: int, rounding: str) -> Tensor:
     name = FORMATS[format]
     values = values.contiguous()
     (count, dim), device = values.shape, values.device
@@ -60,7 +60,7 @@ def quantise(values: Tensor, steps: Tensor | None, format: int, nearest: bool, i
         stream,
         FORMAT=format,
         BITS=BITS[name],
-        NEAREST=nearest,
+        NEAREST=rounding == "nearest" or name == "fp32",
         HAS_STEPS=is_int(name),
         DIM=dim,
         BYTES=out.shape[1] * out.element_size(),

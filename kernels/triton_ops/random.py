@@ -22,14 +22,14 @@ def _draw_kernel(
 
 
 def uniform(stream: int, ids: Tensor, dim: int) -> Tensor:
-    return _draw(stream, ids, dim, False)
+    return _draw(stream, ids, dim, bell=False)
 
 
 def normal(stream: int, ids: Tensor, dim: int) -> Tensor:
-    return _draw(stream, ids, dim, True)
+    return _draw(stream, ids, dim, bell=True)
 
 
-def _draw(stream: int, ids: Tensor, dim: int, bell: bool) -> Tensor:
+def _draw(stream: int, ids: Tensor, dim: int, *, bell: bool) -> Tensor:
     ids = ids.contiguous()
     out = torch.empty((ids.numel(), dim), device=ids.device)
     rows, columns = tile(dim)

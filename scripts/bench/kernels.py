@@ -16,8 +16,9 @@ import torch
 from tessera.kernels.backend import backend
 from tessera.kernels.chunks import allocate_chunk
 from tessera.kernels.gather import gather
+from tessera.kernels.optimizers import OptimizerSettings, state_width
 from tessera.kernels.unique import unique_inverse
-from tessera.kernels.update import state_width, update
+from tessera.kernels.update import update
 from tessera.scripts.bench.timing import alternate
 
 FEATURES, BATCH, DIM = 26, 4096, 16
@@ -78,7 +79,7 @@ def bench_rows(repeat: int) -> None:
         "gather": lambda: gather(tables["rowwise_adagrad"], rows, DIM),
     }
     for name, chunks in tables.items():
-        works[name] = partial(update, name, chunks, rows, grads, learning_rate=0.1)
+        works[name] = partial(update, name, chunks, rows, grads, settings=OptimizerSettings(0.1))
     found = alternate(works, repeat)
     plain = IDS * DIM * 4 / found["plain"] / 1e9
     show(f"{IDS:,} random rows of {ROWS / MILLION:.1f} M, dim {DIM}", "time", "GB/s", "of plain gather")

@@ -15,7 +15,7 @@ from tessera.distributed.sharding import shard
 from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer, key_of
 from tessera.embedding.errors import TesseraError
 from tessera.kernels.quantise import dequantise, quantise
-from tessera.kernels.random import normal
+from tessera.kernels.random import normal, stream
 from tests.ranks import on_ranks
 
 SEED, BATCH, IDS = 3, 16, ["a", "b"]
@@ -188,7 +188,7 @@ def alpt_by_definition():
 
     def stored(w, d, name, i, step):
         ids, size = torch.tensor([i]), torch.tensor([d])
-        codes = quantise(w[None], size, "int8", ids=ids, seed=SEED, table=key(name), step=step)
+        codes = quantise(w[None], size, "int8", ids=ids, stream=stream(SEED, key(name), step))
         return dequantise(codes, size, "int8", 4)[0]
 
     for step in range(4):

@@ -18,10 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tessera.kernels import triton_ops
-from tessera.kernels.formats import FORMATS, PackedLayout
+from tessera.kernels.formats import FORMATS
+from tessera.kernels.layout import RowLayout, packed_layout, plain_layout
+from tessera.kernels.optimizers import OPTIMIZERS, OptimizerSettings
 from tessera.kernels.reference.id_map import SEGMENTS_PER_CHUNK, SLOTS
 from tessera.kernels.triton_ops import launch
-from tessera.kernels.update import OPTIMIZERS, state_width
 
 DTYPES = {
     torch.float32: "*fp32",
@@ -32,7 +33,7 @@ DTYPES = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
 }
-HYPER = (0.1, 0.0, 1e-8, 0.9, 0.999, 1.0, 0.1, 0.2)
+SETTINGS = OptimizerSettings(0.1, l1=0.1, l2=0.2, gradient_scale=0.5)
 
 
 def type_of(argument: object, specialised: bool) -> object:
@@ -92,33 +93,35 @@ def call_plain(n: int, dim: int) -> None:
     for weights in (None, values[:, 0]):
         triton_ops.pool(values, inverse, torch.arange(n + 1), weights, 1, [dim])
         triton_ops.pool_backward([values.unsqueeze(1)], inverse, torch.arange(n + 1), weights, n)
-    for bell, scale in ((True, 1.0), (False, 1.0), (False, 0.0)):
-        triton_ops.init_rows(chunks, rows, rows, dim, bell, 0.0, scale, 2**40 + 1, 0.1)
+    for distribution, scale in (("normal", 1.0), ("uniform", 1.0), ("uniform", 0.0)):
+        triton_ops.init_rows(chunks, rows, rows, dim, distribution, (0.0, scale, 0.1), 2**40 + 1)
     meta = [torch.zeros((8, 4), dtype=torch.int64)]
     triton_ops.touch(meta, rows, rows[:1], None)
     triton_ops.touch(meta, rows, rows, rows)
     triton_ops.expired(meta, 2**33, 0, 8)
     for optimizer in OPTIMIZERS:
-        chunks = [torch.zeros((8, dim + state_width(optimizer, dim)))]
-        triton_ops.update(chunks, rows, values, None, optimizer, *HYPER)
-        triton_ops.update(chunks, rows, values, inverse, optimizer, *HYPER)
+        layout = plain_layout(dim, optimizer)
+        chunks = [torch.zeros((8, layout.bytes // 4))]
+        triton_ops.update(chunks, rows, values, None, layout, SETTINGS)
+        triton_ops.update(chunks, rows, values, inverse, layout, SETTINGS)
 
 
-def call_packed(n: int, layout: PackedLayout) -> None:
+def call_packed(n: int, layout: RowLayout) -> None:
     """Ops on packed rows and on formats."""
     rows, inverse, values, steps = ids(n), ids(n), torch.zeros((n, layout.dim)), torch.ones(n)
-    numbers, chunks = layout.numbers, [torch.zeros((8, layout.bytes), dtype=torch.uint8)]
-    for nearest, positions in ((True, None), (False, inverse)):
-        stored = triton_ops.quantise(values, steps, FORMATS.index(layout.format), nearest, rows, 2**40 + 1)
-        update = (layout.optimizer, HYPER, 2**40 + 1, nearest)
-        triton_ops.packed_gather(chunks, rows, numbers, positions)
-        triton_ops.packed_update(chunks, rows, values, positions, rows, numbers, *update, None)
+    chunks, stream = [torch.zeros((8, layout.bytes), dtype=torch.uint8)], 2**40 + 1
+    for nearest, positions in ((1, None), (0, inverse)):
+        one = layout._replace(nearest=nearest)
+        stored = triton_ops.quantise(values, steps, one.format_number, rows, stream, one.rounding)
+        batch = chunks, rows, rows, values, positions
+        triton_ops.packed_gather(chunks, rows, one, positions)
+        triton_ops.packed_update(*batch, None, one, SETTINGS, stream)
         if layout.learned:
-            held, learn = values.clone(), (layout.optimizer, 0.5, *update[1:])
-            triton_ops.packed_update(chunks, rows, values, positions, rows, numbers, *update, held)
-            triton_ops.packed_look_ahead(chunks, rows, held, numbers, positions)
-            triton_ops.packed_learn_steps(chunks, rows, held, values, positions, rows, numbers, *learn)
-    triton_ops.dequantise(stored, steps, FORMATS.index(layout.format), layout.dim)
+            held = values.clone()
+            triton_ops.packed_update(*batch, held, one, SETTINGS, stream)
+            triton_ops.packed_look_ahead(chunks, rows, held, one, positions)
+            triton_ops.packed_learn_steps(*batch, held, one, SETTINGS, stream)
+    triton_ops.dequantise(stored, steps, layout.format_number, layout.dim)
 
 
 def call_id_map(n: int) -> None:
@@ -139,9 +142,9 @@ def record(whole: bool) -> Recorder:
         call_plain(n, dim)
     call_id_map(200)
     pairs = itertools.product(FORMATS, OPTIMIZERS) if whole else zip(FORMATS, (*OPTIMIZERS, "sgd"), strict=True)
-    layouts = [PackedLayout(format, dim, name) for format, name in pairs for dim in ((16, 5) if whole else (16,))]
-    layouts += [PackedLayout("int4", 16, name, learned=True) for name in OPTIMIZERS[: 4 if whole else 1]]
-    layouts.append(PackedLayout("int8", 16, "adam", learned=True, state_format="bf16"))
+    layouts = [packed_layout(format, dim, name) for format, name in pairs for dim in ((16, 5) if whole else (16,))]
+    layouts += [packed_layout("int4", 16, name, learned=True) for name in OPTIMIZERS[: 4 if whole else 1]]
+    layouts.append(packed_layout("int8", 16, "adam", learned=True, state_format="bf16"))
     for layout in layouts:
         call_packed(200, layout)
     return recorder

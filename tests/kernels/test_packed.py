@@ -7,25 +7,27 @@ import pytest
 import torch
 
 from tessera.kernels.backend import available_backends, use_backend
-from tessera.kernels.formats import FORMATS, PackedLayout, code_range, is_int
-from tessera.kernels.packed import packed_gather, packed_learn_steps, packed_look_ahead, packed_update
+from tessera.kernels.formats import FORMATS, code_range, is_int
+from tessera.kernels.layout import packed_layout
+from tessera.kernels.optimizers import OPTIMIZERS, OptimizerSettings
+from tessera.kernels.packed import BatchRows, packed_gather, packed_learn_steps, packed_look_ahead, packed_update
 from tessera.kernels.quantise import dequantise, quantise
+from tessera.kernels.random import stream
 from tessera.kernels.reference.packed import Parts
-from tessera.kernels.reference.random import stream
-from tessera.kernels.update import OPTIMIZERS, update
+from tessera.kernels.update import update
 from tests.kernels.tables import some_rows
 
 ROWS, CHUNK, LR, STREAM = 24, 8, 0.05, stream(1, 2, 3)
-HYPER = (LR, 0.01, 1e-8, 0.8, 0.95, 1.0, 0.01, 0.02)
+SETTINGS = OptimizerSettings(LR, 0.01, 1e-8, 0.8, 0.95, 1.0, 0.01, 0.02)
 INTS = ("int8", "int4", "int2")
 needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
 LAYOUTS = [
-    *(PackedLayout(format, 5, optimizer) for format, optimizer in itertools.product(FORMATS, OPTIMIZERS)),
-    *(PackedLayout(format, 16, "rowwise_adagrad") for format in FORMATS),
-    *(PackedLayout(format, 6, "adam", state_format="bf16") for format in FORMATS),
+    *(packed_layout(format, 5, optimizer) for format, optimizer in itertools.product(FORMATS, OPTIMIZERS)),
+    *(packed_layout(format, 16, "rowwise_adagrad") for format in FORMATS),
+    *(packed_layout(format, 6, "adam", state_format="bf16") for format in FORMATS),
 ]
-LEARNED = [PackedLayout(f, d, o, True) for f, d, o in itertools.product(INTS, (3, 16, 33), OPTIMIZERS[:4])]
-LEARNED.append(PackedLayout("int4", 8, "adam", True, "bf16"))
+LEARNED = [packed_layout(f, d, o, learned=True) for f, d, o in itertools.product(INTS, (3, 16, 33), OPTIMIZERS[:4])]
+LEARNED.append(packed_layout("int4", 8, "adam", learned=True, state_format="bf16"))
 
 
 def packed_table(layout, rows=ROWS, chunk=CHUNK, scale=1.0):
@@ -46,12 +48,12 @@ def packed_table(layout, rows=ROWS, chunk=CHUNK, scale=1.0):
 
 
 def batch(layout, seed=0, distinct=12, n=40, rows=ROWS):
-    """(rows [u] with -1 in it, ids, inverse [n], gradients [n, dim])."""
+    """(rows [u] with -1 in it, their ids, inverse [n]), gradients [n, dim]."""
     generator = torch.Generator().manual_seed(seed)
     chosen = some_rows(distinct, rows, seed=seed, missing=0.1, distinct=True)
     inverse = torch.cat([torch.arange(distinct), torch.randint(0, distinct, (n - distinct,), generator=generator)])
     grads = torch.randn((n, layout.dim), generator=generator)
-    return chosen, chosen * 7919 - 3, inverse[torch.randperm(n, generator=generator)], grads
+    return BatchRows(chosen, chosen * 7919 - 3, inverse[torch.randperm(n, generator=generator)]), grads
 
 
 def parts_of(chunks, layout):
@@ -63,7 +65,7 @@ def test_rows_have_the_documented_bytes(layout):
     per_value = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "int2": 2}[layout.format]
     state = {"sgd": 0, "adagrad": layout.dim, "rowwise_adagrad": 1, "adam": 2 * layout.dim + 1, "ftrl": 2 * layout.dim}
     expected = 4 * is_int(layout.format) + math.ceil(layout.dim * per_value / 8)
-    expected += 4 * state[layout.optimizer] if layout.state_format == "fp32" else 4 * layout.dim + 4
+    expected += 4 * state[layout.optimizer] if not layout.moments else 4 * layout.dim + 4
     if layout.learned:
         expected += 4 * {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 3}[layout.optimizer]
     assert expected <= layout.bytes < expected + 4 and layout.bytes % 4 == 0
@@ -84,23 +86,23 @@ def test_gather_dequantises(backend, layout):
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_update_is_dequantise_then_optimizer_then_quantise(backend, layout, rounding):
+    layout = layout._replace(nearest=int(rounding == "nearest"))
     chunks = packed_table(layout)
     before = parts_of(chunks, layout)
-    chosen, ids, inverse, grads = batch(layout)
-    packed_update(chunks, chosen, grads, inverse, ids, layout, HYPER, stream=STREAM, rounding=rounding)
+    given, grads = batch(layout)
+    chosen, ids, inverse = given
+    packed_update(chunks, given, grads, layout, SETTINGS, stream=STREAM)
     found = parts_of(chunks, layout)
 
     w = dequantise(before.codes, before.steps, layout.format, layout.dim)
     dense = [torch.cat([w, before.state], dim=1)]
     padded = torch.zeros((32, dense[0].shape[1]))
     padded[:ROWS] = dense[0]
-    names = ("learning_rate", "weight_decay", "eps", "beta1", "beta2", "beta", "l1", "l2")
-    update(layout.optimizer, [padded], chosen, grads, inverse, **dict(zip(names, HYPER, strict=True)))
+    update(layout.optimizer, [padded], chosen, grads, inverse, settings=SETTINGS)
     known = chosen >= 0
     rows, w, state = chosen[known], padded[:, : layout.dim], padded[:, layout.dim :]
     steps = None if before.steps is None else before.steps[rows]
-    key = {"ids": ids[known], "seed": 1, "table": 2, "step": 3}
-    codes = quantise(w[rows].contiguous(), steps, layout.format, rounding=rounding, **key)
+    codes = quantise(w[rows].contiguous(), steps, layout.format, rounding=rounding, ids=ids[known], stream=STREAM)
     assert torch.equal(found.codes[rows], codes)
     tolerance = 0.008 if layout.moments else 1e-6  # bf16 moments: a unit in their last place
     torch.testing.assert_close(found.state[rows], state[rows], rtol=tolerance, atol=1e-6)
@@ -113,7 +115,7 @@ def test_update_is_dequantise_then_optimizer_then_quantise(backend, layout, roun
 
 def test_bf16_moments_keep_their_expectation(backend):
     """Both fall by a tenth of a unit in their last place: nearest rounding would hold them for ever."""
-    layout = PackedLayout("fp32", 16, "adam", state_format="bf16")
+    layout = packed_layout("fp32", 16, "adam", state_format="bf16")
     rows = 2048
     chunks = packed_table(layout, rows, rows)
     parts = parts_of(chunks, layout)
@@ -121,8 +123,8 @@ def test_bf16_moments_keep_their_expectation(backend):
     chunks = [parts.bytes(layout)]
     grads, every = torch.zeros((rows, 16)), torch.arange(rows)
     for step in range(20):
-        hyper = (0.0, 0.0, 1e-8, 0.9999, 0.9999, 0, 0, 0)
-        packed_update(chunks, every, grads, None, every, layout, hyper, stream=stream(0, 0, step))
+        settings = OptimizerSettings(0.0, beta1=0.9999, beta2=0.9999, beta=0.0)
+        packed_update(chunks, BatchRows(every, every), grads, layout, settings, stream=stream(0, 0, step))
     moments = parts_of(chunks, layout).state[:, :32].view(rows, 2, 16).mean(dim=(0, 2))
     assert moments.tolist() == pytest.approx([0.9999**20] * 2, abs=1e-4)
 
@@ -144,9 +146,10 @@ def test_learned_step_sizes_follow_the_gradient_of_a_dense_definition(backend, l
     """All three parts of ALPT's step: held values, the look ahead, and the step sizes with the values stored."""
     chunks = packed_table(layout, scale=2.0)
     before = parts_of(chunks, layout)
-    chosen, ids, inverse, grads = batch(layout)
+    given, grads = batch(layout)
+    chosen, ids, inverse = given
     held = torch.empty((len(chosen), layout.dim))
-    packed_update(chunks, chosen, grads, inverse, ids, layout, HYPER, stream=STREAM, held=held)
+    packed_update(chunks, given, grads, layout, SETTINGS, stream=STREAM, held=held)
     middle, known = parts_of(chunks, layout), chosen >= 0
     rows = chosen[known]
     assert torch.equal(middle.codes, before.codes) and torch.equal(middle.steps, before.steps)
@@ -159,18 +162,18 @@ def test_learned_step_sizes_follow_the_gradient_of_a_dense_definition(backend, l
     torch.testing.assert_close(found[known[inverse]], ahead[(known.cumsum(0) - 1)[inverse[known[inverse]]]].float())
     assert found[~known[inverse]].eq(0).all()
 
-    scale, hyper = 0.37, (0.02, 0.1, 1e-8, 0.8, 0.95, 0, 0, 0)
-    packed_learn_steps(chunks, chosen, held, second, inverse, ids, layout, hyper, gradient_scale=scale, stream=STREAM)
+    settings = OptimizerSettings(0.02, 0.1, 1e-8, 0.8, 0.95, 0.0, gradient_scale=0.37)
+    packed_learn_steps(chunks, given, second, layout, settings, stream=STREAM, held=held)
     after = parts_of(chunks, layout)
-    expected = step_sizes_by_hand(layout, before, rows, scale * slope, hyper)
+    expected = step_sizes_by_hand(layout, before, rows, 0.37 * slope, settings)
     torch.testing.assert_close(after.steps[rows].double(), expected, rtol=2e-5, atol=1e-6)
-    codes = quantise(held[known], after.steps[rows], layout.format, ids=ids[known], seed=1, table=2, step=3)
+    codes = quantise(held[known], after.steps[rows], layout.format, ids=ids[known], stream=STREAM)
     assert torch.equal(after.codes[rows], codes)
     assert torch.equal(after.state, middle.state)
 
 
-def step_sizes_by_hand(layout, before, rows, slope, hyper):
-    lr, decay, eps, beta1, beta2 = hyper[:5]
+def step_sizes_by_hand(layout, before, rows, slope, settings):
+    lr, decay, eps, beta1, beta2 = settings[:5]
     d = before.steps[rows].double()
     g = slope + decay * d
     state = before.step_state[rows].double()
@@ -190,7 +193,7 @@ def step_sizes_by_hand(layout, before, rows, slope, hyper):
 def test_adam_corrects_moments_of_step_sizes_by_their_own_count(backend, state_format, every):
     """Step sizes are learned in every k-th step of a row only. A constant gradient then moves them by the whole rate
     each time; corrected by the count of the row's steps, the first moves would be up to three times as long."""
-    layout, rate = PackedLayout("int8", 4, "adam", True, state_format), 1e-4
+    layout, rate = packed_layout("int8", 4, "adam", learned=True, state_format=state_format), 1e-4
     chunks = packed_table(layout, 64, 64)
     parts = parts_of(chunks, layout)
     parts.steps[:], parts.state[:], parts.step_state[:] = 0.01, 0.0, 0.0
@@ -198,10 +201,10 @@ def test_adam_corrects_moments_of_step_sizes_by_their_own_count(backend, state_f
     held, grads = torch.full((64, 4), 10.0), torch.ones(64, 4)  # beyond the range, so that the slope stays the same
     learned = 0
     for step in range(6 * every):
-        packed_update(chunks, rows, grads, None, rows, layout, HYPER, stream=STREAM)
+        packed_update(chunks, BatchRows(rows, rows), grads, layout, SETTINGS, stream=STREAM)
         if step % every == every - 1:
-            hyper = (rate, 0.0, 1e-8, 0.9, 0.999, 0, 0, 0)
-            packed_learn_steps(chunks, rows, held, grads, None, rows, layout, hyper, gradient_scale=1e-3, stream=STREAM)
+            settings = OptimizerSettings(rate, beta=0.0, gradient_scale=1e-3)
+            packed_learn_steps(chunks, BatchRows(rows, rows), grads, layout, settings, stream=STREAM, held=held)
             learned += 1
             found = parts_of(chunks, layout)
             torch.testing.assert_close(found.steps, torch.full((64,), 0.01 - rate * learned), rtol=1e-5, atol=0)
@@ -209,13 +212,12 @@ def test_adam_corrects_moments_of_step_sizes_by_their_own_count(backend, state_f
 
 
 def test_a_step_size_stays_above_zero(backend):
-    layout = PackedLayout("int8", 4, "sgd", True)
+    layout = packed_layout("int8", 4, "sgd", learned=True)
     chunks = packed_table(layout)
     before = parts_of(chunks, layout).steps[0].item()
     held, rows = torch.full((1, 4), 1e9), torch.tensor([0])
-    packed_learn_steps(
-        chunks, rows, held, torch.ones(1, 4), None, rows, layout, (1.0, *HYPER[1:]), gradient_scale=1, stream=STREAM
-    )
+    settings = SETTINGS._replace(learning_rate=1.0)
+    packed_learn_steps(chunks, BatchRows(rows, rows), torch.ones(1, 4), layout, settings, stream=STREAM, held=held)
     assert parts_of(chunks, layout).steps[0].item() == pytest.approx(before / 2)
 
 
@@ -227,13 +229,12 @@ def test_backends_and_threads_agree(on_threads, layout):
     def work():
         chunks = packed_table(layout, 2048, 256)
         for seed in range(2):
-            chosen, ids, inverse, grads = batch(layout, seed, 1500, 5000, 2048)
-            held = torch.empty((len(chosen), layout.dim)) if layout.learned else None
-            packed_update(chunks, chosen, grads, inverse, ids, layout, HYPER, stream=STREAM + seed, held=held)
+            given, grads = batch(layout, seed, 1500, 5000, 2048)
+            held = torch.empty((len(given.rows), layout.dim)) if layout.learned else None
+            packed_update(chunks, given, grads, layout, SETTINGS, stream=STREAM + seed, held=held)
             if layout.learned:
-                packed_learn_steps(
-                    chunks, chosen, held, grads, inverse, ids, layout, HYPER, gradient_scale=0.1, stream=STREAM
-                )
+                settings = SETTINGS._replace(gradient_scale=0.1)
+                packed_learn_steps(chunks, given, grads, layout, settings, stream=STREAM, held=held)
         return torch.cat(chunks), packed_gather(chunks, torch.arange(2048), layout)
 
     with use_backend("reference"):
@@ -248,39 +249,37 @@ def test_backends_and_threads_agree(on_threads, layout):
 
 
 def test_refused_arguments(backend):
-    layout = PackedLayout("int8", 4, "sgd")
+    layout = packed_layout("int8", 4, "sgd")
     chunks, rows, grads = packed_table(layout), torch.tensor([1, 2]), torch.ones(2, 4)
     with pytest.raises(ValueError, match="chunks: expected rows of 8 bytes, found 12"):
-        packed_gather(packed_table(PackedLayout("int8", 4, "rowwise_adagrad")), rows, layout)
+        packed_gather(packed_table(packed_layout("int8", 4, "rowwise_adagrad")), rows, layout)
     with pytest.raises(ValueError, match="ids: expected 2 as there are rows, found 1"):
-        packed_update(chunks, rows, grads, None, rows[:1], layout, HYPER, stream=1)
+        packed_update(chunks, BatchRows(rows, rows[:1]), grads, layout, SETTINGS, stream=1)
+    given = BatchRows(rows, rows)
     with pytest.raises(ValueError, match=r"grads: expected float32 \[2, 4\]"):
-        packed_update(chunks, rows, grads[:, :3], None, rows, layout, HYPER, stream=1)
+        packed_update(chunks, given, grads[:, :3], layout, SETTINGS, stream=1)
     with pytest.raises(ValueError, match=r"held: expected contiguous float32 \[2, 4\]"):
-        packed_update(chunks, rows, grads, None, rows, layout, HYPER, stream=1, held=torch.ones(1, 4))
+        packed_update(chunks, given, grads, layout, SETTINGS, stream=1, held=torch.ones(1, 4))
     with pytest.raises(ValueError, match="layout: expected one with a learned step size"):
-        packed_learn_steps(chunks, rows, grads, grads, None, rows, layout, HYPER, gradient_scale=1, stream=1)
+        packed_learn_steps(chunks, given, grads, layout, SETTINGS, stream=1, held=grads)
     with pytest.raises(IndexError, match=f"rows: expected below {ROWS}, found {ROWS}"):
-        packed_update(chunks, torch.tensor([1, ROWS]), grads, None, rows, layout, HYPER, stream=1)
+        packed_update(chunks, BatchRows(torch.tensor([1, ROWS]), rows), grads, layout, SETTINGS, stream=1)
     with pytest.raises(IndexError, match="inverse: expected below 2, found"):
-        packed_update(chunks, rows, grads, torch.tensor([0, 2]), rows, layout, HYPER, stream=1)
-    for wrong in (("int3", 4, "sgd"), ("fp16", 4, "sgd", True), ("int8", 4, "ftrl", True)):
+        packed_update(chunks, BatchRows(rows, rows, torch.tensor([0, 2])), grads, layout, SETTINGS, stream=1)
+    for format, optimizer, learned in (("int3", "sgd", False), ("fp16", "sgd", True), ("int8", "ftrl", True)):
         with pytest.raises(ValueError, match="expected one"):
-            PackedLayout(*wrong)
+            packed_layout(format, 4, optimizer, learned=learned)
     with pytest.raises(ValueError, match="state_format: expected fp32 for sgd, found bf16"):
-        PackedLayout("int8", 4, "sgd", state_format="bf16")
+        packed_layout("int8", 4, "sgd", state_format="bf16")
 
 
 @needs_cpp
 def test_schemas_and_fake_kernels():
-    layout = PackedLayout("int4", 4, "adam", True)
-    chunks, (rows, ids, inverse, grads) = packed_table(layout), batch(layout)
+    layout = packed_layout("int4", 4, "adam", learned=True)
+    chunks, ((rows, ids, inverse), grads) = packed_table(layout), batch(layout)
     held, ops = torch.zeros((len(rows), 4)), torch.ops.tessera
-    numbers, hyper = layout.numbers, list(HYPER)
+    numbers, settings = list(layout), list(SETTINGS)
     torch.library.opcheck(ops.packed_gather.default, (chunks, rows, numbers, inverse))
     torch.library.opcheck(ops.packed_look_ahead.default, (chunks, rows, held, numbers, None))
-    update_arguments = (chunks, rows, grads, inverse, ids, numbers, "adam", hyper, 7, False)
-    torch.library.opcheck(ops.packed_update.default, (*update_arguments, None))
-    torch.library.opcheck(ops.packed_update.default, (*update_arguments, held))
-    learn_arguments = (chunks, rows, held, grads, inverse, ids, numbers, "adam", 0.5, hyper, 7, False)
-    torch.library.opcheck(ops.packed_learn_steps.default, learn_arguments)
+    for op, values in ((ops.packed_update, None), (ops.packed_update, held), (ops.packed_learn_steps, held)):
+        torch.library.opcheck(op.default, (chunks, rows, ids, grads, inverse, values, numbers, settings, 7))

@@ -9,6 +9,7 @@ from tessera.kernels.backend import available_backends, use_backend
 from tessera.kernels.formats import FORMATS, ROUNDINGS, code_range, is_int, stored_columns, stored_dtype
 from tessera.kernels.quantise import dequantise, quantise
 from tessera.kernels.random import lots as lots_of
+from tessera.kernels.random import stream
 
 INTS = ("int8", "int4", "int2")
 FLOATS = ("fp16", "bf16")
@@ -44,7 +45,7 @@ def test_codes_equal_the_definition_in_float64(backend, format, rounding, step, 
     rows = -(-len(values) // dim)
     values = torch.cat([values, values[: rows * dim - len(values)].clone()]).view(rows, dim)
     steps, ids = torch.full((rows,), step), torch.arange(rows) * 7919 - 5
-    stored = quantise(values, steps, format, rounding=rounding, ids=ids, seed=3, table=4, step=5)
+    stored = quantise(values, steps, format, rounding=rounding, ids=ids, stream=stream(3, 4, 5))
     assert stored.dtype == stored_dtype(format) and stored.shape == (rows, stored_columns(format, dim))
     # The quotient is defined in float32; from there on float64 is exact.
     x = (values / steps[:, None]).double()
@@ -103,7 +104,7 @@ def test_floats_equal_the_definition_in_float64(backend, format, rounding):
     mantissa, lowest, most = MANTISSA[format]
     values = any_floats()
     ids = torch.arange(len(values))
-    found = quantise(values, None, format, rounding=rounding, ids=ids, seed=1, table=2, step=3)
+    found = quantise(values, None, format, rounding=rounding, ids=ids, stream=stream(1, 2, 3))
     x = values.double()
     exponent = torch.where(x.isfinite(), torch.frexp(x)[1] - 1, 127).clamp(min=lowest)
     spacing = torch.pow(2.0, (exponent - mantissa).double())
@@ -129,7 +130,7 @@ def test_the_expectation_of_stochastic_rounding_is_the_value(backend, format):
     wanted = [(low + 0.3) * step, -0.003, 0.0001, 0.25 * step, 0.0071, (high - 0.9) * step]
     values = torch.tensor(wanted).expand(draws, -1).contiguous()
     steps = torch.full((draws,), step)
-    stored = quantise(values, steps, format, ids=torch.arange(draws), seed=9)
+    stored = quantise(values, steps, format, ids=torch.arange(draws), stream=stream(9, 0))
     found = dequantise(stored, steps, format, len(wanted)).double()
     for c, value in enumerate(values[0].double().tolist()):
         levels = found[:, c].unique()
@@ -141,13 +142,13 @@ def test_the_expectation_of_stochastic_rounding_is_the_value(backend, format):
 def test_lots_depend_on_seed_table_id_step_and_column_alone(backend):
     values, ids = torch.full((50, 16), 0.005), torch.arange(50)
     steps, key = torch.full((50,), 0.01), {"seed": 1, "table": 2, "step": 3}
-    one = quantise(values, steps, "int8", ids=ids, **key)
+    one = quantise(values, steps, "int8", ids=ids, stream=stream(**key))
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(quantise(values, steps, "int8", ids=ids[order], **key), one[order])
-    narrow = quantise(values[:, :5].contiguous(), steps, "int8", ids=ids, **key)
+    assert torch.equal(quantise(values, steps, "int8", ids=ids[order], stream=stream(**key)), one[order])
+    narrow = quantise(values[:, :5].contiguous(), steps, "int8", ids=ids, stream=stream(**key))
     assert torch.equal(narrow, one[:, :5])
     for name in key:
-        assert not torch.equal(quantise(values, steps, "int8", ids=ids, **{**key, name: 77}), one)
+        assert not torch.equal(quantise(values, steps, "int8", ids=ids, stream=stream(**{**key, name: 77})), one)
 
 
 @needs_cpp
@@ -190,6 +191,6 @@ def test_refused_arguments(backend):
 @pytest.mark.parametrize("number", range(len(FORMATS)))
 def test_schema_and_fake_kernel(number):
     values, steps, ids = torch.rand(3, 5), torch.ones(3), torch.arange(3)
-    torch.library.opcheck(torch.ops.tessera.quantise.default, (values, steps, number, False, ids, 7))
-    stored = torch.ops.tessera.quantise(values, steps, number, False, ids, 7)
+    torch.library.opcheck(torch.ops.tessera.quantise.default, (values, steps, number, ids, 7, "stochastic"))
+    stored = torch.ops.tessera.quantise(values, steps, number, ids, 7, "stochastic")
     torch.library.opcheck(torch.ops.tessera.dequantise.default, (stored, steps, number, 5))
