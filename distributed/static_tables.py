@@ -22,8 +22,9 @@ from tessera.distributed.fields import OnDevice, scale_to_mean
 from tessera.distributed.module_names import module_name
 from tessera.distributed.plan import TableSize
 from tessera.distributed.torchrec.ids_ahead import IdsAhead
-from tessera.embedding.config import RowOptimizer, TableConfig
+from tessera.embedding.config import TableConfig
 from tessera.embedding.errors import ConfigError
+from tessera.embedding.optim import RowOptimizer
 from tessera.kernels.mix import mix64
 from tessera.kernels.random import normal
 

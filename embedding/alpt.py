@@ -5,25 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tessera.embedding.config import RowOptimizer
 from tessera.embedding.packed_rows import PackedRows
 from tessera.embedding.row_store import RowStore, join
-
-
-def by_age(
-    rows: Tensor, old: Tensor | None, grads: Tensor, inverse: Tensor | None, optimizer: RowOptimizer, lr: float | None
-) -> tuple[list[tuple[Tensor, float]], Tensor, Tensor | None]:
-    """Rows by their learning rate, and gradients and inverse for each of these parts.
-
-    All rows with one rate, `lr` or the configured one; or, with `old` (bool [u]), the old ones and the others, -1 in
-    place of those of the other part. Then gradients are merged here, once for both.
-    """
-    lr = optimizer.lr if lr is None else lr
-    if old is None:
-        return [(rows, lr)], grads, inverse
-    if inverse is not None:
-        grads = grads.new_zeros((rows.numel(), grads.shape[1])).index_add_(0, inverse, grads)
-    return [(rows.masked_fill(~old, -1), lr * optimizer.old_rows_factor), (rows.masked_fill(old, -1), lr)], grads, None
 
 
 class RowsAhead:

@@ -64,9 +64,9 @@ class CachedTable(DynamicTable):
     def _assert_alone(self) -> None:
         assert self.coming == 0, f"table {self.config.name}: asked while the batch of a coming step is brought"
 
-    def lookup(self, ids: Tensor, now: int | Tensor, counts: Tensor | None = None, training: bool = True) -> Tensor:
+    def lookup(self, ids: Tensor, now: int | Tensor, counts: Tensor | None = None, *, training: bool = True) -> Tensor:
         self._assert_alone()
-        return super().lookup(ids, now, counts, training)
+        return super().lookup(ids, now, counts, training=training)
 
     def gather(self, rows: Tensor, inverse: Tensor | None = None) -> Tensor:
         self._settle()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tessera.embedding.errors import ConfigError, did_you_mean
+from tessera.embedding.optim import RowOptimizer, StepOptimizer
 from tessera.kernels.formats import (
     BITS,
     FORMATS,
@@ -20,7 +21,7 @@ from tessera.kernels.formats import (
     stored_dtype,
 )
 from tessera.kernels.layout import RowLayout, packed_layout
-from tessera.kernels.optimizers import OPTIMIZERS, OptimizerSettings, state_width
+from tessera.kernels.optimizers import OPTIMIZERS, state_width
 from tessera.kernels.reference.id_map import LIMIT, SPREAD
 
 ADMISSIONS = ("none", "exact", "sliding", "probabilistic")
@@ -63,19 +64,6 @@ class TableConfig:
 
 
 @dataclass(frozen=True)
-class StepOptimizer:
-    """How the step sizes of an int format are learned (ALPT): by the row's kind of optimizer, with these numbers.
-
-    gradient_scale multiplies the gradient of a step size, that of its L2 penalty (weight_decay / 2 times its square)
-    included; the paper's is 1 / sqrt(batch size * dim * largest code).
-    """
-
-    lr: float = 2e-5
-    weight_decay: float = 0.0
-    gradient_scale: float = 1.0
-
-
-@dataclass(frozen=True)
 class Group:
     """Columns of a row that are one embedding: `dim` values that start at N(0, init_std).
 
@@ -90,34 +78,6 @@ class Group:
     rounding: str = "stochastic"
     step: float = 0.01
     learned: StepOptimizer | None = None
-
-
-@dataclass(frozen=True)
-class RowOptimizer:
-    """How rows are updated; formulas in `kernels/update.py`. `weight_decay` is L2 on the rows of a batch.
-
-    `initial_accumulator` is the first value of the sum of squares (adagrad and rowwise_adagrad only). `state_format`:
-    fp32, or bf16 for the moments of adam, rounded stochastically. `old_rows_factor` multiplies the learning rate of
-    rows that were there when the current period began (IncCTR, arXiv 2009.02147: existing embeddings learn more slowly
-    than added ones).
-    """
-
-    name: str = "rowwise_adagrad"
-    lr: float = 0.01
-    eps: float = 1e-8
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 0.0
-    initial_accumulator: float = 0.0
-    beta: float = 1.0
-    l1: float = 0.0
-    l2: float = 0.0
-    state_format: str = "fp32"
-    old_rows_factor: float = 1.0
-
-    def settings(self, lr: float) -> OptimizerSettings:
-        """The numbers of one step at a learning rate."""
-        return OptimizerSettings(lr, self.weight_decay, self.eps, self.beta1, self.beta2, self.beta, self.l1, self.l2)
 
 
 @dataclass(frozen=True)

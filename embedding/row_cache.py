@@ -13,9 +13,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from tessera.embedding.alpt import RowsAhead, by_age
+from tessera.embedding.alpt import RowsAhead
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.errors import CacheFull
+from tessera.embedding.optim import by_age
 from tessera.embedding.row_store import RowStore
 from tessera.kernels.chunks import allocate_chunk
 from tessera.kernels.gather import gather

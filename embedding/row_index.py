@@ -25,7 +25,7 @@ SCAN_ROWS = 1 << 18  # rows looked at in one piece, which bounds the temporary m
 
 
 class RowIndex:
-    def __init__(self, chunk_rows: int, device: torch.device | str = "cpu", with_periods: bool = False) -> None:
+    def __init__(self, chunk_rows: int, device: torch.device | str = "cpu", *, with_periods: bool = False) -> None:
         self.device = torch.device(device)
         self.map = IdMap(device)
         self.meta: list[Tensor] = []

@@ -95,7 +95,7 @@ class Snapshot:
         """Return rows (int64 [n], distinct) as they were; for no rows, empty tensors with the right dtypes."""
         return self._batch_of(rows, self._read(rows, len(self._chunks), passing=True)[0])
 
-    def _read(self, rows: Tensor, groups: int, passing: bool = False) -> tuple[list[Tensor], Tensor]:
+    def _read(self, rows: Tensor, groups: int, *, passing: bool = False) -> tuple[list[Tensor], Tensor]:
         """Rows of the first `groups` chunk lists, and their `_places` before. passing: they are not read again.
 
         Training need not wait for this: whatever it changes while the table is read has been kept before, and what is

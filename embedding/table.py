@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from tessera.embedding.admission import admission_filter
-from tessera.embedding.alpt import RowsAhead, by_age
+from tessera.embedding.alpt import RowsAhead
 from tessera.embedding.cold_rows import ColdRows
 from tessera.embedding.config import DynamicTableConfig, key_of
 from tessera.embedding.errors import TableFull
 from tessera.embedding.evicted import EvictedIds
+from tessera.embedding.optim import by_age
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.row_index import COLUMNS, ID, PERIOD, RowIndex
 from tessera.embedding.row_store import RowStore
@@ -36,7 +37,7 @@ class DynamicTable:
     def __init__(self, config: DynamicTableConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.device = torch.device(device)
-        self._index = RowIndex(config.chunk_rows, device, config.knows_periods)
+        self._index = RowIndex(config.chunk_rows, device, with_periods=config.knows_periods)
         self._store = RowStore(config, device)
         self._filter = admission_filter(config.admission, config.seed, key_of(config.name), config.ttl_seconds, device)
         self._limit = config.row_limit
@@ -55,7 +56,7 @@ class DynamicTable:
         """Return the number of rows in use."""
         return len(self._index)
 
-    def lookup(self, ids: Tensor, now: int | Tensor, counts: Tensor | None = None, training: bool = True) -> Tensor:
+    def lookup(self, ids: Tensor, now: int | Tensor, counts: Tensor | None = None, *, training: bool = True) -> Tensor:
         """The rows of a batch's ids: int64 [u], -1 for an id that has none.
 
         ids: int64 [u], distinct; now: seconds, one number or int64 [u]; counts: int64 [u], how often each id is in
@@ -373,7 +374,7 @@ class DynamicTable:
         rows = self._index.nbytes + self._index.end * self._store.bytes_per_row
         return rows + (0 if self._filter is None else self._filter.nbytes) + self._evicted.nbytes
 
-    def stats(self, interval: bool = False) -> dict[str, float]:
+    def stats(self, *, interval: bool = False) -> dict[str, float]:
         """What the table holds now, and what happened since start or (interval) since `reset_interval`.
 
         rows, bytes, bytes_per_row; new: unknown ids in training batches, of which admitted got a row and rejected did

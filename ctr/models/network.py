@@ -22,16 +22,9 @@ from tessera.distributed.plan import sums_are_smaller
 from tessera.distributed.saved.row_files import folder_name
 from tessera.distributed.static_tables import StaticTables
 from tessera.distributed.tables import Tables, growing
-from tessera.embedding.config import (
-    Admission,
-    DynamicTableConfig,
-    Group,
-    RowOptimizer,
-    StepOptimizer,
-    TableConfig,
-    step_of_range,
-)
+from tessera.embedding.config import Admission, DynamicTableConfig, Group, TableConfig, step_of_range
 from tessera.embedding.errors import ConfigError, did_you_mean
+from tessera.embedding.optim import RowOptimizer, StepOptimizer
 from tessera.kernels.formats import code_range, is_int
 from tessera.kernels.layout import packed_layout
 

@@ -209,7 +209,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     ) -> tuple[DynamicTable | CachedRows, Tensor]:
         try:
             if not isinstance(table, CachedTable):
-                return table, table.lookup(ids, now, counts, self.training)
+                return table, table.lookup(ids, now, counts, training=self.training)
             if self.training:
                 return table.bring(ids, now, counts)
             return table, table.lookup(ids.to(table.device), 0, training=False)

@@ -38,7 +38,8 @@ from tessera.distributed.process import Process
 from tessera.distributed.saved.states import open_saved, save
 from tessera.distributed.saved.storage import Storage
 from tessera.distributed.saved.tables import TableParts, TableSaver, describe_tables, load_rows
-from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.config import DynamicTableConfig, Group
+from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.snapshot import Snapshot
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.chunks import allocate_chunk

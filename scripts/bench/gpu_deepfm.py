@@ -29,7 +29,8 @@ from torch import Tensor
 
 from tessera.ctr.models.deepfm import DeepFM
 from tessera.ctr.models.tower import Fields
-from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.config import DynamicTableConfig, Group
+from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.table import DynamicTable
 from tessera.kernels import backend
 from tessera.kernels.pool import pool

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.config import DynamicTableConfig, Group
+from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.row_store import RowStore
 from tessera.embedding.table import DynamicTable
 from tessera.kernels import backend

@@ -25,7 +25,8 @@ from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.process import Process, run
-from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer
+from tessera.embedding.config import DynamicTableConfig, Group
+from tessera.embedding.optim import RowOptimizer, StepOptimizer
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.unique import unique_inverse
 

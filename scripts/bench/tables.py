@@ -19,7 +19,8 @@ from functools import partial
 
 import torch
 
-from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.config import DynamicTableConfig, Group
+from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.backend import backend
 from tessera.kernels.id_map import IdMap

@@ -5,8 +5,8 @@ import pytest
 from tessera.ctr.config import load_config
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.models.network import build_tables, build_tower
-from tessera.embedding.config import StepOptimizer
 from tessera.embedding.errors import ConfigError
+from tessera.embedding.optim import StepOptimizer
 
 
 def tables_of(*overrides):

@@ -12,7 +12,8 @@ from torchrec import KeyedJaggedTensor
 
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.sharding import shard
-from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.config import Admission, DynamicTableConfig, Group
+from tessera.embedding.optim import RowOptimizer
 from tessera.kernels.random import normal
 
 SEED, LR, EPS, BATCH, STEPS, NEW_PERIOD = 3, 0.1, 1e-8, 12, 5, 3

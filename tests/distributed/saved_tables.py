@@ -13,7 +13,8 @@ from tessera.distributed.saved.dense import load_tensors, save_tensors
 from tessera.distributed.saved.states import open_saved, save
 from tessera.distributed.saved.storage import Storage
 from tessera.distributed.saved.tables import TableSaver, describe_tables, load_rows, load_table_state, load_waiting
-from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.config import Admission, DynamicTableConfig, Group
+from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.mix import mix64
 

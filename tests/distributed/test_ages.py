@@ -12,7 +12,8 @@ from tessera.distributed.ages import MAX_AGE, MAX_COUNT, ages_at, ages_of_values
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.sharding import shard
 from tessera.distributed.torchrec.row_sharding import RawIdsDist
-from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.config import Admission, DynamicTableConfig, Group
+from tessera.embedding.optim import RowOptimizer
 from tests.ranks import on_ranks
 
 IDS, ROWS, STEPS, NOW = ["a", "b", "c"], 12, 5, 1_800_000_000

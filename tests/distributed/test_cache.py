@@ -15,8 +15,9 @@ from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.sharding import shard
 from tessera.distributed.torchrec.row_sharding import RawIdsDist
 from tessera.embedding.cached_table import CachedTable
-from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, StepOptimizer
+from tessera.embedding.config import Admission, DynamicTableConfig, Group
 from tessera.embedding.errors import CacheFull, TableFull, TesseraError
+from tessera.embedding.optim import RowOptimizer, StepOptimizer
 from tests.ranks import on_ranks
 
 IDS, BATCH, STEPS = ["a", "b", "c"], 12, 14

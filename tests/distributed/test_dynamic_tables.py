@@ -10,7 +10,8 @@ from tessera.distributed.saved.states import open_saved, save
 from tessera.distributed.saved.storage import Storage
 from tessera.distributed.saved.tables import TableSaver, describe_tables, load_rows
 from tessera.distributed.sharding import shard
-from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.config import DynamicTableConfig, Group
+from tessera.embedding.optim import RowOptimizer
 from tessera.kernels.mix import mix64
 from tessera.kernels.random import normal
 from tests.ranks import on_ranks

@@ -10,7 +10,8 @@ from tessera.distributed import sharding
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.process import Process
 from tessera.distributed.static_tables import StaticTables
-from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer, TableConfig
+from tessera.embedding.config import DynamicTableConfig, Group, TableConfig
+from tessera.embedding.optim import RowOptimizer
 
 RANKS, ROWS = 2, 1000
 

@@ -7,7 +7,8 @@ from torchrec import KeyedJaggedTensor
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.sharding import shard
 from tessera.distributed.static_tables import StaticTables
-from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, TableConfig
+from tessera.embedding.config import Admission, DynamicTableConfig, Group, TableConfig
+from tessera.embedding.optim import RowOptimizer
 from tessera.kernels.random import normal
 from tests.ranks import on_ranks
 

@@ -12,8 +12,9 @@ from tessera.distributed.saved.states import open_saved, save
 from tessera.distributed.saved.storage import Storage
 from tessera.distributed.saved.tables import TableParts, describe_tables, load_rows
 from tessera.distributed.sharding import shard
-from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer, key_of
+from tessera.embedding.config import DynamicTableConfig, Group, key_of
 from tessera.embedding.errors import TesseraError
+from tessera.embedding.optim import RowOptimizer, StepOptimizer
 from tessera.kernels.quantise import dequantise, quantise
 from tessera.kernels.random import normal, stream
 from tests.ranks import on_ranks

@@ -9,7 +9,8 @@ from tessera.distributed.saved.dense import load_into, save_tensors
 from tessera.distributed.saved.manifest import SavedFolder
 from tessera.distributed.saved.storage import Storage
 from tessera.distributed.sharding import shard
-from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, StepOptimizer
+from tessera.embedding.config import Admission, DynamicTableConfig, Group
+from tessera.embedding.optim import RowOptimizer, StepOptimizer
 from tests.distributed.dictionary import IDS, Case, Model, Reference, joined, same, to_kjt, train
 from tests.ranks import on_ranks
 

@@ -6,8 +6,9 @@ from torchrec import KeyedJaggedTensor
 
 from tessera.distributed.sharding import shard
 from tessera.distributed.static_tables import StaticTables, stored_dim
-from tessera.embedding.config import RowOptimizer, TableConfig
+from tessera.embedding.config import TableConfig
 from tessera.embedding.errors import ConfigError
+from tessera.embedding.optim import RowOptimizer
 from tessera.kernels.mix import mix64
 from tessera.kernels.random import normal
 from tests.ranks import on_ranks

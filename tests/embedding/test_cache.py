@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tessera.embedding.cached_table import CachedTable, make_table
-from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.config import Admission, DynamicTableConfig, Group
 from tessera.embedding.errors import CacheFull, ConfigError, TableFull
+from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.backend import backend as current
 from tessera.kernels.unique import unique_inverse

@@ -2,8 +2,9 @@
 
 import pytest
 
-from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.config import Admission, DynamicTableConfig, Group
 from tessera.embedding.errors import ConfigError
+from tessera.embedding.optim import RowOptimizer
 
 
 def make(**more):

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer, step_of_range
+from tessera.embedding.config import DynamicTableConfig, Group, step_of_range
 from tessera.embedding.convert import convert_rows
 from tessera.embedding.errors import ConfigError
+from tessera.embedding.optim import RowOptimizer, StepOptimizer
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.formats import code_range

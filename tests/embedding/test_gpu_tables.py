@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from tessera.embedding.config import Admission, DynamicTableConfig, RowOptimizer
+from tessera.embedding.config import Admission, DynamicTableConfig
+from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.table import DynamicTable
 from tessera.kernels import backend

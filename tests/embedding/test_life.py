@@ -13,8 +13,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.config import Admission, DynamicTableConfig, Group
 from tessera.embedding.errors import TableFull
+from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.backend import available_backends, use_backend

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.config import DynamicTableConfig, Group
+from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.table import DynamicTable
 
 N, STEPS = 40, 12

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer
+from tessera.embedding.config import DynamicTableConfig, Group
 from tessera.embedding.errors import ConfigError
+from tessera.embedding.optim import RowOptimizer, StepOptimizer
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.table import DynamicTable
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tessera.embedding import snapshot as snapshot_module
-from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer, StepOptimizer
+from tessera.embedding.config import DynamicTableConfig, Group
+from tessera.embedding.optim import RowOptimizer, StepOptimizer
 from tessera.embedding.table import DynamicTable
 
 FLOATS = (Group("v", 4, 0.5), Group("w", 1, 0.5))

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from tessera.embedding.config import Admission, DynamicTableConfig, Group, RowOptimizer, TableConfig
+from tessera.embedding.config import Admission, DynamicTableConfig, Group, TableConfig
 from tessera.embedding.errors import TableFull
+from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.random import normal

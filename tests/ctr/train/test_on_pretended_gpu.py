@@ -16,7 +16,8 @@ from tessera.ctr.train.look_ahead import to_device
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.fields import OnDevice, scale_to_mean
 from tessera.distributed.torchrec.row_sharding import by_owner
-from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer
+from tessera.embedding.config import DynamicTableConfig, Group
+from tessera.embedding.optim import RowOptimizer
 from tessera.kernels import backend
 
 pytest.importorskip("triton", reason="Triton is not installed")
