@@ -273,7 +273,7 @@ def test_statistics_of_an_interval(backend):
 def test_empty_batches(backend):
     table, none = DynamicTable(config_of()), torch.empty(0, dtype=torch.int64)
     for training in (True, False):
-        rows = table.lookup(none, 0, none, training)
+        rows = table.lookup(none, 0, none, training=training)
         assert rows.shape == (0,) and table.gather(rows).shape == (0, 5) and table.gather(rows, none).shape == (0, 5)
     table.update(rows, torch.empty(0, 5))
     assert list(table.export_rows()) == [] and table.expire(9) == 0 and table.take_evicted().numel() == 0
