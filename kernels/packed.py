@@ -1,4 +1,4 @@
-"""Packed rows of low precision (`kernels/formats.py`): read, updated and, with a learned step size, updated twice.
+"""Packed rows of low precision (`kernels/layout.py`): read, updated and, with a learned step size, updated twice.
 
 The values of a row are dequantised where it is read or updated; nothing holds the table, or a chunk, in float32.
 
