@@ -16,7 +16,8 @@ from tessera.distributed.tables import (
     owned_tables,
     sharded,
 )
-from tessera.embedding.config import DynamicTableConfig, Group, RowOptimizer, TableConfig
+from tessera.embedding.config import DynamicTableConfig, Group, TableConfig
+from tessera.embedding.optim import RowOptimizer
 
 
 def no_tables():
