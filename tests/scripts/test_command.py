@@ -92,3 +92,23 @@ def test_a_shell_completes(typed, offered, tmp_path):
     subprocess.run(command, env=environment, timeout=60, check=True, cwd=tmp_path)
     found = {word.strip() for word in (tmp_path / "offered").read_text().split("\n") if word.strip()}
     assert found == offered
+
+
+def test_it_works_away_from_the_checkout(tmp_path):
+    """There `conf`, `ctr` and the other folders are no modules by themselves."""
+    places = [place for place in PYTHONPATH.split(os.pathsep) if place != str(ROOT)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+    make = [
+        sys.executable,
+        "-m",
+        "tessera.scripts.command",
+        "prepare",
+        "synthetic",
+        "--rows",
+        "200",
+        "--output",
+        "data",
+    ]
+    done = subprocess.run(make, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data" / "schema.yaml").exists()

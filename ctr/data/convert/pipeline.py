@@ -90,7 +90,7 @@ class Conversion:
 
 def schema_from_conf(name: str) -> dict:
     """Return the `schema:` block of conf/data/<name>.yaml, so that it is written down in one place only."""
-    text = (resources.files("conf") / "data" / f"{name}.yaml").read_text()
+    text = (resources.files("tessera.conf") / "data" / f"{name}.yaml").read_text()
     schema = OmegaConf.to_container(OmegaConf.create(text)["schema"])
     assert isinstance(schema, dict)
     return schema
