@@ -28,8 +28,7 @@ class Terminated(BaseException):
     """Raised when SIGTERM arrives, or Ctrl-C for the second time: this rank ends at once."""
 
 
-#: What runs out, by the number of an OSError and by words of other errors, and what to do.
-# What is exhausted: its name, numbers of OSErrors, words in messages, and what to do.
+#: A resource that can run out: its name, numbers of OSErrors, words in messages of other errors, and what to do.
 Resource: TypeAlias = tuple[str, tuple[int, ...], tuple[str, ...], str]
 MEMORY: Resource = (
     "out of memory",

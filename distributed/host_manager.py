@@ -23,7 +23,7 @@ import torch
 from tessera.embedding.errors import TesseraError
 
 T = TypeVar("T")
-# What work gave, and the event behind it on the manager's stream, if there is one.
+# The result of the work, and the event after it on the manager's stream, if there is one.
 Submitted: TypeAlias = "Future[tuple[T, torch.cuda.Event | None]]"
 
 
@@ -44,8 +44,8 @@ class HostManager:
         self._timeout_seconds = timeout_seconds
         self._thread = ThreadPoolExecutor(1, "host manager")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # The allocator may give memory of one stream away while the other still reads it: results stay for three steps,
-        # of each of which there are two at most (rows and sums of owners).
+        # Tensors of one stream must outlive the steps on the other that read them: results are kept for three steps,
+        # each of which has two at most (rows and sums of owners).
         self._kept: deque[Any] = deque(maxlen=6)
         self._waited_seconds = self._busy_seconds = 0.0
 

@@ -110,7 +110,7 @@ class CachedTable(DynamicTable):
         return super()._read(rows, meta)
 
     def snapshot(self) -> Snapshot:
-        # What is written back later is of batches brought later: `lookup` has these rows kept first.
+        # Later write-backs are of batches brought later, whose rows `lookup` has copied to the snapshot before.
         self._settle()
         return super().snapshot()
 

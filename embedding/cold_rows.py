@@ -74,7 +74,7 @@ class ColdRows:
         look_at = max(0, wanted + wanted // 2 - self._others_count)
         while True:
             upto = min(self._queue.numel(), self._position + look_at)
-            # One row may come twice: freed while in the queue, and given to an id again.
+            # A row may occur twice: it was freed while in the queue, and then given to another id.
             rows = torch.cat([*self._others, self._queue[self._position : upto]]).unique()
             rows, heat = self._below(rows, self._bound)
             self._others, self._others_count, self._position = [rows], rows.numel(), upto

@@ -147,7 +147,7 @@ class DynamicTableConfig:
         return state_width(self.optimizer.name, group.dim), 0 if layout is None else layout.step_state
 
     def layout(self, group: Group) -> RowLayout | None:
-        """How a group's rows are packed; None for rows of float32 alone."""
+        """Return the layout of a group's packed rows; None for rows of float32 alone."""
         if group.format == "fp32" and self.optimizer.state_format == "fp32":
             return None
         return packed_layout(
@@ -263,7 +263,7 @@ class DynamicTableConfig:
         if not 0 < optimizer.old_rows_factor < math.inf:
             self._fail("optimizer.old_rows_factor", optimizer.old_rows_factor, "a finite number above 0")
         if optimizer.old_rows_factor != 1 and optimizer.name == "ftrl":
-            # FTRL makes the values anew from its state and its rate: another rate would move rows by itself.
+            # FTRL computes the values from its state and its rate: another rate alone would move rows.
             self._fail("optimizer.old_rows_factor", optimizer.old_rows_factor, "1 for ftrl")
         if optimizer.initial_accumulator and optimizer.name not in ("adagrad", "rowwise_adagrad"):
             self._fail("optimizer.initial_accumulator", optimizer.initial_accumulator, f"0 for {optimizer.name}")
@@ -280,7 +280,7 @@ class DynamicTableConfig:
             if not 0 < group.step < math.inf:
                 self._fail(f"{key}.step", group.step, "a finite number above 0")
             if is_int(group.format) and optimizer.name == "ftrl":
-                # FTRL makes the values anew from its state: in int8 they would have a copy in full precision.
+                # FTRL computes the values from its state, so int8 values would still have a copy in full precision.
                 self._fail(f"{key}.format", group.format, "fp32, fp16 or bf16 with optimizer ftrl")
             if group.learned is not None:
                 self._check_learned(key, group, group.learned)

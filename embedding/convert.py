@@ -79,7 +79,7 @@ def _values(stored: Tensor, group: Group, steps: Tensor | None) -> Tensor:
 
 
 def _in_its_dtype(stored: Tensor, group: Group) -> Tensor:
-    # Bytes of a single row count as contiguous where they are, which need not be where a float may begin.
+    # Bytes of a single row count as contiguous at any address; a view as floats needs an aligned one.
     return stored.clone(memory_format=torch.contiguous_format).view(stored_dtype(group.format))
 
 

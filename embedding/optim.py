@@ -1,4 +1,4 @@
-"""The optimizers of rows and of step sizes, and which learning rate a row gets."""
+"""Define the optimizers of rows and of scales, and which learning rate a row gets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tessera.kernels.optimizers import OptimizerSettings
 
 @dataclass(frozen=True)
 class RowOptimizer:
-    """How rows are updated; formulas in `kernels/update.py`. `weight_decay` is L2 on the rows of a batch.
+    """Optimizer of rows; formulas in `kernels/update.py`. `weight_decay` is L2 on the rows of a batch.
 
     `initial_accumulator` is the first value of the sum of squares (adagrad and rowwise_adagrad only). `state_format`:
     fp32, or bf16 for the moments of adam, rounded stochastically. `old_rows_factor` multiplies the learning rate of
@@ -33,15 +33,15 @@ class RowOptimizer:
     old_rows_factor: float = 1.0
 
     def settings(self, lr: float) -> OptimizerSettings:
-        """The numbers of one step at a learning rate."""
+        """Return the numbers of one step at a learning rate."""
         return OptimizerSettings(lr, self.weight_decay, self.eps, self.beta1, self.beta2, self.beta, self.l1, self.l2)
 
 
 @dataclass(frozen=True)
 class StepOptimizer:
-    """How the step sizes of an int format are learned (ALPT): by the row's kind of optimizer, with these numbers.
+    """Optimizer of the learned scales of an int format (ALPT): the row's kind of optimizer, with these numbers.
 
-    gradient_scale multiplies the gradient of a step size, that of its L2 penalty (weight_decay / 2 times its square)
+    gradient_scale multiplies the gradient of a scale, that of its L2 penalty (weight_decay / 2 times its square)
     included; the paper's is 1 / sqrt(batch size * dim * largest code).
     """
 
@@ -53,7 +53,7 @@ class StepOptimizer:
 def by_age(
     rows: Tensor, old: Tensor | None, grads: Tensor, inverse: Tensor | None, optimizer: RowOptimizer, lr: float | None
 ) -> tuple[list[tuple[Tensor, float]], Tensor, Tensor | None]:
-    """Rows by their learning rate, and gradients and inverse for each of these parts.
+    """Split rows by learning rate; return the parts with their rates, and the gradients and inverse for them.
 
     All rows with one rate, `lr` or the configured one; or, with `old` (bool [u]), the old ones and the others, -1 in
     place of those of the other part. Then gradients are merged here, once for both.

@@ -64,7 +64,7 @@ class PackedRows:
         step: int,
         held: Tensor | None = None,
     ) -> None:
-        """As `PlainRows.update`; held: float32 [u, dim], takes the new values instead of the rows."""
+        """Do the same as `PlainRows.update`; held: float32 [u, dim], takes the new values instead of the rows."""
         batch, settings = BatchRows(rows, rows if ids is None else ids, inverse), self._config.optimizer.settings(lr)
         packed_update(self.chunks, batch, grads, self._layout, settings, stream=self._stream(step), held=held)
 

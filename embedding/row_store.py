@@ -61,7 +61,7 @@ class PlainRows:
 
     def write(self, rows: Tensor, values: Tensor, state: Tensor, steps: Tensor | None) -> None:
         if values.dtype != torch.float32:
-            # Columns of a single row count as contiguous where they are, which need not be where a float may begin.
+            # Columns of a single row count as contiguous at any address; a view as float32 needs an aligned one.
             values = values.clone(memory_format=torch.contiguous_format).view(torch.float32)
         scatter_columns(self.chunks, rows, [values, state])
 

@@ -22,7 +22,7 @@ from tessera.kernels.scatter import scatter
 from tessera.kernels.take_places import take_places
 from tessera.kernels.touch import COUNT
 
-OPEN, PASSED = 0, -1  # as the table has it; read already or not of the moment. Otherwise kept here: 1 + its place
+OPEN, PASSED = 0, -1  # read it from the table; read already, or not in the snapshot. Else 1 + place among kept rows
 KEPT_ROWS = 1 << 14  # rows of a chunk of kept rows
 SCAN_ROWS = 1 << 16
 
@@ -96,7 +96,7 @@ class Snapshot:
         return self._batch_of(rows, self._read(rows, len(self._chunks), passing=True)[0])
 
     def _read(self, rows: Tensor, groups: int, *, passing: bool = False) -> tuple[list[Tensor], Tensor]:
-        """Rows of the first `groups` chunk lists, and their `_places` before. passing: they are not read again.
+        """Return rows of the first `groups` chunk lists, and their `_places` before. passing: they are not read again.
 
         Training need not wait for this: whatever it changes while the table is read has been kept before, and what is
         kept is put over what was read.

@@ -57,7 +57,7 @@ class DynamicTable:
         return len(self._index)
 
     def lookup(self, ids: Tensor, now: int | Tensor, counts: Tensor | None = None, *, training: bool = True) -> Tensor:
-        """The rows of a batch's ids: int64 [u], -1 for an id that has none.
+        """Return the rows of a batch's ids: int64 [u], -1 for an id that has none.
 
         ids: int64 [u], distinct; now: seconds, one number or int64 [u]; counts: int64 [u], how often each id is in
         the batch, 1 or more (None: once). In training an unknown id is counted by the admission filter and gets a row
@@ -375,7 +375,7 @@ class DynamicTable:
         return rows + (0 if self._filter is None else self._filter.nbytes) + self._evicted.nbytes
 
     def stats(self, *, interval: bool = False) -> dict[str, float]:
-        """What the table holds now, and what happened since start or (interval) since `reset_interval`.
+        """Return the table's current size, and its counts since start or (interval) since `reset_interval`.
 
         rows, bytes, bytes_per_row; new: unknown ids in training batches, of which admitted got a row and rejected did
         not; expired: rows given up by age; evicted: rows given up at the limit.

@@ -61,7 +61,7 @@ if triton_problem is None:
 
 
 def interpreted() -> bool:
-    """True if Triton kernels can run on CPU tensors in this process, under Triton's interpreter."""
+    """Return True if Triton kernels can run on CPU tensors in this process, under Triton's interpreter."""
     if triton_problem is not None or os.environ.get("TRITON_INTERPRET") != "1":
         return False
     return importlib.import_module("tessera.kernels.triton_ops.launch").INTERPRETED
@@ -84,7 +84,7 @@ def available_backends() -> list[str]:
 
 
 def ops_for(tensor: torch.Tensor) -> torch._ops._OpNamespace | ModuleType | None:
-    """Where the ops on this tensor are: they are those of `schemas.py`. None: plain torch.
+    """Return the namespace of the ops for this tensor, those of `schemas.py`. None: plain torch.
 
     A GPU tensor goes to the Triton kernels without the way through torch's dispatcher, which would copy lists of
     chunks; a tensor that only stands for one (tracing) takes that way.

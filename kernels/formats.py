@@ -1,15 +1,15 @@
-"""How values of low precision are stored. `kernels/layout.py` says where they are in a row.
+"""Define how values of low precision are stored. `kernels/layout.py` says where they are in a row.
 
     format  stored as                                range of codes       value of a code
     fp32    float32
     fp16    float16, at most 65504
     bf16    bfloat16
-    int8    1 byte, two's complement                 -128 to 127          step * code
-    int4    2 codes a byte, the first in bits 0-3    -8 to 7              step * code
-    int2    4 codes a byte, the first in bits 0-1    -2 to 1              step * code
+    int8    1 byte, two's complement                 -128 to 127          scale * code
+    int4    2 codes a byte, the first in bits 0-3    -8 to 7              scale * code
+    int2    4 codes a byte, the first in bits 0-1    -2 to 1              scale * code
 
 Codes of int4 and int2 are two's complement numbers of 4 and 2 bits; unused bits of a row's last byte are zero. Every
-row of an int format has a step size of its own, float32 and above 0.
+row of an int format has a scale of its own, float32 and above 0.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ STATE_FORMATS = ("fp32", "bf16")
 
 
 def is_int(format: str) -> bool:
-    """True if values are codes with a step size."""
+    """Return True if values are codes with a scale."""
     return format.startswith("int")
 
 
 def code_range(format: str) -> tuple[int, int]:
-    """Smallest and largest code of an int format."""
+    """Return the smallest and the largest code of an int format."""
     half = 1 << (BITS[format] - 1)
     return -half, half - 1
 
 
 def stored_dtype(format: str) -> torch.dtype:
-    """dtype of a row's values in storage form: uint8 for int formats."""
+    """Return the dtype of a row's values in storage form: uint8 for int formats."""
     return DTYPES.get(format, torch.uint8)
 
 
 def stored_columns(format: str, dim: int) -> int:
-    """Elements of `stored_dtype` that hold `dim` values."""
+    """Return the number of elements of `stored_dtype` that hold `dim` values."""
     return -(-dim * BITS[format] // 8) if is_int(format) else dim
 
 

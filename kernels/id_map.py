@@ -104,7 +104,8 @@ class IdMap:
                 self._grow()
 
     def find_or_insert(self, ids: Tensor, new_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """ids: int64 [n], distinct; new_rows: int64 [m], one for each unknown id or more.
+        """Find ids and insert unknown ones. ids: int64 [n], distinct; new_rows: int64 [m], one for each unknown id or
+        more.
 
         The k-th unknown id, in order of position, takes new_rows[k]. Returns (rows int64 [n], positions of
         the new ids int64 [k], ascending). Raises ValueError for wrong arguments and too few new rows.

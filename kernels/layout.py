@@ -1,10 +1,10 @@
-"""Where the values and the optimizer's state of a row are.
+"""Define the layout of a row: where its values and its optimizer's state are.
 
 A plain row is float32: the values, then the state. A packed row is one stretch of bytes (chunks are uint8
 [chunk_rows, bytes]), in this order:
 
-    step size                     float32 [1]    int formats
-    state of the step size        float32 [k]    learned step sizes; k = state_width of the optimizer for one value
+    scale                         float32 [1]    int formats
+    state of the scale            float32 [k]    learned scales; k = state_width of the optimizer for one value
     state of the values           float32        all of it, or with bf16 moments of adam the count of steps alone
     moments m and v               bfloat16       state_format bf16
     values                        in their format (`kernels/formats.py`), padded with zeros to a multiple of 4 bytes
@@ -33,9 +33,9 @@ class RowLayout(NamedTuple):
 
     Attributes:
         format_number, optimizer_number: places in FORMATS and OPTIMIZERS.
-        learned: 1 if the step size is learned. nearest: 1 if values are rounded to nearest, 0 if stochastically.
-        step_state, state_floats: floats of state of the step size, and of the values. moments: bfloat16 of state.
-        state_at, moments_at, values_at: bytes from the begin of the row; a step size is at 0, its state at 4.
+        learned: 1 if the scale is learned. nearest: 1 if values are rounded to nearest, 0 if stochastically.
+        step_state, state_floats: floats of state of the scale, and of the values. moments: bfloat16 of state.
+        state_at, moments_at, values_at: bytes from the begin of the row; a scale is at 0, its state at 4.
         bytes: size of a row.
     """
 
@@ -66,7 +66,7 @@ class RowLayout(NamedTuple):
 
     @property
     def step_floats(self) -> int:
-        """1 if the row has a step size, else 0."""
+        """1 if the row has a scale, else 0."""
         return int(is_int(self.format))
 
     @property
@@ -83,9 +83,9 @@ def packed_layout(
     state_format: str = "fp32",
     rounding: str = "stochastic",
 ) -> RowLayout:
-    """The layout of a packed row of `dim` values. state_format bf16 is for adam only.
+    """Return the layout of a packed row of `dim` values. state_format bf16 is for adam only.
 
-    Raises ValueError for unknown names, and for optimizers that do not go with a learned step size or bf16 moments.
+    Raises ValueError for unknown names, and for optimizers that do not go with a learned scale or bf16 moments.
     """
     check_format(format)
     check_format(state_format, STATE_FORMATS, "state_format")
@@ -120,7 +120,7 @@ def packed_layout(
 
 
 def plain_layout(dim: int, optimizer: str) -> RowLayout:
-    """The layout of float32 [dim + state_width(optimizer, dim)]. Raises ValueError for an unknown optimizer."""
+    """Return the layout of float32 [dim + state_width(optimizer, dim)]. Raises ValueError for an unknown optimizer."""
     state_floats = state_width(optimizer, dim)
     return RowLayout(
         format_number=FORMATS.index("fp32"),

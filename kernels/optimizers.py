@@ -1,4 +1,4 @@
-"""The optimizers of rows by name, their state, and their numbers; formulas in `kernels/update.py`."""
+"""Define the optimizers of rows by name, their state, and their numbers; formulas in `kernels/update.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")
 
 
 def state_width(optimizer: str, dim: int) -> int:
-    """Number of float32 columns of state that belong to the `dim` values of a row.
+    """Return the number of float32 columns of state that belong to the `dim` values of a row.
 
     adagrad: s [dim]; rowwise_adagrad: s [1]; adam: m [dim], v [dim], t [1]; ftrl: z [dim], n [dim].
     Raises ValueError for an unknown optimizer.
@@ -23,7 +23,7 @@ class OptimizerSettings(NamedTuple):
     """The numbers of one optimizer step. Ops take them as they are (`float[] settings`), so `csrc/optimizers.h` and
     `triton_ops/optimizers.py` read them in this order.
 
-    Every optimizer ignores those that its formula does not have. gradient_scale is for step sizes alone, whose gradient
+    Every optimizer ignores those that its formula does not have. gradient_scale is for scales alone, whose gradient
     it multiplies (`kernels/packed.py`).
     """
 

@@ -1,8 +1,8 @@
-"""Packed rows of low precision (`kernels/layout.py`): read, updated and, with a learned step size, updated twice.
+"""Packed rows of low precision (`kernels/layout.py`): read, updated and, with a learned scale, updated twice.
 
 The values of a row are dequantised where it is read or updated; nothing holds the table, or a chunk, in float32.
 
-LPT and ALPT (Li et al., AAAI 2023, arXiv 2212.05735). With a fixed step size D a step is one `packed_update`:
+LPT and ALPT (Li et al., AAAI 2023, arXiv 2212.05735). With a fixed scale D a step is one `packed_update`:
 
     w = D Q;  w_new = optimizer(w, gradient);  Q = quantise(w_new / D)
 
@@ -32,8 +32,8 @@ from tessera.kernels.reference import packed as reference
 
 
 class BatchRows(NamedTuple):
-    """The rows that a batch updates. rows: int64 [u], distinct, -1 is skipped; ids: int64 [u] of the rows, for the lots
-    of stochastic rounding; inverse: int64 [n], the row of gradient i is rows[inverse[i]] (None: n == u, in order)."""
+    """The rows that a batch updates. rows: int64 [u], distinct, -1 is skipped; ids: int64 [u] of the rows, which seed
+    stochastic rounding; inverse: int64 [n], the row of gradient i is rows[inverse[i]] (None: n == u, in order)."""
 
     rows: Tensor
     ids: Tensor
@@ -41,7 +41,7 @@ class BatchRows(NamedTuple):
 
 
 def packed_gather(chunks: Sequence[Tensor], rows: Tensor, layout: RowLayout, inverse: Tensor | None = None) -> Tensor:
-    """Values of rows: float32 [u, dim], or [n, dim] with `inverse`; row -1 gives zeros.
+    """Return values of rows: float32 [u, dim], or [n, dim] with `inverse`; row -1 gives zeros.
 
     chunks: uint8 [chunk_rows, layout.bytes]; rows: int64 [u]; inverse: int64 [n], 0 <= inverse < u. Raises
     ValueError for wrong dtypes or shapes, IndexError for a row or inverse out of range.
@@ -63,8 +63,8 @@ def packed_update(
 ) -> None:
     """Apply one optimizer step to rows in place: merge gradients, dequantise, update, quantise.
 
-    grads: float32 [n, dim]; stream: that of `kernels/random.py` for seed, table and step, by which with the ids the
-    lots of stochastic rounding are drawn; held: float32 [u, dim], takes the new values instead of the rows, whose state
+    grads: float32 [n, dim]; stream: that of `kernels/random.py` for seed, table and step, which with the ids seeds
+    stochastic rounding; held: float32 [u, dim], takes the new values instead of the rows, whose state
     is updated all the same. bf16 moments are rounded stochastically always. Raises as `packed_gather`.
     """
     rows, ids, inverse = batch
@@ -79,7 +79,7 @@ def packed_update(
 def packed_look_ahead(
     chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: RowLayout, inverse: Tensor | None = None
 ) -> Tensor:
-    """The values `held` (float32 [u, dim]) as their rows would hold them, by nearest rounding; else `packed_gather`."""
+    """Return `held` (float32 [u, dim]) as their rows would hold them, by nearest rounding; else as `packed_gather`."""
     _check(chunks, rows, layout, inverse)
     _check_held(rows, layout, held)
     ops = backend.ops_for(rows) or reference
@@ -96,9 +96,9 @@ def packed_learn_steps(
     stream: int,
     held: Tensor,
 ) -> None:
-    """Update the step sizes of rows by the gradients of what `packed_look_ahead` gave, and store `held` with them.
+    """Update the scales of rows by the gradients of what `packed_look_ahead` gave, and store `held` with them.
 
-    settings are those of the step size's own optimizer, of the same kind as the values'. Other arguments as
+    settings are those of the scale's own optimizer, of the same kind as the values'. Other arguments as
     `packed_update`. Raises as `packed_gather`.
     """
     rows, ids, inverse = batch

@@ -1,4 +1,4 @@
-"""Random numbers that are a function of what they are for: (seed, table, id, column, step).
+"""Draw random numbers that are a function of their purpose: (seed, table, id, column, step).
 
 Nothing is drawn from a sequence, so a number does not depend on when, where, in which order or beside which
 other ids it is asked for: a table's row starts from the same values on any rank of any number of ranks.
@@ -25,7 +25,7 @@ from tessera.kernels.reference import random as reference
 
 
 def stream(seed: int, table: int, step: int = 0) -> int:
-    """The int64 key that all rows of one table at one step share; arguments as `uniform`."""
+    """Return the int64 key that all rows of one table at one step share; arguments as `uniform`."""
     return reference.stream(seed, table, step)
 
 
@@ -55,7 +55,8 @@ def normal(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tenso
 
 
 def lots(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:
-    """Uniform numbers in [0, 1) for stochastic rounding, multiples of 2**-24: the upper 24 of the 32 bits of `lot`.
+    """Return uniform draws in [0, 1) for stochastic rounding, multiples of 2**-24: the upper 24 of the 32 bits of
+    `lot`.
 
     Arguments and result as `uniform`; the C++ kernels draw them where they round.
     """
@@ -64,7 +65,7 @@ def lots(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:
 
 
 def row_keys(seed: int, table: int, ids: Tensor, step: int = 0) -> Tensor:
-    """row(id) of the formulas above, int64 [n]: what all numbers of an id are drawn from, itself fit to be an id."""
+    """Return row(id) of the formulas above, int64 [n]: the key of all numbers of an id, itself fit to be an id."""
     _check(ids, 1)
     return reference.row_key(stream(seed, table, step), ids)
 

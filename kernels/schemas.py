@@ -1,4 +1,4 @@
-"""The ops of `torch.ops.tessera`, declared once: an op has the parameters of its definition in `kernels/reference`.
+"""Declare the ops of `torch.ops.tessera` once: an op has the parameters of its definition in `kernels/reference`.
 
 The schema is made of the definition's signature, and torch checks the C++ function against it when the library is
 loaded. So an op's parameters are written in its definition, in C++ and in Triton, and there is no further list of them.
@@ -66,7 +66,7 @@ OPS = {definition.__name__: (definition, changed) for definition, changed in _DE
 
 
 def schema_of(name: str) -> str:
-    """The schema of an op, without its namespace."""
+    """Return the schema of an op, without its namespace."""
     definition, changed = OPS[name]
     schema = torch.library.infer_schema(definition, mutates_args=changed)
     return name + schema.replace("SymInt", "int")  # compiled functions take numbers that are known

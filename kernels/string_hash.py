@@ -14,7 +14,7 @@ from tessera.kernels.reference import string_hash as reference
 
 
 def xxh64(data: Tensor, offsets: Tensor) -> Tensor:
-    """XXH64 (seed 0) of n byte strings.
+    """Return XXH64 (seed 0) of n byte strings.
 
     data: uint8 [bytes]; offsets: int64 [n + 1], not decreasing, string i is data[offsets[i]:offsets[i +
     1]]. Returns int64 [n]: the bit pattern of the unsigned hash. The result depends on the bytes alone and

@@ -59,7 +59,7 @@ def decode_bags(
     if weights is not None:
         item_weights, uneven = _item_weights(feature, weights, lengths, problems)
         bad_rows |= uneven
-    # An item goes when it is null, when its delimited token is empty, or with its row.
+    # An item is dropped if it is null, if its delimited token is empty, or with its row.
     dropped = np.repeat(bad_rows, lengths) if bad_rows.any() else None
     if keep is not None:
         dropped = ~keep if dropped is None else dropped | ~keep

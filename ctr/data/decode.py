@@ -139,7 +139,7 @@ class _Chunk:
         assert self.scheduled == sum(rows for rows, _ in windows)
         readable = self._readable()
         self.numbers = None if readable is None else np.flatnonzero(readable)  # decoded -> scheduled
-        # Of each window: scheduled rows, scheduled order, decoded rows, and what is filled.
+        # Per window: scheduled rows, scheduled order, decoded rows, and the arrays to fill.
         self.windows: list[tuple[slice, np.ndarray | None, slice, _Delivery]] = []
         first = decoded = 0
         for rows, order in windows:

@@ -16,7 +16,7 @@ import numpy as np
 
 # First word of the seed of each random order, so that no two of them share a stream.
 ROW_GROUPS, WINDOW = 1, 2
-# Which order of rows this is. A position inside an epoch means other rows in another one, so states name theirs.
+# Version of the order of rows. A position means other rows in another version, so states record theirs.
 ORDER = 2
 
 

@@ -36,7 +36,7 @@ SMALL_VOCABULARY = 1000  # vocabularies do not shrink below this size with the n
 TURNING_VOCABULARY = 10_000
 RANK_BITS, GENERATION_BITS = 40, 18
 QUANTILES = 1 << 16
-# What a stream of random numbers is for; part of its key.
+# The purpose of a stream of random numbers; part of its key.
 IDS, COUNTS, SCRAMBLE, PHASE = 1, 2, 3, 4
 
 

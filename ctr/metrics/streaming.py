@@ -15,7 +15,7 @@ from tessera.ctr.metrics.score_table import PROBABILITY_EPSILON, entropy
 from tessera.distributed.collectives import min_over_ranks, ranks, sum_over_ranks
 
 BINS = 1 << 16
-# Where the offline logloss clips a probability, as a logit: 16.1 to either side.
+# The logit at which the offline logloss clips probabilities: 16.1 to either side.
 LOGIT_CLIP = math.log((1 - PROBABILITY_EPSILON) / PROBABILITY_EPSILON)
 # Keys of logits lie strictly between these two, which stand for "no row yet".
 NO_LOWEST, NO_HIGHEST = 1 << 62, -(1 << 62)

@@ -59,7 +59,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked += 1
             mean = torch.where(enough, mean, self.running_mean.to(mean))
             variance = torch.where(enough, variance, self.running_var.to(variance))
-            # How much a value counts in the mean of gradients: nothing where the statistics do not depend on it.
+            # Weight of a value in the mean of gradients: 0 if the statistics do not depend on it.
             of_mean = enough / count.clamp(min=1)
         with torch.autocast(rows.device.type, enabled=False):
             normed = _Normalise.apply(values, self.weight, self.bias, mean, variance, of_mean, self.eps)
@@ -112,7 +112,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         rows, weight, mean, variance, of_mean = ctx.saved_tensors
-        # Of a norm with given statistics; what these add to the gradient of rows comes behind.
+        # Gradients of a norm with given statistics; the part through the statistics is added below.
         of_rows, of_weight, of_bias = grad.clone(), torch.zeros_like(weight), torch.zeros_like(weight)
         if len(rows):
             of_rows, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(

@@ -150,8 +150,8 @@ class MLP(nn.Sequential):
     ) -> None:
         layers: list[nn.Module] = []
         for width in hidden:
-            # A norm takes a bias away again. What is left of its gradient is rounding, which differs between numbers
-            # of ranks and which Adam would turn into whole steps.
+            # A norm cancels a bias, whose gradient is then rounding noise: it differs between numbers of ranks, and
+            # Adam would scale it up to whole steps.
             layers.append(linear(inputs, width, bias=not batch_norm))
             if batch_norm:
                 layers.append(BatchNorm(width))

@@ -28,7 +28,7 @@ from tessera.distributed.plan import size
 STATUSES = ("trained", "held", "skipped")
 # A day is compared with the mean of so many trained days before it.
 WINDOW = 7
-# Where a page of a day takes its links: template run.html.
+# Marks in template run.html between which a day's page has its links.
 BEGIN, END = "<!--days-->", "<!--/days-->"
 CARDS = ("auc", "logloss", "normalized_entropy", "calibration")
 

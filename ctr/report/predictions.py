@@ -20,7 +20,7 @@ DEFAULT_SPLIT = "test"
 # Columns of slices: of a feature (ctr/train/slice_columns.py), and whether a row has an id that the tables lacked.
 SLICE, NEW_IDS = "slice.", "new_ids"
 SPLIT_OF_FILE = b"split"  # in the metadata of a file
-# Of the splits there are, the first of these is the one that counts.
+# The main split is the first of these that exists.
 PREFERRED_SPLITS = ("test", "valid", "train")
 
 

@@ -144,7 +144,7 @@ class _SumOfOwners(torch.autograd.Function):
         received = sent.new_empty(sum(ctx.rows), sent.shape[1])
         dist.all_to_all_single(received, sent.repeat(ranks, 1), ctx.rows, [mine] * ranks, group=ctx.pg)
         grads = received if ctx.codecs is None else ctx.codecs.backward.decode(received)
-        # As torchrec's own: gradients are averaged over ranks, like those of data parallel weights.
+        # As in torchrec: gradients are averaged over ranks, like those of data parallel weights.
         return grads.div_(ranks) if get_gradient_division() else grads, None, None, None
 
 

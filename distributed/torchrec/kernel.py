@@ -129,7 +129,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         # Per table, between the two passes: the rows, their numbers and the inverse.
         self._ahead: list[tuple[RowsAhead, Tensor, Tensor | None]] = []
         self._optim = RowLearningRate(fused["learning_rate"])
-        # Autograd runs a function's backward only if some input wants a gradient; rows are no tensor it knows of.
+        # Autograd runs a function's backward only if some input wants a gradient, and it does not track rows.
         self._handle = torch.zeros((), requires_grad=True)
         for table in config.embedding_tables:
             placeholder = nn.Parameter(torch.empty(0, table.local_cols))
@@ -270,7 +270,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         """Forget all rows."""
         self.tables = [make_table(table.config, self._device_of_rows) for table in self.tables]
 
-    # What torchrec asks of a kernel.
+    # The methods that torchrec requires of a kernel.
 
     @property
     def emb_module(self) -> DynamicTableKernel:

@@ -24,7 +24,7 @@ SPREAD = 0.5
 
 
 def split_limit(prefix: int, depth: int) -> int:
-    """Most ids that the segment with the `depth` upper bits `prefix` holds."""
+    """Return the most ids that the segment with the `depth` upper bits `prefix` holds."""
     return int(SLOTS * LIMIT * 2.0 ** (-SPREAD * prefix / 2**depth))
 
 
@@ -98,7 +98,7 @@ def id_map_erase(
 
 
 def _segment_of(directory: Tensor, hashes: Tensor) -> Tensor:
-    """The segment of every hash: int64 [n]."""
+    """Return the segment of every hash: int64 [n]."""
     bits = directory.numel().bit_length() - 1
     entry = shift_right(hashes, 64 - bits) if bits else torch.zeros_like(hashes)
     return directory[entry].long()
@@ -113,12 +113,12 @@ def _by_chunk(chunks: Sequence[Tensor], segment: Tensor) -> Iterator[tuple[Tenso
 
 
 def _home(start: Tensor, hashes: Tensor) -> Tensor:
-    """The slot from which on a hash is looked for in the segment that begins at `start`."""
+    """Return the slot at which the search for a hash starts, in the segment that begins at `start`."""
     return start + (hashes & (SLOTS - LINE))
 
 
 def _probe(slots: Tensor, start: Tensor, hashes: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
-    """(slot, row) of every hash, from `slot` on in its segment; row -1 with the empty slot met."""
+    """Return (slot, row) of every hash, from `slot` on in its segment; row -1 with the empty slot met."""
     slot = slot.clone()
     row = torch.full_like(hashes, -1)
     active = torch.arange(hashes.numel(), device=hashes.device)

@@ -1,4 +1,4 @@
-"""First content of new rows in torch."""
+"""Initialise new rows in torch."""
 
 from __future__ import annotations
 

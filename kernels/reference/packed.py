@@ -36,7 +36,7 @@ class Parts:
             self.codes = self.codes.view(DTYPES[layout.format])
 
     def bytes(self, layout: RowLayout) -> Tensor:
-        """Back to uint8 [n, bytes]."""
+        """Return the parts as uint8 [n, bytes]."""
         n = self.codes.shape[0]
         state, moments = self.state[:, layout.moments :], self.state[:, : layout.moments].to(torch.bfloat16)
         steps = [] if self.steps is None else [self.steps[:, None]]

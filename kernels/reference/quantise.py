@@ -65,7 +65,7 @@ def dequantise(stored: Tensor, steps: Tensor | None, format: int, dim: int) -> T
 
 
 def rounded(values: Tensor, steps: Tensor | None, format: str, lots: Tensor | None) -> Tensor:
-    """Values in storage form: stochastically by lots in [0, 1) of their shape, or to nearest."""
+    """Return values in storage form: rounded stochastically by draws in [0, 1) of their shape, or to nearest."""
     if format == "fp32":
         return values.clone()
     if is_int(format):

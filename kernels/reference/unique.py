@@ -1,4 +1,4 @@
-"""Distinct ids in torch: sort, then order the distinct ones by their first position."""
+"""Find distinct ids in torch: sort, then order the distinct ones by their first position."""
 
 from __future__ import annotations
 

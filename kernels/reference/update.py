@@ -1,4 +1,4 @@
-"""Merging duplicates and the optimizers in torch; formulas in `kernels/update.py`."""
+"""Merge duplicates and apply the optimizers, in torch; formulas in `kernels/update.py`."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def update(
 
 
 def merged(grads: Tensor, rows: Tensor, inverse: Tensor | None) -> Tensor:
-    """Gradients float32 [n, dim] summed by row: [u, dim]."""
+    """Return gradients float32 [n, dim] summed by row: [u, dim]."""
     if inverse is None:
         return grads
     return grads.new_zeros((rows.numel(), grads.shape[1])).index_add_(0, checked(inverse, rows), grads)
 
 
 def step(optimizer: str, w: Tensor, state: Tensor, g: Tensor, settings: Sequence[float]) -> None:
-    """One step on values w [n, dim] and their state, in place; settings: those of `OptimizerSettings`."""
+    """Apply one step to values w [n, dim] and their state, in place; settings: those of `OptimizerSettings`."""
     learning_rate, weight_decay, eps, beta1, beta2, beta, l1, l2, _ = settings
     dim = w.shape[1]
     if weight_decay != 0:

@@ -32,7 +32,8 @@ _KNOWN, _NEGATIVE, _OVER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # 
 
 @triton.jit
 def _segment_of(directory, hashes, inside, bits):
-    """int64 numbers of the segments of uint64 hashes; the directory has 2^bits entries, so a shift may be by 64."""
+    """Return int64 numbers of the segments of uint64 hashes; the directory has 2^bits entries, so a shift may be by
+    64."""
     entry = ((hashes >> 1) >> (63 - bits).to(tl.uint64)).to(tl.int64)
     return tl.load(directory + entry, mask=inside, other=0).to(tl.int64)
 

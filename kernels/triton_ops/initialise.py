@@ -1,4 +1,4 @@
-"""First content of new rows."""
+"""Initialise new rows."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def _summed(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Sums of rows of `source`: [begin, begin + length), or what `order` has there; begin and length int64 [ROWS]."""
+    """Sum rows of `source`: [begin, begin + length), or what `order` has there; begin and length int64 [ROWS]."""
     column = tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for j in range(0, tl.max(length, axis=0), TURN):

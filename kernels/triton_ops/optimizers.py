@@ -41,7 +41,7 @@ class Numbers(NamedTuple):
 
 
 def numbers(settings: Sequence[float]) -> Numbers:
-    """settings: those of `OptimizerSettings`."""
+    """Return the settings, those of `OptimizerSettings`, as kernels take them."""
     rate, decay, eps, beta1, beta2, beta, l1, l2, _ = (float(number) for number in settings)
     start = beta / rate + l2 if rate else math.inf
     pairs = [_pair(rate), *(_pair(math.log(b) if b > 0 else -math.inf) for b in (beta1, beta2))]
@@ -89,7 +89,7 @@ def step(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One optimizer step; returns the new w. n: `Numbers`. known [ROWS, 1], mask [ROWS, COLUMNS]."""
+    """Apply one optimizer step; returns the new w. n: `Numbers`. known [ROWS, 1], mask [ROWS, COLUMNS]."""
     g = tl.where(mask, g + n.decay * w, 0.0)
     if KIND == SGD:
         return w - n.rate * g
@@ -134,7 +134,7 @@ def rowwise_adagrad(w, g, state, known, n, DIM: tl.constexpr):
 
 @triton.jit
 def corrections(t, n):
-    """(step size, root of 1 - beta2^t), float32, for t steps (float32 [ROWS, 1]).
+    """Return (step size, root of 1 - beta2^t), float32, for t steps (float32 [ROWS, 1]).
 
     In float64: 1 - beta2^t of the first steps would lose its digits in float32.
     """

@@ -1,4 +1,4 @@
-"""Rows with optimizer state: read and updated. What a learned step size adds is in `learned.py`.
+"""Rows with optimizer state: read and updated. What a learned scale adds is in `learned.py`.
 
 One set of kernels for packed rows and for plain float32 rows, which differ in where in a row things are
 (`kernels/layout.py`).
@@ -227,7 +227,7 @@ def packed_update(
 
 
 def step_constants(place: Place, layout: RowLayout) -> dict[str, object]:
-    """What both updates of rows are compiled for."""
+    """Return the constants that both updates of rows are compiled for."""
     return {
         "KIND": layout.optimizer_number,
         "NEAREST": layout.nearest > 0,

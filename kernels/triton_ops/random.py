@@ -1,4 +1,4 @@
-"""Tensors of counter-based random numbers."""
+"""Fill tensors with counter-based random numbers."""
 
 from __future__ import annotations
 

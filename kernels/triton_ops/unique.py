@@ -1,4 +1,4 @@
-"""Distinct ids in order of first occurrence: one stable sort and prefix sums."""
+"""Find distinct ids in order of first occurrence: one stable sort and prefix sums."""
 
 from __future__ import annotations
 
