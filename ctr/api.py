@@ -27,7 +27,7 @@ import torch.distributed as dist
 from tessera.ctr import config as configuration
 from tessera.ctr.config import Config
 from tessera.ctr.report.result import PREDICTIONS, settle_result
-from tessera.ctr.train.score_run import run_config, score_run
+from tessera.ctr.runs.score import run_config, score_run
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed import process as processes
 from tessera.distributed.collectives import from_first_rank

@@ -1,17 +1,13 @@
-"""What the types of `ctr/config.py` cannot say: values out of range, and keys that contradict each other."""
+"""What the types of `ctr/config_types.py` cannot say: values out of range, and keys that contradict each other."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from tessera.ctr.config_types import Config, EmbeddingConfig
 from tessera.ctr.daily.config import check_daily
 from tessera.ctr.data.config import check_splits
 from tessera.ctr.unused_keys import check_unused
 from tessera.embedding.errors import ConfigError, did_you_mean
 from tessera.kernels.formats import FORMATS, ROUNDINGS
-
-if TYPE_CHECKING:
-    from tessera.ctr.config import Config, EmbeddingConfig
 
 
 def check(config: Config) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import MISSING as UNSET
 
+from tessera.ctr.config_types import Config, EmbeddingConfig, OptimizerConfig
 from tessera.embedding.errors import ConfigError
 from tessera.kernels.formats import is_int
-
-if TYPE_CHECKING:
-    from tessera.ctr.config import Config, EmbeddingConfig, OptimizerConfig
 
 OF_STATIC = ("kind", "rows", "init_std", "l2")  # of EmbeddingConfig
 #: Keys of optimizer.sparse and optimizer.dense that only some of their optimizers read.

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tessera.ctr.config import Config
-from tessera.ctr.train.convert_run import convert_run
-from tessera.ctr.train.score_run import run_config
-from tessera.ctr.train.stored_config import targets_of
+from tessera.ctr.runs.convert import convert_run
+from tessera.ctr.runs.score import run_config
+from tessera.ctr.runs.stored_config import targets_of
 from tessera.distributed.process import Process, run
 
 

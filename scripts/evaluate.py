@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tessera.ctr.config import Config
-from tessera.ctr.train.score_run import run_config, score_run
+from tessera.ctr.runs.score import run_config, score_run
 from tessera.distributed.process import Process, run
 
 

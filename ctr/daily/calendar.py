@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from tessera.ctr.config import Config
+from tessera.ctr.daily.day_record import DayRecord
+from tessera.ctr.daily.incremental import check_method
 from tessera.ctr.daily.partitions import (
     Partition,
     PartitionError,
@@ -43,7 +44,7 @@ class Due:
 def for_days(config: Config) -> Config:
     """The configuration of a run over days: it goes on with its folder if there is a state.
 
-    Raises ConfigError: no folder is named, or something that is no partition.
+    Raises ConfigError: no folder is named, something that is no partition, or keys that cannot go together.
     """
     daily = config.daily
     named = [("first", daily.first), ("last", daily.last), ("rollback_to", daily.rollback_to)]
@@ -54,6 +55,7 @@ def for_days(config: Config) -> Config:
     if config.trainer.run_dir is None:
         raise ConfigError("trainer.run_dir is null; a run over days needs a folder that tomorrow's call finds again")
     check_place(Path(config.trainer.run_dir), "trainer.run_dir", [config.data.path])
+    check_method(config)
     config.trainer.resume = config.trainer.resume or "auto"
     return config
 
@@ -64,7 +66,7 @@ class Calendar:
         self._folders = DayFolders.of(config.data.partition)
         self._fingerprints: dict[str, str] = {}
 
-    def due(self, records: Sequence[Mapping[str, Any]]) -> Iterator[Due]:
+    def due(self, records: Sequence[DayRecord]) -> Iterator[Due]:
         """Partitions that are not done, in order; with daily.watch also those that are still to come.
 
         records: of the partitions that are done; grows while this is read.
@@ -76,7 +78,7 @@ class Calendar:
         while True:
             found, unfinished, stops = on_first_rank(self._process, lambda: self._look(records))
             yield from found
-            newest = records[-1]["partition"] if records else None
+            newest = records[-1].partition if records else None
             if is_last(newest, self._daily.last, self._period([newest or ""])):
                 return
             if not self._daily.watch:
@@ -85,11 +87,11 @@ class Calendar:
             if not self._wait(records):
                 return
 
-    def _look(self, records: Sequence[Mapping[str, Any]]) -> tuple[list[Due], str | None, bool]:
+    def _look(self, records: Sequence[DayRecord]) -> tuple[list[Due], str | None, bool]:
         """What is due up to the first partition that is not complete; a line about that one, and whether it stops
         the job, as others behind it are complete."""
         daily = self._daily
-        done = [record["partition"] for record in records]
+        done = [record.partition for record in records]
         every = find_partitions(self._config.data.path, daily.first, daily.last, self._folders, daily.marker)
         unfinished = self._first_unfinished(every, {*done, *daily.skip})
         found = every if unfinished is None else every[: every.index(unfinished)]
@@ -124,7 +126,7 @@ class Calendar:
             line += "into it if it is complete (daily.marker=null: none is needed)"
         return f"{line}; daily.skip=[{key}] passes it over"
 
-    def _due(self, found: Sequence[Partition], records: Sequence[Mapping[str, Any]], done: list[str]) -> list[Due]:
+    def _due(self, found: Sequence[Partition], records: Sequence[DayRecord], done: list[str]) -> list[Due]:
         daily = self._daily
         ordered = order(found, done, daily.skip, self._period(partition.key for partition in found))
         for partition in found:
@@ -138,7 +140,7 @@ class Calendar:
             seen = self._fingerprint(partition)
             same = next((one.key for one in due if one.fingerprint == seen), None)
             if same is not None:
-                check_content(key, partition.path, seen, [{"partition": same, "fingerprint": seen, "status": "due"}])
+                check_content(key, partition.path, seen, [DayRecord(same, seen)])
             due.append(Due(key, partition.path, seen))
         return due
 
@@ -164,7 +166,7 @@ class Calendar:
         if daily.last is not None:
             raise PartitionError(f"{where} behind {newest}; expected some up to {daily.last} (daily.to)")
 
-    def _wait(self, records: Sequence[Mapping[str, Any]]) -> bool:
+    def _wait(self, records: Sequence[DayRecord]) -> bool:
         """Until there is something due. False: the configured time has passed without."""
         daily, began = self._daily, time.monotonic()
         self._say(f"waiting for the next partition below {self._config.data.path} (with {daily.marker})")
@@ -177,7 +179,7 @@ class Calendar:
             if found[0]:
                 return True
             if daily.wait_seconds is not None and found[1] >= daily.wait_seconds:
-                newest = records[-1]["partition"] if records else "nothing"
+                newest = records[-1].partition if records else "nothing"
                 self._say(
                     f"no partition behind {newest} has come with its {daily.marker} within {daily.wait_seconds:g} "
                     "seconds (daily.wait_seconds); ended"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tessera.ctr.daily.day_record import DayRecord
 from tessera.distributed.saved.manifest import CheckpointError, check, checksum, is_inside, read_manifest, shown
 from tessera.distributed.saved.storage import Storage
 
@@ -21,18 +22,18 @@ LINK = {"name": str, "checksum": str}
 PATTERN = {"partition": str, "step": int, "chain": [LINK], "checksum": str}
 
 
-def chain_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
+def chain_of(records: Iterable[DayRecord]) -> list[str]:
     """Return the partitions of the publications that the newest one is made of, the whole one first."""
     chain: list[str] = []
     for record in records:
-        if record["published"] == "full":
-            chain = [record["partition"]]
-        elif record["published"] == "delta":
-            chain.append(record["partition"])
+        if record.published == "full":
+            chain = [record.partition]
+        elif record.published == "delta":
+            chain.append(record.partition)
     return chain
 
 
-def write_latest(root: Storage, records: Sequence[Mapping[str, Any]]) -> None:
+def write_latest(root: Storage, records: Sequence[DayRecord]) -> None:
     """Replace `latest` as one thing, where it does not say so already."""
     chain = chain_of(records)
     manifests = [read_manifest(root.below(name)) for name in chain]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from tessera.ctr.config import Config
+from tessera.ctr.daily.day_record import DayRecord
 from tessera.ctr.data.day_folders import DayFolders, hour_of, is_inside, time_of
 from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.files import DataFile
@@ -244,18 +245,18 @@ def order(
     return due
 
 
-def check_content(key: str, path: str, found: str, records: Iterable[Mapping]) -> None:
+def check_content(key: str, path: str, found: str, records: Iterable[DayRecord]) -> None:
     """Refuse a partition that was done with other content, or whose content was done under another name.
 
     Raises PartitionError.
     """
     for record in records:
-        if record["partition"] == key and record["fingerprint"] not in (None, found):
+        if record.partition == key and record.fingerprint not in (None, found):
             raise PartitionError(
-                f"{path} has changed since it was {record['status']}: fingerprint {found}, then {record['fingerprint']}"
+                f"{path} has changed since it was {record.stage.value}: fingerprint {found}, then {record.fingerprint}"
             )
-        if record["partition"] != key and record["fingerprint"] == found:
+        if record.partition != key and record.fingerprint == found:
             raise PartitionError(
-                f"{path} repeats {record['partition']}: both have the fingerprint {found}; daily.skip=[{key}] "
+                f"{path} repeats {record.partition}: both have the fingerprint {found}; daily.skip=[{key}] "
                 "passes it over"
             )

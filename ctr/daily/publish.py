@@ -9,7 +9,7 @@ manifest's chain names what it builds on. `latest` names the chain that is to be
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,19 @@ import torch
 from omegaconf import OmegaConf
 
 from tessera.ctr.config import Config
+from tessera.ctr.daily.day_record import DayRecord
 from tessera.ctr.daily.latest import LATEST, OF_A_MODEL, chain_of, write_latest
 from tessera.ctr.data.day_folders import KEY
-from tessera.ctr.models.network import Network
+from tessera.ctr.network import Network
 from tessera.ctr.targets import check_place
+from tessera.ctr.train.state_parts import FoundState, PartState
 from tessera.distributed.collectives import on_all_ranks, on_first_rank
 from tessera.distributed.locations import missing_bucket
 from tessera.distributed.process import Process
 from tessera.distributed.saved.dense import save_tensors
 from tessera.distributed.saved.manifest import MANIFEST, read_manifest, read_training
-from tessera.distributed.saved.row_files import ColumnSource, copied, files_of, folder_name, read_columns, rows_of
-from tessera.distributed.saved.states import DELETED, PARTIAL, REPLACED, CheckpointError, Saved, clean, discard, save
+from tessera.distributed.saved.row_files import copied, files_of, folder_name, read_columns, rows_of
+from tessera.distributed.saved.states import DELETED, PARTIAL, REPLACED, CheckpointError, clean, discard, save
 from tessera.distributed.saved.storage import Storage
 from tessera.distributed.saved.tables import TableParts, describe_tables
 from tessera.distributed.tables import owned_tables
@@ -77,7 +79,7 @@ class Publisher:
 
         on_first_rank(self._process, check)
 
-    def next_kind(self, records: Sequence[Mapping[str, Any]]) -> str:
+    def next_kind(self, records: Sequence[DayRecord]) -> str:
         """full or delta: by schedule, and full where changes would not do: without dynamic tables, on other ranks than
         before, after a publication that is not there any more or more ids given up than tables remember. All ranks
         call it.
@@ -100,23 +102,23 @@ class Publisher:
         except CheckpointError:
             return None
 
-    def missing(self, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    def missing(self, records: Sequence[DayRecord]) -> list[str]:
         """Those publications, of which the newest is made, that are not there as the records say. All ranks call it."""
 
         def is_there(name: str) -> bool:
             manifests = self._manifests([name])
             return manifests is not None and manifests[0]["step"] == steps[name]
 
-        steps = {record["partition"]: record["step"] for record in records}
+        steps = {record.partition: record.step for record in records}
         return on_first_rank(self._process, lambda: [name for name in chain_of(records) if not is_there(name)])
 
-    def publish(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def publish(self, records: Sequence[DayRecord]) -> None:
         """Publish the live model as the last record says, then name it in `latest`. All ranks call it.
 
         Raises CheckpointError: it cannot be written; what was published before is untouched.
         """
         record, process, tables = records[-1], self._process, owned_tables(self._network.tables)
-        delta = record["published"] == "delta"
+        delta = record.published == "delta"
 
         def write(storage: Storage) -> dict[str, Any]:
             tower = {f"tower/{n}": value for n, value in self._network.tower.state_dict().items()}
@@ -136,12 +138,12 @@ class Publisher:
             parts = {key: config[key] for key in ("model", "numeric", "embedding")} | {
                 "schema": config["data"]["schema"]
             }
-            return {"partition": record["partition"], "tables": describe_tables(tables), "config": parts}
+            return {"partition": record.partition, "tables": describe_tables(tables), "config": parts}
 
-        process.stage = f"publishing {record['partition']}"
+        process.stage = f"publishing {record.partition}"
         before = chain_of(records)[:-1] if delta else []
         chain = [{"name": n, "checksum": read_manifest(self.root.below(n))["checksum"]} for n in before]
-        save(self.root, record["partition"], write, describe, process, step=record["step"], kind="model", chain=chain)
+        save(self.root, record.partition, write, describe, process, step=record.step, kind="model", chain=chain)
         self.follow()
 
     def follow(self) -> None:
@@ -154,8 +156,8 @@ class Publisher:
         """The live tables are new ones: the next publication is whole."""
         self._marks = {}
 
-    def files_of_state(self) -> dict[tuple[str, str], ColumnSource]:
-        """What a state must hold for `restore`: the ids touched and given up since the last publication."""
+    def state(self) -> PartState:
+        """The ids touched and given up since the last publication."""
         files = {}
         for name, mark in self._marks.items():
             table = owned_tables(self._network.tables)[name]
@@ -165,11 +167,11 @@ class Publisher:
             touched = torch.cat([evicted.new_empty(0), *table.touched_since(mark)])
             files[TOUCHED, name] = copied({"id": touched.cpu()})
             files[GIVEN_UP, name] = copied({"id": evicted.cpu()})
-        return files
+        return PartState(files=files)
 
-    def restore(self, saved: Saved) -> None:
-        """Go on from a state, on any number of ranks, after the tables were loaded from it."""
-        self._marks, folder = {}, saved.folders[0]
+    def load(self, found: FoundState) -> None:
+        """The tables are loaded before."""
+        self._marks, folder = {}, found.saved.folders[0]
         for name, table in owned_tables(self._network.tables).items():
             if all(self._is_whole(folder, kind, name) for kind in (TOUCHED, GIVEN_UP)):
                 ids = [self._ids(folder, kind, name).to(table.device) for kind in (TOUCHED, GIVEN_UP)]
@@ -224,15 +226,15 @@ def check_publish_to(place: str, data: str) -> None:
 
 
 def point(
-    root: Storage, records: Sequence[Mapping[str, Any]], keep_days: int, warn: Callable[[str], None] = lambda _: None
+    root: Storage, records: Sequence[DayRecord], keep_days: int, warn: Callable[[str], None] = lambda _: None
 ) -> None:
     """Let `latest` name what the records say, and remove publications that neither it nor the last `keep_days` trained
     days need. Whatever else lies there is left alone. Rank 0 calls it."""
-    published = [record for record in records if record["published"]]
+    published = [record for record in records if record.published]
     chains = [chain_of(published[: n + 1]) for n in range(max(0, len(published) - keep_days), len(published))]
     if published and all(root.exists(name) for name in chains[-1]):
         write_latest(root, records)
-    known = {record["partition"] for record in published}
+    known = {record.partition for record in published}
     for name in set(root.names()) - {LATEST}.union(*chains):
         if not KEY.fullmatch(name):
             continue

@@ -11,68 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from tessera.ctr.daily.day_record import COUNTS, METRICS, DayRecord
 from tessera.ctr.metrics.exact import evaluate_predictions
 from tessera.ctr.report.report import write_report
 from tessera.distributed.atomic import write_text
-from tessera.distributed.saved.manifest import CheckpointError, check, is_inside, shown
 
 DAYS, FOLDER = "days.jsonl", "days"
-METRICS = ("auc", "logloss", "gauc", "normalized_entropy", "calibration", "pr_auc", "observed_rate")
-COUNTS = ("rows", "positives")
-TABLES = ("rows", "bytes", "new", "expired")
-TRAINED, HELD, SKIPPED = "trained", "held", "skipped"
-
-#: What of a record others count on, as it stands in a saved state.
-PATTERN = {
-    "partition": str,
-    "status": (str, None),
-    "fingerprint": (str, None),
-    "rows": (int, None),
-    "tables": {str: (float, None)},
-    "train_seconds": (float, None),
-    "published": (str, None),
-    "step": (int, None),
-}
-
-
-def records_of(training: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """Return the records of the partitions that are done, and that of the one in work if there is one.
-
-    Args:
-        training: what describes a saved state of a run over days; where: its file, for the message.
-
-    Raises CheckpointError, one line: they are not as this version writes them; a partition's name becomes a folder's.
-    """
-    check(training, {"daily": {"records": [PATTERN], "record": ({}, None)}}, where)
-    records, record = training["daily"]["records"], training["daily"]["record"]
-    if record is not None:
-        check(record, PATTERN, f"{where}: record")
-    for one in [*records, *([record] if record else [])]:
-        if "/" in one["partition"] or not is_inside(one["partition"]):
-            raise CheckpointError(f"{where} names the partition {shown(one['partition'])}; expected a day or an hour")
-    if any(one["status"] is None or one["step"] is None for one in records):
-        raise CheckpointError(f"{where}: a record has no status or no step, which all that are done have")
-    return records, record
-
-
-def new_record(partition: str, fingerprint: str | None) -> dict[str, Any]:
-    """A record with all its keys, most of them None."""
-    return {
-        "partition": partition,
-        "status": None,
-        "reason": None,
-        "fingerprint": fingerprint,
-        **dict.fromkeys(COUNTS + METRICS),
-        "known": None,
-        "new": None,
-        "tables": dict.fromkeys(TABLES),
-        "samples_per_second": None,
-        "evaluate_seconds": None,
-        "train_seconds": None,
-        "published": None,
-        "published_bytes": None,
-        "step": None,
-    }
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -98,10 +42,10 @@ def _metrics(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {name: found[name] for name in COUNTS + METRICS}
 
 
-def write_records(run_dir: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def write_records(run_dir: Path, records: Sequence[DayRecord]) -> None:
     """Replace days.jsonl, in order of the partitions, in one rename."""
-    ordered = sorted(records, key=lambda record: record["partition"])
-    text = "".join(json.dumps(record) + "\n" for record in ordered)
+    ordered = sorted(records, key=lambda record: record.partition)
+    text = "".join(json.dumps(record.to_json()) + "\n" for record in ordered)
     path = run_dir / DAYS
     if path.exists() and path.read_text() == text:
         return
@@ -117,19 +61,19 @@ def clear_day(run_dir: Path, partition: str) -> None:
     shutil.rmtree(day_dir(run_dir, partition), ignore_errors=True)
 
 
-def write_day_report(run_dir: Path, record: Mapping[str, Any], steps_before: int) -> None:
+def write_day_report(run_dir: Path, record: DayRecord, steps_before: int) -> None:
     """report.json and report.html of one day, if not there, in its folder, which becomes a run's folder in small: the
     steps of that day, what it was trained with, and how good a model can be where the data tell."""
-    folder = day_dir(run_dir, record["partition"])
+    folder = day_dir(run_dir, record.partition)
     if (folder / "report.html").exists() or not (folder / "predictions").exists():
         return
     for name in ("config.yaml", "plan.txt", "versions.json"):
         if (run_dir / name).exists():
             shutil.copyfile(run_dir / name, folder / name)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    own = [line for line in lines if steps_before < json.loads(line)["step"] <= (record["step"] or 0)]
+    own = [line for line in lines if steps_before < json.loads(line)["step"] <= (record.step or 0)]
     (folder / "metrics.jsonl").write_text("".join(line for line in own if json.loads(line)["kind"] != "day"))
-    write_report(folder, _teacher(run_dir, record["partition"]))
+    write_report(folder, _teacher(run_dir, record.partition))
 
 
 def _teacher(run_dir: Path, partition: str) -> dict[str, Any] | None:

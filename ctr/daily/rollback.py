@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from tessera.ctr.config import Config
+from tessera.ctr.daily.day_record import DayRecord, Stage, records_of
 from tessera.ctr.daily.latest import chain_of
 from tessera.ctr.daily.publish import point, publications_of
 from tessera.ctr.daily.records import FOLDER as DAYS_FOLDER
-from tessera.ctr.daily.records import TRAINED, clear_day, records_of, write_records
+from tessera.ctr.daily.records import clear_day, write_records
 from tessera.ctr.data.day_folders import KEY
 from tessera.distributed.atomic import sync_file
 from tessera.distributed.collectives import on_first_rank
@@ -46,7 +46,7 @@ def roll_back(config: Config, process: Process, say: Callable[[str], None]) -> N
         _remove_newer(run_dir, root, name, key)
         point(published, records, config.daily.keep_days, say)
         write_records(run_dir, records)
-        kept = {record["partition"] for record in records}
+        kept = {record.partition for record in records}
         for partition in {folder.name for folder in (run_dir / DAYS_FOLDER).iterdir()} - kept:
             if KEY.fullmatch(partition):  # not what somebody else has put there
                 clear_day(run_dir, partition)
@@ -54,7 +54,7 @@ def roll_back(config: Config, process: Process, say: Callable[[str], None]) -> N
         held[0].release()
 
 
-def _find(root: Storage, key: str) -> tuple[str, list[dict[str, Any]]]:
+def _find(root: Storage, key: str) -> tuple[str, list[DayRecord]]:
     """The newest state of the end of a day, and its records."""
     kept = []
     for name in names_of_states(root):
@@ -63,7 +63,7 @@ def _find(root: Storage, key: str) -> tuple[str, list[dict[str, Any]]]:
             records, in_work = records_of(read_training(root.below(name)), f"{root.below(name).name}/{TRAINING}")
         except CheckpointError:
             continue  # not one to go back to
-        trained = [record["partition"] for record in records if record["status"] == TRAINED]
+        trained = [record.partition for record in records if record.stage is Stage.TRAINED]
         if trained and in_work is None:
             if trained[-1] == key:
                 return name, records
@@ -74,7 +74,7 @@ def _find(root: Storage, key: str) -> tuple[str, list[dict[str, Any]]]:
     )
 
 
-def _check_published(published: Storage, records: list[dict[str, Any]]) -> None:
+def _check_published(published: Storage, records: list[DayRecord]) -> None:
     for name in chain_of(records):
         read_manifest(published.below(name))
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tessera.ctr.data.decode import Source
+from tessera.ctr.data.decode import Source, WindowDecoder
+from tessera.ctr.data.footers import RowGroups
 from tessera.ctr.data.lanes import (
     ROW_GROUPS,
     WINDOW,
@@ -25,12 +25,29 @@ from tessera.ctr.data.lanes import (
 )
 from tessera.ctr.data.periods import Period
 from tessera.ctr.data.row_groups import OPEN_FILES, RowGroupReader
-from tessera.ctr.data.window import Slice, Window
-
-if TYPE_CHECKING:
-    from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.window import Buffers, Slice, Window
 
 CHUNKS_PER_ORDER = 8  # other lanes have orders of their own. Another number is another lanes.ORDER
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one rank reads of a data set, in which order, and how much of it at once.
+
+    bad_row_counts: rows that were due and dropped, by reason; more are added here.
+    """
+
+    groups: RowGroups
+    decoder: WindowDecoder
+    buffers: Buffers
+    lanes: int
+    window_rows: int
+    rank: int
+    world_size: int
+    seed: int
+    shuffle: bool
+    threads: int
+    bad_row_counts: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -66,22 +83,22 @@ class ReadAhead:
     The last is another window for row groups that are decoded at once, else the open row group.
     """
 
-    def __init__(self, reader: ParquetReader, epoch: int, period: Period, position: int):
+    def __init__(self, reading: Reading, epoch: int, period: Period, position: int):
         """position: in the period."""
-        self.reader, self.epoch, self.period = reader, epoch, period
+        self.reading, self.epoch, self.period = reading, epoch, period
         self.order = period.groups
-        if reader.shuffle:
-            self.order = self.order[seeded_order(len(self.order), ROW_GROUPS, reader.seed, epoch, 0, period.number)]
-        self.row_groups = RowGroupReader(reader.groups, reader.decoder.columns, reader.window_rows)
-        self.buffers = reader.buffers
+        if reading.shuffle:
+            self.order = self.order[seeded_order(len(self.order), ROW_GROUPS, reading.seed, epoch, 0, period.number)]
+        self.row_groups = RowGroupReader(reading.groups, reading.decoder.columns, reading.window_rows)
+        self.buffers = reading.buffers
         self.retired: list[Window] = []
         self.stopped = threading.Event()
-        offsets = lane_offsets(position, reader.lanes).tolist()
-        first, stop = rank_bounds(reader.world_size, reader.lanes)[[reader.rank, reader.rank + 1]]
+        offsets = lane_offsets(position, reading.lanes).tolist()
+        first, stop = rank_bounds(reading.world_size, reading.lanes)[[reading.rank, reading.rank + 1]]
         self.lanes = [_Lane(i, self._plan(i, offsets[i]), offsets[i]) for i in range(first, stop)]
 
     def __enter__(self) -> ReadAhead:
-        self.pool = ThreadPoolExecutor(self.reader.threads, "decode")
+        self.pool = ThreadPoolExecutor(self.reading.threads, "decode")
         self.row_groups.share([lane.plan[0].spans[0].group for lane in self.lanes if lane.plan])
         for lane in self.lanes:
             lane.decoded = self._decode(lane)
@@ -104,8 +121,8 @@ class ReadAhead:
         They are valid until the next call. Waits for the threads; raises what they raised.
         """
         self._give_back(self.retired)
-        rows = lane_offsets(position, self.reader.lanes).tolist()
-        last_rows = lane_offsets(stop, self.reader.lanes).tolist()
+        rows = lane_offsets(position, self.reading.lanes).tolist()
+        last_rows = lane_offsets(stop, self.reading.lanes).tolist()
         slices = []
         for lane in self.lanes:
             row, last = rows[lane.number], last_rows[lane.number]
@@ -116,7 +133,7 @@ class ReadAhead:
                 window = lane.window
                 first, end = row - lane.first, until - lane.first
                 # Lanes deliver in turn: row k of lane i is row k * lanes + i of the epoch.
-                places = np.arange(row, until) * self.reader.lanes + lane.number
+                places = np.arange(row, until) * self.reading.lanes + lane.number
                 if window.reasons is not None:
                     self._count(window.dropped(first, end))
                     places = places[window.good(first, end)]
@@ -126,7 +143,7 @@ class ReadAhead:
         return slices
 
     def _count(self, dropped: dict[str, int]) -> None:
-        counts = self.reader.bad_row_counts
+        counts = self.reading.bad_row_counts
         for reason, rows in dropped.items():
             counts[reason] = counts.get(reason, 0) + rows
 
@@ -148,11 +165,11 @@ class ReadAhead:
 
     def _plan(self, lane: int, offset: int) -> list[_Planned]:
         """The windows of a lane from the one that holds row `offset` of the lane."""
-        reader = self.reader
+        reading = self.reading
         rows = self.period.stop - self.period.first
-        start, stop = lane_starts(rows, reader.lanes)[[lane, lane + 1]].tolist()
+        start, stop = lane_starts(rows, reading.lanes)[[lane, lane + 1]].tolist()
         plan, first = [], 0
-        chunks = lane_chunks(self.order, reader.groups.rows, start, stop, reader.window_rows)
+        chunks = lane_chunks(self.order, reading.groups.rows, start, stop, reading.window_rows)
         for chunk, windows in enumerate(chunks):
             for spans in windows:
                 rows = sum(span.stop - span.first for span in spans)
@@ -185,21 +202,21 @@ class ReadAhead:
             opened.close()
 
     def _decoded(self, lane: _Lane, sources: list[Source], windows: list[_Planned]) -> list[Window]:
-        reader = self.reader
+        reading = self.reading
         pairs = [(window.rows, self._order(lane, window)) for window in windows]
-        return reader.decoder.decode(sources, pairs, reader.buffers)
+        return reading.decoder.decode(sources, pairs, reading.buffers)
 
     def _order(self, lane: _Lane, window: _Planned) -> np.ndarray | None:
         """Drawing an order costs a sixth of decoding, so windows of some chunks that are as long share one."""
-        reader = self.reader
-        if not reader.shuffle:
+        reading = self.reading
+        if not reading.shuffle:
             return None
         block = window.chunk // CHUNKS_PER_ORDER
         if lane.orders[0] != block:
             lane.orders = (block, {})
         orders = lane.orders[1]
         if window.rows not in orders:
-            key = (WINDOW, reader.seed, self.epoch, lane.number, block)
+            key = (WINDOW, reading.seed, self.epoch, lane.number, block)
             key += (self.period.number,) if self.period.number else ()  # those of the first one are as before
             orders[window.rows] = seeded_order(window.rows, *key)
         return orders[window.rows]

@@ -19,7 +19,7 @@ from tessera.ctr.data.footers import read_footers
 from tessera.ctr.data.lanes import ORDER, lane_offsets, scheduled_rows
 from tessera.ctr.data.listing import MARKER, Listing, list_files
 from tessera.ctr.data.periods import ORDERS, Period, one_period, periods_of
-from tessera.ctr.data.read_ahead import ReadAhead
+from tessera.ctr.data.read_ahead import ReadAhead, Reading
 from tessera.ctr.data.schema import Schema, nearest
 from tessera.ctr.data.window import Buffers
 from tessera.embedding.errors import ConfigError
@@ -198,6 +198,21 @@ class ParquetReader:
                 "has learnt: trainer.warm_start.path names this run's folder, trainer.run_dir a new one"
             )
 
+    def _reading(self) -> Reading:
+        return Reading(
+            self.groups,
+            self.decoder,
+            self.buffers,
+            lanes=self.lanes,
+            window_rows=self.window_rows,
+            rank=self.rank,
+            world_size=self.world_size,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            threads=self.threads,
+            bad_row_counts=self.bad_row_counts,
+        )
+
     def _deliver(self, epoch: int, position: int) -> Iterator[Batch]:
         from tessera.ctr.data.assemble import Assembler  # see TYPE_CHECKING above
 
@@ -205,7 +220,7 @@ class ParquetReader:
         for period in self.periods:
             if position >= period.stop:
                 continue
-            with ReadAhead(self, epoch, period, position - period.first) as lanes:
+            with ReadAhead(self._reading(), epoch, period, position - period.first) as lanes:
                 while position < period.stop:
                     stop = min(position + self.batch_size, period.stop)
                     part = position - period.first, stop - period.first

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tessera.ctr.instantiate import instantiate
 from tessera.ctr.models.batch_norm import BatchNorm
-from tessera.ctr.models.instantiate import instantiate
 from tessera.ctr.models.layers import FieldEmbedding, linear, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError

@@ -17,7 +17,7 @@ from tessera.ctr.metrics.score_table import Rows, check_rows
 REQUIRED = ("prediction", "label", "weight")
 OPTIONAL = ("group", "split")
 DEFAULT_SPLIT = "test"
-# Columns of slices: of a feature (ctr/train/slice_columns.py), and whether a row has an id that the tables lacked.
+# Columns of slices: of a feature (ctr/runs/slice_columns.py), and whether a row has an id that the tables lacked.
 SLICE, NEW_IDS = "slice.", "new_ids"
 SPLIT_OF_FILE = b"split"  # in the metadata of a file
 # The main split is the first of these that exists.

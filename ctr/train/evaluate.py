@@ -22,8 +22,8 @@ from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.metrics.streaming import StreamingMetrics
 from tessera.ctr.report.predictions import REQUIRED, SPLIT_OF_FILE
-from tessera.ctr.train.look_ahead import to_device
-from tessera.ctr.train.slice_columns import SliceColumn
+from tessera.ctr.runs.slice_columns import SliceColumn
+from tessera.ctr.train.step_pipeline import to_device
 from tessera.distributed.atomic import partial_of, put_in_place
 from tessera.distributed.collectives import gather
 from tessera.distributed.new_ids import rows_with_new_ids

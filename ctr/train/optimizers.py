@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from tessera.ctr.config import DenseConfig, OptimizerConfig, SideConfig
+from tessera.ctr.config_types import DenseConfig, OptimizerConfig, SideConfig
+from tessera.ctr.train.state_parts import FoundState, PartState
 
 
 class Optimizers:
     """Steps both. Rows of tables are updated inside the backward pass; here only their learning rate is set."""
 
     def __init__(self, config: OptimizerConfig, model: DistributedModelParallel) -> None:
-        self._config = config
+        self._config, self._model = config, model
         named = model.module.dense_parameters()
         self._names, self._parameters = list(named), list(named.values())
-        self._dense = _dense_optimizer(config.dense, self._parameters)
-        self._fused = model.fused_optimizer
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget what the dense optimizer has gathered, and begin the schedule of both."""
+        self._dense = _dense_optimizer(self._config.dense, self._parameters)
+        self._fused = self._model.fused_optimizer
         self.steps = 0
         self.factor = 1.0
         self.dense_lr = self.sparse_lr = 0.0
@@ -33,13 +40,19 @@ class Optimizers:
         self.steps += 1
         self._set_learning_rates()
 
-    def state(self) -> dict[str, Tensor]:
-        """The dense optimizer's live state: parameter/name -> tensor; `steps` and `factor` are the rest of it."""
+    def state(self) -> PartState:
+        """The dense optimizer's live state, optimizer/parameter/name -> tensor, and the schedule of both."""
         state = self._dense.state_dict()["state"]
-        return {f"{self._names[i]}/{key}": value for i, one in state.items() for key, value in one.items()}
+        tensors = {f"optimizer/{self._names[i]}/{key}": value for i, one in state.items() for key, value in one.items()}
+        return PartState({"schedule": {"steps": self.steps, "factor": self.factor}}, tensors=tensors)
 
-    def load_state(self, state: dict[str, Tensor], steps: int, factor: float) -> None:
-        """Go on from a saved state; parameters that it does not name keep what they have."""
+    def load(self, found: FoundState) -> None:
+        schedule = found.training["schedule"]
+        self.take_over(found.optimizer, schedule["steps"], schedule["factor"])
+
+    def take_over(self, state: Mapping[str, Tensor], steps: int = 0, factor: float = 1.0) -> None:
+        """Go on from what the dense optimizer had, parameter/name -> tensor; parameters that are not among them keep
+        what they have. steps, factor: of the schedule."""
         places = {name: i for i, name in enumerate(self._names)}
         own = self._dense.state_dict()
         for name, value in state.items():

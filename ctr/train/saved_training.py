@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from tessera.ctr.config import Config
 from tessera.distributed.saved.manifest import TRAINING, CheckpointError, check
 from tessera.distributed.saved.states import Saved
-
-if TYPE_CHECKING:
-    from tessera.ctr.train.trainer import Trainer
 
 COUNT = {str: int}
 PATTERN = {
@@ -35,17 +32,18 @@ PATTERN = {
 }
 
 
-def check_goes_on(saved: Saved, trainer: Trainer) -> None:
-    """Raise CheckpointError, one line, if the run cannot go on from a state, whatever its tensors and rows are."""
+def check_goes_on(saved: Saved, own_command: str, config: Config) -> None:
+    """Raise CheckpointError, one line, if a run of `own_command` with this configuration cannot go on from a state,
+    whatever its tensors and rows are."""
     if saved.manifest["kind"] == "model":
         raise CheckpointError(
             f"{saved.name} is a model without what training needs besides; trainer.warm_start.path takes it"
         )
     training, where = saved.training, f"{saved.name}/{TRAINING}"
     command = "scripts/daily.py" if "daily" in training else "scripts/train.py"
-    if command != trainer.command:
+    if command != own_command:
         raise CheckpointError(
-            f"{saved.name} is a state of {command}, from which {trainer.command} cannot go on; go on with {command}, "
+            f"{saved.name} is a state of {command}, from which {own_command} cannot go on; go on with {command}, "
             "or name another trainer.run_dir (trainer.warm_start takes what fits)"
         )
     check(training, PATTERN, where)
@@ -53,7 +51,7 @@ def check_goes_on(saved: Saved, trainer: Trainer) -> None:
         found = f"step {training['progress']['step']} and {len(training['of_ranks'])} rank(s)"
         raise CheckpointError(f"{where} tells of {found}; the manifest of step {saved.step} and {saved.ranks}")
     for side in ("dense", "sparse"):
-        before, now = training["config"]["optimizer"][side]["name"], getattr(trainer.config.optimizer, side).name
+        before, now = training["config"]["optimizer"][side]["name"], getattr(config.optimizer, side).name
         if before != now:
             raise CheckpointError(
                 f"{saved.name} was trained with optimizer.{side}.name {before}, now it is {now}; "

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tessera.ctr.train.checkpoints import find_saved
+from tessera.ctr.runs.log import RunLog
+from tessera.ctr.train.engine import Engine
+from tessera.ctr.train.find_state import find_saved
 from tessera.ctr.train.saved_training import as_written
 from tessera.distributed.saved.dense import load_into, load_tensors, tensor_shapes
 from tessera.distributed.saved.states import Saved
 from tessera.distributed.saved.tables import describe_tables, load_rows, load_waiting
 from tessera.distributed.tables import owned_tables
 from tessera.embedding.errors import ConfigError
-
-if TYPE_CHECKING:
-    from tessera.ctr.train.trainer import Trainer
 
 
 @dataclass
@@ -36,25 +35,25 @@ class Taken:
         return " · ".join(f"{what}: {', '.join(names) or 'none'}" for what, names in vars(self).items())
 
 
-def warm_start(trainer: Trainer) -> None:
+def warm_start(engine: Engine, log: RunLog) -> None:
     """As `trainer.warm_start` of the configuration says. What happened to each table and parameter is logged.
 
     Raises:
         CheckpointError: no state there that can be read.
         ConfigError: `rename` has a name that is not there.
     """
-    config, process = trainer.config.trainer.warm_start, trainer.process
-    saved = find_saved(config.path, process, trainer.log.warn)
+    config, process = engine.config.trainer.warm_start, engine.process
+    saved = find_saved(config.path, process, log.warn)
     process.stage = f"warm start from {saved.name}"
     old_names = _old_names(config.rename)
     with as_written(saved):
-        tables = _take_tables(trainer, saved, old_names, config.optimizer)
-        tower = _take_tower(trainer, saved, old_names, config.optimizer)
-        shards = _take_shards(trainer, saved, old_names, config.optimizer)
-    trainer.log.say(f"warm start from {saved.name}, step {saved.step}")
+        tables = _take_tables(engine, saved, old_names, config.optimizer)
+        tower = _take_tower(engine, saved, old_names, config.optimizer)
+        shards = _take_shards(engine, saved, old_names, config.optimizer)
+    log.say(f"warm start from {saved.name}, step {saved.step}")
     for what, taken in (("tables", tables), ("static tables", shards), ("parameters", tower)):
         if taken.kept or taken.fresh or taken.dropped:
-            trainer.log.say(f"{what} · {taken}")
+            log.say(f"{what} · {taken}")
     known = {old for taken in (tables, tower, shards) for old in taken.dropped}
     unused = [f"{old}:{new}" for new, old in old_names.items() if _unused(old, known, tables, tower, shards, new)]
     if unused:
@@ -85,8 +84,8 @@ def _there(name: str, old_names: Mapping[str, str]) -> str:
     return name
 
 
-def _take_tables(trainer: Trainer, saved: Saved, old_names: Mapping[str, str], with_state: bool) -> Taken:
-    described, owned = saved.training["tables"], owned_tables(trainer.tables)
+def _take_tables(engine: Engine, saved: Saved, old_names: Mapping[str, str], with_state: bool) -> Taken:
+    described, owned = saved.training["tables"], owned_tables(engine.tables)
     taken, there_of = Taken(), {name: _there(name, old_names) for name in owned}
     for name, mine in describe_tables(owned).items():
         found = described.get(there_of[name])
@@ -99,8 +98,8 @@ def _take_tables(trainer: Trainer, saved: Saved, old_names: Mapping[str, str], w
             taken.optimizer.append(name)
     taken.dropped = [name for name in described if name not in {there_of[n] for n in taken.kept}]
     kept = {name: owned[name] for name in taken.kept}
-    load_rows(kept, saved, trainer.process, there_of.__getitem__, taken.optimizer.__contains__, with_periods=False)
-    load_waiting(kept, saved, trainer.process, there_of.__getitem__)
+    load_rows(kept, saved, engine.process, there_of.__getitem__, taken.optimizer.__contains__, with_periods=False)
+    load_waiting(kept, saved, engine.process, there_of.__getitem__)
     return taken
 
 
@@ -109,8 +108,8 @@ def _same_rows(found: dict[str, Any], mine: dict[str, Any]) -> bool:
     return found == mine
 
 
-def _take_tower(trainer: Trainer, saved: Saved, old_names: Mapping[str, str], with_state: bool) -> Taken:
-    folder, tower = saved.folders[0], trainer.model.module.tower
+def _take_tower(engine: Engine, saved: Saved, old_names: Mapping[str, str], with_state: bool) -> Taken:
+    folder, tower = saved.folders[0], engine.network.tower
     shapes = {name.removeprefix("tower/"): s for name, s in tensor_shapes(folder).items() if name.startswith("tower/")}
     taken, own, sources = Taken(), tower.state_dict(), {}
     for name, value in own.items():
@@ -123,7 +122,7 @@ def _take_tower(trainer: Trainer, saved: Saved, old_names: Mapping[str, str], wi
     found = load_tensors(folder, lambda name: name.removeprefix("tower/") in sources.values())
     tower.load_state_dict(own | {name: found[f"tower/{there}"] for name, there in sources.items()})
     before = saved.training.get("config", {}).get("optimizer", {}).get("dense", {}).get("name")
-    if with_state and before == trainer.config.optimizer.dense.name:
+    if with_state and before == engine.config.optimizer.dense.name:
         state = load_tensors(folder, lambda name: name.startswith("optimizer/"))
         by_parameter: dict[str, dict[str, Any]] = {}
         for key, value in state.items():
@@ -131,11 +130,11 @@ def _take_tower(trainer: Trainer, saved: Saved, old_names: Mapping[str, str], wi
             by_parameter.setdefault(parameter, {})[kind] = value
         taken.optimizer = [name for name, there in sources.items() if there in by_parameter]
         mine = {f"{n}/{kind}": value for n in taken.optimizer for kind, value in by_parameter[sources[n]].items()}
-        trainer.optimizers.load_state(mine, steps=0, factor=1.0)
+        engine.optimizers.take_over(mine)
     return taken
 
 
-def _take_shards(trainer: Trainer, saved: Saved, old_names: Mapping[str, str], with_state: bool) -> Taken:
+def _take_shards(engine: Engine, saved: Saved, old_names: Mapping[str, str], with_state: bool) -> Taken:
     """Static tables: a name is tables/embedding_bags.<table>_<group>.weight."""
     shapes, taken, sources = tensor_shapes(saved.folders[0]), Taken(), {}
 
@@ -144,7 +143,7 @@ def _take_shards(trainer: Trainer, saved: Saved, old_names: Mapping[str, str], w
             name = name.replace(f".{new}_", f".{old}_").replace(f"/{new}_", f"/{old}_")
         return name
 
-    for name, value in trainer.tables.tensors().items():
+    for name, value in engine.tables.tensors().items():
         there = there_of(name)
         is_state = name.startswith("tables.optimizer/")
         fits = there in shapes and shapes[there][0] == value.size() and (with_state or not is_state)

@@ -26,8 +26,7 @@ from tessera.ctr.config import Config, load_config
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
-from tessera.ctr.train.look_ahead import LookAhead
-from tessera.ctr.train.run_log import versions
+from tessera.ctr.runs.log import versions
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.process import Process, run
 
@@ -58,22 +57,22 @@ class Contender:
     def start(self) -> None:
         reader = self.trainer.readers["train"]
         batches = [batch for batch in reader.epoch(0) if batch.rows == options.batch]
-        look_ahead = LookAhead(itertools.cycle(batches))
-        self._batches: Iterator[Batch] = iter(look_ahead)
-        self.trainer.batches = look_ahead if self._ahead else None
+        self._batches: Iterator[Batch] = itertools.cycle(batches)
+        if self._ahead:
+            self._batches = self.trainer.engine.pipeline.feed(self._batches, begins=True)
         for _ in batches:  # once over all: from then on the table does not grow
-            self.trainer.train_step(next(self._batches))
-        self.trainer.tables.cache_stats()
+            self.trainer.engine.train_step(next(self._batches))
+        self.trainer.engine.tables.cache_stats()
 
     def round(self) -> None:
         began = time.perf_counter()
         for _ in range(options.steps):
-            self.trainer.train_step(next(self._batches))
+            self.trainer.engine.train_step(next(self._batches))
         if options.device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         self.milliseconds.append(seconds / options.steps * 1e3)
-        stats = self.trainer.tables.cache_stats()
+        stats = self.trainer.engine.tables.cache_stats()
         if stats is not None:
             hits, misses, back = (
                 sum(one[key] for one in stats.by_table.values()) for key in ("hits", "misses", "written_back")
@@ -94,7 +93,7 @@ def bench(config: Config, process: Process) -> None:
     for _ in range(options.rounds):
         for one in contenders:
             one.round()
-    rows = [table["rows"] for table in contenders[0].trainer.tables.stats().values()]
+    rows = [table["rows"] for table in contenders[0].trainer.engine.tables.stats().values()]
     installed = versions()
     print(
         f"\nDeepFM, batch {options.batch}, {len(rows)} tables of {sum(rows):,.0f} rows, the largest {max(rows):,.0f}, "

@@ -26,10 +26,10 @@ import pyarrow.parquet as pq
 from tessera.ctr.config import load_config
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.reservoir import add_to_reservoir
+from tessera.ctr.distil.teacher_logits import read_logits, score_teacher
 from tessera.ctr.metrics.exact import auc, logloss
+from tessera.ctr.runs.saved_model import save_model
 from tessera.ctr.train.evaluate import evaluate, open_reader
-from tessera.ctr.train.saved_model import save_model
-from tessera.ctr.train.teacher_logits import read_logits, score_teacher
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.process import Process, run
 from tessera.scripts.bench.daily_data import Days, make_days
@@ -93,29 +93,30 @@ class Model:
     def reader(self, days: list[str], replay: Path | None = None, training: bool = False) -> ParquetReader:
         path = f"{self.config.data.path}/{self.config.data.train}"
         replay = replay and str(replay)
-        return open_reader(self.config, self.trainer.schema, self.process, path, training, days, replay)
+        return open_reader(self.config, self.trainer.engine.schema, self.process, path, training, days, replay)
 
     def score(self, days: list[str]) -> dict[str, np.ndarray]:
         """Predictions of the model as it is: before the days are trained on, the logits of KD-self are among them."""
-        evaluate(self.trainer.model, self.reader(days), self.process, self.folder / "predictions", "day")
+        evaluate(self.trainer.engine.model, self.reader(days), self.process, self.folder / "predictions", "day")
         table = pq.read_table(self.folder / "predictions" / "day-00000.parquet")
         return {name: table[name].to_numpy() for name in ("prediction", "label", "row")}
 
     def train(self, days: list[str], replay: Path | None = None, teach: bool = True) -> None:
         """One pass over days that were scored just now. teach: distil, if the method does."""
-        reader, distil, began = self.reader(days, replay, training=True), self.trainer.distil, time.process_time()
-        if self.trainer.growing:
-            self.trainer.growing.begin_period()
+        reader, engine, began = self.reader(days, replay, training=True), self.trainer.engine, time.process_time()
+        distil = engine.distil
+        if engine.growing:
+            engine.growing.begin_period()
         if distil and teach:
             logits = self.folder / "predictions"
             if distil.config.kind == "batch":
                 logits = self.folder / "teacher"
-                score_teacher(self.config, self.trainer.model, self.reader(days), self.process, logits, "day")
+                score_teacher(self.config, engine.model, self.reader(days), self.process, logits, "day")
             distil.begin_period(read_logits(logits, "day", reader.rows))
-        self.trainer.distil = distil if teach else None
+        engine.distil = distil if teach else None
         for batch in reader.epoch(0):
-            self.trainer.train_step(batch)
-        self.trainer.distil = distil
+            engine.train_step(batch)
+        engine.distil = distil
         self.seconds += time.process_time() - began
 
     def close(self) -> None:
@@ -145,7 +146,7 @@ def follow(
             if method.replayed:
                 before, replay = replay, Path(root) / f"replay-{i}.parquet"
                 size = int(method.replayed * len(days.new[names[0]]))
-                schema, where = model.trainer.schema, str(days.folder)
+                schema, where = model.trainer.engine.schema, str(days.folder)
                 add_to_reservoir(before, where, names[i - 1], schema, size, seed, replay, [names[i - 1]])
             found = model.score([names[i]])
             new = days.new[names[i]][found["row"]]
@@ -160,7 +161,7 @@ def teach_by_window(model: Model, days: list[str], overrides: list[str], seed: i
     plain = [o for o in overrides if "distil" not in o]
     teacher = Model(model.days, plain, seed, model.process, folder)
     teacher.train(days)
-    save_model(teacher.trainer.model, folder / "best", model.process, 0)
+    save_model(teacher.trainer.engine.model, folder / "best", model.process, 0)
     teacher.close()
     model.seconds += teacher.seconds
     model.config.trainer.distil.teacher = str(folder)

@@ -61,14 +61,14 @@ def train_days(config, process, days: list[str]) -> None:
     before = {"admitted": 0, "expired": 0}
     for day in days:
         began = time.perf_counter()
-        reader = ParquetReader(config.data.path, trainer.schema, config.trainer.batch_size, days=[day])
+        reader = ParquetReader(config.data.path, trainer.engine.schema, config.trainer.batch_size, days=[day])
         for batch in reader.epoch(0):
-            loss_sum, weight = trainer.train_step(batch)
-            trainer.log.train(trainer.step, 0, batch.rows, loss_sum, weight, trainer.optimizers)
-        for table in trainer.tables.owned().values():
-            table.expire(trainer.now)
-        stats = trainer.tables.stats()
-        trainer.log.tables(trainer.step, stats)
+            loss_sum, weight = trainer.engine.train_step(batch)
+            trainer.log.train(trainer.engine, batch, loss_sum, weight)
+        for table in trainer.engine.tables.owned().values():
+            table.expire(trainer.progress.now)
+        stats = trainer.engine.tables.stats()
+        trainer.log.tables(trainer.engine.step, stats)
         total = {key: sum(table[key] for table in stats.values()) for key in ("rows", "bytes", *before)}
         print(f"{day:<12}{total['rows']:>12,}{total['bytes'] / 2**20:>8.1f}", end="")
         print("".join(f"{total[key] - before[key]:>12,}" for key in before), end="")

@@ -107,7 +107,7 @@ def bench_tables() -> None:
 
 def training_step(trainer: Trainer, batches: list) -> Callable[[], None]:
     def work() -> None:
-        trainer.train_step(batches[trainer.step % len(batches)])
+        trainer.engine.train_step(batches[trainer.engine.step % len(batches)])
 
     return work
 

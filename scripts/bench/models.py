@@ -23,7 +23,7 @@ from tessera.ctr.config import Config, load_config
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
-from tessera.ctr.models.network import build_tower
+from tessera.ctr.network import build_tower
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.process import Process, run
 from tessera.scripts.bench.deepctr_torch import MODELS, Peer
@@ -71,8 +71,8 @@ def whole(trainer: Trainer) -> Callable[[bool], None]:
     batches = endless()
 
     def step(amp: bool) -> None:
-        trainer.model.module.amp = amp
-        trainer.train_step(next(batches))
+        trainer.engine.model.module.amp = amp
+        trainer.engine.train_step(next(batches))
 
     return step
 

@@ -52,7 +52,7 @@ def batch_of(batch: Batch, rows_fb: torch.Tensor) -> Batch:
 def grow(trainer: Trainer, batch: Batch, first: int, stop: int) -> int:
     """Trains on new ids until every table has `stop` rows or some more; returns how many it has."""
     while first < stop:
-        trainer.train_step(batch_of(batch, torch.arange(first, first + BATCH).expand(FIELDS, BATCH)))
+        trainer.engine.train_step(batch_of(batch, torch.arange(first, first + BATCH).expand(FIELDS, BATCH)))
         first += BATCH
     return first
 
@@ -65,7 +65,7 @@ def steps(trainer: Trainer, batch: Batch, rows: int, skewed: bool) -> Callable[[
         picked = (rows + 1.0) ** lots - 1 if skewed else lots * rows
         batches.append(batch_of(batch, picked.long().clamp(max=rows - 1)))
     turn = iter(range(1 << 30))
-    return lambda: trainer.train_step(batches[next(turn) % len(batches)])
+    return lambda: trainer.engine.train_step(batches[next(turn) % len(batches)])
 
 
 def bench(config: Config, process: Process) -> None:

@@ -23,7 +23,7 @@ from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.models.deepfm import DeepFM
 from tessera.ctr.models.tower import Fields
-from tessera.ctr.train.run_log import versions
+from tessera.ctr.runs.log import versions
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.process import Process, run
 from tessera.scripts.bench.timing import alternate
@@ -99,8 +99,8 @@ def our_step(trainer: Trainer, batches: list | None, amp: bool) -> Callable[[], 
     source = endless()
 
     def step() -> None:
-        trainer.model.module.amp = amp
-        trainer.train_step(next(source))
+        trainer.engine.model.module.amp = amp
+        trainer.engine.train_step(next(source))
 
     return step
 

@@ -4,7 +4,8 @@ import pytest
 
 from tessera.ctr.config import load_config
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.models.network import build_tables, build_tower
+from tessera.ctr.network import build_tower
+from tessera.ctr.tables import build_tables
 from tessera.embedding.errors import ConfigError
 from tessera.embedding.optim import StepOptimizer
 
@@ -12,7 +13,7 @@ from tessera.embedding.optim import StepOptimizer
 def tables_of(*overrides):
     config = load_config(["data=ml100k", "trainer.batch_size=4096", *overrides], "")
     schema = Schema(config.data.schema)
-    tables = build_tables(config, schema, build_tower(config, schema)).tables
+    tables = build_tables(config, schema, build_tower(config, schema), ranks=1).tables
     return {table.name: {group.name: group for group in table.groups} for table in tables}
 
 

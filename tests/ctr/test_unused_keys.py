@@ -5,7 +5,8 @@ from dataclasses import MISSING, fields
 import pytest
 from omegaconf import MISSING as UNSET
 
-from tessera.ctr.config import AdmissionConfig, AlptConfig, EmbeddingConfig, SparseConfig, load_config
+from tessera.ctr.config import load_config
+from tessera.ctr.config_types import AdmissionConfig, AlptConfig, EmbeddingConfig, SparseConfig
 from tessera.ctr.unused_keys import OF_STATIC
 from tessera.embedding.errors import ConfigError
 

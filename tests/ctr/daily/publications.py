@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from tessera.ctr.daily.day_record import DayRecord, Stage
 from tessera.ctr.daily.latest import chain_of, write_latest
 from tessera.ctr.daily.publish import LEFT_OUT, READER
 from tessera.distributed.saved.dense import save_tensors
@@ -26,7 +26,7 @@ class Publications:
     def __init__(self, root: str | Path) -> None:
         self.root, self.process = Storage(root), alone()
         self.table = DynamicTable(config(ttl_seconds=2))
-        self.records: list[dict[str, Any]] = []
+        self.records: list[DayRecord] = []
         self._mark = 0
 
     def publish(self, kind: str) -> str:
@@ -34,7 +34,7 @@ class Publications:
         number = len(self.records) + 1
         name, table, delta = f"2026-01-{number:02d}", self.table, kind == "delta"
         step(table, number)
-        self.records.append({"partition": name, "published": kind, "step": number})
+        self.records.append(DayRecord(name, None, Stage.TRAINED, published=kind, step=number))
 
         def write(storage: Storage) -> dict:
             save_tensors(storage, {"tower/w": torch.full((3,), float(number))}, self.process)

@@ -12,6 +12,7 @@ import torch
 
 from tessera.ctr.config import load_config
 from tessera.ctr.daily.calendar import Calendar
+from tessera.ctr.daily.day_record import DayRecord, Stage
 from tessera.ctr.daily.partitions import (
     PartitionError,
     check_content,
@@ -113,7 +114,7 @@ def test_content_is_known_again(tmp_path):
     seen = fingerprint(first)
     assert seen == fingerprint(find_partitions(str(two), None, None)[0])
     assert seen != fingerprint(second)
-    record = {"partition": first.key, "fingerprint": seen, "status": "trained"}
+    record = DayRecord(first.key, seen, Stage.TRAINED)
     check_content(first.key, first.path, seen, [record])
     with pytest.raises(PartitionError, match=rf"day=2026-01-02 repeats 2026-01-01: both have the fingerprint {seen}"):
         check_content(second.key, second.path, seen, [record])
@@ -248,10 +249,10 @@ def calendar_of(data: Path, *overrides: str) -> tuple[Calendar, list[str]]:
 
 
 def due_of(calendar: Calendar, done: list[str] = ()) -> list[str]:
-    records = [{"partition": key, "fingerprint": None, "status": "trained"} for key in done]
+    records = [DayRecord(key, None, Stage.TRAINED) for key in done]
     for one in calendar.due(records):
-        records.append({"partition": one.key, "fingerprint": None, "status": "trained"})
-    return [record["partition"] for record in records[len(done) :]]
+        records.append(DayRecord(one.key, None, Stage.TRAINED))
+    return [record.partition for record in records[len(done) :]]
 
 
 def test_the_last_partition_without_its_marker_is_not_due(tmp_path):

@@ -16,8 +16,8 @@ from tessera.ctr.data.day_folders import DayFolders
 from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
+from tessera.ctr.runs.score import run_config
 from tessera.ctr.train.evaluate import open_reader, read_split
-from tessera.ctr.train.score_run import run_config
 from tessera.distributed.process import Process
 from tessera.embedding.errors import ConfigError, TesseraError
 from tests.ranks import on_ranks

@@ -4,7 +4,7 @@ import pytest
 
 from tessera.ctr.config import load_config
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.models.network import build_tower
+from tessera.ctr.network import build_tower
 from tessera.embedding.errors import ConfigError
 
 TWO = "data.schema.features=[{name: a}, {name: b}]"

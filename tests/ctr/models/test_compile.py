@@ -6,8 +6,8 @@ import torch.distributed as dist
 
 from tessera.ctr.config import load_config
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.models.network import build_tower
-from tessera.ctr.train.trainer import Trainer, compiler_mode
+from tessera.ctr.network import build_tower, compiler_mode
+from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.process import Process
 from tessera.embedding.errors import ConfigError
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tessera import conf
 from tessera.ctr.config import load_config
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.models.network import build_tower
+from tessera.ctr.network import build_tower
 
 FOLDER = Path(conf.__file__).parent
 ROWS, IDS = 6, 10

@@ -11,8 +11,8 @@ from torch import nn
 
 from tessera.ctr.config import load_config
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.models.network import build_tower
 from tessera.ctr.models.tower import Tower
+from tessera.ctr.network import build_tower
 from tessera.ctr.train.evaluate import evaluate
 from tessera.ctr.train.trainer import Trainer
 from tessera.embedding.errors import ConfigError, TesseraError
@@ -59,9 +59,11 @@ def train(process, data: Path, run_dir: Path, which: str) -> dict[str, list | st
             except TesseraError as error:
                 found[model, kind] = str(error)
                 continue
-            losses = [torch.stack(trainer.train_step(batch)).tolist() for batch in trainer.readers["train"].epoch(0)]
+            losses = [
+                torch.stack(trainer.engine.train_step(batch)).tolist() for batch in trainer.readers["train"].epoch(0)
+            ]
             trainer.checkpoints.save()
-            metrics = evaluate(trainer.model, trainer.readers["valid"], process)
+            metrics = evaluate(trainer.engine.model, trainer.readers["valid"], process)
             trainer.checkpoints.close()
             trainer.log.close()
             found[model, kind] = [*losses, metrics["logloss"]]

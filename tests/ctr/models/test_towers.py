@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tessera.ctr.config import load_config
-from tessera.ctr.models.instantiate import instantiate
+from tessera.ctr.instantiate import instantiate
 from tessera.ctr.models.numeric import AutoDis, Bucketised, Raw, ScaledVectors
 from tessera.ctr.models.tower import Fields
 from tests.ctr.models.reference import BY_CLASS

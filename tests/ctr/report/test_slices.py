@@ -15,7 +15,7 @@ from tessera.ctr.data.schema import Schema
 from tessera.ctr.metrics.exact import evaluate_predictions
 from tessera.ctr.report.report import write_report
 from tessera.ctr.report.slices import TOP, largest_ids, measure_slices
-from tessera.ctr.train.slice_columns import SliceColumn
+from tessera.ctr.runs.slice_columns import SliceColumn
 from tessera.embedding.errors import ConfigError
 from tessera.kernels.string_hash import xxh64
 from tests.ctr.report.html_page import check_page

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tessera.ctr.config import load_config
-from tessera.ctr.train.run_folder import nothing_trained
+from tessera.ctr.runs.folder import nothing_trained
 from tessera.embedding.errors import ConfigError
 from tests.ranks import run_script, torchrun
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from torchrec import KeyedJaggedTensor
 
 from tessera.ctr.config import load_config
 from tessera.ctr.data.batch import Batch
-from tessera.ctr.train.distil import DistilConfig, Distillation
-from tessera.ctr.train.teacher_logits import prepare
+from tessera.ctr.distil.config import DistilConfig
+from tessera.ctr.distil.distillation import Distillation
+from tessera.ctr.distil.teacher_logits import prepare
+from tessera.ctr.train.state_parts import FoundState
 from tessera.ctr.train.trainer import Trainer
 from tessera.embedding.errors import ConfigError
 from tests.ctr.train.states import (
@@ -27,6 +30,7 @@ from tests.ctr.train.states import (
     write_data,
 )
 from tests.ctr.train.warm_ranks import WarmRanks
+from tests.distributed.saved_tables import alone
 from tests.ranks import on_ranks
 
 ROWS, BATCH = 900, 100
@@ -96,11 +100,12 @@ def test_one_more_epoch_while_the_loss_to_the_teacher_falls():
             distil.loss(z, batch)
         distil.loss(9 * z, batch, count=False)
         other = Distillation(distil.config)  # what a state holds is enough to go on
-        other.load_state(distil.state())
-        other.sums.copy_(distil.sums)
+        state = distil.state()
+        saved = SimpleNamespace(training=state.training, ranks=1)
+        other.load(FoundState(saved, alone(), True, {}, [state.rank_tensors], warn=print))
         entropy = float((F.softplus(z) - z / 2)[0])
         assert other.end_epoch() == distil.end_epoch() == pytest.approx(entropy)
-        assert other.state() == distil.state()
+        assert other.state().training == distil.state().training
         wanted.append(distil.wants_more(epoch))
     assert wanted == [True, True, True, False, False]
     assert not Distillation(DistilConfig("self")).wants_more(1)
@@ -129,15 +134,15 @@ def test_mistakes_are_one_line(overrides, message):
 def beside(process, command: list[str], other: list[str]) -> tuple[float, float, int]:
     """Train with a teacher; at every step ask a model that stays what it was. Largest difference, range, rows."""
     trainer, frozen = (Trainer(load_config(c, ""), process) for c in (command, other))
-    prepare(trainer)
+    prepare(trainer.engine, trainer.readers["train"], trainer.log.folder / "teacher")
     largest, low, high, rows = 0.0, 0.0, 0.0, 0
     for batch in trainer.readers["train"].epoch(0):
-        trainer.train_step(batch)
-        frozen.model.eval()
+        trainer.engine.train_step(batch)
+        frozen.engine.model.eval()
         with torch.no_grad():
-            logits, _ = frozen.model(batch)
+            logits, _ = frozen.engine.model(batch)
         logits = logits[: batch.rows]
-        teacher = trainer.distil.logits[batch.number[: batch.rows]]
+        teacher = trainer.engine.distil.logits[batch.number[: batch.rows]]
         largest = max(largest, float((teacher - logits).abs().max()))
         low, high, rows = min(low, float(logits.min())), max(high, float(logits.max())), rows + batch.rows
     for one in (trainer, frozen):

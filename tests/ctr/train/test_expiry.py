@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +45,20 @@ def trainer_of(process, data: Path, run_dir: Path, *more: str) -> Trainer:
     return Trainer(load_config([*fixed, *none, *small, *paths, *more], ""), process)
 
 
+def steps(trainer: Trainer) -> Iterator[None]:
+    """Train what is left of the epoch; yields behind each step."""
+    for batch in trainer.readers.train_batches(trainer.engine, trainer.log):
+        loss_sum, weight = trainer.engine.train_step(batch)
+        trainer.engine.expire_if_due()
+        trainer.log.train(trainer.engine, batch, loss_sum, weight)
+        yield
+
+
 def rows_of(trainer: Trainer) -> dict[tuple[str, int], tuple]:
     """(table, id) -> time, count and bits of all that is stored, of this rank."""
     return {
         (name, int(i)): (int(seen), int(count), torch.cat([values, state]).numpy().tobytes())
-        for name, table in trainer.tables.owned().items()
+        for name, table in trainer.engine.tables.owned().items()
         for rows in table.export_rows()
         for i, seen, count, values, state in zip(
             rows.ids, rows.last_seen, rows.count, rows.values, rows.state, strict=True
@@ -60,11 +70,11 @@ def rows_by_step(process, data, run_dir, *more):
     """Rows of all tables of this rank after each step, and the rows at the end, the clock's time with them."""
     trainer = trainer_of(process, data, run_dir, *more)
     sizes = []
-    for _ in trainer.steps(trainer.readers["train"]):
-        sizes.append(sum(int(stats["rows"]) for stats in trainer.tables.stats().values()))
-    trainer.tables.expire(trainer.now, everywhere=True)
+    for _ in steps(trainer):
+        sizes.append(sum(int(stats["rows"]) for stats in trainer.engine.tables.stats().values()))
+    trainer.engine.tables.expire(trainer.progress.now, everywhere=True)
     trainer.log.close()
-    return sizes, rows_of(trainer), trainer.now
+    return sizes, rows_of(trainer), trainer.progress.now
 
 
 def test_rows_expire_where_every_batch_holds_rows_of_all_days(tmp_path, data):
@@ -94,17 +104,17 @@ def columns_of(data: Path) -> dict[str, list[np.ndarray]]:
 
 def losses_and_rows(process, data, run_dir, *more):
     trainer = trainer_of(process, data, run_dir, *more)
-    losses, train_step = [], trainer.train_step
+    losses, train_step = [], trainer.engine.train_step
 
     def noted(batch):
         losses.append(train_step(batch))
         return losses[-1]
 
-    trainer.train_step = noted
-    for _ in trainer.steps(trainer.readers["train"]):
+    trainer.engine.train_step = noted
+    for _ in steps(trainer):
         pass
     trainer.log.close()
-    dense = [p.detach().numpy().tobytes() for p in trainer.model.module.dense_parameters().values()]
+    dense = [p.detach().numpy().tobytes() for p in trainer.engine.model.module.dense_parameters().values()]
     return torch.stack([loss for loss, _ in losses]).numpy().tobytes(), rows_of(trainer), dense
 
 
@@ -144,10 +154,10 @@ def two_epochs_in_order(process, data, run_dir):
     """Times and counts of rows at the end; and after each day of which days this rank has rows in table `row`."""
     options = ("data.order=time", "trainer.shuffle=true", "embedding.expire_every=1", "data.lanes=4")
     trainer, days = trainer_of(process, data, run_dir, *options), []
-    for trainer.epoch in (0, 1):
-        for number, _ in enumerate(trainer.steps(trainer.readers["train"]), 1):
+    for trainer.progress.epoch in (0, 1):
+        for number, _ in enumerate(steps(trainer), 1):
             if number % 2 == 0:  # a day is two batches, of 40 and of 20 rows
-                (found,) = [torch.cat([r.ids for r in trainer.tables.owned()["row"].export_rows()])]
+                (found,) = [torch.cat([r.ids for r in trainer.engine.tables.owned()["row"].export_rows()])]
                 days.append(set((found // ROWS).tolist()))
     trainer.log.close()
     return {key: row[:2] for key, row in rows_of(trainer).items()}, days

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tessera.ctr.config import load_config
-from tessera.ctr.models.network import LONGEST_NAME
+from tessera.ctr.tables import LONGEST_NAME
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.module_names import module_name
 from tessera.distributed.saved.row_files import folder_name
@@ -68,20 +68,20 @@ def train_and_resume(process, data: Path, run_dir: Path) -> list[bool]:
             trainers.append(Trainer(config, process))
             if resume is None:
                 for batch in trainers[0].readers["train"].epoch(0):
-                    trainers[0].train_step(batch)
+                    trainers[0].engine.train_step(batch)
                 trainers[0].checkpoints.save()
             trainers[-1].checkpoints.close()
             trainers[-1].log.close()
-        same.append(trainers[1].step == 2 and content(trainers[0]) == content(trainers[1]))
+        same.append(trainers[1].engine.step == 2 and content(trainers[0]) == content(trainers[1]))
     return same
 
 
 def content(trainer: Trainer) -> dict:
-    found = {name: p.tolist() for name, p in trainer.model.module.dense_parameters().items()}
-    for name, table in owned_tables(trainer.tables).items():
+    found = {name: p.tolist() for name, p in trainer.engine.model.module.dense_parameters().items()}
+    for name, table in owned_tables(trainer.engine.tables).items():
         for batch in table.export_rows():
             found |= {(name, i): row.tolist() for i, row in zip(batch.ids.tolist(), batch.values, strict=True)}
-    for name, value in trainer.tables.tensors().items():
+    for name, value in trainer.engine.tables.tensors().items():
         found[name] = [shard.tensor.tolist() for shard in value.local_shards()]
     return found
 

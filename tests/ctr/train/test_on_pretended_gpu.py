@@ -10,9 +10,10 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 from tessera.ctr.data.batch import Batch
+from tessera.ctr.distil.config import DistilConfig
+from tessera.ctr.distil.distillation import Distillation
 from tessera.ctr.metrics.streaming import StreamingMetrics
-from tessera.ctr.train.distil import DistilConfig, Distillation
-from tessera.ctr.train.look_ahead import to_device
+from tessera.ctr.train.step_pipeline import to_device
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.fields import OnDevice, scale_to_mean
 from tessera.distributed.torchrec.row_sharding import by_owner

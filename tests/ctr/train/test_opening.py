@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tessera.ctr.config import load_config
-from tessera.ctr.models.instantiate import is_own
-from tessera.ctr.train.score_run import run_config
-from tessera.ctr.train.stored_config import read_config
+from tessera.ctr.instantiate import is_own
+from tessera.ctr.runs.score import run_config
+from tessera.ctr.runs.stored_config import read_config
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.saved.manifest import MANIFEST
 from tessera.distributed.saved.states import folder_name
@@ -150,12 +150,12 @@ def test_a_class_that_only_a_folder_names_is_not_imported(made, crafted):
         ("model: {{classifier: {{target: os.system}}}}", "model.classifier.target is 'os.system'"),
         ("model: {{target: [os.system]}}", None),
         (
-            "model: {{target: tessera.ctr.models.instantiate.instantiate}}",
-            "model.target is 'tessera.ctr.models.instantiate.instan",
+            "model: {{target: tessera.ctr.models.fgcnn.instantiate}}",
+            "model.target is 'tessera.ctr.models.fgcnn.instantiate'",
         ),
         (
-            "model: {{target: tessera.ctr.models.instantiate.nn.Linear}}",
-            "model.target is 'tessera.ctr.models.instantiate.nn.Linear'",
+            "model: {{target: tessera.ctr.models.tower.nn.Linear}}",
+            "model.target is 'tessera.ctr.models.tower.nn.Linear'",
         ),
         ("model: {{target: tessera.ctr.models.tower.nn}}", "model.target is 'tessera.ctr.models.tower.nn'"),
         ("- 1", "is no configuration of a run"),
@@ -177,7 +177,7 @@ def test_every_model_of_the_project_is_its_own():
     assert all(is_own(found[1]) for found in targets if found)
     assert is_own("ctr.models.deepfm.DeepFM")  # as version 0.1 wrote it
     assert not any(
-        map(is_own, ["torch.nn.Linear", "tessera.ctr.models.network", "tessera.ctr.data.schema.Schema", MINE, None, 3])
+        map(is_own, ["torch.nn.Linear", "tessera.ctr.models.deepfm", "tessera.ctr.data.schema.Schema", MINE, None, 3])
     )
 
 

@@ -56,11 +56,13 @@ def test_what_is_ahead_when(data, tmp_path):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     when = ["trainer.checkpoint.every=5", "trainer.max_steps=8", f"trainer.batch_size={BATCH}"]
     trainer = Trainer(load_config(arguments(data, tmp_path / "run", *when), ""), alone())
-    assert not trainer.overlaps
-    trainer.overlaps, happened = True, []
+    assert not trainer.engine.pipeline.overlaps
+    trainer.engine.pipeline.overlaps, happened = True, []
     for name in ("prepare", "begin_step", "send_prepared"):
-        noted = functools.partial(lambda name, call, *a: (happened.append((trainer.step, name)), call(*a))[1], name)
-        setattr(trainer.tables, name, functools.partial(noted, getattr(trainer.tables, name)))
+        noted = functools.partial(
+            lambda name, call, *a: (happened.append((trainer.engine.step, name)), call(*a))[1], name
+        )
+        setattr(trainer.engine.tables, name, functools.partial(noted, getattr(trainer.engine.tables, name)))
     trainer.fit()
     dist.destroy_process_group()
     begun_in = [step for step, name in happened if name == "prepare"]

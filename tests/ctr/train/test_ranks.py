@@ -57,18 +57,18 @@ def train(process, data: str, run_dir: str, overrides: tuple[str, ...]):
     trainer = Trainer(config, process)
     for day in range(DAYS):
         config.data.days = [f"2026-01-{day + 1:02d}"]
-        for batch in read_split(config, trainer.schema, process, "train").epoch(0):
-            trainer.train_step(batch)
-            trainer.tables.expire(trainer.now)
+        for batch in read_split(config, trainer.engine.schema, process, "train").epoch(0):
+            trainer.engine.train_step(batch)
+            trainer.engine.tables.expire(trainer.progress.now)
     rows = {
         (name, int(i)): (torch.cat([v, s]), int(seen), int(count))
-        for name, table in trainer.tables.owned().items()
+        for name, table in trainer.engine.tables.owned().items()
         for b in table.export_rows()
         for i, v, s, seen, count in zip(b.ids, b.values, b.state, b.last_seen, b.count, strict=True)
     }
-    dense = {name: p.detach().clone() for name, p in trainer.model.module.dense_parameters().items()}
-    stats = trainer.tables.stats()
-    steps = trainer.step
+    dense = {name: p.detach().clone() for name, p in trainer.engine.model.module.dense_parameters().items()}
+    stats = trainer.engine.tables.stats()
+    steps = trainer.engine.step
     trainer.log.close()
     return rows, dense, stats, steps
 
@@ -133,11 +133,11 @@ def one_step(process, data: str, run_dir: str) -> dict[tuple[str, int], tuple[to
     paths = [f"data.path={data}", f"trainer.run_dir={run_dir}", "data.days=[2026-01-01]", "model.hidden=[16]"]
     config = load_config([SCHEMA, *fixed, *sgd, *paths], "")
     trainer = Trainer(config, process)
-    trainer.train_step(next(iter(trainer.readers["train"].epoch(0))))
+    trainer.engine.train_step(next(iter(trainer.readers["train"].epoch(0))))
     trainer.log.close()
     return {
         (name, int(i)): (values, int(count))
-        for name, table in trainer.tables.owned().items()
+        for name, table in trainer.engine.tables.owned().items()
         for batch in table.export_rows()
         for i, values, count in zip(batch.ids, batch.values, batch.count, strict=True)
     }

@@ -58,9 +58,9 @@ def train(process, data: Path, run_dir: Path, models: list[str], rows: str) -> d
         trainer = Trainer(config, process)
         losses = []
         for batch in trainer.readers["train"].epoch(0):
-            losses.append(torch.stack(trainer.train_step(batch)))
+            losses.append(torch.stack(trainer.engine.train_step(batch)))
         trainer.log.close()
-        found[name] = torch.stack(losses), [p.detach() for p in trainer.model.module.dense_parameters().values()]
+        found[name] = torch.stack(losses), [p.detach() for p in trainer.engine.model.module.dense_parameters().values()]
     return found
 
 

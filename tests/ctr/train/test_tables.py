@@ -7,7 +7,8 @@ import pytest
 
 from tessera.ctr.config import load_config
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.models.network import build_tables, build_tower
+from tessera.ctr.network import build_tower
+from tessera.ctr.tables import build_tables
 from tests.ctr.train.test_training import data, lines, train  # noqa: F401
 from tests.ranks import run_script
 
@@ -61,9 +62,8 @@ FEATURES = (
         ("auto", 512, []),
     ],
 )
-def test_which_tables_take_the_bag_path(monkeypatch, choice, ranks, expected):
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+def test_which_tables_take_the_bag_path(choice, ranks, expected):
     config = load_config([f"embedding.bag_path={choice}", FEATURES, "data.schema.time=null"], "")
     schema = Schema(config.data.schema)
-    tables = build_tables(config, schema, build_tower(config, schema))
+    tables = build_tables(config, schema, build_tower(config, schema), ranks)
     assert [size.name for size in tables.sizes() if size.summed_by_owner] == expected

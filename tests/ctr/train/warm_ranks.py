@@ -129,17 +129,17 @@ def _fork_rank(rank: int, command: dict) -> int:
 
 
 def _end_behind(step: int, number: int, ranks: list[int], rank: int) -> None:
-    from tessera.ctr.train.trainer import Trainer
+    from tessera.ctr.train.engine import Engine
 
-    train_step = Trainer.train_step
+    train_step = Engine.train_step
 
-    def step_then_end(trainer, batch):
-        result = train_step(trainer, batch)
-        if trainer.step == step and rank in ranks:
+    def step_then_end(engine, batch):
+        result = train_step(engine, batch)
+        if engine.step == step and rank in ranks:
             os.kill(os.getpid(), number)
         return result
 
-    Trainer.train_step = step_then_end
+    Engine.train_step = step_then_end
 
 
 def _at(stage: str, what: int | str, ranks: list[int], rank: int) -> None:
@@ -209,15 +209,15 @@ def _draw_nothing() -> None:
 
 
 def _overlap() -> None:
-    from tessera.ctr.train.trainer import Trainer
+    from tessera.ctr.train.step_pipeline import StepPipeline
 
-    begin = Trainer.begin
+    init = StepPipeline.__init__
 
-    def begin_with_overlap(trainer):
-        trainer.overlaps = True
-        begin(trainer)
+    def init_with_overlap(pipeline, *arguments):
+        init(pipeline, *arguments)
+        pipeline.overlaps = True
 
-    Trainer.begin = begin_with_overlap
+    StepPipeline.__init__ = init_with_overlap
 
 
 def _hang(path: str) -> None:

@@ -15,7 +15,7 @@ from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.data.transforms import bucket
-from tessera.ctr.models.network import build_tower
+from tessera.ctr.network import build_tower
 
 ROOT = Path(__file__).resolve().parents[4]
 PUBLISHED = sorted(path.stem for path in (ROOT / "conf/prepare").glob("*.yaml"))

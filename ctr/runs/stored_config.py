@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tessera.ctr.models.instantiate import is_own
+from tessera.ctr.instantiate import is_own
 from tessera.embedding.errors import ConfigError
 
 BUILT = ("model", "numeric")  # the parts of a configuration that name classes

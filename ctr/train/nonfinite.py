@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.models.batch_norm import BatchNorm
-from tessera.ctr.models.network import Network
+from tessera.ctr.network import Network
 from tessera.embedding.errors import TesseraError
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from tessera.ctr.config import Config, EmbeddingConfig, typed
+from tessera.ctr.config import Config, typed
+from tessera.ctr.config_types import EmbeddingConfig
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.models.network import build_tables, build_tower
+from tessera.ctr.network import build_tower
+from tessera.ctr.runs.score import run_config
+from tessera.ctr.runs.stored_config import targets_of
+from tessera.ctr.tables import build_tables
 from tessera.ctr.targets import replacing
-from tessera.ctr.train.score_run import run_config
-from tessera.ctr.train.stored_config import targets_of
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.process import Process
 from tessera.distributed.saved.dense import load_tensors, save_tensors
@@ -57,7 +59,9 @@ def convert_run(
     target = _target(source, [override for override in overrides if override not in targets])
     saved = open_saved(Storage(run_dir / "best"), process)
     schema = Schema(source.data.schema)
-    before, after = (build_tables(one, schema, build_tower(one, schema)) for one in (source, target))
+    before, after = (
+        build_tables(one, schema, build_tower(one, schema), process.world_size) for one in (source, target)
+    )
     if not isinstance(before, DynamicTables):
         raise ConfigError(f"{run_dir} has embedding.kind {source.embedding.kind}; only dynamic tables can be converted")
     errors: dict[str, dict[str, ConversionError]] = {table.name: {} for table in before.tables}

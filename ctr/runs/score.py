@@ -17,18 +17,20 @@ from tessera.ctr.config import Config, typed
 from tessera.ctr.data.id_names import names_of_ids
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
+from tessera.ctr.network import build_model
 from tessera.ctr.report.files import json_text
 from tessera.ctr.report.predictions import NEW_IDS, SLICE
 from tessera.ctr.report.report import Report, write_report
 from tessera.ctr.report.slices import SLICE_NAMES, largest_ids
+from tessera.ctr.runs.log import copy_teacher
+from tessera.ctr.runs.saved_model import fill_model, has_model, load_model
+from tessera.ctr.runs.slice_columns import SliceColumn
+from tessera.ctr.runs.stored_config import read_config, targets_of
 from tessera.ctr.targets import replacing_on_ranks
-from tessera.ctr.train.checkpoints import BEST, find_saved
+from tessera.ctr.train.engine import set_threads
 from tessera.ctr.train.evaluate import evaluate, read_split
-from tessera.ctr.train.run_log import copy_teacher
-from tessera.ctr.train.saved_model import fill_model, has_model, load_model
-from tessera.ctr.train.slice_columns import SliceColumn
-from tessera.ctr.train.stored_config import read_config, targets_of
-from tessera.ctr.train.trainer import build_model, set_threads
+from tessera.ctr.train.find_state import find_saved
+from tessera.ctr.train.state_parts import BEST
 from tessera.distributed.atomic import write_text
 from tessera.distributed.collectives import wait_for_all
 from tessera.distributed.process import Process

@@ -10,48 +10,14 @@ batches, and however often training is stopped and goes on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.distil.config import DistilConfig
+from tessera.ctr.train.state_parts import FoundState, PartState
 from tessera.distributed.collectives import sum_over_ranks
-from tessera.embedding.errors import ConfigError
-
-if TYPE_CHECKING:
-    from tessera.ctr.data.batch import Batch
-
-
-@dataclass
-class DistilConfig:
-    """`trainer.distil` of the configuration."""
-
-    kind: str = "none"
-    teacher: str | None = None
-    targets: list[str] = field(default_factory=list)
-    temperature: float = 1.0
-    weight: float = 1.0
-    max_epochs: int | None = None
-
-    def check(self, epochs: int) -> None:
-        """Raise ConfigError for values that cannot be. epochs: `trainer.epochs`."""
-        if self.kind not in ("none", "self", "batch"):
-            raise ConfigError(f"trainer.distil.kind is {self.kind!r}; expected none, self or batch")
-        if (self.kind == "batch") != (self.teacher is not None):
-            raise ConfigError(
-                f"trainer.distil.kind is {self.kind} and trainer.distil.teacher is {self.teacher}; "
-                "expected a run folder for batch, and null for the others"
-            )
-        if not self.temperature > 0:
-            raise ConfigError(f"trainer.distil.temperature is {self.temperature}; expected a number above 0")
-        if not self.weight >= 0:
-            raise ConfigError(f"trainer.distil.weight is {self.weight}; expected 0 or above")
-        if self.max_epochs is not None and self.max_epochs < epochs:
-            raise ConfigError(
-                f"trainer.distil.max_epochs is {self.max_epochs}; expected at least trainer.epochs, {epochs}"
-            )
 
 
 class Distillation:
@@ -111,9 +77,12 @@ class Distillation:
         """Whether to train one more epoch after `epoch` of them, because the loss to the teacher still falls."""
         return self.config.max_epochs is not None and epoch < self.config.max_epochs and self.falling
 
-    def state(self) -> dict[str, float | bool | None]:
-        """What `load_state` goes on with, beside `sums`; the same on all ranks."""
-        return {"previous": self.previous, "falling": self.falling}
+    def state(self) -> PartState:
+        state = {"previous": self.previous, "falling": self.falling}
+        return PartState({"distil": state}, rank_tensors={"distil_sums": self.sums})
 
-    def load_state(self, state: dict[str, float | bool | None]) -> None:
-        self.previous, self.falling = state["previous"], state["falling"]
+    def load(self, found: FoundState) -> None:
+        """Take over all but the logits; nothing from a state of a run that did not distil."""
+        found.take_sums("distil_sums", self.sums)
+        if state := found.training["distil"]:
+            self.previous, self.falling = state["previous"], state["falling"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -18,22 +18,22 @@ from torch import Tensor, nn
 from tessera.ctr.config import Config
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
+from tessera.ctr.network import build_model
+from tessera.ctr.runs.saved_model import load_model
+from tessera.ctr.runs.score import run_config
+from tessera.ctr.train.engine import Engine
 from tessera.ctr.train.evaluate import evaluate, read_split
-from tessera.ctr.train.saved_model import load_model
 from tessera.distributed.atomic import sync_file, write_text
 from tessera.distributed.collectives import from_first_rank, wait_for_all
 from tessera.distributed.process import Process
 from tessera.embedding.errors import ConfigError, TesseraError
 
-if TYPE_CHECKING:
-    from tessera.ctr.train.trainer import Trainer
-
 SPLIT = "train"
 COMPLETE = "complete.json"  # written last
 
 
-def prepare(trainer: Trainer) -> None:
-    """Have the logits of all training rows, from `teacher/` of the run folder or, the first time, from the teacher.
+def prepare(engine: Engine, reader: ParquetReader, folder: Path) -> None:
+    """Have the logits of all training rows, from `folder` or, the first time, from the teacher.
 
     KD-self: the teacher is the model as it is now, so call this before the first step. KD-batch: another run's best
     model, which is in memory beside this one for the time of the pass.
@@ -42,22 +42,21 @@ def prepare(trainer: Trainer) -> None:
         ConfigError: no such run, or KD-self with nothing learnt so far.
         TesseraError: the logits are not those of the training rows, or not complete.
     """
-    process, reader = trainer.process, trainer.readers["train"]
-    config, folder = trainer.config.trainer.distil, trainer.log.folder / "teacher"
+    process, config = engine.process, engine.config.trainer.distil
     made_of = {"kind": config.kind, "teacher": config.teacher, "rows": reader.rows, "data": reader.groups.fingerprint}
     found = _described(folder, process)
     if found is None:
-        if trainer.step:
-            raise TesseraError(f"{folder} has no logits of the teacher, and training is at step {trainer.step}")
-        if config.kind == "self" and trainer.config.trainer.warm_start.path is None:
+        if engine.step:
+            raise TesseraError(f"{folder} has no logits of the teacher, and training is at step {engine.step}")
+        if config.kind == "self" and engine.config.trainer.warm_start.path is None:
             raise ConfigError(
                 "trainer.distil.kind is self; expected trainer.warm_start.path, or it has nothing to tell"
             )
         if process.is_main:
             shutil.rmtree(folder, ignore_errors=True)
         wait_for_all()
-        scored = read_split(trainer.config, trainer.schema, process, SPLIT)
-        score_teacher(trainer.config, trainer.model, scored, process, folder)
+        scored = read_split(engine.config, engine.schema, process, SPLIT)
+        score_teacher(engine.config, engine.model, scored, process, folder)
         wait_for_all()
         if process.is_main:
             _seal(folder, made_of)
@@ -67,7 +66,7 @@ def prepare(trainer: Trainer) -> None:
         raise TesseraError(f"{folder}: {key} is {found.get(key)!r}; the run has {made_of[key]!r}")
     logits = read_logits(folder, SPLIT, reader.rows)
     _check_shared(folder, logits, process)
-    trainer.distil.logits = logits
+    engine.distil.logits = logits
 
 
 def score_teacher(
@@ -84,9 +83,6 @@ def score_teacher(
     if distil.kind == "self":
         evaluate(model, reader, process, folder, split)
         return
-    from tessera.ctr.train.score_run import run_config  # both import the trainer, which imports this module
-    from tessera.ctr.train.trainer import build_model
-
     named = [*distil.targets, config.model.get("target"), config.numeric.get("target")]
     theirs = run_config(Path(distil.teacher), [], named)
     schema = Schema(theirs.data.schema)

@@ -3,8 +3,8 @@
 import pytest
 
 from tessera.ctr.config import load_config
+from tessera.ctr.daily.bands import out_of_band
 from tessera.ctr.daily.config import DailyGuardConfig
-from tessera.ctr.daily.guard import out_of_band
 from tessera.embedding.errors import ConfigError
 
 CONFIG = DailyGuardConfig(window=3, min_days=2, auc=0.1, logloss=0.2, normalized_entropy=None, calibration=0.5)

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.reader import ParquetReader
-from tessera.ctr.train.optimizers import Optimizers
-from tessera.ctr.train.run_folder import RunFolder
+from tessera.ctr.runs.folder import RunFolder
+from tessera.ctr.train.engine import Engine
+from tessera.ctr.train.state_parts import FoundState, PartState
 from tessera.distributed.atomic import sync_file
 from tessera.distributed.collectives import gather_objects, sum_over_ranks
 from tessera.distributed.host_manager import CacheStats
@@ -88,15 +89,21 @@ class RunLog:
             purge = {"purge_step": step + 1} if self.may_go_on else {}
             self._tensorboard = SummaryWriter(self.folder / "tensorboard", **purge)
 
-    def state(self) -> dict:
-        """What `begin` continues from; only rank 0's counts. The sums since the last log line are in `sums`."""
+    def state(self) -> PartState:
+        """What `begin` continues from, of which only rank 0's counts, and each rank's sums since the last log line."""
         metrics = self.folder / "metrics.jsonl"
-        return {
+        state = {
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
             "seconds": time.perf_counter() - self._started,
             "tables_before": self._tables_before,
             "interval": {"seconds": time.perf_counter() - self._window_started, "epoch": self._epoch},
         }
+        return PartState({"log": state}, rank_tensors={"sums": self.sums})
+
+    def load(self, found: FoundState) -> None:
+        """Begin behind the state's step. What another run has logged stays there, but for the sums."""
+        found.take_sums("sums", self.sums)
+        self.begin(found.saved.step, found.training["log"] if found.is_own else None)
 
     def sync(self) -> None:
         """Make what was written to metrics.jsonl durable, as a state counts on it."""
@@ -136,25 +143,26 @@ class RunLog:
                 yield batch
                 self._bar.update()
 
-    def train(self, step: int, epoch: int, rows: int, loss_sum: Tensor, weight: Tensor, optimizers: Optimizers) -> bool:
-        """Add one step of this rank. Every `log_every` steps log them, which alone waits for the device, and return
-        True."""
-        self.sums += torch.stack([loss_sum.double(), weight.double(), torch.full_like(weight, rows).double()])
-        self._epoch = epoch
-        return step % self._config.trainer.log_every == 0 and self.interval(step, optimizers)
+    def train(self, engine: Engine, batch: Batch, loss_sum: Tensor, weight: Tensor) -> None:
+        """Add one step of this rank. Every `log_every` steps log them, which alone waits for the device."""
+        rows = torch.full_like(weight, batch.rows)
+        self.sums += torch.stack([loss_sum.double(), weight.double(), rows.double()])
+        self._epoch = engine.progress.epoch
+        if engine.step % self._config.trainer.log_every == 0:
+            self.interval(engine)
 
-    def interval(self, step: int, optimizers: Optimizers) -> bool:
-        """Log the steps since the last line, over all ranks. Return False where there are none."""
+    def interval(self, engine: Engine) -> None:
+        """Log the steps since the last line over all ranks, and how tables and caches are; nothing without steps."""
         sum_over_ranks(self.sums)
         total_loss, total_weight, total_rows = self.sums.tolist()
         self.sums.zero_()
         if not total_rows:
-            return False
-        now = time.perf_counter()
+            return
+        now, optimizers = time.perf_counter(), engine.optimizers
         seconds = now - self._window_started
         line = {
             "kind": "train",
-            "step": step,
+            "step": engine.step,
             "epoch": self._epoch,
             "rows": int(total_rows),
             "loss": total_loss / total_weight if total_weight else None,
@@ -167,10 +175,12 @@ class RunLog:
         self._window_started, self._waited = now, 0.0
         self.write(line)
         self.say(
-            f"step {step} · loss {shown(line['loss'])} · {line['samples_per_second']:,.0f} samples/s · "
+            f"step {engine.step} · loss {shown(line['loss'])} · {line['samples_per_second']:,.0f} samples/s · "
             f"reader {line['reader_wait']:.0%}"
         )
-        return True
+        if engine.growing:
+            self.tables(engine.step, engine.growing.stats())
+            self.cache(engine.step, engine.growing.cache_stats())
 
     def not_training(self, seconds: float) -> None:
         """Leave time that an evaluation took out of the speed of training."""
@@ -245,7 +255,7 @@ class RunLog:
         self.say(f"{model} model, of step {step} · {split} · {_in_words(metrics)}")
 
     def day(self, number: int, step: int, record: dict) -> None:
-        """One partition of a run over days (ctr/daily/records.py), the `number`-th: that is the step in TensorBoard."""
+        """One partition of a run over days (`DayRecord.to_json`), the `number`-th: that is the step in TensorBoard."""
         self.write({**record, "kind": "day", "step": step, "number": number}, scalars=False)
         for name, value in record.items() if self._tensorboard else ():
             parts = value if isinstance(value, dict) else {"": value}

@@ -1,0 +1,110 @@
+"""The whole model: sharded tables below, the tower on top; and how it is built from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from tessera.ctr.config import Config
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.instantiate import instantiate
+from tessera.ctr.models.batch_norm import BatchNorm
+from tessera.ctr.models.dropout import draw_masks, dropout_layers
+from tessera.ctr.models.numeric import Raw
+from tessera.ctr.models.tower import Fields, Tower
+from tessera.ctr.tables import build_tables
+from tessera.distributed.process import Process
+from tessera.distributed.sharding import shard
+from tessera.distributed.tables import Tables, growing
+from tessera.embedding.errors import ConfigError
+
+
+class Network(nn.Module):
+    """Tables -> tower -> logit. With `amp` the tower runs in bfloat16; tables and logits stay float32.
+
+    Attributes:
+        step: number of the training step, by which dropout draws its masks; set before the forward pass.
+    """
+
+    def __init__(self, tables: Tables, tower: Tower, id_names: Sequence[str], amp: bool, seed: int = 0) -> None:
+        super().__init__()
+        self.tables = tables
+        self.tower = tower
+        self.id_names = tuple(id_names)
+        self.amp = amp
+        self.seed, self.step = seed, 0
+        self._dropout = dropout_layers(tower)
+        self._batch_norm = [module for module in tower.modules() if isinstance(module, BatchNorm)]
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns logits [B] float32 and the looked-up embeddings, group -> [B, id fields, dim] float32."""
+        if self.training:
+            self._tell(batch)
+        embeddings = self.tables(batch.ids)
+        with torch.autocast(batch.numeric.device.type, torch.bfloat16, enabled=self.amp):
+            logits = self.tower(batch.numeric, embeddings)
+        return logits.float(), embeddings
+
+    def _tell(self, batch: Batch) -> None:
+        """Tell layers that treat rows differently which rows these are."""
+        draw_masks(self._dropout, self.seed, self.step, batch.place)
+        for norm in self._batch_norm:
+            norm.real_rows = batch.rows
+
+    def dense_parameters(self) -> dict[str, nn.Parameter]:
+        """All that the dense optimizer trains: the tower's and, by `embedding.others`, the tables' learned rows."""
+        tables = growing(self.tables)
+        return {**dict(self.tower.named_parameters()), **(tables.dense_parameters() if tables else {})}
+
+
+def build_model(config: Config, schema: Schema, process: Process) -> tuple[DistributedModelParallel, str]:
+    """The sharded model, with the same initial values on any number of ranks, and its plan as text.
+
+    Raises:
+        ConfigError: a key of model, numeric or embedding that cannot be, or tables that do not fit the memory.
+    """
+    tower, trainer = build_tower(config, schema), config.trainer
+    if trainer.compile:
+        tower.compile(mode=compiler_mode(config, process.device))
+    tables = build_tables(config, schema, tower, process.world_size)
+    network = Network(tables, tower, schema.id_names, trainer.amp, trainer.seed)
+    return shard(network, network.tables, process, -(-trainer.batch_size // process.world_size))
+
+
+def compiler_mode(config: Config, device: torch.device) -> str | None:
+    """torch.compile's. Its CUDA graphs are recorded for each size of batch, the short last ones of an epoch too."""
+    return "reduce-overhead" if config.trainer.cuda_graphs and device.type == "cuda" else None
+
+
+def build_tower(config: Config, schema: Schema) -> Tower:
+    """The tower that `model` describes, over the schema's fields, with numeric ones embedded as `numeric` says.
+
+    Raises:
+        ConfigError: no such class, or a key that its constructor does not take, or one that it misses.
+    """
+
+    def embed_numeric(fields: int, dim: int) -> nn.Module:
+        return instantiate(config.numeric, "numeric", fields, dim)
+
+    fields = Fields(tuple(schema.numeric_names), tuple(schema.id_names), embed_numeric)
+    tower = instantiate(config.model, "model", fields)
+    if fields.numeric and isinstance(embed_numeric(len(fields.numeric), 1), Raw):
+        _check_raw(tower, fields, config)
+    return tower
+
+
+def _check_raw(tower: Tower, fields: Fields, config: Config) -> None:
+    """Raise ConfigError where a tower has no use for values that are no vectors."""
+    numeric = torch.ones(4, len(fields.numeric), requires_grad=True)
+    embeddings = {group: torch.ones(4, len(fields.ids), dim) for group, dim in tower.embedding_dims.items()}
+    logits = tower.eval()(numeric, embeddings)
+    tower.train()
+    if not logits.requires_grad or torch.autograd.grad(logits.sum(), numeric, allow_unused=True)[0] is None:
+        raise ConfigError(
+            f"numeric.target is {config.numeric['target']}, but {config.model['target']} never reads numbers "
+            f"without a vector ({fields.numeric[0]!r} and all others would be dropped); set another numeric=, as scaled"
+        )

@@ -1,0 +1,185 @@
+"""The tables that a configuration describes: which there are, what a row holds, and the kind that serves them."""
+
+from __future__ import annotations
+
+from tessera.ctr.config import Config
+from tessera.ctr.config_types import SparseConfig
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.models.tower import Tower
+from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.no_tables import NoTables
+from tessera.distributed.plan import sums_are_smaller
+from tessera.distributed.saved.row_files import folder_name
+from tessera.distributed.static_tables import StaticTables
+from tessera.distributed.tables import Tables
+from tessera.embedding.config import Admission, DynamicTableConfig, Group, TableConfig, step_of_range
+from tessera.embedding.errors import ConfigError, did_you_mean
+from tessera.embedding.optim import RowOptimizer, StepOptimizer
+from tessera.kernels.formats import code_range, is_int
+from tessera.kernels.layout import packed_layout
+
+LONGEST_NAME = 255  # bytes of one part of a path, on all usual file systems
+BAGS = ("ids", "sequence")  # kinds of features that hold several ids
+
+
+def build_tables(config: Config, schema: Schema, tower: Tower, ranks: int) -> Tables:
+    """The tables that the tower wants, static or dynamic as `embedding.kind` says.
+
+    ranks: how many share the tables, and the limits of their rows and bytes.
+
+    Raises:
+        ConfigError: unknown kind, or a key that this kind cannot serve.
+    """
+    kind = config.embedding.kind
+    if kind not in ("static", "dynamic"):
+        raise ConfigError(f"embedding.kind is {kind!r}; expected dynamic or static")
+    if not schema.id_names:
+        return NoTables(tower.embedding_dims)
+    if kind == "static":
+        return _static_tables(config, schema, tower)
+    return _dynamic_tables(config, schema, tower, ranks)
+
+
+def _static_tables(config: Config, schema: Schema, tower: Tower) -> StaticTables:
+    embedding = config.embedding
+    groups = {
+        group: [
+            TableConfig(f"{table}_{group}", dim, tuple(features), embedding.init_std)
+            for table, features in schema.tables.items()
+        ]
+        for group, dim in tower.embedding_dims.items()
+    }
+    bags = [feature.name for feature in schema.categorical if feature.kind in BAGS]
+    if embedding.l2 and bags:
+        raise ConfigError(
+            f"embedding.l2 is {embedding.l2}, which decays each row of a bag, and static tables give sums of bags "
+            f"alone (feature {bags[0]!r}); set embedding=dynamic or embedding.l2=0"
+        )
+    optimizer, seed = _row_optimizer(config.optimizer.sparse), config.trainer.seed
+    return StaticTables(groups, schema.id_names, embedding.rows, optimizer, seed, schema.weighted, _averaged(schema))
+
+
+def _dynamic_tables(config: Config, schema: Schema, tower: Tower, ranks: int) -> DynamicTables:
+    embedding = config.embedding
+    _check_exceptions(embedding.formats or {}, tower, schema)
+    _check_names(schema)
+    tables = [_dynamic_table(config, tower, name, tuple(of), ranks) for name, of in schema.tables.items()]
+    if embedding.alpt.every is not None and not any(table.learns_steps for table in tables):
+        raise ConfigError(
+            f"embedding.alpt.every is {embedding.alpt.every}, but no group has a step size to learn; "
+            "set embedding.format or formats to int8, int4 or int2, or alpt.every to null"
+        )
+    return DynamicTables(
+        tables,
+        schema.id_names,
+        embedding.rows,
+        _averaged(schema),
+        embedding.transport,
+        embedding.others,
+        bag_tables=[table.name for table in tables if _on_bag_path(config, schema, table, ranks)],
+        first_values=embedding.first_values,
+        timeout_seconds=config.trainer.timeout_seconds,
+        squares=embedding.l2 > 0,
+    )
+
+
+def _averaged(schema: Schema) -> list[str]:
+    """Features whose bags are averaged. A bag of at most one id needs no average."""
+    return [feature.name for feature in schema.categorical if feature.kind in BAGS and feature.pooling == "mean"]
+
+
+def _row_optimizer(sparse: SparseConfig) -> RowOptimizer:
+    return RowOptimizer(
+        sparse.name,
+        lr=sparse.lr,
+        eps=sparse.eps,
+        beta1=sparse.beta1,
+        beta2=sparse.beta2,
+        weight_decay=sparse.weight_decay,
+        initial_accumulator=sparse.initial_accumulator,
+        beta=sparse.beta,
+        l1=sparse.l1,
+        l2=sparse.l2,
+        state_format=sparse.state_format,
+        old_rows_factor=sparse.old_rows_factor,
+    )
+
+
+def _dynamic_table(
+    config: Config, tower: Tower, name: str, features: tuple[str, ...], ranks: int
+) -> DynamicTableConfig:
+    """One table's configuration on each of `ranks` ranks, which share its limits."""
+    embedding = config.embedding
+    table = DynamicTableConfig(
+        name=name,
+        features=features,
+        groups=tuple(_group(config, name, group, dim) for group, dim in tower.embedding_dims.items()),
+        optimizer=_row_optimizer(config.optimizer.sparse),
+        seed=config.trainer.seed,
+        admission=Admission(**vars(embedding.admission)),
+        ttl_seconds=None if embedding.ttl_days is None else int(embedding.ttl_days * 86400),
+        max_rows=None if embedding.max_rows is None else -(-embedding.max_rows // ranks),
+        max_bytes=None if embedding.max_bytes is None else embedding.max_bytes // ranks,
+        cache_rows=None if embedding.cache_rows is None else -(-embedding.cache_rows // ranks),
+        cache_bytes=None if embedding.cache_bytes is None else embedding.cache_bytes // ranks,
+        eviction=embedding.eviction,
+    )
+    try:
+        table.check_batch(-(-config.trainer.batch_size * len(features) // ranks))
+    except ConfigError as error:
+        raise error if ranks == 1 else ConfigError(f"{error} (each of {ranks} ranks; limits are over all)") from None
+    return table
+
+
+def _on_bag_path(config: Config, schema: Schema, table: DynamicTableConfig, ranks: int) -> bool:
+    """As embedding.bag_path says; `auto` counts with the longest bags that the schema allows, if it has a limit."""
+    if config.embedding.bag_path != "auto":
+        return config.embedding.bag_path == "always"
+    features = [f for f in schema.categorical if f.name in table.features]
+    lengths = [f.max_length if f.kind in BAGS else 1 for f in features]
+    if None in lengths:
+        return False
+    rows = -(-config.trainer.batch_size // ranks)
+    bags, ids = rows * len(lengths), rows * sum(lengths)
+    return sums_are_smaller(bags, ids, config.embedding.rows, table.width, ranks, schema.weighted)
+
+
+def _group(config: Config, table: str, name: str, dim: int) -> Group:
+    """One group of a table in the format that embedding.formats or, where that makes it smaller, format says."""
+    embedding = config.embedding
+    exceptions = embedding.formats or {}
+    format = next((exceptions[key] for key in (f"{table}.{name}", table, name) if key in exceptions), None)
+    if format is None:
+        # A row of few values would not become smaller: it has a step size beside them and fills whole words.
+        smaller = packed_layout(embedding.format, dim, "sgd").bytes < 4 * dim
+        format = embedding.format if smaller else "fp32"
+    if not is_int(format):
+        return Group(name, dim, embedding.init_std, format, embedding.rounding)
+    step = embedding.step or step_of_range(format, embedding.range)
+    learned, alpt = None, embedding.alpt
+    if alpt.every is not None:
+        shared = {"batch": config.trainer.batch_size * dim, "dim": dim, "none": 0}[alpt.gradient_scale]
+        scale = (shared * code_range(format)[1]) ** -0.5 if shared else 1.0
+        learned = StepOptimizer(alpt.lr, alpt.weight_decay, scale)
+    return Group(name, dim, embedding.init_std, format, embedding.rounding, step, learned)
+
+
+def _check_names(schema: Schema) -> None:
+    """Raise ConfigError for a table that has no folder's name in saved states."""
+    for table, features in schema.tables.items():
+        length = len(folder_name(table))
+        if length > LONGEST_NAME:
+            raise ConfigError(
+                f"data.schema.features: the table of {features[0]!r} is saved in a folder of its name, which takes "
+                f"{length} bytes; expected at most {LONGEST_NAME}: give the feature a shorter name (its column keeps "
+                "its own) or table"
+            )
+
+
+def _check_exceptions(formats: dict[str, str], tower: Tower, schema: Schema) -> None:
+    groups, tables = list(tower.embedding_dims), list(schema.tables)
+    known = [*groups, *tables, *(f"{table}.{group}" for table in tables for group in groups)]
+    for key in formats:
+        if key not in known:
+            hint = did_you_mean(key, known, f"groups are {', '.join(groups)}")
+            raise ConfigError(f"embedding.formats.{key} names no table and no group{hint}")

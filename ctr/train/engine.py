@@ -1,0 +1,143 @@
+"""One training step: batch, forward, loss, guard, backward, step."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tessera.ctr.config import Config
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.distil.distillation import Distillation
+from tessera.ctr.network import Network, build_model
+from tessera.ctr.train.nonfinite import check_gradients, check_loss, watch_gradients
+from tessera.ctr.train.optimizers import Optimizers
+from tessera.ctr.train.progress import Progress
+from tessera.ctr.train.state_parts import ModelState, Stateful
+from tessera.ctr.train.step_pipeline import StepPipeline
+from tessera.distributed.process import Process
+from tessera.distributed.tables import Tables, growing, sharded
+from tessera.embedding.errors import ConfigError
+
+
+class Engine:
+    """A model, its tables and its optimizers, which learn from one batch after the other. It reads no data and writes
+    no files; loops over data have one (`Trainer`, `Daily`).
+
+    Attributes:
+        model: the sharded `network`; plan: how its tables are sharded, as text.
+        sharded, growing: the tables once more, None if they are of another kind.
+        distil: the teacher's part of the loss, if there is one.
+        progress: where training stands; its step and clock move with each step.
+        pipeline: gets batches ready for their steps.
+
+    Raises:
+        ConfigError: a model or tables that cannot be built as configured.
+    """
+
+    def __init__(self, config: Config, schema: Schema, process: Process) -> None:
+        self.config, self.schema, self.process = config, schema, process
+        torch.manual_seed(config.trainer.seed)
+        self.model, self.plan = build_model(config, schema, process)
+        self.network: Network = self.model.module
+        self.tables: Tables = self.network.tables
+        self.sharded, self.growing = sharded(self.tables), growing(self.tables)  # the tables again, if they are that
+        self.optimizers = Optimizers(config.optimizer, self.model)
+        distil = config.trainer.distil
+        self.distil = None if distil.kind == "none" else Distillation(distil, process.device)
+        self.progress = Progress()
+        self.pipeline = StepPipeline(config, self.tables, process, self.progress)
+
+    def parts(self) -> dict[str, Stateful]:
+        """The parts of a saved state that it has, by name."""
+        parts = {
+            "model": ModelState(self.model, self.process),
+            "optimizers": self.optimizers,
+            "progress": self.progress,
+        }
+        return parts | ({"distil": self.distil} if self.distil else {})
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        return self.progress.step
+
+    def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One update. Returns this rank's summed loss and summed sample weight, on the device, for the log."""
+        ready = self.pipeline.take(batch)
+        batch, learn_steps = ready.on_device, self._learns_step_sizes()
+        if self.growing:
+            self.growing.begin_step(ready.now, learn_steps, ready.times)
+        self.network.step = self.step
+        with self.pipeline.next_begun():
+            logits, embeddings = self.model(batch)
+        loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
+        teacher_loss = self.distil.loss(logits, batch) if self.distil else 0.0
+        check_loss(loss_sum + teacher_loss, self.network, batch, embeddings, self.step)
+        watch_gradients(self.network, embeddings)
+        # Ranks hold different numbers of rows and data parallel averages over ranks. With this scale the update is
+        # that of the mean over the global batch, however its rows are spread.
+        scale = self.process.world_size / max(ready.weight, 1e-12)
+        self.process.stage = f"step {self.step}: backward"
+        self.optimizers.zero_grad()
+        ((loss_sum + teacher_loss + self._l2(embeddings)) * scale).backward()  # updates the rows of tables, too
+        check_gradients(self.network.dense_parameters(), self.step)
+        self.optimizers.step()
+        if learn_steps:
+            self._learn_step_sizes(batch, scale)
+        self.progress.step += 1
+        return loss_sum.detach(), batch.weight.sum()
+
+    def expire_if_due(self) -> None:
+        """Behind a step: remove the rows that no batch has touched for too long, every `embedding.expire_every`."""
+        if self.growing and self.step % self.config.embedding.expire_every == 0:
+            self.growing.expire(self.progress.now)
+
+    def _l2(self, embeddings: dict[str, Tensor]) -> Tensor | float:
+        """l2/2 times the squares of rows, summed over all look-ups of the batch, those of each id of a bag: rows that
+        the batch does not touch do not decay."""
+        strength = self.config.embedding.l2
+        return 0.5 * strength * self.tables.squares_looked_up(embeddings) if strength else 0.0
+
+    def _learns_step_sizes(self) -> bool:
+        """Whether this step has a second pass, for the step sizes of quantised rows (ALPT)."""
+        learns = self.growing is not None and self.growing.learns_steps
+        return learns and self.step % self.config.embedding.alpt.every == 0
+
+    def _learn_step_sizes(self, batch: Batch, scale: float) -> None:
+        """ALPT's second pass over the batch: the gradient of the loss to the updated rows as they would be rounded,
+        and from it the step sizes with which they are stored. The tower has been updated and takes no part."""
+        self.process.stage = f"step {self.step}: step sizes"
+        with self.growing.second_pass():
+            logits, embeddings = self.network(batch)
+            loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
+            loss_sum = loss_sum + (self.distil.loss(logits, batch, count=False) if self.distil else 0.0)
+            check_loss(loss_sum, self.network, batch, embeddings, self.step)
+            watch_gradients(self.network, embeddings)
+            pooled, l2 = list(embeddings.values()), self._l2(embeddings)
+            grads = list(torch.autograd.grad(loss_sum * scale, pooled))
+            decays = isinstance(l2, Tensor)
+            torch.autograd.backward(pooled + [l2 * scale] * decays, grads + [None] * decays)
+
+
+def prepare_device(config: Config, process: Process) -> None:
+    """Give each rank of a host an equal part of its cores, unless `trainer.threads` says how many.
+
+    Raises ConfigError: this run's device cannot do what is configured.
+    """
+    if config.trainer.cuda_graphs and process.device.type != "cuda":
+        raise ConfigError(
+            "trainer.cuda_graphs is true and the run is on the CPU, which has none; "
+            "set trainer.device=cuda or trainer.cuda_graphs=false"
+        )
+    set_threads(config)
+
+
+def set_threads(config: Config) -> None:
+    """Give each rank of a host an equal part of its cores, unless `trainer.threads` says how many."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.trainer.threads or max(1, cores // local_ranks))

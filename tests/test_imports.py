@@ -1,0 +1,69 @@
+"""Who imports whom, read from the source: also inside of functions, and what is imported for types alone."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = ("kernels", "embedding", "distributed", "ctr", "scripts")  # each may import those before it
+WITHOUT_CIRCLES = ("kernels", "embedding", "ctr")
+
+
+def modules_of(*packages: str) -> dict[str, Path]:
+    """Dotted name -> file."""
+    paths = [path for package in packages for path in (ROOT / package).rglob("*.py")]
+    parts = {path: path.relative_to(ROOT).with_suffix("").parts for path in paths}
+    return {".".join(("tessera", *of)).removesuffix(".__init__"): path for path, of in parts.items()}
+
+
+def imported_by(path: Path, modules: Collection[str]) -> set[str]:
+    """Dotted names of what a file imports; `from a import b` is a.b if that is among the modules, else a."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {one if one in modules else node.module for one in inside}
+    return found
+
+
+def a_circle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules each of which imports the next, the last one the first; none if there is no such circle."""
+    done: set[str] = set()
+
+    def follow(road: list[str]) -> list[str]:
+        for name in sorted(imports[road[-1]] & imports.keys() - done):
+            if name in road:
+                return road[road.index(name) :]
+            if circle := follow([*road, name]):
+                return circle
+        done.add(road[-1])
+        return []
+
+    return next((circle for name in sorted(imports) if (circle := follow([name]))), [])
+
+
+def test_what_a_circle_is():
+    assert a_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c"]
+    assert a_circle({"a": {"b", "c", "elsewhere"}, "b": {"c"}, "c": set()}) == []
+
+
+@pytest.mark.parametrize("package", WITHOUT_CIRCLES)
+def test_no_modules_import_each_other(package):
+    modules = modules_of(package)
+    imports = {name: imported_by(path, modules) for name, path in modules.items()}
+    assert len(imports) > 10
+    assert a_circle(imports) == []
+
+
+@pytest.mark.parametrize("layer", range(len(LAYERS) - 1))
+def test_layers_import_one_way(layer):
+    above = {f"tessera.{name}" for name in LAYERS[layer + 1 :]}
+    for name, path in modules_of(LAYERS[layer]).items():
+        wrong = [one for one in imported_by(path, ()) if ".".join(one.split(".")[:2]) in above]
+        assert not wrong, f"{name} imports {wrong}"
