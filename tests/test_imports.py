@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -67,3 +68,23 @@ def test_layers_import_one_way(layer):
     for name, path in modules_of(LAYERS[layer]).items():
         wrong = [one for one in imported_by(path, ()) if ".".join(one.split(".")[:2]) in above]
         assert not wrong, f"{name} imports {wrong}"
+
+
+def test_kernels_need_torch_alone():
+    """So that their tests run where there is a GPU, torch, Triton and nothing else."""
+    for name, path in modules_of("kernels").items():
+        roots = {one.split(".")[0] for one in imported_by(path, ())}
+        assert not roots - {"torch", "triton", "tessera"} - sys.stdlib_module_names, name
+
+
+def test_nothing_is_imported_by_the_name_of_its_folder():
+    """`distributed` and `kernels` are packages of others, too."""
+    for name, path in modules_of("conf", *LAYERS, "tests").items():
+        roots = {one.split(".")[0] for one in imported_by(path, ())}
+        assert not roots & {"conf", *LAYERS}, name
+
+
+def test_nothing_is_put_on_the_path_by_hand():
+    for name, path in modules_of("conf", *LAYERS).items():
+        text = path.read_text()
+        assert "sys.path.insert" not in text and "sys.path.append" not in text and "E402" not in text, name

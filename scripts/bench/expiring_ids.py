@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-import tessera.ctr.config  # noqa: E402, F401  (sets OpenMP's wait policy before torch loads)
+import tessera.ctr.config  # noqa: F401  (sets OpenMP's wait policy before torch loads)
 from tessera.ctr.config import load_config
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.synthetic import write_synthetic

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from tessera.ctr.config import Config, load_config  # noqa: E402  (sets OpenMP's wait policy before torch loads)
+from tessera.ctr.config import Config, load_config  # (sets OpenMP's wait policy before torch loads)
 from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.train.trainer import Trainer

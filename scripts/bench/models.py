@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import tessera.ctr.config  # noqa: E402, F401  (sets OpenMP's wait policy before torch loads)
+import tessera.ctr.config  # noqa: F401  (sets OpenMP's wait policy before torch loads)
 from tessera.ctr.config import Config, load_config
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.data.synthetic import write_synthetic
