@@ -1,4 +1,5 @@
-"""What the types of `ctr/config_types.py` cannot say: values out of range, and keys that contradict each other."""
+"""Check what the types of `ctr/config_types.py` cannot express: values out of range, and keys that contradict each
+other."""
 
 from __future__ import annotations
 

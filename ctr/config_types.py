@@ -1,4 +1,4 @@
-"""The keys of a configuration and their types. What they mean is said in conf/."""
+"""Define the keys of a configuration and their types. Their meaning is explained in conf/."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class EmbeddingConfig:
 
 @dataclass
 class SideConfig:
-    """What both optimizers have: that of the dense tower and that of the tables."""
+    """Keys that the optimizer of the dense tower and that of the tables share."""
 
     name: str = MISSING
     lr: float = MISSING

@@ -1,4 +1,4 @@
-"""The whole model: sharded tables below, the tower on top; and how it is built from a configuration."""
+"""Build the whole model from a configuration: sharded tables below, the tower on top."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Network(nn.Module):
         self._batch_norm = [module for module in tower.modules() if isinstance(module, BatchNorm)]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns logits [B] float32 and the looked-up embeddings, group -> [B, id fields, dim] float32."""
+        """Return logits [B] float32 and the looked-up embeddings, group -> [B, id fields, dim] float32."""
         if self.training:
             self._tell(batch)
         embeddings = self.tables(batch.ids)
@@ -56,13 +56,14 @@ class Network(nn.Module):
             norm.real_rows = batch.rows
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
-        """All that the dense optimizer trains: the tower's and, by `embedding.others`, the tables' learned rows."""
+        """Return all that the dense optimizer trains: the tower's parameters and, by `embedding.others`, the tables'
+        OOV rows."""
         tables = growing(self.tables)
         return {**dict(self.tower.named_parameters()), **(tables.dense_parameters() if tables else {})}
 
 
 def build_model(config: Config, schema: Schema, process: Process) -> tuple[DistributedModelParallel, str]:
-    """The sharded model, with the same initial values on any number of ranks, and its plan as text.
+    """Return the sharded model, with the same initial values on any number of ranks, and its plan as text.
 
     Raises:
         ConfigError: a key of model, numeric or embedding that cannot be, or tables that do not fit the memory.
@@ -76,12 +77,13 @@ def build_model(config: Config, schema: Schema, process: Process) -> tuple[Distr
 
 
 def compiler_mode(config: Config, device: torch.device) -> str | None:
-    """torch.compile's. Its CUDA graphs are recorded for each size of batch, the short last ones of an epoch too."""
+    """Return the mode of torch.compile. Its CUDA graphs are recorded for each size of batch, the short last ones of an
+    epoch too."""
     return "reduce-overhead" if config.trainer.cuda_graphs and device.type == "cuda" else None
 
 
 def build_tower(config: Config, schema: Schema) -> Tower:
-    """The tower that `model` describes, over the schema's fields, with numeric ones embedded as `numeric` says.
+    """Return the tower that `model` describes, over the schema's fields, with numeric ones embedded as `numeric` says.
 
     Raises:
         ConfigError: no such class, or a key that its constructor does not take, or one that it misses.

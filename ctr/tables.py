@@ -1,4 +1,4 @@
-"""The tables that a configuration describes: which there are, what a row holds, and the kind that serves them."""
+"""Build the tables that a configuration describes: which there are, what a row holds, and the kind that serves them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BAGS = ("ids", "sequence")  # kinds of features that hold several ids
 
 
 def build_tables(config: Config, schema: Schema, tower: Tower, ranks: int) -> Tables:
-    """The tables that the tower wants, static or dynamic as `embedding.kind` says.
+    """Return the tables that the tower wants, static or dynamic as `embedding.kind` says.
 
     ranks: how many share the tables, and the limits of their rows and bytes.
 
@@ -84,7 +84,7 @@ def _dynamic_tables(config: Config, schema: Schema, tower: Tower, ranks: int) ->
 
 
 def _averaged(schema: Schema) -> list[str]:
-    """Features whose bags are averaged. A bag of at most one id needs no average."""
+    """Return the features whose bags are averaged. A bag of at most one id needs no average."""
     return [feature.name for feature in schema.categorical if feature.kind in BAGS and feature.pooling == "mean"]
 
 
@@ -108,7 +108,7 @@ def _row_optimizer(sparse: SparseConfig) -> RowOptimizer:
 def _dynamic_table(
     config: Config, tower: Tower, name: str, features: tuple[str, ...], ranks: int
 ) -> DynamicTableConfig:
-    """One table's configuration on each of `ranks` ranks, which share its limits."""
+    """Return one table's configuration on each of `ranks` ranks, which share its limits."""
     embedding = config.embedding
     table = DynamicTableConfig(
         name=name,
@@ -132,7 +132,8 @@ def _dynamic_table(
 
 
 def _on_bag_path(config: Config, schema: Schema, table: DynamicTableConfig, ranks: int) -> bool:
-    """As embedding.bag_path says; `auto` counts with the longest bags that the schema allows, if it has a limit."""
+    """Return whether a table uses the pooled output dist, as embedding.bag_path says; `auto` estimates with the longest
+    bags that the schema allows, and answers no if they have no limit."""
     if config.embedding.bag_path != "auto":
         return config.embedding.bag_path == "always"
     features = [f for f in schema.categorical if f.name in table.features]
@@ -145,7 +146,8 @@ def _on_bag_path(config: Config, schema: Schema, table: DynamicTableConfig, rank
 
 
 def _group(config: Config, table: str, name: str, dim: int) -> Group:
-    """One group of a table in the format that embedding.formats or, where that makes it smaller, format says."""
+    """Return one group of a table in the format of embedding.formats or, if that makes the row smaller, of
+    embedding.format."""
     embedding = config.embedding
     exceptions = embedding.formats or {}
     format = next((exceptions[key] for key in (f"{table}.{name}", table, name) if key in exceptions), None)

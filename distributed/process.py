@@ -313,6 +313,7 @@ def _first_to_report(process: Process | None, line: str) -> bool:
 
 
 def _claim(process: Process, text: str) -> bool:
-    """Ranks that report the same text all win the compare_set; the counter picks one of them."""
+    """Return True for one of the ranks that report the same text: all of them win the compare_set, and the counter
+    picks one."""
     said = process.store.compare_set("failure", "", text).decode()
     return said == text and process.store.add("reporters", 1) == 1

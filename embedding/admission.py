@@ -72,7 +72,7 @@ class ExactCounter:
                 self._index.remove(rows)
 
     def export_state(self) -> dict[str, Tensor]:
-        """ids, counts, last_seen: int64 [k]. May be cut by id, as rows may."""
+        """Return ids, counts, last_seen: int64 [k]. May be cut by id, as rows may."""
         parts = [torch.empty((0, 4), dtype=torch.int64)] + [meta for _, meta in self._index.walk(COUNTER_CHUNK_ROWS)]
         meta = torch.cat([part.to(parts[-1].device) for part in parts])
         names = {"ids": ID, "counts": COUNT, "last_seen": LAST_SEEN}
@@ -106,10 +106,10 @@ class ProbabilisticFilter:
         return admitted
 
     def expire(self, now: int, budget_rows: int | None = None) -> None:
-        """Nothing to forget."""
+        """Do nothing: there is nothing to forget."""
 
     def export_state(self) -> dict[str, Tensor]:
         return {}
 
     def import_state(self, state: dict[str, Tensor]) -> None:
-        """Nothing to restore."""
+        """Do nothing: there is nothing to restore."""

@@ -14,7 +14,7 @@ from tessera.embedding.table import DynamicTable
 
 
 def make_table(config: DynamicTableConfig, device: torch.device | str) -> DynamicTable:
-    """The table on the device, or on the host with a cache there if the configuration has one."""
+    """Return a table on the device, or one on the host with a cache there if the configuration has one."""
     return DynamicTable(config, device) if config.cache_limit is None else CachedTable(config, device)
 
 

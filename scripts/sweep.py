@@ -103,7 +103,7 @@ def _choices(entry: str) -> list[str]:
 
 
 def _folder(name: str) -> str:
-    """A name for a path that is itself part of an override, where = , [ and { mean something."""
+    """Return a name for a path that is itself part of an override, where = , [ and { mean something."""
     return "".join(character if character.isalnum() or character in "._-" else "_" for character in name)
 
 

@@ -1,4 +1,4 @@
-"""Whether a day's numbers are like those of the days before it."""
+"""Check whether a day's numbers are like those of the days before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which partitions are due: those found that are not done, in order, and the next one to come."""
+"""Find the partitions that are due: those found that are not done, in order, and the next one to come."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ class Calendar:
                 return
 
     def _look(self, records: Sequence[DayRecord]) -> tuple[list[Due], str | None, bool]:
-        """What is due up to the first partition that is not complete; a line about that one, and whether it stops
-        the job, as others behind it are complete."""
+        """Return what is due up to the first partition that is not complete; a line about that one; and whether it
+        stops the job, because others behind it are complete."""
         daily = self._daily
         done = [record.partition for record in records]
         every = find_partitions(self._config.data.path, daily.first, daily.last, self._folders, daily.marker)
@@ -148,7 +148,8 @@ class Calendar:
         return period_of(keys, self._daily.period_hours)
 
     def _fingerprint(self, partition: Partition) -> str:
-        """Of one process's life: what is looked at again while it waits are the new ones."""
+        """Return the fingerprint of a partition, computed once per process: while it waits, only new partitions are
+        read again."""
         if partition.key not in self._fingerprints:
             self._fingerprints[partition.key] = fingerprint(partition, self._daily.marker)
         return self._fingerprints[partition.key]

@@ -1,4 +1,4 @@
-"""What a run knows of its days: a record for each partition, and how far the one in work has come."""
+"""Record what a run knows of its days: one record per partition, and how far the pending one has come."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PATTERN = {
 
 
 class Stage(Enum):
-    """How far a partition has come. It is done from `TRAINED` on; then its value is the record's `status` on disk."""
+    """Progress of a partition. It is done from `TRAINED` on; then its value is the record's `status` on disk."""
 
     OPENED = "opened"
     EVALUATED = "evaluated"  # with the model of the days before it

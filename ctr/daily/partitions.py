@@ -38,7 +38,7 @@ class Partition:
 
     @property
     def source(self) -> str | Listing:
-        """What `list_files` lists."""
+        """The listing, or the path, that `list_files` takes."""
         return self.listing or self.path
 
     @property
@@ -160,7 +160,7 @@ def _refuse_stray(path: str, entry: Entry, problem: str, hint: str) -> None:
 
 
 def sources_of(config: Config, keys: Sequence[str]) -> list[str | Listing]:
-    """What to list for some partitions. Raises PartitionError for one that is not there any more."""
+    """Return the sources to list for some partitions. Raises PartitionError for one that is not there any more."""
     folders = DayFolders.of(config.data.partition)
     found = {one.key: one for one in find_partitions(config.data.path, min(keys), max(keys), folders, None)}
     for key in keys:
@@ -201,7 +201,7 @@ def key_behind(key: str, period: timedelta) -> str:
 
 
 def is_last(newest: str | None, last: str | None, period: timedelta) -> bool:
-    """Whether nothing up to `last` (a day includes its hours) can follow the newest partition."""
+    """Return whether nothing up to `last` (a day includes its hours) can follow the newest partition."""
     return newest is not None and last is not None and not is_inside(key_behind(newest, period), None, last)
 
 

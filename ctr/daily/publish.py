@@ -96,14 +96,15 @@ class Publisher:
         return "delta" if on_all_ranks(possible) else "full"
 
     def _manifests(self, chain: Sequence[str]) -> list[dict] | None:
-        """Of a chain of publications, the whole one first; None if one of them is not there."""
+        """Return the manifests of a chain of publications, the whole one first; None if one of them is missing."""
         try:
             return [read_manifest(self.root.below(name)) for name in chain]
         except CheckpointError:
             return None
 
     def missing(self, records: Sequence[DayRecord]) -> list[str]:
-        """Those publications, of which the newest is made, that are not there as the records say. All ranks call it."""
+        """Return the publications that the newest one is made of and that are missing or differ from the records.
+        Collective."""
 
         def is_there(name: str) -> bool:
             manifests = self._manifests([name])
@@ -178,7 +179,7 @@ class Publisher:
                 self._marks[name] = table.note(READER, *ids)
 
     def _is_whole(self, folder: Storage, kind: str, table: str) -> bool:
-        """Whether all ranks that saved knew."""
+        """Return whether a table's folder has the files of all ranks that saved."""
         names = folder.names(f"{kind}/{folder_name(table)}")
         return bool(names) and len(names) == int(names[0].removesuffix(".parquet").rpartition("-of-")[2])
 
@@ -189,7 +190,7 @@ class Publisher:
         return torch.cat(parts)
 
     def bytes_of(self, partition: str) -> int | None:
-        """Of all files of a publication; None if it is not there any more."""
+        """Return the bytes of all files of a publication; None if it is not there any more."""
         try:
             manifest = read_manifest(self.root.below(partition))
         except CheckpointError:
@@ -198,7 +199,7 @@ class Publisher:
 
 
 def publications_of(config: Config, run_dir: Path) -> Storage:
-    """Where the publications of a run lie."""
+    """Return the folder of a run's publications."""
     return Storage(config.daily.publish_to or run_dir / FOLDER)
 
 

@@ -1,4 +1,5 @@
-"""What a run tells of its days: `days.jsonl`, one line each, and a folder with predictions and report for each."""
+"""Write what a run tells of its days: `days.jsonl`, one line each, and a folder with predictions and report for
+each."""
 
 from __future__ import annotations
 

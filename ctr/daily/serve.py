@@ -127,7 +127,7 @@ def _holds_something(output: Path) -> bool:
 
 
 def _open_target(output: Path, process: Process) -> tuple[Saved | None, str | None]:
-    """What is served, checked, or what is wrong with it."""
+    """Return the state that is served, after checking it; or None and what is wrong with it."""
     try:
         return open_saved(Storage(output), process), None
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""How many rows the tables of a run hold, gain and lose in a day."""
+"""Count the rows that the tables of a run hold, gain and lose in a day."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tessera.distributed.tables import GrowingTables
 
 @dataclass(frozen=True)
 class TableCounts:
-    """Of all tables together; None where they do not count, as static ones.
+    """Counts of all tables together; None if the tables do not count, as static ones.
 
     Attributes:
         rows, bytes: that they hold.

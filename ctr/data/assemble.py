@@ -67,8 +67,8 @@ class Assembler:
         )
 
     def _parts(self) -> list[tuple[slice, slice | int]]:
-        """Keys, and where their values lie: the rows of the matrix of single ids, which are copied at once, or the
-        number of a multi-valued feature."""
+        """Return slices of keys with the place of their values: rows of the matrix of single ids, which are copied at
+        once, or the number of a multi-valued feature."""
         parts: list[tuple[slice, slice | int]] = []
         key = single = bag = 0
         for many, features in groupby(self.schema.categorical, is_bag):

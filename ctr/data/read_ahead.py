@@ -1,4 +1,4 @@
-"""The lanes of one rank in one epoch, decoded ahead of their delivery by a pool of threads."""
+"""Decode the lanes of one rank in one epoch ahead of their delivery, by a pool of threads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHUNKS_PER_ORDER = 8  # other lanes have orders of their own. Another number is 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one rank reads of a data set, in which order, and how much of it at once.
+    """Settings of one rank's reading of a data set: its part, the order, and how much is read at once.
 
     bad_row_counts: rows that were due and dropped, by reason; more are added here.
     """
@@ -116,7 +116,7 @@ class ReadAhead:
             self.buffers.give_back(*windows.pop().buffers)
 
     def slices(self, position: int, stop: int) -> list[Slice]:
-        """What this rank's lanes deliver between two positions of the epoch, lane by lane.
+        """Return the rows that this rank's lanes deliver between two positions of the epoch, lane by lane.
 
         They are valid until the next call. Waits for the threads; raises what they raised.
         """
@@ -164,7 +164,7 @@ class ReadAhead:
         return None if self.stopped.is_set() else next(lane.decoded)
 
     def _plan(self, lane: int, offset: int) -> list[_Planned]:
-        """The windows of a lane from the one that holds row `offset` of the lane."""
+        """Return the windows of a lane, from the one that holds row `offset` of the lane on."""
         reading = self.reading
         rows = self.period.stop - self.period.first
         start, stop = lane_starts(rows, reading.lanes)[[lane, lane + 1]].tolist()
@@ -179,7 +179,7 @@ class ReadAhead:
         return plan
 
     def _decode(self, lane: _Lane) -> Iterator[Window]:
-        """The windows of the plan; runs in the threads of the pool."""
+        """Yield the decoded windows of the plan; runs in the threads of the pool."""
         row_groups = self.row_groups
         first = lane.plan[0].spans[0]
         # The chunks of one row group follow each other.
@@ -207,7 +207,8 @@ class ReadAhead:
         return reading.decoder.decode(sources, pairs, reading.buffers)
 
     def _order(self, lane: _Lane, window: _Planned) -> np.ndarray | None:
-        """Drawing an order costs a sixth of decoding, so windows of some chunks that are as long share one."""
+        """Return the order of a window's rows, int64 [rows]; None without shuffling. Drawing an order costs a sixth of
+        decoding, so windows of some chunks that are equally long share one."""
         reading = self.reading
         if not reading.shuffle:
             return None

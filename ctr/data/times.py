@@ -99,8 +99,8 @@ def described(seconds: np.ndarray, unit: str) -> Callable[[int], str]:
 
 
 def times_of(metadata: pq.FileMetaData, rule: TimeRule) -> np.ndarray:
-    """Smallest and largest time of each row group as the footer tells them: int64 [groups, 2] seconds; (1, 0) where it
-    does not."""
+    """Return the smallest and the largest time of each row group from the footer: int64 [groups, 2] seconds; (1, 0) if
+    it has none."""
     found = np.tile(np.array([1, 0]), (metadata.num_row_groups, 1))
     names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     if rule.column not in names:

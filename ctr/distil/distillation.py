@@ -74,7 +74,7 @@ class Distillation:
         return value
 
     def wants_more(self, epoch: int) -> bool:
-        """Whether to train one more epoch after `epoch` of them, because the loss to the teacher still falls."""
+        """Return whether to train one more epoch after `epoch` of them, because the loss to the teacher still falls."""
         return self.config.max_epochs is not None and epoch < self.config.max_epochs and self.falling
 
     def state(self) -> PartState:

@@ -116,7 +116,7 @@ def read_logits(folder: Path, split: str, rows: int) -> Tensor:
 
 
 def _described(folder: Path, process: Process) -> dict[str, Any] | None:
-    """What complete logits were made of, as rank 0 finds it; None if there are none."""
+    """Return the description of complete logits, as rank 0 finds it; None if there are none. Collective."""
     complete = folder / COMPLETE
     return from_first_rank(json.loads(complete.read_text()) if process.is_main and complete.exists() else None)
 

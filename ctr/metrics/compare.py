@@ -58,8 +58,9 @@ class Difference:
 
 
 def auc_difference(rows: PairedRows, confidence: float = 0.95) -> Difference | None:
-    """DeLong's interval of the difference in AUC (DeLong, DeLong, Clarke-Pearson 1988), from the placements of all
-    rows, which one sort per model gives (Sun, Xu 2014); with clusters as in Obuchowski 1997. None with one class."""
+    """Return DeLong's interval of the difference in AUC (DeLong, DeLong, Clarke-Pearson 1988), from the placements
+    of all rows, which one sort per model gives (Sun, Xu 2014); with clusters as in Obuchowski 1997. None with one
+    class."""
     if not rows.has_both_classes:
         return None
     values, influence = [], []

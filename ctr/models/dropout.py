@@ -33,8 +33,8 @@ class Dropout(nn.Module):
         self.keys: Tensor | None = None
 
     def forward(self, rows: Tensor, keys: Tensor | None = None, part: int = 0) -> Tensor:
-        """[B, ...] -> the same shape. `keys` are given where `rows` are a piece of the batch; `part` tells several
-        tensors of one layer apart, such as attention heads."""
+        """Return rows [B, ...] with units dropped, in the same shape. `keys` are given where `rows` are a piece of the
+        batch; `part` tells several tensors of one layer apart, such as attention heads."""
         if not self.training or self.p == 0:
             return rows
         keys = self.keys if keys is None else keys

@@ -166,8 +166,8 @@ class MLP(nn.Sequential):
 
 
 def in_pieces(function: Callable[..., Tensor], rows: Tensor, keys: Tensor | None = None) -> Tensor:
-    """`function(rows)`, which treats every row alike, in pieces of the batch where that is faster; `function(rows,
-    keys)` where each row has a key that it is drawn by.
+    """Return `function(rows)`, which treats every row alike, computed in pieces of the batch if that is faster; or
+    `function(rows, keys)` if each row has a key for its random draws.
 
     Whatever is made per pair of fields is far larger than a CPU's cache; a piece of it is not, and the products over
     a piece are still long enough. A GPU wants the whole batch.

@@ -71,7 +71,8 @@ class RunFolder:
 
 
 def _in_the_data(config: Config, run_dir: Path) -> str | None:
-    """What is wrong with where the run is to write: inside of the data, its predictions would be read as data."""
+    """Return the problem if the run would write inside the data, where its predictions would be read as data; else
+    None."""
     states = config.trainer.checkpoint.folder
     try:
         sources = [path for split in SPLITS for path in paths_of(config.data, split) or []]
@@ -84,8 +85,8 @@ def _in_the_data(config: Config, run_dir: Path) -> str | None:
 
 
 def _states_elsewhere(config: Config, may_go_on: bool) -> str | None:
-    """What is wrong with `trainer.checkpoint.folder`: found at start, not at the first save. A new run removes old
-    states of its folder, which must not be those of another run."""
+    """Return the problem with `trainer.checkpoint.folder`, at start and not at the first save; else None. A new run
+    removes old states of its folder, which must not be those of another run."""
     folder = config.trainer.checkpoint.folder
     if folder is None:
         return None
@@ -126,8 +127,8 @@ def _not_empty(path: Path, key: str) -> str:
 
 
 def nothing_trained(path: Path) -> bool:
-    """Whether a folder is that of a run which ended before anything was trained, on bad data for example: a run may
-    begin there as in a new one. Anything that a run does not write at its start keeps the folder as it is."""
+    """Return whether a folder is that of a run which ended before anything was trained, on bad data for example: a run
+    may begin there as in a new one. Anything that a run does not write at its start keeps the folder as it is."""
     names = {one.name for one in path.iterdir()}
     if LOCK not in names or not names <= {LOCK, *AT_START, *FOLDERS_AT_START}:
         return False

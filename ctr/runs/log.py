@@ -90,7 +90,8 @@ class RunLog:
             self._tensorboard = SummaryWriter(self.folder / "tensorboard", **purge)
 
     def state(self) -> PartState:
-        """What `begin` continues from, of which only rank 0's counts, and each rank's sums since the last log line."""
+        """Return the state from which `begin` continues (only rank 0's counts), and each rank's sums since the last log
+        line."""
         metrics = self.folder / "metrics.jsonl"
         state = {
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,

@@ -47,12 +47,12 @@ def save_model(model: DistributedModelParallel, folder: Path, process: Process, 
 
 
 def has_model(folder: Path) -> bool:
-    """Whether `load_model` would find a model there."""
+    """Return whether `load_model` would find a model there."""
     return folder.exists() or _replaced(folder).exists()
 
 
 def _replaced(folder: Path) -> Path:
-    """Where `save` has put the model before while the new one took its place."""
+    """Return the place where `save` keeps the earlier model while the new one replaces it."""
     return folder.with_name(f"{REPLACED}{folder.name}")
 
 

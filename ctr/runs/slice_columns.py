@@ -45,7 +45,7 @@ class SliceColumn:
         self.field = pa.field(SLICE + feature, of_kind[self.kind], metadata=shown)
 
     def values(self, batch: Batch) -> pa.Array:
-        """Of the real rows of a batch, one each."""
+        """Return the slice values of the real rows of a batch, one each."""
         if self.kind == "numbers":
             return pa.array(batch.numeric[: batch.rows, self._column].cpu().numpy())
         ids = batch.ids[self.feature]

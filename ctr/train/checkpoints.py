@@ -140,8 +140,8 @@ class Checkpoints:
         self._thread.shutdown()
 
     def _copy_fits(self) -> bool:
-        """Whether the host has memory for copies of its ranks' rows, should all change before they are written. Ranks
-        may differ: the group's agreement is the same from the thread and from here."""
+        """Return whether the host has memory for copies of its ranks' rows, if all change before they are written.
+        Ranks may differ: the group's agreement is the same from the thread and from here."""
         needed = sum(table.nbytes for table in owned_tables(self._engine.tables).values())
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return needed * local_ranks < MEMORY_SHARE * available_memory()

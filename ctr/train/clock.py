@@ -1,4 +1,4 @@
-"""What all ranks know of a step before it begins: the weight of its rows, whether to stop, and what time it is.
+"""Agree between ranks, before a step begins, on the weight of its rows, whether to stop, and the time.
 
 Rows expire by the clock of the tables. With `embedding.clock: wall` it is the wall clock. By default it follows the
 events of the data, and no single row can move it:
@@ -72,7 +72,7 @@ class Clock:
         return max(before, found)
 
     def _median(self, times: Tensor, rows: int) -> int:
-        """That of all ranks' times. Seldom asked for: every rank sends all its times."""
+        """Return the median of all ranks' times. Seldom asked for: every rank sends all its times."""
         counts = gather(torch.tensor([len(times)])).flatten().tolist()
         mine = torch.zeros(max(counts), dtype=torch.int64)
         mine[: len(times)] = times
@@ -82,7 +82,7 @@ class Clock:
 
 
 def left_out(rows: int) -> int:
-    """How many of the newest rows of a batch cannot move the clock."""
+    """Return the number of the newest rows of a batch that cannot move the clock."""
     return max(1, rows // LEFT_OUT)
 
 

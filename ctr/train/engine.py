@@ -62,7 +62,7 @@ class Engine:
 
     @property
     def step(self) -> int:
-        """How many steps are done."""
+        """Number of steps done."""
         return self.progress.step
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ class Engine:
         return 0.5 * strength * self.tables.squares_looked_up(embeddings) if strength else 0.0
 
     def _learns_step_sizes(self) -> bool:
-        """Whether this step has a second pass, for the step sizes of quantised rows (ALPT)."""
+        """Return whether this step has a second pass, for the scales of quantised rows (ALPT)."""
         learns = self.growing is not None and self.growing.learns_steps
         return learns and self.step % self.config.embedding.alpt.every == 0
 

@@ -44,7 +44,7 @@ def states_to_go_on_from(
 
 
 def _states_at(path: str, process: Process, warn: Callable[[str], None], rows_later: bool = False) -> Iterator[Saved]:
-    """Those of `find_saved`, in order; behind the last one CheckpointError."""
+    """Yield the states of `find_saved`, in order; raise CheckpointError behind the last one."""
     folder = Storage(path)
     if folder.exists(MANIFEST):
         yield open_saved(folder, process, rows_later)

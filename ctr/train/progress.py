@@ -1,4 +1,4 @@
-"""Where training stands: plain numbers, the same on all ranks."""
+"""Hold the progress of training: plain numbers, the same on all ranks."""
 
 from __future__ import annotations
 

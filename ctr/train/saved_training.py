@@ -1,4 +1,4 @@
-"""What a state says of the training that saved it, looked at before anything of it is taken over."""
+"""Read what a state says of the training that saved it, before anything of it is taken over."""
 
 from __future__ import annotations
 

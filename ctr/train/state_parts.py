@@ -1,4 +1,4 @@
-"""What a saved state is made of: named parts of a run. Each gives its state, and takes it over again."""
+"""Define the parts of a saved state: named parts of a run. Each gives its state, and takes it over again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BEST, STAGED_BEST = "best", ".best-of-save"
 
 @dataclass
 class PartState:
-    """What a part puts into a saved state.
+    """The content of one part in a saved state.
 
     Attributes:
         training: keys of training.json: plain numbers and strings, the same on all ranks.
@@ -65,17 +65,17 @@ class FoundState:
 
     @property
     def training(self) -> dict[str, Any]:
-        """What the parts gave as `training`, and `of_ranks`, a list of what they gave as `of_rank`."""
+        """The `training` of all parts, and `of_ranks`, a list of their `of_rank`."""
         return self.saved.training
 
     @property
     def same_ranks(self) -> bool:
-        """Whether as many ranks go on as have saved it."""
+        """True if the number of ranks is that of the save."""
         return self.saved.ranks == self.process.world_size
 
     @property
     def rank_tensors(self) -> dict[str, Tensor]:
-        """Those of this rank or, if there were fewer ranks, of another one."""
+        """The tensors of this rank or, if there were fewer ranks, of another one."""
         return self.by_rank[self.process.rank % len(self.by_rank)]
 
     def take_sums(self, name: str, sums: Tensor) -> None:

@@ -132,8 +132,8 @@ class StepPipeline:
         return None if coming is None else self._begin(coming)
 
     def _pauses_after(self, step: int) -> bool:
-        """Whether rows may expire, or there is an evaluation, a saved state or the end, between a step and the next.
-        The same on all ranks. A log line is not among them: it must not change what is trained."""
+        """Return whether rows may expire, or there is an evaluation, a saved state or the end, between a step and the
+        next. The same on all ranks. A log line is not among them: it must not change what is trained."""
         trainer, embedding = self._config.trainer, self._config.embedding
         expiry = None if embedding.ttl_days is None else embedding.expire_every
         every = (expiry, trainer.eval_every, trainer.checkpoint.every, trainer.max_steps)

@@ -36,7 +36,7 @@ class Taken:
 
 
 def warm_start(engine: Engine, log: RunLog) -> None:
-    """As `trainer.warm_start` of the configuration says. What happened to each table and parameter is logged.
+    """Start from a saved state as `trainer.warm_start` of the configuration says. Each table and parameter is logged.
 
     Raises:
         CheckpointError: no state there that can be read.

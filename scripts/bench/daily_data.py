@@ -38,7 +38,8 @@ def partition(rows: pa.Table, key: np.ndarray, output: Path) -> None:
 
 
 def make_days(options: argparse.Namespace, folder: Path, column: str) -> Days:
-    """Partitions of the data set: days, weeks, or (--online) the first 5/7 of its rows and 100 pieces of the rest."""
+    """Return partitions of the data set: days, weeks, or (--online) the first 5/7 of its rows and 100 pieces of the
+    rest."""
     parser = argparse.ArgumentParser()
     add_kinds(parser)
     made = folder / "made"

@@ -128,7 +128,8 @@ class Model:
 def follow(
     days: Days, method: Method, overrides: list[str], seed: int, process: Process, count: int, frozen: int
 ) -> list[dict[str, float]]:
-    """Metrics of days 1 to count - 1, each before it is trained on, and processor seconds of the training before it."""
+    """Return metrics of days 1 to count - 1, each before it is trained on, and processor seconds of the training before
+    it."""
     results, names, replay = [], days.names, None
     with tempfile.TemporaryDirectory() as root:
         folders = (Path(root) / str(i) for i in range(10**6))
@@ -157,7 +158,7 @@ def follow(
 
 
 def teach_by_window(model: Model, days: list[str], overrides: list[str], seed: int, folder: Path) -> None:
-    """An outdated teacher: a model of the window before, trained anew once in so many days."""
+    """Train an outdated teacher: a model of the window before, trained anew once in so many days."""
     plain = [o for o in overrides if "distil" not in o]
     teacher = Model(model.days, plain, seed, model.process, folder)
     teacher.train(days)
@@ -177,7 +178,8 @@ def _number(value: float | None) -> float:
 
 
 def online(days: Days, overrides: list[str], seed: int, process: Process) -> dict[str, float]:
-    """AUC over the stream behind the first partition: of a model trained on that alone, and of models that go on."""
+    """Return the AUC over the stream behind the first partition: of a model trained on that alone, and of models that
+    go on."""
     stream, found = days.names[1:], {}
     for pieces in (0, 10, 50, 100):
         with tempfile.TemporaryDirectory() as root:

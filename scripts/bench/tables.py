@@ -184,7 +184,8 @@ def id_of(number: torch.Tensor) -> torch.Tensor:
 
 
 def bench_growth(top: float, repeat: int) -> None:
-    """Steps of new ids only, up to `top` million rows; then steps of known ids on it and on a table of 1 M rows."""
+    """Measure steps of new ids only, up to `top` million rows; then steps of known ids on it and on a table of 1 M
+    rows."""
     table, grads, rows = empty_table(), torch.randn(IDS, DIM), 0
     step, times = table_step(table, grads), []
     while rows < top * MILLION:
@@ -219,7 +220,7 @@ def bench_growth(top: float, repeat: int) -> None:
 
 
 def bench_bandwidth(repeat: int) -> None:
-    """Distinct random rows: bytes that are read or written per second, beside torch's gather from one dense tensor."""
+    """Measure distinct random rows: bytes read or written per second, beside torch's gather from one dense tensor."""
     ids, dense = distinct_ids(ROWS), torch.zeros(ROWS, DIM)
     picks = [torch.randperm(ROWS, generator=torch.Generator().manual_seed(s))[:IDS] for s in range(STEPS)]
     table, grads, out = filled_table(ids), torch.randn(IDS, DIM), torch.empty(IDS, DIM)

@@ -189,7 +189,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _open_group(group: str) -> Iterator[Section]:
-    """A group whose files name classes: one section per file."""
+    """Yield the sections of a group whose files name classes: one per file."""
     chosen = {name: choice for one in _defaults() for name, choice in one.items()}[group]
     yield Section(group, 2, f"Each file names a class and gives its arguments; the default is {group}={chosen}.", [])
     for path in sorted((CONF / group).glob("*.yaml")):
@@ -203,7 +203,8 @@ def _open_group(group: str) -> Iterator[Section]:
 
 
 def _open_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Keys of a file that names a class, with those of the files beside it that it builds on: values and comments."""
+    """Return values and comments of the keys of a file that names a class, with those of the files beside it that it
+    builds on."""
     loaded = yaml.safe_load(path.read_text())
     values: dict[str, Any] = {}
     comments: dict[str, str] = {}

@@ -31,9 +31,8 @@ def convert_criteo(source: Input, output: Path, options: Options) -> dict:
 
 
 def one_day_per_file(files: list[Path], first_day: str) -> dict[str, list[Path]]:
-    """For logs that come as a file per day, in order and without a time column (Terabyte: day_0.gz to
-    day_23.gz): the `files` of an Input that has a folder day=YYYY-MM-DD for each. Raises ConfigError for a
-    date that is none."""
+    """Return the `files` of an Input with a folder day=YYYY-MM-DD for each file, for logs that come as a file per day,
+    in order and without a time column (Terabyte: day_0.gz to day_23.gz). Raises ConfigError for an invalid date."""
     try:
         day = datetime.date.fromisoformat(first_day)
     except ValueError:
