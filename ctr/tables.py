@@ -152,7 +152,7 @@ def _group(config: Config, table: str, name: str, dim: int) -> Group:
     exceptions = embedding.formats or {}
     format = next((exceptions[key] for key in (f"{table}.{name}", table, name) if key in exceptions), None)
     if format is None:
-        # A row of few values would not become smaller: it has a step size beside them and fills whole words.
+        # A row of few values would not become smaller: it has a scale beside them and fills whole words.
         smaller = packed_layout(embedding.format, dim, "sgd").bytes < 4 * dim
         format = embedding.format if smaller else "fp32"
     if not is_int(format):

@@ -11,7 +11,7 @@ WORSE = {"auc": (-1,), "logloss": (1,), "normalized_entropy": (1,), "calibration
 
 
 def out_of_band(config: DailyGuardConfig, metrics: Mapping, before: Sequence[Mapping]) -> str | None:
-    """A sentence that names metric, value and band of what is out of its band; None if nothing is.
+    """Return a sentence that names metric, value and band of what is out of its band; None if nothing is.
 
     The band of a metric is mean * (1 - allowed) to mean * (1 + allowed), the mean over the last `window` days in which
     it is defined; only the worse side counts for all but calibration. With fewer than `min_days` such days there is no

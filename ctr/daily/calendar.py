@@ -67,7 +67,7 @@ class Calendar:
         self._fingerprints: dict[str, str] = {}
 
     def due(self, records: Sequence[DayRecord]) -> Iterator[Due]:
-        """Partitions that are not done, in order; with daily.watch also those that are still to come.
+        """Yield partitions that are not done, in order; with daily.watch also those that are still to come.
 
         records: of the partitions that are done; grows while this is read.
 
@@ -102,8 +102,8 @@ class Calendar:
         return due, self._line_about(unfinished), bool(behind)
 
     def _first_unfinished(self, found: list[Partition], passed: set[str]) -> Partition | None:
-        """The first partition that a job is still writing, or that has no marker where others have one or where
-        the marker is what is waited for."""
+        """Return the first partition that a job is still writing, or that lacks the marker although others have one or
+        daily.watch waits for it."""
         todo = [partition for partition in found if partition.key not in passed]
         if not todo:
             return None
@@ -111,8 +111,8 @@ class Calendar:
         return next((one for one in todo if one.written or (asks and not one.marked)), None)
 
     def _before(self, key: str) -> list[Partition]:
-        """The partitions of some days before one, also those that daily.from leaves out: they show whether writers of
-        this data set leave markers."""
+        """Return the partitions of some days before one, also those that daily.from leaves out: they show whether
+        writers of this data set leave markers."""
         begin = (time_of(key) - LOOK_BACK).strftime("%Y-%m-%d")
         return find_partitions(self._config.data.path, begin, key, self._folders, self._daily.marker)
 
@@ -168,7 +168,7 @@ class Calendar:
             raise PartitionError(f"{where} behind {newest}; expected some up to {daily.last} (daily.to)")
 
     def _wait(self, records: Sequence[DayRecord]) -> bool:
-        """Until there is something due. False: the configured time has passed without."""
+        """Wait until a partition is due. Returns False if the configured time has passed without one."""
         daily, began = self._daily, time.monotonic()
         self._say(f"waiting for the next partition below {self._config.data.path} (with {daily.marker})")
         while True:
@@ -199,5 +199,5 @@ class Calendar:
 
 
 def any_asked_to_stop(process: Process) -> bool:
-    """The same on every rank."""
+    """Return whether any rank was asked to stop; the same on every rank. Collective."""
     return on_any_rank(process.stop_asked)

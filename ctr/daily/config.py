@@ -1,4 +1,4 @@
-"""The keys of conf/daily. What they mean is said there."""
+"""Define the keys of conf/daily. Their meaning is explained there."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class DayReaders(Readers):
         self._log.passed_over(self)
 
     def close(self) -> None:
-        """The partition is done."""
+        """Close the readers when the partition is done."""
         self.update(train=None, day=None)
 
     def load(self, found: FoundState) -> None:

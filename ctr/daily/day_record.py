@@ -76,7 +76,7 @@ class DayRecord:
     step: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The record as it is written, with all keys; None for what is not known, or not yet."""
+        """Return the record as it is written, with all keys; None for what is not known, or not yet."""
         return {
             "partition": self.partition,
             "status": self.stage.value if self.stage.is_done else None,
@@ -113,7 +113,7 @@ class DayRecord:
 
 
 def _stage_of(found: Mapping[str, Any], where: str) -> Stage:
-    """On disk the stage of a partition in work is told by what is known of it."""
+    """Return the stage of a record on disk, where that of a pending partition follows from what is known of it."""
     done = {stage.value: stage for stage in Stage if stage.is_done}
     if found["status"] is not None:
         if found["status"] not in done:
@@ -161,12 +161,12 @@ class Days:
         return [record for record in self.done if record.stage is Stage.TRAINED]
 
     def add(self, record: DayRecord) -> None:
-        """A partition is done."""
+        """Add the record of a partition that is done."""
         self.done.append(record)
         self.done.sort(key=lambda one: one.partition)
 
     def state(self) -> PartState:
-        """The states of the ends of the last days are kept, for `daily.rollback_to`."""
+        """Return the records; the states of the ends of the last days are kept, for `daily.rollback_to`."""
         records = [record.to_json() for record in self.done]
         daily = {"records": records, "record": self.current and self.current.to_json()}
         return PartState({"daily": daily}, keep={folder_name(one.step) for one in self.trained[-self._keep_days :]})

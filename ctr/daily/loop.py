@@ -163,7 +163,7 @@ class Daily:
         record.stage, record.step = Stage.ADMITTED, self.progress.step
 
     def _hold(self, record: DayRecord, problem: str) -> None:
-        """The live model stays as it was, and so does what is saved; a held day leaves a record and a report."""
+        """Record a held day, with a report; the live model stays as it was, and so does what is saved."""
         key, tables = record.partition, count_tables(self.engine.growing).since(record.tables)
         held = replace(record, stage=Stage.HELD, reason=problem, step=self.progress.step, tables=tables)
         self.days.done, self.days.current = [*self.days.done, held], None
@@ -200,7 +200,7 @@ class Daily:
         record.stage, record.train_seconds = Stage.TRAINING, before + time.perf_counter() - began
 
     def begin_period(self, record: DayRecord) -> None:
-        """Before the first step on a partition, or before the next one of a state inside it."""
+        """Prepare training before the first step on a partition, or before the next one of a state inside it."""
         goes_on = record.stage is Stage.TRAINING
         if not goes_on:
             if self.config.daily.method == "window":
@@ -250,7 +250,7 @@ class Daily:
             write_records(self.log.folder, self.days.done)
 
     def leave_if_asked(self) -> None:
-        """Raises Stopped, on all ranks, if one was asked to stop; all is saved."""
+        """Raise Stopped, on all ranks, if one was asked to stop; all is saved."""
         if any_asked_to_stop(self.process):
             behind = f" behind {self.days.done[-1].partition}" if self.days.done else ""
             line = f"stopped by {self.process.stopped_by}{behind}; the same command goes on"
@@ -260,7 +260,7 @@ class Daily:
             raise Stopped(line=line)
 
     def _add(self, record: DayRecord) -> None:
-        """A partition is done: from this save on, a restarted job begins behind it."""
+        """Record a partition as done and save: a restarted job begins behind it."""
         self.days.add(record)
         self.log.day(len(self.days.done), self.progress.step, record.to_json())
         self.checkpoints.save(again=True)
@@ -281,7 +281,7 @@ class Daily:
         write_index(self.log.folder)
 
     def _start_anew(self, record: DayRecord) -> None:
-        """Method window: the model as it was before the first step."""
+        """Reset the model to that before the first step, for method window."""
         self.engine.network.tower.load_state_dict(self.first_tower)
         if self.engine.sharded:
             self.engine.sharded.restart()

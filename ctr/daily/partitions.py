@@ -22,7 +22,7 @@ from tessera.distributed.locations import filesystem_of, joined
 
 
 class PartitionError(DataError):
-    """A partition is missing, late, repeated, changed or unreadable. Nothing was trained with it."""
+    """Raised when a partition is missing, late, repeated, changed or unreadable. Nothing was trained with it."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def find_partitions(
     folders: DayFolders = DayFolders(),  # noqa: B008
     marker: str | None = MARKER,
 ) -> list[Partition]:
-    """The partitions below a folder or URI from `first` to `last` (a day includes its hours), in order of time.
+    """Return the partitions below a folder or URI from `first` to `last` (a day includes its hours), in order of time.
 
     folders: how they are called. marker: the file that a complete one holds; None: all are complete.
 
@@ -170,7 +170,8 @@ def sources_of(config: Config, keys: Sequence[str]) -> list[str | Listing]:
 
 
 def fingerprint(partition: Partition, marker: str | None = MARKER) -> str:
-    """16 hex digits over the names below the partition, sizes and footers of its parquet files (ctr/data/seals.py).
+    """Return 16 hex digits over the names below the partition, sizes and footers of its parquet files
+    (ctr/data/seals.py).
 
     Raises PartitionError for a partition without rows, and for a file without a whole footer.
     """
@@ -196,7 +197,7 @@ def period_of(keys: Iterable[str], hours: int | None) -> timedelta:
 
 
 def key_behind(key: str, period: timedelta) -> str:
-    """The key of the partition that follows."""
+    """Return the key of the partition that follows."""
     return (time_of(key) + period).strftime("%Y-%m-%dT%H" if "T" in key else "%Y-%m-%d")
 
 

@@ -2,7 +2,7 @@
 what has changed in between.
 
 A publication is a folder in the form of a saved model (docs/checkpoints.md), called as its partition. One with changes
-has the rows touched since the publication before, the ids given up since (`gone/`), and the whole dense side; its
+has the rows touched since the publication before, the ids evicted since (`gone/`), and the whole dense side; its
 manifest's chain names what it builds on. `latest` names the chain that is to be served; nothing else does.
 """
 
@@ -81,7 +81,7 @@ class Publisher:
 
     def next_kind(self, records: Sequence[DayRecord]) -> str:
         """full or delta: by schedule, and full where changes would not do: without dynamic tables, on other ranks than
-        before, after a publication that is not there any more or more ids given up than tables remember. All ranks
+        before, after a publication that is not there any more or more ids evicted than tables remember. All ranks
         call it.
 
         records: of the days before.
@@ -148,17 +148,17 @@ class Publisher:
         self.follow()
 
     def follow(self) -> None:
-        """The live tables are published: note what changes from here on."""
+        """Record changes from here on: the live tables are published."""
         for name, table in owned_tables(self._network.tables).items():
             table.take_evicted(READER)
             self._marks[name] = table.mark()
 
     def forget(self) -> None:
-        """The live tables are new ones: the next publication is whole."""
+        """Make the next publication whole: the live tables are new ones."""
         self._marks = {}
 
     def state(self) -> PartState:
-        """The ids touched and given up since the last publication."""
+        """Return the ids touched and evicted since the last publication."""
         files = {}
         for name, mark in self._marks.items():
             table = owned_tables(self._network.tables)[name]

@@ -55,7 +55,7 @@ def roll_back(config: Config, process: Process, say: Callable[[str], None]) -> N
 
 
 def _find(root: Storage, key: str) -> tuple[str, list[DayRecord]]:
-    """The newest state of the end of a day, and its records."""
+    """Return the newest state of the end of a day, and its records."""
     kept = []
     for name in names_of_states(root):
         try:

@@ -25,14 +25,14 @@ class TableCounts:
     expired: int | None = None
 
     def since(self, before: TableCounts) -> TableCounts:
-        """The same with only the rows added and lost since then."""
+        """Return the same with only the rows added and lost since then."""
         if self.rows is None:
             return self
         return replace(self, new=self.new - before.new, expired=self.expired - before.expired)
 
 
 def count_tables(tables: GrowingTables | None) -> TableCounts:
-    """Counts over all ranks, since there are tables. All ranks call it."""
+    """Return counts over all ranks, since there are tables. Collective."""
     if tables is None:
         return TableCounts()
     stats = tables.stats().values()

@@ -39,12 +39,12 @@ class Distillation:
         self.falling = True
 
     def begin_period(self, logits: Tensor) -> None:
-        """Learn from these logits (float32 [rows]) from here on."""
+        """Set the logits (float32 [rows]) to learn from, from here on."""
         self.logits, self.previous, self.falling = logits, None, True
         self.sums.zero_()
 
     def loss(self, logits: Tensor, batch: Batch, count: bool = True) -> Tensor:
-        """`weight` times the cross-entropy to the teacher, summed over the rows of a batch by their weights.
+        """Return `weight` times the cross-entropy to the teacher, summed over the rows of a batch by their weights.
 
         logits: [B]; batch: with numbers of rows. count: add it to the sums of the epoch.
         """
@@ -63,7 +63,8 @@ class Distillation:
         return loss
 
     def end_epoch(self) -> float | None:
-        """The epoch's loss per row over all ranks, None without rows; and note whether it is less than that before."""
+        """Return the epoch's loss per row over all ranks, None without rows; and note whether it is less than that
+        before."""
         total = self.sums.clone()
         sum_over_ranks(total)
         loss, weight = total.tolist()

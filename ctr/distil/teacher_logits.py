@@ -95,7 +95,7 @@ def score_teacher(
 
 
 def read_logits(folder: Path, split: str, rows: int) -> Tensor:
-    """Logits by row number, float32 [rows], of the predictions of all ranks; NaN where there is none.
+    """Return logits by row number, float32 [rows], of the predictions of all ranks; NaN where there is none.
 
     Raises TesseraError: no such predictions, or numbers of rows beyond `rows`.
     """

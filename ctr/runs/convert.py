@@ -85,7 +85,7 @@ def convert_run(
 def _converted(
     saved: Saved, old: DynamicTableConfig, new: DynamicTableConfig, errors: dict[str, ConversionError], process: Process
 ) -> ColumnSource:
-    """All rows of one table of a model, as `new` stores them; a model has no optimizer state."""
+    """Return all rows of one table of a model, as `new` stores them; a model has no optimizer state."""
     like, parts = DynamicTable(old), []
     for path in files_of(saved.folders[0], "rows", old.name, process):
         for columns in read_columns(saved.folders[0], path, process.rank, process.world_size):

@@ -209,7 +209,7 @@ class RunLog:
         )
 
     def distil(self, step: int, epoch: int, loss: float | None) -> None:
-        """The cross-entropy to the teacher per row of an epoch, times its weight."""
+        """Log the cross-entropy to the teacher per row of an epoch, times its weight."""
         self.write({"kind": "distil", "step": step, "epoch": epoch, "loss": loss})
         self.say(f"step {step} · epoch {epoch} · loss to the teacher {'undefined' if loss is None else f'{loss:.5f}'}")
 
@@ -245,12 +245,12 @@ class RunLog:
         )
 
     def evaluation(self, step: int, split: str, metrics: dict, is_best: bool) -> None:
-        """An evaluation of the model as it was behind `step`, during training."""
+        """Log an evaluation, during training, of the model as it was behind `step`."""
         self.write({"kind": "eval", "split": split, "step": step, **metrics})
         self.say(f"step {step} · {split} · {_in_words(metrics)}" + (" · best so far" if is_best else ""))
 
     def final_evaluation(self, step: int, model: str, split: str, metrics: dict) -> None:
-        """The evaluation at the end of a run, of its `model` ("best" or "last"), which is that of `step`."""
+        """Log the evaluation at the end of a run, of its `model` ("best" or "last"), which is that of `step`."""
         watched = split == "valid" and model == "best"  # its numbers of that step are in TensorBoard already
         self.write({"kind": "eval", "split": split, "step": step, "model": model, **metrics}, scalars=not watched)
         self.say(f"{model} model, of step {step} · {split} · {_in_words(metrics)}")
@@ -332,7 +332,7 @@ def copy_teacher(config: Config, folder: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Return the versions of what a result depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -42,7 +42,7 @@ PLACE = "evaluations"  # in the folder of the run
 
 
 def run_config(run_dir: Path, overrides: list[str], named: Collection[str] = ()) -> Config:
-    """The configuration a run was trained with, with `data.*` and `trainer.*` keys replaced by the overrides.
+    """Return the configuration a run was trained with, with `data.*` and `trainer.*` keys replaced by the overrides.
 
     A class outside of `tessera.ctr.models` is imported only if it is among `named`, or an override names it as the run
     does: `model.target=my_models.Mine`.

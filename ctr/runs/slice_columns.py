@@ -57,7 +57,7 @@ class SliceColumn:
 
 
 def _only(bags: pa.ListArray, values: pa.Array) -> pa.Array:
-    """The one id of each row, null for a row without."""
+    """Return the one id of each row, null for a row without."""
     lengths = bags.value_lengths().to_numpy()
     if len(values) == len(lengths):
         return values

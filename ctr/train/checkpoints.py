@@ -129,7 +129,7 @@ class Checkpoints:
             self._write(moment, began, None)
 
     def wait(self) -> None:
-        """Until the last save is done. Raises CheckpointError if it failed."""
+        """Wait until the last save is done. Raises CheckpointError if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._process.stage = f"step {self._engine.step}: waiting for a state to be written"
@@ -161,7 +161,7 @@ class Checkpoints:
         return Moment(step, "delta" if delta else "full", parts, tensors, tables)
 
     def _write(self, moment: Moment, began: float, waited: float | None) -> None:
-        """In the thread, or (waited: None) while training waits."""
+        """Write a state in the thread, or (waited: None) while training waits."""
         with self._watch.watching(folder_name(moment.step)):
             manifest = self._write_watched(moment)
         seconds = time.perf_counter() - began
@@ -171,7 +171,7 @@ class Checkpoints:
         self._log.say(f"step {moment.step} · saved {size(total)}{what} in {seconds:.1f} s{stall}")
 
     def _write_watched(self, moment: Moment) -> dict[str, Any]:
-        """All ranks' files, the manifest, and older states removed. Returns the manifest."""
+        """Write all ranks' files and the manifest, and remove older states. Returns the manifest."""
 
         def write(storage: Storage) -> dict[str, Any]:
             save_tensors(storage, moment.tensors, self._process)
@@ -204,7 +204,7 @@ class Checkpoints:
         return manifest
 
     def forget_tables(self) -> None:
-        """The live tables are new ones: the next state is full."""
+        """Make the next state full: the live tables are new ones."""
         self.wait()
         self._tables, self._chain = TableSaver(owned_tables(self._engine.tables)), []
 
@@ -260,7 +260,7 @@ class Checkpoints:
 
 
 def available_memory() -> float:
-    """Bytes of host memory that can be had without swapping; infinite where the system does not say."""
+    """Return the bytes of host memory that can be had without swapping; infinite if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

@@ -87,7 +87,7 @@ def left_out(rows: int) -> int:
 
 
 def ttl_in_vain(config: Config, reader: ParquetReader) -> str | None:
-    """One sentence where rows expire sooner than one batch reaches back; None where they do not."""
+    """Return one sentence if rows expire sooner than one batch reaches back; None otherwise."""
     ttl, times = config.embedding.ttl_days, reader.schema.times
     if ttl is None or times is None or config.embedding.clock != "event":
         return None

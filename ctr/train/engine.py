@@ -1,4 +1,4 @@
-"""One training step: batch, forward, loss, guard, backward, step."""
+"""Run one training step: batch, forward, loss, guard, backward, step."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Engine:
         self.pipeline = StepPipeline(config, self.tables, process, self.progress)
 
     def parts(self) -> dict[str, Stateful]:
-        """The parts of a saved state that it has, by name."""
+        """Return the parts of a saved state that the engine has, by name."""
         parts = {
             "model": ModelState(self.model, self.process),
             "optimizers": self.optimizers,
@@ -66,7 +66,7 @@ class Engine:
         return self.progress.step
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One update. Returns this rank's summed loss and summed sample weight, on the device, for the log."""
+        """Run one update. Returns this rank's summed loss and summed sample weight, on the device, for the log."""
         ready = self.pipeline.take(batch)
         batch, learn_steps = ready.on_device, self._learns_step_sizes()
         if self.growing:
@@ -92,13 +92,13 @@ class Engine:
         return loss_sum.detach(), batch.weight.sum()
 
     def expire_if_due(self) -> None:
-        """Behind a step: remove the rows that no batch has touched for too long, every `embedding.expire_every`."""
+        """Remove, after a step, the rows that no batch has touched for too long, every `embedding.expire_every`."""
         if self.growing and self.step % self.config.embedding.expire_every == 0:
             self.growing.expire(self.progress.now)
 
     def _l2(self, embeddings: dict[str, Tensor]) -> Tensor | float:
-        """l2/2 times the squares of rows, summed over all look-ups of the batch, those of each id of a bag: rows that
-        the batch does not touch do not decay."""
+        """Return l2/2 times the squares of rows, summed over all look-ups of the batch, those of each id of a bag: rows
+        that the batch does not touch do not decay."""
         strength = self.config.embedding.l2
         return 0.5 * strength * self.tables.squares_looked_up(embeddings) if strength else 0.0
 
@@ -108,8 +108,8 @@ class Engine:
         return learns and self.step % self.config.embedding.alpt.every == 0
 
     def _learn_step_sizes(self, batch: Batch, scale: float) -> None:
-        """ALPT's second pass over the batch: the gradient of the loss to the updated rows as they would be rounded,
-        and from it the step sizes with which they are stored. The tower has been updated and takes no part."""
+        """Run ALPT's second pass over the batch: the gradient of the loss to the updated rows as they would be rounded,
+        and from it the scales with which they are stored. The tower has been updated and takes no part."""
         self.process.stage = f"step {self.step}: step sizes"
         with self.growing.second_pass():
             logits, embeddings = self.network(batch)

@@ -31,7 +31,8 @@ from tessera.distributed.process import Process
 
 
 def read_split(config: Config, schema: Schema, process: Process, split: str) -> ParquetReader | None:
-    """The reader of `train`, `valid` or `test` below data.path, or None where the configuration has no such split."""
+    """Return the reader of `train`, `valid` or `test` below data.path, or None if the configuration has no such
+    split."""
     paths = paths_of(config.data, split)
     if paths is None:
         return None
@@ -49,7 +50,7 @@ def open_reader(
     days: list[str] | None = None,
     replay: str | None = None,
 ) -> ParquetReader:
-    """A reader of folders, files, patterns or URIs as the configuration says; only one for training shuffles.
+    """Open a reader of folders, files, patterns or URIs as the configuration says; only one for training shuffles.
 
     days: only these days of `path`. replay: a file with more rows, of any day.
     """
@@ -107,7 +108,7 @@ def evaluate(
     slices: Sequence[str] = (),
     mark_new_ids: bool = False,
 ) -> dict[str, float | None]:
-    """Metrics of the whole split, the same on every rank.
+    """Return metrics of the whole split, the same on every rank.
 
     Args:
         model: of `Network`, sharded.

@@ -11,7 +11,7 @@ from tessera.distributed.saved.storage import Storage
 
 
 def find_saved(path: str, process: Process, warn: Callable[[str], None]) -> Saved:
-    """The state that a folder is, or the newest below it; also below `checkpoints` in a run's folder.
+    """Return the state that a folder is, or the newest below it; also below `checkpoints` in a run's folder.
 
     Raises CheckpointError: there is none that can be read.
     """

@@ -12,7 +12,7 @@ from tessera.embedding.errors import TesseraError
 
 
 class NonFiniteError(TesseraError):
-    """Loss or gradient is NaN or infinite. Nothing was updated with it and nothing saved was touched."""
+    """Raised when loss or gradient is NaN or infinite. Nothing was updated with it and nothing saved was touched."""
 
 
 def check_loss(loss: Tensor, network: Network, batch: Batch, embeddings: dict[str, Tensor], step: int) -> None:

@@ -41,7 +41,7 @@ class Optimizers:
         self._set_learning_rates()
 
     def state(self) -> PartState:
-        """The dense optimizer's live state, optimizer/parameter/name -> tensor, and the schedule of both."""
+        """Return the dense optimizer's live state, optimizer/parameter/name -> tensor, and the schedule of both."""
         state = self._dense.state_dict()["state"]
         tensors = {f"optimizer/{self._names[i]}/{key}": value for i, one in state.items() for key, value in one.items()}
         return PartState({"schedule": {"steps": self.steps, "factor": self.factor}}, tensors=tensors)

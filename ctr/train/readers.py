@@ -22,7 +22,7 @@ class Readers(dict[str, ParquetReader | None]):
     reader has left out as bad."""
 
     def train_batches(self, engine: Engine, log: RunLog) -> Iterator[Batch]:
-        """The batches of the current epoch that are left, for the engine's steps."""
+        """Return the remaining batches of the current epoch, for the engine's steps."""
         reader, epoch = self["train"], engine.progress.epoch
         batches = log.progress(reader.epoch(epoch), reader, epoch)
         return engine.pipeline.feed(batches, begins=not reader.steps_done)
@@ -33,7 +33,7 @@ class Readers(dict[str, ParquetReader | None]):
         return PartState({"reader": None if train is None else train.state()}, {"bad_rows": bad_rows})
 
     def load(self, found: FoundState) -> None:
-        """On another number of ranks, rank 0 takes all counts of bad rows.
+        """Continue from a state; on another number of ranks, rank 0 takes all counts of bad rows.
 
         Raises DataError: the data are not those of the state.
         """
@@ -48,7 +48,7 @@ class Readers(dict[str, ParquetReader | None]):
 
 
 def open_splits(config: Config, schema: Schema, process: Process) -> Readers:
-    """The readers of the splits of `scripts/train.py`.
+    """Open the readers of the splits of `scripts/train.py`.
 
     Raises:
         ConfigError: there is no training data. DataError, SchemaError: what is wrong with the files.

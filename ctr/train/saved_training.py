@@ -61,8 +61,8 @@ def check_goes_on(saved: Saved, own_command: str, config: Config) -> None:
 
 @contextmanager
 def as_written(saved: Saved) -> Iterator[None]:
-    """While the block takes over parts of a state: what is not there, or of another kind, is one line of
-    CheckpointError. Their readers know what they have written, so they do not look at each value first."""
+    """Raise CheckpointError, in one line, if parts of a state that this block takes over are missing or of another
+    kind. Their readers know what they have written, so they do not look at each value first."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, AssertionError) as error:
@@ -71,7 +71,7 @@ def as_written(saved: Saved) -> Iterator[None]:
 
 
 def changed_keys(before: Any, config: Config) -> list[str]:
-    """Keys whose values are not those of the state: "trainer.epochs 1 -> 2"."""
+    """Return keys whose values are not those of the state: "trainer.epochs 1 -> 2"."""
 
     def flat(node: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(node, dict):

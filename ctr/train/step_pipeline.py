@@ -37,7 +37,7 @@ class LookAhead:
             yield batch
 
     def peek(self) -> Batch | None:
-        """The next batch, read if it was not yet; None at the end."""
+        """Return the next batch, read if it was not yet; None at the end."""
         if self._next is None:
             self._next = next(self._batches, None)
         return self._next
@@ -105,8 +105,8 @@ class StepPipeline:
 
     @contextmanager
     def next_begun(self) -> Iterator[None]:
-        """Around the forward pass of a step: begin with the next step's batch before it. Behind it, with the device
-        busy, send that batch's ids, of which their owners know the number now."""
+        """Wrap the forward pass of a step: begin with the next step's batch before it. After it, with the device busy,
+        send that batch's ids, of which their owners know the number now."""
         self._next = self._begin_next()
         yield
         if self._tables:
@@ -141,8 +141,8 @@ class StepPipeline:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device. The host does not wait for what a GPU has to do before the copy, and keeps what it
-    would have to ask the GPU for later."""
+    """Return the batch on the device. The host does not wait for what a GPU has to do before the copy, and keeps what
+    it would have to ask the GPU for later."""
     if device.type != "cuda":
         return batch.to(device)
     batch.ids.offset_per_key()  # kept by the batch, and taken over by its copies

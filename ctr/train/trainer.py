@@ -77,7 +77,7 @@ class Trainer:
         self.end()
 
     def begin(self) -> None:
-        """Before the first step: have the teacher's logits, if there is one to learn from."""
+        """Prepare the run before the first step: have the teacher's logits, if there is one to learn from."""
         self.process.can_stop_later = True
         if in_vain := ttl_in_vain(self.config, self.readers["train"]):
             self.log.warn(in_vain)
@@ -85,7 +85,7 @@ class Trainer:
             prepare(self.engine, self.readers["train"], self.log.folder / "teacher")
 
     def end(self) -> None:
-        """Behind the last step: save the state, then score the kept model and write the report."""
+        """Finish the run after the last step: save the state, then score the kept model and write the report."""
         self.checkpoints.save()
         self.checkpoints.close()
         self.process.can_stop_later = False
@@ -147,7 +147,7 @@ class Trainer:
         self.log.close()
 
     def _write_report(self, new: Path, scored: dict[str, int]) -> str:
-        """On the first rank. Returns the report's summary."""
+        """Write the report, on the first rank. Returns its summary."""
         folder = self.log.folder
         report = write_report(folder, result=new, scored=scored)
         commit_result(folder)
