@@ -14,7 +14,7 @@ import pytest
 from tests.ranks import ROOT
 
 SMALL = ["data=synthetic", "model.hidden=[16]", "model.embedding_dim=4", "trainer.batch_size=500", "trainer.device=cpu"]
-OTHERS = "import distributed, kernels; print(distributed.Client, kernels.get_kernel)"
+OTHERS = "import distributed, kernels; print(distributed.Client, distributed.__file__, kernels.__file__)"
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
