@@ -56,6 +56,8 @@ def compose_overrides(overrides: Sequence[str], folders: Sequence[Path], schema:
             ready = [_ready(override, keys, groups, known) for override in overrides]
             return compose("config", overrides=search_path + ready)
         except (HydraException, OmegaConfBaseException) as error:
+            for override in overrides:
+                _check_free(override, known)
             raise ConfigError(_explain(error)) from None
 
 
@@ -86,12 +88,18 @@ def _ready(override: str, keys: dict[str, Any], groups: set[str], known: Callabl
         return f"++{key}={_value(key, value, _types(annotation))}"
     if key in groups:
         return f"{prefix}{key}={_value(key, value, None)}"
-    if key.startswith(FREE) and (prefix or key in known()):
-        return f"{prefix}{key}={_value(key, value, None)}"
-    hint = did_you_mean(key, sorted(known()))
-    if key.startswith(FREE):
-        hint += f" (+{key}=... gives the key to a model whose yaml does not name it)"
-    raise ConfigError(f"unknown key {key!r} in override {override!r}{hint}")
+    if not key.startswith(FREE):
+        raise ConfigError(f"unknown key {key!r} in override {override!r}{did_you_mean(key, sorted(known()))}")
+    return f"{prefix}{key}={_value(key, value, None)}"  # hydra refuses one that the chosen yaml does not name
+
+
+def _check_free(override: str, known: Callable[[], set[str]]) -> None:
+    """Raise ConfigError if a model's own key is not in its yaml and no prefix asks for it to be added."""
+    parts = OVERRIDE.fullmatch(override)
+    key = parts["key"]
+    if key.startswith(FREE) and "@" not in key and not parts["prefix"] and key not in known():
+        hint = f"{did_you_mean(key, sorted(known()))} (+{key}=... gives the key to a model whose yaml does not name it)"
+        raise ConfigError(f"unknown key {key!r} in override {override!r}{hint}")
 
 
 def _first(group: str, keys: dict[str, Any]) -> str:

@@ -46,6 +46,7 @@ def test_the_last_line_tells_what_happened_once(how, line):
     assert own_lines == [line]
 
 
+@pytest.mark.slow
 def test_a_hung_rank_is_named_after_the_limit():
     done = torchrun(2, JOB, "hung", timeout=90)
     assert done.returncode != 0

@@ -191,6 +191,7 @@ def test_one_rank_and_two_lead_the_same_life(whole, ranks, tmp_path, more):
         assert mine["logloss"] == pytest.approx(other["logloss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_the_calendar_refuses_stops_before_anything_is_published(ranks, tmp_path):
     data, run = write_days(tmp_path / "data", 4, ROWS), tmp_path / "run"
     shutil.move(data / "day=2026-01-02", tmp_path / "aside")

@@ -108,7 +108,9 @@ print(reader.rows, hashlib.sha256(str(rows).encode()).hexdigest())
 """
 
 
-@pytest.mark.parametrize("options", [{"lanes": 16}, {"lanes": 2, "threads": 2, "window_rows": 1000}])
+@pytest.mark.parametrize(
+    "options", [pytest.param({"lanes": 16}, marks=pytest.mark.slow), {"lanes": 2, "threads": 2, "window_rows": 1000}]
+)
 def test_more_files_are_read_than_may_be_open(tmp_path, options):
     """Windows of some small files and of very many."""
     path = write(tmp_path / "many", *(table(first, 5) for first in range(0, 2500, 5)))

@@ -13,7 +13,7 @@ from tessera.distributed.process import Process
 from tests.ranks import ROOT, on_ranks
 
 MODELS = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
-QUICK = ["autoint_plus", "deepfm", "fgcnn", "kpnn"]  # the others by -m slow
+QUICK = ["autoint_plus", "fgcnn"]  # the others by -m slow
 HIDDEN = {"lr": [], "fm": [], "autoint": [], "final_mlp": ["hidden1", "hidden2"], "fgcnn": ["classifier.hidden"]}
 
 

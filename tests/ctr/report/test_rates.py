@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from tessera.ctr.daily.records import measure, new_record
+from tessera.ctr.daily.day_record import DayRecord, Stage
+from tessera.ctr.daily.records import measure
 from tessera.ctr.metrics.exact import evaluate_predictions
 from tessera.ctr.metrics.score_table import check_rows, score_table
 from tessera.ctr.report.comparison import compare_runs
@@ -55,7 +56,7 @@ def test_the_index_of_days(tmp_path):
         name, values = f"2026-01-0{day + 1}", weighted(day)
         folder = tmp_path / "days" / name / "predictions"
         write_predictions(folder, "test-00000.parquet", values)
-        lines.append(new_record(name, "0") | {"status": "trained"} | measure(folder))
+        lines.append(DayRecord(name, "0", Stage.TRAINED).to_json() | measure(folder))
         assert lines[-1]["observed_rate"] == pytest.approx(rate(values), rel=1e-12)
         assert lines[-1]["new"]["observed_rate"] == pytest.approx(rate(values, values["new_ids"]), rel=1e-12)
     (tmp_path / "days.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -74,9 +75,9 @@ def test_days_of_one_class_are_undefined_and_days_not_scored_a_dash(tmp_path):
         values[array] = values[array][:0]
     write_predictions(tmp_path / "none", "test-00000.parquet", values)
     days = [
-        new_record("2026-01-01", "0") | {"status": "trained"} | measure(tmp_path / "one"),
-        new_record("2026-01-02", "0") | {"status": "trained"} | measure(tmp_path / "none"),
-        new_record("2026-01-03", "0") | {"status": "skipped"},
+        DayRecord("2026-01-01", "0", Stage.TRAINED).to_json() | measure(tmp_path / "one"),
+        DayRecord("2026-01-02", "0", Stage.TRAINED).to_json() | measure(tmp_path / "none"),
+        DayRecord("2026-01-03", "0", Stage.SKIPPED).to_json(),
     ]
     (tmp_path / "days.jsonl").write_text("".join(json.dumps(line) + "\n" for line in days))
     write_index(tmp_path)

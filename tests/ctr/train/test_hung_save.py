@@ -30,8 +30,8 @@ def job(data: Path, tmp_path: Path, overlap: bool) -> list[str]:
     ("rank", "file", "overlap"),
     [
         (1, "rows/row/00001-of-00002.parquet", True),
-        (1, "dense/00001-of-00002-000.safetensors", False),
-        (0, "manifest.json", True),
+        pytest.param(1, "dense/00001-of-00002-000.safetensors", False, marks=pytest.mark.slow),
+        pytest.param(0, "manifest.json", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_write_that_hangs_is_named_within_the_limit(ranks, data, tmp_path, rank, file, overlap):

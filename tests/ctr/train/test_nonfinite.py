@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tessera.ctr.train import guard
+from tessera.ctr.train import nonfinite
 
 
 class OnGpu(torch.Tensor):
@@ -19,17 +19,17 @@ def on_gpu(*values: float) -> torch.Tensor:
 
 
 def test_a_gpu_is_given_what_to_say():
-    guard.check_loss(on_gpu(1.0).sum(), None, None, {}, 3)
+    nonfinite.check_loss(on_gpu(1.0).sum(), None, None, {}, 3)
     with pytest.raises(RuntimeError, match="the loss of step 3 is not finite"):
-        guard.check_loss(on_gpu(float("nan")).sum(), None, None, {}, 3)
-    guard._check_rows(on_gpu(1.0, 2.0), "v", None)
+        nonfinite.check_loss(on_gpu(float("nan")).sum(), None, None, {}, 3)
+    nonfinite._check_rows(on_gpu(1.0, 2.0), "v", None)
     with pytest.raises(RuntimeError, match="the gradient of the id fields, group v, is not finite"):
-        guard._check_rows(on_gpu(1.0, float("inf")), "v", None)
+        nonfinite._check_rows(on_gpu(1.0, float("inf")), "v", None)
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.grad = torch.tensor([1.0, float("nan")])
     queued = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "_foreach_norm", lambda grads: [on_gpu(*grad.tolist()).norm() for grad in grads])
-        patch.setattr(guard, "_queue", lambda finite, message: queued.append((bool(finite), message)))
-        guard.check_gradients({"w": parameter}, 5)
+        patch.setattr(nonfinite, "_queue", lambda finite, message: queued.append((bool(finite), message)))
+        nonfinite.check_gradients({"w": parameter}, 5)
     assert queued == [(False, "the gradient of a dense parameter is not finite in step 5")]

@@ -113,7 +113,7 @@ def _refused_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("what", ["data", "states"])
+@pytest.mark.parametrize("what", ["data", pytest.param("states", marks=pytest.mark.slow)])
 def test_a_bucket_that_is_not_there_or_does_not_answer_is_one_line(store, ranks, data, tmp_path, what):
     uris = {"": store.uri("x").replace("bucket/", "nobucket/")}
     if what == "states":
@@ -144,6 +144,7 @@ def test_a_store_that_denies_is_one_line(store, ranks, data, tmp_path):
         store.answer_requests("inf")
 
 
+@pytest.mark.slow
 def test_a_store_that_goes_away_ends_all_ranks_with_one_line(store, ranks, data, tmp_path):
     """While states are saved, and while data are read; with the store back the same command goes on."""
     output, run = tmp_path / "output", tmp_path / "run"

@@ -107,6 +107,7 @@ def damage(states: list[Path]) -> None:
         path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_rows_that_turn_out_damaged_while_they_are_loaded(ranks, data, tmp_path):
     """The state before is taken; without one the run stops, and begins anew when the states are moved away."""
     trained(ranks, 2, job(data, tmp_path / "whole", "dynamic"), tmp_path)

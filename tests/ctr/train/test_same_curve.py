@@ -82,7 +82,9 @@ def trained(data, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("world", "rows"), [(2, "one row"), (3, "one row"), (2, "two rows")])
+@pytest.mark.parametrize(
+    ("world", "rows"), [(2, "one row"), pytest.param(3, "one row", marks=pytest.mark.slow), (2, "two rows")]
+)
 def test_ranks_have_one_loss_curve(trained, world, rows):
     for name, (losses, weights) in trained(world, rows).items():
         expected_losses, expected_weights = trained(1, rows)[name]

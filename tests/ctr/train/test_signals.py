@@ -23,7 +23,12 @@ def job(data: Path, run_dir: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("world", "rank", "number"), [(2, 1, signal.SIGINT), (1, 0, signal.SIGINT), (2, 0, signal.SIGTERM)]
+    ("world", "rank", "number"),
+    [
+        (2, 1, signal.SIGINT),
+        pytest.param(1, 0, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(2, 0, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_a_state_and_the_same_command_goes_on(ranks, data, tmp_path, world, rank, number):
     run_dir, output = tmp_path / "run", tmp_path / "output"
