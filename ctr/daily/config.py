@@ -14,10 +14,10 @@ METHODS = ("incremental", "window", "stale")
 class DailyGuardConfig:
     window: int = 7
     min_days: int = 3
-    auc: float | None = None
-    logloss: float | None = None
-    normalized_entropy: float | None = None
-    calibration: float | None = None
+    auc: float | None = 0.05
+    logloss: float | None = 0.15
+    normalized_entropy: float | None = 0.1
+    calibration: float | None = 0.3
 
 
 @dataclass

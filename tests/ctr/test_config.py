@@ -179,3 +179,22 @@ def test_every_key_of_conf_is_commented():
             line = next(i for i, text in enumerate(lines) if text.strip().startswith(f"{key}:"))
             above = lines[line - 1] if line else ""
             assert "#" in lines[line] or above.strip().startswith("#"), f"{path.name}: {key} has no comment"
+
+
+@pytest.mark.parametrize("group", ["daily/default", "optimizer/adam_adagrad", "embedding/dynamic", "trainer/default"])
+def test_a_key_that_a_users_own_yaml_leaves_out_has_the_default_that_is_shipped(group):
+    shipped = OmegaConf.load(ROOT / "conf" / f"{group}.yaml")
+    typed = OmegaConf.structured(Config)[group.split("/")[0]]
+    for key, value in _leaves(OmegaConf.to_container(shipped)):
+        default = OmegaConf.select(typed, key, default="none, it must be given")
+        assert default in (value, "none, it must be given"), (
+            f"{key} of conf/{group}.yaml is {value}, by default {default}"
+        )
+
+
+def _leaves(node: dict, prefix: str = ""):
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

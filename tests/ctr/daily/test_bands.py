@@ -42,7 +42,7 @@ def test_the_window():
     assert out_of_band(CONFIG, day(auc=0.6), falling[:2]) is None
     assert out_of_band(CONFIG, day(auc=0.1), [day()]) is None  # too few days
     assert out_of_band(CONFIG, day(auc=0.1), [day(auc=None), day()]) is None
-    off = DailyGuardConfig(window=0, min_days=1, auc=0.1)
+    off = DailyGuardConfig(window=0, min_days=1, auc=0.1, logloss=None, normalized_entropy=None, calibration=None)
     assert out_of_band(off, day(auc=0.1), [day()] * 5) is None
 
 
