@@ -31,7 +31,7 @@ from tessera.ctr.runs.score import run_config, score_run
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed import process as processes
 from tessera.distributed.collectives import from_first_rank
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.embedding.errors import ConfigError, TesseraError
 
 __all__ = ["Config", "Run", "TesseraError", "evaluate", "load_config", "train"]

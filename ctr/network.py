@@ -17,7 +17,7 @@ from tessera.ctr.models.dropout import draw_masks, dropout_layers
 from tessera.ctr.models.numeric import Raw
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.ctr.tables import build_tables
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.sharding import shard
 from tessera.distributed.tables import Tables, growing
 from tessera.embedding.errors import ConfigError

@@ -21,7 +21,7 @@ from pathlib import Path
 from tessera.distributed.atomic import exchange, sync_folder
 from tessera.distributed.collectives import on_first_rank, wait_for_all
 from tessera.distributed.folder_lock import FolderInUse, FolderLock
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.storage import Storage
 from tessera.embedding.errors import ConfigError
 

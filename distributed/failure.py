@@ -11,22 +11,15 @@ import os
 import resource
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 
 from tessera.distributed.heartbeat import find_failed_rank
 from tessera.distributed.meeting import RankFailure
+from tessera.distributed.rank import Process, Terminated
 from tessera.embedding.errors import TesseraError
-
-if TYPE_CHECKING:
-    from tessera.distributed.process import Process
-
-
-class Terminated(BaseException):
-    """Raised when SIGTERM arrives, or Ctrl-C for the second time: this rank ends at once."""
-
 
 #: A resource that can run out: its name, numbers of OSErrors, words in messages of other errors, and what to do.
 Resource: TypeAlias = tuple[str, tuple[int, ...], tuple[str, ...], str]

@@ -15,38 +15,15 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from tessera.distributed.process import Process
+from tessera.distributed.rank import Beat, Process
 
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 1.0
 STALE_SECONDS = 5.0  # a rank silent for this long is taken for dead, or stopped
 LEAVE_SECONDS = 1.0  # how long a rank may still hang in a collective after another one reported failure
-
-
-@dataclass
-class Beat:
-    """The status that a rank publishes. `seconds` is how long it has been at `stage`: hosts' clocks differ and may
-    jump.
-
-    broken: a collective has failed on it. pid, born and host tell its process.
-    """
-
-    at: float
-    stage: str
-    seconds: float
-    broken: bool
-    pid: int
-    born: str
-    host: str
-
-    @property
-    def is_here(self) -> bool:
-        return self.host == socket.gethostname()
 
 
 def beat(process: Process) -> None:

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -23,10 +22,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from tessera.distributed.failure import Terminated, explain, of_start
+from tessera.distributed.failure import explain, of_start
 from tessera.distributed.heartbeat import (
     STALE_SECONDS,
-    Beat,
     ask,
     beat,
     end_neighbours,
@@ -37,6 +35,7 @@ from tessera.distributed.heartbeat import (
 )
 from tessera.distributed.last_word import say
 from tessera.distributed.meeting import RankFailure, meet
+from tessera.distributed.rank import AGAIN_SECONDS, Process, Terminated
 from tessera.embedding.errors import ConfigError, TesseraError
 
 T = TypeVar("T")
@@ -45,7 +44,6 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 STOPPED = 75  # exit status of a rank that was asked to stop, saved its state and can go on later (EX_TEMPFAIL)
 INTERRUPTED = 130  # exit status behind Ctrl-C where nothing was saved
-AGAIN_SECONDS = 0.5  # two signals closer than this are one: launchers pass on what the terminal has sent already
 
 
 class Stopped(BaseException):
@@ -55,53 +53,6 @@ class Stopped(BaseException):
     def __init__(self, status: int = STOPPED, line: str | None = None) -> None:
         super().__init__(status)
         self.status, self.line = status, line
-
-
-@dataclass
-class Process:
-    """This rank's place in the job. `stage` is free text ("step 120: backward") shown when the rank fails; `folder` is
-    where the command writes, for the same purpose.
-
-    With `can_stop_later` the first SIGTERM or Ctrl-C sets `stop_asked`, and whoever set it leaves by `Stopped` when the
-    state is saved; without, and at the second one, the rank ends at once.
-
-    Attributes:
-        others: the first sign of life of each other rank, which tells its process.
-        broken: a collective has failed on this rank; it waited in vain.
-        to_end: ranks that were found to stand still.
-    """
-
-    rank: int
-    local_rank: int
-    world_size: int
-    device: torch.device
-    store: dist.Store
-    stage: str = "start"
-    folder: str | None = None
-    can_stop_later: bool = False
-    stop_asked: bool = False
-    stopped_by: str = "a signal to another rank"
-    broken: bool = False
-    others: dict[int, Beat] = field(default_factory=dict)
-    to_end: set[int] = field(default_factory=set)
-    _asked_at: float = 0.0
-    _beat_stage: str | None = None  # at the last sign of life, and since when
-    _beat_since: float = 0.0
-    _ended: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def on_signal(self, number: int, _frame: object) -> None:
-        if self.stop_asked and time.monotonic() - self._asked_at < AGAIN_SECONDS:
-            return
-        if not self.can_stop_later or self.stop_asked:
-            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
-        self.stop_asked, self._asked_at = True, time.monotonic()
-        self.stopped_by = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        if number == signal.SIGINT and self.is_main:
-            os.write(2, b"stopping: the state is saved first; Ctrl-C once more ends at once\n")
 
 
 def start(device: str = "auto", timeout_seconds: float = 300.0) -> Process:

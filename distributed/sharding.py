@@ -20,7 +20,7 @@ from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from tessera.distributed.module_names import module_name
 from tessera.distributed.plan import describe, size
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.tables import PrefilledTables, ShardedTables, Tables
 from tessera.embedding.errors import ConfigError
 

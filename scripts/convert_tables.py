@@ -13,7 +13,8 @@ from tessera.ctr.config import Config
 from tessera.ctr.runs.convert import convert_run
 from tessera.ctr.runs.score import run_config
 from tessera.ctr.runs.stored_config import targets_of
-from tessera.distributed.process import Process, run
+from tessera.distributed.process import run
+from tessera.distributed.rank import Process
 
 
 def make_parser() -> argparse.ArgumentParser:

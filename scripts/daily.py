@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from tessera.ctr.config import Config, load_config
 from tessera.ctr.daily.calendar import for_days
-from tessera.distributed.process import Process, run
+from tessera.distributed.process import run
+from tessera.distributed.rank import Process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tessera.ctr.config import Config
 from tessera.ctr.runs.score import run_config, score_run
-from tessera.distributed.process import Process, run
+from tessera.distributed.process import run
+from tessera.distributed.rank import Process
 
 
 def make_parser() -> argparse.ArgumentParser:

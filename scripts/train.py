@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from tessera.ctr.config import Config, load_config
-from tessera.distributed.process import Process, run
+from tessera.distributed.process import run
+from tessera.distributed.rank import Process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

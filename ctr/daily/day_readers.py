@@ -11,7 +11,7 @@ from tessera.ctr.runs.log import RunLog
 from tessera.ctr.train.evaluate import open_reader
 from tessera.ctr.train.readers import Readers
 from tessera.ctr.train.state_parts import FoundState
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 
 
 class DayReaders(Readers):

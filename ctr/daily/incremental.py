@@ -20,7 +20,7 @@ from tessera.ctr.data.schema import Schema
 from tessera.ctr.distil.teacher_logits import read_logits, score_teacher
 from tessera.ctr.train.engine import Engine
 from tessera.distributed.collectives import on_first_rank, wait_for_all
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.embedding.errors import ConfigError
 
 RESERVOIR = "reservoir"

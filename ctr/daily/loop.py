@@ -29,7 +29,8 @@ from tessera.ctr.train.evaluate import evaluate
 from tessera.ctr.train.state_parts import BestModel, RandomNumbers
 from tessera.distributed.collectives import on_first_rank, wait_for_all
 from tessera.distributed.plan import size
-from tessera.distributed.process import Process, Stopped, say
+from tessera.distributed.process import Stopped, say
+from tessera.distributed.rank import Process
 
 HELD_STATUS = 3  # exit status: the guard holds a day; what was published before stays
 

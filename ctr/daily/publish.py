@@ -25,7 +25,7 @@ from tessera.ctr.targets import check_place
 from tessera.ctr.train.state_parts import FoundState, PartState
 from tessera.distributed.collectives import on_all_ranks, on_first_rank
 from tessera.distributed.locations import missing_bucket
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.dense import save_tensors
 from tessera.distributed.saved.manifest import MANIFEST, read_manifest, read_training
 from tessera.distributed.saved.row_files import copied, files_of, folder_name, read_columns, rows_of

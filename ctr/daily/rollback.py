@@ -17,7 +17,7 @@ from tessera.ctr.data.day_folders import KEY
 from tessera.distributed.atomic import sync_file
 from tessera.distributed.collectives import on_first_rank
 from tessera.distributed.folder_lock import FolderLock
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.manifest import TRAINING, CheckpointError, read_manifest, read_training
 from tessera.distributed.saved.states import discard, names_of_states, open_saved
 from tessera.distributed.saved.storage import Storage

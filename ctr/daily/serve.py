@@ -8,7 +8,7 @@ from pathlib import Path
 from tessera.ctr.daily.latest import OF_A_MODEL, read_latest
 from tessera.ctr.targets import check_place, check_target, foreign_file
 from tessera.distributed.folder_lock import FolderLock
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.compact import save_merged
 from tessera.distributed.saved.manifest import MANIFEST, TRAINING, CheckpointError, read_manifest
 from tessera.distributed.saved.states import PARTIAL, REPLACED, Saved, open_saved

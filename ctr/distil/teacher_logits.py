@@ -25,7 +25,7 @@ from tessera.ctr.train.engine import Engine
 from tessera.ctr.train.evaluate import evaluate, read_split
 from tessera.distributed.atomic import sync_file, write_text
 from tessera.distributed.collectives import from_first_rank, wait_for_all
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.embedding.errors import ConfigError, TesseraError
 
 SPLIT = "train"

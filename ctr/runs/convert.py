@@ -17,7 +17,7 @@ from tessera.ctr.runs.stored_config import targets_of
 from tessera.ctr.tables import build_tables
 from tessera.ctr.targets import replacing
 from tessera.distributed.dynamic_tables import DynamicTables
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.dense import load_tensors, save_tensors
 from tessera.distributed.saved.row_files import (
     ColumnSource,

@@ -13,7 +13,8 @@ from tessera.ctr.targets import check_place
 from tessera.distributed.collectives import from_first_rank
 from tessera.distributed.folder_lock import FolderInUse, FolderLock
 from tessera.distributed.locations import missing_bucket
-from tessera.distributed.process import Process, job_store
+from tessera.distributed.process import job_store
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.states import names_of_states
 from tessera.distributed.saved.storage import Storage
 from tessera.embedding.errors import ConfigError

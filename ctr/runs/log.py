@@ -30,7 +30,7 @@ from tessera.distributed.atomic import sync_file
 from tessera.distributed.collectives import gather_objects, sum_over_ranks
 from tessera.distributed.host_manager import CacheStats
 from tessera.distributed.plan import size
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.storage import Storage
 
 PACKAGES = ("tessera-ctr", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "pyarrow", "numpy", "hydra-core")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.dense import load_into, load_tensors, save_tensors, tensor_shapes
 from tessera.distributed.saved.manifest import MANIFEST, CheckpointError, read_manifest
 from tessera.distributed.saved.row_files import rows_of

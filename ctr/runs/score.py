@@ -33,7 +33,7 @@ from tessera.ctr.train.find_state import find_saved
 from tessera.ctr.train.state_parts import BEST
 from tessera.distributed.atomic import write_text
 from tessera.distributed.collectives import wait_for_all
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.states import CheckpointError
 from tessera.distributed.tables import owned_tables
 from tessera.embedding.errors import ConfigError, TesseraError

@@ -27,7 +27,7 @@ from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.periods import span
 from tessera.ctr.data.reader import ParquetReader
 from tessera.distributed.collectives import gather
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 
 LEFT_OUT = 100  # one row of so many
 DAY = 86400

@@ -18,7 +18,7 @@ from tessera.ctr.train.optimizers import Optimizers
 from tessera.ctr.train.progress import Progress
 from tessera.ctr.train.state_parts import ModelState, Stateful
 from tessera.ctr.train.step_pipeline import StepPipeline
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.tables import Tables, growing, sharded
 from tessera.embedding.errors import ConfigError
 

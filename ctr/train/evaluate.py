@@ -27,7 +27,7 @@ from tessera.ctr.train.step_pipeline import to_device
 from tessera.distributed.atomic import partial_of, put_in_place
 from tessera.distributed.collectives import gather
 from tessera.distributed.new_ids import rows_with_new_ids
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 
 
 def read_split(config: Config, schema: Schema, process: Process, split: str) -> ParquetReader | None:

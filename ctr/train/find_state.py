@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.manifest import MANIFEST, CheckpointError
 from tessera.distributed.saved.states import Saved, has_states, open_saved, states
 from tessera.distributed.saved.storage import Storage

@@ -13,7 +13,7 @@ from tessera.ctr.runs.log import RunLog
 from tessera.ctr.train.engine import Engine
 from tessera.ctr.train.evaluate import read_split
 from tessera.ctr.train.state_parts import FoundState, PartState
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.embedding.errors import ConfigError
 
 

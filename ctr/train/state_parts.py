@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from tessera.ctr.runs.saved_model import fill_model, link_model, take_out
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.dense import Tensors, load_tensors
 from tessera.distributed.saved.row_files import ColumnSource
 from tessera.distributed.saved.states import Saved

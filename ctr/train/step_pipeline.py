@@ -19,7 +19,7 @@ from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.train.clock import Clock
 from tessera.ctr.train.progress import Progress
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.side_stream import SideStream
 from tessera.distributed.tables import Tables, growing, sharded
 

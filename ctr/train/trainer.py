@@ -19,7 +19,7 @@ from tessera.ctr.train.evaluate import evaluate
 from tessera.ctr.train.readers import open_splits
 from tessera.ctr.train.state_parts import BEST, BestModel, RandomNumbers
 from tessera.distributed.collectives import on_first_rank, wait_for_all
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 
 HIGHER_IS_BETTER = {"auc": True, "logloss": False}
 

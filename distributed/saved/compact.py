@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.manifest import TRAINING, CheckpointError, read_manifest
 from tessera.distributed.saved.row_files import Columns, copied, no_rows, read_columns, write_columns
 from tessera.distributed.saved.states import Saved, names_of_states, save

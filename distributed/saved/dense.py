@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.manifest import LARGEST, CheckpointError, SavedFolder, check, shown
 from tessera.distributed.saved.storage import Storage
 

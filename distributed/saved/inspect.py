@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tessera.distributed.plan import size
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.compact import compact, newest_rows
 from tessera.distributed.saved.dense import tensor_shapes
 from tessera.distributed.saved.manifest import MANIFEST, TRAINING, CheckpointError, check, read_manifest

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tessera.distributed.ownership import owner_of
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.checked_parquet import CheckedParquet, Notes, as_rows
 from tessera.distributed.saved.manifest import CheckpointError
 from tessera.distributed.saved.storage import Storage

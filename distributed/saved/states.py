@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from tessera.distributed.atomic import exchange
 from tessera.distributed.collectives import from_first_rank, gather_objects
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.checked_parquet import problem_but_for_groups
 from tessera.distributed.saved.manifest import (
     FORMAT,

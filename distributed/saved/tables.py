@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tessera.distributed.collectives import on_all_ranks
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.checked_parquet import DamagedFile
 from tessera.distributed.saved.manifest import CheckpointError, files_listed, read_manifest
 from tessera.distributed.saved.row_files import (

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from tessera.distributed.heartbeat import STALE_SECONDS, ask, silent_store, stands_still, stopped_here
-from tessera.distributed.process import Process, leave
+from tessera.distributed.process import leave
+from tessera.distributed.rank import Process
 
 WAITING = "waiting for the other ranks"
 ELSEWHERE = "busy elsewhere, it has not begun to save"

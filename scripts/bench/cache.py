@@ -28,7 +28,8 @@ from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.runs.log import versions
 from tessera.ctr.train.trainer import Trainer
-from tessera.distributed.process import Process, run
+from tessera.distributed.process import run
+from tessera.distributed.rank import Process
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

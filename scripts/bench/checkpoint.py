@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from tessera.ctr.models.deepfm import DeepFM
 from tessera.ctr.models.tower import Fields
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.states import open_saved, save
 from tessera.distributed.saved.storage import Storage
 from tessera.distributed.saved.tables import TableParts, TableSaver, describe_tables, load_rows

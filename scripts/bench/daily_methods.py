@@ -31,7 +31,8 @@ from tessera.ctr.metrics.exact import auc, logloss
 from tessera.ctr.runs.saved_model import save_model
 from tessera.ctr.train.evaluate import evaluate, open_reader
 from tessera.ctr.train.trainer import Trainer
-from tessera.distributed.process import Process, run
+from tessera.distributed.process import run
+from tessera.distributed.rank import Process
 from tessera.scripts.bench.daily_data import Days, make_days
 
 ROOT = Path(__file__).resolve().parents[2]

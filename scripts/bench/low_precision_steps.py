@@ -24,7 +24,8 @@ from tessera.ctr.config import Config, load_config  # (sets OpenMP's wait policy
 from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.train.trainer import Trainer
-from tessera.distributed.process import Process, run
+from tessera.distributed.process import run
+from tessera.distributed.rank import Process
 from tessera.embedding.config import DynamicTableConfig, Group
 from tessera.embedding.optim import RowOptimizer, StepOptimizer
 from tessera.embedding.table import DynamicTable

@@ -25,7 +25,8 @@ from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.network import build_tower
 from tessera.ctr.train.trainer import Trainer
-from tessera.distributed.process import Process, run
+from tessera.distributed.process import run
+from tessera.distributed.rank import Process
 from tessera.scripts.bench.deepctr_torch import MODELS, Peer
 from tessera.scripts.bench.timing import alternate
 

@@ -25,7 +25,8 @@ from tessera.ctr.models.deepfm import DeepFM
 from tessera.ctr.models.tower import Fields
 from tessera.ctr.runs.log import versions
 from tessera.ctr.train.trainer import Trainer
-from tessera.distributed.process import Process, run
+from tessera.distributed.process import run
+from tessera.distributed.rank import Process
 from tessera.scripts.bench.timing import alternate
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -8,7 +8,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from tessera.distributed.process import Process, Stopped, run
+from tessera.distributed.process import Stopped, run
+from tessera.distributed.rank import Process
 from tessera.embedding.errors import ConfigError
 
 

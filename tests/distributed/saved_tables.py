@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tessera.distributed.ownership import owner_of
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.dense import load_tensors, save_tensors
 from tessera.distributed.saved.states import open_saved, save
 from tessera.distributed.saved.storage import Storage

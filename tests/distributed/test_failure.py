@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from tessera.ctr.data.errors import DataError
 from tessera.distributed.failure import explain, is_broken_collective, of_start
-from tessera.distributed.process import Process, run_alone
+from tessera.distributed.process import run_alone
+from tessera.distributed.rank import Process
 from tessera.embedding.errors import ConfigError
 
 

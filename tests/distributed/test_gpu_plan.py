@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tessera.distributed import sharding
 from tessera.distributed.dynamic_tables import DynamicTables
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.static_tables import StaticTables
 from tessera.embedding.config import DynamicTableConfig, Group, TableConfig
 from tessera.embedding.optim import RowOptimizer

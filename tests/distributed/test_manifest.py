@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.compact import compact
 from tessera.distributed.saved.inspect import _inspect
 from tessera.distributed.saved.states import CheckpointError, clean, folder_name, latest, open_saved, retain

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from tessera.distributed import process as process_module
 from tessera.distributed.failure import explain
+from tessera.distributed.rank import Process
 from tessera.embedding.errors import ConfigError
 from tests.ranks import PYTHONPATH, ROOT, torchrun
 
@@ -111,7 +112,7 @@ def test_what_a_gpu_asserted_is_one_line():
     error = RuntimeError(
         "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"
     )
-    process = process_module.Process(1, 1, 2, torch.device("cuda", 1), dist.HashStore(), stage="step 7: forward")
+    process = Process(1, 1, 2, torch.device("cuda", 1), dist.HashStore(), stage="step 7: forward")
     status, line = explain(error, process)
     assert status == 1 and "\n" not in line
     assert line.startswith("error: rank 1, step 7: forward: the GPU stopped at a failed assertion")

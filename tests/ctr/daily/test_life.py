@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tessera.ctr.daily.serve import apply
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tests.ctr.daily.days import (
     assert_same_life,
     command,

@@ -26,7 +26,7 @@ from tessera.ctr.daily.partitions import (
 from tessera.ctr.data.day_folders import DayFolders, check_key
 from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.listing import list_files
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.embedding.errors import ConfigError
 from tests.ctr.daily.days import folder_of, write_day, write_days
 

@@ -18,7 +18,7 @@ from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.runs.score import run_config
 from tessera.ctr.train.evaluate import open_reader, read_split
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.embedding.errors import ConfigError, TesseraError
 from tests.ranks import on_ranks
 

@@ -8,7 +8,7 @@ from tessera.ctr.config import load_config
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.network import build_tower, compiler_mode
 from tessera.ctr.train.trainer import Trainer
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tessera.embedding.errors import ConfigError
 
 SCHEMA = "data.schema.features=[{name: x, kind: numeric}, {name: a}, {name: b}, {name: c}]"

@@ -9,7 +9,7 @@ from tessera.ctr.config import load_config
 from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.train.trainer import Trainer
-from tessera.distributed.process import Process
+from tessera.distributed.rank import Process
 from tests.ranks import ROOT, on_ranks
 
 MODELS = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))

@@ -143,7 +143,7 @@ def _end_behind(step: int, number: int, ranks: list[int], rank: int) -> None:
 
 
 def _at(stage: str, what: int | str, ranks: list[int], rank: int) -> None:
-    from tessera.distributed.process import Process
+    from tessera.distributed.rank import Process
 
     def come_to(process: Process, text: str) -> None:
         process.__dict__["stage"] = text
