@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -57,8 +58,13 @@ def versions(folder: Path) -> dict[str, str]:
             return {str(name): str(version) for name, version in json.loads(text).items()}
         except (json.JSONDecodeError, AttributeError):
             raise DataError(f"{path}: expected a JSON object of package and version") from None
+    return installed_versions(PACKAGES)
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

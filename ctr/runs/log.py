@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.report.about import installed_versions
 from tessera.ctr.runs.folder import RunFolder
 from tessera.ctr.train.engine import Engine
 from tessera.ctr.train.state_parts import FoundState, PartState
@@ -333,10 +332,4 @@ def copy_teacher(config: Config, folder: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions of what a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return installed_versions(PACKAGES)
