@@ -17,6 +17,7 @@ from tessera.ctr.config_types import Config
 from tessera.ctr.data.day_folders import PartitionConfig
 from tessera.ctr.data.schema import FeatureConfig, SchemaConfig
 from tessera.ctr.overrides import compose_overrides
+from tessera.ctr.renamed_keys import refuse_all_renamed
 from tessera.embedding.errors import ConfigError, did_you_mean
 
 #: Other names of keys on the command line. `from` cannot be the name of an attribute.
@@ -70,6 +71,7 @@ def typed(composed: DictConfig) -> Config:
     Raises:
         ConfigError: naming the key, what was found and what is expected.
     """
+    refuse_all_renamed(composed)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
     except OmegaConfBaseException as error:

@@ -23,7 +23,7 @@ def check(config: Config) -> None:
         "trainer.threads": (trainer.threads, 1),
         "trainer.early_stop.patience": (trainer.early_stop.patience, 1),
         "trainer.checkpoint.every": (trainer.checkpoint.every, 1),
-        "trainer.checkpoint.keep": (trainer.checkpoint.keep, 1),
+        "trainer.checkpoint.keep_last": (trainer.checkpoint.keep_last, 1),
         "trainer.checkpoint.full_every": (trainer.checkpoint.full_every, 1),
         "embedding.rows": (config.embedding.rows, 1),
         "embedding.l2": (config.embedding.l2, 0),
@@ -97,17 +97,17 @@ def _check_embedding(embedding: EmbeddingConfig, state_format: str) -> None:
         "rounding": (embedding.rounding, ROUNDINGS),
         "alpt.gradient_scale": (embedding.alpt.gradient_scale, ("batch", "dim", "none")),
         "transport": (embedding.transport, ("fp32", "fp16", "bf16")),
-        "others": (embedding.others, ("zeros", "learned")),
-        "first_values": (embedding.first_values, ("random", "others")),
-        "bag_path": (embedding.bag_path, ("never", "auto", "always")),
+        "oov": (embedding.oov, ("zeros", "learned")),
+        "init": (embedding.init, ("random", "oov")),
+        "pooled_output_dist": (embedding.pooled_output_dist, ("never", "auto", "always")),
     }
     for key, (value, known) in choices.items():
         if value not in known:
             hint = did_you_mean(value, known, form="{}")
             raise ConfigError(f"embedding.{key} is {value!r}; expected {', '.join(known[:-1])} or {known[-1]}{hint}")
-    if embedding.first_values == "others" and embedding.others != "learned":
-        raise ConfigError(f"embedding.first_values is others; expected others=learned, found {embedding.others}")
-    above_zero = {"step": embedding.step, "range": embedding.range, "alpt.lr": embedding.alpt.lr}
+    if embedding.init == "oov" and embedding.oov != "learned":
+        raise ConfigError(f"embedding.init is oov; expected embedding.oov=learned, found {embedding.oov}")
+    above_zero = {"scale": embedding.scale, "range": embedding.range, "alpt.lr": embedding.alpt.lr}
     for key, value in above_zero.items():
         if value is not None and not value > 0:
             raise ConfigError(f"embedding.{key} is {value}; expected a number above 0")
@@ -117,7 +117,13 @@ def _check_embedding(embedding: EmbeddingConfig, state_format: str) -> None:
     for key, value in of_dynamic.items():
         if embedding.kind == "static" and value != "fp32":
             raise ConfigError(f"{key} is {value}; static tables have fp32 alone (embedding=dynamic has more)")
-    alone = {"others": "zeros", "bag_path": "never", "first_values": "random", "cache_rows": None, "cache_bytes": None}
+    alone = {
+        "oov": "zeros",
+        "pooled_output_dist": "never",
+        "init": "random",
+        "cache_rows": None,
+        "cache_bytes": None,
+    }
     for key, only in alone.items():
         if embedding.kind == "static" and getattr(embedding, key) != only:
             raise ConfigError(f"embedding.{key} is {getattr(embedding, key)}; it needs embedding.kind dynamic")

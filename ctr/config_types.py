@@ -36,9 +36,9 @@ class EmbeddingConfig:
     rows: int = MISSING
     init_std: float = MISSING
     l2: float = 0.0
-    others: str = "zeros"
-    first_values: str = "random"
-    bag_path: str = "never"
+    oov: str = "zeros"
+    init: str = "random"
+    pooled_output_dist: str = "never"
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     ttl_days: float | None = None
     clock: str = "event"
@@ -51,7 +51,7 @@ class EmbeddingConfig:
     format: str = "fp32"
     formats: dict[str, str] | None = None
     rounding: str = "stochastic"
-    step: float | None = None
+    scale: float | None = None
     range: float = 0.3
     alpt: AlptConfig = field(default_factory=AlptConfig)
     transport: str = "fp32"
@@ -111,7 +111,7 @@ class EarlyStopConfig:
 class CheckpointConfig:
     folder: str | None = None
     every: int | None = None
-    keep: int = MISSING
+    keep_last: int = MISSING
     overlap: bool = MISSING
     full_every: int = MISSING
 

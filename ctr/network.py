@@ -56,7 +56,7 @@ class Network(nn.Module):
             norm.real_rows = batch.rows
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
-        """Return all that the dense optimizer trains: the tower's parameters and, by `embedding.others`, the tables'
+        """Return all that the dense optimizer trains: the tower's parameters and, by `embedding.oov`, the tables'
         OOV rows."""
         tables = growing(self.tables)
         return {**dict(self.tower.named_parameters()), **(tables.dense_parameters() if tables else {})}

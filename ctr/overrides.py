@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from tessera import conf
+from tessera.ctr.renamed_keys import refuse_renamed
 from tessera.embedding.errors import ConfigError, did_you_mean
 
 OVERRIDE = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[^=]*)(?P<equals>=)?(?P<value>.*)", re.DOTALL)
@@ -77,6 +78,7 @@ def _ready(override: str, keys: dict[str, Any], groups: set[str], known: Callabl
         return override
     if not parts["equals"]:
         raise ConfigError(f"override {override!r} has no '='; expected key=value")
+    refuse_renamed(key, value)
     annotation = keys.get(key)
     if annotation is None and key.startswith("embedding.formats."):
         annotation = str

@@ -75,9 +75,9 @@ def _dynamic_tables(config: Config, schema: Schema, tower: Tower, ranks: int) ->
         embedding.rows,
         _averaged(schema),
         embedding.transport,
-        embedding.others,
+        embedding.oov,
         bag_tables=[table.name for table in tables if _on_bag_path(config, schema, table, ranks)],
-        first_values=embedding.first_values,
+        first_values="others" if embedding.init == "oov" else "random",
         timeout_seconds=config.trainer.timeout_seconds,
         squares=embedding.l2 > 0,
     )
@@ -132,10 +132,12 @@ def _dynamic_table(
 
 
 def _on_bag_path(config: Config, schema: Schema, table: DynamicTableConfig, ranks: int) -> bool:
-    """Return whether a table uses the pooled output dist, as embedding.bag_path says; `auto` estimates with the longest
-    bags that the schema allows, and answers no if they have no limit."""
-    if config.embedding.bag_path != "auto":
-        return config.embedding.bag_path == "always"
+    """Return whether a table uses the pooled output dist, as embedding.pooled_output_dist says.
+
+    `auto` estimates with the longest bags that the schema allows, and answers no if they have no limit.
+    """
+    if config.embedding.pooled_output_dist != "auto":
+        return config.embedding.pooled_output_dist == "always"
     features = [f for f in schema.categorical if f.name in table.features]
     lengths = [f.max_length if f.kind in BAGS else 1 for f in features]
     if None in lengths:
@@ -157,7 +159,7 @@ def _group(config: Config, table: str, name: str, dim: int) -> Group:
         format = embedding.format if smaller else "fp32"
     if not is_int(format):
         return Group(name, dim, embedding.init_std, format, embedding.rounding)
-    step = embedding.step or step_of_range(format, embedding.range)
+    step = embedding.scale or step_of_range(format, embedding.range)
     learned, alpt = None, embedding.alpt
     if alpt.every is not None:
         shared = {"batch": config.trainer.batch_size * dim, "dim": dim, "none": 0}[alpt.gradient_scale]

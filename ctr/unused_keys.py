@@ -62,9 +62,9 @@ def _check_dynamic(embedding: EmbeddingConfig) -> None:
     if all(one == "fp32" for one in formats):
         _refuse("embedding", embedding, ["rounding"], "only low precision reads; embedding.format is fp32")
     if not any(is_int(one) for one in formats):
-        _refuse("embedding", embedding, ["step", "range"], f"only int formats read; embedding.format is {formats[0]}")
-    if embedding.step is not None:
-        _refuse("embedding", embedding, ["range"], "embedding.step takes the place of; set one of them")
+        _refuse("embedding", embedding, ["scale", "range"], f"only int formats read; embedding.format is {formats[0]}")
+    if embedding.scale is not None:
+        _refuse("embedding", embedding, ["range"], "embedding.scale takes the place of; set one of them")
     if embedding.max_rows is None and embedding.max_bytes is None:
         _refuse("embedding", embedding, ["eviction"], "needs a limit: embedding.max_rows or max_bytes")
 

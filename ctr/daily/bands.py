@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tessera.ctr.daily.config import DailyGuardConfig
+from tessera.ctr.daily.config import DailyBandsConfig
 
 #: metric -> which way is out of the band. A better model is no reason to hold a day; calibration is best at 1.
 WORSE = {"auc": (-1,), "logloss": (1,), "normalized_entropy": (1,), "calibration": (-1, 1)}
 
 
-def out_of_band(config: DailyGuardConfig, metrics: Mapping, before: Sequence[Mapping]) -> str | None:
+def out_of_band(config: DailyBandsConfig, metrics: Mapping, before: Sequence[Mapping]) -> str | None:
     """Return a sentence that names metric, value and band of what is out of its band; None if nothing is.
 
     The band of a metric is mean * (1 - allowed) to mean * (1 + allowed), the mean over the last `window` days in which

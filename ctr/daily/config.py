@@ -11,7 +11,7 @@ METHODS = ("incremental", "window", "stale")
 
 
 @dataclass
-class DailyGuardConfig:
+class DailyBandsConfig:
     window: int = 7
     min_days: int = 3
     auc: float | None = 0.05
@@ -43,7 +43,7 @@ class DailyConfig:
     marker: str | None = "_SUCCESS"
     poll_seconds: float = 60.0
     wait_seconds: float | None = None
-    guard: DailyGuardConfig = field(default_factory=DailyGuardConfig)
+    bands: DailyBandsConfig = field(default_factory=DailyBandsConfig)
 
 
 def check_daily(daily: DailyConfig) -> None:
@@ -56,14 +56,14 @@ def check_daily(daily: DailyConfig) -> None:
         "keep_days": (daily.keep_days, 1),
         "replay_rows": (daily.replay_rows, 1),
         "full_every": (daily.full_every, 1),
-        "guard.window": (daily.guard.window, 0),
-        "guard.min_days": (daily.guard.min_days, 1),
+        "bands.window": (daily.bands.window, 0),
+        "bands.min_days": (daily.bands.min_days, 1),
     }
     for key, (value, least) in at_least.items():
         if value is not None and value < least:
             raise ConfigError(f"daily.{key} is {value}; expected at least {least}")
     above_zero = {"poll_seconds": daily.poll_seconds, "wait_seconds": daily.wait_seconds}
-    above_zero |= {f"guard.{key}": getattr(daily.guard, key) for key in GUARDED}
+    above_zero |= {f"bands.{key}": getattr(daily.bands, key) for key in GUARDED}
     for key, value in above_zero.items():
         if value is not None and not value > 0:
             raise ConfigError(f"daily.{key} is {value}; expected a number above 0")

@@ -157,7 +157,7 @@ class Daily:
         Raises Stopped, with status 3, on all ranks.
         """
         learnt = self.days.trained[self.config.trainer.warm_start.path is None :]  # the first model had learnt nothing
-        problem = out_of_band(self.config.daily.guard, record.metrics, [one.metrics for one in learnt])
+        problem = out_of_band(self.config.daily.bands, record.metrics, [one.metrics for one in learnt])
         if problem is not None and record.partition not in self.config.daily.accept:
             self._hold(record, problem)
         record.reason = f"accepted although {problem}" if problem else None

@@ -12,6 +12,7 @@ from tessera.ctr.config import Config, typed
 from tessera.ctr.config_types import EmbeddingConfig
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.network import build_tower
+from tessera.ctr.renamed_keys import refuse_renamed
 from tessera.ctr.runs.score import run_config
 from tessera.ctr.runs.stored_config import targets_of
 from tessera.ctr.tables import build_tables
@@ -38,7 +39,7 @@ from tessera.embedding.convert import ConversionError, convert_rows
 from tessera.embedding.errors import ConfigError
 from tessera.embedding.table import DynamicTable
 
-KEYS = ("format", "formats", "rounding", "step", "range", "alpt")
+KEYS = ("format", "formats", "rounding", "scale", "range", "alpt")
 
 
 def convert_run(
@@ -102,6 +103,7 @@ def _target(source: Config, overrides: list[str]) -> Config:
     known = [field.name for field in dataclasses.fields(EmbeddingConfig) if field.name in KEYS]
     for override in overrides:
         key = override.partition("=")[0]
+        refuse_renamed(key)
         if not key.startswith("embedding.") or key.split(".")[1] not in known or "=" not in override:
             expected = ", ".join(f"embedding.{name}" for name in known)
             raise ConfigError(f"override {override!r}: a conversion changes the format of rows; expected {expected}")

@@ -16,13 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tessera.ctr.instantiate import is_own
+from tessera.ctr.renamed_keys import translate
 from tessera.embedding.errors import ConfigError
 
 BUILT = ("model", "numeric")  # the parts of a configuration that name classes
 
 
 def read_config(path: Path, named: Collection[str] = ()) -> DictConfig:
-    """Return the configuration in a file as it stands there, untyped.
+    """Return the configuration in a file as it stands there, untyped; its keys have the names of this version.
 
     Args:
         named: classes outside of `tessera.ctr.models` that the user has named for this command.
@@ -38,7 +39,8 @@ def read_config(path: Path, named: Collection[str] = ()) -> DictConfig:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} is no configuration of a run; expected keys such as data and model")
-    for key, value in _leaves(OmegaConf.to_container(loaded, resolve=False)):
+    written = OmegaConf.to_container(loaded, resolve=False)
+    for key, value in _leaves(written):
         if not isinstance(value, str | int | float | None):
             raise ConfigError(f"{path}: {key} is a {type(value).__name__}; expected text, a number, a list or keys")
         if isinstance(value, str) and "${" in value or "${" in key:
@@ -48,7 +50,9 @@ def read_config(path: Path, named: Collection[str] = ()) -> DictConfig:
                 f"{path}: {key} is {value!r}, a class outside of tessera.ctr.models, which is not imported "
                 f"because a file says so; if you trust it, name it on the command line: {key}={value} (SECURITY.md)"
             )
-    return loaded
+    assert isinstance(written, dict)
+    translate(written)
+    return OmegaConf.create(written)
 
 
 def targets_of(overrides: list[str]) -> dict[str, str]:

@@ -200,7 +200,7 @@ class Checkpoints:
         )
         self._chain = [*chain, {"name": name, "checksum": manifest["checksum"]}]
         if self._process.is_main:
-            retain(self.root, self._config.keep, moment.parts.keep)
+            retain(self.root, self._config.keep_last, moment.parts.keep)
         return manifest
 
     def forget_tables(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from tessera.ctr.config import Config
+from tessera.ctr.renamed_keys import translate
 from tessera.distributed.saved.manifest import TRAINING, CheckpointError, check
 from tessera.distributed.saved.states import Saved
 
@@ -71,13 +73,16 @@ def as_written(saved: Saved) -> Iterator[None]:
 
 
 def changed_keys(before: Any, config: Config) -> list[str]:
-    """Return keys whose values are not those of the state: "trainer.epochs 1 -> 2"."""
+    """Return keys whose values are not those of the state, which may be of an earlier version:
+    "trainer.epochs 1 -> 2"."""
 
     def flat(node: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(node, dict):
             return {prefix[:-1]: node}
         return {key: value for name, one in node.items() for key, value in flat(one, f"{prefix}{name}.").items()}
 
+    before = copy.deepcopy(before)
+    translate(before)
     old, new = flat(before), flat(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
     ignored = ("trainer.resume", "trainer.run_dir")
     return [

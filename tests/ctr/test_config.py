@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["embedding.formats={w: fp8}"],
          "embedding.formats.w is 'fp8'; expected fp32, fp16, bf16, int8, int4 or int2"),
         (["embedding.rounding=up"], "embedding.rounding is 'up'; expected stochastic or nearest"),
-        (["embedding.step=0"], "embedding.step is 0.0; expected a number above 0"),
+        (["embedding.scale=0"], "embedding.scale is 0.0; expected a number above 0"),
         (["embedding.range=-1"], "embedding.range is -1.0; expected a number above 0"),
         (["embedding.alpt.every=0"], "embedding.alpt.every is 0; expected at least 1"),
         (["embedding.alpt.gradient_scale=rows"],

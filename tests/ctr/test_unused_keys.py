@@ -11,9 +11,9 @@ from tessera.ctr.unused_keys import OF_STATIC
 from tessera.embedding.errors import ConfigError
 
 NAMED = {
-    "others": "learned",
-    "first_values": "others",
-    "bag_path": "always",
+    "oov": "learned",
+    "init": "oov",
+    "pooled_output_dist": "always",
     "clock": "wall",
     "eviction": "lru",
     "format": "int8",
@@ -60,7 +60,7 @@ DYNAMIC = {
     "embedding.alpt.gradient_scale=dim": ["embedding.alpt.every=1", "embedding.format=int8"],
     "embedding.rounding=nearest": ["embedding.formats={v: bf16}"],
     "embedding.range=0.1": ["embedding.format=int4"],
-    "embedding.step=0.1": ["embedding.formats={v: int2}"],
+    "embedding.scale=0.1": ["embedding.formats={v: int2}"],
     "embedding.eviction=lru": ["embedding.max_rows=10000"],
     "optimizer.plateau.patience=2": ["optimizer.plateau.factor=0.5"],
     "optimizer.plateau.floor=0.1": ["optimizer.plateau.factor=0.5"],
@@ -78,7 +78,7 @@ def refused(*overrides: str) -> str:
 def test_static_tables_refuse_what_they_do_not_read(override):
     key, _, value = override.partition("=")
     key = "embedding.formats.v" if key == "embedding.formats" else key
-    assert refused("embedding=static", f"++{override}").startswith(f"{key} is ") or key.endswith(".first_values")
+    assert refused("embedding=static", f"++{override}").startswith(f"{key} is ") or key.endswith(".init")
 
 
 def test_static_tables_read_the_rest():
@@ -117,5 +117,5 @@ def test_keys_that_need_another_are_refused_without_it(override):
 
 
 def test_a_range_is_refused_beside_the_step_that_replaces_it():
-    found = refused("embedding.format=int8", "embedding.step=0.01", "embedding.range=0.1")
-    assert found == "embedding.range is 0.1, which embedding.step takes the place of; set one of them"
+    found = refused("embedding.format=int8", "embedding.scale=0.01", "embedding.range=0.1")
+    assert found == "embedding.range is 0.1, which embedding.scale takes the place of; set one of them"

@@ -50,7 +50,7 @@ JOBS = {
             BAGS,
             "data.schema.weight=sample_weight",
             "model.batch_norm=true",
-            "embedding.bag_path=auto",
+            "embedding.pooled_output_dist=auto",
             "optimizer.dense.clip_norm=0.5",
             "optimizer.sparse.warmup_steps=4",
             "trainer.eval_every=5",
@@ -103,8 +103,8 @@ JOBS = {
             "embedding.expire_every=2",
             "embedding.max_rows=64",
             "embedding.eviction=lru",
-            "embedding.others=learned",
-            "embedding.first_values=others",
+            "embedding.oov=learned",
+            "embedding.init=oov",
             "optimizer.sparse.name=ftrl",
             "optimizer.sparse.l1=0.001",
             "trainer.checkpoint.every=4",
@@ -179,7 +179,7 @@ def measure(name: str, data: Path, folder: Path) -> dict[str, Any]:
     """
     job, run_dir, output = JOBS[name], folder / name, folder / f"{name}.output"
     with_defaults = command if job.script == "daily" else arguments
-    every = [f"trainer.batch_size={BATCH}", "trainer.log_every=1", "trainer.checkpoint.keep=9"]
+    every = [f"trainer.batch_size={BATCH}", "trainer.log_every=1", "trainer.checkpoint.keep_last=9"]
     overrides = _without_unknown(with_defaults(data / job.data, run_dir, *every, *job.overrides))
     statuses = WarmRanks(job.script).run(job.world, overrides, output, overlap=job.overlap)
     assert statuses == [0] * job.world, output.read_text()

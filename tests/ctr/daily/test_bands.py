@@ -4,10 +4,10 @@ import pytest
 
 from tessera.ctr.config import load_config
 from tessera.ctr.daily.bands import out_of_band
-from tessera.ctr.daily.config import DailyGuardConfig
+from tessera.ctr.daily.config import DailyBandsConfig
 from tessera.embedding.errors import ConfigError
 
-CONFIG = DailyGuardConfig(window=3, min_days=2, auc=0.1, logloss=0.2, normalized_entropy=None, calibration=0.5)
+CONFIG = DailyBandsConfig(window=3, min_days=2, auc=0.1, logloss=0.2, normalized_entropy=None, calibration=0.5)
 
 
 def day(auc=0.8, logloss=0.5, calibration=1.0) -> dict:
@@ -42,15 +42,15 @@ def test_the_window():
     assert out_of_band(CONFIG, day(auc=0.6), falling[:2]) is None
     assert out_of_band(CONFIG, day(auc=0.1), [day()]) is None  # too few days
     assert out_of_band(CONFIG, day(auc=0.1), [day(auc=None), day()]) is None
-    off = DailyGuardConfig(window=0, min_days=1, auc=0.1, logloss=None, normalized_entropy=None, calibration=None)
+    off = DailyBandsConfig(window=0, min_days=1, auc=0.1, logloss=None, normalized_entropy=None, calibration=None)
     assert out_of_band(off, day(auc=0.1), [day()] * 5) is None
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("daily.guard.min_days=0", "daily.guard.min_days is 0; expected at least 1"),
-        ("daily.guard.auc=-0.1", "daily.guard.auc is -0.1; expected a number above 0"),
+        ("daily.bands.min_days=0", "daily.bands.min_days is 0; expected at least 1"),
+        ("daily.bands.auc=-0.1", "daily.bands.auc is -0.1; expected a number above 0"),
         ("daily.method=batch", "daily.method is 'batch'; expected incremental, window or stale"),
         ("daily.keep_days=0", "daily.keep_days is 0; expected at least 1"),
     ],

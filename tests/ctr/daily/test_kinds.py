@@ -15,7 +15,7 @@ KINDS = {
     "int8": [
         "embedding.format=int8",
         "embedding.alpt.every=2",
-        "embedding.others=learned",
+        "embedding.oov=learned",
         "embedding.admission.kind=exact",
         "embedding.admission.threshold=2",
         "embedding.max_rows=400",

@@ -34,7 +34,7 @@ from tests.ranks import run_script
 ROWS = 300
 #: Without the column whose ids are all new, and with a guard that acts.
 GUARDED = ["data.schema.features=[{name: x, kind: numeric}, {name: c, kind: id}, {name: d, kind: id}]"]
-GUARDED += ["daily.guard.window=5", "daily.guard.min_days=2", "daily.guard.auc=0.12", "daily.guard.logloss=0.25"]
+GUARDED += ["daily.bands.window=5", "daily.bands.min_days=2", "daily.bands.auc=0.12", "daily.bands.logloss=0.25"]
 
 
 @pytest.fixture(scope="module")

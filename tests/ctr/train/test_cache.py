@@ -39,8 +39,8 @@ SETTINGS = {
         "embedding.alpt.every=2",
         "embedding.admission.kind=exact",
         "embedding.admission.threshold=2",
-        "embedding.others=learned",
-        "embedding.bag_path=always",
+        "embedding.oov=learned",
+        "embedding.pooled_output_dist=always",
     ],
 }
 
@@ -53,7 +53,7 @@ def data(tmp_path_factory) -> Path:
 def trained(
     ranks: WarmRanks, world: int, data: Path, run_dir: Path, *more: str, status: int = 0, end=None, overlap=False
 ) -> str:
-    common = [f"trainer.batch_size={BATCH}", "trainer.checkpoint.every=5", "trainer.checkpoint.keep=9"]
+    common = [f"trainer.batch_size={BATCH}", "trainer.checkpoint.every=5", "trainer.checkpoint.keep_last=9"]
     output = run_dir.with_suffix(".output")
     statuses = ranks.run(world, arguments(data, run_dir, *common, *more), output, end=end, overlap=overlap)
     assert statuses == [status] * world, output.read_text()

@@ -122,7 +122,7 @@ def test_one_more_epoch_while_the_loss_to_the_teacher_falls():
         (["trainer.epochs=3", "trainer.distil.max_epochs=2"], "max_epochs is 2; expected at least trainer.epochs, 3"),
         (["trainer.replay.weight=-1"], "trainer.replay.weight is -1.0; expected 0 or above"),
         (["embedding=static", "optimizer.sparse.old_rows_factor=0.5"], "old_rows_factor is 0.5; static tables"),
-        (["embedding.first_values=others"], "embedding.first_values is others; expected others=learned, found zeros"),
+        (["embedding.init=oov"], "embedding.init is oov; expected embedding.oov=learned, found zeros"),
     ],
 )
 def test_mistakes_are_one_line(overrides, message):
@@ -196,7 +196,7 @@ def test_a_run_that_was_killed_ends_as_one_that_never_was(ranks, first, tmp_path
     """Within epochs that only the teacher asks for, and with rows of two ages; on 2 ranks."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more = [*SELF, "trainer.distil.max_epochs=3", "trainer.checkpoint.every=4", "trainer.resume=auto"]
-    more += ["optimizer.sparse.old_rows_factor=0.3", "embedding.others=learned", "embedding.first_values=others"]
+    more += ["optimizer.sparse.old_rows_factor=0.3", "embedding.oov=learned", "embedding.init=oov"]
     trained(ranks, 2, job(first, whole, *more), tmp_path)
     losses = [line["loss"] for line in metrics_of(whole) if line["kind"] == "distil"]
     assert len(losses) > 1

@@ -19,7 +19,7 @@ from tests.ranks import run_script, torchrun
 
 ROWS, EPOCHS = 400, 2
 OPTIONS = ["trainer.batch_size=40", f"trainer.epochs={EPOCHS}", "trainer.resume=auto", "trainer.checkpoint.every=4"]
-OPTIONS += ["trainer.checkpoint.full_every=3", "trainer.checkpoint.keep=2", "model.dropout=0"]
+OPTIONS += ["trainer.checkpoint.full_every=3", "trainer.checkpoint.keep_last=2", "model.dropout=0"]
 
 
 @pytest.fixture(scope="module")

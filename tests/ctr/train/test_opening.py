@@ -7,17 +7,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from tessera.ctr.config import load_config
 from tessera.ctr.instantiate import is_own
 from tessera.ctr.runs.score import run_config
 from tessera.ctr.runs.stored_config import read_config
 from tessera.ctr.train.trainer import Trainer
-from tessera.distributed.saved.manifest import MANIFEST
+from tessera.distributed.saved.manifest import MANIFEST, TRAINING
 from tessera.distributed.saved.states import folder_name
 from tessera.embedding.errors import ConfigError, TesseraError
 from tests.ctr.daily.days import command as daily_command
 from tests.ctr.daily.days import write_days
+from tests.ctr.test_renamed_keys import of_version_0_1
 from tests.ctr.train.states import arguments, newest, write_data
 from tests.distributed.crafted import mutations, pickled, reseal, write_manifest
 from tests.ranks import PYTHONPATH, ROOT, on_ranks, run_script
@@ -89,6 +91,25 @@ def as_before(state: Path, marker: Path) -> None:
     (state / "dense" / ".metadata").write_bytes(pickled(marker))
     reseal(state, "dense/.metadata")
     write_manifest(state, json.loads((state / MANIFEST).read_text()) | {"format": 1})
+
+
+def test_what_an_earlier_version_has_written_is_opened(made, crafted):
+    """With its names of keys, in run folders and in states."""
+    for path in crafted.glob("*/config.yaml"):
+        path.write_text(OmegaConf.to_yaml(of_version_0_1(OmegaConf.to_container(OmegaConf.load(path)))))
+    states = [crafted / "run" / "best", *crafted.glob("*/checkpoints/step-*")]
+    assert len(states) >= 3
+    for state in states:
+        training = json.loads((state / TRAINING).read_text())
+        if "config" in training:
+            training["config"] = of_version_0_1(training["config"])
+        (state / TRAINING).write_text(json.dumps(training))
+        reseal(state, TRAINING)
+    for name in ("evaluate", "teacher", "warm start", "resume", "resume from", "daily"):
+        done = script(*commands(made, crafted)[name])
+        assert done.returncode == 0, (name, done.stderr)
+        assert "embedding.o" not in done.stdout + done.stderr, name  # keys that have changed are told
+    assert "keep_last" in (crafted / "run" / "config.yaml").read_text()
 
 
 def pickles_for_tensors(state: Path, marker: Path) -> None:
@@ -247,7 +268,7 @@ def test_states_of_which_none_can_be_read_stop_the_job(made, crafted, name):
 
 
 def test_the_full_state_below_all_deltas_is_damaged_on_two_ranks(made, tmp_path):
-    options = train(made, tmp_path / "run", "trainer.checkpoint.full_every=9", "trainer.checkpoint.keep=9")
+    options = train(made, tmp_path / "run", "trainer.checkpoint.full_every=9", "trainer.checkpoint.keep_last=9")
     assert script("train", *options).returncode == 0
     damage(tmp_path / "run" / "checkpoints" / folder_name(3))
     done = run_script("scripts/train.py", *options, "trainer.resume=auto", "trainer.max_steps=12", world=2)

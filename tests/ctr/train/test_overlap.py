@@ -18,9 +18,9 @@ from tests.distributed.saved_tables import alone
 STATIC = ["embedding=static", "embedding.rows=400", "optimizer.sparse.name=rowwise_adagrad"]
 #: The last step of the epoch has other sizes on the two ranks.
 SETTINGS = {
-    "dynamic": ["embedding.ttl_days=2", "embedding.others=learned", "embedding.first_values=others"],
+    "dynamic": ["embedding.ttl_days=2", "embedding.oov=learned", "embedding.init=oov"],
     "static": STATIC,
-    "bags and step sizes": ["embedding.format=int8", "embedding.alpt.every=2", "embedding.bag_path=always"],
+    "bags and step sizes": ["embedding.format=int8", "embedding.alpt.every=2", "embedding.pooled_output_dist=always"],
 }
 
 

@@ -120,9 +120,9 @@ def test_ids_rows_and_dense_weights_agree(tmp_path, data):
 
 @pytest.mark.slow
 def test_they_agree_with_learned_others_and_sums_of_owners(tmp_path, data):
-    others = ("embedding.others=learned",)
+    others = ("embedding.oov=learned",)
     rows = joined(on_ranks(1, train, data, str(tmp_path / "rows"), others))
-    sums = joined(on_ranks(2, train, data, str(tmp_path / "sums"), (*others, "embedding.bag_path=always")))
+    sums = joined(on_ranks(2, train, data, str(tmp_path / "sums"), (*others, "embedding.pooled_output_dist=always")))
     agree(sums, rows)
 
 

@@ -12,7 +12,7 @@ from tessera.ctr.tables import build_tables
 from tests.ctr.train.test_training import data, lines, train  # noqa: F401
 from tests.ranks import run_script
 
-LEARNED = ["embedding.others=learned", "embedding.admission.kind=exact", "embedding.admission.threshold=3"]
+LEARNED = ["embedding.oov=learned", "embedding.admission.kind=exact", "embedding.admission.threshold=3"]
 
 
 def score(run: Path, output: Path) -> dict:
@@ -63,7 +63,7 @@ FEATURES = (
     ],
 )
 def test_which_tables_take_the_bag_path(choice, ranks, expected):
-    config = load_config([f"embedding.bag_path={choice}", FEATURES, "data.schema.time=null"], "")
+    config = load_config([f"embedding.pooled_output_dist={choice}", FEATURES, "data.schema.time=null"], "")
     schema = Schema(config.data.schema)
     tables = build_tables(config, schema, build_tower(config, schema), ranks)
     assert [size.name for size in tables.sizes() if size.summed_by_owner] == expected
