@@ -18,23 +18,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch.distributed as dist
 
-from tessera.ctr import config as configuration
-from tessera.ctr.config import Config
 from tessera.ctr.report.result import PREDICTIONS, settle_result
-from tessera.ctr.runs.score import run_config, score_run
-from tessera.ctr.train.trainer import Trainer
-from tessera.distributed import process as processes
-from tessera.distributed.collectives import from_first_rank
-from tessera.distributed.rank import Process
+from tessera.distributed.threads import let_idle_threads_sleep
 from tessera.embedding.errors import ConfigError, TesseraError
 
+# What loads torch is imported in functions, once it is set how torch's threads wait.
+if TYPE_CHECKING:
+    from tessera.ctr.config import Config
+    from tessera.distributed.rank import Process
+
 __all__ = ["Config", "Run", "TesseraError", "evaluate", "load_config", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Config":
+        from tessera.ctr.config import Config
+
+        return Config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,9 @@ def load_config(*overrides: str, config_dir: str | os.PathLike | Sequence[str | 
 
     Raises ConfigError: an unknown key, or a value that it does not take.
     """
+    let_idle_threads_sleep()
+    from tessera.ctr import config as configuration
+
     folders = [config_dir] if isinstance(config_dir, str | os.PathLike) else config_dir
     options = [word for folder in folders for word in ("--config-dir", str(folder))]
     return configuration.load_config([*options, *overrides], "")
@@ -87,6 +96,9 @@ def train(config: Config) -> Run:
 
     Raises TesseraError: what the command would print as its error.
     """
+    let_idle_threads_sleep()
+    from tessera.ctr.train.trainer import Trainer
+
     with _process(config) as process:
         trainer = Trainer(config, process)
         try:
@@ -112,6 +124,10 @@ def evaluate(
 
     Raises TesseraError: what the command would print as its error.
     """
+    let_idle_threads_sleep()
+    from tessera.ctr.runs.score import run_config, score_run
+    from tessera.distributed.collectives import from_first_rank
+
     folder = run.folder if isinstance(run, Run) else Path(run)
     config = run_config(folder, list(overrides))
     with _process(config) as process:
@@ -122,6 +138,10 @@ def evaluate(
 @contextmanager
 def _process(config: Config) -> Iterator[Process]:
     """Yield a process group for one call, and close it at the end."""
+    import torch.distributed as dist
+
+    from tessera.distributed import process as processes
+
     if dist.is_initialized():
         raise ConfigError("torch.distributed is in use in this process; expected no process group, one is made here")
     process = processes.start(config.trainer.device, config.trainer.timeout_seconds)

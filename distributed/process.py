@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -63,6 +65,7 @@ def start(device: str = "auto", timeout_seconds: float = 300.0) -> Process:
         RankFailure: not all ranks have come within the time, or the port of their store is in use.
     """
     keep_freed_memory()
+    silence_torchrec()
     end_with_launcher()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -99,6 +102,14 @@ def end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher or launcher == 1:  # it was gone before that
         os._exit(1)
+
+
+def silence_torchrec() -> None:
+    """Drop what torch and torchrec say of each other and of torchrec's planner: users can do nothing about it."""
+    # torchrec 1.8 calls by names that torch 2.13 will rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*|torchrec\..*")
+    for noisy in ("torchrec", "torch.fx._symbolic_trace"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def keep_freed_memory() -> None:

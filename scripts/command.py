@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+from tessera.distributed.threads import let_idle_threads_sleep
 from tessera.embedding.errors import did_you_mean
 
 #: word -> module of this folder, what it is for
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: tessera has no command {word!r}{hint}", file=sys.stderr)
         return 2
     sys.argv[0] = f"tessera {word}"  # as argparse shows it
+    let_idle_threads_sleep()  # before a script loads torch
     return _script(word).main(rest)
 
 

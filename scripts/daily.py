@@ -5,16 +5,26 @@ tessera.scripts.daily` with the same keys.
 Exit status: 0 all is done, 2 a mistake in configuration or data, 3 the guard holds a day, 75 asked to stop and saved.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from tessera.ctr.config import Config, load_config
-from tessera.ctr.daily.calendar import for_days
-from tessera.distributed.process import run
-from tessera.distributed.rank import Process
+from tessera.distributed.threads import let_idle_threads_sleep
+
+if TYPE_CHECKING:
+    from tessera.ctr.config import Config
+    from tessera.distributed.rank import Process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    let_idle_threads_sleep()  # before the imports below load torch
+
+    from tessera.ctr.config import load_config
+    from tessera.ctr.daily.calendar import for_days
+    from tessera.distributed.process import run
+
     def load() -> tuple[Config, str, float]:
         config = for_days(load_config(sys.argv[1:] if arguments is None else arguments, __doc__))
         return config, config.trainer.device, config.trainer.timeout_seconds

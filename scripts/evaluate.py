@@ -4,15 +4,19 @@ The model is the best one of the run, or, where it keeps none, that of its newes
 days is scored by `tessera evaluate runs/daily data.test=day=2026-01-14`.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tessera.ctr.config import Config
-from tessera.ctr.runs.score import run_config, score_run
-from tessera.distributed.process import run
-from tessera.distributed.rank import Process
+from tessera.distributed.threads import let_idle_threads_sleep
+
+if TYPE_CHECKING:
+    from tessera.ctr.config import Config
+    from tessera.distributed.rank import Process
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -33,6 +37,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_intermixed_args(arguments)
+    let_idle_threads_sleep()  # before the imports below load torch
+
+    from tessera.ctr.runs.score import run_config, score_run
+    from tessera.distributed.process import run
 
     def load() -> tuple[Config, str, float]:
         config = run_config(options.run_dir, options.overrides)

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-import tessera.ctr.config  # noqa: F401  (sets OpenMP's wait policy before torch loads)
 from tessera.ctr.config import Config, load_config
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.synthetic import write_synthetic
@@ -30,6 +29,7 @@ from tessera.ctr.runs.log import versions
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.process import run
 from tessera.distributed.rank import Process
+from tessera.distributed.threads import restart_with_idle_threads_asleep
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -137,4 +137,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    restart_with_idle_threads_asleep()  # as training runs
     sys.exit(main())

@@ -14,13 +14,13 @@ import sys
 import time
 from pathlib import Path
 
-import tessera.ctr.config  # noqa: F401  (sets OpenMP's wait policy before torch loads)
 from tessera.ctr.config import load_config
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.process import run
+from tessera.distributed.threads import restart_with_idle_threads_asleep
 
 
 def main() -> int:
@@ -78,4 +78,5 @@ def train_days(config, process, days: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_idle_threads_asleep()  # as training runs
     sys.exit(main())

@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 
-from tessera.ctr.config import Config, load_config  # (sets OpenMP's wait policy before torch loads)
+from tessera.ctr.config import Config, load_config
 from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.process import run
 from tessera.distributed.rank import Process
+from tessera.distributed.threads import restart_with_idle_threads_asleep
 from tessera.embedding.config import DynamicTableConfig, Group
 from tessera.embedding.optim import RowOptimizer, StepOptimizer
 from tessera.embedding.table import DynamicTable
@@ -143,4 +144,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    restart_with_idle_threads_asleep()  # as training runs
     sys.exit(main())

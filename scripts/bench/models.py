@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import tessera.ctr.config  # noqa: F401  (sets OpenMP's wait policy before torch loads)
 from tessera.ctr.config import Config, load_config
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.data.synthetic import write_synthetic
@@ -27,6 +26,7 @@ from tessera.ctr.network import build_tower
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.process import run
 from tessera.distributed.rank import Process
+from tessera.distributed.threads import restart_with_idle_threads_asleep
 from tessera.scripts.bench.deepctr_torch import MODELS, Peer
 from tessera.scripts.bench.timing import alternate
 
@@ -122,6 +122,7 @@ def load(data: str, model: str) -> Config:
 
 
 if __name__ == "__main__":
+    restart_with_idle_threads_asleep()  # as training runs
     with tempfile.TemporaryDirectory() as scratch:
         data = options.data or Path(scratch) / "data"
         if options.data is None:

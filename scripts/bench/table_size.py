@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-import tessera.ctr.config  # noqa: F401  (sets OpenMP's wait policy before torch loads)
 from tessera.ctr.config import Config, load_config
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.synthetic import write_synthetic
@@ -29,6 +28,7 @@ from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.process import run
 from tessera.distributed.rank import Process
+from tessera.distributed.threads import restart_with_idle_threads_asleep
 from tessera.scripts.bench.deepctr_torch import Peer
 from tessera.scripts.bench.timing import alternate
 
@@ -95,6 +95,7 @@ def load(folder: str) -> Config:
 
 
 if __name__ == "__main__":
+    restart_with_idle_threads_asleep()  # as training runs
     with tempfile.TemporaryDirectory() as scratch:
         write_synthetic(SyntheticConfig(rows=20_000), Path(scratch) / "data")
         sys.exit(run(lambda: (load(scratch), "cpu", 60.0), bench))

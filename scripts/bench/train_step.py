@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import tessera.ctr.config  # noqa: F401  (sets OpenMP's wait policy before torch loads)
 from tessera.ctr.config import Config, load_config
 from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
@@ -27,6 +26,7 @@ from tessera.ctr.runs.log import versions
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.process import run
 from tessera.distributed.rank import Process
+from tessera.distributed.threads import restart_with_idle_threads_asleep
 from tessera.scripts.bench.timing import alternate
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -161,4 +161,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    restart_with_idle_threads_asleep()  # as training runs
     sys.exit(main())
