@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from tessera.ctr.config import Config
 from tessera.ctr.daily.day_record import DayRecord
@@ -135,7 +135,7 @@ class Publisher:
             return {}
 
         def describe(*_: object) -> dict[str, Any]:
-            config = OmegaConf.to_container(OmegaConf.structured(self._config), resolve=True)
+            config = asdict(self._config)
             parts = {key: config[key] for key in ("model", "numeric", "embedding")} | {
                 "schema": config["data"]["schema"]
             }

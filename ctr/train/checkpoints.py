@@ -12,13 +12,12 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from omegaconf import OmegaConf
 
 from tessera.ctr.runs.log import RunLog
 from tessera.ctr.runs.saved_model import put_into
@@ -154,8 +153,7 @@ class Checkpoints:
         parts = state_of(self._parts.values())
         tables.files |= parts.files
         self._tables.follow(deltas=self._config.full_every > 1)
-        config = OmegaConf.to_container(OmegaConf.structured(self._engine.config), resolve=True)
-        parts.training = {"distil": None, **parts.training, "config": config}
+        parts.training = {"distil": None, **parts.training, "config": asdict(self._engine.config)}
         own = {f"rank/{self._process.rank}/{name}": v for name, v in (parts.rank_tensors | tables.state).items()}
         tensors = {name: copy_of(value) for name, value in (own | parts.tensors).items()}
         return Moment(step, "delta" if delta else "full", parts, tensors, tables)

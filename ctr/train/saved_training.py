@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from tessera.ctr.config import Config
 from tessera.ctr.renamed_keys import translate
@@ -83,7 +82,7 @@ def changed_keys(before: Any, config: Config) -> list[str]:
 
     before = copy.deepcopy(before)
     translate(before)
-    old, new = flat(before), flat(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+    old, new = flat(before), flat(asdict(config))
     ignored = ("trainer.resume", "trainer.run_dir")
     return [
         f"{key} {old.get(key)!r} -> {new.get(key)!r}"
