@@ -36,7 +36,7 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
 def _context() -> mp.context.BaseContext:
     """Ranks are forked from one process that has imported all: torchrec's import takes longer than most tests."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "hypothesis", "tessera.ctr.train.trainer", "tessera.ctr.models.deepfm"])
+    context.set_forkserver_preload(["pytest", "hypothesis", "tests.warm"])
     saved = dict(os.environ)
     os.environ |= {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     try:

@@ -1,34 +1,32 @@
 """Start the ranks of a training job in a fraction of a second: they are forked from a process that has imported all.
 
-Run as a program it is that process: it reads one JSON command per line and answers in one. The rest is its client.
+It is a child of the fork server of `tests.ranks`, answers commands over a pipe, and alone can wait for the ranks.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.ranks import PYTHONPATH, ROOT, _free_port
+from tests.ranks import ROOT, _context, _free_port
 
 
 @cache
-def _server() -> subprocess.Popen:
-    """One for all tests of this process: its imports take longer than most jobs. It ends with this process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
-    command = [sys.executable, "-m", "tests.ctr.train.warm_ranks"]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+def _server() -> Connection:
+    """A pipe to one for all tests of this process. It ends with this process, which closes the pipe."""
+    mine, its = _context().Pipe()
+    _context().Process(target=_serve, args=(its,), daemon=True).start()
+    its.close()
+    return mine
 
 
 class WarmRanks:
@@ -82,9 +80,8 @@ class WarmRanks:
 
     def _ask(self, **command) -> list:
         server = _server()
-        server.stdin.write(json.dumps(command) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
+        server.send(command)
+        return server.recv()
 
 
 def _fork_rank(rank: int, command: dict) -> int:
@@ -263,23 +260,16 @@ def _wait(pids: list[int], seconds: float, statuses: dict[int, int]) -> list[int
     return [statuses.get(pid) for pid in pids]
 
 
-def _serve() -> None:
-    import tessera.ctr.daily.loop
-    import tessera.ctr.models.deepfm
-    import tessera.ctr.train.trainer  # noqa: F401
-
-    answers, statuses = os.fdopen(os.dup(1), "w"), {}
-    for line in sys.stdin:
-        command = json.loads(line)
-        if "wait" in command:
-            answer = _wait(command["pids"], command["wait"], statuses)
-        else:
-            answer = [_fork_rank(rank, command) for rank in range(command["world"])]
-            for pid in answer:  # an earlier child may have had it
-                statuses.pop(pid, None)
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    _serve()
+def _serve(pipe: Connection) -> None:
+    os.chdir(ROOT)
+    statuses: dict[int, int] = {}
+    with suppress(EOFError):
+        while True:
+            command = pipe.recv()
+            if "wait" in command:
+                answer = _wait(command["pids"], command["wait"], statuses)
+            else:
+                answer = [_fork_rank(rank, command) for rank in range(command["world"])]
+                for pid in answer:  # an earlier child may have had it
+                    statuses.pop(pid, None)
+            pipe.send(answer)
