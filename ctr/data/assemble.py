@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 
 import numpy as np
@@ -11,7 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.decode import is_bag
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.data.window import Slice
+from tessera.ctr.data.window import Slice, Window
 
 
 class Assembler:
@@ -44,13 +45,13 @@ class Assembler:
             else:
                 labels[:rows] = 0
             if slices[0].window.weight is not None:
-                np.concatenate([w.weight[a:b] for w, a, b, _ in slices], out=weight[:rows])
-            if schema.group:
-                np.concatenate([w.group[a:b] for w, a, b, _ in slices], out=group[:rows])
-            if schema.time:
-                np.concatenate([w.time[a:b] for w, a, b, _ in slices], out=time[:rows])
-            if self.numbered:
-                np.concatenate([w.number[a:b] for w, a, b, _ in slices], out=number[:rows])
+                _fill(weight[:rows], slices, lambda window: window.weight)
+            if group is not None:
+                _fill(group[:rows], slices, lambda window: window.group)
+            if time is not None:
+                _fill(time[:rows], slices, lambda window: window.time)
+            if number is not None:
+                _fill(number[:rows], slices, lambda window: window.number)
         numeric[rows:] = labels[rows:] = 0
         weight[rows:] = 0
         return Batch(
@@ -86,7 +87,9 @@ class Assembler:
         schema = self.schema
         matrix, present = self._single(slices, rows)
         if present is None and self.parts == [(slice(0, self.singles),) * 2]:  # one id everywhere
-            lengths, values, weights = self._ones(rows, size), [matrix.reshape(-1)], []
+            lengths = self._ones(rows, size)
+            values: list[np.ndarray] = [matrix.reshape(-1)]
+            weights: list[np.ndarray] = []
         else:
             lengths = torch.zeros(len(schema.id_names), size, dtype=torch.int32)
             values, weights = self._mixed(slices, rows, matrix, present, lengths.numpy())
@@ -98,7 +101,9 @@ class Assembler:
             stride=size,
         )
 
-    def _mixed(self, slices, rows, matrix, present, lengths) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def _mixed(
+        self, slices: list[Slice], rows: int, matrix: np.ndarray, present: np.ndarray | None, lengths: np.ndarray
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Return values and weights of all keys in pieces; write their lengths to `lengths` int32 [keys, size]."""
         values, weights = [], []
         for keys, place in self.parts:
@@ -138,6 +143,16 @@ class Assembler:
                 present[:, start : start + stop - first] = window.present[:, first:stop]
             start += stop - first
         return matrix, present
+
+
+def _fill(into: np.ndarray, slices: list[Slice], of: Callable[[Window], np.ndarray | None]) -> None:
+    """Write a column of the slices' rows."""
+    parts = []
+    for window, first, stop, _ in slices:
+        column = of(window)
+        assert column is not None  # all windows of a data set have the same columns
+        parts.append(column[first:stop])
+    np.concatenate(parts, out=into)
 
 
 def _one(parts: list[np.ndarray], dtype: type) -> np.ndarray:

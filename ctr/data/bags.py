@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from pyarrow import types
 
 from tessera.ctr.data import columns
-from tessera.ctr.data.schema import LARGEST, FeatureConfig
+from tessera.ctr.data.schema import LARGEST, Feature
 
 
 @dataclass
@@ -37,7 +37,7 @@ class BagProblem:
 
 
 def decode_bags(
-    feature: FeatureConfig, arrays: list[pa.Array], weights: list[pa.Array] | None
+    feature: Feature, arrays: list[pa.Array], weights: list[pa.Array] | None
 ) -> tuple[Bags, list[BagProblem]]:
     """Decode one feature. A row with a problem gets an empty bag."""
     lists = [as_lists(feature, array) for array in arrays]
@@ -91,7 +91,7 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
-def as_lists(feature: FeatureConfig, array: pa.Array) -> pa.Array:
+def as_lists(feature: Feature, array: pa.Array) -> pa.Array:
     """Return the column as a list array; delimited strings are split, and empty tokens become null items."""
     if types.is_dictionary(array.type):
         array = array.dictionary_decode()

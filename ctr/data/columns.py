@@ -118,7 +118,9 @@ def ids(array: pa.Array, dtype: str) -> tuple[np.ndarray, np.ndarray | None, np.
         values, well_formed = hashed(array, dtype)
     if well_formed is not None and there is not None:
         well_formed = well_formed | ~there
-    if dtype == "hex" and not well_formed.all():  # no digits at all are a missing id, as null is
+    if (
+        dtype == "hex" and well_formed is not None and not well_formed.all()
+    ):  # no digits at all are a missing id, as null is
         filled = pc.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False) > 0
         there, well_formed = (filled if there is None else there & filled), well_formed | ~filled
     return values, there, None if well_formed is None or well_formed.all() else well_formed
@@ -139,8 +141,8 @@ def hashed(array: pa.Array, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
 
     _, offsets, data = array.buffers()
     wide = types.is_large_string(array.type) or types.is_large_binary(array.type)
-    bounds = np.frombuffer(offsets, np.int64 if wide else np.int32)
-    bounds = torch.from_numpy(bounds[array.offset : array.offset + len(array) + 1].astype(np.int64))
+    stored = np.frombuffer(offsets, np.int64 if wide else np.int32)
+    bounds = torch.from_numpy(stored[array.offset : array.offset + len(array) + 1].astype(np.int64))
     size = 0 if data is None else data.size
     # DLPack shares the bytes; torch.from_numpy would warn that Arrow's memory is read-only.
     text = torch.from_dlpack(pa.Array.from_buffers(pa.uint8(), size, [None, data or pa.py_buffer(b"")]))

@@ -143,7 +143,8 @@ def _expression(level: str) -> re.Pattern:
 
 def _time(values: dict[str, str]) -> datetime | None:
     try:
-        return datetime(*(int(values[one]) for one in "Ymd"), int(values.get("H", 0)))
+        year, month, day = (int(values[one]) for one in "Ymd")
+        return datetime(year, month, day, int(values.get("H", 0)))
     except ValueError:
         return None
 

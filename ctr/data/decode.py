@@ -14,7 +14,7 @@ from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.footers import RowGroups
 from tessera.ctr.data.lanes import Span
 from tessera.ctr.data.row_groups import RowGroup, Unreadable
-from tessera.ctr.data.schema import LARGEST, FeatureConfig, Schema
+from tessera.ctr.data.schema import LARGEST, Feature, Schema
 from tessera.ctr.data.times import DAY, advice, described, far_ahead, refuse_unit, unit_of
 from tessera.ctr.data.transforms import bucket, transform
 from tessera.ctr.data.window import GOOD, REASONS, Buffers, Window
@@ -22,7 +22,7 @@ from tessera.ctr.data.window import GOOD, REASONS, Buffers, Window
 Arrays = list[pa.Array]
 
 
-def is_bag(feature: FeatureConfig) -> bool:
+def is_bag(feature: Feature) -> bool:
     return feature.kind in ("ids", "sequence")
 
 
@@ -95,8 +95,8 @@ class WindowDecoder:
             add((feature.column,), lambda chunk, arrays, row=row, f=feature: _single(chunk, arrays, row, f))
         bags = [feature for feature in schema.categorical if is_bag(feature)]
         for i, feature in enumerate(bags):
-            names = (feature.column, feature.weights) if feature.weights else (feature.column,)
-            add(names, lambda chunk, *arrays, i=i, f=feature: _bags(chunk, arrays, i, f))
+            own = (feature.column, feature.weights) if feature.weights else (feature.column,)
+            add(own, lambda chunk, *arrays, i=i, f=feature: _bags(chunk, arrays, i, f))
         return list(steps.items())
 
 
@@ -191,7 +191,9 @@ class _Chunk:
         """Return float32 [decoded]: the weight of the row group of each row."""
         spans = [source.span for source in self.sources if source.group.error is None]
         groups = np.array([span.group for span in spans], np.int64)
-        return np.repeat(self.decoder.groups.weight[groups], [span.stop - span.first for span in spans])
+        weight = self.decoder.groups.weight
+        assert weight is not None
+        return np.repeat(weight[groups], [span.stop - span.first for span in spans])
 
     def mark(self, bad: np.ndarray, reason: str, column: str, expected: str, found: Callable[[int], object]):
         """Raise for the first bad row, or record why the bad rows are dropped. bad: bool [decoded].
@@ -278,8 +280,9 @@ def _weight(chunk: _Chunk, arrays: Arrays) -> None:
     fine = (values <= LARGEST) & (values >= 0)
     fine = fine if there is None else fine & there
     if not fine.all():
-        expected = f"a finite number of at least 0 and at most {LARGEST:.0e}"
-        chunk.mark(~fine, "weight", chunk.decoder.schema.weight, expected, _finder(values, there))
+        expected, column = f"a finite number of at least 0 and at most {LARGEST:.0e}", chunk.decoder.schema.weight
+        assert column is not None  # or it is not read
+        chunk.mark(~fine, "weight", column, expected, _finder(values, there))
     if chunk.decoder.groups.weight is not None:
         values = values * chunk.group_weights()
     chunk.deliver(values, "weight")
@@ -296,6 +299,7 @@ def _time(chunk: _Chunk, arrays: Arrays) -> None:
     if not arrays:
         return
     rule, stored = chunk.decoder.schema.times, arrays[0].type
+    assert rule is not None  # or no time is read
     values, there = _values([columns.seconds(array, rule.unit) for array in arrays])
     if there is not None:
         chunk.mark(~there, "time", rule.column, "a time", lambda row: "null")
@@ -318,7 +322,7 @@ def _time(chunk: _Chunk, arrays: Arrays) -> None:
     chunk.deliver(values, "time")
 
 
-def _numeric(chunk: _Chunk, arrays: Arrays, row: int, feature: FeatureConfig) -> None:
+def _numeric(chunk: _Chunk, arrays: Arrays, row: int, feature: Feature) -> None:
     """Decode one numeric feature, and its indicator into the row behind it."""
     stored, there = _values([columns.floats(array) for array in arrays])
     values = stored
@@ -339,7 +343,7 @@ def _numeric(chunk: _Chunk, arrays: Arrays, row: int, feature: FeatureConfig) ->
         chunk.deliver(absent, "numeric", row + 1)
 
 
-def _single(chunk: _Chunk, arrays: Arrays, row: int, feature: FeatureConfig) -> None:
+def _single(chunk: _Chunk, arrays: Arrays, row: int, feature: Feature) -> None:
     """Decode one id per row; `present` is False where it is null."""
     values, there = (_buckets if feature.kind == "numeric" else _ids)(chunk, arrays, feature)
     if there is not None and feature.missing_id is not None:
@@ -352,7 +356,7 @@ def _single(chunk: _Chunk, arrays: Arrays, row: int, feature: FeatureConfig) -> 
     chunk.deliver(values, "ids", row)
 
 
-def _ids(chunk: _Chunk, arrays: Arrays, feature: FeatureConfig) -> tuple[np.ndarray, np.ndarray | None]:
+def _ids(chunk: _Chunk, arrays: Arrays, feature: Feature) -> tuple[np.ndarray, np.ndarray | None]:
     parts = [columns.ids(array, feature.dtype) for array in arrays]
     well_formed = columns.joined([part[2] for part in parts], [len(part[0]) for part in parts])
     if well_formed is not None:
@@ -363,7 +367,7 @@ def _ids(chunk: _Chunk, arrays: Arrays, feature: FeatureConfig) -> tuple[np.ndar
     return _values(parts)
 
 
-def _buckets(chunk: _Chunk, arrays: Arrays, feature: FeatureConfig) -> tuple[np.ndarray, np.ndarray | None]:
+def _buckets(chunk: _Chunk, arrays: Arrays, feature: Feature) -> tuple[np.ndarray, np.ndarray | None]:
     values, there = _values([columns.floats(array) for array in arrays])
     finite = np.isfinite(values) if there is None else np.isfinite(values) | ~there
     if not finite.all():
@@ -371,17 +375,21 @@ def _buckets(chunk: _Chunk, arrays: Arrays, feature: FeatureConfig) -> tuple[np.
     return bucket(feature, values), there
 
 
+def _always(found: object) -> Callable[[int], object]:
+    return lambda row: found
+
+
 def _no_bags(rows: int) -> Bags:
     return Bags(np.zeros(0, np.int64), np.zeros(rows + 1, np.int64), None)
 
 
-def _bags(chunk: _Chunk, arrays: tuple[Arrays, ...], i: int, feature: FeatureConfig) -> None:
+def _bags(chunk: _Chunk, arrays: tuple[Arrays, ...], i: int, feature: Feature) -> None:
     if not arrays[0]:
         return
     bags, problems = decode_bags(feature, arrays[0], arrays[1] if feature.weights else None)
     for problem in problems:
         reason = "item_weight" if problem.column == feature.weights else "id"
-        chunk.mark(problem.rows, reason, problem.column, problem.expected, lambda row, p=problem: p.found)
+        chunk.mark(problem.rows, reason, problem.column, problem.expected, _always(problem.found))
     for _, _, here, delivery in chunk.windows:
         rows = np.arange(here.stop - here.start) if delivery.order is None else delivery.order
         delivery.bags[i] = bags.take(here.start + rows)

@@ -15,7 +15,7 @@ from pyarrow import types
 from tessera.ctr.data.arrow_types import advice, plain_type
 from tessera.ctr.data.errors import DataError, SchemaError
 from tessera.ctr.data.files import DataFile
-from tessera.ctr.data.schema import FeatureConfig, Schema, nearest
+from tessera.ctr.data.schema import Feature, Schema, nearest
 from tessera.ctr.data.seals import SMALL_BYTES, TAIL_BYTES, read_seal
 from tessera.ctr.data.times import TimeRule, times_of
 
@@ -80,9 +80,11 @@ def read_footers(files: list[DataFile], schema: Schema, drop_labels: bool = Fals
     """
     wanted = _wanted(schema, drop_labels)
     small_bytes = min(SMALL_BYTES, max(TAIL_BYTES, WHOLE_BYTES // len(files)))
-    groups = min(4, LABEL_READS // len(files)) if files[0].remote else 4
+    sealed_groups = min(4, LABEL_READS // len(files)) if files[0].remote else 4
     with ThreadPoolExecutor(min(THREADS, len(files)), "footer") as pool:
-        footers = list(pool.map(lambda file: _read_footer(file, wanted, small_bytes, groups, schema.times), files))
+        footers = list(
+            pool.map(lambda file: _read_footer(file, wanted, small_bytes, sealed_groups, schema.times), files)
+        )
     _refuse_mixed_groups(files, [footer.group_is_text for footer in footers], schema.group)
     numbers = [np.concatenate([getattr(footer, key) for footer in footers]) for key in ("rows", "bytes")]
     groups = [len(footer.rows) for footer in footers]
@@ -133,13 +135,13 @@ def _read_footer(
         _check_column(file, arrow, want)
     columns = {want.column for want in wanted}
     leaves = [i for i in range(metadata.num_columns) if _top(metadata, i, columns)]
-    groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+    row_groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
     group = next((want.column for want in wanted if want.reader == "group"), None)
     return _Footer(
         seal=f"{sealed.size} {sealed.checksum} ",
-        rows=np.array([g.num_rows for g in groups], np.int64),
-        bytes=np.array([sum(g.column(i).total_uncompressed_size for i in leaves) for g in groups], np.int64),
-        small_dictionaries=_small_dictionaries(groups[0], leaves, arrow) if groups else set(),
+        rows=np.array([g.num_rows for g in row_groups], np.int64),
+        bytes=np.array([sum(g.column(i).total_uncompressed_size for i in leaves) for g in row_groups], np.int64),
+        small_dictionaries=_small_dictionaries(row_groups[0], leaves, arrow) if row_groups else set(),
         group_is_text=None if group is None else is_text(value_type(plain_type(arrow.field(group).type))),
         unsigned={field.name for field in arrow if field.name in columns and is_unsigned(field.type)},
         times=None if times is None else times_of(metadata, times),
@@ -190,8 +192,8 @@ def _refuse_mixed_groups(files: list[DataFile], is_text: list[bool | None], colu
         if text != is_text[0]:
             kinds = ("an integer", "a string")
             raise SchemaError(
-                f"{file.path}: column {column!r} (read by group) found {kinds[text]}, "
-                f"expected {kinds[is_text[0]]} as in {files[0].path}"
+                f"{file.path}: column {column!r} (read by group) found {kinds[bool(text)]}, "
+                f"expected {kinds[bool(is_text[0])]} as in {files[0].path}"
             )
 
 
@@ -255,7 +257,7 @@ def _wanted(schema: Schema, drop_labels: bool) -> list[_Wanted]:
     return wanted
 
 
-def _wanted_ids(feature: FeatureConfig) -> list[_Wanted]:
+def _wanted_ids(feature: Feature) -> list[_Wanted]:
     reader = f"feature {feature.name!r}"
     if feature.kind == "numeric":
         return [_Wanted(feature.column, reader, _or_null(is_number), "a number")]

@@ -10,10 +10,10 @@ from tessera.ctr.data import columns
 from tessera.ctr.data.bags import as_lists
 from tessera.ctr.data.decode import is_bag
 from tessera.ctr.data.footers import RowGroups
-from tessera.ctr.data.schema import FeatureConfig
+from tessera.ctr.data.schema import Feature
 
 
-def names_of_ids(groups: RowGroups, feature: FeatureConfig, ids: np.ndarray) -> dict[int, str]:
+def names_of_ids(groups: RowGroups, feature: Feature, ids: np.ndarray) -> dict[int, str]:
     """Return the strings of the data set that hash to these ids (int64) of a feature of dtype string.
 
     Reads the feature's column, row group by row group, until all are found; ids that no row holds are left out.
@@ -33,7 +33,7 @@ def names_of_ids(groups: RowGroups, feature: FeatureConfig, ids: np.ndarray) -> 
     return names
 
 
-def _distinct(feature: FeatureConfig, array: pa.Array) -> pa.Array:
+def _distinct(feature: Feature, array: pa.Array) -> pa.Array:
     array = columns.plain(array)
     items = as_lists(feature, array).flatten() if is_bag(feature) else array
     if pa.types.is_dictionary(items.type):

@@ -39,6 +39,7 @@ def periods_of(groups: RowGroups, rule: TimeRule, period_days: float) -> list[Pe
     """Deal row groups to periods. Raises DataError for a row group that spans more than a period: its rows cannot be
     read in order of time."""
     seconds = period_days * DAY
+    assert groups.times is not None  # the schema has a time
     times = plausible(groups.times, rule)
     unknown = np.flatnonzero(times[:, 0] > times[:, 1])
     if len(unknown):
@@ -49,9 +50,9 @@ def periods_of(groups: RowGroups, rule: TimeRule, period_days: float) -> list[Pe
     spans = times[:, 1] - times[:, 0]
     if spans.max() > seconds:
         group = int(spans.argmax())
-        first, last = (f"{datetime.fromtimestamp(int(t), timezone.utc):%Y-%m-%d %H:%M}" for t in times[group])
+        begin, end = (f"{datetime.fromtimestamp(int(t), timezone.utc):%Y-%m-%d %H:%M}" for t in times[group])
         raise DataError(
-            f"{groups.where(group)}: its rows are from {first} to {last}, more than data.period_days {period_days:g}; "
+            f"{groups.where(group)}: its rows are from {begin} to {end}, more than data.period_days {period_days:g}; "
             "data.order=time needs files written in order of time, smaller row groups, or longer periods"
         )
     of_group = ((times[:, 0] + spans // 2) // seconds).astype(np.int64)
@@ -77,6 +78,7 @@ def plausible(times: np.ndarray, rule: TimeRule) -> np.ndarray:
 
 def span(groups: RowGroups, rule: TimeRule) -> int | None:
     """Return the seconds from the first to the last time of all rows, as far as footers tell; None if none does."""
+    assert groups.times is not None  # the schema has a time
     times = plausible(groups.times, rule)
     times = times[times[:, 0] <= times[:, 1]]
     return int(times[:, 1].max() - times[:, 0].min()) if len(times) else None

@@ -131,6 +131,7 @@ class ReadAhead:
                     self._advance(lane)
                 until = min(last, lane.stop)
                 window = lane.window
+                assert window is not None  # the last call of `slices` comes before the threads are stopped
                 first, end = row - lane.first, until - lane.first
                 # Lanes deliver in turn: row k of lane i is row k * lanes + i of the epoch.
                 places = np.arange(row, until) * self.reading.lanes + lane.number
@@ -183,8 +184,8 @@ class ReadAhead:
         row_groups = self.row_groups
         first = lane.plan[0].spans[0]
         # The chunks of one row group follow each other.
-        for group, windows in groupby(lane.plan, lambda window: window.group):
-            windows = list(windows)
+        for group, some in groupby(lane.plan, lambda window: window.group):
+            windows = list(some)
             if group is None:
                 for window in windows:
                     many = len(window.spans) > OPEN_FILES
@@ -195,8 +196,8 @@ class ReadAhead:
                     yield from decoded
                 continue
             opened = row_groups.open(group, windows[-1].spans[0].stop, group == first.group)
-            for _, chunk in groupby(windows, lambda window: window.chunk):
-                chunk = list(chunk)
+            for _, neighbours in groupby(windows, lambda window: window.chunk):
+                chunk = list(neighbours)
                 span = Span(group, chunk[0].spans[0].first, chunk[-1].spans[0].stop)
                 yield from self._decoded(lane, [Source(span, opened)], chunk)
             opened.close()
@@ -217,7 +218,7 @@ class ReadAhead:
             lane.orders = (block, {})
         orders = lane.orders[1]
         if window.rows not in orders:
-            key = (WINDOW, reading.seed, self.epoch, lane.number, block)
+            key: tuple[int, ...] = (WINDOW, reading.seed, self.epoch, lane.number, block)
             key += (self.period.number,) if self.period.number else ()  # those of the first one are as before
             orders[window.rows] = seeded_order(window.rows, *key)
         return orders[window.rows]

@@ -6,7 +6,7 @@ windows, `read_ahead.py` for the threads that do both, `assemble.py` for windows
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ class ParquetReader:
 
     def __init__(
         self,
-        path: str | Listing | list[str | Listing],
+        path: str | Listing | Sequence[str | Listing],
         schema: Schema,
         batch_size: int,
         rank: int = 0,

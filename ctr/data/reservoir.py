@@ -9,6 +9,7 @@ rows, as all that is in the sample of both is in the sample of one or of the oth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class _Chosen:
 
 def add_to_reservoir(
     before: Path | None,
-    path: str | Listing | list[str | Listing],
+    path: str | Listing | Sequence[str | Listing],
     partition: str,
     schema: Schema,
     size: int,
@@ -83,7 +84,9 @@ def add_to_reservoir(
 def _smallest(groups: RowGroups, partition: str, size: int, seed: int) -> _Chosen:
     """Return the rows with the smallest priorities, a row group at a time: memory for the size and one row group."""
     stream = key(RESERVOIR, seed, key_of(partition))
-    group, place, priority = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64)
+    group: np.ndarray = np.zeros(0, np.int64)
+    place: np.ndarray = np.zeros(0, np.int64)
+    priority: np.ndarray = np.zeros(0, np.uint64)
     for number, (first, rows) in enumerate(zip(groups.first.tolist(), groups.rows.tolist(), strict=True)):
         here = bits(stream, np.arange(first, first + rows, dtype=np.uint64))
         group = np.concatenate([group, np.full(rows, number)])

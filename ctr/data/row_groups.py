@@ -127,6 +127,7 @@ class RowGroup:
             column = "" if self.together else f" column {columns[0]!r}"
             self.error = f"{self.reader.groups.where(self.group)}{column}: cannot be decoded: {one_line(error)}"
             raise Unreadable from None
+        assert self._chunk is not None
         first, rows = first - self._chunk_first, stop - first
         arrays = [self._chunk.column(name).slice(first, rows) for name in columns]
         return [a.chunks if isinstance(a, pa.ChunkedArray) else [a] for a in arrays]
@@ -170,14 +171,14 @@ class RowGroup:
             self._check_rows(0 if self._chunk is None else self._chunk.num_rows, self.stop)
 
     def _load_until(self, key: tuple[str, ...], stop: int) -> None:
-        loaded = self._key == key and self._chunk is not None
-        if loaded and self._chunk_first + self._chunk.num_rows >= stop:
+        chunk = self._chunk if self._key == key else None
+        if chunk is not None and self._chunk_first + chunk.num_rows >= stop:
             return
         stream = self._streams.get(key)
         if stream is None:
             stream = self._streams[key] = self._batches(key)
-        self._chunk = None
-        first = batch = None
+        self._chunk = chunk = None
+        first, batch = 0, None
         while batch is None or first + batch.num_rows < stop:
             first, batch = next(stream, (self.rows, None))
             if batch is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
@@ -53,6 +53,13 @@ class FeatureConfig:
     max: float = 1.0  # transform min_max: the value that becomes 1
     boundaries: list[float] = field(default_factory=list)  # transform bucketise: where buckets begin, rising
     table: str | None = None  # embedding table; default: the name
+
+
+@dataclass
+class Feature(FeatureConfig):
+    """One feature of a validated schema: `column` is filled in and, where the feature gives ids, `table`."""
+
+    column: str = ""
 
 
 @dataclass
@@ -111,7 +118,7 @@ class Schema:
         self.id_names = [f.name for f in self.categorical]
         self.tables: dict[str, list[str]] = {}
         for feature in self.categorical:
-            self.tables.setdefault(feature.table, []).append(feature.name)
+            self.tables.setdefault(feature.table or feature.name, []).append(feature.name)
         self.pooling = {f.name: f.pooling for f in self.categorical}
         self.weighted = any(f.weights for f in self.categorical)
         _refuse_duplicates("labels", self.labels)
@@ -133,7 +140,9 @@ class Schema:
         _refuse_unknown_keys(plain)
         try:
             merged = OmegaConf.merge(OmegaConf.structured(SchemaConfig), plain)
-            return cls(OmegaConf.to_object(merged))
+            made = OmegaConf.to_object(merged)
+            assert isinstance(made, SchemaConfig)
+            return cls(made)
         except OmegaConfBaseException as error:
             where = error.full_key or "schema"
             raise SchemaError(f"schema key {where}: {str(error).splitlines()[0]}") from None
@@ -168,7 +177,7 @@ def _refuse_duplicates(where: str, names: list[str]) -> None:
         seen.add(name)
 
 
-def _resolved(feature: FeatureConfig) -> FeatureConfig:
+def _resolved(feature: FeatureConfig) -> Feature:
     """Return the feature with column, table and the signed form of missing_id filled in."""
     where = f"schema.features: {feature.name!r}"
     for key, known in (("kind", KINDS), ("dtype", DTYPES), ("pooling", POOLINGS), ("transform", TRANSFORMS)):
@@ -187,13 +196,13 @@ def _resolved(feature: FeatureConfig) -> FeatureConfig:
         if not -(2**63) <= missing_id < 2**64:
             raise SchemaError(f"{where}: missing_id {missing_id} does not fit 64 bits")
         missing_id = missing_id - 2**64 if missing_id >= 2**63 else missing_id
-    return replace(
-        feature,
-        column=feature.name if feature.column is None else feature.column,
-        table=(feature.table or feature.name) if categorical else None,
-        missing_id=missing_id,
-        boundaries=list(feature.boundaries),
-    )
+    filled_in = {
+        "column": feature.name if feature.column is None else feature.column,
+        "table": (feature.table or feature.name) if categorical else None,
+        "missing_id": missing_id,
+        "boundaries": list(feature.boundaries),
+    }
+    return Feature(**(vars(feature) | filled_in))
 
 
 def _refuse_set_keys(where: str, feature: FeatureConfig, keys: str, why: str) -> None:

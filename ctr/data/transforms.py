@@ -1,13 +1,13 @@
-"""Transform numeric features, as `FeatureConfig.transform` names the transforms."""
+"""Transform numeric features, as `Feature.transform` names the transforms."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from tessera.ctr.data.schema import FeatureConfig
+from tessera.ctr.data.schema import Feature
 
 
-def transform(feature: FeatureConfig, x: np.ndarray) -> np.ndarray:
+def transform(feature: Feature, x: np.ndarray) -> np.ndarray:
     """Transform numbers [n] to numbers [n]. A value that is not finite gives one that is not finite."""
     if feature.transform == "log1p":
         return np.copysign(np.log1p(np.abs(x)), x)
@@ -22,7 +22,7 @@ def transform(feature: FeatureConfig, x: np.ndarray) -> np.ndarray:
     return x
 
 
-def bucket(feature: FeatureConfig, x: np.ndarray) -> np.ndarray:
+def bucket(feature: Feature, x: np.ndarray) -> np.ndarray:
     """Return the number of boundaries <= x, int64 [n]."""
     # In the precision of the data, so that a stored float32 0.7 is not below the boundary 0.7.
     kind = x.dtype if x.dtype.kind == "f" else np.float64

@@ -34,30 +34,39 @@ class Window:
     def span(self, first: int, stop: int) -> tuple[int, int]:
         """Return the range [first, stop) in the arrays of the good rows among the scheduled rows [first, stop). Call it
         only if some rows are bad."""
+        assert self.good_before is not None
         return int(self.good_before[first]), int(self.good_before[stop])
 
     def good(self, first: int, stop: int) -> np.ndarray:
         """Return the positions of good rows among the scheduled rows [first, stop), int64 counted from `first`. Call it
         only if some rows are bad."""
+        assert self.reasons is not None
         return np.flatnonzero(self.reasons[first:stop] == GOOD)
 
     def dropped(self, first: int, stop: int) -> dict[str, int]:
         """Return the number of dropped rows among the scheduled rows [first, stop), by reason. Call it only if some
         rows are bad."""
+        assert self.reasons is not None
         counts = np.bincount(self.reasons[first:stop], minlength=len(REASONS))
         return {REASONS[i]: int(counts[i]) for i in np.flatnonzero(counts) if i != GOOD}
 
     def take(self, rows: np.ndarray) -> Window:
         """Return these rows of the arrays, in their order."""
-        along = [None if a is None else a[rows] for a in (self.weight, self.group, self.time, self.number)]
         return Window(
             self.numeric[:, rows],
             self.ids[:, rows],
             None if self.present is None else self.present[:, rows],
             [bags.take(rows) for bags in self.bags],
             self.labels[:, rows],
-            *along,
+            weight=_taken(self.weight, rows),
+            group=_taken(self.group, rows),
+            time=_taken(self.time, rows),
+            number=_taken(self.number, rows),
         )
+
+
+def _taken(array: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    return None if array is None else array[rows]
 
 
 class Slice(NamedTuple):

@@ -131,7 +131,9 @@ def _load(path: Path) -> CsvConfig:
         if isinstance(loaded.get("header"), bool):
             # yaml reads a bare yes or no as a boolean
             loaded["header"] = "yes" if loaded["header"] else "no"
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CsvConfig), loaded))  # type: ignore
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CsvConfig), loaded))
+        assert isinstance(config, CsvConfig)
+        return config
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except OmegaConfBaseException as error:

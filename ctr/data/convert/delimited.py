@@ -163,7 +163,8 @@ class _BlockParser:
             table, message = self._read(piece)
             if table is not None and table.num_rows != last - first:
                 self._refuse_open_quotes(block.path, data, lines[first:last], starts[first:last], stops[first:last])
-                table, message = None, f"expected one row, found {table.num_rows}: {shorten(self._decoded(piece))}"
+                message = f"expected one row, found {table.num_rows}: {shorten(self._decoded(piece))}"
+                table = None
             if table is not None:
                 self.bad_rows.rows_read += table.num_rows
                 yield TextTable(block.path, table, lines[first:last])

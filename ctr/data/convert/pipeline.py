@@ -87,13 +87,19 @@ class Conversion:
     transform: Transform = lambda table: table
     time: str | None = None
 
+    @property
+    def split_column(self) -> str:
+        """The column to split by time or day. Ask only in such a split, which needs one."""
+        assert self.time is not None
+        return self.time
+
 
 def schema_from_conf(name: str) -> dict:
     """Return the `schema:` block of conf/data/<name>.yaml, so that it is written down in one place only."""
     text = (resources.files("tessera.conf") / "data" / f"{name}.yaml").read_text()
-    schema = OmegaConf.to_container(OmegaConf.create(text)["schema"])
-    assert isinstance(schema, dict)
-    return schema
+    whole = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(whole, dict) and isinstance(whole["schema"], dict)
+    return whole["schema"]
 
 
 def convert(
@@ -124,7 +130,7 @@ def convert(
             assign = into(name) if name else split
             for file_number, made in _rows(conversion.columns, conversion, paths, bad_rows, options):
                 if not name and source.how != "random":
-                    made = _with_time(made, conversion.time, bad_rows)
+                    made = _with_time(made, conversion.split_column, bad_rows)
                 kept = conversion.transform(made)
                 dropped += made.table.num_rows - kept.table.num_rows
                 keys = (file_number << LINE_BITS) + kept.lines
@@ -158,14 +164,14 @@ def _splitter(conversion: Conversion, source: Input, options: Options) -> Splitt
     if source.how == "random":
         return by_fraction(source.valid, source.test, source.seed)
     if source.how == "day":
-        return by_day(conversion.time)
+        return by_day(conversion.split_column)
     if source.valid_from is not None and source.test_from is not None:
-        return by_time(conversion.time, source.valid_from, source.test_from)
+        return by_time(conversion.split_column, source.valid_from, source.test_from)
     hours, bad_rows = HourCounts({}), BadRows(options.bad_rows)
     time = [column for column in conversion.columns if column.name == conversion.time]
     for _, made in _rows(time, conversion, source.files[""], bad_rows, options):
         hours.add(made.table.column(0).drop_null().to_numpy())
-    return by_time(conversion.time, *hours.cuts(source.valid, source.test))
+    return by_time(conversion.split_column, *hours.cuts(source.valid, source.test))
 
 
 def _with_time(made: TextTable, time: str, bad_rows: BadRows) -> TextTable:
@@ -201,7 +207,8 @@ def _in_order(folders: Iterable[str]) -> list[str]:
 def _check_rows(rows: dict[str, int], source: Input) -> None:
     expected = [name for name in source.files if name]
     if "" in source.files and source.how != "day":
-        valid = source.valid > 0 if source.valid_from is None else source.valid_from < source.test_from
+        valid_from, test_from = source.valid_from, source.test_from
+        valid = source.valid > 0 if valid_from is None or test_from is None else valid_from < test_from
         expected += ["train"] + ["valid"] * valid + ["test"] * (source.test > 0)
     for name in expected or [""]:
         if not (rows.get(name) if name else rows):
