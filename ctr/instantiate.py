@@ -70,5 +70,6 @@ def instantiate(config: Mapping[str, Any], key: str, *positional: Any, **given: 
 def _moved(error: Exception) -> str:
     """Return the end of an import error's message if a model of the user's imports by the names of version 0.1; else
     empty."""
-    moved = isinstance(error, ImportError) and (error.name or "").split(".")[0] in ("ctr", "embedding", "distributed")
-    return f"; since version 0.2 this project is imported as tessera.{error.name}" if moved else ""
+    name = (error.name or "") if isinstance(error, ImportError) else ""
+    moved = name.split(".")[0] in ("ctr", "embedding", "distributed")
+    return f"; since version 0.2 this project is imported as tessera.{name}" if moved else ""

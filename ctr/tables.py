@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tessera.ctr.config import Config
 from tessera.ctr.config_types import SparseConfig
 from tessera.ctr.data.schema import Schema
@@ -42,7 +44,7 @@ def build_tables(config: Config, schema: Schema, tower: Tower, ranks: int) -> Ta
 
 def _static_tables(config: Config, schema: Schema, tower: Tower) -> StaticTables:
     embedding = config.embedding
-    groups = {
+    groups: dict[str, Sequence[TableConfig]] = {
         group: [
             TableConfig(f"{table}_{group}", dim, tuple(features), embedding.init_std)
             for table, features in schema.tables.items()
@@ -140,10 +142,11 @@ def _on_bag_path(config: Config, schema: Schema, table: DynamicTableConfig, rank
         return config.embedding.pooled_output_dist == "always"
     features = [f for f in schema.categorical if f.name in table.features]
     lengths = [f.max_length if f.kind in BAGS else 1 for f in features]
-    if None in lengths:
+    limits = [length for length in lengths if length is not None]
+    if len(limits) < len(lengths):
         return False
     rows = -(-config.trainer.batch_size // ranks)
-    bags, ids = rows * len(lengths), rows * sum(lengths)
+    bags, ids = rows * len(limits), rows * sum(limits)
     return sums_are_smaller(bags, ids, config.embedding.rows, table.width, ranks, schema.weighted)
 
 

@@ -70,10 +70,10 @@ def auc_difference(rows: PairedRows, confidence: float = 0.95) -> Difference | N
         influence.append(one)
     difference = influence[1] - influence[0]
     if rows.cluster is not None:
-        return _interval(*values, _clustered(difference, rows.cluster), confidence)
+        return _interval(values, _clustered(difference, rows.cluster), confidence)
     # Positives and negatives are two samples: each has its own degrees of freedom.
     variance = sum(_variance(difference[mask]) for mask in (rows.positive, ~rows.positive))
-    return _interval(*values, variance, confidence)
+    return _interval(values, variance, confidence)
 
 
 def logloss_difference(rows: PairedRows, confidence: float = 0.95) -> Difference | None:
@@ -86,7 +86,7 @@ def logloss_difference(rows: PairedRows, confidence: float = 0.95) -> Difference
     difference = losses[1] - losses[0]
     influence = weight * (difference - (values[1] - values[0])) / weight.sum()
     variance = _variance(influence) if rows.cluster is None else _clustered(influence, rows.cluster)
-    return _interval(*values, variance, confidence)
+    return _interval(values, variance, confidence)
 
 
 def row_loss(prediction: np.ndarray, positive: np.ndarray) -> np.ndarray:
@@ -129,7 +129,8 @@ def _clustered(influence: np.ndarray, cluster: np.ndarray) -> float:
     return _variance(np.bincount(codes, weights=influence))
 
 
-def _interval(first: float, second: float, variance: float, confidence: float) -> Difference:
+def _interval(values: list[float], variance: float, confidence: float) -> Difference:
+    first, second = values
     error = float(np.sqrt(variance))
     half = NormalDist().inv_cdf(0.5 + confidence / 2) * error
     value = second - first

@@ -98,9 +98,10 @@ class ScoreTable:
         return -total / (self.positive_weight + self.negative_weight)
 
     def normalized_entropy(self) -> float | None:
-        if not self.has_both_classes:
+        loss = self.logloss()
+        if not self.has_both_classes or loss is None:
             return None
-        return self.logloss() / entropy(self.positive_weight, self.negative_weight)
+        return loss / entropy(self.positive_weight, self.negative_weight)
 
     def observed_rate(self) -> float | None:
         total = self.positive_weight + self.negative_weight

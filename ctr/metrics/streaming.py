@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -153,8 +154,15 @@ class StreamingMetrics:
             beaten = negative.cumsum(0) - 0.5 * negative
             metrics["auc"] = float(positive @ beaten) / pairs
             metrics["auc_error_bound"] = float(positive @ negative) / (2 * pairs)
-            metrics["normalized_entropy"] = metrics["logloss"] / entropy(positive_weight, negative_weight)
+            metrics["normalized_entropy"] = loss / total / entropy(positive_weight, negative_weight)
         return metrics | {"rows": int(rows), "positives": int(positives)}
+
+
+def rows_of(metrics: Mapping[str, float | None]) -> int:
+    """Return the number of rows that `compute` has seen: the one metric, with `positives`, that is always defined."""
+    rows = metrics["rows"]
+    assert rows is not None
+    return int(rows)
 
 
 def logit_keys(logit: Tensor) -> Tensor:

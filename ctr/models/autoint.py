@@ -56,7 +56,9 @@ class AutoInt(Tower):
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])
-        mixed_bfa = in_pieces(self._interacted, emb_bfd, self.interact[0].dropout.keys if self.training else None)
+        first = self.interact[0]
+        assert isinstance(first, InteractingLayer)
+        mixed_bfa = in_pieces(self._interacted, emb_bfd, first.dropout.keys if self.training else None)
         logit = self.output(self.embed.flat(numeric_bn, mixed_bfa))
         if self.mlp is not None:
             logit = logit + self.mlp(self.embed.flat(numeric_bn, emb_bfd))
@@ -102,8 +104,8 @@ class InteractingLayer(nn.Module):
 
     def _attend_fused(self, projected: Tensor) -> Tensor:
         query, key, value, *residual = projected.split(self.width, 2)
-        by_head = [part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)]
-        mixed = F.scaled_dot_product_attention(*by_head, scale=self.scale).transpose(1, 2).flatten(2)
+        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scale).transpose(1, 2).flatten(2)
         return mixed + residual[0] if residual else mixed
 
     def _attend_by_head(self, projected: Tensor, keys: Tensor | None) -> Tensor:

@@ -48,17 +48,20 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         return F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
     def _over_all_ranks(self, rows: Tensor) -> Tensor:
+        kept_mean, kept_variance, momentum = self.running_mean, self.running_var, self.momentum
+        assert kept_mean is not None and kept_variance is not None and momentum is not None  # as torch's defaults are
+        assert self.num_batches_tracked is not None
         values = rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
         with torch.no_grad():
             count, mean, variance = _merge(*_statistics(values))
             enough = count >= 2
-            share = self.momentum * enough
-            self.running_mean.lerp_(mean.to(self.running_mean), share.to(self.running_mean))
+            share = momentum * enough
+            kept_mean.lerp_(mean.to(kept_mean), share.to(kept_mean))
             unbiased = variance * (count / (count - 1).clamp(min=1))
-            self.running_var.lerp_(unbiased.to(self.running_var), share.to(self.running_var))
+            kept_variance.lerp_(unbiased.to(kept_variance), share.to(kept_variance))
             self.num_batches_tracked += 1
-            mean = torch.where(enough, mean, self.running_mean.to(mean))
-            variance = torch.where(enough, variance, self.running_var.to(variance))
+            mean = torch.where(enough, mean, kept_mean.to(mean))
+            variance = torch.where(enough, variance, kept_variance.to(variance))
             # Weight of a value in the mean of gradients: 0 if the statistics do not depend on it.
             of_mean = enough / count.clamp(min=1)
         with torch.autocast(rows.device.type, enabled=False):

@@ -55,9 +55,11 @@ def dropout_layers(tower: nn.Module) -> list[Dropout]:
     return layers
 
 
-def draw_masks(layers: list[Dropout], seed: int, step: int, place: Tensor) -> None:
-    """Give the layers the keys of a batch's rows. place: int64 [B], where in the epoch's order each row stands."""
+def draw_masks(layers: list[Dropout], seed: int, step: int, place: Tensor | None) -> None:
+    """Give the layers the keys of a batch's rows. place: int64 [B], where in the epoch's order each row stands; without
+    layers nobody asks for it."""
     if layers:
+        assert place is not None, "the reader does not say where the rows stand"
         keys = row_keys(seed, DROPOUT, place, step)
         for layer in layers:
             layer.keys = keys

@@ -79,18 +79,18 @@ class Generation(nn.Module):
         super().__init__()
         self.pool, self.dim, self.count = pool, dim, 0
         self.convolutions, self.norms, self.recombinations = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        inputs = 1
+        inputs, convolutions = 1, []
         for outputs in channels:
-            self.convolutions.append(
-                nn.Conv2d(inputs, outputs, (1, kernel), padding=(0, kernel // 2), bias=not batch_norm)
-            )
+            convolutions.append(nn.Conv2d(inputs, outputs, (1, kernel), padding=(0, kernel // 2), bias=not batch_norm))
+            self.convolutions.append(convolutions[-1])
             self.norms.append(BatchNorm(outputs) if batch_norm else nn.Identity())
             fields = -(-fields // pool)
             self.recombinations.append(linear(fields * dim * outputs, fields * dim * recombined))
             self.count += fields * recombined
             inputs = outputs
-        self.convolutions.to(memory_format=torch.channels_last)  # as their gradients are, for data parallel's buckets
-        for convolution in self.convolutions:
+        # As their gradients are, for data parallel's buckets.
+        nn.utils.convert_conv2d_weight_memory_format(self.convolutions, torch.channels_last)
+        for convolution in convolutions:
             nn.init.xavier_normal_(convolution.weight)
             if convolution.bias is not None:
                 nn.init.zeros_(convolution.bias)

@@ -46,6 +46,9 @@ class KPNN(Tower):
 class KernelProducts(nn.Module):
     """e_i^T K_ij e_j of all pairs i < j, in the order of `pairs`."""
 
+    first: Tensor
+    second: Tensor
+
     def __init__(self, fields: int, dim: int, kernel: str) -> None:
         super().__init__()
         first, second = pairs(fields)

@@ -100,6 +100,8 @@ class InnerProducts(nn.Module):
         count: F (F - 1) / 2.
     """
 
+    place: Tensor
+
     def __init__(self, fields: int) -> None:
         super().__init__()
         first, second = pairs(fields)

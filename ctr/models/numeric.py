@@ -59,6 +59,8 @@ class Bucketised(nn.Module):
     Equal parts of what the model sees, that is after the feature's transform (log1p: equal ratios of a count).
     """
 
+    first: Tensor
+
     def __init__(self, fields: int, dim: int, buckets: int, low: float, high: float, init_std: float) -> None:
         super().__init__()
         if buckets < 1:

@@ -50,6 +50,9 @@ class PIN(Tower):
 class PairNets(nn.Module):
     """One net per pair i < j on [e_i, e_j, e_i * e_j]; [B, F, D] -> [B, pairs * last width], pair by pair."""
 
+    first: Tensor
+    second: Tensor
+
     def __init__(self, fields: int, dim: int, widths: Sequence[int]) -> None:
         super().__init__()
         first, second = pairs(fields)
