@@ -13,7 +13,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from tessera.ctr.config import Config
 from tessera.ctr.data.reader import ParquetReader
@@ -42,7 +43,8 @@ def prepare(engine: Engine, reader: ParquetReader, folder: Path) -> None:
         ConfigError: no such run, or KD-self with nothing learnt so far.
         TesseraError: the logits are not those of the training rows, or not complete.
     """
-    process, config = engine.process, engine.config.trainer.distil
+    process, config, distil = engine.process, engine.config.trainer.distil, engine.distil
+    assert distil is not None  # or nobody asks for a teacher
     made_of = {"kind": config.kind, "teacher": config.teacher, "rows": reader.rows, "data": reader.groups.fingerprint}
     found = _described(folder, process)
     if found is None:
@@ -56,6 +58,7 @@ def prepare(engine: Engine, reader: ParquetReader, folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         wait_for_all()
         scored = read_split(engine.config, engine.schema, process, SPLIT)
+        assert scored is not None  # `reader` reads the same split
         score_teacher(engine.config, engine.model, scored, process, folder)
         wait_for_all()
         if process.is_main:
@@ -66,11 +69,16 @@ def prepare(engine: Engine, reader: ParquetReader, folder: Path) -> None:
         raise TesseraError(f"{folder}: {key} is {found.get(key)!r}; the run has {made_of[key]!r}")
     logits = read_logits(folder, SPLIT, reader.rows)
     _check_shared(folder, logits, process)
-    engine.distil.logits = logits
+    distil.logits = logits
 
 
 def score_teacher(
-    config: Config, model: nn.Module, reader: ParquetReader, process: Process, folder: Path, split: str = SPLIT
+    config: Config,
+    model: DistributedModelParallel,
+    reader: ParquetReader,
+    process: Process,
+    folder: Path,
+    split: str = SPLIT,
 ) -> None:
     """Write the logits of the teacher that `trainer.distil` names for the rows of a reader that numbers them.
 
@@ -83,8 +91,9 @@ def score_teacher(
     if distil.kind == "self":
         evaluate(model, reader, process, folder, split)
         return
-    named = [*distil.targets, config.model.get("target"), config.numeric.get("target")]
-    theirs = run_config(Path(distil.teacher), [], named)
+    assert distil.teacher is not None  # of another run, if not of this one
+    own = (config.model.get("target"), config.numeric.get("target"))
+    theirs = run_config(Path(distil.teacher), [], [*distil.targets, *(name for name in own if name is not None)])
     schema = Schema(theirs.data.schema)
     if schema.id_names != reader.schema.id_names or schema.numeric_names != reader.schema.numeric_names:
         raise ConfigError(f"trainer.distil.teacher {distil.teacher} reads other features; expected those of this run")

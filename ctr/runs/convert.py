@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from tessera.ctr.config import Config, typed
 from tessera.ctr.config_types import EmbeddingConfig
@@ -65,17 +65,19 @@ def convert_run(
     )
     if not isinstance(before, DynamicTables):
         raise ConfigError(f"{run_dir} has embedding.kind {source.embedding.kind}; only dynamic tables can be converted")
-    errors: dict[str, dict[str, ConversionError]] = {table.name: {} for table in before.tables}
+    assert isinstance(after, DynamicTables)  # the kind is no key of a conversion
+    stored, made = before.tables, after.tables
+    errors: dict[str, dict[str, ConversionError]] = {table.name: {} for table in stored}
 
     def write(storage: Storage) -> dict:
         save_tensors(storage, load_tensors(saved.folders[0], lambda name: True), process)
-        for old, new in zip(before.tables, after.tables, strict=True):
+        for old, new in zip(stored, made, strict=True):
             rows = _converted(saved, old, new, errors[old.name], process)
             write_columns(storage, file_name("rows", new.name, 0, 1), rows, process.world_size)
         return {}
 
     def describe(*_) -> dict:
-        return {"tables": describe_tables({table.name: DynamicTable(table) for table in after.tables})}
+        return {"tables": describe_tables({table.name: DynamicTable(table) for table in made})}
 
     with replacing(output, "OUTPUT", "convert_tables.py", [run_dir]) as folder:
         save(Storage(folder), "best", write, describe, process, step=saved.step, kind="model")
@@ -107,4 +109,6 @@ def _target(source: Config, overrides: list[str]) -> Config:
         if not key.startswith("embedding.") or key.split(".")[1] not in known or "=" not in override:
             expected = ", ".join(f"embedding.{name}" for name in known)
             raise ConfigError(f"override {override!r}: a conversion changes the format of rows; expected {expected}")
-    return typed(OmegaConf.merge(OmegaConf.structured(source), OmegaConf.from_dotlist(overrides)))
+    merged = OmegaConf.merge(OmegaConf.structured(source), OmegaConf.from_dotlist(overrides))
+    assert isinstance(merged, DictConfig)
+    return typed(merged)

@@ -58,8 +58,7 @@ class RunLog:
     def _open(self) -> None:
         self._logger.setLevel(logging.INFO)
         self._logger.propagate = False
-        for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(self.folder / "train.log")):
-            handler.handleError = _let_it_end_the_run
+        for handler in (_Printed(sys.stdout), _Written(self.folder / "train.log")):
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
             self._logger.addHandler(handler)
         header, *tables, total = self._plan.splitlines()
@@ -257,7 +256,9 @@ class RunLog:
     def day(self, number: int, step: int, record: dict) -> None:
         """One partition of a run over days (`DayRecord.to_json`), the `number`-th: that is the step in TensorBoard."""
         self.write({**record, "kind": "day", "step": step, "number": number}, scalars=False)
-        for name, value in record.items() if self._tensorboard else ():
+        if not self._tensorboard:
+            return
+        for name, value in record.items():
             parts = value if isinstance(value, dict) else {"": value}
             for part, one in parts.items():
                 if isinstance(one, int | float):
@@ -277,6 +278,7 @@ class RunLog:
         prefix = line.get("split", line["kind"])
         for name, value in line.items() if scalars else ():
             if isinstance(value, int | float) and name not in ("step", "epoch"):
+                assert self._tensorboard is not None  # from the beginning of the run to its end
                 self._tensorboard.add_scalar(f"{prefix}/{name}", value, line["step"])
 
     def bad_rows(self, readers: dict[str, ParquetReader | None]) -> None:
@@ -314,9 +316,19 @@ def _in_words(metrics: dict) -> str:
     return " · ".join(f"{name} {shown(metrics[name])}" for name in names)
 
 
-def _let_it_end_the_run(_record: logging.LogRecord) -> None:
-    """In place of what logging does when a line cannot be written: print a trace and go on."""
-    raise  # noqa: PLE0704 (called where the error is being handled)
+class _EndsTheRun(logging.Handler):
+    """Raises where a line cannot be written; logging would print a trace and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # noqa: PLE0704 (called where the error is being handled)
+
+
+class _Printed(_EndsTheRun, logging.StreamHandler):
+    """Lines on a stream."""
+
+
+class _Written(_EndsTheRun, logging.FileHandler):
+    """Lines in a file."""
 
 
 def _hit_rate(counts: dict[str, int]) -> float:

@@ -87,10 +87,10 @@ def fill_model(model: DistributedModelParallel, saved: Saved, process: Process, 
         shards = _weights(shards)
     wanted = {f"tower/{name}": value for name, value in tower.items()} | shards
     for name, value in wanted.items():
-        found = there.get(name, ("nothing", ""))[0]
-        if found != value.size():
+        shape = there.get(name, ("nothing", ""))[0]
+        if shape != value.size():
             expected = _shape(value.size())
-            raise CheckpointError(f"{saved.name}: found {_shape(found)} for {name}; the model has {expected}")
+            raise CheckpointError(f"{saved.name}: found {_shape(shape)} for {name}; the model has {expected}")
     extra = [n for n in there if n.startswith(("tower/", "tables/")) and n not in wanted]
     if extra:
         hint = "trainer.warm_start takes what fits"

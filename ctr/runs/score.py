@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
@@ -17,6 +17,7 @@ from tessera.ctr.config import Config, typed
 from tessera.ctr.data.id_names import names_of_ids
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
+from tessera.ctr.metrics.streaming import rows_of
 from tessera.ctr.network import build_model
 from tessera.ctr.report.files import json_text
 from tessera.ctr.report.predictions import NEW_IDS, SLICE
@@ -34,7 +35,7 @@ from tessera.ctr.train.state_parts import BEST
 from tessera.distributed.atomic import write_text
 from tessera.distributed.collectives import wait_for_all
 from tessera.distributed.rank import Process
-from tessera.distributed.saved.states import CheckpointError
+from tessera.distributed.saved.manifest import CheckpointError
 from tessera.distributed.tables import owned_tables
 from tessera.embedding.errors import ConfigError, TesseraError
 
@@ -69,6 +70,7 @@ def run_config(run_dir: Path, overrides: list[str], named: Collection[str] = ())
         merged = OmegaConf.merge(saved, OmegaConf.from_dotlist(overrides))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
+    assert isinstance(merged, DictConfig)
     return typed(merged)
 
 
@@ -97,7 +99,7 @@ def score_run(
         raise ConfigError("slice new_ids: embedding.kind is static; expected dynamic, which knows its ids")
     which, step = load_model_of_run(model, config, run_dir, process)
     output, places = output or run_dir / PLACE / f"{datetime.now():%Y%m%d-%H%M%S}", [run_dir / PLACE]
-    sources = [run_dir, config.data.path]
+    sources: list[str | Path] = [run_dir, config.data.path]
     with replacing_on_ranks(process, output, "--output", "evaluate.py", sources, places) as folder:
         if process.is_main:
             (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
@@ -109,7 +111,7 @@ def score_run(
             with open(folder / "metrics.jsonl", "w") as file:
                 line = {"kind": "eval", "split": split, "step": step, "model": which, **metrics}
                 file.write(json.dumps(line) + "\n")
-            report = write_report(folder, scored={split: metrics["rows"]})
+            report = write_report(folder, scored={split: rows_of(metrics)})
     return replace(report, folder=output) if process.is_main else None
 
 

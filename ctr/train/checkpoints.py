@@ -214,7 +214,8 @@ class Checkpoints:
                 cannot be read, or does not fit the model.
             DataError: the data are not those of the state.
         """
-        log, process, config, problems = self._log, self._process, self._engine.config, []
+        log, process, config = self._log, self._process, self._engine.config
+        problems: list[str] = []
         if not log.may_go_on:
             return False
         on_first_rank(process, self._clean)

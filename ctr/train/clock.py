@@ -52,8 +52,9 @@ class Clock:
         """Collective. before: the clock of the step before this one in this epoch, 0 if this is its first."""
         mine = [float(batch.weight.sum()), float(self._process.stop_asked)]
         if not self.of_events:
-            weights, stops, now = gather(torch.tensor([*mine, time.time()], dtype=torch.float64)).unbind(1)
-            return Agreed(weights.sum().item(), int(now.max()), bool(stops.any()))
+            weights, stops, clocks = gather(torch.tensor([*mine, time.time()], dtype=torch.float64)).unbind(1)
+            return Agreed(weights.sum().item(), int(clocks.max()), bool(stops.any()))
+        assert batch.time is not None  # the schema has a time
         times = batch.time[: batch.rows]
         newest = torch.full((self._kept,), -torch.inf, dtype=torch.float64)
         newest[: batch.rows] = times.topk(min(self._kept, batch.rows)).values.double()
@@ -91,7 +92,7 @@ def ttl_in_vain(config: Config, reader: ParquetReader) -> str | None:
     ttl, times = config.embedding.ttl_days, reader.schema.times
     if ttl is None or times is None or config.embedding.clock != "event":
         return None
-    seconds = span(reader.groups, times) or 0
+    seconds: float = span(reader.groups, times) or 0
     if reader.order == "time":
         seconds = min(seconds, reader.period_days * DAY)
     if seconds <= ttl * DAY:

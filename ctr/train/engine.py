@@ -53,12 +53,14 @@ class Engine:
 
     def parts(self) -> dict[str, Stateful]:
         """Return the parts of a saved state that the engine has, by name."""
-        parts = {
+        parts: dict[str, Stateful] = {
             "model": ModelState(self.model, self.process),
             "optimizers": self.optimizers,
             "progress": self.progress,
         }
-        return parts | ({"distil": self.distil} if self.distil else {})
+        if self.distil:
+            parts["distil"] = self.distil
+        return parts
 
     @property
     def step(self) -> int:
@@ -104,12 +106,16 @@ class Engine:
 
     def _learns_step_sizes(self) -> bool:
         """Return whether this step has a second pass, for the scales of quantised rows (ALPT)."""
-        learns = self.growing is not None and self.growing.learns_steps
-        return learns and self.step % self.config.embedding.alpt.every == 0
+        if self.growing is None or not self.growing.learns_steps:
+            return False
+        every = self.config.embedding.alpt.every
+        assert every is not None  # without it no table has a step size to learn
+        return self.step % every == 0
 
     def _learn_step_sizes(self, batch: Batch, scale: float) -> None:
         """Run ALPT's second pass over the batch: the gradient of the loss to the updated rows as they would be rounded,
         and from it the scales with which they are stored. The tower has been updated and takes no part."""
+        assert self.growing is not None  # no others learn step sizes
         self.process.stage = f"step {self.step}: step sizes"
         with self.growing.second_pass():
             logits, embeddings = self.network(batch)

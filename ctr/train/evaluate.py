@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
@@ -45,7 +46,7 @@ def open_reader(
     config: Config,
     schema: Schema,
     process: Process,
-    path: str | list[str | Listing],
+    path: str | Listing | Sequence[str | Listing],
     training: bool,
     days: list[str] | None = None,
     replay: str | None = None,
@@ -100,7 +101,7 @@ def _agree_on_files(reader: ParquetReader, process: Process) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: DistributedModelParallel,
     reader: ParquetReader,
     process: Process,
     predictions: Path | None = None,
@@ -111,7 +112,7 @@ def evaluate(
     """Return metrics of the whole split, the same on every rank.
 
     Args:
-        model: of `Network`, sharded.
+        model: a `Network`, sharded.
         predictions: a folder; this rank's rows go to `<split>-<rank>.parquet` in it (written under another name
             and renamed when complete). Where the reader numbers rows, row and logit are among the columns.
         slices: features of the schema whose values are written beside each prediction, for the report's tables by

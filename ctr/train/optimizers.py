@@ -87,9 +87,9 @@ class Optimizers:
 
 
 def _dense_optimizer(config: DenseConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    options = {"lr": config.lr, "weight_decay": config.weight_decay}
+    rate, decay = config.lr, config.weight_decay
     if config.name == "adam":
-        return torch.optim.Adam(parameters, eps=config.eps, fused=True, **options)
+        return torch.optim.Adam(parameters, rate, eps=config.eps, weight_decay=decay, fused=True)
     if config.name == "adagrad":
-        return torch.optim.Adagrad(parameters, eps=config.eps, **options)
-    return torch.optim.SGD(parameters, **options)
+        return torch.optim.Adagrad(parameters, rate, eps=config.eps, weight_decay=decay)
+    return torch.optim.SGD(parameters, rate, weight_decay=decay)

@@ -21,9 +21,16 @@ class Readers(dict[str, ParquetReader | None]):
     """Split -> its reader, None for a split that there is not. The position of `train` is saved, and how many rows each
     reader has left out as bad."""
 
+    @property
+    def train(self) -> ParquetReader:
+        """The reader of `train`. Ask only while there is one."""
+        reader = self["train"]
+        assert reader is not None
+        return reader
+
     def train_batches(self, engine: Engine, log: RunLog) -> Iterator[Batch]:
         """Return the remaining batches of the current epoch, for the engine's steps."""
-        reader, epoch = self["train"], engine.progress.epoch
+        reader, epoch = self.train, engine.progress.epoch
         batches = log.progress(reader.epoch(epoch), reader, epoch)
         return engine.pipeline.feed(batches, begins=not reader.steps_done)
 
@@ -37,13 +44,16 @@ class Readers(dict[str, ParquetReader | None]):
 
         Raises DataError: the data are not those of the state.
         """
-        if self["train"] is not None:
-            self["train"].load_state(found.training["reader"])
+        train = self["train"]
+        if train is not None:
+            train.load_state(found.training["reader"])
         everyone, process = [one["bad_rows"] for one in found.training["of_ranks"]], found.process
         first, stop = (process.rank, process.rank + 1) if found.same_ranks else (0, len(everyone) * process.is_main)
         for counts in everyone[first:stop]:
             for split, reader in self.items():
-                for reason, count in counts.get(split, {}).items() if reader is not None else ():
+                if reader is None:
+                    continue
+                for reason, count in counts.get(split, {}).items():
                     reader.bad_row_counts[reason] = reader.bad_row_counts.get(reason, 0) + count
 
 

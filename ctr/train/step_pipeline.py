@@ -119,8 +119,8 @@ class StepPipeline:
         with self._side.queued():
             on_device = to_device(batch, self._process.device)
             times = on_device.time if self._clock.of_events else None
-            sends = self.overlaps and self._tables is not None
-            sent = self._tables.prepare(on_device.ids, agreed.now, times) if sends else None
+            tables = self._tables if self.overlaps else None
+            sent = None if tables is None else tables.prepare(on_device.ids, agreed.now, times)
         return ReadyBatch(batch, on_device, sent, times, *agreed)
 
     def _begin_next(self) -> ReadyBatch | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tessera.ctr.config import Config
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.distil.teacher_logits import prepare
+from tessera.ctr.metrics.streaming import rows_of
 from tessera.ctr.report.report import write_report
 from tessera.ctr.report.result import PREDICTIONS, begin_result, commit_result
 from tessera.ctr.runs.log import RunLog
@@ -79,10 +80,10 @@ class Trainer:
     def begin(self) -> None:
         """Prepare the run before the first step: have the teacher's logits, if there is one to learn from."""
         self.process.can_stop_later = True
-        if in_vain := ttl_in_vain(self.config, self.readers["train"]):
+        if in_vain := ttl_in_vain(self.config, self.readers.train):
             self.log.warn(in_vain)
         if self.engine.distil and not self.finished:
-            prepare(self.engine, self.readers["train"], self.log.folder / "teacher")
+            prepare(self.engine, self.readers.train, self.log.folder / "teacher")
 
     def end(self) -> None:
         """Finish the run after the last step: save the state, then score the kept model and write the report."""
@@ -103,10 +104,11 @@ class Trainer:
     def evaluate(self) -> None:
         """Score the valid split; keep the model if it is the best so far. All ranks see the same numbers."""
         engine, progress = self.engine, self.progress
-        if self.readers["valid"] is None or progress.evaluated_step == progress.step:
+        valid = self.readers["valid"]
+        if valid is None or progress.evaluated_step == progress.step:
             return
         began, progress.evaluated_step = time.perf_counter(), progress.step
-        metrics = evaluate(engine.model, self.readers["valid"], self.process)
+        metrics = evaluate(engine.model, valid, self.process)
         name = self.config.trainer.early_stop.metric
         value, best = metrics[name], progress.best
         better = value is not None and (best is None or (value > best if HIGHER_IS_BETTER[name] else value < best))
@@ -133,10 +135,11 @@ class Trainer:
         new = on_first_rank(process, lambda: begin_result(folder))
         scored = {}
         for split in ("valid", "test"):
-            if self.readers[split] is not None:
-                metrics = evaluate(self.engine.model, self.readers[split], process, new / PREDICTIONS, split)
+            reader = self.readers[split]
+            if reader is not None:
+                metrics = evaluate(self.engine.model, reader, process, new / PREDICTIONS, split)
                 self.log.final_evaluation(step, which, split, metrics)
-                scored[split] = metrics["rows"]
+                scored[split] = rows_of(metrics)
         process.stage = "writing the report"
         self.log.bad_rows(self.readers)
         wait_for_all()  # all predictions are written

@@ -43,6 +43,7 @@ def warm_start(engine: Engine, log: RunLog) -> None:
         ConfigError: `rename` has a name that is not there.
     """
     config, process = engine.config.trainer.warm_start, engine.process
+    assert config.path is not None  # or there is nothing to start from
     saved = find_saved(config.path, process, log.warn)
     process.stage = f"warm start from {saved.name}"
     old_names = _old_names(config.rename)
