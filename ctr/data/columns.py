@@ -118,9 +118,8 @@ def ids(array: pa.Array, dtype: str) -> tuple[np.ndarray, np.ndarray | None, np.
         values, well_formed = hashed(array, dtype)
     if well_formed is not None and there is not None:
         well_formed = well_formed | ~there
-    if (
-        dtype == "hex" and well_formed is not None and not well_formed.all()
-    ):  # no digits at all are a missing id, as null is
+    # No digits at all are a missing id, as null is.
+    if dtype == "hex" and well_formed is not None and not well_formed.all():
         filled = pc.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False) > 0
         there, well_formed = (filled if there is None else there & filled), well_formed | ~filled
     return values, there, None if well_formed is None or well_formed.all() else well_formed

@@ -210,11 +210,8 @@ def _select_days(files: list[DataFile], days: list[str], paths: object, folders:
         if day not in known:
             raise DataError(f"{paths}: found no folder {folders.folder_of(day)}; {nearest(day, sorted(known))}")
     wanted = set(days)
-    return [
-        file
-        for file, key in zip(files, keys, strict=True)
-        if key is not None and not wanted.isdisjoint((key, key[:10]))
-    ]
+    pairs = zip(files, keys, strict=True)
+    return [file for file, key in pairs if key is not None and (key in wanted or key[:10] in wanted)]
 
 
 def _refuse_doubled(files: Iterable[DataFile]) -> None:
