@@ -134,15 +134,15 @@ class Calendar:
             if partition.key not in daily.skip:
                 check_content(partition.key, partition.path, self._fingerprint(partition), records)
         due = []
-        for key, partition in ordered:
-            if partition is None or key in daily.skip:
-                due.append(Due(key, partition and partition.path, None))
+        for key, there in ordered:
+            if there is None or key in daily.skip:
+                due.append(Due(key, there.path if there else None, None))
                 continue
-            seen = self._fingerprint(partition)
+            seen = self._fingerprint(there)
             same = next((one.key for one in due if one.fingerprint == seen), None)
             if same is not None:
-                check_content(key, partition.path, seen, [DayRecord(same, seen)])
-            due.append(Due(key, partition.path, seen))
+                check_content(key, there.path, seen, [DayRecord(same, seen)])
+            due.append(Due(key, there.path, seen))
         return due
 
     def _period(self, keys: Iterable[str]) -> timedelta:

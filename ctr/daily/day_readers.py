@@ -6,6 +6,7 @@ from tessera.ctr.config import Config
 from tessera.ctr.daily.day_record import Days
 from tessera.ctr.daily.incremental import sample_of_history
 from tessera.ctr.daily.partitions import sources_of
+from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.runs.log import RunLog
 from tessera.ctr.train.evaluate import open_reader
@@ -21,6 +22,13 @@ class DayReaders(Readers):
     def __init__(self, config: Config, schema: Schema, process: Process, days: Days, log: RunLog) -> None:
         super().__init__(train=None, day=None)
         self._config, self._schema, self._process, self._days, self._log = config, schema, process, days, log
+
+    @property
+    def day(self) -> ParquetReader:
+        """The reader of `day`. Ask only inside a partition."""
+        reader = self["day"]
+        assert reader is not None
+        return reader
 
     def open(self, partition: str) -> None:
         """Raises PartitionError, DataError: what is wrong with its files."""

@@ -75,6 +75,12 @@ class DayRecord:
     published_bytes: int | None = None
     step: int | None = None
 
+    @property
+    def end_step(self) -> int:
+        """The step behind which it was done. Ask only of one that is."""
+        assert self.step is not None
+        return self.step
+
     def to_json(self) -> dict[str, Any]:
         """Return the record as it is written, with all keys; None for what is not known, or not yet."""
         return {
@@ -104,11 +110,13 @@ class DayRecord:
         if "/" in found["partition"] or not is_inside(found["partition"]):
             raise CheckpointError(f"{where} names the partition {shown(found['partition'])}; expected a day or an hour")
         metrics = {name: found.get(name) for name in COUNTS + METRICS}
+        names = vars(cls("", "")).keys() - {"stage", "metrics", "tables"}
+        as_found: dict[str, Any] = {name: found.get(name) for name in names}
         return cls(
             stage=_stage_of(found, where),
             metrics=None if found["rows"] is None else metrics,
             tables=TableCounts(**{name: found["tables"].get(name) for name in vars(TableCounts())}),
-            **{name: found.get(name) for name in vars(cls("", "")).keys() - {"stage", "metrics", "tables"}},
+            **as_found,
         )
 
 
@@ -169,7 +177,7 @@ class Days:
         """Return the records; the states of the ends of the last days are kept, for `daily.rollback_to`."""
         records = [record.to_json() for record in self.done]
         daily = {"records": records, "record": self.current and self.current.to_json()}
-        return PartState({"daily": daily}, keep={folder_name(one.step) for one in self.trained[-self._keep_days :]})
+        return PartState({"daily": daily}, keep={folder_name(one.end_step) for one in self.trained[-self._keep_days :]})
 
     def load(self, found: FoundState) -> None:
         self.done, self.current = records_of(found.training, f"{found.saved.name}/{TRAINING}")

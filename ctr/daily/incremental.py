@@ -42,6 +42,7 @@ def ask_teacher(engine: Engine, days: Days, reader: ParquetReader, rows: int, ru
 
     reader: of the day, for evaluation. rows: of the reader that trains. goes_on: inside the day.
     """
+    assert engine.distil is not None and days.current is not None
     distil, process, key = engine.distil, engine.process, days.current.partition
     kind, folder = distil.config.kind, day_dir(run_dir, key)
     if kind == "self" and not days.trained and engine.config.trainer.warm_start.path is None:
@@ -61,6 +62,8 @@ def sample_of_history(config: Config, schema: Schema, process: Process, days: Da
     """The file with `daily.replay_rows` rows of all trained days, None before the first one is trained. It is made from
     that of the day before, when it is first wanted."""
     trained, daily = days.trained, config.daily
+    size = daily.replay_rows
+    assert size is not None  # or nothing is replayed
     files = [run_dir / RESERVOIR / f"{record.partition}-{record.fingerprint}.parquet" for record in trained]
 
     def make() -> None:
@@ -68,7 +71,7 @@ def sample_of_history(config: Config, schema: Schema, process: Process, days: Da
         for i in range(have + 1, len(files)):
             key = trained[i].partition
             before, seed = files[i - 1] if i else None, config.trainer.seed
-            add_to_reservoir(before, sources_of(config, [key]), key, schema, daily.replay_rows, seed, files[i])
+            add_to_reservoir(before, sources_of(config, [key]), key, schema, size, seed, files[i])
         for file in files[: -daily.keep_days - 1]:
             file.unlink(missing_ok=True)
 

@@ -28,8 +28,9 @@ from tessera.ctr.train.engine import Engine, prepare_device
 from tessera.ctr.train.evaluate import evaluate
 from tessera.ctr.train.state_parts import BestModel, RandomNumbers
 from tessera.distributed.collectives import on_first_rank, wait_for_all
+from tessera.distributed.last_word import say
 from tessera.distributed.plan import size
-from tessera.distributed.process import Stopped, say
+from tessera.distributed.process import Stopped
 from tessera.distributed.rank import Process
 
 HELD_STATUS = 3  # exit status: the guard holds a day; what was published before stays
@@ -133,7 +134,7 @@ class Daily:
         on_first_rank(self.process, lambda: clear_day(folder, key))
         marks = self.engine.growing is not None
         predictions = day_dir(folder, key) / "predictions"
-        evaluate(self.engine.model, self.readers["day"], self.process, predictions, key, mark_new_ids=marks)
+        evaluate(self.engine.model, self.readers.day, self.process, predictions, key, mark_new_ids=marks)
         wait_for_all()
         measured = on_first_rank(self.process, lambda: measure(predictions))
         record.known, record.new = measured.pop("known"), measured.pop("new")
@@ -157,7 +158,9 @@ class Daily:
         Raises Stopped, with status 3, on all ranks.
         """
         learnt = self.days.trained[self.config.trainer.warm_start.path is None :]  # the first model had learnt nothing
-        problem = out_of_band(self.config.daily.bands, record.metrics, [one.metrics for one in learnt])
+        assert record.metrics is not None  # it is evaluated
+        before = [one.metrics for one in learnt if one.metrics is not None]
+        problem = out_of_band(self.config.daily.bands, record.metrics, before)
         if problem is not None and record.partition not in self.config.daily.accept:
             self._hold(record, problem)
         record.reason = f"accepted although {problem}" if problem else None
@@ -181,7 +184,7 @@ class Daily:
 
     def train_day(self, record: DayRecord) -> None:
         """`daily.epochs` passes over the partition (method window: over the last ones), then expire."""
-        engine, reader, epochs = self.engine, self.readers["train"], self.config.daily.epochs
+        engine, reader, epochs = self.engine, self.readers.train, self.config.daily.epochs
         began, before = time.perf_counter(), record.train_seconds or 0.0
         self.begin_period(record)
         while self.progress.epoch < epochs or (engine.distil and engine.distil.wants_more(self.progress.epoch)):
@@ -209,8 +212,8 @@ class Daily:
             if self.engine.growing:
                 self.engine.growing.begin_period()
         if self.engine.distil:
-            rows = self.readers["train"].rows
-            ask_teacher(self.engine, self.days, self.readers["day"], rows, self.log.folder, goes_on)
+            rows = self.readers.train.rows
+            ask_teacher(self.engine, self.days, self.readers.day, rows, self.log.folder, goes_on)
 
     def close_day(self, record: DayRecord) -> None:
         """Make the day part of the state, then publish and tell it; `catch_up` does so if the job is killed here."""
@@ -218,10 +221,11 @@ class Daily:
         record.tables = count_tables(self.engine.growing).since(record.tables)
         record.step = self.progress.step
         if trained:
-            rows = self.readers["train"].rows * self.config.daily.epochs
+            assert record.train_seconds is not None
+            rows = self.readers.train.rows * self.config.daily.epochs
             record.stage, record.samples_per_second = Stage.TRAINED, rows / record.train_seconds
             record.published = self.publisher.next_kind(self.days.done)
-            self.log.bad_rows({"train": self.readers["train"]})
+            self.log.bad_rows({"train": self.readers.train})
         else:
             record.stage = Stage.SKIPPED
             record.reason = f"method stale trains the first {self.config.daily.stale_after} partitions"
@@ -231,9 +235,10 @@ class Daily:
         if trained:
             self.publisher.publish(self.days.done)
             self._weigh_published(len(self.days.done), record)
+            held = "" if record.published_bytes is None else f" {size(record.published_bytes)}"
             self.log.say(
                 f"{record.partition} · trained {rows:,} rows in {record.train_seconds:.1f} s · "
-                f"published {size(record.published_bytes)} ({record.published})"
+                f"published{held} ({record.published})"
             )
         if self.process.is_main:
             self._tell()
@@ -277,12 +282,13 @@ class Daily:
         point(self.publisher.root, done, self.config.daily.keep_days, self.log.warn)
         for before, record in zip([None, *done], done, strict=False):
             if self.config.daily.report and record.metrics is not None:
-                write_day_report(self.log.folder, record, before.step if before else 0)
+                write_day_report(self.log.folder, record, before.end_step if before else 0)
         write_records(self.log.folder, done)
         write_index(self.log.folder)
 
     def _start_anew(self, record: DayRecord) -> None:
         """Reset the model to that before the first step, for method window."""
+        assert self.first_tower is not None
         self.engine.network.tower.load_state_dict(self.first_tower)
         if self.engine.sharded:
             self.engine.sharded.restart()

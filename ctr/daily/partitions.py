@@ -91,7 +91,7 @@ def _days(
     root: str, folders: DayFolders, first: str | None, last: str | None
 ) -> Iterator[tuple[str, str, list[Entry]]]:
     """Key, path and entries of each day's folder, or of each hour's where the format has hours."""
-    level = [(root, [])]
+    level: list[tuple[str, list[str]]] = [(root, [])]
     for depth in range(folders.depth):
         below = []
         for path, names in level:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tessera.ctr.config import Config
 from tessera.ctr.daily.day_record import DayRecord
@@ -27,13 +28,14 @@ from tessera.distributed.collectives import on_all_ranks, on_first_rank
 from tessera.distributed.locations import missing_bucket
 from tessera.distributed.rank import Process
 from tessera.distributed.saved.dense import save_tensors
-from tessera.distributed.saved.manifest import MANIFEST, read_manifest, read_training
+from tessera.distributed.saved.manifest import MANIFEST, CheckpointError, read_manifest, read_training
 from tessera.distributed.saved.row_files import copied, files_of, folder_name, read_columns, rows_of
-from tessera.distributed.saved.states import DELETED, PARTIAL, REPLACED, CheckpointError, clean, discard, save
+from tessera.distributed.saved.states import DELETED, PARTIAL, REPLACED, clean, discard, save
 from tessera.distributed.saved.storage import Storage
 from tessera.distributed.saved.tables import TableParts, describe_tables
 from tessera.distributed.tables import owned_tables
 from tessera.embedding.errors import ConfigError
+from tessera.embedding.table import DynamicTable
 
 FOLDER = "published"
 READER = "published"  # of ids that tables gave up
@@ -130,7 +132,7 @@ class Publisher:
                 for name, table in tables.items()
             }
             if delta:
-                files |= {("gone", name): copied({"id": table.evicted(READER).cpu()}) for name, table in tables.items()}
+                files |= {("gone", name): copied({"id": _gone(table)}) for name, table in tables.items()}
             TableParts(files, {}).write(storage, process)
             return {}
 
@@ -144,7 +146,7 @@ class Publisher:
         process.stage = f"publishing {record.partition}"
         before = chain_of(records)[:-1] if delta else []
         chain = [{"name": n, "checksum": read_manifest(self.root.below(n))["checksum"]} for n in before]
-        save(self.root, record.partition, write, describe, process, step=record.step, kind="model", chain=chain)
+        save(self.root, record.partition, write, describe, process, step=record.end_step, kind="model", chain=chain)
         self.follow()
 
     def follow(self) -> None:
@@ -196,6 +198,13 @@ class Publisher:
         except CheckpointError:
             return None
         return sum(file["bytes"] for file in manifest["files"].values())
+
+
+def _gone(table: DynamicTable) -> Tensor:
+    """Return the ids, int64 [n] on the host, that a table has evicted since the last publication."""
+    ids = table.evicted(READER)
+    assert ids is not None  # or the publication would be a whole one
+    return ids.cpu()
 
 
 def publications_of(config: Config, run_dir: Path) -> Storage:

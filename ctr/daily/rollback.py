@@ -35,7 +35,9 @@ def roll_back(config: Config, process: Process, say: Callable[[str], None]) -> N
     Raises:
         CheckpointError: no state of the end of that day is kept, or it is damaged. FolderInUse: a job is running.
     """
-    run_dir, key = Path(config.trainer.run_dir), config.daily.rollback_to
+    key = config.daily.rollback_to
+    assert config.trainer.run_dir is not None and key is not None  # or it is no run over days, or no rollback
+    run_dir = Path(config.trainer.run_dir)
     root = Storage(config.trainer.checkpoint.folder or run_dir / "checkpoints")
     published, held = publications_of(config, run_dir), []
     on_first_rank(process, lambda: held.append(FolderLock(run_dir)))

@@ -88,15 +88,16 @@ def _settle(parent: Storage, name: str) -> None:
 def _bring_up(root: Storage, output: Path, process: Process) -> str:
     links = list(reversed(read_latest(root)["chain"]))
     target, problem = _open_target(output, process) if _holds_something(output) else (None, None)
-    had = target and target.manifest.get(APPLIED)
+    had = None if target is None else target.manifest.get(APPLIED)
     if had == links[0]:
-        return f"{output} is {had['name']} already"
+        return f"{output} is {links[0]['name']} already"
     saved, links = _open_published(root, process)
-    place = links.index(had) if had in links else None
-    folders = saved.folders if place is None else [*saved.folders[:place], *target.folders]
+    folders, start = saved.folders, "the whole model"
+    if target is not None and had in links:
+        place = links.index(had)
+        folders, start = [*folders[:place], *target.folders], links[place]["name"]
     source = Saved(folders, saved.manifest, saved.training)
     save_merged(Storage(output.parent), output.name, source, process, "model", {APPLIED: links[0]})
-    start = "the whole model" if place is None else had["name"]
     line = f"{output} is {links[0]['name']} now: {start} and {len(folders) - 1} publication(s) of changes behind it"
     return f"{line}; what was there was damaged and is rebuilt: {problem}" if problem else line
 

@@ -28,6 +28,8 @@ class TableCounts:
         """Return the same with only the rows added and lost since then."""
         if self.rows is None:
             return self
+        assert self.new is not None and self.expired is not None  # all counts are there, or none is
+        assert before.new is not None and before.expired is not None
         return replace(self, new=self.new - before.new, expired=self.expired - before.expired)
 
 
