@@ -68,7 +68,7 @@ class Finding:
         return f"{line}; cure: {self.cure}" if self.cure else line
 
 
-def check_python(version: Sequence[int] = sys.version_info) -> Iterator[Finding]:
+def check_python(version: Sequence[int] = sys.version_info[:3]) -> Iterator[Finding]:
     name = ".".join(map(str, version[:3]))
     if (3, 10) <= tuple(version[:2]) <= (3, 12):
         yield Finding("ok", "python", name)

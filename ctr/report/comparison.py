@@ -53,7 +53,9 @@ class Interval:
 
     @property
     def ends(self) -> tuple[float, float]:
-        return (self.closed.low, self.closed.high) if self.low is None else (self.low, self.high)
+        if self.low is None or self.high is None:
+            return self.closed.low, self.closed.high
+        return self.low, self.high
 
 
 def compare_runs(
@@ -89,10 +91,9 @@ def compare_runs(
     days = _by_day(parts, confidence) if (first / "days.jsonl").is_file() else []
     what = f"{len(days)} days" if days else parts[0].name
     summary = _summary(names, intervals, len(rows.positive), what, confidence)
-    plots = [replicates_plot(one.metric, TITLES[one.metric], one.replicates, one.ends) for one in intervals]
-    plots = [day_plot(days), *plots, roc_plot(curves)]
-    plots = [plot for plot in plots if plot is not None]
-    values = {
+    drawn = [replicates_plot(one.metric, TITLES[one.metric], one.replicates, one.ends) for one in intervals]
+    plots = [plot for plot in (day_plot(days), *drawn, roc_plot(curves)) if plot is not None]
+    values: dict[str, Any] = {
         "summary": summary,
         "first": {"folder": str(first), **curves[0].metrics},
         "second": {"folder": str(second), **curves[1].metrics},
@@ -139,8 +140,8 @@ def _intervals(rows: PairedRows, replicates: int, confidence: float, seed: int) 
         if closed is None:
             continue
         known = drawn[metric][np.isfinite(drawn[metric])]
-        ends = np.quantile(known, [tail, 1 - tail]).tolist() if len(known) else (None, None)
-        intervals.append(Interval(metric, closed, *ends, known))
+        low, high = np.quantile(known, [tail, 1 - tail]).tolist() if len(known) else (None, None)
+        intervals.append(Interval(metric, closed, low, high, known))
     return intervals
 
 
@@ -264,7 +265,7 @@ def _interval_table(intervals: list[Interval]) -> Table:
         ends = f"{_signed(closed.low)} to {_signed(closed.high)}"
         p_value = f"{closed.p_value:.3g}" if closed.p_value >= 1e-4 else "< 0.0001"
         rows.append([f"{title}, {form}", _signed(closed.value), ends, f"{closed.standard_error:.5f}", p_value])
-        if one.low is not None:
+        if one.low is not None and one.high is not None:
             drawn = one.replicates
             ends = f"{_signed(one.low)} to {_signed(one.high)}"
             rows.append([f"{title}, bootstrap", _signed(closed.value), ends, f"{drawn.std():.5f}", "–"])

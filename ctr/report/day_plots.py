@@ -62,8 +62,9 @@ def column(days: Days, *keys: str) -> np.ndarray:
 def short_names(days: Days) -> list[str]:
     """Return names of the days for an axis: without the year if all are of one, hours as 05h."""
     names = [day["partition"] for day in days]
-    dates = [re.fullmatch(r"(\d{4})-(\d\d-\d\d)(?:T(\d\d))?", name) for name in names]
-    if not all(dates):
+    found = [re.fullmatch(r"(\d{4})-(\d\d-\d\d)(?:T(\d\d))?", name) for name in names]
+    dates = [match for match in found if match]
+    if len(dates) < len(names):
         return names
     one_year = len({match[1] for match in dates}) == 1
     shown = [match[2] if one_year else f"{match[1]}-{match[2]}" for match in dates]
@@ -220,8 +221,8 @@ def _bars(axes: Axes, values: dict[str, np.ndarray], stacked: bool = False) -> N
     for at, (name, one) in enumerate(values.items()):
         heights = np.nan_to_num(one)
         shift = 0 if stacked or len(values) == 1 else (at - (len(values) - 1) / 2) * width
-        style = dict(color=SERIES[at], alpha=0.75, label=name if len(values) > 1 else None)
-        axes.bar(places + shift, heights, width, bottom=below if stacked else None, **style)
+        bottom, label = below if stacked else None, name if len(values) > 1 else None
+        axes.bar(places + shift, heights, width, bottom=bottom, color=SERIES[at], alpha=0.75, label=label)
         below = below + heights
 
 
@@ -229,8 +230,16 @@ def _mark_held(axes: Axes, days: Days, values: np.ndarray) -> None:
     """Draw a ring around the value of each day whose model was not kept."""
     held = [at for at, day in enumerate(days) if day["status"] == "held" and np.isfinite(values[at])]
     if held:
-        style = dict(markersize=11, markerfacecolor="none", markeredgecolor=INK, linestyle="none")
-        axes.plot(held, values[held], marker="o", label="held", **style)
+        axes.plot(
+            held,
+            values[held],
+            marker="o",
+            label="held",
+            markersize=11,
+            markerfacecolor="none",
+            markeredgecolor=INK,
+            linestyle="none",
+        )
 
 
 def _from_zero(axes: Axes, label: str) -> None:
@@ -268,5 +277,5 @@ def _plot(
     names = [day["partition"] for day in days]
     description = f"{title} over {len(days)} days, {names[0]} to {names[-1]}: {ends}."
     rows = [[names[at], *(four_digits(one[at]) for one in values.values())] for at in evenly(len(days))]
-    points = {key: {"day": names, "value": one} for key, one in values.items()}
+    points: dict[str, dict[str, np.ndarray | list]] = {key: {"day": names, "value": one} for key, one in values.items()}
     return Plot(name, title, caption, inline_svg(figure, name, description), Table(["day", *values], rows), points)

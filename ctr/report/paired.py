@@ -49,7 +49,8 @@ def read_pairs(first: Path, second: Path, split: str | None) -> tuple[list[Score
     if not common:
         counts = [f"{folder} has {len(one)} scored days" for folder, one in zip((first, second), days, strict=True)]
         raise DataError(f"{' and '.join(counts)}, none of them in common")
-    parts = [_pair(*(f / "days" / day / "predictions" for f in (first, second)), split, day) for day in common]
+    ours, theirs = first / "days", second / "days"
+    parts = [_pair(ours / day / "predictions", theirs / day / "predictions", split, day) for day in common]
     alone = [(folder, sorted(one.difference(common))) for folder, one in zip((first, second), days, strict=True)]
     return parts, [f"Left out, because only {folder} has them: {', '.join(some)}." for folder, some in alone if some]
 
@@ -62,14 +63,18 @@ def pooled(parts: list[Scored], by_group: bool) -> PairedRows:
     """
     if by_group and any(part.group is None for part in parts):
         raise DataError("the predictions have no column group; expected one to resample by (schema.group)")
-    weights = [part.rows.weight for part in parts]
-    if any(weight is not None for weight in weights):
+    weight = None
+    if any(part.rows.weight is not None for part in parts):
         ones = [np.ones(len(part.rows.positive), np.float32) for part in parts]
-        weights = [one if weight is None else weight for weight, one in zip(weights, ones, strict=True)]
+        own = [part.rows.weight for part in parts]
+        weight = np.concatenate([one if some is None else some for some, one in zip(own, ones, strict=True)])
+    groups = [part.group for part in parts if part.group is not None]
     return PairedRows(
-        *(np.concatenate([getattr(part.rows, name) for part in parts]) for name in ("first", "second", "positive")),
-        weight=None if weights[0] is None else np.concatenate(weights),
-        cluster=np.concatenate([part.group for part in parts]) if by_group else None,
+        np.concatenate([part.rows.first for part in parts]),
+        np.concatenate([part.rows.second for part in parts]),
+        np.concatenate([part.rows.positive for part in parts]),
+        weight=weight,
+        cluster=np.concatenate(groups) if by_group else None,
     )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import matplotlib
 import numpy as np
@@ -78,7 +78,7 @@ class Plot:
     caption: str
     svg: Markup
     table: Table
-    points: dict[str, dict[str, np.ndarray | list]]
+    points: Mapping[str, Mapping[str, np.ndarray | list]]
 
 
 def json_points(plots: Iterable[Plot]) -> dict[str, dict]:
@@ -138,10 +138,17 @@ def _opening_tag(description: str) -> str:
     return rf'<svg viewBox="\1" role="img" aria-label="{label}">'
 
 
-def split_styles(splits: Iterable[str]) -> dict[str, dict[str, str]]:
+class LineStyle(TypedDict):
+    """Keywords of matplotlib."""
+
+    color: str
+    linestyle: str
+
+
+def split_styles(splits: Iterable[str]) -> dict[str, LineStyle]:
     """Return colour and dashes for each of the first four splits; test, valid and train look alike in every plot."""
     shown = list(splits)[: len(SERIES)]
-    styles = [dict(color=colour, linestyle=dashes) for colour, dashes in zip(SERIES, DASHES, strict=True)]
+    styles = [LineStyle(color=colour, linestyle=dashes) for colour, dashes in zip(SERIES, DASHES, strict=True)]
     chosen = {split: styles[at] for at, split in enumerate(("test", "valid", "train")) if split in shown}
     free = [style for style in styles if style not in chosen.values()]
     chosen.update(zip([split for split in shown if split not in chosen], free, strict=False))

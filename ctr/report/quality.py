@@ -43,19 +43,24 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class ThinCurve(Curve):
+    """A curve of at most 500 points. `at`: values at the rates of the table below its plot, float64 [rates]."""
+
+    at: np.ndarray
+
+
+@dataclass(frozen=True)
 class SplitCurves:
     """Data for the plots of one split, kept after its rows are released.
 
-    roc, pr and their values at the rates of the tables are None unless both classes are there. `decades`: the
-    calibration plot is on logarithmic axes, and `spread`, the histogram below it, is too.
+    roc and pr are None unless both classes are there. `decades`: the calibration plot is on logarithmic axes, and
+    `spread`, the histogram below it, is too.
     """
 
     split: str
     metrics: dict[str, Any]
-    roc: Curve | None
-    roc_at: np.ndarray | None
-    pr: Curve | None
-    pr_at: np.ndarray | None
+    roc: ThinCurve | None
+    pr: ThinCurve | None
     bins: CalibrationBins
     decades: bool
     spread: Histogram
@@ -64,8 +69,7 @@ class SplitCurves:
 
 def split_curves(split: str, table: ScoreTable, metrics: dict[str, Any]) -> SplitCurves:
     """Compute curves of at most 500 points and histograms of one split; `table` may be empty or of one class."""
-    roc = roc_curve(table) if table.has_both_classes else None
-    pr = pr_curve(table) if table.has_both_classes else None
+    thin = _thin_curves(table) if table.has_both_classes else (None, None)
     low, high = (float(table.score[0]), float(table.score[-1])) if len(table.score) else (0.0, 1.0)
     # Bins of a histogram need some width where every prediction is the same.
     if high - low < 1e-6:
@@ -78,15 +82,20 @@ def split_curves(split: str, table: ScoreTable, metrics: dict[str, Any]) -> Spli
     return SplitCurves(
         split=split,
         metrics=metrics,
-        roc=thin_roc(roc) if roc else None,
-        roc_at=roc.last_within(FALSE_POSITIVE_RATES) if roc else None,
-        pr=thin_pr(pr) if pr else None,
-        pr_at=pr.first_reaching(RECALLS) if pr else None,
+        roc=thin[0],
+        pr=thin[1],
         bins=bins,
         decades=decades,
         spread=Histogram.of(table, spread),
         predictions=Histogram.of(table, even),
     )
+
+
+def _thin_curves(table: ScoreTable) -> tuple[ThinCurve, ThinCurve]:
+    roc, pr = roc_curve(table), pr_curve(table)
+    thin, few = thin_roc(roc), thin_pr(pr)
+    of_roc = ThinCurve(thin.x, thin.y, roc.last_within(FALSE_POSITIVE_RATES))
+    return of_roc, ThinCurve(few.x, few.y, pr.first_reaching(RECALLS))
 
 
 def _spans_decades(bins: CalibrationBins) -> bool:
@@ -97,58 +106,58 @@ def _spans_decades(bins: CalibrationBins) -> bool:
 
 
 def roc_plot(splits: list[SplitCurves]) -> Plot | None:
-    shown = [one for one in splits if one.roc is not None][: len(SERIES)]
-    styles = split_styles(one.split for one in shown)
+    shown = [(one, one.roc) for one in splits if one.roc is not None][: len(SERIES)]
+    styles = split_styles(one.split for one, _ in shown)
     if not shown:
         return None
     with canvas() as (figure, [axes]):
         axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=":", label="chance")
-        for one in shown:
+        for one, curve in shown:
             label = f"{one.split}, AUC {one.metrics['auc']:.4f}"
-            axes.plot(one.roc.x, one.roc.y, **styles[one.split], label=label)
+            axes.plot(curve.x, curve.y, **styles[one.split], label=label)
         axes.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1.005))
         axes.legend(loc="lower right")
-    aucs = ", ".join(f"{one.split} {one.metrics['auc']:.4f}" for one in shown)
+    aucs = ", ".join(f"{one.split} {one.metrics['auc']:.4f}" for one, _ in shown)
     return Plot(
         "roc",
         "ROC curve",
         "Share of positives found against share of negatives taken along, from the highest prediction on.",
         inline_svg(figure, "roc", f"ROC curve. Area under the curve: {aucs}."),
         Table(
-            ["false positive rate", *(f"true positive rate, {one.split}" for one in shown)],
+            ["false positive rate", *(f"true positive rate, {one.split}" for one, _ in shown)],
             [
-                [f"{rate:g}", *(f"{one.roc_at[at]:.4f}" for one in shown)]
+                [f"{rate:g}", *(f"{curve.at[at]:.4f}" for _, curve in shown)]
                 for at, rate in enumerate(FALSE_POSITIVE_RATES)
             ],
         ),
-        {one.split: {"false positive rate": one.roc.x, "true positive rate": one.roc.y} for one in shown},
+        {one.split: {"false positive rate": curve.x, "true positive rate": curve.y} for one, curve in shown},
     )
 
 
 def pr_plot(splits: list[SplitCurves]) -> Plot | None:
-    shown = [one for one in splits if one.pr is not None][: len(SERIES)]
-    styles = split_styles(one.split for one in shown)
+    shown = [(one, one.pr) for one in splits if one.pr is not None][: len(SERIES)]
+    styles = split_styles(one.split for one, _ in shown)
     if not shown:
         return None
     with canvas() as (figure, [axes]):
-        for one in shown:
+        for one, curve in shown:
             label = f"{one.split}, PR-AUC {one.metrics['pr_auc']:.4f}"
-            axes.plot(one.pr.x, one.pr.y, **styles[one.split], label=label, drawstyle="steps-pre")
-        base = shown[0].pr.y[-1]
+            axes.plot(curve.x, curve.y, **styles[one.split], label=label, drawstyle="steps-pre")
+        base = shown[0][1].y[-1]
         axes.axhline(base, color=INK, linewidth=1, linestyle=":", label=f"random order, {base:.4f}")
         axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.005))
         axes.legend(loc="upper right")
-    areas = ", ".join(f"{one.split} {one.metrics['pr_auc']:.4f}" for one in shown)
+    areas = ", ".join(f"{one.split} {one.metrics['pr_auc']:.4f}" for one, _ in shown)
     return Plot(
         "pr",
         "Precision and recall",
         "Share of positives among the highest predictions, as more of all positives are reached.",
         inline_svg(figure, "pr", f"Precision over recall. Area: {areas}; a random order reaches {base:.4f}."),
         Table(
-            ["recall", *(f"precision, {one.split}" for one in shown)],
-            [[f"{recall:g}", *(f"{one.pr_at[at]:.4f}" for one in shown)] for at, recall in enumerate(RECALLS)],
+            ["recall", *(f"precision, {one.split}" for one, _ in shown)],
+            [[f"{recall:g}", *(f"{curve.at[at]:.4f}" for _, curve in shown)] for at, recall in enumerate(RECALLS)],
         ),
-        {one.split: {"recall": one.pr.x, "precision": one.pr.y} for one in shown},
+        {one.split: {"recall": curve.x, "precision": curve.y} for one, curve in shown},
     )
 
 
@@ -206,8 +215,10 @@ def _draw_calibration(axes: Axes, one: SplitCurves, lower: np.ndarray, upper: np
             axis.set_minor_locator(NullLocator())
     axes.plot([low, high], [low, high], color=INK, linewidth=1, linestyle=":", label="perfect")
     error = np.stack([bins.observed - lower, upper - bins.observed]).clip(0)
-    style = dict(color=split_styles([one.split])[one.split]["color"], marker="o", linewidth=1, label=one.split)
-    axes.errorbar(bins.mean_prediction, bins.observed, yerr=error, **style)
+    color = split_styles([one.split])[one.split]["color"]
+    axes.errorbar(
+        bins.mean_prediction, bins.observed, yerr=error, color=color, marker="o", linewidth=1, label=one.split
+    )
     axes.set(ylabel="observed rate", xlim=(low, high), ylim=(low, high))
     axes.legend(loc="upper left")
 
