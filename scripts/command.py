@@ -98,7 +98,7 @@ def _parser_of(word: str) -> Any:
     words = [f"{group}={name}" for group, names in choices().items() for name in names]
     words += [f"{group}.{name}=".lstrip(".") for group, names in keys_by_group(Config).items() for name in names]
     (overrides,) = (action for action in parser._actions if action.dest == "overrides")
-    overrides.completer = lambda **_: words  # what argcomplete asks for
+    vars(overrides)["completer"] = lambda **_: words  # the attribute that argcomplete looks for
     return parser
 
 

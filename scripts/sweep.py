@@ -65,9 +65,10 @@ def table(results: dict[str, list[dict[str, float | None]]], metric: str) -> str
 
     def on_valid(name: str) -> float:
         values = [scores[f"valid {metric}"] for scores in results[name]]
-        if None in values:
+        defined = [value for value in values if value is not None]
+        if len(defined) < len(values):
             return math.inf
-        return -statistics.fmean(values) if HIGHER_IS_BETTER[metric] else statistics.fmean(values)
+        return -statistics.fmean(defined) if HIGHER_IS_BETTER[metric] else statistics.fmean(defined)
 
     columns = [f"{split} {score}" for split in ("valid", "test") for score in SCORES]
     lines = [f"| | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
@@ -81,10 +82,11 @@ def table(results: dict[str, list[dict[str, float | None]]], metric: str) -> str
 def _cell(values: Sequence[float | None]) -> str:
     if not values:
         return "-"
-    if None in values:
+    defined = [value for value in values if value is not None]
+    if len(defined) < len(values):
         return "undefined"
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{spread}"
+    spread = f" ± {statistics.stdev(defined):.4f}" if len(defined) > 1 else ""
+    return f"{statistics.fmean(defined):.4f}{spread}"
 
 
 def _choices(entry: str) -> list[str]:

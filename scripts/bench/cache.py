@@ -47,8 +47,11 @@ class Contender:
         self.name = "no cache" if cache_rows is None else f"cache of {cache_rows:,} rows a table"
         self.how = "" if cache_rows is None else "ahead" if ahead else "in the step"
         config.embedding.cache_rows = cache_rows
-        config.trainer.run_dir += f"-{cache_rows}-{ahead}"
+        config.trainer.run_dir = f"{config.trainer.run_dir}-{cache_rows}-{ahead}"
         self.trainer, self._ahead = Trainer(config, process), ahead
+        tables = self.trainer.engine.growing
+        assert tables is not None
+        self.tables = tables
         self.milliseconds: list[float] = []
         self.hit_rates: list[float] = []
         self.moved: list[float] = []
@@ -56,14 +59,13 @@ class Contender:
         self.busy: list[float] = []
 
     def start(self) -> None:
-        reader = self.trainer.readers["train"]
-        batches = [batch for batch in reader.epoch(0) if batch.rows == options.batch]
+        batches = [batch for batch in self.trainer.readers.train.epoch(0) if batch.rows == options.batch]
         self._batches: Iterator[Batch] = itertools.cycle(batches)
         if self._ahead:
             self._batches = self.trainer.engine.pipeline.feed(self._batches, begins=True)
         for _ in batches:  # once over all: from then on the table does not grow
             self.trainer.engine.train_step(next(self._batches))
-        self.trainer.engine.tables.cache_stats()
+        self.tables.cache_stats()
 
     def round(self) -> None:
         began = time.perf_counter()
@@ -73,7 +75,7 @@ class Contender:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         self.milliseconds.append(seconds / options.steps * 1e3)
-        stats = self.trainer.engine.tables.cache_stats()
+        stats = self.tables.cache_stats()
         if stats is not None:
             hits, misses, back = (
                 sum(one[key] for one in stats.by_table.values()) for key in ("hits", "misses", "written_back")
@@ -86,15 +88,16 @@ class Contender:
 
 def bench(config: Config, process: Process) -> None:
     cases = [(None, False), *((rows, ahead) for rows in options.cache_rows for ahead in (True, False))]
-    contenders = []
+    contenders, run_dir = [], config.trainer.run_dir
+    assert run_dir is not None
     for cache_rows, ahead in cases:
-        own = load(config.data.path, config.trainer.run_dir)[0]
+        own = load(config.data.path, run_dir)[0]
         contenders.append(Contender(own, process, cache_rows, ahead))
         contenders[-1].start()
     for _ in range(options.rounds):
         for one in contenders:
             one.round()
-    rows = [table["rows"] for table in contenders[0].trainer.engine.tables.stats().values()]
+    rows = [table["rows"] for table in contenders[0].tables.stats().values()]
     installed = versions()
     print(
         f"\nDeepFM, batch {options.batch}, {len(rows)} tables of {sum(rows):,.0f} rows, the largest {max(rows):,.0f}, "

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,7 @@ def read_and_keep(path: Path) -> None:
     with open(path, "rb", buffering=0) as file:
         while left:
             chunks.append(allocate_chunk((min(CHUNK, left),), torch.uint8))
-            view = memoryview(chunks[-1].numpy())
+            view = chunks[-1].numpy().data
             while view and (count := file.readinto(view[:BLOCK])):
                 view, left = view[count:], left - count
 
@@ -124,6 +125,7 @@ def step_of_table(table: DynamicTable, rows: int) -> Callable[[], None]:
         found = table.lookup(ids, now=2)
         embeddings = table.gather(found).requires_grad_()
         tower(embeddings).square().mean().backward()
+        assert embeddings.grad is not None
         table.update(found, embeddings.grad)
 
     return step
@@ -149,6 +151,7 @@ def step_of_deepfm(table: DynamicTable, rows: int) -> Callable[[], None]:
         logits = tower(numeric, {"v": embeddings, "w": embeddings[..., :1]})
         F.binary_cross_entropy_with_logits(logits, labels).backward()
         optimizer.step()
+        assert embeddings.grad is not None
         table.update(found, embeddings.grad.view(-1, dim), inverse)
 
     return step
@@ -172,15 +175,14 @@ def stall(table: DynamicTable, step: Callable[[], None], root: Storage, process:
         nonlocal keeping
         keeping += seconds(partial(keep, snapshot, rows))
 
-    Snapshot.keep = timed_keep
-    began = time.perf_counter()
-    parts = TableSaver({table.config.name: table}).take(delta=False)
-    moment = time.perf_counter() - began
-    writer = threading.Thread(target=write_state, args=(root, parts, table, process))
-    writer.start()
-    during = steps_while(step, writer.is_alive)
-    duration = time.perf_counter() - began
-    Snapshot.keep = keep
+    with patch.object(Snapshot, "keep", timed_keep):
+        began = time.perf_counter()
+        parts = TableSaver({table.config.name: table}).take(delta=False)
+        moment = time.perf_counter() - began
+        writer = threading.Thread(target=write_state, args=(root, parts, table, process))
+        writer.start()
+        during = steps_while(step, writer.is_alive)
+        duration = time.perf_counter() - began
     slower = sum(during) - len(during) * alone
     return {"moment": moment, "keeping": keeping, "save": duration, "slower": slower, "step": alone}
 

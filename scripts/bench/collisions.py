@@ -50,7 +50,9 @@ def train(divisor: int | None, folder: str, overrides: list[str]) -> int:
             return (KeyedJaggedTensor(names, values, ids.weights_or_none(), ids.lengths(), stride=ids.stride()),)
 
         if sizes:
-            trainer.engine.tables.register_forward_pre_hook(collide)
+            tables = trainer.engine.tables
+            assert isinstance(tables, torch.nn.Module)
+            tables.register_forward_pre_hook(collide)
         trainer.fit()
 
     return run(load, fit)
@@ -60,8 +62,8 @@ def count_distinct(trainer) -> dict[str, int]:
     """Return the number of distinct ids of each feature in the training split."""
     import torch
 
-    found = {name: [] for name in trainer.engine.schema.id_names}
-    for batch in trainer.readers["train"].epoch(0):
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in trainer.engine.schema.id_names}
+    for batch in trainer.readers.train.epoch(0):
         for name, values in zip(found, batch.ids.values().split(batch.ids.length_per_key()), strict=True):
             found[name].append(values.unique())
     return {name: max(1, torch.cat(parts).unique().numel()) for name, parts in found.items()}

@@ -93,8 +93,8 @@ class Model:
 
     def reader(self, days: list[str], replay: Path | None = None, training: bool = False) -> ParquetReader:
         path = f"{self.config.data.path}/{self.config.data.train}"
-        replay = replay and str(replay)
-        return open_reader(self.config, self.trainer.engine.schema, self.process, path, training, days, replay)
+        more = None if replay is None else str(replay)
+        return open_reader(self.config, self.trainer.engine.schema, self.process, path, training, days, more)
 
     def score(self, days: list[str]) -> dict[str, np.ndarray]:
         """Predictions of the model as it is: before the days are trained on, the logits of KD-self are among them."""
@@ -122,7 +122,7 @@ class Model:
 
     def close(self) -> None:
         self.trainer.log.close()
-        self.trainer = None
+        del self.trainer
         gc.collect()  # tables are in cycles of references, and a run makes a hundred models
 
 
@@ -131,7 +131,8 @@ def follow(
 ) -> list[dict[str, float]]:
     """Return metrics of days 1 to count - 1, each before it is trained on, and processor seconds of the training before
     it."""
-    results, names, replay = [], days.names, None
+    results, names = [], days.names
+    replay: Path | None = None
     with tempfile.TemporaryDirectory() as root:
         folders = (Path(root) / str(i) for i in range(10**6))
         model = Model(days, overrides, seed, process, next(folders))
@@ -146,10 +147,11 @@ def follow(
                     teach_by_window(model, names[max(0, i - 1 - WINDOW) : i - 1], overrides, seed, next(folders))
                 model.train([names[i - 1]], replay, teach=i > 1)
             if method.replayed:
-                before, replay = replay, Path(root) / f"replay-{i}.parquet"
+                before, sample = replay, Path(root) / f"replay-{i}.parquet"
                 size = int(method.replayed * len(days.new[names[0]]))
                 schema, where = model.trainer.engine.schema, str(days.folder)
-                add_to_reservoir(before, where, names[i - 1], schema, size, seed, replay, [names[i - 1]])
+                add_to_reservoir(before, where, names[i - 1], schema, size, seed, sample, [names[i - 1]])
+                replay = sample
             found = model.score([names[i]])
             new = days.new[names[i]][found["row"]]
             of_new = {name: column[new] for name, column in found.items()}

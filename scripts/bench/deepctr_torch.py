@@ -21,6 +21,8 @@ class Peer:
         self.process = subprocess.Popen(
             [str(python), str(SCRIPT), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        assert self.process.stdin is not None and self.process.stdout is not None  # both are pipes
+        self._asked, self._answers = self.process.stdin, self.process.stdout
         self._answer("ready")
 
     def __enter__(self) -> Peer:
@@ -30,13 +32,13 @@ class Peer:
         self.process.communicate()  # its standard input ends, and so does it
 
     def step(self) -> None:
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        self._asked.write("\n")
+        self._asked.flush()
         self._answer("done")
 
     def _answer(self, expected: str) -> None:
         """Waits for this line; others are the library's own."""
-        for line in self.process.stdout:
+        for line in self._answers:
             if line.strip() == expected:
                 return
         raise SystemExit(f"deepctr-torch: ended with status {self.process.wait()}, expected {expected!r}")

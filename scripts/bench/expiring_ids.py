@@ -57,17 +57,19 @@ def main() -> int:
 
 def train_days(config, process, days: list[str]) -> None:
     trainer = Trainer(config, process)
+    tables = trainer.engine.growing
+    assert tables is not None
     print(f"{'day':<12}{'rows':>12}{'MiB':>8}{'admitted':>12}{'expired':>12}{'seconds':>9}")
-    before = {"admitted": 0, "expired": 0}
+    before: dict[str, float] = {"admitted": 0, "expired": 0}
     for day in days:
         began = time.perf_counter()
         reader = ParquetReader(config.data.path, trainer.engine.schema, config.trainer.batch_size, days=[day])
         for batch in reader.epoch(0):
             loss_sum, weight = trainer.engine.train_step(batch)
             trainer.log.train(trainer.engine, batch, loss_sum, weight)
-        for table in trainer.engine.tables.owned().values():
+        for table in tables.owned().values():
             table.expire(trainer.progress.now)
-        stats = trainer.engine.tables.stats()
+        stats = tables.stats()
         trainer.log.tables(trainer.engine.step, stats)
         total = {key: sum(table[key] for table in stats.values()) for key in ("rows", "bytes", *before)}
         print(f"{day:<12}{total['rows']:>12,}{total['bytes'] / 2**20:>8.1f}", end="")

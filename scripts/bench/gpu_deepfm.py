@@ -146,6 +146,7 @@ class Model:
         clock.mark()
         loss.backward()
         clock.mark()
+        assert rows.grad is not None
         self._dense.step()
         clock.mark()
         for table, one, grads, (unique, _, _) in zip(self.tables, found, rows.grad.split(sizes), merged, strict=True):

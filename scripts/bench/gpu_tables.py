@@ -205,7 +205,7 @@ def main() -> None:
         sys.exit("gpu_tables: no GPU at hand (torch.cuda.is_available() is False), nothing measured")
     if arguments.device == "cuda" and backend.triton_problem is not None:
         sys.exit(f"gpu_tables: no Triton kernels ({backend.triton_problem}), nothing measured")
-    device = torch.device(arguments.device, 0 if arguments.device == "cuda" else None)
+    device = torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu")
     sizes = Sizes(10, 104_857, 128, arguments.rows, 1 << 24, 4 * GIB)
     if arguments.device == "cpu":
         sizes = Sizes(2, 500, 16, 2_000, 1 << 12, 1 << 20)

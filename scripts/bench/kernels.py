@@ -9,6 +9,7 @@ and less in the ratios.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -74,7 +75,7 @@ def bench_rows(repeat: int) -> None:
     rows = torch.randperm(ROWS, generator=generator)[:IDS]
     out, grads = torch.empty(IDS, DIM), torch.randn(IDS, DIM)
     tables = {name: empty_table(ROWS, DIM + state_width(name, DIM)) for name in ("rowwise_adagrad", "adam")}
-    works = {
+    works: dict[str, Callable[[], object]] = {
         "plain": lambda: torch.index_select(dense, 0, rows, out=out),
         "gather": lambda: gather(tables["rowwise_adagrad"], rows, DIM),
     }

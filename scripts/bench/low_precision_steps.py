@@ -116,13 +116,14 @@ def training_step(trainer: Trainer, batches: list) -> Callable[[], None]:
 
 def bench_training(config: Config, process: Process) -> None:
     works = {}
+    assert config.trainer.run_dir is not None
     folder, path = Path(config.trainer.run_dir), config.data.path
     batches = None
     for number, (name, overrides) in enumerate(RUNS.items()):
         one = config_of(path, folder / str(number), *overrides)
         trainer = Trainer(one, process)
         if batches is None:
-            batches = [batch for batch in trainer.readers["train"].epoch(0) if batch.rows == BATCH]
+            batches = [batch for batch in trainer.readers.train.epoch(0) if batch.rows == BATCH]
         works[name] = training_step(trainer, batches)
         trainer.log.close()
     show("training step of DeepFM", alternate(works, calls=8))

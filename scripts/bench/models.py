@@ -13,6 +13,7 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def whole(trainer: Trainer) -> Callable[[bool], None]:
     def endless() -> Iterator:
         epoch = 0
         while True:
-            yield from (batch for batch in trainer.readers["train"].epoch(epoch) if batch.rows == BATCH)
+            yield from (batch for batch in trainer.readers.train.epoch(epoch) if batch.rows == BATCH)
             epoch += 1
 
     batches = endless()
@@ -85,8 +86,8 @@ def bench(config: Config, process: Process) -> None:
         config = load(config.data.path, model)
         trainer = Trainer(config, process)
         from_parquet, alone = whole(trainer), tower_alone(config)
-        contenders = {
-            (side, amp): (lambda step=step, amp=amp: step(amp))
+        contenders: dict[tuple[str, object], Callable[[], object]] = {
+            (side, amp): partial(step, amp)
             for amp in (False, True)
             for side, step in (("whole", from_parquet), ("tower", alone))
         }

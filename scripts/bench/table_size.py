@@ -58,7 +58,7 @@ def grow(trainer: Trainer, batch: Batch, first: int, stop: int) -> int:
     return first
 
 
-def steps(trainer: Trainer, batch: Batch, rows: int, skewed: bool) -> Callable[[], None]:
+def steps(trainer: Trainer, batch: Batch, rows: int, skewed: bool) -> Callable[[], object]:
     generator = torch.Generator().manual_seed(rows)
     batches = []
     for _ in range(16):
@@ -71,7 +71,7 @@ def steps(trainer: Trainer, batch: Batch, rows: int, skewed: bool) -> Callable[[
 
 def bench(config: Config, process: Process) -> None:
     trainer = Trainer(config, process)
-    batch = next(batch for batch in trainer.readers["train"].epoch(0) if batch.rows == BATCH)
+    batch = next(batch for batch in trainer.readers.train.epoch(0) if batch.rows == BATCH)
     names = ("skewed ids", "all rows alike") + (("deepctr-torch",) if options.peer else ())
     print(f"{'rows':>12}" + "".join(f"{name + ', ms':>20}" for name in names), flush=True)
     rows = 0

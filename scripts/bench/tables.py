@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -32,6 +33,8 @@ IDS = FEATURES * BATCH  # 106,496 per step
 ROWS = FEATURES * 50_000  # 1.3 M
 MILLION = 1_000_000
 STEPS = 20  # different batches, one after the other
+
+T = TypeVar("T")
 
 
 def show(what: str, *columns: str) -> None:
@@ -52,7 +55,7 @@ def power_law_rows(rows: int, seed: int = 1) -> list[torch.Tensor]:
     return [(values**share).long().clamp(max=values) - 1 + offsets for share in shares]
 
 
-def in_turn(items: list[torch.Tensor], work: Callable[[torch.Tensor], object]) -> Callable[[], object]:
+def in_turn(items: list[T], work: Callable[[T], object]) -> Callable[[], object]:
     """Return a function that calls `work` on the next item with every call."""
     turn = [0]
 
@@ -155,8 +158,14 @@ def bench_map(repeat: int) -> None:
     ids = distinct_ids(ROWS) & (2**62 - 1)  # MCH wants to know a size of the ids
     asked = [ids[step] for step in power_law_rows(ROWS)]
     unique = [unique_inverse(step)[0] for step in asked]
-    id_map, dictionary = IdMap(), {}
-    insert = seconds(lambda: [id_map.insert(part, torch.arange(part.numel())) for part in ids.split(IDS)])
+    id_map = IdMap()
+    dictionary: dict[int, int] = {}
+
+    def insert_all() -> None:
+        for part in ids.split(IDS):
+            id_map.insert(part, torch.arange(part.numel()))
+
+    insert = seconds(insert_all)
     keys = ids.tolist()
     insert_dict = seconds(lambda: dictionary.update(zip(keys, range(ROWS), strict=True)))
     missing = [distinct_ids(IDS, seed) for seed in range(STEPS)]

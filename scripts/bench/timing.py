@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -16,7 +17,12 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def alternate(works: dict[K, Callable[[], object]], rounds: int, calls: int = 1) -> dict[K, float]:
+def _repeat(work: Callable[[], object], calls: int) -> None:
+    for _ in range(calls):
+        work()
+
+
+def alternate(works: Mapping[K, Callable[[], object]], rounds: int, calls: int = 1) -> dict[K, float]:
     """Return median seconds per call of each of several works, which take turns so that disturbances affect them alike.
     Each is called twice before."""
     for work in works.values():
@@ -24,5 +30,5 @@ def alternate(works: dict[K, Callable[[], object]], rounds: int, calls: int = 1)
     times: dict[K, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            times[name].append(seconds(lambda work=work: [work() for _ in range(calls)]) / calls)
+            times[name].append(seconds(partial(_repeat, work, calls)) / calls)
     return {name: statistics.median(values) for name, values in times.items()}

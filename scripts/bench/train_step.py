@@ -95,7 +95,7 @@ def our_step(trainer: Trainer, batches: list | None, amp: bool) -> Callable[[], 
 
     def endless():
         while True:
-            yield from batches if batches is not None else trainer.readers["train"].epoch(0)
+            yield from batches if batches is not None else trainer.readers.train.epoch(0)
 
     source = endless()
 
@@ -108,7 +108,7 @@ def our_step(trainer: Trainer, batches: list | None, amp: bool) -> Callable[[], 
 
 def bench(config: Config, process: Process) -> None:
     trainer = Trainer(config, process)
-    full = [batch for batch in trainer.readers["train"].epoch(0) if batch.rows == BATCH]
+    full = [batch for batch in trainer.readers.train.epoch(0) if batch.rows == BATCH]
     contenders = {
         "ours, from parquet": our_step(trainer, None, amp=False),
         "ours, preloaded": our_step(trainer, full, amp=False),

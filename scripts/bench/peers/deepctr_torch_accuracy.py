@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from deepctr_torch.inputs import DenseFeat, SparseFeat
 from deepctr_torch.models import PNN, AutoInt, DCNMix, DeepFM, xDeepFM
+from deepctr_torch.models.basemodel import BaseModel
 from sklearn.metrics import log_loss, roc_auc_score
 
 BATCH, DIM, HIDDEN = 4096, 16, (400, 400, 400)
@@ -50,7 +51,7 @@ def read(data: Path, least: int) -> tuple[dict[str, tuple[Inputs, np.ndarray]], 
     return splits, sizes
 
 
-def build(name: str, sizes: dict[str, int], numbers: list[str], l2: float, seed: int) -> torch.nn.Module:
+def build(name: str, sizes: dict[str, int], numbers: list[str], l2: float, seed: int) -> BaseModel:
     columns = [SparseFeat(column, rows, embedding_dim=DIM) for column, rows in sizes.items()]
     columns += [DenseFeat(column, 1) for column in numbers]
     plain = {"dnn_hidden_units": HIDDEN, "l2_reg_embedding": l2, "device": "cpu", "seed": seed}
@@ -62,7 +63,7 @@ def build(name: str, sizes: dict[str, int], numbers: list[str], l2: float, seed:
     return models[name](columns, columns, l2_reg_linear=l2, **plain)
 
 
-def score(model: torch.nn.Module, inputs: Inputs, labels: np.ndarray) -> tuple[float, float]:
+def score(model: BaseModel, inputs: Inputs, labels: np.ndarray) -> tuple[float, float]:
     predictions = model.predict(inputs, 8 * BATCH).ravel().astype(np.float64)
     return roc_auc_score(labels, predictions), log_loss(labels, predictions.clip(1e-7, 1 - 1e-7))
 
