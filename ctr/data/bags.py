@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -81,7 +82,7 @@ def decode_bags(
     return _gather(values, item_weights, starts, kept), problems
 
 
-def _gather(values, weights, starts, lengths) -> Bags:
+def _gather(values: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, lengths: np.ndarray) -> Bags:
     offsets = _offsets(lengths)
     items = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
     return Bags(values[items], offsets, None if weights is None else weights[items])
@@ -116,7 +117,7 @@ def _items(array: pa.Array) -> pa.Array:
     return array.flatten()
 
 
-def _items_of(lists: list[pa.Array], item: int):
+def _items_of(lists: list[pa.Array], item: int) -> Any:
     for array in lists:
         items = _items(array)
         if item < len(items):
@@ -125,8 +126,12 @@ def _items_of(lists: list[pa.Array], item: int):
     raise AssertionError("item is past the end")
 
 
-def _item_weights(feature, weights, lengths, problems) -> tuple[np.ndarray, np.ndarray]:
+def _item_weights(
+    feature: Feature, weights: list[pa.Array], lengths: np.ndarray, problems: list[BagProblem]
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the float32 weight of every item, and bool [n] that marks rows with bad weights (they get weight 0)."""
+    column = feature.weights
+    assert column is not None  # `weights` is of it
     arrays = [pa.nulls(len(w), pa.list_(pa.float32())) if types.is_null(w.type) else w for w in weights]
     found = np.concatenate([_lengths(array) for array in arrays])
     parts, finite = [], []
@@ -142,14 +147,14 @@ def _item_weights(feature, weights, lengths, problems) -> tuple[np.ndarray, np.n
     if uneven.any():
         row = int(np.flatnonzero(uneven)[0])
         expected = f"{lengths[row]} as in column {feature.column!r}"
-        problems.append(BagProblem(uneven, f"{found[row]} weights", expected, feature.weights))
+        problems.append(BagProblem(uneven, f"{found[row]} weights", expected, column))
     bad = uneven.copy()
     if not finite.all():
         rows = np.zeros(len(lengths), bool)
         rows[_row_of(found, ~finite)] = True
         value = parts[np.flatnonzero(~finite)[0]]
         problems.append(
-            BagProblem(rows, f"{value} or null", f"finite weights, at most {LARGEST:.0e} either way", feature.weights)
+            BagProblem(rows, f"{value} or null", f"finite weights, at most {LARGEST:.0e} either way", column)
         )
         bad |= rows
     out = np.zeros(int(lengths.sum()), np.float32)

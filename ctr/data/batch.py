@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ class Batch(Pipelineable):
             if tensor is not None:
                 tensor.record_stream(stream)
 
-    def _map(self, move) -> Batch:
+    def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
             numeric=move(self.numeric),
             ids=move(self.ids),

@@ -172,7 +172,7 @@ def parse_integers(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
     return below | above.view(np.int64), well_formed
 
 
-def _dictionary_ids(array: pa.DictionaryArray, dtype: str):
+def _dictionary_ids(array: pa.DictionaryArray, dtype: str) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     codes = fixed_width(array.indices)
     there = present(array.indices)
     if len(array.dictionary) == 0:

@@ -195,7 +195,7 @@ class _Chunk:
         assert weight is not None
         return np.repeat(weight[groups], [span.stop - span.first for span in spans])
 
-    def mark(self, bad: np.ndarray, reason: str, column: str, expected: str, found: Callable[[int], object]):
+    def mark(self, bad: np.ndarray, reason: str, column: str, expected: str, found: Callable[[int], object]) -> None:
         """Raise for the first bad row, or record why the bad rows are dropped. bad: bool [decoded].
 
         found: decoded row number -> what stands there.

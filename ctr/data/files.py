@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs
@@ -22,7 +23,7 @@ class DataFile:
     def remote(self) -> bool:
         return not isinstance(self.filesystem, pa.fs.LocalFileSystem)
 
-    def open(self, **options) -> pq.ParquetFile:
+    def open(self, **options: Any) -> pq.ParquetFile:
         """Open the file. Options are those of `pyarrow.parquet.ParquetFile`."""
         return pq.ParquetFile(self.filesystem.open_input_file(self.location), **options)
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pyarrow as pa
 import pyarrow.fs as fs
 from pyiceberg.io import FileIO, InputFile, OutputFile
 
@@ -41,7 +42,7 @@ class _Input(InputFile):
     def exists(self) -> bool:
         return self._filesystem.get_file_info(self._place).type == fs.FileType.File
 
-    def open(self, seekable: bool = True):
+    def open(self, seekable: bool = True) -> pa.NativeFile:
         return self._filesystem.open_input_file(self._place)
 
 

@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import pyarrow.fs as fs
@@ -21,6 +22,9 @@ from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.files import one_line
 from tessera.ctr.data.visible import Entry, is_hidden
 from tessera.distributed.locations import joined
+
+if TYPE_CHECKING:  # most installations have no such tables
+    from deltalake import DeltaTable
 
 DELTA, ICEBERG, HUDI = "Delta", "Iceberg", "Hudi"
 LOG_FOLDERS = {"_delta_log": DELTA, ".hoodie": HUDI}
@@ -160,7 +164,7 @@ def _delta_files(filesystem: fs.FileSystem, place: str, shown: str) -> list[str]
     return [name if name in known else unquote(name) for name in names]
 
 
-def _has_deletion_vectors(table) -> bool:
+def _has_deletion_vectors(table: DeltaTable) -> bool:
     try:
         return any(batch.num_rows for batch in table.deletion_vectors())
     except Exception:  # noqa: BLE001  one that cannot be read is one

@@ -105,7 +105,7 @@ class ReadAhead:
             self._submit(lane)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stopped.set()
         self.pool.shutdown(wait=True, cancel_futures=True)
         # The next epoch fills the same memory: clearing new pages would cost it more than decoding into them.

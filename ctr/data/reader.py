@@ -231,7 +231,9 @@ class ParquetReader:
                     yield batch
 
 
-def _check_settings(batch_size, rank, world_size, lanes, window_rows, threads, bad_rows) -> None:
+def _check_settings(
+    batch_size: int, rank: int, world_size: int, lanes: int, window_rows: int, threads: int, bad_rows: str
+) -> None:
     counts = {"batch_size": batch_size, "lanes": lanes, "window_rows": window_rows, "threads": threads}
     for key, value in counts.items():
         if value < 1:

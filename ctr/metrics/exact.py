@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tessera.ctr.metrics.score_table import (
     CALIBRATION_BINS,
@@ -48,37 +49,39 @@ class GroupAuc:
         }
 
 
-def auc(prediction, label, weight=None) -> float | None:
+def auc(prediction: ArrayLike, label: ArrayLike, weight: ArrayLike | None = None) -> float | None:
     """Return the area under the ROC curve; ties count half."""
     return score_table(check_rows(prediction, label, weight)).auc()
 
 
-def pr_auc(prediction, label, weight=None) -> float | None:
+def pr_auc(prediction: ArrayLike, label: ArrayLike, weight: ArrayLike | None = None) -> float | None:
     """Return the average precision: precision at each distinct prediction, weighted by the recall it adds."""
     return score_table(check_rows(prediction, label, weight)).pr_auc()
 
 
-def logloss(prediction, label, weight=None) -> float | None:
+def logloss(prediction: ArrayLike, label: ArrayLike, weight: ArrayLike | None = None) -> float | None:
     """Return the mean negative log likelihood in nats; predictions are clipped to [1e-7, 1 - 1e-7]."""
     return score_table(check_rows(prediction, label, weight)).logloss()
 
 
-def normalized_entropy(prediction, label, weight=None) -> float | None:
+def normalized_entropy(prediction: ArrayLike, label: ArrayLike, weight: ArrayLike | None = None) -> float | None:
     """Return the logloss over the logloss of always predicting the share of positives."""
     return score_table(check_rows(prediction, label, weight)).normalized_entropy()
 
 
-def calibration(prediction, label, weight=None) -> float | None:
+def calibration(prediction: ArrayLike, label: ArrayLike, weight: ArrayLike | None = None) -> float | None:
     """Return the sum of predictions over the sum of labels; 1 is perfect, above 1 predicts too much."""
     return score_table(check_rows(prediction, label, weight)).calibration()
 
 
-def expected_calibration_error(prediction, label, weight=None, bins: int = CALIBRATION_BINS) -> float | None:
+def expected_calibration_error(
+    prediction: ArrayLike, label: ArrayLike, weight: ArrayLike | None = None, bins: int = CALIBRATION_BINS
+) -> float | None:
     """Return the mean distance of predicted and observed rate over `bins` bins of equal weight."""
     return score_table(check_rows(prediction, label, weight)).expected_calibration_error(bins)
 
 
-def gauc(prediction, label, group, weight=None) -> float | None:
+def gauc(prediction: ArrayLike, label: ArrayLike, group: ArrayLike, weight: ArrayLike | None = None) -> float | None:
     """Return the mean of the groups' AUC, each with the weight of its rows, over groups with both classes.
 
     Args:
@@ -117,7 +120,9 @@ def group_auc(rows: Rows) -> GroupAuc:
     )
 
 
-def evaluate_predictions(prediction, label, weight=None, group=None) -> dict[str, Any]:
+def evaluate_predictions(
+    prediction: ArrayLike, label: ArrayLike, weight: ArrayLike | None = None, group: ArrayLike | None = None
+) -> dict[str, Any]:
     """Return all metrics of a split.
 
     Returns:

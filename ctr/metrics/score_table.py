@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tessera.ctr.data.errors import DataError
 
@@ -149,7 +150,9 @@ def entropy(positive_weight: float, negative_weight: float) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def check_rows(prediction, label, weight=None, group=None) -> Rows:
+def check_rows(
+    prediction: ArrayLike, label: ArrayLike, weight: ArrayLike | None = None, group: ArrayLike | None = None
+) -> Rows:
     """Check the columns of a split and leave out rows of weight 0.
 
     Args:

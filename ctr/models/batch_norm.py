@@ -113,7 +113,7 @@ class _Normalise(torch.autograd.Function):
         return F.batch_norm(rows, mean, variance, weight, bias, eps=eps) if len(rows) else rows.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, mean, variance, of_mean = ctx.saved_tensors
         # Gradients of a norm with given statistics; the part through the statistics is added below.
         of_rows, of_weight, of_bias = grad.clone(), torch.zeros_like(weight), torch.zeros_like(weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class _SumOfPairs(torch.autograd.Function):
     over the embeddings five times."""
 
     @staticmethod
-    def forward(ctx, emb_bfd: Tensor) -> Tensor:
+    def forward(ctx: Any, emb_bfd: Tensor) -> Tensor:
         sum_bd = emb_bfd.sum(1)
         ctx.save_for_backward(emb_bfd, sum_bd)
         sum_of_square = torch.linalg.vector_norm(emb_bfd.flatten(1), dim=1).square()
@@ -88,7 +89,7 @@ class _SumOfPairs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_b: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_b: Tensor) -> Tensor:
         emb_bfd, sum_bd = ctx.saved_tensors
         return torch.sub(sum_bd.unsqueeze(1), emb_bfd).mul_(grad_b[:, None, None])
 
@@ -120,14 +121,14 @@ class _UpperGram(torch.autograd.Function):
     the backward pass twice as fast as autograd's, which would add up into a zeroed matrix one place at a time."""
 
     @staticmethod
-    def forward(ctx, emb_bfd: Tensor) -> Tensor:
+    def forward(ctx: Any, emb_bfd: Tensor) -> Tensor:
         gram_bff = torch.bmm(emb_bfd, emb_bfd.transpose(1, 2))
         ctx.save_for_backward(emb_bfd.to(gram_bff.dtype))  # autocast is off in the backward pass
         ctx.dtype = emb_bfd.dtype
         return torch.cat([gram_bff[:, i, i + 1 :] for i in range(gram_bff.shape[1] - 1)], 1)
 
     @staticmethod
-    def backward(ctx, grad_bp: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_bp: Tensor) -> Tensor:
         (emb_bfd,) = ctx.saved_tensors
         fields = emb_bfd.shape[1]
         grad_bff = grad_bp.new_zeros(len(grad_bp), fields, fields)

@@ -18,7 +18,7 @@ from tessera.ctr.report.definitions import DEFINITIONS, number
 from tessera.ctr.report.files import json_text
 from tessera.ctr.report.page import Card, render
 from tessera.ctr.report.paired import Scored, pooled, read_pairs
-from tessera.ctr.report.plot import Table, json_points
+from tessera.ctr.report.plot import Plot, Table, json_points
 from tessera.ctr.report.quality import SplitCurves, roc_plot, split_curves
 from tessera.ctr.targets import replacing
 from tessera.distributed.atomic import write_text
@@ -197,7 +197,16 @@ def _signed(value: float) -> str:
     return "0" if float(text) == 0 else text.replace("-", "−")
 
 
-def _page(names, what, intervals, curves, plots, days, remarks, values) -> str:
+def _page(
+    names: tuple[str, str],
+    what: str,
+    intervals: list[Interval],
+    curves: list[SplitCurves],
+    plots: list[Plot],
+    days: list[dict[str, Any]],
+    remarks: list[str],
+    values: dict[str, Any],
+) -> str:
     return render(
         "comparison.html",
         title=f"{names[1]} against {names[0]}",

@@ -99,8 +99,8 @@ def _json_number(value: Any) -> Any:
 
 
 @contextmanager
-def canvas(rows: int = 1, height_inches: float = 2.9, **gridspec) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Yield a figure of `rows` axes that share x, drawn in the page's style."""
+def canvas(rows: int = 1, height_inches: float = 2.9, **gridspec: Any) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Yield a figure of `rows` axes that share x, drawn in the page's style. gridspec: as matplotlib's `GridSpec`."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, height_inches))
         FigureCanvasSVG(figure)

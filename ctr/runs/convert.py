@@ -76,7 +76,7 @@ def convert_run(
             write_columns(storage, file_name("rows", new.name, 0, 1), rows, process.world_size)
         return {}
 
-    def describe(*_) -> dict:
+    def describe(*_: object) -> dict:
         return {"tables": describe_tables({table.name: DynamicTable(table) for table in made})}
 
     with replacing(output, "OUTPUT", "convert_tables.py", [run_dir]) as folder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,7 @@ def _first_culprit(network: Network, numeric_bn: Tensor, embeddings: dict[str, T
             return f"rows of id field {network.id_names[field]!r}, group {group!r}, are not finite"
     culprits: list[str] = []
 
-    def watch(name: str):
+    def watch(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
         def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
             if isinstance(output, Tensor) and not output.isfinite().all() and not culprits:
                 culprits.append(name)

@@ -17,6 +17,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the parent process, which only starts others, needs no torch
+    from tessera.ctr.config import Config
+    from tessera.ctr.train.trainer import Trainer
+    from tessera.distributed.rank import Process
 
 ROOT = Path(__file__).resolve().parents[2]
 FRACTIONS = {"collisionless": None, "id % m, m = 1/2": 2, "id % m, m = 1/4": 4, "id % m, m = 1/16": 16}
@@ -31,11 +37,11 @@ def train(divisor: int | None, folder: str, overrides: list[str]) -> int:
     from tessera.ctr.train.trainer import Trainer
     from tessera.distributed.process import run
 
-    def load():
+    def load() -> tuple[Config, str, float]:
         config = load_config([*overrides, f"trainer.run_dir={folder}"], "")
         return config, config.trainer.device, config.trainer.timeout_seconds
 
-    def fit(config, process) -> None:
+    def fit(config: Config, process: Process) -> None:
         trainer = Trainer(config, process)
         sizes = {}
         if divisor is not None:
@@ -58,7 +64,7 @@ def train(divisor: int | None, folder: str, overrides: list[str]) -> int:
     return run(load, fit)
 
 
-def count_distinct(trainer) -> dict[str, int]:
+def count_distinct(trainer: Trainer) -> dict[str, int]:
     """Return the number of distinct ids of each feature in the training split."""
     import torch
 

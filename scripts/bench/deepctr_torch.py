@@ -28,7 +28,7 @@ class Peer:
     def __enter__(self) -> Peer:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.process.communicate()  # its standard input ends, and so does it
 
     def step(self) -> None:

@@ -14,12 +14,13 @@ import sys
 import time
 from pathlib import Path
 
-from tessera.ctr.config import load_config
+from tessera.ctr.config import Config, load_config
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.process import run
+from tessera.distributed.rank import Process
 from tessera.distributed.threads import restart_with_idle_threads_asleep
 
 
@@ -38,7 +39,7 @@ def main() -> int:
         write_synthetic(SyntheticConfig(rows=options.rows * count, days=count, new_ids=options.new_ids), data)
     *days, following = sorted(folder.name.removeprefix("day=") for folder in data.glob("day=*"))
 
-    def load():
+    def load() -> tuple[Config, str, float]:
         ttl = options.ttl_days or "null"
         fixed = [
             "experiment=demo",
@@ -55,7 +56,7 @@ def main() -> int:
     return run(load, lambda config, process: train_days(config, process, days))
 
 
-def train_days(config, process, days: list[str]) -> None:
+def train_days(config: Config, process: Process, days: list[str]) -> None:
     trainer = Trainer(config, process)
     tables = trainer.engine.growing
     assert tables is not None

@@ -99,8 +99,11 @@ class Clock:
         whole = statistics.median(self._between(step[0], step[-1]) for step in steps)
         return whole, [statistics.median(times) for times in zip(*parts, strict=True)]
 
-    def _between(self, a, b) -> float:
-        return a.elapsed_time(b) / 1e3 if self._on_gpu else b - a
+    def _between(self, a: torch.cuda.Event | float, b: torch.cuda.Event | float) -> float:
+        if isinstance(a, torch.cuda.Event) and isinstance(b, torch.cuda.Event):
+            return a.elapsed_time(b) / 1e3
+        assert isinstance(a, float) and isinstance(b, float)
+        return b - a
 
 
 class Model:

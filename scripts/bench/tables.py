@@ -77,7 +77,9 @@ def filled_table(ids: torch.Tensor) -> DynamicTable:
     return table
 
 
-def table_step(table: DynamicTable, grads: torch.Tensor, parts: dict[str, list[float]] | None = None):
+def table_step(
+    table: DynamicTable, grads: torch.Tensor, parts: dict[str, list[float]] | None = None
+) -> Callable[[torch.Tensor], None]:
     """Return a function that does a training step's table work on the ids of one batch."""
 
     def step(ids: torch.Tensor) -> None:

@@ -11,13 +11,14 @@ import argparse
 import platform
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from tessera.ctr.config import Config, load_config
+from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.models.deepfm import DeepFM
@@ -93,7 +94,7 @@ def tower_alone_step(amp: bool) -> Callable[[], None]:
 def our_step(trainer: Trainer, batches: list | None, amp: bool) -> Callable[[], None]:
     """Return a training step on preloaded batches, or from parquet with `batches` None."""
 
-    def endless():
+    def endless() -> Iterator[Batch]:
         while True:
             yield from batches if batches is not None else trainer.readers.train.epoch(0)
 
