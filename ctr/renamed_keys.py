@@ -41,7 +41,7 @@ def refuse_all_renamed(config: Mapping[str, Any]) -> None:
             refuse_renamed(key, held[name])
 
 
-def translate(config: dict[str, Any]) -> None:
+def translate(config: dict[Any, Any]) -> None:
     """Give the keys and values of a nested mapping, as an earlier version wrote it, their names of now, in place."""
     for old, now in KEYS.items():
         group, _, name = old.rpartition(".")
