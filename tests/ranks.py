@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.multiprocessing as mp
@@ -57,16 +57,28 @@ def _rank(rank: int, world: int, environment: dict[str, str], function: Callable
         LOCAL_WORLD_SIZE=str(world),
     )
     torch.set_num_threads(1)
+    draw_nothing()
     process = process_module.start("cpu", timeout_seconds=60)
     result = function(process, *arguments)
     process_module.stop(process)
     return result
 
 
+def draw_nothing() -> None:
+    """Leave the drawing of a report's plots out: it takes as long as all else of a small job."""
+    from matplotlib.figure import Figure
+
+    def savefig(_figure: Figure, stream: IO[str], **_options: Any) -> None:
+        stream.write('<svg viewBox="0 0 1 1"></svg>')
+
+    Figure.savefig = savefig
+
+
 def run_script(script: str, *arguments: str, world: int = 1, timeout: float = 120) -> subprocess.CompletedProcess:
     """`python script arguments...` from the repository's root, in processes that have imported all.
 
     world: how many ranks, as torchrun would start them, but for its own words. The status is the first that is not 0.
+    What trains draws nothing (tests/ctr/train/test_training.py has a run that does); what reports draws.
     """
     command, environments = [script, *arguments], [dict(os.environ)]
     if world > 1:
@@ -98,6 +110,8 @@ def _script(command: list[str], environment: dict[str, str], out: Path, err: Pat
     os.chdir(ROOT)
     for stream, path in ((sys.stdout, out), (sys.stderr, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    if command[0] == "scripts/train.py":
+        draw_nothing()
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 

@@ -1,5 +1,6 @@
 """Models of few fields, or of one kind alone: they train, or one line says what they need."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,13 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+@cache
+def keys_of(model: str) -> set[str]:
+    return set(load_config([f"model={model}"], "").model)
+
+
 def settings(model: str, features: list[str], *more: str) -> list[str]:
-    keys = set(load_config([f"model={model}"], "").model)
+    keys = keys_of(model)
     widths = [
         one for one in WIDTHS if one.split("=")[0].split(".")[1] in keys and not (model == "kpnn" and "kernel" in one)
     ]

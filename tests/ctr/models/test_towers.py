@@ -1,11 +1,11 @@
 """Each model against its slow version: logits and all gradients, in float64."""
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from tessera.ctr.config import load_config
 from tessera.ctr.instantiate import instantiate
@@ -43,11 +43,15 @@ VARIANTS = {
 CASES = [(model, {}) for model in MODELS] + [(model, change) for model in VARIANTS for change in VARIANTS[model]]
 
 
+@cache
+def yaml_of(model: str) -> DictConfig:
+    return OmegaConf.create(load_config([f"model={model}"], "").model)
+
+
 def make(model: str, fields: Fields, **changes):
     """A tower with the model's own yaml, small widths, and parameters far from zero, in float64."""
     torch.manual_seed(3)
-    config = load_config([f"model={model}"], "").model
-    config = OmegaConf.to_container(OmegaConf.create(config))
+    config = OmegaConf.to_container(yaml_of(model))
     for key in config:
         if key in SMALL and not (key == "hidden" and config[key] == []):
             config[key] = SMALL[key]
@@ -65,21 +69,21 @@ def named(numeric: int, ids: int, kind: str = "scaled") -> Fields:
     return Fields(tuple(f"I{i}" for i in range(numeric)), tuple(f"C{i}" for i in range(ids)), NUMERIC[kind])
 
 
-def inputs(tower, fields: Fields):
+def inputs(tower, fields: Fields, rows: int):
     torch.manual_seed(4)
-    numeric = torch.randn(ROWS, len(fields.numeric), dtype=torch.float64)
-    shapes = {group: (ROWS, len(fields.ids), dim) for group, dim in tower.embedding_dims.items()}
+    numeric = torch.randn(rows, len(fields.numeric), dtype=torch.float64)
+    shapes = {group: (rows, len(fields.ids), dim) for group, dim in tower.embedding_dims.items()}
     return numeric, {g: torch.randn(s, dtype=torch.float64, requires_grad=True) for g, s in shapes.items()}
 
 
-def check(tower, fields: Fields) -> None:
-    numeric, embeddings = inputs(tower, fields)
+def check(tower, fields: Fields, rows: int = ROWS) -> None:
+    numeric, embeddings = inputs(tower, fields, rows)
     slow = BY_CLASS[type(tower).__name__](tower, numeric, embeddings)
     fast = tower(numeric, embeddings)
-    assert fast.shape == (ROWS,)
+    assert fast.shape == (rows,)
     torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-10)
     wanted = [emb for emb in embeddings.values() if emb.numel()] + [p for p in tower.parameters() if p.numel()]
-    pull = torch.randn(ROWS, dtype=torch.float64)
+    pull = torch.randn(rows, dtype=torch.float64)
     gradients = [torch.autograd.grad(out, wanted, pull, allow_unused=True) for out in (fast, slow)]
     for ours, theirs, tensor in zip(*gradients, wanted, strict=True):
         zero = torch.zeros_like(tensor)
@@ -102,7 +106,7 @@ def test_forward_and_gradients(model, changes, numeric, ids):
 def test_60_fields(model):
     fields = named(20, 40)
     one_layer = {"layers": 1} if model.startswith("autoint") else {}
-    check(make(model, fields, **one_layer), fields)
+    check(make(model, fields, **one_layer), fields, rows=3)
 
 
 @pytest.mark.parametrize(("model", "changes"), [("fgcnn", {"kernel": 9}), ("xdeepfm", {"maps": [2]})])
@@ -111,7 +115,7 @@ def test_60_fields_in_slow_formulas(model, changes):
     tower = make(model, fields, **changes)
     if model == "fgcnn":
         assert tower.generate.count == 2 * (30 + 15)
-    check(tower, fields)
+    check(tower, fields, rows=3)
 
 
 @pytest.mark.parametrize("kind", ["autodis", "bucketised", "raw"])
@@ -130,6 +134,6 @@ def test_raw_values_alone(model):
 @pytest.mark.parametrize("classifier", [m for m in MODELS if m not in ("fgcnn", "lr")])
 def test_fgcnn_before_any_classifier(classifier):
     fields = named(2, 4)
-    config = OmegaConf.to_container(OmegaConf.create(load_config([f"model={classifier}"], "").model))
+    config = OmegaConf.to_container(yaml_of(classifier))
     config.update({key: value for key, value in SMALL.items() if key in config and config[key] != []})
     check(make("fgcnn", fields, classifier=config), fields)

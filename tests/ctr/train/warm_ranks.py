@@ -17,7 +17,7 @@ from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.ranks import ROOT, _context, _free_port
+from tests.ranks import ROOT, _context, _free_port, draw_nothing
 
 
 @cache
@@ -106,7 +106,7 @@ def _fork_rank(rank: int, command: dict) -> int:
     for name, value in command["constants"].items():
         setattr(heartbeat, name, value)
     if not command["plots"]:
-        _draw_nothing()
+        draw_nothing()
     if command["end"]:
         _end_behind(*command["end"], rank)
     if command["overlap"]:
@@ -194,15 +194,6 @@ AT = {
     "disk full": _fill_disk,
     "folder vanishes": _folder_vanishes,
 }
-
-
-def _draw_nothing() -> None:
-    from matplotlib.figure import Figure
-
-    def savefig(_figure, stream, **_options) -> None:
-        stream.write('<svg viewBox="0 0 1 1"></svg>')
-
-    Figure.savefig = savefig
 
 
 def _overlap() -> None:
