@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -87,7 +88,7 @@ def _explain_type(error: OmegaConfBaseException, composed: DictConfig) -> str:
     unknown = re.match(r"Key '(\w+)' not in '(\w+)'", first_line)
     if unknown:
         dataclass_type = next((t for t in _dataclasses() if t.__name__ == unknown[2]), None)
-        names = list(dataclass_type.__dataclass_fields__) if dataclass_type else []
+        names = [field.name for field in fields(dataclass_type)] if dataclass_type else []
         return f"unknown key {key!r}" + did_you_mean(unknown[1], names, f"known: {', '.join(names)}")
     if "Missing mandatory value" in first_line:
         return f"{key} is not set"

@@ -108,9 +108,9 @@ def _check_embedding(embedding: EmbeddingConfig, state_format: str) -> None:
     if embedding.init == "oov" and embedding.oov != "learned":
         raise ConfigError(f"embedding.init is oov; expected embedding.oov=learned, found {embedding.oov}")
     above_zero = {"scale": embedding.scale, "range": embedding.range, "alpt.lr": embedding.alpt.lr}
-    for key, value in above_zero.items():
-        if value is not None and not value > 0:
-            raise ConfigError(f"embedding.{key} is {value}; expected a number above 0")
+    for key, number in above_zero.items():
+        if number is not None and not number > 0:
+            raise ConfigError(f"embedding.{key} is {number}; expected a number above 0")
     of_dynamic = {"embedding.format": embedding.format, "embedding.transport": embedding.transport}
     of_dynamic |= {f"embedding.formats.{key}": value for key, value in (embedding.formats or {}).items()}
     of_dynamic["optimizer.sparse.state_format"] = state_format

@@ -66,13 +66,13 @@ def keys_of(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted name and the annotation of every key of a dataclass and of the dataclasses in it."""
     for name, annotation in typing.get_type_hints(schema).items():
         yield prefix + name, annotation
-        if is_dataclass(annotation):
+        if isinstance(annotation, type) and is_dataclass(annotation):
             yield from keys_of(annotation, f"{prefix}{name}.")
 
 
 def _ready(override: str, keys: dict[str, Any], groups: set[str], known: Callable[[], set[str]]) -> str:
     """Return the override in the form in which hydra understands what the user meant."""
-    parts = OVERRIDE.fullmatch(override)
+    parts = _parts(override)
     prefix, key, value = parts["prefix"] or "", parts["key"], parts["value"]
     if prefix == "~" or key.startswith("hydra.") or "@" in key:
         return override
@@ -97,7 +97,7 @@ def _ready(override: str, keys: dict[str, Any], groups: set[str], known: Callabl
 
 def _check_free(override: str, known: Callable[[], set[str]]) -> None:
     """Raise ConfigError if a model's own key is not in its yaml and no prefix asks for it to be added."""
-    parts = OVERRIDE.fullmatch(override)
+    parts = _parts(override)
     key = parts["key"]
     if key.startswith(FREE) and "@" not in key and not parts["prefix"] and key not in known():
         hint = f"{did_you_mean(key, sorted(known()))} (+{key}=... gives the key to a model whose yaml does not name it)"
@@ -157,8 +157,14 @@ def _quoted(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()
 
 
+def _parts(override: str) -> re.Match[str]:
+    parts = OVERRIDE.fullmatch(override)
+    assert parts is not None  # any text is a key, with or without the rest
+    return parts
+
+
 def _key(override: str) -> str:
-    return OVERRIDE.fullmatch(override)["key"].partition("@")[0]
+    return _parts(override)["key"].partition("@")[0]
 
 
 def _explain(error: Exception) -> str:
@@ -174,6 +180,7 @@ def _explain(error: Exception) -> str:
 
 def _names(node: DictConfig, prefix: str = "") -> Iterable[str]:
     for name, value in node.items_ex(resolve=False):
-        yield f"{prefix}{name}"
+        key = prefix + str(name)
+        yield key
         if isinstance(value, DictConfig):
-            yield from _names(value, f"{prefix}{name}.")
+            yield from _names(value, f"{key}.")

@@ -64,8 +64,8 @@ def check_daily(daily: DailyConfig) -> None:
             raise ConfigError(f"daily.{key} is {value}; expected at least {least}")
     above_zero = {"poll_seconds": daily.poll_seconds, "wait_seconds": daily.wait_seconds}
     above_zero |= {f"bands.{key}": getattr(daily.bands, key) for key in GUARDED}
-    for key, value in above_zero.items():
-        if value is not None and not value > 0:
-            raise ConfigError(f"daily.{key} is {value}; expected a number above 0")
+    for key, number in above_zero.items():
+        if number is not None and not number > 0:
+            raise ConfigError(f"daily.{key} is {number}; expected a number above 0")
     if daily.method not in METHODS:
         raise ConfigError(f"daily.method is {daily.method!r}; expected {', '.join(METHODS[:-1])} or {METHODS[-1]}")
