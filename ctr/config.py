@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tessera.ctr import config_types
 from tessera.ctr.config_checks import check
 from tessera.ctr.config_help import choices_and_keys
 from tessera.ctr.config_types import Config
-from tessera.ctr.data.day_folders import PartitionConfig
-from tessera.ctr.data.schema import FeatureConfig, SchemaConfig
-from tessera.ctr.overrides import compose_overrides
+from tessera.ctr.data.schema import FeatureConfig
+from tessera.ctr.overrides import compose_overrides, keys_of
 from tessera.ctr.renamed_keys import refuse_all_renamed
 from tessera.embedding.errors import ConfigError, did_you_mean
 
@@ -98,5 +96,4 @@ def _explain_type(error: OmegaConfBaseException, composed: DictConfig) -> str:
 
 
 def _dataclasses() -> Iterable[type]:
-    own = [value for value in vars(config_types).values() if isinstance(value, type)]
-    return [t for t in own + [FeatureConfig, SchemaConfig, PartitionConfig] if hasattr(t, "__dataclass_fields__")]
+    return [FeatureConfig, *(kind for _, kind in keys_of(Config) if isinstance(kind, type) and is_dataclass(kind))]

@@ -1,168 +1,239 @@
-"""Define the keys of a configuration and their types. Their meaning is explained in conf/."""
+"""Define the keys of a configuration: their types, defaults, meaning, and which values each one takes.
+
+What `setting` says here is all that there is: conf/ holds choices, and help, documentation and checks are made from it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
 from tessera.ctr.daily.config import DailyConfig
 from tessera.ctr.data.config import DataConfig
 from tessera.ctr.distil.config import DistilConfig
-
-
-@dataclass
-class AdmissionConfig:
-    kind: str = "none"
-    threshold: int = 1
-    capacity: int = 1 << 20
-    splits: int = 7
+from tessera.embedding.config import Admission, DynamicTableConfig, Group
+from tessera.embedding.optim import RowOptimizer, StepOptimizer
+from tessera.embedding.settings import same_as, section, setting
+from tessera.kernels.formats import FORMATS
 
 
 @dataclass
 class AlptConfig:
-    every: int | None = None
-    lr: float = 2e-5
-    weight_decay: float = 0.0
-    gradient_scale: str = "batch"
+    every: int | None = setting(
+        None, "steps from one update of scales to the next, which takes a second pass; null: LPT", at_least=1
+    )
+    lr: float = same_as(StepOptimizer, "lr")
+    weight_decay: float = same_as(StepOptimizer, "weight_decay")
+    gradient_scale: str = setting(
+        "batch",
+        "of scales: batch: 1 / sqrt(batch size x dim x largest code) | dim: without batch | none",
+        choices=("batch", "dim", "none"),
+    )
 
 
 @dataclass
 class EmbeddingConfig:
-    """conf/embedding/*.yaml."""
+    """The tables and the life of their rows (docs/tables.md)."""
 
-    kind: str = MISSING
-    rows: int = MISSING
-    init_std: float = MISSING
-    l2: float = 0.0
-    oov: str = "zeros"
-    init: str = "random"
-    pooled_output_dist: str = "never"
-    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
-    ttl_days: float | None = None
-    clock: str = "event"
-    expire_every: int = 50
-    max_rows: int | None = None
-    max_bytes: int | None = None
-    cache_rows: int | None = None
-    cache_bytes: int | None = None
-    eviction: str = "raise"
-    format: str = "fp32"
-    formats: dict[str, str] | None = None
-    rounding: str = "stochastic"
-    scale: float | None = None
-    range: float = 0.3
-    alpt: AlptConfig = field(default_factory=AlptConfig)
-    transport: str = "fp32"
+    kind: str = setting(
+        "dynamic", "dynamic: a row for every id | static: a fixed number of rows", choices=("dynamic", "static")
+    )
+    rows: int = setting(
+        1_000_000, "rows per table that the plan counts with; a dynamic table may grow beyond it", at_least=1
+    )
+    init_std: float = same_as(Group, "init_std", default=0.01)
+    l2: float = setting(
+        0.0, "adds l2/2 * |row|^2 per look-up to the loss; rows that a batch does not touch do not decay", at_least=0
+    )
+    oov: str = setting(
+        "zeros",
+        "what an id without a row reads: zeros | learned: one row per table, trained as a dense weight",
+        choices=("zeros", "learned"),
+    )
+    init: str = setting(
+        "random",
+        "first values of a new row: random, from (seed, table, id) | oov: the learned OOV row as it is then",
+        choices=("random", "oov"),
+    )
+    admission: Admission = section(Admission, "which ids get a row")
+    ttl_days: float | None = setting(None, "rows not seen for so long expire; null: never", above=0)
+    expire_every: int = setting(
+        50, "steps from one look for rows to expire to the next; each looks at a part of a large table", at_least=1
+    )
+    clock: str = setting(
+        "event",
+        "what time it is: event: by the event times of batches (docs/tables.md) | wall: the wall clock",
+        choices=("event", "wall"),
+    )
+    max_rows: int | None = same_as(
+        DynamicTableConfig, "max_rows", "most rows of one table, over all ranks; null: memory"
+    )
+    max_bytes: int | None = setting(None, "most bytes of one table, over all ranks", at_least=1)
+    cache_rows: int | None = same_as(
+        DynamicTableConfig,
+        "cache_rows",
+        "tables stay in host memory, the device holds so many rows of each, over all ranks; null: all",
+    )
+    cache_bytes: int | None = setting(
+        None, "the same in bytes of values and optimizer state; docs/cache.md", at_least=1
+    )
+    eviction: str = same_as(DynamicTableConfig, "eviction")
+    format: str = same_as(Group, "format")
+    formats: dict[str, str] | None = setting(
+        None,
+        "other formats, of a group, a table or one of both: {w: fp16, item_id: int4, item_id.v: int8}",
+        choices=FORMATS,
+    )
+    rounding: str = same_as(Group, "rounding")
+    scale: float | None = setting(
+        None, "int formats: the scale that a row begins with; null: range / 2^(bits - 1)", above=0
+    )
+    range: float = setting(0.3, "int formats: the largest value that the first scale allows for", above=0)
+    alpt: AlptConfig = section(AlptConfig, "learned scales (ALPT); without it they stay as they begin (LPT)")
+    pooled_output_dist: str = setting(
+        "never",
+        "bags travel as sums of owners, not as rows: never | auto: where that is less | always",
+        choices=("never", "auto", "always"),
+    )
+    transport: str = setting(
+        "fp32",
+        "rows on their way between ranks: fp32 | fp16 (gradients then as bf16) | bf16",
+        choices=("fp32", "fp16", "bf16"),
+    )
+
+
+WARMUP = "the learning rate grows linearly over this many steps"
 
 
 @dataclass
-class SideConfig:
-    """Keys that the optimizer of the dense tower and that of the tables share."""
-
-    name: str = MISSING
-    lr: float = MISSING
-    eps: float = MISSING
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-
-
-@dataclass
-class DenseConfig(SideConfig):
-    clip_norm: float | None = None
+class DenseConfig:
+    name: str = setting("adam", "adam | sgd | adagrad", choices=("adam", "sgd", "adagrad"))
+    lr: float = setting(0.001, "learning rate of the dense weights", above=0)
+    eps: float = setting(1.0e-8, "keeps the divisor of adam and adagrad above 0", at_least=0)
+    weight_decay: float = setting(0.0, "L2 added to the gradient", at_least=0)
+    clip_norm: float | None = setting(None, "largest norm of the dense gradient; null: no clipping", above=0)
+    warmup_steps: int = setting(0, WARMUP, at_least=0)
 
 
 @dataclass
-class SparseConfig(SideConfig):
-    beta1: float = 0.9
-    beta2: float = 0.999
-    initial_accumulator: float = 0.0
-    beta: float = 1.0
-    l1: float = 0.0
-    l2: float = 0.0
-    state_format: str = "fp32"
-    old_rows_factor: float = 1.0
+class SparseConfig(RowOptimizer):
+    """That of rows, and what changes its rate from step to step."""
+
+    warmup_steps: int = setting(0, WARMUP, at_least=0)
 
 
 @dataclass
 class PlateauConfig:
-    factor: float | None = None
-    patience: int = 1
-    floor: float = 1.0e-6
+    factor: float | None = setting(None, "multiply them by this; null: never", above=0, below=1)
+    patience: int = setting(
+        1, "after so many evaluations in a row without a new best, and again after as many more", at_least=1
+    )
+    floor: float = setting(1.0e-6, "never below this", at_least=0)
 
 
 @dataclass
 class OptimizerConfig:
-    """conf/optimizer/*.yaml."""
+    """How dense weights and rows are updated."""
 
-    dense: DenseConfig = field(default_factory=DenseConfig)
-    sparse: SparseConfig = field(default_factory=SparseConfig)
-    plateau: PlateauConfig = field(default_factory=PlateauConfig)
+    dense: DenseConfig = section(DenseConfig, "of the dense weights")
+    sparse: SparseConfig = section(SparseConfig, "of the rows of tables")
+    plateau: PlateauConfig = section(
+        PlateauConfig, "lower both learning rates when the metric of trainer.early_stop stops getting better"
+    )
 
 
 @dataclass
 class EarlyStopConfig:
-    metric: str = "auc"
-    patience: int | None = None
+    metric: str = setting(
+        "auc",
+        "auc | logloss, on the valid split; the best model by it is kept",
+        choices=("auc", "logloss"),
+    )
+    patience: int | None = setting(None, "stop after this many evaluations without a new best; null: never", at_least=1)
 
 
 @dataclass
 class CheckpointConfig:
-    folder: str | None = None
-    every: int | None = None
-    keep_last: int = MISSING
-    overlap: bool = MISSING
-    full_every: int = MISSING
+    folder: str | None = setting(None, "a folder or URI; null: checkpoints/ in the run folder")
+    every: int | None = setting(
+        None,
+        "steps between saved states; null: at the end of each epoch. There is always one at the end",
+        at_least=1,
+    )
+    keep_last: int = setting(2, "newest states that are kept", at_least=1)
+    overlap: bool = setting(True, "write while training goes on, if memory for the rows that change meanwhile is free")
+    full_every: int = setting(
+        1, "every so many states one with all rows, between them only what changed; 1: all are full", at_least=1
+    )
 
 
 @dataclass
 class WarmStartConfig:
-    path: str | None = None
-    rename: list[str] = field(default_factory=list)
-    optimizer: bool = True
+    path: str | None = setting(None, "a state, a run's checkpoints/ or a run's best/; null: begin from nothing")
+    rename: list[str] = setting(
+        [], "old:new, names of tables and modules that are called differently here: [user:user_id]"
+    )
+    optimizer: bool = setting(True, "keep optimizer state, dense and of rows, where the optimizer is the same")
 
 
 @dataclass
 class ReplayConfig:
-    path: str | None = None
-    weight: float = 1.0
+    path: str | None = setting(None, "a sample of them, as ctr/data/reservoir.py writes; null: none")
+    weight: float = setting(1.0, "on their sample weights", at_least=0)
 
 
 @dataclass
 class TrainerConfig:
-    """conf/trainer/*.yaml. `batch_size` is the global one, over all ranks."""
+    """The training loop; the batch size is the global one, over all ranks."""
 
-    run_dir: str | None = None
-    seed: int = MISSING
-    batch_size: int = MISSING
-    epochs: int = MISSING
-    max_steps: int | None = None
-    shuffle: bool = True
-    device: str = "auto"
-    threads: int | None = None
-    amp: bool = False
-    compile: bool = False
-    cuda_graphs: bool = False
-    log_every: int = MISSING
-    eval_every: int | None = None
-    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
-    resume: str | None = None
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
-    replay: ReplayConfig = field(default_factory=ReplayConfig)
-    distil: DistilConfig = field(default_factory=DistilConfig)
-    timeout_seconds: float = MISSING
+    run_dir: str | None = setting(None, "where everything about the run is written; null: runs/<data>-<model>-<time>")
+    seed: int = setting(
+        2026,
+        "of initial values, shuffle and dropout",
+        at_least=0,
+        below=2**63,
+        expected="a whole number from 0 to 2^63 - 1",
+    )
+    batch_size: int = setting(4096, "rows of one step over all ranks", at_least=1)
+    epochs: int = setting(1, "passes over the training rows", at_least=1)
+    max_steps: int | None = setting(None, "stop after this many steps", at_least=1)
+    shuffle: bool = setting(True, "of the training rows: row groups, then rows inside a window")
+    device: str = setting("auto", "auto | cpu | cuda", choices=("auto", "cpu", "cuda"))
+    threads: int | None = setting(
+        None, "threads of dense math per rank; null: cores divided by the ranks of this host", at_least=1
+    )
+    amp: bool = setting(False, "run the tower in bfloat16")
+    compile: bool = setting(
+        False, "run the tower through torch.compile: slow to start (minutes), then faster or not, by model"
+    )
+    cuda_graphs: bool = setting(
+        False, "on a GPU, with compile: launch the compiled tower as CUDA graphs, one for each size of batch"
+    )
+    log_every: int = setting(50, "steps between log lines; the host waits for the device only then", at_least=1)
+    eval_every: int | None = setting(None, "steps between evaluations; null: at the end of each epoch", at_least=1)
+    early_stop: EarlyStopConfig = section(EarlyStopConfig, "end a run that gets no better")
+    resume: str | None = setting(
+        None,
+        "auto: go on with run_dir from its newest state, or begin | a state's folder, where run_dir has none yet | "
+        "null: a new run; after a restart by torchrun as auto (docs/checkpoints.md)",
+    )
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "saved states, from which a run goes on")
+    warm_start: WarmStartConfig = section(WarmStartConfig, "begin a new run with what another one has learnt")
+    replay: ReplayConfig = section(
+        ReplayConfig, "earlier rows, trained on as more rows of the training split (docs/incremental.md)"
+    )
+    distil: DistilConfig = section(DistilConfig, "learn from a teacher beside the labels (docs/incremental.md)")
+    timeout_seconds: float = setting(300.0, "longest wait for another rank", above=0)
 
 
 @dataclass
 class Config:
     """Everything a run depends on; saved resolved as `config.yaml` in the run folder."""
 
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = section(DataConfig, "what to read")
     model: dict[str, Any] = field(default_factory=dict)
     numeric: dict[str, Any] = field(default_factory=dict)
-    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    daily: DailyConfig = field(default_factory=DailyConfig)
+    embedding: EmbeddingConfig = section(EmbeddingConfig, "how tables store rows")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "how dense weights and rows are updated")
+    trainer: TrainerConfig = section(TrainerConfig, "the loop")
+    daily: DailyConfig = section(DailyConfig, "the loop over days (tessera daily)")

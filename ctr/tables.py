@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 
 from tessera.ctr.config import Config
 from tessera.ctr.config_types import SparseConfig
@@ -14,7 +15,7 @@ from tessera.distributed.plan import sums_are_smaller
 from tessera.distributed.saved.row_files import folder_name
 from tessera.distributed.static_tables import StaticTables
 from tessera.distributed.tables import Tables
-from tessera.embedding.config import Admission, DynamicTableConfig, Group, TableConfig, step_of_range
+from tessera.embedding.config import DynamicTableConfig, Group, TableConfig, step_of_range
 from tessera.embedding.errors import ConfigError, did_you_mean
 from tessera.embedding.optim import RowOptimizer, StepOptimizer
 from tessera.kernels.formats import code_range, is_int
@@ -30,11 +31,9 @@ def build_tables(config: Config, schema: Schema, tower: Tower, ranks: int) -> Ta
     ranks: how many share the tables, and the limits of their rows and bytes.
 
     Raises:
-        ConfigError: unknown kind, or a key that this kind cannot serve.
+        ConfigError: a key that this kind cannot serve.
     """
     kind = config.embedding.kind
-    if kind not in ("static", "dynamic"):
-        raise ConfigError(f"embedding.kind is {kind!r}; expected dynamic or static")
     if not schema.id_names:
         return NoTables(tower.embedding_dims)
     if kind == "static":
@@ -91,20 +90,8 @@ def _averaged(schema: Schema) -> list[str]:
 
 
 def _row_optimizer(sparse: SparseConfig) -> RowOptimizer:
-    return RowOptimizer(
-        sparse.name,
-        lr=sparse.lr,
-        eps=sparse.eps,
-        beta1=sparse.beta1,
-        beta2=sparse.beta2,
-        weight_decay=sparse.weight_decay,
-        initial_accumulator=sparse.initial_accumulator,
-        beta=sparse.beta,
-        l1=sparse.l1,
-        l2=sparse.l2,
-        state_format=sparse.state_format,
-        old_rows_factor=sparse.old_rows_factor,
-    )
+    """Return the optimizer alone, without what changes its rate from step to step."""
+    return RowOptimizer(**{field.name: getattr(sparse, field.name) for field in fields(RowOptimizer)})
 
 
 def _dynamic_table(
@@ -118,7 +105,7 @@ def _dynamic_table(
         groups=tuple(_group(config, name, group, dim) for group, dim in tower.embedding_dims.items()),
         optimizer=_row_optimizer(config.optimizer.sparse),
         seed=config.trainer.seed,
-        admission=Admission(**vars(embedding.admission)),
+        admission=replace(embedding.admission),
         ttl_seconds=None if embedding.ttl_days is None else int(embedding.ttl_days * 86400),
         max_rows=None if embedding.max_rows is None else -(-embedding.max_rows // ranks),
         max_bytes=None if embedding.max_bytes is None else embedding.max_bytes // ranks,

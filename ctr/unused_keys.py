@@ -4,10 +4,8 @@ one does."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
-
-from omegaconf import MISSING as UNSET
 
 from tessera.ctr.config_types import Config, EmbeddingConfig, OptimizerConfig
 from tessera.embedding.errors import ConfigError
@@ -25,7 +23,6 @@ READ_BY = {
     "initial_accumulator": ("adagrad", "rowwise_adagrad"),
     "state_format": ("adam",),
 }
-EPS = 1e-8  # of conf/optimizer, as the type has no default
 
 
 def check_unused(config: Config) -> None:
@@ -86,7 +83,6 @@ def _check_optimizers(optimizer: OptimizerConfig) -> None:
 def _refuse(where: str, section: Any, keys: Sequence[str], why: str) -> None:
     for field in fields(section):
         value, default = getattr(section, field.name), field.default
-        default = EPS if default in (MISSING, UNSET) else default
         if field.name in keys and value != default:
             shown = "null" if default is None else default
             raise ConfigError(f"{where}.{field.name} is {value}, which {why.format(default=shown)}")

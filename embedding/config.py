@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from tessera.embedding.errors import ConfigError, did_you_mean
+from tessera.embedding.errors import ConfigError
 from tessera.embedding.optim import RowOptimizer, StepOptimizer
+from tessera.embedding.settings import check, required, section, setting
 from tessera.kernels.formats import (
     BITS,
     FORMATS,
     ROUNDINGS,
-    STATE_FORMATS,
     is_int,
     stored_columns,
     stored_dtype,
 )
 from tessera.kernels.layout import RowLayout, packed_layout
-from tessera.kernels.optimizers import OPTIMIZERS, state_width
+from tessera.kernels.optimizers import state_width
 from tessera.kernels.reference.id_map import LIMIT, SPREAD
 
 ADMISSIONS = ("none", "exact", "sliding", "probabilistic")
@@ -72,27 +71,32 @@ class Group:
     """
 
     name: str
-    dim: int
-    init_std: float
-    format: str = "fp32"
-    rounding: str = "stochastic"
-    step: float = 0.01
+    dim: int = required("columns", at_least=1)
+    init_std: float = required("first values of a row are N(0, this), drawn from (seed, table, id)", at_least=0)
+    format: str = setting(
+        "fp32", "how rows are stored: fp32 | fp16 | bf16 | int8 | int4 | int2; docs/low_precision.md", choices=FORMATS
+    )
+    rounding: str = setting("stochastic", "of values that are stored: stochastic | nearest", choices=ROUNDINGS)
+    step: float = setting(0.01, "int formats: the scale that a row begins with", above=0)
     learned: StepOptimizer | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # not frozen: OmegaConf fills it key by key; once in a table, nobody changes it
 class Admission:
     """Rule by which an unknown id gets a row; `embedding/admission.py` has the filters.
 
-    kind: none (at once), exact (seen `threshold` times), sliding (the same by a filter of fixed size, which errs
-    towards admission and forgets), probabilistic (no memory at all: after `threshold` times with probability 95 %).
-    capacity: ids that the sliding filter remembers at least; splits: the parts in which it forgets them.
+    The sliding filter errs towards admission. The probabilistic rule has no memory at all: it admits after `threshold`
+    times with probability 95 %.
     """
 
-    kind: str = "none"
-    threshold: int = 1
-    capacity: int = 1 << 20
-    splits: int = 7
+    kind: str = setting(
+        "none",
+        "none: all | exact: seen threshold times | sliding: so, in bounded memory | probabilistic",
+        choices=ADMISSIONS,
+    )
+    threshold: int = setting(1, "occurrences before an id gets its row", at_least=1)
+    capacity: int = setting(1 << 20, "sliding: ids that the filter of one table remembers", at_least=1)
+    splits: int = setting(7, "sliding: parts in which it forgets them", at_least=4)
 
 
 @dataclass(frozen=True)
@@ -114,17 +118,24 @@ class DynamicTableConfig:
     groups: tuple[Group, ...]
     optimizer: RowOptimizer = field(default_factory=RowOptimizer)
     seed: int = 0
-    admission: Admission = field(default_factory=Admission)
-    ttl_seconds: int | None = None
-    max_rows: int | None = None
+    admission: Admission = section(Admission, "which ids get a row")
+    ttl_seconds: int | None = setting(
+        None, "rows not seen for so long expire", above=0, expected="a number of seconds above 0, or null"
+    )
+    max_rows: int | None = setting(None, "most rows of a rank's part", at_least=1)
     max_bytes: int | None = None
-    eviction: str = "raise"
-    evicted_kept: int = 1 << 20
+    eviction: str = setting(
+        "raise",
+        "what a full table does: lru: give up rows seen longest ago | lfu: seen least | raise",
+        choices=EVICTIONS,
+    )
+    evicted_kept: int = setting(1 << 20, "evicted ids that are kept for `take_evicted`", at_least=0)
     chunk_rows: int = 1 << 18
-    cache_rows: int | None = None
+    cache_rows: int | None = setting(None, "rows that the device holds", at_least=1)
     cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        check(self, f"table {self.name}: ")
         self._check_groups()
         self._check_optimizer()
         self._check_formats()
@@ -234,34 +245,15 @@ class DynamicTableConfig:
     def _fail(self, key: str, found: object, expected: str) -> None:
         raise ConfigError(f"table {self.name}: {key} is {found!r}; expected {expected}")
 
-    def _check_choice(self, key: str, found: str, known: Sequence[str]) -> None:
-        if found not in known:
-            hint = did_you_mean(found, known, form="{}", lead="")
-            self._fail(key, found, f"one of {', '.join(known)}" + (f" ({hint})" if hint else ""))
-
     def _check_groups(self) -> None:
         names = [group.name for group in self.groups]
         if not names or len(set(names)) < len(names):
             self._fail("groups", names, "one or more groups with different names")
         for group in self.groups:
-            if not group.dim >= 1:
-                self._fail(f"groups.{group.name}.dim", group.dim, "at least 1")
-            if not 0 <= group.init_std < math.inf:
-                self._fail(f"groups.{group.name}.init_std", group.init_std, "a finite number, 0 or above")
+            check(group, f"table {self.name}: groups.{group.name}.")
 
     def _check_optimizer(self) -> None:
         optimizer = self.optimizer
-        self._check_choice("optimizer.name", optimizer.name, OPTIMIZERS)
-        if not 0 < optimizer.lr < math.inf:
-            self._fail("optimizer.lr", optimizer.lr, "a finite number above 0")
-        for key in ("eps", "weight_decay", "initial_accumulator", "beta", "l1", "l2"):
-            if not 0 <= getattr(optimizer, key) < math.inf:
-                self._fail(f"optimizer.{key}", getattr(optimizer, key), "a finite number, 0 or above")
-        for key in ("beta1", "beta2"):
-            if not 0 <= getattr(optimizer, key) < 1:
-                self._fail(f"optimizer.{key}", getattr(optimizer, key), "0 or above and below 1")
-        if not 0 < optimizer.old_rows_factor < math.inf:
-            self._fail("optimizer.old_rows_factor", optimizer.old_rows_factor, "a finite number above 0")
         if optimizer.old_rows_factor != 1 and optimizer.name == "ftrl":
             # FTRL computes the values from its state and its rate: another rate alone would move rows.
             self._fail("optimizer.old_rows_factor", optimizer.old_rows_factor, "1 for ftrl")
@@ -270,56 +262,25 @@ class DynamicTableConfig:
 
     def _check_formats(self) -> None:
         optimizer = self.optimizer
-        self._check_choice("optimizer.state_format", optimizer.state_format, STATE_FORMATS)
         if optimizer.state_format != "fp32" and optimizer.name != "adam":
             self._fail("optimizer.state_format", optimizer.state_format, f"fp32 for {optimizer.name}")
         for group in self.groups:
             key = f"groups.{group.name}"
-            self._check_choice(f"{key}.format", group.format, FORMATS)
-            self._check_choice(f"{key}.rounding", group.rounding, ROUNDINGS)
-            if not 0 < group.step < math.inf:
-                self._fail(f"{key}.step", group.step, "a finite number above 0")
             if is_int(group.format) and optimizer.name == "ftrl":
                 # FTRL computes the values from its state, so int8 values would still have a copy in full precision.
                 self._fail(f"{key}.format", group.format, "fp32, fp16 or bf16 with optimizer ftrl")
-            if group.learned is not None:
-                self._check_learned(key, group, group.learned)
-
-    def _check_learned(self, key: str, group: Group, learned: StepOptimizer) -> None:
-        if not is_int(group.format):
-            self._fail(f"{key}.format", group.format, "int8, int4 or int2 with a learned step size")
-        for name in ("lr", "gradient_scale"):
-            if not 0 < getattr(learned, name) < math.inf:
-                self._fail(f"{key}.learned.{name}", getattr(learned, name), "a finite number above 0")
-        if not 0 <= learned.weight_decay < math.inf:
-            self._fail(f"{key}.learned.weight_decay", learned.weight_decay, "a finite number, 0 or above")
+            if group.learned is not None and not is_int(group.format):
+                self._fail(f"{key}.format", group.format, "int8, int4 or int2 with a learned step size")
 
     def _check_admission(self) -> None:
         admission = self.admission
-        self._check_choice("admission.kind", admission.kind, ADMISSIONS)
-        if admission.threshold < 1:
-            self._fail("admission.threshold", admission.threshold, "at least 1")
-        if admission.kind == "sliding":
-            if admission.threshold > SLIDING_MAX:
-                self._fail("admission.threshold", admission.threshold, f"at most {SLIDING_MAX} for the sliding filter")
-            if admission.capacity < 1:
-                self._fail("admission.capacity", admission.capacity, "at least 1")
-            if admission.splits < 4:
-                self._fail("admission.splits", admission.splits, "at least 4")
+        if admission.kind == "sliding" and admission.threshold > SLIDING_MAX:
+            self._fail("admission.threshold", admission.threshold, f"at most {SLIDING_MAX} for the sliding filter")
 
     def _check_limits(self) -> None:
-        self._check_choice("eviction", self.eviction, EVICTIONS)
-        if self.ttl_seconds is not None and not self.ttl_seconds > 0:
-            self._fail("ttl_seconds", self.ttl_seconds, "a number of seconds above 0, or null")
-        if self.max_rows is not None and self.max_rows < 1:
-            self._fail("max_rows", self.max_rows, "at least 1, or null")
         if self.max_bytes is not None and self.max_bytes < self.bytes_per_row:
             self._fail("max_bytes", self.max_bytes, f"at least the {self.bytes_per_row} bytes of one row, or null")
-        if self.cache_rows is not None and self.cache_rows < 1:
-            self._fail("cache_rows", self.cache_rows, "at least 1, or null")
         if self.cache_bytes is not None and self.cache_bytes < self.stored_bytes:
             self._fail("cache_bytes", self.cache_bytes, f"at least the {self.stored_bytes} bytes of one row, or null")
-        if self.evicted_kept < 0:
-            self._fail("evicted_kept", self.evicted_kept, "0 or above")
         if self.chunk_rows < 1 or self.chunk_rows & (self.chunk_rows - 1):
             self._fail("chunk_rows", self.chunk_rows, "a power of two")

@@ -6,31 +6,47 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tessera.kernels.optimizers import OptimizerSettings
+from tessera.embedding.settings import setting
+from tessera.kernels.formats import STATE_FORMATS
+from tessera.kernels.optimizers import OPTIMIZERS, OptimizerSettings
+
+NUMBERS = OptimizerSettings(learning_rate=0.05)  # of rows, where nothing else is said
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # not frozen: OmegaConf fills it key by key; once in a table, nobody changes it
 class RowOptimizer:
-    """Optimizer of rows; formulas in `kernels/update.py`. `weight_decay` is L2 on the rows of a batch.
+    """Optimizer of rows; formulas in `kernels/update.py`.
 
-    `initial_accumulator` is the first value of the sum of squares (adagrad and rowwise_adagrad only). `state_format`:
-    fp32, or bf16 for the moments of adam, rounded stochastically. `old_rows_factor` multiplies the learning rate of
-    rows that were there when the current period began (IncCTR, arXiv 2009.02147: existing embeddings learn more slowly
-    than added ones).
+    bf16 moments are rounded stochastically. `old_rows_factor` is that of IncCTR (arXiv 2009.02147): existing embeddings
+    learn more slowly than added ones.
     """
 
-    name: str = "rowwise_adagrad"
-    lr: float = 0.01
-    eps: float = 1e-8
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 0.0
-    initial_accumulator: float = 0.0
-    beta: float = 1.0
-    l1: float = 0.0
-    l2: float = 0.0
-    state_format: str = "fp32"
-    old_rows_factor: float = 1.0
+    name: str = setting(
+        "rowwise_adagrad",
+        "rowwise_adagrad | adagrad | sgd | adam | ftrl (static tables: the first three)",
+        choices=OPTIMIZERS,
+    )
+    lr: float = setting(NUMBERS.learning_rate, "learning rate of the rows", above=0)
+    eps: float = setting(NUMBERS.eps, "keeps the divisor of adam and adagrad above 0", at_least=0)
+    beta1: float = setting(
+        NUMBERS.beta1, "adam: how much of the mean gradient is kept from step to step", at_least=0, below=1
+    )
+    beta2: float = setting(NUMBERS.beta2, "adam: how much of the mean square is kept", at_least=0, below=1)
+    weight_decay: float = setting(
+        NUMBERS.weight_decay, "L2 added to the gradient of rows that a batch touches (dynamic tables)", at_least=0
+    )
+    initial_accumulator: float = setting(
+        0.0, "adagrad, rowwise_adagrad: first value of the sum of squares (dynamic tables)", at_least=0
+    )
+    beta: float = setting(NUMBERS.beta, "ftrl: a larger one makes the first updates smaller", at_least=0)
+    l1: float = setting(NUMBERS.l1, "ftrl: pulls weights that say little to exactly 0", at_least=0)
+    l2: float = setting(NUMBERS.l2, "ftrl: pulls all weights towards 0", at_least=0)
+    state_format: str = setting(
+        "fp32", "fp32 | bf16: moments of adam in half the bytes (dynamic tables)", choices=STATE_FORMATS
+    )
+    old_rows_factor: float = setting(
+        1.0, "on lr, for rows that were there when the period (a day, a warm start) began (not ftrl)", above=0
+    )
 
     def settings(self, lr: float) -> OptimizerSettings:
         """Return the numbers of one step at a learning rate."""
@@ -45,9 +61,9 @@ class StepOptimizer:
     included; the paper's is 1 / sqrt(batch size * dim * largest code).
     """
 
-    lr: float = 2e-5
-    weight_decay: float = 0.0
-    gradient_scale: float = 1.0
+    lr: float = setting(2e-5, "of scales; their optimizer is of the same kind as that of rows", above=0)
+    weight_decay: float = setting(0.0, "L2 added to the gradient of scales", at_least=0)
+    gradient_scale: float = setting(1.0, "multiplies the gradient of a scale", above=0)
 
 
 def by_age(

@@ -1,7 +1,7 @@
 """Store the rows of a trained run in another format: `tessera convert-tables runs/a runs/a8 format=int8`.
 
 The new folder can be scored (`tessera evaluate runs/a8`) as the old one can. The error that rounding makes is
-printed by table. Keys are those of `conf/embedding/` that tell the format: format, formats, rounding, scale, range.
+printed by table. Keys are those of `embedding` that tell the format: format, formats, rounding, scale, range.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Define the keys of conf/data: which files are read, and how. Their meaning is explained there."""
+"""Define the keys of `data`: which files are read, and how."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import MISSING
@@ -13,28 +13,41 @@ from tessera.ctr.data.day_folders import DayFolders, PartitionConfig, days_of
 from tessera.ctr.data.schema import SchemaConfig
 from tessera.distributed.locations import joined
 from tessera.embedding.errors import ConfigError
+from tessera.embedding.settings import section, setting
 
 SPLITS = ("train", "valid", "test")
 
 
 @dataclass
 class DataConfig:
-    """conf/data/*.yaml. `path` is a folder or URI; `train`, `valid`, `test` lie below it (null: no such split)."""
+    """Which files are read and how (docs/data.md). A split is a folder, file, pattern or URI, or a list of them."""
 
-    name: str = MISSING
-    path: str = MISSING
-    train: Any = "train"  # each split: a folder, file, pattern or URI, or a list of them
-    valid: Any = "valid"
-    test: Any = "test"
-    days: Any = None  # a day, a range of days, or a list of both; or a mapping from splits to these
-    partition: PartitionConfig = field(default_factory=PartitionConfig)
-    order: str = "mixed"
-    period_days: float = 1.0
-    lanes: int = 16
-    window_rows: int = 32768
-    threads: int = 1
-    bad_rows: str = "raise"
-    schema: SchemaConfig = field(default_factory=SchemaConfig)
+    name: str = setting(MISSING, "for run folders and reports")
+    path: str = setting(MISSING, "root of the data set: a folder or a URI such as s3://bucket/criteo")
+    train: Any = setting(
+        "train", "training rows: a folder, file or pattern (*) below path, a URI, or a list of these; null: none"
+    )
+    valid: Any = setting("valid", "rows for evaluation during training, early stopping and keeping the best")
+    test: Any = setting("test", "rows for the report at the end")
+    days: Any = setting(
+        None,
+        "of folders of days only these: [2026-01-01, 2026-01-03..2026-01-09], or for each split {train: [..], "
+        "test: [..]}",
+    )
+    partition: PartitionConfig = section(PartitionConfig, "how the folders of days are called")
+    order: str = setting(
+        "mixed", "of training rows: mixed: those of all days at once | time: day after day, shuffled within each"
+    )
+    period_days: float = setting(1.0, "with order: time, how many days are shuffled together")
+    lanes: int = setting(
+        16, "canonical lanes: the order of rows is the same for every number of ranks up to this one", at_least=1
+    )
+    window_rows: int = setting(
+        32768, "rows shuffled together inside a lane; memory is about lanes x 2 windows", at_least=1
+    )
+    threads: int = setting(1, "decoding threads per rank", at_least=1)
+    bad_rows: str = setting("raise", "raise: stop at a row that breaks the contract; skip: leave it out and count it")
+    schema: SchemaConfig = section(SchemaConfig, "the columns of the data set")
 
 
 def check_splits(data: DataConfig) -> None:

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 from tessera.ctr.data.errors import DataError
 from tessera.embedding.errors import ConfigError
+from tessera.embedding.settings import setting
 
 KEY = re.compile(r"\d{4}-\d\d-\d\d(T\d\d)?")
 HOUR = "hour"
@@ -29,8 +30,8 @@ DATE_LIKE = re.compile(r"(?:(\w+)=)?(\d{4}-\d\d?-\d\d?|\d{8})")
 class PartitionConfig:
     """Keys of data.partition: the names of day folders."""
 
-    name: str | None = "day"  # day=2026-11-01; null or empty: the folder is called 2026-11-01
-    format: str = "%Y-%m-%d"  # of %Y, %m, %d and, where a folder is an hour, %H; with / for folders in folders
+    name: str | None = setting("day", "day=2026-11-01; null or empty: the folder is called 2026-11-01")
+    format: str = setting("%Y-%m-%d", "of %Y, %m, %d and, where a folder is an hour, %H; with / for folders in folders")
 
 
 @dataclass(frozen=True)

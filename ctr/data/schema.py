@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tessera.ctr.data.errors import SchemaError
 from tessera.ctr.data.times import TimeRule
 from tessera.embedding.errors import did_you_mean
+from tessera.embedding.settings import setting
 
 KINDS = ("numeric", "id", "ids", "sequence")
 DTYPES = ("int", "hex", "string")
@@ -66,15 +67,17 @@ class Feature(FeatureConfig):
 class SchemaConfig:
     """The columns of a data set."""
 
-    labels: list[str] = field(default_factory=lambda: ["label"])  # each 0 or 1 in every row
-    weight: str | None = None  # sample weight
-    group: str | None = None  # group of GAUC, an integer or a string
-    time: str | None = None  # event time: an integer in time_unit, a timestamp or a date
-    time_unit: str = "s"  # of integers since 1970, UTC: s | ms | us | ns; timestamps know their own
-    time_from: str = "1990-01-01"  # a row with an earlier time is bad; YYYY-MM-DD
-    time_to: str = "2100-01-01"  # a row with this time or a later one is bad; YYYY-MM-DD
-    time_jump_days: float = 365.0  # few rows that lie more than so many days beyond all others of their window are bad
-    features: list[FeatureConfig] = field(default_factory=list)
+    labels: list[str] = setting(["label"], "each 0 or 1 in every row")
+    weight: str | None = setting(None, "sample weight")
+    group: str | None = setting(None, "group of GAUC, an integer or a string")
+    time: str | None = setting(None, "event time: an integer in time_unit, a timestamp or a date")
+    time_unit: str = setting("s", "of integers since 1970, UTC: s | ms | us | ns; timestamps know their own")
+    time_from: str = setting("1990-01-01", "a row with an earlier time is bad; YYYY-MM-DD")
+    time_to: str = setting("2100-01-01", "a row with this time or a later one is bad; YYYY-MM-DD")
+    time_jump_days: float = setting(
+        365.0, "few rows that lie more than so many days beyond all others of their window are bad"
+    )
+    features: list[FeatureConfig] = setting([], "what the model reads, one by one")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

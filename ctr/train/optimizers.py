@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from tessera.ctr.config_types import DenseConfig, OptimizerConfig, SideConfig
+from tessera.ctr.config_types import DenseConfig, OptimizerConfig, SparseConfig
 from tessera.ctr.train.state_parts import FoundState, PartState
 
 
@@ -81,7 +81,7 @@ class Optimizers:
                 group["lr"] = sparse
             self._fused.step()  # hands the rate to the kernels; rows move only in the backward pass
 
-    def _rate(self, side: SideConfig) -> float:
+    def _rate(self, side: DenseConfig | SparseConfig) -> float:
         rate = side.lr * min(1.0, (self.steps + 1) / side.warmup_steps) if side.warmup_steps else side.lr
         return rate if self.factor == 1 else max(rate * self.factor, min(rate, self._config.plateau.floor))
 

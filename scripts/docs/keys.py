@@ -19,7 +19,9 @@ from hydra.utils import get_class
 from omegaconf import MISSING, OmegaConf
 
 from tessera.ctr.config import Config, load_config
+from tessera.ctr.config_help import text_of
 from tessera.ctr.data.convert.csv import CsvConfig
+from tessera.embedding.settings import comment_of, default_of
 from tessera.scripts.docs.comments import of_dataclass, of_yaml
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -27,7 +29,8 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 OPEN_GROUPS = ("model", "numeric")
 INTRODUCTION = """# Every key
 
-What stands here is read from the code and from `conf/` when this page is built.
+What stands here is read from the code and from `conf/` when this page is built. `tessera train --help`
+lists keys, defaults and meaning in the terminal.
 
 A key is set on the command line, `trainer.epochs=3`, or in yaml of your own that is laid out as `conf/` and named by
 `--config-dir`. A group is chosen by the name of one of its files, `model=dcn_v2`. Lists are written `"[a,b]"` and
@@ -37,16 +40,11 @@ with.
 """
 
 
-#: What is said below the heading of a group, where its dataclass says only which files these are.
-SECTIONS = {
-    "data": "Which files are read and how (docs/data.md).",
-    "embedding": "The tables and the life of their rows (docs/tables.md).",
-    "optimizer": "How dense weights and rows are updated.",
-    "trainer": "The training loop; the batch size is the global one, over all ranks.",
-    "daily": "Retraining day after day (docs/daily.md).",
-    "prepare csv": "The yaml file of the converter for any delimited text (docs/data.md). It is a file of its own, not "
-    "a group: its keys are not given on the command line.",
-}
+#: What is said below the heading of what is no group.
+CSV = (
+    "The yaml file of the converter for any delimited text (docs/data.md). It is a file of its own, not a group: its "
+    "keys are not given on the command line."
+)
 
 
 @dataclass(frozen=True)
@@ -78,27 +76,15 @@ def sections() -> Iterator[Section]:
         if field.name in OPEN_GROUPS:
             yield from _open_group(field.name)
         else:
-            comments = _comments_of_group(field.name)
-            yield from _of_dataclass(field.name, type(getattr(composed, field.name)), comments, composed, 2)
-    yield from _of_dataclass("prepare csv", CsvConfig, _comments_of_group("prepare"), None, 2, prefix="")
+            kind = type(getattr(composed, field.name))
+            yield from _of_dataclass(field.name, kind, _docstring(kind), composed, 2)
+    yield from _of_dataclass("prepare csv", CsvConfig, CSV, None, 2, prefix="")
     yield Section("Experiments", 2, "Choices that belong together: experiment=NAME.", list(_files("experiment")))
 
 
 def page() -> str:
     """Return the page as markdown."""
     return INTRODUCTION + "\n".join(_written(section) for section in sections())
-
-
-def _comments_of_group(group: str) -> dict[str, str]:
-    """Return dotted key -> comment, of all files of a group; those of the file that config.yaml names come first."""
-    chosen = {name: choice for one in _defaults() for name, choice in one.items()}.get(group)
-    paths = sorted((CONF / group).glob("*.yaml"), key=lambda path: (path.stem != chosen, path.stem))
-    found: dict[str, str] = {}
-    for path in paths:
-        for key, comment in of_yaml(path)[1].items():
-            if comment and not found.get(key):
-                found[key] = comment
-    return found
 
 
 def _defaults() -> list[dict[str, str | None]]:
@@ -121,32 +107,29 @@ def _files(group: str) -> Iterator[Key]:
 
 
 def _of_dataclass(
-    title: str, kind: type, comments: dict[str, str], composed: Any, level: int, prefix: str | None = None
+    title: str, kind: type, heading: str, composed: Any, level: int, prefix: str | None = None
 ) -> Iterator[Section]:
     """Yield the section of a dataclass, then those of the dataclasses in it.
 
-    comments: dotted key, below the group -> comment of the yaml files. composed: the default configuration, for values
-    that the dataclass leaves to yaml; None: there is none. prefix: what stands before the keys, if not the title.
+    heading: said below the title. composed: the default configuration, for values that the dataclass leaves to yaml;
+    None: there is none. prefix: what stands before the keys, if not the title.
     """
     prefix = f"{title}." if prefix is None else prefix
-    below = prefix.partition(".")[2].rstrip(".")
-    own, hints = of_dataclass(kind), typing.get_type_hints(kind)
+    beside, hints = of_dataclass(kind), typing.get_type_hints(kind)
     keys, inner = [], []
     for field in fields(kind):
-        name = f"{below}.{field.name}".lstrip(".")
+        comment = comment_of(field) or beside.get(field.name, "")
         part = _dataclass_in(hints[field.name])
         if part is not None:
             is_list = typing.get_origin(hints[field.name]) is list
-            inner.append((f"{prefix}{field.name}" + "[]" * is_list, part))
+            inner.append((f"{prefix}{field.name}" + "[]" * is_list, part, _docstring(part) if is_list else comment))
             continue
         default = _default(field, None if "[]" in prefix else composed, prefix)
-        comment = own[field.name] or comments.get(name, "")
         anchor = f"{prefix or 'prepare.'}{field.name}"
         keys.append(Key(prefix + field.name, _type_name(hints[field.name]), default, comment, anchor))
-    heading = SECTIONS.get(title) or comments.get(below, "") or _docstring(kind)
     yield Section(title, level, heading, keys)
-    for name, part in inner:
-        yield from _of_dataclass(name, part, comments, composed, 3)
+    for name, part, said in inner:
+        yield from _of_dataclass(name, part, said or _docstring(part), composed, 3)
 
 
 def _dataclass_in(hint: Any) -> type | None:
@@ -156,24 +139,12 @@ def _dataclass_in(hint: Any) -> type | None:
 
 
 def _default(field: Any, composed: Any, prefix: str) -> str:
-    value = field.default_factory() if field.default_factory is not NO_DEFAULT else field.default
+    value = default_of(field)
     if value == MISSING or value is NO_DEFAULT:
         if composed is None:
             return "must be given"
         value = OmegaConf.select(OmegaConf.structured(composed), prefix + field.name)
-    return _value(value)
-
-
-def _value(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str):
-        return value if re.fullmatch(r"[\w./-]+", value) else f'"{value}"'.replace("\t", "\\t")
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_value, value))}]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_value(one)}" for key, one in value.items()) + "}"
-    return str(value)
+    return text_of(value)
 
 
 def _type_name(hint: Any) -> str:
@@ -196,7 +167,7 @@ def _open_group(group: str) -> Iterator[Section]:
         values, comments = _open_file(path)
         target = get_class(values.pop("target"))
         keys = [
-            Key(f"{group}.{key}", _type_of(value), _value(value), comments.get(key, ""), f"{group}.{path.stem}.{key}")
+            Key(f"{group}.{key}", _type_of(value), text_of(value), comments.get(key, ""), f"{group}.{path.stem}.{key}")
             for key, value in values.items()
         ]
         yield Section(f"{group}={path.stem}", 3, of_yaml(path)[0] or _docstring(target), keys)

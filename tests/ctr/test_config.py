@@ -1,15 +1,20 @@
 """The command line: defaults compose, mistakes are one line that names the nearest key."""
 
 import ast
+import copy
 from dataclasses import fields, is_dataclass
+from functools import reduce
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from tessera.ctr.config import Config, load_config
-from tessera.ctr.config_help import choices
+from tessera.ctr.config_checks import check
+from tessera.ctr.config_help import choices, choices_and_keys, text_of
 from tessera.embedding.errors import ConfigError
+from tessera.embedding.settings import comment_of, default_of, rule_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,9 +108,7 @@ def test_every_key_can_be_overridden_whether_or_not_the_yaml_names_it(tmp_path):
     for group in ("data", "trainer"):
         (tmp_path / group).mkdir()
     (tmp_path / "data" / "mine.yaml").write_text("name: mine\npath: /data\nschema: {features: []}\n")
-    text = (ROOT / "conf/trainer/default.yaml").read_text()
-    kept = [line for line in text.splitlines() if not line.startswith(("shuffle:", "amp:"))]
-    (tmp_path / "trainer" / "mine.yaml").write_text("\n".join(kept))
+    (tmp_path / "trainer" / "mine.yaml").write_text("epochs: 2\n")
     mine = ["--config-dir", str(tmp_path), "data=mine", "trainer=mine"]
     keys = ["data.lanes=4", "data.schema.time=t", "trainer.amp=true", "embedding.formats.w=int8"]
     config = load_config([*mine, *keys], "")
@@ -117,8 +120,7 @@ def test_every_key_can_be_overridden_whether_or_not_the_yaml_names_it(tmp_path):
 
 def test_unknown_key_in_a_users_own_yaml(tmp_path):
     (tmp_path / "trainer").mkdir()
-    text = (ROOT / "conf/trainer/default.yaml").read_text()
-    (tmp_path / "trainer" / "mine.yaml").write_text(text.replace("epochs:", "epoch:"))
+    (tmp_path / "trainer" / "mine.yaml").write_text("epoch: 2\n")
     with pytest.raises(ConfigError, match=r"unknown key 'trainer.epoch'; did you mean 'epochs'\?"):
         load_config(["--config-dir", str(tmp_path), "trainer=mine"], "")
 
@@ -181,20 +183,92 @@ def test_every_key_of_conf_is_commented():
             assert "#" in lines[line] or above.strip().startswith("#"), f"{path.name}: {key} has no comment"
 
 
-@pytest.mark.parametrize("group", ["daily/default", "optimizer/adam_adagrad", "embedding/dynamic", "trainer/default"])
-def test_a_key_that_a_users_own_yaml_leaves_out_has_the_default_that_is_shipped(group):
-    shipped = OmegaConf.load(ROOT / "conf" / f"{group}.yaml")
-    typed = OmegaConf.structured(Config)[group.split("/")[0]]
-    for key, value in _leaves(OmegaConf.to_container(shipped)):
-        default = OmegaConf.select(typed, key, default="none, it must be given")
-        assert default in (value, "none, it must be given"), (
-            f"{key} of conf/{group}.yaml is {value}, by default {default}"
-        )
+def _settings(kind=Config, prefix=""):
+    """Dotted name and field of every key that the command line knows."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if is_dataclass(hints[field.name]):
+            yield from _settings(hints[field.name], f"{prefix}{field.name}.")
+        elif prefix:
+            yield f"{prefix}{field.name}", field
 
 
-def _leaves(node: dict, prefix: str = ""):
+SETTINGS = dict(_settings())
+
+
+@pytest.mark.parametrize("group", ["embedding", "optimizer", "trainer", "daily"])
+def test_no_yaml_repeats_a_default(group):
+    for path in (ROOT / "conf" / group).glob("*.yaml"):
+        for key, value in _leaves(OmegaConf.to_container(OmegaConf.load(path)), f"{group}."):
+            assert value != default_of(SETTINGS[key]), f"{path.name} repeats the default of {key}"
+
+
+def _leaves(node: dict, prefix: str):
     for name, value in node.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def test_a_users_own_yaml_may_leave_everything_out(tmp_path):
+    groups = ("embedding", "optimizer", "trainer", "daily")
+    for group in groups:
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text("")
+    mine = load_config(["--config-dir", str(tmp_path), *(f"{group}=mine" for group in groups)], "")
+    assert mine == load_config([], "")
+    assert (mine.embedding.kind, mine.optimizer.sparse.lr, mine.trainer.batch_size) == ("dynamic", 0.05, 4096)
+
+
+def test_every_key_can_be_set_to_what_help_shows():
+    own = ("data.name", "data.path", "data.schema.features")  # each data set has its own
+    shown = [f"{key}={text_of(default_of(field))}" for key, field in SETTINGS.items() if key not in own]
+    config, plain = load_config(shown, ""), load_config([], "")
+    plain.data.schema.time = None  # which the synthetic data have
+    assert config == plain
+
+
+def test_every_key_says_what_it_means():
+    assert len(SETTINGS) > 100
+    assert not [key for key, field in SETTINGS.items() if len(comment_of(field).split()) < 2]
+
+
+def test_help_has_every_key_with_its_default_and_meaning():
+    lines = [" ".join(line.split()) for line in choices_and_keys(Config).split("\n\n")]
+    text = " ".join(lines)
+    for key, field in SETTINGS.items():
+        name = {"first": "from", "last": "to"}.get(field.name, field.name)
+        assert f" {name}={text_of(default_of(field))} {comment_of(field)}" in text, key
+
+
+def _refused(key):
+    """Values that a key does not take by its rule, with what is said of them."""
+    rule = rule_of(SETTINGS[key])
+    if rule.choices:
+        yield "nonsense", f"is 'nonsense'; expected {rule.choices[0]}"
+    bounds = [(rule.at_least, -1), (rule.above, 0), (rule.below, 0)]
+    for bound, step in bounds:
+        if bound is not None:
+            yield bound + step, f"is {bound + step}"
+    if "float" in SETTINGS[key].type and any(bound is not None for bound, _ in bounds):
+        yield float("inf"), "is inf; expected "
+        yield float("nan"), "is nan; expected "
+
+
+@pytest.fixture(scope="module")
+def plain() -> Config:
+    return load_config([], "")
+
+
+@pytest.mark.parametrize("key", [key for key in SETTINGS if any(_refused(key))])
+def test_a_value_that_a_key_does_not_take_is_one_line_that_names_it(plain, key):
+    for value, message in _refused(key):
+        changed = copy.deepcopy(plain)
+        *groups, name = key.split(".")
+        of_mapping = key == "embedding.formats"
+        setattr(reduce(getattr, groups, changed), name, {"w": value} if of_mapping else value)
+        with pytest.raises(ConfigError) as error:
+            check(changed)
+        found = str(error.value)
+        assert found.startswith(f"{key}{'.w' * of_mapping} {message}") and "\n" not in found

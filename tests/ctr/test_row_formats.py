@@ -1,4 +1,4 @@
-"""The formats of conf/embedding become those of each table's groups."""
+"""The formats of `embedding` become those of each table's groups."""
 
 import pytest
 

@@ -274,7 +274,7 @@ def test_nothing_else_may_ask_while_a_batch_is_ahead():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"cache_rows": 0}, "table user: cache_rows is 0; expected at least 1, or null"),
+        ({"cache_rows": 0}, "table user: cache_rows is 0; expected at least 1"),
         ({"cache_bytes": 20}, "table user: cache_bytes is 20; expected at least the 36 bytes of one row, or null"),
     ],
 )

@@ -16,29 +16,30 @@ MISTAKES = {
     "ttl_seconds is -5; expected a number of seconds above 0": {"ttl_seconds": -5},
     "max_rows is 0; expected at least 1": {"max_rows": 0},
     "max_bytes is 10; expected at least the 109 bytes of one row": {"max_bytes": 10},
-    "eviction is 'lur'; expected one of lru, lfu, raise (did you mean lru?)": {"eviction": "lur"},
-    "evicted_kept is -1; expected 0 or above": {"evicted_kept": -1},
+    "eviction is 'lur'; expected lru, lfu or raise; did you mean lru?": {"eviction": "lur"},
+    "evicted_kept is -1; expected at least 0": {"evicted_kept": -1},
     "chunk_rows is 1000; expected a power of two": {"chunk_rows": 1000},
     "groups is []; expected one or more groups": {"groups": ()},
     "groups is ['v', 'v']; expected one or more groups with different": {"groups": (Group("v", 1, 0),) * 2},
     "groups.v.dim is 0; expected at least 1": {"groups": (Group("v", 0, 0.1),)},
     "groups.v.init_std is nan; expected a finite number": {"groups": (Group("v", 1, float("nan")),)},
-    "admission.kind is 'exacct'; expected one of none, exact, sliding, probabilistic (did you mean exact?)": {
+    "admission.kind is 'exacct'; expected none, exact, sliding or probabilistic; did you mean exact?": {
         "admission": Admission("exacct", 2)
     },
     "admission.threshold is 0; expected at least 1": {"admission": Admission("exact", 0)},
     "admission.threshold is 16; expected at most 15": {"admission": Admission("sliding", 16)},
     "admission.splits is 3; expected at least 4": {"admission": Admission("sliding", 2, splits=3)},
     "admission.capacity is 0; expected at least 1": {"admission": Admission("sliding", 2, capacity=0)},
-    "optimizer.name is 'adamm'; expected one of sgd, adagrad, rowwise_adagrad, adam, ftrl (did you mean adam?)": {
+    "optimizer.name is 'adamm'; expected sgd, adagrad, rowwise_adagrad, adam or ftrl; did you mean adam?": {
         "optimizer": RowOptimizer("adamm")
     },
-    "optimizer.lr is 0; expected a finite number above 0": {"optimizer": RowOptimizer("sgd", lr=0)},
-    "optimizer.beta2 is 1.0; expected 0 or above and below 1": {"optimizer": RowOptimizer("adam", beta2=1.0)},
+    "optimizer.lr is inf; expected a finite number above 0": {"optimizer": RowOptimizer("sgd", lr=float("inf"))},
+    "optimizer.lr is 0; expected a number above 0": {"optimizer": RowOptimizer("sgd", lr=0)},
+    "optimizer.beta2 is 1.0; expected at least 0 and below 1": {"optimizer": RowOptimizer("adam", beta2=1.0)},
     "optimizer.initial_accumulator is 0.1; expected 0 for adam": {
         "optimizer": RowOptimizer("adam", initial_accumulator=0.1)
     },
-    "optimizer.l1 is -1; expected a finite number, 0 or above": {"optimizer": RowOptimizer("ftrl", l1=-1)},
+    "optimizer.l1 is -1; expected at least 0": {"optimizer": RowOptimizer("ftrl", l1=-1)},
 }
 
 

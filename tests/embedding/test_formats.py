@@ -212,18 +212,18 @@ def make(*group, optimizer="rowwise_adagrad", state_format="fp32", **more):
 
 
 MISTAKES = {
-    "groups.v.format is 'int9'; expected one of fp32, fp16, bf16, int8, int4, int2 (did you mean int8?)": (
+    "groups.v.format is 'int9'; expected fp32, fp16, bf16, int8, int4 or int2; did you mean int8?": (
         ("int9",), {}),
-    "groups.v.rounding is 'near'; expected one of stochastic, nearest (did you mean nearest?)": (("int8", "near"), {}),
-    "groups.v.step is 0; expected a finite number above 0": (("int8", "nearest", 0), {}),
-    "groups.v.step is -0.1; expected a finite number above 0": (("int8", "nearest", -0.1), {}),
+    "groups.v.rounding is 'near'; expected stochastic or nearest; did you mean nearest?": (("int8", "near"), {}),
+    "groups.v.step is 0; expected a number above 0": (("int8", "nearest", 0), {}),
+    "groups.v.step is -0.1; expected a number above 0": (("int8", "nearest", -0.1), {}),
     "groups.v.format is 'int4'; expected fp32, fp16 or bf16 with optimizer ftrl": (("int4",), {"optimizer": "ftrl"}),
     "groups.v.format is 'bf16'; expected int8, int4 or int2 with a learned step size": (
         ("bf16",), {"learned": LEARNED}),
-    "groups.v.learned.lr is 0; expected a finite number above 0": (("int8",), {"learned": StepOptimizer(0)}),
-    "groups.v.learned.weight_decay is -1; expected a finite number, 0 or above": (
+    "groups.v.learned.lr is 0; expected a number above 0": (("int8",), {"learned": StepOptimizer(0)}),
+    "groups.v.learned.weight_decay is -1; expected at least 0": (
         ("int8",), {"learned": StepOptimizer(weight_decay=-1)}),
-    "optimizer.state_format is 'int8'; expected one of fp32, bf16": (("int8",), {"state_format": "int8"}),
+    "optimizer.state_format is 'int8'; expected fp32 or bf16": (("int8",), {"state_format": "int8"}),
     "optimizer.state_format is 'bf16'; expected fp32 for rowwise_adagrad": (("int8",), {"state_format": "bf16"}),
 }  # fmt: skip
 

@@ -100,7 +100,7 @@ def test_each_row_learns_at_the_rate_of_its_age(backend, optimizer, kind):
 def test_the_factor_needs_an_optimizer_whose_state_does_not_hold_the_rate():
     with pytest.raises(ConfigError, match=r"optimizer.old_rows_factor is 0.3; expected 1 for ftrl"):
         config_of("ftrl", "fp32")
-    with pytest.raises(ConfigError, match=r"optimizer.old_rows_factor is 0.0; expected a finite number above 0"):
+    with pytest.raises(ConfigError, match=r"optimizer.old_rows_factor is 0.0; expected a number above 0"):
         config_of("sgd", "fp32", factor=0.0)
 
 

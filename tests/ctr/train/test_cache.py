@@ -147,5 +147,5 @@ def test_a_cache_that_is_too_small_is_one_line(ranks, data, tmp_path):
 
 @pytest.mark.parametrize("key", ["cache_rows", "cache_bytes"])
 def test_static_tables_have_no_cache(key):
-    with pytest.raises(ConfigError, match=f"embedding.{key} is 1000; it needs embedding.kind dynamic"):
+    with pytest.raises(ConfigError, match=f"embedding.{key} is 1000, which static tables do not read"):
         load_config(["embedding=static", f"+embedding.{key}=1000"], "")
