@@ -248,7 +248,7 @@ def gpu_drivers() -> list[str]:
     return run.stdout.strip().splitlines() if run.returncode == 0 else []
 
 
-def check_gpu(found: Mapping, gpus: Sequence[str], cuda_fbgemm: bool) -> Iterator[Finding]:
+def check_gpu(found: Mapping, gpus: Sequence[str], *, cuda_fbgemm: bool) -> Iterator[Finding]:
     """Check GPU and driver against the builds of torch and fbgemm."""
     cuda, usable = found.get("cuda"), found.get("gpus", 0)
     switch = "run `TESSERA_STACK=cuda make install`"
@@ -309,7 +309,7 @@ def check_names(path: Sequence[str]) -> Iterator[Finding]:
         yield Finding("ok", "names", "no other package hides tessera")
 
 
-def check_all(path: Sequence[str], quick: bool = False) -> Iterator[Finding]:
+def check_all(path: Sequence[str], *, quick: bool = False) -> Iterator[Finding]:
     """Run all checks, in an order in which the first failure is the likely cause of the later ones.
 
     path: the module search path that the other scripts have. quick leaves out what an installation cannot
@@ -328,5 +328,5 @@ def check_all(path: Sequence[str], quick: bool = False) -> Iterator[Finding]:
     if not quick:
         yield from check_compiler()
         yield from check_threads()
-        yield from check_gpu(tried, gpu_drivers(), "fbgemm-gpu" in found)
+        yield from check_gpu(tried, gpu_drivers(), cuda_fbgemm="fbgemm-gpu" in found)
         yield from check_space()

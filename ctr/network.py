@@ -30,7 +30,7 @@ class Network(nn.Module):
         step: number of the training step, by which dropout draws its masks; set before the forward pass.
     """
 
-    def __init__(self, tables: Tables, tower: Tower, id_names: Sequence[str], amp: bool, seed: int = 0) -> None:
+    def __init__(self, tables: Tables, tower: Tower, id_names: Sequence[str], *, amp: bool, seed: int = 0) -> None:
         super().__init__()
         self.tables = tables
         self.tower = tower
@@ -72,7 +72,7 @@ def build_model(config: Config, schema: Schema, process: Process) -> tuple[Distr
     if trainer.compile:
         tower.compile(mode=compiler_mode(config, process.device))
     tables = build_tables(config, schema, tower, process.world_size)
-    network = Network(tables, tower, schema.id_names, trainer.amp, trainer.seed)
+    network = Network(tables, tower, schema.id_names, amp=trainer.amp, seed=trainer.seed)
     return shard(network, network.tables, process, -(-trainer.batch_size // process.world_size))
 
 

@@ -57,7 +57,9 @@ def _static_tables(config: Config, schema: Schema, tower: Tower) -> StaticTables
             f"alone (feature {bags[0]!r}); set embedding=dynamic or embedding.l2=0"
         )
     optimizer, seed = _row_optimizer(config.optimizer.sparse), config.trainer.seed
-    return StaticTables(groups, schema.id_names, embedding.rows, optimizer, seed, schema.weighted, _averaged(schema))
+    return StaticTables(
+        groups, schema.id_names, embedding.rows, optimizer, seed, weighted=schema.weighted, averaged=_averaged(schema)
+    )
 
 
 def _dynamic_tables(config: Config, schema: Schema, tower: Tower, ranks: int) -> DynamicTables:
@@ -134,7 +136,7 @@ def _on_bag_path(config: Config, schema: Schema, table: DynamicTableConfig, rank
         return False
     rows = -(-config.trainer.batch_size // ranks)
     bags, ids = rows * len(limits), rows * sum(limits)
-    return sums_are_smaller(bags, ids, config.embedding.rows, table.width, ranks, schema.weighted)
+    return sums_are_smaller(bags, ids, config.embedding.rows, table.width, ranks, weighted=schema.weighted)
 
 
 def _group(config: Config, table: str, name: str, dim: int) -> Group:

@@ -46,14 +46,14 @@ def _reduce(kind: dist.ReduceOp.RedOpType, tensors: tuple[Tensor, ...], group: d
             dist.all_reduce(tensor, kind, group)
 
 
-def on_all_ranks(mine: bool) -> bool:
+def on_all_ranks(mine: bool) -> bool:  # noqa: FBT001 (the operand, not an option)
     """Return whether `mine` is true on all ranks."""
     answer = torch.tensor(int(mine))
     min_over_ranks(answer)
     return bool(answer)
 
 
-def on_any_rank(mine: bool) -> bool:
+def on_any_rank(mine: bool) -> bool:  # noqa: FBT001
     """Return whether `mine` is true on at least one rank."""
     return not on_all_ranks(not mine)
 

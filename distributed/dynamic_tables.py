@@ -71,6 +71,7 @@ class DynamicTables(nn.Module):
         bag_tables: Collection[str] = (),
         first_values: str = "random",
         timeout_seconds: float = 300.0,
+        *,
         squares: bool = False,
     ) -> None:
         super().__init__()
@@ -272,7 +273,7 @@ class DynamicTables(nn.Module):
         """Return this rank's part of each table, after sharding."""
         return self._by_table([kernel.tables for kernel in self._kernels()])
 
-    def begin_step(self, now: int, learn_steps: bool = False, times: Tensor | None = None) -> None:
+    def begin_step(self, now: int, *, learn_steps: bool = False, times: Tensor | None = None) -> None:
         """Set the time of the coming training step, in seconds, with which its rows are touched.
 
         times: int64 [B], of the events in the rows of this rank's batch, which then has as many rows as those of other
@@ -310,7 +311,7 @@ class DynamicTables(nn.Module):
             for kernel in self._kernels():
                 kernel.end_second_pass()
 
-    def expire(self, now: int, everywhere: bool = False) -> None:
+    def expire(self, now: int, *, everywhere: bool = False) -> None:
         """Evict rows not seen for their table's TTL; scan the next part of each table, or (everywhere) all of it."""
         for table in self.owned().values():
             if table.config.ttl_seconds is not None:

@@ -48,7 +48,7 @@ def describe(sizes: Sequence[TableSize], ranks: int, device: str, memory_per_ran
     return "\n".join(lines)
 
 
-def sums_are_smaller(bags: int, ids: int, rows: int, width: int, ranks: int, weighted: bool = False) -> bool:
+def sums_are_smaller(bags: int, ids: int, rows: int, width: int, ranks: int, *, weighted: bool = False) -> bool:
     """Return whether a table moves fewer bytes per step with the pooled output dist (sums of owners) than with rows of
     distinct ids.
 

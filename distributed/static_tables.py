@@ -66,6 +66,7 @@ class StaticTables(nn.Module):
         rows: int,
         optimizer: RowOptimizer,
         seed: int,
+        *,
         weighted: bool = False,
         averaged: Collection[str] = (),
     ) -> None:

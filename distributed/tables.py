@@ -87,7 +87,7 @@ class GrowingTables(ShardedTables, Protocol):
         """Return this rank's part of each table, after sharding."""
         ...
 
-    def begin_step(self, now: int, learn_steps: bool = False, times: Tensor | None = None) -> None:
+    def begin_step(self, now: int, *, learn_steps: bool = False, times: Tensor | None = None) -> None:
         """Set the time of the coming training step, in seconds, with which its rows are touched. times: int64 [B]."""
         ...
 
@@ -99,7 +99,7 @@ class GrowingTables(ShardedTables, Protocol):
         """Enter the second pass of a step, which trains the rows' scales (of quantisation) alone."""
         ...
 
-    def expire(self, now: int, everywhere: bool = False) -> None:
+    def expire(self, now: int, *, everywhere: bool = False) -> None:
         """Evict rows not seen for their table's TTL, in the next part of each table or everywhere."""
         ...
 

@@ -32,8 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not 0 < options.confidence < 1 or options.replicates < 0:
         parser.error("--confidence lies between 0 and 1, and --replicates is 0 or more")
     output = options.output or options.second / PLACE / options.first.resolve().name
-    how = (options.split, options.replicates, options.confidence, options.by_group, options.seed)
-    return run_alone(lambda: print(compare_runs(options.first, options.second, output, *how).summary()))
+
+    def compare() -> None:
+        found = compare_runs(
+            options.first,
+            options.second,
+            output,
+            options.split,
+            options.replicates,
+            options.confidence,
+            by_group=options.by_group,
+            seed=options.seed,
+        )
+        print(found.summary())
+
+    return run_alone(compare)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"FAIL  names     tessera cannot be imported: {found}; cure: run `make install` or use a fresh .venv")
         return 1
     failed = warned = False
-    for finding in check_all(sys.path, quick):
+    for finding in check_all(sys.path, quick=quick):
         failed |= finding.level == "FAIL"
         warned |= finding.level == "warn"
         if not quick or finding.level != "ok":

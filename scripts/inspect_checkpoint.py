@@ -24,7 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
-    return run_alone(lambda: inspect(options.path, options.table, options.id, options.rows, options.compact))
+    return run_alone(lambda: inspect(options.path, options.table, options.id, options.rows, compacting=options.compact))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class Calendar:
             if is_last(newest, self._daily.last, self._period([newest or ""])):
                 return
             if not self._daily.watch:
-                self._check_end(newest, unfinished, stops)
+                self._check_end(newest, unfinished, stops=stops)
                 return
             if not self._wait(records):
                 return
@@ -155,7 +155,7 @@ class Calendar:
             self._fingerprints[partition.key] = fingerprint(partition, self._daily.marker)
         return self._fingerprints[partition.key]
 
-    def _check_end(self, newest: str | None, unfinished: str | None, stops: bool) -> None:
+    def _check_end(self, newest: str | None, unfinished: str | None, *, stops: bool) -> None:
         daily = self._daily
         if unfinished is not None:
             if newest is None or daily.last is not None or stops:

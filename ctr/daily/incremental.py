@@ -36,7 +36,7 @@ def check_method(config: Config) -> None:
         raise ConfigError("daily.replay_rows and trainer.replay.path are both set; expected one of them")
 
 
-def ask_teacher(engine: Engine, days: Days, reader: ParquetReader, rows: int, run_dir: Path, goes_on: bool) -> None:
+def ask_teacher(engine: Engine, days: Days, reader: ParquetReader, rows: int, run_dir: Path, *, goes_on: bool) -> None:
     """Have the teacher's logits of the current day's rows: progressive validation has them for KD-self, another run's
     model makes them for KD-batch. A model that has learnt nothing teaches nothing.
 

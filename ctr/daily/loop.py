@@ -213,7 +213,7 @@ class Daily:
                 self.engine.growing.begin_period()
         if self.engine.distil:
             rows = self.readers.train.rows
-            ask_teacher(self.engine, self.days, self.readers.day, rows, self.log.folder, goes_on)
+            ask_teacher(self.engine, self.days, self.readers.day, rows, self.log.folder, goes_on=goes_on)
 
     def close_day(self, record: DayRecord) -> None:
         """Make the day part of the state, then publish and tell it; `catch_up` does so if the job is killed here."""

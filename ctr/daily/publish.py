@@ -248,13 +248,13 @@ def point(
     for name in set(root.names()) - {LATEST}.union(*chains):
         if not KEY.fullmatch(name):
             continue
-        if problem := _not_ours(root.below(name), name in known):
+        if problem := _not_ours(root.below(name), known=name in known):
             warn(f"{root.below(name).name} is not needed any more and is kept, because {problem}")
         else:
             discard(root, name)
 
 
-def _not_ours(folder: Storage, known: bool) -> str | None:
+def _not_ours(folder: Storage, *, known: bool) -> str | None:
     """Why a folder that is called as a partition is not a publication of ours, or not only. known: records have it."""
     try:
         manifest = read_manifest(folder)

@@ -18,7 +18,7 @@ from tessera.ctr.data.window import Slice, Window
 class Assembler:
     """Builds the batches of one epoch."""
 
-    def __init__(self, schema: Schema, numbered: bool = False):
+    def __init__(self, schema: Schema, *, numbered: bool = False):
         self.schema, self.numbered = schema, numbered
         self.singles = sum(not is_bag(feature) for feature in schema.categorical)
         self.parts = self._parts()

@@ -35,7 +35,7 @@ class Batch(Pipelineable):
     # [B] int64: where each row stands in the epoch's order, the same on any number of ranks (padding: 0).
     place: Tensor | None = None
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:

@@ -168,7 +168,7 @@ def parse_integers(array: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
     negative, positive = pc.and_(negative, fits_negative), pc.and_(positive, fits_positive)
     below = fixed_width(pc.if_else(negative, digits, "0").fill_null("0").cast(pa.int64()))
     above = fixed_width(pc.if_else(positive, digits, "0").fill_null("0").cast(pa.uint64()))
-    well_formed = pc.or_(negative, positive).fill_null(True).to_numpy(zero_copy_only=False)
+    well_formed = pc.or_(negative, positive).fill_null(fill_value=True).to_numpy(zero_copy_only=False)
     return below | above.view(np.int64), well_formed
 
 

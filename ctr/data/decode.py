@@ -38,7 +38,7 @@ class WindowDecoder:
     """Turns spans into windows. It holds settings only, so threads share one."""
 
     def __init__(
-        self, schema: Schema, groups: RowGroups, skip_bad_rows: bool, drop_labels: bool, numbered: bool = False
+        self, schema: Schema, groups: RowGroups, *, skip_bad_rows: bool, drop_labels: bool, numbered: bool = False
     ):
         self.schema = schema
         self.first_numbers = groups.first if numbered else None

@@ -72,13 +72,13 @@ class RowGroups:
         return f"{self.files[self.file[group]].path} row group {self.index[group]}"
 
 
-def read_footers(files: list[DataFile], schema: Schema, drop_labels: bool = False) -> RowGroups:
+def read_footers(files: list[DataFile], schema: Schema, *, drop_labels: bool = False) -> RowGroups:
     """Read every footer and compare it with the schema.
 
     Raises SchemaError for the first file that disagrees, DataError for one that is no parquet file or when
     there are no rows at all.
     """
-    wanted = _wanted(schema, drop_labels)
+    wanted = _wanted(schema, drop_labels=drop_labels)
     small_bytes = min(SMALL_BYTES, max(TAIL_BYTES, WHOLE_BYTES // len(files)))
     sealed_groups = min(4, LABEL_READS // len(files)) if files[0].remote else 4
     with ThreadPoolExecutor(min(THREADS, len(files)), "footer") as pool:
@@ -238,7 +238,7 @@ def _listed(accepts: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], b
     return _or_null(lambda found: is_list(found) and _or_null(accepts)(found.value_type))
 
 
-def _wanted(schema: Schema, drop_labels: bool) -> list[_Wanted]:
+def _wanted(schema: Schema, *, drop_labels: bool) -> list[_Wanted]:
     wanted = []
     if not drop_labels:
         wanted += [_Wanted(label, "labels", is_number, "a number, 0 or 1") for label in schema.labels]

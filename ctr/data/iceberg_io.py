@@ -42,7 +42,7 @@ class _Input(InputFile):
     def exists(self) -> bool:
         return self._filesystem.get_file_info(self._place).type == fs.FileType.File
 
-    def open(self, seekable: bool = True) -> pa.NativeFile:
+    def open(self, seekable: bool = True) -> pa.NativeFile:  # noqa: FBT001, FBT002 (pyiceberg's signature)
         return self._filesystem.open_input_file(self._place)
 
 

@@ -189,13 +189,16 @@ class ReadAhead:
             if group is None:
                 for window in windows:
                     many = len(window.spans) > OPEN_FILES
-                    sources = [Source(s, row_groups.open(s.group, s.stop, s is first, many)) for s in window.spans]
+                    sources = [
+                        Source(s, row_groups.open(s.group, s.stop, begins_lane=s is first, of_many=many))
+                        for s in window.spans
+                    ]
                     decoded = self._decoded(lane, sources, [window])
                     for source in sources:  # a lane may stand here for long
                         source.group.close()
                     yield from decoded
                 continue
-            opened = row_groups.open(group, windows[-1].spans[0].stop, group == first.group)
+            opened = row_groups.open(group, windows[-1].spans[0].stop, begins_lane=group == first.group)
             for _, neighbours in groupby(windows, lambda window: window.chunk):
                 chunk = list(neighbours)
                 span = Span(group, chunk[0].spans[0].first, chunk[-1].spans[0].stop)

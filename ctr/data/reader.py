@@ -46,6 +46,7 @@ class ParquetReader:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        *,
         shuffle: bool = True,
         lanes: int = 16,
         window_rows: int = 32768,
@@ -84,7 +85,7 @@ class ParquetReader:
         listing = list_files(path, days, folders, marker)
         files, self.passed_over = listing.files, listing.passed_over
         replayed = list_files(replay).files if replay else []
-        self.groups = read_footers(files + replayed, schema, drop_labels)
+        self.groups = read_footers(files + replayed, schema, drop_labels=drop_labels)
         if replayed and replay_weight != 1:
             of_file = np.repeat(np.array([1, replay_weight], np.float32), [len(files), len(replayed)])
             self.groups = replace(self.groups, weight=of_file[self.groups.file])
@@ -94,7 +95,9 @@ class ParquetReader:
         self.steps_per_epoch = self._steps_until(self.rows)
         self.bad_row_counts: dict[str, int] = {}
         self.numbered = numbered
-        self.decoder = WindowDecoder(schema, self.groups, bad_rows == "skip", drop_labels, numbered)
+        self.decoder = WindowDecoder(
+            schema, self.groups, skip_bad_rows=bad_rows == "skip", drop_labels=drop_labels, numbered=numbered
+        )
         self.buffers = Buffers(window_rows)
         self._fingerprint, self._contents = self.groups.fingerprint, self.groups.contents
         self._epoch, self._position = 0, 0
@@ -216,7 +219,7 @@ class ParquetReader:
     def _deliver(self, epoch: int, position: int) -> Iterator[Batch]:
         from tessera.ctr.data.assemble import Assembler  # see TYPE_CHECKING above
 
-        assembler = Assembler(self.schema, self.numbered)
+        assembler = Assembler(self.schema, numbered=self.numbered)
         for period in self.periods:
             if position >= period.stop:
                 continue

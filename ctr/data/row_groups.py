@@ -56,7 +56,7 @@ class RowGroupReader:
             if users > 1 and budget >= 0:
                 self._shared[group] = _Shared(users)
 
-    def open(self, group: int, stop: int, begins_lane: bool, of_many: bool = False) -> RowGroup:
+    def open(self, group: int, stop: int, *, begins_lane: bool, of_many: bool = False) -> RowGroup:
         """Open a row group. stop: where the lane leaves the group. begins_lane: the group is the first of its lane.
         of_many: it is read with too many others to keep the file open from column to column."""
         shared = self._shared.get(group) if begins_lane else None

@@ -37,6 +37,7 @@ def write_synthetic(
     output: Path,
     writing: Writing | None = None,
     threads: int = 1,
+    *,
     overwrite: bool = False,
 ) -> dict:
     """Write the data set; returns the content of teacher.json.
@@ -62,7 +63,7 @@ def write_synthetic(
             distinct.open_day(day)
             for block in _blocks(population, teacher, day, first, last, threads):
                 statistics.add(block)
-                writer.append(name, _table(block, start, day_rows, config.string_ids))
+                writer.append(name, _table(block, start, day_rows, string_ids=config.string_ids))
                 bar.update(len(block.label))
             distinct.merge(statistics.distinct)
             splits[name] = statistics.result()
@@ -231,7 +232,7 @@ def _midnight(config: SyntheticConfig) -> int:
     return (_start_date(config) - datetime.date(1970, 1, 1)).days * SECONDS_PER_DAY
 
 
-def _table(block: _Block, start: int, day_rows: int, string_ids: bool) -> pa.Table:
+def _table(block: _Block, start: int, day_rows: int, *, string_ids: bool) -> pa.Table:
     rows = block.rows
     numbers = np.arange(block.first, block.first + len(block.label), dtype=np.int64)
     columns: dict[str, pa.Array] = {

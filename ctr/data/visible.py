@@ -40,7 +40,7 @@ class Entry:
         return self.name.split("/")
 
 
-def entries_below(filesystem: fs.FileSystem, location: str, path: str, deep: bool = True) -> list[Entry]:
+def entries_below(filesystem: fs.FileSystem, location: str, path: str, *, deep: bool = True) -> list[Entry]:
     """Return all entries below a folder, sorted by name; not deep: those directly in it. On local disks hidden folders
     are not entered, and no link is followed in a circle.
 
@@ -48,22 +48,22 @@ def entries_below(filesystem: fs.FileSystem, location: str, path: str, deep: boo
     """
     try:
         if isinstance(filesystem, fs.LocalFileSystem):
-            found = list(_walk(location, "", deep, ()))
+            found = list(_walk(location, "", (), deep=deep))
         else:
-            found = _listed(filesystem, location, deep)
+            found = _listed(filesystem, location, deep=deep)
     except OSError as error:
         raise DataError(f"{path}: {one_line(error)}") from None
     return sorted(found, key=lambda entry: entry.name)
 
 
-def _listed(filesystem: fs.FileSystem, location: str, deep: bool) -> list[Entry]:
+def _listed(filesystem: fs.FileSystem, location: str, *, deep: bool) -> list[Entry]:
     kinds = {fs.FileType.File: "file", fs.FileType.Directory: "folder"}
     root = len(location.strip("/"))
     infos = filesystem.get_file_info(fs.FileSelector(location, recursive=deep))
     return [Entry(info.path.strip("/")[root:].strip("/"), kinds.get(info.type, "neither")) for info in infos]
 
 
-def _walk(folder: str, name: str, deep: bool, above: tuple[str, ...]) -> Iterable[Entry]:
+def _walk(folder: str, name: str, above: tuple[str, ...], *, deep: bool) -> Iterable[Entry]:
     """Yield the entries below a local folder. Arrow's own listing leaves out links that lead nowhere, and goes round in
     circles."""
     above = (*above, os.path.realpath(folder))
@@ -73,7 +73,7 @@ def _walk(folder: str, name: str, deep: bool, above: tuple[str, ...]) -> Iterabl
             if child.is_dir():
                 yield Entry(below, "folder")
                 if deep and not is_hidden(child.name) and os.path.realpath(child.path) not in above:
-                    yield from _walk(child.path, f"{below}/", deep, above)
+                    yield from _walk(child.path, f"{below}/", above, deep=deep)
             elif child.is_file():
                 yield Entry(below, "file")
             else:

@@ -43,7 +43,7 @@ class Distillation:
         self.logits, self.previous, self.falling = logits, None, True
         self.sums.zero_()
 
-    def loss(self, logits: Tensor, batch: Batch, count: bool = True) -> Tensor:
+    def loss(self, logits: Tensor, batch: Batch, *, count: bool = True) -> Tensor:
         """Return `weight` times the cross-entropy to the teacher, summed over the rows of a batch by their weights.
 
         logits: [B]; batch: with numbers of rows. count: add it to the sums of the epoch.

@@ -30,6 +30,7 @@ class AutoInt(Tower):
         heads: int,
         attention_dim: int,
         form: str,
+        *,
         residual: bool,
         attention_dropout: float,
         hidden: Sequence[int],
@@ -48,11 +49,12 @@ class AutoInt(Tower):
         need_pairs("AutoInt", self.embed.count)
         widths = [embedding_dim] + [attention_dim] * (layers - 1)
         self.interact = nn.ModuleList(
-            InteractingLayer(width, attention_dim, heads, form, residual, attention_dropout) for width in widths
+            InteractingLayer(width, attention_dim, heads, form, residual=residual, dropout=attention_dropout)
+            for width in widths
         )
         raw = self.embed.inputs - self.embed.count * embedding_dim
         self.output = linear(self.embed.count * attention_dim + raw, 1)
-        self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm) if hidden else None
+        self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm=batch_norm) if hidden else None
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])
@@ -77,7 +79,7 @@ class InteractingLayer(nn.Module):
     form code:  each is linear, bias, ReLU; scores are divided by sqrt(width of a head); layer norm after the ReLU.
     """
 
-    def __init__(self, inputs: int, width: int, heads: int, form: str, residual: bool, dropout: float) -> None:
+    def __init__(self, inputs: int, width: int, heads: int, form: str, *, residual: bool, dropout: float) -> None:
         super().__init__()
         self.heads, self.code = heads, form == "code"
         self.dropout = Dropout(dropout, "model.attention_dropout")

@@ -119,7 +119,7 @@ class _Normalise(torch.autograd.Function):
         of_rows, of_weight, of_bias = grad.clone(), torch.zeros_like(weight), torch.zeros_like(weight)
         if len(rows):
             of_rows, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-                grad, rows, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+                grad, rows, weight, mean, variance, None, None, train=False, eps=ctx.eps, output_mask=[True, True, True]
             )
         sums = torch.stack([of_weight, of_bias])
         dist.all_reduce(sums)

@@ -29,6 +29,7 @@ class DCNV2(Tower):
         structure: str,
         hidden: Sequence[int],
         dropout: float,
+        *,
         batch_norm: bool,
     ) -> None:
         super().__init__()
@@ -42,7 +43,7 @@ class DCNV2(Tower):
         inputs = self.embed.inputs
         self.parallel = structure == "parallel"
         self.cross = nn.ModuleList(_cross(inputs, low_rank) for _ in range(cross_layers))
-        self.mlp = MLP(inputs, hidden, dropout, batch_norm, outputs=None)
+        self.mlp = MLP(inputs, hidden, dropout, batch_norm=batch_norm, outputs=None)
         self.output = linear(self.mlp.width + (inputs if self.parallel else 0), 1)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ class DeepFM(Tower):
     """
 
     def __init__(
-        self, fields: Fields, embedding_dim: int, hidden: Sequence[int], dropout: float, batch_norm: bool
+        self, fields: Fields, embedding_dim: int, hidden: Sequence[int], dropout: float, *, batch_norm: bool
     ) -> None:
         super().__init__()
         self.embedding_dims = {"v": embedding_dim, "w": 1}
@@ -26,7 +26,7 @@ class DeepFM(Tower):
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("DeepFM", self.embed.count)
         self.fm = FactorizationMachine()
-        self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm)
+        self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm=batch_norm)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

@@ -36,6 +36,7 @@ class FGCNN(Tower):
         kernel: int,
         pool: int,
         recombined: int,
+        *,
         conv_batch_norm: bool,
         classifier: dict[str, Any],
     ) -> None:
@@ -43,7 +44,9 @@ class FGCNN(Tower):
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("FGCNN", self.embed.count)
         _check(channels, kernel, pool, recombined, self.embed.count)
-        self.generate = Generation(self.embed.count, embedding_dim, channels, kernel, pool, recombined, conv_batch_norm)
+        self.generate = Generation(
+            self.embed.count, embedding_dim, channels, kernel, pool, recombined, batch_norm=conv_batch_norm
+        )
         generated = tuple(f"generated_{number}" for number in range(self.generate.count))
         everything = Fields(fields.numeric, fields.ids + generated, fields.embed_numeric)
         self.classifier = instantiate(classifier, "model.classifier", everything, embedding_dim=embedding_dim)
@@ -74,6 +77,7 @@ class Generation(nn.Module):
         kernel: int,
         pool: int,
         recombined: int,
+        *,
         batch_norm: bool,
     ) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ class FinalMLP(Tower):
         gate1_fields: Sequence[str],
         gate2_fields: Sequence[str],
         dropout: float,
+        *,
         batch_norm: bool,
     ) -> None:
         super().__init__()
@@ -42,8 +43,8 @@ class FinalMLP(Tower):
         inputs = self.embed.inputs
         self.gate1 = Gate("gate1_fields", gate1_fields, names, embedding_dim, gate_hidden, inputs)
         self.gate2 = Gate("gate2_fields", gate2_fields, names, embedding_dim, gate_hidden, inputs)
-        self.mlp1 = MLP(inputs, hidden1, dropout, batch_norm, outputs=None)
-        self.mlp2 = MLP(inputs, hidden2, dropout, batch_norm, outputs=None)
+        self.mlp1 = MLP(inputs, hidden1, dropout, batch_norm=batch_norm, outputs=None)
+        self.mlp2 = MLP(inputs, hidden2, dropout, batch_norm=batch_norm, outputs=None)
         self.fusion = BilinearFusion(self.mlp1.width, self.mlp2.width, heads)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:

@@ -18,14 +18,14 @@ class IPNN(Tower):
     """
 
     def __init__(
-        self, fields: Fields, embedding_dim: int, hidden: Sequence[int], dropout: float, batch_norm: bool
+        self, fields: Fields, embedding_dim: int, hidden: Sequence[int], dropout: float, *, batch_norm: bool
     ) -> None:
         super().__init__()
         self.embedding_dims = {"v": embedding_dim}
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("IPNN", self.embed.count)
         self.products = InnerProducts(self.embed.count)
-        self.mlp = MLP(self.embed.inputs + self.products.count, hidden, dropout, batch_norm)
+        self.mlp = MLP(self.embed.inputs + self.products.count, hidden, dropout, batch_norm=batch_norm)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

@@ -27,6 +27,7 @@ class KPNN(Tower):
         kernel: str,
         hidden: Sequence[int],
         dropout: float,
+        *,
         batch_norm: bool,
     ) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class KPNN(Tower):
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("KPNN", self.embed.count)
         self.products = KernelProducts(self.embed.count, embedding_dim, kernel)
-        self.mlp = MLP(self.embed.inputs + self.products.count, hidden, dropout, batch_norm)
+        self.mlp = MLP(self.embed.inputs + self.products.count, hidden, dropout, batch_norm=batch_norm)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

@@ -148,6 +148,7 @@ class MLP(nn.Sequential):
         inputs: int,
         hidden: Sequence[int],
         dropout: float = 0.0,
+        *,
         batch_norm: bool = False,
         outputs: int | None = 1,
     ) -> None:
@@ -183,7 +184,7 @@ def in_pieces(function: Callable[..., Tensor], rows: Tensor, keys: Tensor | None
     return torch.cat([function(piece, keys_of_piece) for piece, keys_of_piece in pieces])
 
 
-def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+def linear(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
     """Return a layer W x + b with W Xavier normal and b zero, as most public CTR code begins."""
     layer = nn.Linear(inputs, outputs, bias)
     nn.init.xavier_normal_(layer.weight)

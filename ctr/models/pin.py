@@ -28,6 +28,7 @@ class PIN(Tower):
         subnet: Sequence[int],
         hidden: Sequence[int],
         dropout: float,
+        *,
         batch_norm: bool,
     ) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class PIN(Tower):
         need_pairs("PIN", self.embed.count)
         self.subnets = PairNets(self.embed.count, embedding_dim, subnet)
         raw = self.embed.inputs - self.embed.count * embedding_dim
-        self.mlp = MLP(self.subnets.outputs + raw, hidden, dropout, batch_norm)
+        self.mlp = MLP(self.subnets.outputs + raw, hidden, dropout, batch_norm=batch_norm)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         pairs_bs = self.subnets(self.embed(numeric_bn, embeddings["v"]))

@@ -22,6 +22,7 @@ class XDeepFM(Tower):
         maps: Sequence[int],
         hidden: Sequence[int],
         dropout: float,
+        *,
         batch_norm: bool,
     ) -> None:
         super().__init__()
@@ -33,7 +34,7 @@ class XDeepFM(Tower):
         need_pairs("XDeepFM", self.embed.count)
         self.cin = CIN(self.embed.count, maps)
         self.cin_output = linear(sum(maps), 1, bias=False)
-        self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm)
+        self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm=batch_norm)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

@@ -65,6 +65,7 @@ def compare_runs(
     split: str | None = None,
     replicates: int = 1000,
     confidence: float = 0.95,
+    *,
     by_group: bool = False,
     seed: int = 0,
 ) -> Comparison:
@@ -85,7 +86,7 @@ def compare_runs(
             raise DataError(f"{folder}: no such folder; expected a run folder with predictions")
     parts, remarks = read_pairs(first, second, split)
     names = _names(first, second)
-    rows = pooled(parts, by_group)
+    rows = pooled(parts, by_group=by_group)
     curves = [_curves(name, scores, rows) for name, scores in zip(names, (rows.first, rows.second), strict=True)]
     intervals = _intervals(rows, replicates, confidence, seed)
     days = _by_day(parts, confidence) if (first / "days.jsonl").is_file() else []

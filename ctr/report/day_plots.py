@@ -214,7 +214,7 @@ def _published_plot(days: Days) -> Plot | None:
     return _plot(days, "day-published", "Published", caption, figure, counted, values)
 
 
-def _bars(axes: Axes, values: dict[str, np.ndarray], stacked: bool = False) -> None:
+def _bars(axes: Axes, values: dict[str, np.ndarray], *, stacked: bool = False) -> None:
     places = np.arange(len(next(iter(values.values()))))
     width = 0.8 if stacked or len(values) == 1 else 0.8 / len(values)
     below = np.zeros(len(places))

@@ -55,7 +55,7 @@ def read_pairs(first: Path, second: Path, split: str | None) -> tuple[list[Score
     return parts, [f"Left out, because only {folder} has them: {', '.join(some)}." for folder, some in alone if some]
 
 
-def pooled(parts: list[Scored], by_group: bool) -> PairedRows:
+def pooled(parts: list[Scored], *, by_group: bool) -> PairedRows:
     """Return all parts as one; by_group: rows of one group are a cluster, over all parts.
 
     Raises:

@@ -135,7 +135,9 @@ class _Coded:
 def _coded(folder: Path, field: pa.Field, values: pa.ChunkedArray, names: dict[str, str]) -> _Coded:
     kind = field.type
     if pa.types.is_boolean(kind):
-        return _Coded(values.to_numpy().astype(np.int64), ["all ids known", "with new ids"], None, True, IDS_CAPTION)
+        return _Coded(
+            values.to_numpy().astype(np.int64), ["all ids known", "with new ids"], ordered=True, caption=IDS_CAPTION
+        )
     if pa.types.is_floating(kind):
         transform = (field.metadata or {}).get(b"transform", b"none").decode()
         return _buckets(values.to_numpy(), "" if transform == "none" else f" after the transform {transform}")
@@ -178,11 +180,11 @@ def _buckets(values: np.ndarray, of: str) -> _Coded:
     """Return buckets with about equal rows, between quantiles of the values that occur."""
     edges = np.unique(np.quantile(values, np.linspace(0, 1, NUMERIC_BUCKETS + 1), method="inverted_cdf"))
     if len(edges) == 1:
-        return _Coded(np.zeros(len(values), np.int64), [f"{edges[0]:g}"], None, True)
+        return _Coded(np.zeros(len(values), np.int64), [f"{edges[0]:g}"], ordered=True)
     edges = edges[1:-1] if len(edges) > 2 else edges[1:]
     caption = f"{len(edges) + 1} buckets of about equal rows, by the value{of}."
     names = _intervals([f"{edge:.4g}" for edge in edges])
-    return _Coded(np.searchsorted(edges, values, side="right"), names, None, True, caption)
+    return _Coded(np.searchsorted(edges, values, side="right"), names, ordered=True, caption=caption)
 
 
 def _intervals(edges: list[str]) -> list[str]:

@@ -48,8 +48,9 @@ class RunFolder:
             restarted = chooser != me
             path = Path(chosen if restarted else config.trainer.run_dir or default)
             may_go_on = restarted or config.trainer.resume is not None
-            problem = _in_the_data(config, path) or _states_elsewhere(config, may_go_on)
-            problem = problem or _make(path, "trainer.run_dir", may_go_on) or self._take(path, restarted)
+            problem = _in_the_data(config, path) or _states_elsewhere(config, may_go_on=may_go_on)
+            problem = problem or _make(path, "trainer.run_dir", may_go_on=may_go_on)
+            problem = problem or self._take(path, restarted=restarted)
             if problem is None and not may_go_on:
                 problem = _begin_again(path)
             if problem is None:
@@ -61,7 +62,7 @@ class RunFolder:
         self.path = Path(path)
         process.folder = str(path)
 
-    def _take(self, path: Path, restarted: bool) -> str | None:
+    def _take(self, path: Path, *, restarted: bool) -> str | None:
         try:
             self.lock = FolderLock(path, RESTART_WAIT_SECONDS if restarted else 0.0)
         except FolderInUse as error:
@@ -85,7 +86,7 @@ def _in_the_data(config: Config, run_dir: Path) -> str | None:
     return None
 
 
-def _states_elsewhere(config: Config, may_go_on: bool) -> str | None:
+def _states_elsewhere(config: Config, *, may_go_on: bool) -> str | None:
     """Return the problem with `trainer.checkpoint.folder`, at start and not at the first save; else None. A new run
     removes old states of its folder, which must not be those of another run."""
     folder = config.trainer.checkpoint.folder
@@ -105,7 +106,7 @@ def _states_elsewhere(config: Config, may_go_on: bool) -> str | None:
     return None
 
 
-def _make(path: Path, key: str, may_go_on: bool) -> str | None:
+def _make(path: Path, key: str, *, may_go_on: bool) -> str | None:
     """Make the folder; what is wrong with it, or None."""
     try:
         path.mkdir(parents=True, exist_ok=True)

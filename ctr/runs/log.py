@@ -242,7 +242,7 @@ class RunLog:
             f"{total['written_back']:,} out · host manager busy {busy:.2f} s, waited for {waited:.2f} s"
         )
 
-    def evaluation(self, step: int, split: str, metrics: dict, is_best: bool) -> None:
+    def evaluation(self, step: int, split: str, metrics: dict, *, is_best: bool) -> None:
         """Log an evaluation, during training, of the model as it was behind `step`."""
         self.write({"kind": "eval", "split": split, "step": step, **metrics})
         self.say(f"step {step} · {split} · {_in_words(metrics)}" + (" · best so far" if is_best else ""))
@@ -269,7 +269,7 @@ class RunLog:
         if self._tensorboard and size is not None:
             self._tensorboard.add_scalar("day/published_bytes", size, number)
 
-    def write(self, line: dict, scalars: bool = True) -> None:
+    def write(self, line: dict, *, scalars: bool = True) -> None:
         """Append to metrics.jsonl, and (scalars) its numbers to TensorBoard."""
         if not self._process.is_main:
             return

@@ -72,7 +72,7 @@ def load_model(model: DistributedModelParallel, folder: Path, process: Process) 
     return saved.step
 
 
-def fill_model(model: DistributedModelParallel, saved: Saved, process: Process, in_place: bool) -> None:
+def fill_model(model: DistributedModelParallel, saved: Saved, process: Process, *, in_place: bool) -> None:
     """Dense weights, static tables and rows of a state that fits the model exactly.
 
     in_place: rows keep their numbers, for the same ranks to go on.

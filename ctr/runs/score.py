@@ -104,7 +104,7 @@ def score_run(
         if process.is_main:
             (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
             copy_teacher(config, folder)
-        metrics = evaluate(model, reader, process, folder / "predictions", split, features, marks)
+        metrics = evaluate(model, reader, process, folder / "predictions", split, features, mark_new_ids=marks)
         wait_for_all()
         if process.is_main:
             _write_slice_names(folder, reader, split, features)

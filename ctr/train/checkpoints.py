@@ -83,7 +83,7 @@ class Checkpoints:
             if self._engine.config.trainer.warm_start.path is not None:
                 warm_start(self._engine, self._log)
 
-    def after_step(self, save_follows: bool = False) -> None:
+    def after_step(self, *, save_follows: bool = False) -> None:
         """Save if it is time to; leave if all ranks know that one of them was asked to stop.
 
         save_follows: the caller will save this step itself.
@@ -109,7 +109,7 @@ class Checkpoints:
         if not self._config.every:
             self.save()
 
-    def save(self, again: bool = False) -> None:
+    def save(self, *, again: bool = False) -> None:
         """Take the state as it is now. Waits for the save before this one, if that is still being written.
 
         again: also if this step is saved already; what has no steps has changed.
@@ -149,7 +149,7 @@ class Checkpoints:
         step = self._engine.step
         delta = 0 < len(self._chain) < self._config.full_every and self._tables.can_follow()
         delta = delta and self._saved_step != step  # a state does not build on the one that it replaces
-        tables = self._tables.take(delta)
+        tables = self._tables.take(delta=delta)
         parts = state_of(self._parts.values())
         tables.files |= parts.files
         self._tables.follow(deltas=self._config.full_every > 1)
@@ -222,7 +222,7 @@ class Checkpoints:
         for saved, is_own in states_to_go_on_from(self.root, config.trainer.resume, process, log.warn, problems):
             process.stage = f"loading {saved.name}"
             try:
-                self._restore(saved, is_own)
+                self._restore(saved, is_own=is_own)
                 break
             except DamagedState as error:
                 problems.append(str(error))
@@ -244,11 +244,11 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(f"{folder}: what a killed save left cannot be removed: {error.strerror}") from None
 
-    def _restore(self, saved: Saved, is_own: bool) -> None:
+    def _restore(self, saved: Saved, *, is_own: bool) -> None:
         check_goes_on(saved, self._command, self._engine.config)
         try:
             with as_written(saved):
-                found = find_parts(saved, self._process, is_own, self._log.warn)
+                found = find_parts(saved, self._process, is_own=is_own, warn=self._log.warn)
                 for part in self._parts.values():
                     part.load(found)
         finally:  # what is in the tables now, or was before they were emptied, no delta can build on

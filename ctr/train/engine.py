@@ -72,7 +72,7 @@ class Engine:
         ready = self.pipeline.take(batch)
         batch, learn_steps = ready.on_device, self._learns_step_sizes()
         if self.growing:
-            self.growing.begin_step(ready.now, learn_steps, ready.times)
+            self.growing.begin_step(ready.now, learn_steps=learn_steps, times=ready.times)
         self.network.step = self.step
         with self.pipeline.next_begun():
             logits, embeddings = self.model(batch)

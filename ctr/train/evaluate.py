@@ -39,7 +39,9 @@ def read_split(config: Config, schema: Schema, process: Process, split: str) -> 
         return None
     training = split == "train"
     replay = config.trainer.replay.path if training else None
-    return open_reader(config, schema, process, paths, training, split_days(config.data, split), replay)
+    return open_reader(
+        config, schema, process, paths, training=training, days=split_days(config.data, split), replay=replay
+    )
 
 
 def open_reader(
@@ -47,6 +49,7 @@ def open_reader(
     schema: Schema,
     process: Process,
     path: str | Listing | Sequence[str | Listing],
+    *,
     training: bool,
     days: list[str] | None = None,
     replay: str | None = None,
@@ -107,6 +110,7 @@ def evaluate(
     predictions: Path | None = None,
     split: str = "valid",
     slices: Sequence[str] = (),
+    *,
     mark_new_ids: bool = False,
 ) -> dict[str, float | None]:
     """Return metrics of the whole split, the same on every rank.

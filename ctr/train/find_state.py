@@ -43,12 +43,14 @@ def states_to_go_on_from(
         yield from ((saved, False) for saved in _states_at(named, process, note, rows_later=True))
 
 
-def _states_at(path: str, process: Process, warn: Callable[[str], None], rows_later: bool = False) -> Iterator[Saved]:
+def _states_at(
+    path: str, process: Process, warn: Callable[[str], None], *, rows_later: bool = False
+) -> Iterator[Saved]:
     """Yield the states of `find_saved`, in order; raise CheckpointError behind the last one."""
     folder = Storage(path)
     if folder.exists(MANIFEST):
-        yield open_saved(folder, process, rows_later)
+        yield open_saved(folder, process, rows_later=rows_later)
     else:
         for root in (folder, folder.below("checkpoints")):
-            yield from states(root, process, warn, rows_later)
+            yield from states(root, process, warn, rows_later=rows_later)
     raise CheckpointError(f"{path} holds no saved state that can be read; expected a state's folder or a run's")

@@ -105,7 +105,7 @@ def state_of(parts: Iterable[Stateful]) -> PartState:
     return whole
 
 
-def find_parts(saved: Saved, process: Process, is_own: bool, warn: Callable[[str], None]) -> FoundState:
+def find_parts(saved: Saved, process: Process, *, is_own: bool, warn: Callable[[str], None]) -> FoundState:
     """Read what the parts of a run ask for in `load`, but for the model and its tables."""
     tensors = load_tensors(saved.folders[0], lambda name: name.startswith(("rank/", "optimizer/")))
     by_rank = [_below(tensors, f"rank/{rank}/") for rank in range(saved.ranks)]

@@ -79,7 +79,7 @@ class StepPipeline:
         self._coming: LookAhead | None = None
         self._next: ReadyBatch | None = None  # the next step's batch, if this step has begun with it
 
-    def feed(self, batches: Iterable[Batch], begins: bool) -> Iterator[Batch]:
+    def feed(self, batches: Iterable[Batch], *, begins: bool) -> Iterator[Batch]:
         """Pass batches on, one for each step; each step may see the one that comes next.
 
         begins: they are those of an epoch from its beginning, which may be older than where the last one ended.

@@ -112,7 +112,7 @@ class Trainer:
         name = self.config.trainer.early_stop.metric
         value, best = metrics[name], progress.best
         better = value is not None and (best is None or (value > best if HIGHER_IS_BETTER[name] else value < best))
-        self.log.evaluation(progress.step, "valid", metrics, better)
+        self.log.evaluation(progress.step, "valid", metrics, is_best=better)
         if better:
             progress.best, progress.evaluations_since_best = value, 0
             save_model(engine.model, self.log.folder / BEST, self.process, progress.step)

@@ -48,9 +48,9 @@ def warm_start(engine: Engine, log: RunLog) -> None:
     process.stage = f"warm start from {saved.name}"
     old_names = _old_names(config.rename)
     with as_written(saved):
-        tables = _take_tables(engine, saved, old_names, config.optimizer)
-        tower = _take_tower(engine, saved, old_names, config.optimizer)
-        shards = _take_shards(engine, saved, old_names, config.optimizer)
+        tables = _take_tables(engine, saved, old_names, with_state=config.optimizer)
+        tower = _take_tower(engine, saved, old_names, with_state=config.optimizer)
+        shards = _take_shards(engine, saved, old_names, with_state=config.optimizer)
     log.say(f"warm start from {saved.name}, step {saved.step}")
     for what, taken in (("tables", tables), ("static tables", shards), ("parameters", tower)):
         if taken.kept or taken.fresh or taken.dropped:
@@ -85,7 +85,7 @@ def _there(name: str, old_names: Mapping[str, str]) -> str:
     return name
 
 
-def _take_tables(engine: Engine, saved: Saved, old_names: Mapping[str, str], with_state: bool) -> Taken:
+def _take_tables(engine: Engine, saved: Saved, old_names: Mapping[str, str], *, with_state: bool) -> Taken:
     described, owned = saved.training["tables"], owned_tables(engine.tables)
     taken, there_of = Taken(), {name: _there(name, old_names) for name in owned}
     for name, mine in describe_tables(owned).items():
@@ -109,7 +109,7 @@ def _same_rows(found: dict[str, Any], mine: dict[str, Any]) -> bool:
     return found == mine
 
 
-def _take_tower(engine: Engine, saved: Saved, old_names: Mapping[str, str], with_state: bool) -> Taken:
+def _take_tower(engine: Engine, saved: Saved, old_names: Mapping[str, str], *, with_state: bool) -> Taken:
     folder, tower = saved.folders[0], engine.network.tower
     shapes = {name.removeprefix("tower/"): s for name, s in tensor_shapes(folder).items() if name.startswith("tower/")}
     taken, own, sources = Taken(), tower.state_dict(), {}
@@ -135,7 +135,7 @@ def _take_tower(engine: Engine, saved: Saved, old_names: Mapping[str, str], with
     return taken
 
 
-def _take_shards(engine: Engine, saved: Saved, old_names: Mapping[str, str], with_state: bool) -> Taken:
+def _take_shards(engine: Engine, saved: Saved, old_names: Mapping[str, str], *, with_state: bool) -> Taken:
     """Static tables: a name is tables/embedding_bags.<table>_<group>.weight."""
     shapes, taken, sources = tensor_shapes(saved.folders[0]), Taken(), {}
 

@@ -106,7 +106,7 @@ class CheckedParquet:
             and self._window.load(last, sealed.bytes, ended) == sealed.crc32
         )
 
-    def read(self, group: int, once: bool = False) -> pa.Table:
+    def read(self, group: int, *, once: bool = False) -> pa.Table:
         """Return a row group after checking it. once: nobody else reads it, and the system need not keep it in memory.
         Raises DamagedFile."""
         if self._notes is not None:
@@ -114,7 +114,7 @@ class CheckedParquet:
                 (begin, before), (end, behind) = self._notes[group : group + 2]
                 if not 0 <= begin <= end <= self._window.size():
                     raise DamagedFile(self._storage, self._path, f"is damaged in row group {group}")
-                found = self._window.load(begin, end, before, once and self._storage.local)
+                found = self._window.load(begin, end, before, once=once and self._storage.local)
             if found != behind:
                 raise DamagedFile(self._storage, self._path, f"is damaged in row group {group}")
         return self._parquet.read_row_group(group, use_threads=False)
@@ -133,7 +133,7 @@ class _Window:
         self._size = file.seek(0, 2)
         self._memory, self._begin, self._end = bytearray(), 0, 0
 
-    def load(self, begin: int, end: int, crc: int, once: bool = False) -> int | None:
+    def load(self, begin: int, end: int, crc: int, *, once: bool = False) -> int | None:
         """Load bytes [begin, end) into memory. Returns the CRC-32 continued over them, None if the file ends before.
 
         once: of a local file; the page cache does not grow by it. New memory takes longer to get than the bytes

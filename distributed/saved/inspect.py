@@ -20,7 +20,7 @@ from tessera.embedding.errors import ConfigError
 PROGRESS = {"progress": {"epoch": int, "best": (float, None)}, "reader": ({"lane_offsets": [int]}, None)}
 
 
-def inspect(path: str, table: str | None, row_id: int | None, rows: int, compacting: bool) -> int:
+def inspect(path: str, table: str | None, row_id: int | None, rows: int, *, compacting: bool) -> int:
     """Print the states at a path. Returns 1 if one is damaged, else 0.
 
     Raises:
@@ -29,13 +29,13 @@ def inspect(path: str, table: str | None, row_id: int | None, rows: int, compact
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     process = Process(0, 0, 1, torch.device("cpu"), dist.HashStore())
     try:
-        return _inspect(Storage(path), table, row_id, rows, compacting, process)
+        return _inspect(Storage(path), table, row_id, rows, compacting=compacting, process=process)
     finally:
         dist.destroy_process_group()
 
 
 def _inspect(
-    folder: Storage, table: str | None, row_id: int | None, rows: int, compacting: bool, process: Process
+    folder: Storage, table: str | None, row_id: int | None, rows: int, *, compacting: bool, process: Process
 ) -> int:
     if folder.exists(MANIFEST):
         saved = open_saved(folder, process)

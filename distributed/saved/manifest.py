@@ -55,13 +55,13 @@ class SavedFolder(Storage):
     def _at(self, name: str, root: str) -> Storage:
         return self._folder._at(name, root)
 
-    def open(self, path: str, buffered: bool = True) -> BinaryIO:
+    def open(self, path: str, *, buffered: bool = True) -> BinaryIO:
         """Open a listed file. Raises FileNotFoundError where it is not listed, OSError where it is a link."""
         if path not in self.files and path != MANIFEST:
             raise FileNotFoundError(errno.ENOENT, "not listed in the manifest", path)
         if self.local and os.path.realpath(self.full(path)) != os.path.join(os.path.realpath(self.full()), path):
             raise OSError(errno.ELOOP, "it is a symbolic link, which states never hold", path)
-        return super().open(path, buffered)
+        return super().open(path, buffered=buffered)
 
     def names(self, path: str = "") -> list[str]:
         """Return the names that the manifest lists directly in a folder, sorted."""

@@ -249,6 +249,7 @@ def to_batch(
     expected: Columns,
     table: DynamicTable,
     path: str,
+    *,
     with_state: bool,
     with_rows: bool,
     with_periods: bool = True,

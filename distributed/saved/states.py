@@ -251,7 +251,7 @@ def _chain(folder: Storage, manifest: dict[str, Any]) -> list[tuple[Storage, dic
     return found
 
 
-def open_saved(folder: Storage, process: Process, rows_later: bool = False) -> Saved:
+def open_saved(folder: Storage, process: Process, *, rows_later: bool = False) -> Saved:
     """Check every file of a state, an equal part on each rank.
 
     rows_later: not the row groups that `load_rows` checks on its way. So a state is read once and not twice, and
@@ -273,7 +273,7 @@ def open_saved(folder: Storage, process: Process, rows_later: bool = False) -> S
     if problem is None:
         files = [(one, path, sealed) for one in folders for path, sealed in sorted(one.files.items())]
         mine = files[process.rank :: process.world_size]
-        problem = first_problem(next((p for one in mine if (p := _problem(*one, rows_later))), None))
+        problem = first_problem(next((p for one in mine if (p := _problem(*one, rows_later=rows_later))), None))
     if problem is None:
         try:
             training = read_training(folders[0])
@@ -285,7 +285,7 @@ def open_saved(folder: Storage, process: Process, rows_later: bool = False) -> S
     return Saved(folders, chain[0][1], training)
 
 
-def _problem(folder: SavedFolder, path: str, sealed: Sealed, rows_later: bool) -> str | None:
+def _problem(folder: SavedFolder, path: str, sealed: Sealed, *, rows_later: bool) -> str | None:
     if rows_later and path.startswith("rows/"):
         return problem_but_for_groups(folder, path, sealed)
     return folder.problem(path, sealed)
@@ -310,7 +310,9 @@ def has_states(root: Storage, process: Process) -> bool:
     return from_first_rank(found)
 
 
-def states(root: Storage, process: Process, warn: Callable[[str], None], rows_later: bool = False) -> Iterator[Saved]:
+def states(
+    root: Storage, process: Process, warn: Callable[[str], None], *, rows_later: bool = False
+) -> Iterator[Saved]:
     """Yield the states that verify, newest first, the same on all ranks; `warn` is told of those passed over.
 
     Raises CheckpointError, on all ranks: the folder cannot be listed.
@@ -326,7 +328,7 @@ def states(root: Storage, process: Process, warn: Callable[[str], None], rows_la
         raise CheckpointError(problem)
     for name in names:
         try:
-            saved = open_saved(root.below(name), process, rows_later)
+            saved = open_saved(root.below(name), process, rows_later=rows_later)
         except CheckpointError as error:
             warn(str(error))
             continue

@@ -150,7 +150,7 @@ class Storage:
             stream.write(content)
         put_in_place(self.full(partial), self.full(path))
 
-    def open(self, path: str, buffered: bool = True) -> BinaryIO:
+    def open(self, path: str, *, buffered: bool = True) -> BinaryIO:
         """Open a file for reading. buffered: small reads are gathered."""
         if self.local:
             return open(self.full(path), "rb") if buffered else open(self.full(path), "rb", buffering=0)
@@ -246,7 +246,7 @@ class Storage:
             while block := file.read(READ_BYTES):
                 stream.write(block)
 
-    def sync_folders(self, below: bool = True) -> None:
+    def sync_folders(self, *, below: bool = True) -> None:
         """Make the names in this folder, and in all below, durable."""
         if self.local:
             for folder, _, _ in os.walk(self._root, topdown=False) if below else [(self._root, [], [])]:

@@ -76,7 +76,7 @@ class TableSaver:
         )
         return on_all_ranks(mine)
 
-    def take(self, delta: bool) -> TableParts:
+    def take(self, *, delta: bool) -> TableParts:
         """Return the tables as they are now; training may go on while they are written."""
         parts = TableParts({}, {})
         for name, table in self._tables.items():
@@ -90,7 +90,7 @@ class TableSaver:
             parts.state |= {f"table/{name}/{key}": value for key, value in state.items()}
         return parts
 
-    def follow(self, deltas: bool) -> None:
+    def follow(self, *, deltas: bool) -> None:
         """Record changes from here on, for a delta to what was taken last."""
         for name, table in self._tables.items() if deltas else ():
             if name not in self._marks:
@@ -125,6 +125,7 @@ def load_rows(
     process: Process,
     name_there: Callable[[str], str] = str,
     with_state: Callable[[str], bool] = lambda name: True,
+    *,
     in_place: bool = False,
     with_periods: bool = True,
 ) -> None:
@@ -141,7 +142,7 @@ def load_rows(
     """
     problem = None
     try:
-        _fill(tables, saved, process, name_there, with_state, in_place, with_periods)
+        _fill(tables, saved, process, name_there, with_state, in_place=in_place, with_periods=with_periods)
     except DamagedFile as error:
         problem = _all_that_is_wrong(error)
     problem = first_problem(problem)
@@ -164,6 +165,7 @@ def _fill(
     process: Process,
     name_there: Callable[[str], str],
     with_state: Callable[[str], bool],
+    *,
     in_place: bool,
     with_periods: bool,
 ) -> None:
@@ -183,7 +185,7 @@ def _fill(
         table.expect(_rows_expected(saved.folders[-1], there, process))
         hidden = torch.empty(0, dtype=torch.int64) if len(saved.folders) > 1 else None
         for folder in saved.folders:
-            kinds = (with_state(name), in_place, with_periods)
+            kinds = {"with_state": with_state(name), "with_rows": in_place, "with_periods": with_periods}
             for batch in _batches(table, folder, there, process, hidden, kinds):
                 table.import_rows(batch)
             if hidden is None:
@@ -199,7 +201,7 @@ def _rows_expected(folder: Storage, there: str, process: Process) -> int:
 
 
 def _batches(
-    table: DynamicTable, folder: Storage, there: str, process: Process, hidden: Tensor | None, kinds: tuple[bool, ...]
+    table: DynamicTable, folder: Storage, there: str, process: Process, hidden: Tensor | None, kinds: dict[str, bool]
 ) -> Iterator[RowBatch]:
     """Yield the table's rows in a folder as batches to import. hidden: evicted ids of newer folders; None if the folder
     is the only one. kinds: the last arguments of `to_batch`."""
@@ -208,7 +210,7 @@ def _batches(
         for columns in read_columns(folder, path, process.rank, process.world_size):
             if hidden is not None:
                 columns = _without(columns, table, hidden)
-            yield to_batch(columns, expected, table, f"{folder.name}/{path}", *kinds)
+            yield to_batch(columns, expected, table, f"{folder.name}/{path}", **kinds)
 
 
 def _without(columns: Columns, table: DynamicTable, hidden: Tensor) -> Columns:

@@ -69,7 +69,22 @@ def _learn_kernel(
     slope = scale * tl.sum(tl.where(mask, g * slope, 0.0), axis=1, keep_dims=True)
     # The optimizer on scales [ROWS, 1], whose state is at byte 4.
     zero = tl.zeros_like(address).to(tl.int32)
-    new = step(size, slope, address + 4, address, zero, known, known, size, hyper, KIND, 1, False, 1, 1)
+    new = step(
+        size,
+        slope,
+        address + 4,
+        address,
+        zero,
+        known,
+        known,
+        size,
+        hyper,
+        KIND,
+        DIM=1,
+        HALF_MOMENTS=False,
+        ROWS=1,
+        COLUMNS=1,
+    )
     new = tl.maximum(new, 0.5 * size)  # a scale stays above zero
     tl.store(pointer, new, mask=known)
     key = tl.full([ROWS, 1], 0, tl.uint64)

@@ -57,7 +57,7 @@ def _piece_kernel(
     number = piece - (tl.load(ends + owner, mask=inside, other=0) - (last - first + PIECE - 1) // PIECE)
     begin = tl.where(inside, first + number * PIECE, 0)  # within the positions, for loads without a mask
     length = tl.where(inside, tl.minimum(last - begin, PIECE), 0)
-    total = _summed(grads, order, begin, length, True, DIM, ROWS, COLUMNS)
+    total = _summed(grads, order, begin, length, ORDERED=True, DIM=DIM, ROWS=ROWS, COLUMNS=COLUMNS)
     column = tl.arange(0, COLUMNS)[None, :]
     tl.store(sums + piece[:, None] * DIM + column, total, mask=inside[:, None] & (column < DIM))
 
@@ -112,12 +112,12 @@ def merged(
     begin = tl.load(begins + row, mask=inside, other=0)
     length = tl.load(begins + row + 1, mask=inside, other=0) - begin
     if not LONG:
-        return _summed(grads, order, begin, length, True, DIM, ROWS, COLUMNS)
+        return _summed(grads, order, begin, length, ORDERED=True, DIM=DIM, ROWS=ROWS, COLUMNS=COLUMNS)
     long = length > PIECE
     pieces = tl.where(long, (length + PIECE - 1) // PIECE, 0)
     first = tl.load(ends + row, mask=inside, other=0) - pieces
-    total = _summed(grads, order, begin, tl.where(long, 0, length), True, DIM, ROWS, COLUMNS)
-    return total + _summed(sums, order, first, pieces, False, DIM, ROWS, COLUMNS)
+    total = _summed(grads, order, begin, tl.where(long, 0, length), ORDERED=True, DIM=DIM, ROWS=ROWS, COLUMNS=COLUMNS)
+    return total + _summed(sums, order, first, pieces, ORDERED=False, DIM=DIM, ROWS=ROWS, COLUMNS=COLUMNS)
 
 
 @kernel

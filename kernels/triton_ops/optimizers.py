@@ -177,8 +177,10 @@ def adam_half(
     w, m, v = adam_values(w, g, m, v, t, n)
     tl.store(floats(state), t, mask=known)
     # The values take the first DIM random draws.
-    store_values(moments, column, mask, m, 1.0, key, DIM, BF16, 16, False, ROWS, COLUMNS)
-    store_values(moments + 2 * DIM, column, mask, v, 1.0, key, 2 * DIM, BF16, 16, False, ROWS, COLUMNS)
+    store_values(moments, column, mask, m, 1.0, key, DIM, BF16, 16, NEAREST=False, ROWS=ROWS, COLUMNS=COLUMNS)
+    store_values(
+        moments + 2 * DIM, column, mask, v, 1.0, key, 2 * DIM, BF16, 16, NEAREST=False, ROWS=ROWS, COLUMNS=COLUMNS
+    )
     return w
 
 

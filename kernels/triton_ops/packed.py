@@ -60,7 +60,7 @@ def _read_kernel(
         if HAS_INVERSE:
             place = tl.load(inverse + at, mask=known, other=0)
         x = tl.load(held + place[:, None] * DIM + column, mask=mask, other=0.0)
-        value = size * arithmetic.to_code(tl.div_rn(x, size + tl.zeros_like(x)), x, True, BITS)
+        value = size * arithmetic.to_code(tl.div_rn(x, size + tl.zeros_like(x)), x, NEAREST=True, BITS=BITS)
     else:
         value = arithmetic.load_values(address + VALUES_AT, column, mask, size, FORMAT, BITS)
     value = tl.where(mask, value, 0.0)

@@ -15,7 +15,7 @@ def unique_inverse(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     starts = begins.nonzero().flatten()  # the one place where the host waits
     # The sort is stable: an id's first position in sorted order is its first in the batch.
     first = order[starts]
-    is_first = torch.zeros_like(begins).index_fill_(0, first, True)
+    is_first = torch.zeros_like(begins).index_fill_(0, first, value=True)
     rank = is_first.cumsum(0).sub_(1)[first]  # by value; as many as there are distinct ids
     inverse = torch.empty_like(order)
     inverse[order] = rank[begins.cumsum(0).sub_(1)]

@@ -43,7 +43,7 @@ options = parser.parse_args()
 
 
 class Contender:
-    def __init__(self, config: Config, process: Process, cache_rows: int | None, ahead: bool) -> None:
+    def __init__(self, config: Config, process: Process, cache_rows: int | None, *, ahead: bool) -> None:
         self.name = "no cache" if cache_rows is None else f"cache of {cache_rows:,} rows a table"
         self.how = "" if cache_rows is None else "ahead" if ahead else "in the step"
         config.embedding.cache_rows = cache_rows
@@ -92,7 +92,7 @@ def bench(config: Config, process: Process) -> None:
     assert run_dir is not None
     for cache_rows, ahead in cases:
         own = load(config.data.path, run_dir)[0]
-        contenders.append(Contender(own, process, cache_rows, ahead))
+        contenders.append(Contender(own, process, cache_rows, ahead=ahead))
         contenders[-1].start()
     for _ in range(options.rounds):
         for one in contenders:

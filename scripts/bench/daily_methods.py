@@ -91,10 +91,11 @@ class Model:
         self.trainer = Trainer(self.config, process)
         self.seconds = 0.0
 
-    def reader(self, days: list[str], replay: Path | None = None, training: bool = False) -> ParquetReader:
+    def reader(self, days: list[str], replay: Path | None = None, *, training: bool = False) -> ParquetReader:
         path = f"{self.config.data.path}/{self.config.data.train}"
         more = None if replay is None else str(replay)
-        return open_reader(self.config, self.trainer.engine.schema, self.process, path, training, days, more)
+        schema = self.trainer.engine.schema
+        return open_reader(self.config, schema, self.process, path, training=training, days=days, replay=more)
 
     def score(self, days: list[str]) -> dict[str, np.ndarray]:
         """Predictions of the model as it is: before the days are trained on, the logits of KD-self are among them."""
@@ -102,7 +103,7 @@ class Model:
         table = pq.read_table(self.folder / "predictions" / "day-00000.parquet")
         return {name: table[name].to_numpy() for name in ("prediction", "label", "row")}
 
-    def train(self, days: list[str], replay: Path | None = None, teach: bool = True) -> None:
+    def train(self, days: list[str], replay: Path | None = None, *, teach: bool = True) -> None:
         """One pass over days that were scored just now. teach: distil, if the method does."""
         reader, engine, began = self.reader(days, replay, training=True), self.trainer.engine, time.process_time()
         distil = engine.distil

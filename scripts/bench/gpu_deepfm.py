@@ -21,7 +21,8 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +39,12 @@ from tessera.kernels.unique import unique_inverse
 from tessera.scripts.bench.gpu_tables import BATCHES, Sizes, drawn_rows, spread
 
 PARTS = ("merge ids", "look up", "forward", "backward", "dense update", "row update")
-#: name -> (bfloat16 tower, mode of torch.compile or None)
-VARIANTS = {
-    "fp32": (False, None),
-    "amp": (True, None),
-    "amp+compile": (True, "default"),
-    "amp+graphs": (True, "reduce-overhead"),
+#: name -> amp: bfloat16 tower; mode: of torch.compile
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "amp": {"amp": True},
+    "amp+compile": {"amp": True, "mode": "default"},
+    "amp+graphs": {"amp": True, "mode": "reduce-overhead"},
 }
 
 
@@ -110,7 +111,7 @@ class Model:
     """A DeepFM tower over one dynamic table per id field."""
 
     def __init__(
-        self, shape: Shape, device: torch.device, optimizer: str, amp: bool = False, mode: str | None = None
+        self, shape: Shape, device: torch.device, optimizer: str, *, amp: bool = False, mode: str | None = None
     ) -> None:
         torch.manual_seed(0)
         self.shape, self.device, self._amp = shape, device, amp
@@ -122,7 +123,11 @@ class Model:
             for rows in torch.arange(shape.rows, device=device).split(1 << 17):
                 table.lookup(spread(rows), 0)
         self.tower = DeepFM(
-            Fields(tuple(f"I{i}" for i in range(shape.numeric)), tuple(fields)), shape.dim, shape.hidden, 0.0, False
+            Fields(tuple(f"I{i}" for i in range(shape.numeric)), tuple(fields)),
+            shape.dim,
+            shape.hidden,
+            0.0,
+            batch_norm=False,
         ).to(device)
         if mode is not None:
             self.tower.compile(mode=mode)
@@ -163,7 +168,7 @@ def drawn_batch(shape: Shape, seed: int, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     return Batch(
         torch.rand(shape.batch, shape.numeric, generator=generator).to(device),
-        [spread(drawn_rows(sizes, False, 1000 * seed + field)).to(device) for field in range(shape.ids)],
+        [spread(drawn_rows(sizes, distinct=False, seed=1000 * seed + field)).to(device) for field in range(shape.ids)],
         torch.randint(0, 2, (shape.batch,), generator=generator).float().to(device),
     )
 
@@ -172,7 +177,7 @@ def bench(shape: Shape, device: torch.device, optimizer: str, variants: Sequence
     batches = [drawn_batch(shape, seed, device) for seed in range(BATCHES)]
     print(f"{'':<14}{'samples/s':>12}{'ms/step':>10}" + "".join(f"{part:>20}" for part in PARTS))
     for name in variants:
-        model, clock = Model(shape, device, optimizer, *VARIANTS[name]), Clock(device)
+        model, clock = Model(shape, device, optimizer, **VARIANTS[name]), Clock(device)
         warm = 2 * BATCHES  # compilation, the choice of matrix kernels, graphs
         for turn in range(warm + repeat):
             loss = model.step(batches[turn % BATCHES], clock)

@@ -73,7 +73,7 @@ def spread(rows: Tensor) -> Tensor:
     return rows * -7046029254386353131
 
 
-def drawn_rows(sizes: Sizes, distinct: bool, seed: int) -> Tensor:
+def drawn_rows(sizes: Sizes, *, distinct: bool, seed: int) -> Tensor:
     """Return the row numbers int64 [ids] of one step and table."""
     generator = torch.Generator().manual_seed(seed)
     if distinct:
@@ -137,7 +137,10 @@ def bench_steps(sizes: Sizes, repeat: int, device: torch.device, copy_speed: flo
     print(f"{'static ms':>11}{'dynamic ms':>12}{'ratio':>7}{'static GB/s':>13}{'dynamic GB/s':>14}{'of copy':>9}")
     grads = [torch.randn(sizes.ids, sizes.dim, device=device) for _ in range(sizes.tables)]
     for distinct in (False, True):
-        drawn = [[drawn_rows(sizes, distinct, 100 * b + t) for t in range(sizes.tables)] for b in range(BATCHES)]
+        drawn = [
+            [drawn_rows(sizes, distinct=distinct, seed=100 * b + t) for t in range(sizes.tables)]
+            for b in range(BATCHES)
+        ]
         numbers = [[rows.to(device) for rows in batch] for batch in drawn]
         ids = [[spread(rows) for rows in batch] for batch in numbers]
         share = sum(rows.unique().numel() for rows in drawn[0])

@@ -43,7 +43,7 @@ parser.add_argument("--peer-ids", type=int, default=2_700_000, help="rows of the
 options = parser.parse_args()
 
 
-def tower_alone(config: Config) -> Callable[[bool], None]:
+def tower_alone(config: Config) -> Callable[..., None]:
     schema = Schema(config.data.schema)
     tower = build_tower(config, schema)
     optimizer = torch.optim.Adam(tower.parameters(), fused=True)
@@ -51,7 +51,7 @@ def tower_alone(config: Config) -> Callable[[bool], None]:
     shapes = {group: (BATCH, len(schema.id_names), dim) for group, dim in tower.embedding_dims.items()}
     embeddings = {group: torch.rand(shape, requires_grad=True) for group, shape in shapes.items()}
 
-    def step(amp: bool) -> None:
+    def step(*, amp: bool) -> None:
         optimizer.zero_grad()
         for emb in embeddings.values():
             emb.grad = None
@@ -63,7 +63,7 @@ def tower_alone(config: Config) -> Callable[[bool], None]:
     return step
 
 
-def whole(trainer: Trainer) -> Callable[[bool], None]:
+def whole(trainer: Trainer) -> Callable[..., None]:
     def endless() -> Iterator:
         epoch = 0
         while True:
@@ -72,7 +72,7 @@ def whole(trainer: Trainer) -> Callable[[bool], None]:
 
     batches = endless()
 
-    def step(amp: bool) -> None:
+    def step(*, amp: bool) -> None:
         trainer.engine.model.module.amp = amp
         trainer.engine.train_step(next(batches))
 
@@ -87,7 +87,7 @@ def bench(config: Config, process: Process) -> None:
         trainer = Trainer(config, process)
         from_parquet, alone = whole(trainer), tower_alone(config)
         contenders: dict[tuple[str, object], Callable[[], object]] = {
-            (side, amp): partial(step, amp)
+            (side, amp): partial(step, amp=amp)
             for amp in (False, True)
             for side, step in (("whole", from_parquet), ("tower", alone))
         }
@@ -98,10 +98,10 @@ def bench(config: Config, process: Process) -> None:
             medians = {name: 1e3 * s for name, s in alternate(contenders, options.rounds, options.steps).items()}
         trainer.log.close()
         for amp in (False, True):
-            show(model, amp, medians)
+            show(model, medians, amp=amp)
 
 
-def show(model: str, amp: bool, medians: dict) -> None:
+def show(model: str, medians: dict, *, amp: bool) -> None:
     ours, bound = medians["whole", amp], medians["tower", amp]
     cells = [f"{milliseconds:>11.1f}{BATCH / milliseconds * 1e3:>12,.0f}" for milliseconds in (ours, bound)]
     cells.append(f"{bound / ours:>13.2f}")

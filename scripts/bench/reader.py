@@ -80,7 +80,7 @@ def print_speed(folder: Path, ids: str, threads: int, args: argparse.Namespace) 
     reader = ParquetReader(str(folder), schema_of(ids), args.batch_size, threads=threads)
     speeds = []  # of pyarrow's row groups, its batches, and the reader
     for run in range(args.runs + 1):
-        times = [pyarrow_alone(groups, columns, threads, whole) for whole in (True, False)]
+        times = [pyarrow_alone(groups, columns, threads, whole=whole) for whole in (True, False)]
         start = time.perf_counter()
         rows = sum(batch.rows for batch in reader.epoch(run))
         times.append(time.perf_counter() - start)
@@ -92,7 +92,7 @@ def print_speed(folder: Path, ids: str, threads: int, args: argparse.Namespace) 
     print(f"{to_batches:10.2f}{to_whole:8.2f}{GOALS[ids]:6.1f}", flush=True)
 
 
-def pyarrow_alone(groups: list, columns: list[str], threads: int, whole: bool) -> float:
+def pyarrow_alone(groups: list, columns: list[str], threads: int, *, whole: bool) -> float:
     """Return the seconds to decode all row groups, each as a whole or in batches."""
 
     def decode(file: Path, group: int) -> None:

@@ -58,7 +58,7 @@ def grow(trainer: Trainer, batch: Batch, first: int, stop: int) -> int:
     return first
 
 
-def steps(trainer: Trainer, batch: Batch, rows: int, skewed: bool) -> Callable[[], object]:
+def steps(trainer: Trainer, batch: Batch, rows: int, *, skewed: bool) -> Callable[[], object]:
     generator = torch.Generator().manual_seed(rows)
     batches = []
     for _ in range(16):
@@ -77,7 +77,7 @@ def bench(config: Config, process: Process) -> None:
     rows = 0
     for millions in sorted(options.millions):
         rows = grow(trainer, batch, rows, int(millions * 1e6) // FIELDS)
-        works = {name: steps(trainer, batch, rows, name == "skewed ids") for name in names[:2]}
+        works = {name: steps(trainer, batch, rows, skewed=name == "skewed ids") for name in names[:2]}
         if options.peer and millions <= options.peer_millions:
             with Peer(options.peer, "DeepFM", rows * FIELDS, options.threads) as peer:
                 medians = alternate(works | {"deepctr-torch": peer.step}, options.rounds, options.steps)

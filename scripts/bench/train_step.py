@@ -75,7 +75,7 @@ def plain_torch_step() -> Callable[[], None]:
     return step
 
 
-def tower_alone_step(amp: bool) -> Callable[[], None]:
+def tower_alone_step(*, amp: bool) -> Callable[[], None]:
     model = tower()
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     numeric, labels = torch.rand(BATCH, NUMERIC), torch.randint(0, 2, (BATCH,)).float()
@@ -91,7 +91,7 @@ def tower_alone_step(amp: bool) -> Callable[[], None]:
     return step
 
 
-def our_step(trainer: Trainer, batches: list | None, amp: bool) -> Callable[[], None]:
+def our_step(trainer: Trainer, batches: list | None, *, amp: bool) -> Callable[[], None]:
     """Return a training step on preloaded batches, or from parquet with `batches` None."""
 
     def endless() -> Iterator[Batch]:

@@ -22,7 +22,7 @@ FROM_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md
 LINK = re.compile(r"(?<=\]\()(?P<path>[\w./-]+\.md)(?=[)#])")
 
 
-def on_startup(command: str, dirty: bool) -> None:
+def on_startup(command: str, dirty: bool) -> None:  # noqa: FBT001 (mkdocs' signature)
     """Lay out the sources by their import names, before mkdocstrings looks which of its folders are there."""
     api.import_tree(ROOT / "build" / "api")
 

@@ -28,7 +28,7 @@ PATHS = {
 }
 
 
-def batch_of(step: int, weighted: bool, rows: slice) -> tuple[KeyedJaggedTensor, torch.Tensor]:
+def batch_of(step: int, rows: slice, *, weighted: bool) -> tuple[KeyedJaggedTensor, torch.Tensor]:
     """Some rows of a global batch and the times of its events: from two years before the batch to a day after it."""
     generator = torch.Generator().manual_seed(step)
     lengths = torch.randint(0, 4, (3, ROWS), generator=generator, dtype=torch.int32)
@@ -60,7 +60,7 @@ def last_seen(process, weighted=False, ahead=False, by_sort=False, cache_rows=No
     mine = slice(process.rank * share, (process.rank + 1) * share)
     with mock.patch.object(RawIdsDist, "forward", RawIdsDist.by_sort if by_sort else RawIdsDist.forward):
         for step in range(STEPS):
-            ids, times = batch_of(step, weighted, mine)
+            ids, times = batch_of(step, mine, weighted=weighted)
             if ahead:
                 tables.prepare(ids, NOW + step, times)
             tables.begin_step(NOW + step, times=times)
@@ -77,7 +77,7 @@ def expected() -> dict[tuple[str, int], tuple[int, int]]:
     """The same by hand: an id gets its row when it is seen for the second time, and its count begins in that batch."""
     rows, waiting = {}, {}
     for step in range(STEPS):
-        ids, times = batch_of(step, False, slice(0, ROWS))
+        ids, times = batch_of(step, slice(0, ROWS), weighted=False)
         seen: dict[tuple[str, int], list[int]] = {}
         for feature, bags in ids.to_dict().items():
             for row, bag in enumerate(bags.to_dense()):

@@ -70,7 +70,7 @@ class Model(nn.Module):
         return (torch.cat([out["v"].flatten(1), out["w"].flatten(1)], 1) * self.mix).sum(1).square()
 
 
-def batch_of(process, step, weighted):
+def batch_of(process, step, *, weighted=False):
     """This rank's part of a batch: bags of up to 3 ids, some of them often; no rows on the last rank in step 7."""
     generator = torch.Generator().manual_seed(1000 * step + process.rank)
     rows = BATCH // process.world_size
@@ -88,7 +88,7 @@ def looked_at(model, sharded, process, step):
     model.tables.begin_period()
     sharded.eval()
     with torch.no_grad():
-        seen = sharded(batch_of(process, step + 50, model.weighted))
+        seen = sharded(batch_of(process, step + 50, weighted=model.weighted))
     sharded.train()
     return [seen, *content(model.tables)]
 
@@ -108,7 +108,7 @@ def train(process, cache_rows, ahead, **case):
     model = Model(cache_rows, **case)
     sharded, _ = shard(model, model.tables, process, BATCH)
     tables, found = model.tables, []
-    batches = [batch_of(process, step, model.weighted) for step in range(STEPS)]
+    batches = [batch_of(process, step, weighted=model.weighted) for step in range(STEPS)]
     prepared = -1
     for step, ids in enumerate(batches):
         if ahead and prepared < step:
@@ -170,7 +170,7 @@ def started(process, cache_rows=130, **more):
 
 def test_what_the_thread_raises_reaches_the_step(process):
     tables, sharded = started(process, cache_rows=30)
-    batches = [batch_of(process, step, False) for step in range(2)]
+    batches = [batch_of(process, step) for step in range(2)]
     for now, ids in enumerate(batches):
         tables.prepare(ids, now)
     with pytest.raises(CacheFull, match=r"table bc: two batches in a row need \d+ rows in the cache, which has 30; "):
@@ -186,7 +186,7 @@ def test_a_step_does_not_wait_for_ever(process, monkeypatch):
     go_on = threading.Event()
     monkeypatch.setattr(CachedTable, "bring", lambda *_: go_on.wait(60))
     tables, sharded = started(process, timeout_seconds=0.2)
-    ids = batch_of(process, 0, False)
+    ids = batch_of(process, 0)
     tables.prepare(ids, 0)
     with pytest.raises(TesseraError) as error:
         sharded(ids)
@@ -199,7 +199,7 @@ def test_a_step_does_not_wait_for_ever(process, monkeypatch):
 
 def test_misuse_is_an_assertion(process):
     tables, sharded = started(process)
-    first, second = (batch_of(process, step, False) for step in range(2))
+    first, second = (batch_of(process, step) for step in range(2))
     tables.prepare(first, 0)
     with pytest.raises(AssertionError, match="table a: asked while the batch of a coming step is brought"):
         tables.expire(10)

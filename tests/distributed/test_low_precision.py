@@ -61,7 +61,7 @@ def train_linear(process, tables, transport, folder):
         generator = torch.Generator().manual_seed(100 + step)
         first, second = torch.randint(-4, 5, (2, BATCH, 10), generator=generator)[:, mine].float()
         learn = model.tables.learns_steps and step % 2 == 0
-        model.tables.begin_step(step, learn)
+        model.tables.begin_step(step, learn_steps=learn)
         out = sharded(kjt(draw_ids(step)[:, mine]))
         outputs.append(out.detach())
         ((out * first).sum() * process.world_size / BATCH).backward()

@@ -39,7 +39,7 @@ def state(tmp_path, process, table):
 
 def opened(state, process) -> None:
     load_tables({"a": DynamicTable(config())}, state, process)
-    _inspect(Storage(state), None, None, 5, False, process)
+    _inspect(Storage(state), None, None, 5, compacting=False, process=process)
 
 
 def try_all(state, process, path, write) -> int:
@@ -130,7 +130,7 @@ def test_files_beside_those_listed_are_not_seen(state, process, table, capsys, t
     again = {"a": DynamicTable(config())}
     load_tables(again, state, process)
     assert content(again) == content({"a": table})
-    assert _inspect(Storage(tmp_path), "a", None, 2, False, process) == 0
+    assert _inspect(Storage(tmp_path), "a", None, 2, compacting=False, process=process) == 0
     said = capsys.readouterr().out
     assert f"{state.name}  has 3 file(s) beside what its manifest lists, ignored: dense/00001-of-00002.json" in said
     compact(Storage(tmp_path), open_saved(Storage(state), process), process)
@@ -146,7 +146,7 @@ def test_two_sets_of_rows_in_one_manifest_are_refused(state, process):
         opened(state, process)
 
 
-def save_part(process, root, number: int, killed: bool):
+def save_part(process, root, number: int, *, killed: bool = False):
     """The rows of this rank after some steps; with `killed` the save does not come to its manifest."""
     table = DynamicTable(config())
     for one in range(1, number + 1):
@@ -163,12 +163,12 @@ def test_fewer_ranks_save_where_three_were_killed_behind_a_uri(store, process):
     root = store.uri("states")
     for ranks in (1, 2):  # after a save by three ranks that was killed, in a folder without and with a state
         for rank in range(3):
-            save_part(Process(rank, rank, 3, process.device, process.store), root, 5, True)
+            save_part(Process(rank, rank, 3, process.device, process.store), root, 5, killed=True)
         assert sum("of-00003" in name for name in store.objects()) == 3
         found = latest(Storage(root), process, lambda _: None)
         assert found is None if ranks == 1 else found.ranks == 1
         rows = {}
-        parts = on_ranks(2, save_part, root, 5, False) if ranks == 2 else [save_part(process, root, 5, False)]
+        parts = on_ranks(2, save_part, root, 5) if ranks == 2 else [save_part(process, root, 5)]
         for part in parts:
             rows |= part
         assert not [name for name in store.objects() if "of-00003" in name or ranks == 2 and "of-00001" in name]

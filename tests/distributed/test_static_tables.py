@@ -1,5 +1,7 @@
 """Sharded static tables against the same model written with plain tensors, on 1 and 2 ranks."""
 
+from functools import partial
+
 import pytest
 import torch
 from torchrec import KeyedJaggedTensor
@@ -51,7 +53,7 @@ def draw_bags(step: int) -> list[list[list[int]]]:
     return [[bag() for _ in range(BATCH)] for _ in IDS]
 
 
-def train(process, steps: int, ahead: bool = False):
+def train(process, steps: int, *, ahead: bool = False):
     """ahead: ids of the next batch are sent while a step is trained, and another batch is evaluated between steps."""
     model = Model()
     sharded, plan = shard(model, model.tables, process, BATCH // process.world_size)
@@ -122,7 +124,7 @@ def test_training_equals_plain_tensors(world):
     for step in range(4):
         got = [value for outputs, _ in results for value in outputs[step]]
         assert got == pytest.approx(expected[step], rel=2e-5, abs=1e-6)
-    assert on_ranks(world, train, 4, True) == results
+    assert on_ranks(world, partial(train, ahead=True), 4) == results
 
 
 def test_the_plan_names_every_table_and_its_bytes():

@@ -168,7 +168,7 @@ def test_threads(environment, level):
     ],
 )
 def test_gpu_against_builds(found, gpus, cuda_fbgemm, level, words):
-    (finding,) = doctor.check_gpu(found, gpus, cuda_fbgemm)
+    (finding,) = doctor.check_gpu(found, gpus, cuda_fbgemm=cuda_fbgemm)
     assert finding.level == level and words in finding.text
 
 

@@ -65,26 +65,26 @@ def alone(saved):
 def test_tables_and_rows_are_those_of_the_newest_state_with_all_it_builds_on(alone, capsys):
     run, table = alone
     rows = content({"a": table})["a"]
-    assert inspect(str(run), None, None, 5, False) == 0
+    assert inspect(str(run), None, None, 5, compacting=False) == 0
     said = capsys.readouterr().out
     assert f"table a: {len(rows)} rows, adam; id int64, " in said
-    assert inspect(str(run), "a", None, 3, False) == 0
+    assert inspect(str(run), "a", None, 3, compacting=False) == 0
     assert sum(line.startswith("id ") for line in capsys.readouterr().out.splitlines()) == 3
-    assert inspect(str(run / "checkpoints"), "a", 987654321, 5, False) == 0
+    assert inspect(str(run / "checkpoints"), "a", 987654321, 5, compacting=False) == 0
     assert "id 987654321 has no row" in capsys.readouterr().out
     negative = min(rows)
     for one in (negative, negative % 2**64):  # as the table keeps it, and as a file of uint64 does
-        assert inspect(str(run), "a", one, 5, False) == 0
+        assert inspect(str(run), "a", one, 5, compacting=False) == 0
         assert f"id {negative}  " in capsys.readouterr().out
     with pytest.raises(ConfigError, match="has no table 'b'; expected a"):
-        inspect(str(run), "b", None, 5, False)
+        inspect(str(run), "b", None, 5, compacting=False)
 
 
 def test_a_damaged_state_is_listed_as_such_and_the_one_before_is_shown(alone, capsys):
     run, _ = alone
     path = run / "checkpoints" / folder_name(3) / "rows" / "a" / "00000-of-00001.parquet"
     path.write_bytes(path.read_bytes()[:-3])
-    assert inspect(str(run), None, None, 5, False) == 1
+    assert inspect(str(run), None, None, 5, compacting=False) == 1
     said = capsys.readouterr().out
     assert f"{folder_name(3)}  DAMAGED: " in said and "rows/a/00000-of-00001.parquet has " in said
     assert f"{folder_name(2)}: step 2, " in said
@@ -93,7 +93,7 @@ def test_a_damaged_state_is_listed_as_such_and_the_one_before_is_shown(alone, ca
 def test_compaction_from_the_command(alone, capsys):
     run, table = alone
     rows = content({"a": table})["a"]
-    assert inspect(str(run), None, None, 5, True) == 0
+    assert inspect(str(run), None, None, 5, compacting=True) == 0
     said = capsys.readouterr().out
     assert f"{folder_name(3)} is a full state now" in said and f"table a: {len(rows)} rows" in said
     assert json.loads((run / "checkpoints" / folder_name(3) / "manifest.json").read_text())["kind"] == "full"

@@ -176,7 +176,7 @@ def _make(source: pa.Array, column: Column, where: str) -> tuple[pa.Array, np.nd
     else:
         array = source
         if pa.types.is_floating(source.type):
-            finite = pc.fill_null(pc.is_finite(source), True)
+            finite = pc.fill_null(pc.is_finite(source), fill_value=True)
             wrong = ~finite.to_numpy(zero_copy_only=False)
     if column.values is not None:
         known = pc.is_in(array, pa.array(column.values, array.type))

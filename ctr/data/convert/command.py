@@ -128,7 +128,7 @@ def _described(summary: dict) -> str:
 def _synthetic(options: Namespace) -> str:
     config = SyntheticConfig(**{name: getattr(options, name) for name in [*SYNTHETIC, "string_ids"]})
     writing = _writing(options, row_group_rows_of(config))
-    result = write_synthetic(config, options.output, writing, options.threads, options.overwrite)
+    result = write_synthetic(config, options.output, writing, options.threads, overwrite=options.overwrite)
     lines = [f"synthetic: {config.rows:,} rows, {sum(result['distinct_ids'].values()):,} distinct ids"]
     for name, split in result["splits"].items():
         auc = "undefined" if split["auc"] is None else f"{split['auc']:.4f}"

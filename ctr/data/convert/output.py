@@ -42,7 +42,7 @@ class Writing:
 
 
 @contextmanager
-def complete_folder(target: Path, sources: Sequence[Path] = (), overwrite: bool = False) -> Iterator[Path]:
+def complete_folder(target: Path, sources: Sequence[Path] = (), *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a folder beside `target` that replaces it if the block succeeds, and is removed if it fails.
 
     With `overwrite` an earlier data set is replaced, and only if all its files are those that this command wrote.
@@ -112,7 +112,7 @@ class PartsWriter:
             self._parts[folder] = number + 1
             (self.root / folder).mkdir(exist_ok=True)
             path = self.root / folder / f"part-{number:05d}.parquet"
-            self._open[folder] = _Part(path, schema, self.writing, self.dictionary)
+            self._open[folder] = _Part(path, schema, self.writing, dictionary=self.dictionary)
         self._open.move_to_end(folder)
         return self._open[folder]
 
@@ -127,7 +127,7 @@ class PartsWriter:
 
 
 class _Part:
-    def __init__(self, path: Path, schema: pa.Schema, writing: Writing, dictionary: list[str] | bool) -> None:
+    def __init__(self, path: Path, schema: pa.Schema, writing: Writing, *, dictionary: list[str] | bool) -> None:
         self.row_group_rows = writing.row_group_rows
         self.rows = 0
         self.waiting: list[pa.Table] = []

@@ -123,7 +123,7 @@ def convert(
     _check_split(conversion, source)
     bad_rows, dropped = bad_rows or BadRows(options.bad_rows), 0
     sources = [path for paths in source.files.values() for path in paths]
-    with complete_folder(output, [*sources, *read_too], options.overwrite) as folder:
+    with complete_folder(output, [*sources, *read_too], overwrite=options.overwrite) as folder:
         split = _splitter(conversion, source, options)
         writer = PartsWriter(folder, options.writing)
         for name, paths in source.files.items():

@@ -41,7 +41,7 @@ def seconds_of_text(source: pa.Array, pattern: str) -> tuple[pa.Array, np.ndarra
     wrong = times.is_null().to_numpy(zero_copy_only=False) & ~null
     if not _python_reads(pattern):
         return seconds, wrong
-    same = pc.equal(_plain(pc.strftime(times, format=pattern)), _plain(source)).fill_null(True)
+    same = pc.equal(_plain(pc.strftime(times, format=pattern)), _plain(source)).fill_null(fill_value=True)
     doubtful = np.flatnonzero(~same.to_numpy(zero_copy_only=False))
     if len(doubtful):
         values = seconds.fill_null(0).to_numpy(zero_copy_only=False).copy()

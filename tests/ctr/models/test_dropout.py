@@ -47,7 +47,7 @@ def test_rows_have_their_masks_wherever_they_lie():
 
 
 def test_pieces_of_a_batch_have_the_masks_of_the_batch():
-    layer = InteractingLayer(4, 6, 2, "paper", True, 0.4)
+    layer = InteractingLayer(4, 6, 2, "paper", residual=True, dropout=0.4)
     rows = torch.randn(3 * ROWS_AT_ONCE - 5, 7, 4)
     draw_masks(dropout_layers(layer), 1, 2, torch.arange(len(rows)))
     keys = layer.dropout.keys

@@ -102,7 +102,7 @@ def test_one_more_epoch_while_the_loss_to_the_teacher_falls():
         other = Distillation(distil.config)  # what a state holds is enough to go on
         state = distil.state()
         saved = SimpleNamespace(training=state.training, ranks=1)
-        other.load(FoundState(saved, alone(), True, {}, [state.rank_tensors], warn=print))
+        other.load(FoundState(saved, alone(), is_own=True, optimizer={}, by_rank=[state.rank_tensors], warn=print))
         entropy = float((F.softplus(z) - z / 2)[0])
         assert other.end_epoch() == distil.end_epoch() == pytest.approx(entropy)
         assert other.state().training == distil.state().training

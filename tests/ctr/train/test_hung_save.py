@@ -19,7 +19,7 @@ def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "data", 1500)
 
 
-def job(data: Path, tmp_path: Path, overlap: bool) -> list[str]:
+def job(data: Path, tmp_path: Path, *, overlap: bool) -> list[str]:
     states = f"trainer.checkpoint.folder={tmp_path}/states"
     more = ["trainer.epochs=20", "trainer.checkpoint.every=5", f"trainer.timeout_seconds={LIMIT}"]
     more += ["trainer.batch_size=100", "trainer.eval_every=1000", f"trainer.checkpoint.overlap={overlap}"]
@@ -36,7 +36,7 @@ def job(data: Path, tmp_path: Path, overlap: bool) -> list[str]:
 )
 def test_a_write_that_hangs_is_named_within_the_limit(ranks, data, tmp_path, rank, file, overlap):
     where = tmp_path / "states" / f".partial-{folder_name(10)}" / file
-    ranks.start(2, job(data, tmp_path, overlap), tmp_path / "output", hang=str(where))
+    ranks.start(2, job(data, tmp_path, overlap=overlap), tmp_path / "output", hang=str(where))
     assert ranks.wait(60 + 4 * LIMIT) == [1, 1]
     said = [line for line in (tmp_path / "output").read_text().splitlines() if line.startswith("error: ")]
     assert said == [f"error: {folder_name(10)} cannot be saved: for {LIMIT} s rank {rank} has been writing {file}"]
@@ -45,7 +45,7 @@ def test_a_write_that_hangs_is_named_within_the_limit(ranks, data, tmp_path, ran
 
 @pytest.mark.slow
 def test_a_rank_that_stands_still_while_others_save_is_named(ranks, data, tmp_path):
-    pids = ranks.start(2, job(data, tmp_path, True), tmp_path / "output")
+    pids = ranks.start(2, job(data, tmp_path, overlap=True), tmp_path / "output")
     end = time.monotonic() + 60
     while not any((tmp_path / "states").glob(".partial-*")) and time.monotonic() < end:
         time.sleep(0.001)
