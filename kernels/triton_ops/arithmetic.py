@@ -5,11 +5,29 @@ Formulas: `kernels/mix.py`, `kernels/random.py`, `kernels/quantise.py`. Format n
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 FP32, FP16, BF16, INT8, INT4, INT2 = (tl.constexpr(number) for number in range(6))
+
+
+class Cells(NamedTuple):
+    """The cells of a tile in a kernel: column int32 [1, COLUMNS], known [ROWS, 1] its rows, mask [ROWS, COLUMNS]."""
+
+    column: object
+    known: object
+    mask: object
+
+
+class Stored(NamedTuple):
+    """How values are stored, as a constant of kernels: a place in FORMATS, its bits, whether rounded to nearest."""
+
+    format: int
+    bits: int
+    nearest: bool
 
 
 @triton.jit
@@ -136,57 +154,47 @@ def load_values(address, column, mask, step, FORMAT: tl.constexpr, BITS: tl.cons
 
 
 @triton.jit
-def store_values(
-    address,
-    column,
-    mask,
-    x,
-    step,
-    key,
-    first_lot,
-    FORMAT: tl.constexpr,
-    BITS: tl.constexpr,
-    NEAREST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Write a tile x [ROWS, COLUMNS] of float32 into rows; address [ROWS, 1], column [1, COLUMNS], mask of both.
+def store_values(address, cells, x, step, key, first_lot, STORED: tl.constexpr):
+    """Write a tile x [ROWS, COLUMNS] of float32 into rows at addresses [ROWS, 1].
 
     key uint64 [ROWS, 1] and columns counted from first_lot give the random draws.
     """
-    if FORMAT == FP32:
+    column, mask = cells.column, cells.mask
+    if STORED.format == FP32:
         tl.store((address + column * 4).to(tl.pointer_type(tl.float32)), x, mask=mask)
     else:
-        lots = x if NEAREST else lot(key, column + first_lot)
-        if FORMAT == FP16:
-            half = to_grid(x, lots, NEAREST, FORMAT).to(tl.float16)
+        lots = x if STORED.nearest else lot(key, column + first_lot)
+        if STORED.format == FP16:
+            half = to_grid(x, lots, STORED.nearest, STORED.format).to(tl.float16)
             tl.store((address + column * 2).to(tl.pointer_type(tl.float16)), half, mask=mask)
-        elif FORMAT == BF16:
-            half = (to_grid(x, lots, NEAREST, FORMAT).to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
+        elif STORED.format == BF16:
+            half = (to_grid(x, lots, STORED.nearest, STORED.format).to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
             tl.store((address + column * 2).to(tl.pointer_type(tl.uint16)), half, mask=mask)
         else:
-            code = to_code(tl.div_rn(x, step + tl.zeros_like(x)), lots, NEAREST, BITS).to(tl.int32)
-            if FORMAT == INT8:
+            code = to_code(tl.div_rn(x, step + tl.zeros_like(x)), lots, STORED.nearest, STORED.bits).to(tl.int32)
+            if STORED.format == INT8:
                 tl.store((address + column).to(tl.pointer_type(tl.int8)), code.to(tl.int8), mask=mask)
             else:
-                store_codes(address, mask, code, BITS, ROWS, COLUMNS)
+                store_codes(address, mask, code, STORED.bits)
 
 
 @triton.jit
-def store_codes(address, mask, code, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def store_codes(address, mask, code, BITS: tl.constexpr):
     """Put several codes into each byte; unused bits of the last byte are zero."""
     per_byte: tl.constexpr = 8 // BITS
-    width: tl.constexpr = COLUMNS // per_byte
+    rows: tl.constexpr = code.shape[0]
+    columns: tl.constexpr = code.shape[1]
+    width: tl.constexpr = columns // per_byte
     code = tl.where(mask, code & ((1 << BITS) - 1), 0)
-    place = tl.arange(0, COLUMNS)[None, :] % per_byte
-    byte = tl.sum(tl.reshape(code << (place * BITS), [ROWS, width, per_byte]), axis=2)
-    used = tl.max(tl.reshape(mask.to(tl.int32), [ROWS, width, per_byte]), axis=2) > 0
+    place = tl.arange(0, columns)[None, :] % per_byte
+    byte = tl.sum(tl.reshape(code << (place * BITS), [rows, width, per_byte]), axis=2)
+    used = tl.max(tl.reshape(mask.to(tl.int32), [rows, width, per_byte]), axis=2) > 0
     at = address + tl.arange(0, width)[None, :]
     tl.store(at.to(tl.pointer_type(tl.uint8)), byte.to(tl.uint8), mask=used)
 
 
 @triton.jit
-def address_of(bases, rows, known, SHIFT: tl.constexpr, BYTES: tl.constexpr):
-    """Return addresses (int64) of rows of BYTES bytes in chunks of 2^SHIFT rows."""
-    base = tl.load(bases + (rows >> SHIFT), mask=known, other=0)
-    return tl.multiple_of(base, 16) + (rows & ((1 << SHIFT) - 1)) * BYTES
+def address_of(bases, rows, known, CHUNK: tl.constexpr):
+    """Return addresses (int64) of rows in chunks."""
+    base = tl.load(bases + (rows >> CHUNK.shift), mask=known, other=0)
+    return tl.multiple_of(base, 16) + (rows & ((1 << CHUNK.shift) - 1)) * CHUNK.bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import triton.language as tl
 from torch import Tensor
@@ -13,40 +14,42 @@ from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
 from tessera.kernels.triton_ops.rows import place_of
 
 
+class _Given(NamedTuple):
+    bases: Tensor
+    rows: Tensor
+    ids: Tensor
+    note: Tensor
+    offset: float
+    scale: float
+    state: float
+
+
 @kernel
 def _init_kernel(
-    rows,
-    ids,
-    bases,
-    note,
+    given,
     count,
     total,
     stream,
-    offset,
-    scale,
-    state,
     DRAW: tl.constexpr,  # 0: the constant, 1: uniform, 2: normal
-    SHIFT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
+    at = tl.program_id(0).to(tl.int64) * TILE.rows + tl.arange(0, TILE.rows)
+    column = tl.arange(0, TILE.columns)[None, :]
     inside = at < count
-    row = tl.load(rows + at, mask=inside, other=-1)
-    known = known_rows(row, inside, total, note)
-    address = arithmetic.address_of(bases, row, known, SHIFT, WIDTH * 4)[:, None]
+    row = tl.load(given.rows + at, mask=inside, other=-1)
+    known = known_rows(row, inside, total, given.note)
+    address = arithmetic.address_of(given.bases, row, known, CHUNK)[:, None]
     first = address.to(tl.pointer_type(tl.float32))
-    value = tl.zeros([ROWS, COLUMNS], tl.float32) + offset
+    value = tl.zeros([TILE.rows, TILE.columns], tl.float32) + given.offset
     if DRAW > 0:
-        key = arithmetic.row_key(stream, tl.load(ids + at, mask=inside, other=0))[:, None]
+        key = arithmetic.row_key(stream, tl.load(given.ids + at, mask=inside, other=0))[:, None]
         drawn = arithmetic.normal(key, column) if DRAW == 2 else arithmetic.uniform(key, column)
-        value = offset + scale * drawn
-    tl.store(first + column, value, mask=known[:, None] & (column < DIM))
-    start = tl.zeros([ROWS, COLUMNS], tl.float32) + state
-    for begin in range(DIM, WIDTH, COLUMNS):
+        value = given.offset + given.scale * drawn
+    tl.store(first + column, value, mask=known[:, None] & (column < TILE.dim))
+    start = tl.zeros([TILE.rows, TILE.columns], tl.float32) + given.state
+    WIDTH: tl.constexpr = CHUNK.bytes // 4
+    for begin in range(TILE.dim, WIDTH, TILE.columns):
         tl.store(first + begin + column, start, mask=known[:, None] & (begin + column < WIDTH))
 
 
@@ -61,27 +64,18 @@ def init_rows(
 ) -> None:
     offset, scale, state = numbers
     place = place_of(chunks, rows.device)
-    rows = rows.contiguous()
-    height, width = tile(dim)
+    rows, note = rows.contiguous(), note_of(rows.device, place.total)
+    shape = tile(dim)
     launch(
         _init_kernel,
-        -(-rows.numel() // height),
-        rows,
-        ids.contiguous(),
-        place.bases,
-        note_of(rows.device, place.total),
+        -(-rows.numel() // shape.rows),
+        _Given(place.bases, rows, ids.contiguous(), note, float(offset), float(scale), float(state)),
         rows.numel(),
         place.total,
         stream,
-        float(offset),
-        float(scale),
-        float(state),
         DRAW=0 if scale == 0 else 1 + (distribution == "normal"),
-        SHIFT=place.shift,
-        WIDTH=place.bytes // 4,
-        DIM=dim,
-        ROWS=height,
-        COLUMNS=width,
-        warps=warps_of(height * width),
+        CHUNK=place.chunk,
+        TILE=shape,
+        warps=warps_of(shape),
     )
     check_interpreted(rows.device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,10 +34,18 @@ kernel = triton.jit(
 recorder: Callable[[object, tuple[object, ...], dict[str, object]], None] | None = None
 
 
-def tile(dim: int, least: int = 1) -> tuple[int, int]:
-    """Return (rows, columns) of a tile for rows of `dim` values: powers of two, columns at least dim and `least`."""
+class Tile(NamedTuple):
+    """What one program of a kernel works on, as a constant of it: rows of `dim` values, held in powers of two."""
+
+    dim: int
+    rows: int
+    columns: int
+
+
+def tile(dim: int, least: int = 1) -> Tile:
+    """Return a tile for rows of `dim` values; its columns are at least `least`."""
     columns = max(least, triton.next_power_of_2(dim))
-    return max(1, _SPREAD // columns), columns
+    return Tile(dim, max(1, _SPREAD // columns), columns)
 
 
 def block() -> int:
@@ -44,23 +53,28 @@ def block() -> int:
     return 1 << 14 if INTERPRETED else 256
 
 
-def warps_of(elements: int) -> int:
-    """Return the number of warps of a program that works on a tile of so many elements.
+def warps_of(tile: Tile) -> int:
+    """Return the number of warps of a program that works on a tile.
 
     A program that changes rows in place has one warp: a value that belongs to a whole row is held by every warp, and
     one warp could write it before another has read it.
     """
-    return max(1, min(8, elements // 128))
+    return max(1, min(8, tile.rows * tile.columns // 128))
 
 
 def launch(function, programs: int, *arguments: object, warps: int = 4, **constants: object) -> None:
-    """Start `programs` programs of a kernel. The first argument is a tensor: its device is where they run."""
+    """Start `programs` programs of a kernel. They run where its tensors are.
+
+    Pointers and floats that travel together come as a named tuple, and so do constants. No field is called `values`,
+    `type` or `index`, which Triton's own tuples have. Integers come alone: Triton
+    would compile anew for a 1 in a tuple, whatever `kernel` says.
+    """
     if programs == 0:
         return
     if recorder is not None:
         recorder(function, arguments, constants | {"num_warps": warps})
         return
-    first = arguments[0]
+    first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
     assert isinstance(first, Tensor), first
     with _device(first):
         function[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)

@@ -8,89 +8,44 @@ import triton.language as tl
 from torch import Tensor
 
 from tessera.kernels.layout import RowLayout
-from tessera.kernels.optimizers import OptimizerSettings
 from tessera.kernels.triton_ops import arithmetic
 from tessera.kernels.triton_ops.faults import check_interpreted, known_rows, note_of
-from tessera.kernels.triton_ops.launch import kernel, launch, tile
+from tessera.kernels.triton_ops.launch import kernel, launch
 from tessera.kernels.triton_ops.merge import merge, merged
-from tessera.kernels.triton_ops.optimizers import numbers, step
-from tessera.kernels.triton_ops.packed import merge_constants, step_constants
+from tessera.kernels.triton_ops.optimizers import Step, numbers, step
+from tessera.kernels.triton_ops.packed import RowsToUpdate, update_plan
 from tessera.kernels.triton_ops.rows import place_of
 
 
 @kernel
-def _learn_kernel(
-    bases,
-    rows,
-    ids,
-    held,
-    note,
-    grads,
-    order,
-    begins,
-    ends,
-    sums,
-    count,
-    total,
-    scale,
-    stream,
-    hyper,
-    DIRECT: tl.constexpr,
-    LONG: tl.constexpr,
-    PIECE: tl.constexpr,
-    KIND: tl.constexpr,
-    NEAREST: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BITS: tl.constexpr,
-    VALUES_AT: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BYTES: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
+def _learn_kernel(given, grads, count, total, stream, hyper, PLAN: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * PLAN.tile.rows + tl.arange(0, PLAN.tile.rows)
+    column = tl.arange(0, PLAN.tile.columns)[None, :]
     inside = at < count
-    row = tl.load(rows + at, mask=inside, other=-1)
-    is_known = known_rows(row, inside, total, note)
-    g = merged(grads, order, begins, ends, sums, at, is_known, note, DIRECT, LONG, PIECE, DIM, ROWS, COLUMNS)
-    address = arithmetic.address_of(bases, row, is_known, SHIFT, BYTES)[:, None]
+    row = tl.load(given.rows + at, mask=inside, other=-1)
+    is_known = known_rows(row, inside, total, given.note)
+    g = merged(grads, at, is_known, PLAN.sum, PLAN.tile)
+    address = arithmetic.address_of(given.bases, row, is_known, PLAN.chunk)[:, None]
     known = is_known[:, None]
-    mask = known & (column < DIM)
-    w = tl.load(held + at[:, None] * DIM + column, mask=mask, other=0.0)
+    cells = arithmetic.Cells(column, known, known & (column < PLAN.tile.dim))
+    w = tl.load(given.held + at[:, None] * PLAN.tile.dim + column, mask=cells.mask, other=0.0)
     pointer = address.to(tl.pointer_type(tl.float32))
     size = tl.load(pointer, mask=known, other=1.0)
-    high: tl.constexpr = (1 << (BITS - 1)) - 1
+    high: tl.constexpr = (1 << (PLAN.stored.bits - 1)) - 1
     low: tl.constexpr = -high - 1
     x = tl.div_rn(w, size + tl.zeros_like(w))
     inner = tl.minimum(tl.maximum(x, low * 1.0), high * 1.0)
     slope = tl.where(x <= low, low * 1.0, tl.where(x >= high, high * 1.0, arithmetic.nearest(inner) - inner))
-    slope = scale * tl.sum(tl.where(mask, g * slope, 0.0), axis=1, keep_dims=True)
-    # The optimizer on scales [ROWS, 1], whose state is at byte 4.
-    zero = tl.zeros_like(address).to(tl.int32)
-    new = step(
-        size,
-        slope,
-        address + 4,
-        address,
-        zero,
-        known,
-        known,
-        size,
-        hyper,
-        KIND,
-        DIM=1,
-        HALF_MOMENTS=False,
-        ROWS=1,
-        COLUMNS=1,
-    )
+    slope = hyper.gradient_scale * tl.sum(tl.where(cells.mask, g * slope, 0.0), axis=1, keep_dims=True)
+    # The optimizer on scales [ROWS, 1].
+    scales = arithmetic.Cells(tl.zeros_like(address).to(tl.int32), known, known)
+    new = step(size, slope, address, scales, size, hyper, PLAN.step)
     new = tl.maximum(new, 0.5 * size)  # a scale stays above zero
     tl.store(pointer, new, mask=known)
-    key = tl.full([ROWS, 1], 0, tl.uint64)
-    if not NEAREST:
-        key = arithmetic.row_key(stream, tl.load(ids + at, mask=inside, other=0))[:, None]
-    arithmetic.store_values(address + VALUES_AT, column, mask, w, new, key, 0, FORMAT, BITS, NEAREST, ROWS, COLUMNS)
+    key = tl.full([PLAN.tile.rows, 1], 0, tl.uint64)
+    if not PLAN.stored.nearest:
+        key = arithmetic.row_key(stream, tl.load(given.ids + at, mask=inside, other=0))[:, None]
+    arithmetic.store_values(address + PLAN.values_at, cells, w, new, key, 0, PLAN.stored)
 
 
 def packed_learn_steps(
@@ -107,26 +62,19 @@ def packed_learn_steps(
     place, where = place_of(chunks, rows.device), RowLayout(*layout)
     rows, ids, count = rows.contiguous(), ids.contiguous(), rows.numel()
     note = note_of(rows.device, place.total, count)
-    given = merge(grads, inverse, count, note)
-    height, width = tile(where.dim, least=4)
+    gradients = merge(grads, inverse, count, note)
+    of_scales = Step(where.optimizer_number, dim=1, state_at=4, moments_at=0, half_moments=False)
+    plan = update_plan(place, where, gradients.how, of_scales)
     launch(
         _learn_kernel,
-        -(-count // height),
-        place.bases,
-        rows,
-        ids,
-        held,
-        note,
-        *given[:5],
+        -(-count // plan.tile.rows),
+        RowsToUpdate(place.bases, rows, ids, held, note),
+        gradients.grads,
         count,
         place.total,
-        float(OptimizerSettings(*settings).gradient_scale),
         stream,
         numbers(settings),
-        **merge_constants(given),
-        **step_constants(place, where),
-        ROWS=height,
-        COLUMNS=width,
+        PLAN=plan,
         warps=1,
     )
     check_interpreted(rows.device)

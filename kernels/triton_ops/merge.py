@@ -21,7 +21,7 @@ PIECE = 64
 TURN = tl.constexpr(4)  # gradients asked for before the first is added
 
 
-class Merge(NamedTuple):
+class Gradients(NamedTuple):
     """grads float32 [n, dim]; of row r the positions order[begins[r]:begins[r + 1]], or, where there are more than
     PIECE, the sums [ends[r - 1], ends[r]). Without an inverse only grads is used."""
 
@@ -30,36 +30,36 @@ class Merge(NamedTuple):
     begins: Tensor
     ends: Tensor
     sums: Tensor
+
+
+class Summing(NamedTuple):
+    """How gradients are summed, as a constant of kernels."""
+
     direct: bool  # no inverse: gradient r belongs to row r
-    long: bool  # there may be rows of more than PIECE positions
+    long: bool  # there may be rows of more than `piece` positions
+    piece: int = PIECE
+
+
+class Merge(NamedTuple):
+    """Gradients by row, and how they are summed."""
+
+    grads: Gradients
+    how: Summing
 
 
 @kernel
-def _piece_kernel(
-    sums,
-    grads,
-    order,
-    begins,
-    ends,
-    owners,
-    count,
-    pieces,
-    PIECE: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    piece = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+def _piece_kernel(given, owners, count, pieces, PIECE: tl.constexpr, TILE: tl.constexpr):
+    piece = tl.program_id(0).to(tl.int64) * TILE.rows + tl.arange(0, TILE.rows)
     owner = tl.load(owners + piece, mask=piece < pieces, other=count)
     inside = owner < count
-    first = tl.load(begins + owner, mask=inside, other=0)
-    last = tl.load(begins + owner + 1, mask=inside, other=0)
-    number = piece - (tl.load(ends + owner, mask=inside, other=0) - (last - first + PIECE - 1) // PIECE)
+    first = tl.load(given.begins + owner, mask=inside, other=0)
+    last = tl.load(given.begins + owner + 1, mask=inside, other=0)
+    number = piece - (tl.load(given.ends + owner, mask=inside, other=0) - (last - first + PIECE - 1) // PIECE)
     begin = tl.where(inside, first + number * PIECE, 0)  # within the positions, for loads without a mask
     length = tl.where(inside, tl.minimum(last - begin, PIECE), 0)
-    total = _summed(grads, order, begin, length, ORDERED=True, DIM=DIM, ROWS=ROWS, COLUMNS=COLUMNS)
-    column = tl.arange(0, COLUMNS)[None, :]
-    tl.store(sums + piece[:, None] * DIM + column, total, mask=inside[:, None] & (column < DIM))
+    total = _summed(given.grads, given.order, begin, length, ORDERED=True, TILE=TILE)
+    column = tl.arange(0, TILE.columns)[None, :]
+    tl.store(given.sums + piece[:, None] * TILE.dim + column, total, mask=inside[:, None] & (column < TILE.dim))
 
 
 @triton.jit
@@ -69,13 +69,11 @@ def _summed(
     begin,
     length,
     ORDERED: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Sum rows of `source`: [begin, begin + length), or what `order` has there; begin and length int64 [ROWS]."""
-    column = tl.arange(0, COLUMNS)[None, :]
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    column = tl.arange(0, TILE.columns)[None, :]
+    total = tl.zeros([TILE.rows, TILE.columns], tl.float32)
     for j in range(0, tl.max(length, axis=0), TURN):
         for k in tl.static_range(TURN):
             # Beyond the end the last one is read again and not added: a load without a mask. So begin must be a
@@ -83,41 +81,27 @@ def _summed(
             at = tl.maximum(begin + tl.minimum(j + k, length - 1), 0)
             if ORDERED:
                 at = tl.load(order + at)
-            mask = (j + k < length)[:, None] & (column < DIM)
-            total += tl.load(source + at[:, None] * DIM + column, mask=mask, other=0.0)
+            mask = (j + k < length)[:, None] & (column < TILE.dim)
+            total += tl.load(source + at[:, None] * TILE.dim + column, mask=mask, other=0.0)
     return total
 
 
 @triton.jit
-def merged(
-    grads,
-    order,
-    begins,
-    ends,
-    sums,
-    row,
-    inside,
-    note,
-    DIRECT: tl.constexpr,
-    LONG: tl.constexpr,
-    PIECE: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def merged(given, row, inside, SUM: tl.constexpr, TILE: tl.constexpr):
     """Return the merged gradients of places `row` [ROWS] among the batch's rows: float32 [ROWS, COLUMNS]."""
-    column = tl.arange(0, COLUMNS)[None, :]
-    if DIRECT:
-        return tl.load(grads + row[:, None] * DIM + column, mask=inside[:, None] & (column < DIM), other=0.0)
-    begin = tl.load(begins + row, mask=inside, other=0)
-    length = tl.load(begins + row + 1, mask=inside, other=0) - begin
-    if not LONG:
-        return _summed(grads, order, begin, length, ORDERED=True, DIM=DIM, ROWS=ROWS, COLUMNS=COLUMNS)
-    long = length > PIECE
-    pieces = tl.where(long, (length + PIECE - 1) // PIECE, 0)
-    first = tl.load(ends + row, mask=inside, other=0) - pieces
-    total = _summed(grads, order, begin, tl.where(long, 0, length), ORDERED=True, DIM=DIM, ROWS=ROWS, COLUMNS=COLUMNS)
-    return total + _summed(sums, order, first, pieces, ORDERED=False, DIM=DIM, ROWS=ROWS, COLUMNS=COLUMNS)
+    column = tl.arange(0, TILE.columns)[None, :]
+    if SUM.direct:
+        mask = inside[:, None] & (column < TILE.dim)
+        return tl.load(given.grads + row[:, None] * TILE.dim + column, mask=mask, other=0.0)
+    begin = tl.load(given.begins + row, mask=inside, other=0)
+    length = tl.load(given.begins + row + 1, mask=inside, other=0) - begin
+    if not SUM.long:
+        return _summed(given.grads, given.order, begin, length, ORDERED=True, TILE=TILE)
+    long = length > SUM.piece
+    pieces = tl.where(long, (length + SUM.piece - 1) // SUM.piece, 0)
+    first = tl.load(given.ends + row, mask=inside, other=0) - pieces
+    total = _summed(given.grads, given.order, begin, tl.where(long, 0, length), ORDERED=True, TILE=TILE)
+    return total + _summed(given.sums, given.order, first, pieces, ORDERED=False, TILE=TILE)
 
 
 @kernel
@@ -133,34 +117,29 @@ def merge(grads: Tensor, inverse: Tensor | None, count: int, note: Tensor) -> Me
     n, dim = grads.shape
     if inverse is None or n == 0 or count == 0:
         none = grads if inverse is None else grads.new_zeros((count, dim))
-        return Merge(none, note, note, note, none, direct=True, long=False)
+        return Merge(Gradients(none, note, note, note, none), Summing(direct=True, long=False))
     # Half the bytes of int64 are half the passes of the sort; what is out of range stays so.
     ordered, order = torch.sort(inverse.clamp(-1, count).to(torch.int32), stable=True)
     begins = torch.searchsorted(ordered, torch.arange(count + 1, dtype=torch.int32, device=grads.device))
     launch(_check_kernel, 1, ordered, note, n, count, warps=1)
     if n <= PIECE:
-        return Merge(grads, order, begins, begins, grads, direct=False, long=False)
+        return Merge(Gradients(grads, order, begins, begins, grads), Summing(direct=False, long=False))
     lengths = begins.diff()
     ends = torch.where(lengths > PIECE, (lengths + (PIECE - 1)) // PIECE, 0).cumsum(0)
     pieces = 2 * n // PIECE  # at most: more than PIECE positions make fewer than 2 / PIECE pieces each
     owners = torch.searchsorted(ends, torch.arange(pieces, device=grads.device), right=True)
     sums = torch.empty((pieces, dim), device=grads.device)
-    height, width = tile(dim)
+    given = Gradients(grads, order, begins, ends, sums)
+    shape = tile(dim)
     launch(
         _piece_kernel,
-        -(-pieces // height),
-        sums,
-        grads,
-        order,
-        begins,
-        ends,
+        -(-pieces // shape.rows),
+        given,
         owners,
         count,
         pieces,
         PIECE=PIECE,
-        DIM=dim,
-        ROWS=height,
-        COLUMNS=width,
-        warps=warps_of(height * width),
+        TILE=shape,
+        warps=warps_of(shape),
     )
-    return Merge(grads, order, begins, ends, sums, direct=False, long=True)
+    return Merge(given, Summing(direct=False, long=True))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from tessera.kernels.triton_ops.arithmetic import BF16, load_values, store_values
+from tessera.kernels.triton_ops.arithmetic import BF16, Stored, load_values, store_values
 
 # Places in OPTIMIZERS of `kernels/optimizers.py`.
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, FTRL = (tl.constexpr(number) for number in range(5))
@@ -38,11 +38,12 @@ class Numbers(NamedTuple):
     l1: float
     l2: float
     start: float
+    gradient_scale: float
 
 
 def numbers(settings: Sequence[float]) -> Numbers:
     """Return the settings, those of `OptimizerSettings`, as kernels take them."""
-    rate, decay, eps, beta1, beta2, beta, l1, l2, _ = (float(number) for number in settings)
+    rate, decay, eps, beta1, beta2, beta, l1, l2, gradient_scale = (float(number) for number in settings)
     start = beta / rate + l2 if rate else math.inf
     pairs = [_pair(rate), *(_pair(math.log(b) if b > 0 else -math.inf) for b in (beta1, beta2))]
     (high, low), (high1, low1), (high2, low2) = pairs
@@ -62,6 +63,7 @@ def numbers(settings: Sequence[float]) -> Numbers:
         l1=l1,
         l2=l2,
         start=start,
+        gradient_scale=gradient_scale,
     )
 
 
@@ -72,37 +74,34 @@ def _pair(number: float) -> tuple[float, float]:
     return high, number - high
 
 
+class Step(NamedTuple):
+    """How rows are stepped, as a constant of kernels: a place in OPTIMIZERS, values of a row, bytes from its begin at
+    which its state and its moments in bfloat16 are, if it has such."""
+
+    optimizer: int
+    dim: int
+    state_at: int
+    moments_at: int
+    half_moments: bool
+
+
 @triton.jit
-def step(
-    w,
-    g,
-    state,
-    moments,
-    column,
-    known,
-    mask,
-    lots_key,
-    n,
-    KIND: tl.constexpr,
-    DIM: tl.constexpr,
-    HALF_MOMENTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Apply one optimizer step; returns the new w. n: `Numbers`. known [ROWS, 1], mask [ROWS, COLUMNS]."""
-    g = tl.where(mask, g + n.decay * w, 0.0)
-    if KIND == SGD:
+def step(w, g, address, cells, lots_key, n, STEP: tl.constexpr):
+    """Apply one optimizer step to rows at addresses; returns the new w. cells: `Cells`; n: `Numbers`."""
+    g = tl.where(cells.mask, g + n.decay * w, 0.0)
+    state = address + STEP.state_at
+    if STEP.optimizer == SGD:
         return w - n.rate * g
-    elif KIND == ADAGRAD:
-        return adagrad(w, g, state, column, mask, n)
-    elif KIND == ROWWISE_ADAGRAD:
-        return rowwise_adagrad(w, g, state, known, n, DIM)
-    elif KIND == ADAM:
-        if HALF_MOMENTS:
-            return adam_half(w, g, state, moments, column, known, mask, lots_key, n, DIM, ROWS, COLUMNS)
-        return adam(w, g, state, column, known, mask, n, DIM)
+    elif STEP.optimizer == ADAGRAD:
+        return adagrad(w, g, state, cells, n)
+    elif STEP.optimizer == ROWWISE_ADAGRAD:
+        return rowwise_adagrad(w, g, state, cells.known, n, STEP.dim)
+    elif STEP.optimizer == ADAM:
+        if STEP.half_moments:
+            return adam_half(w, g, address, cells, lots_key, n, STEP)
+        return adam(w, g, state, cells, n, STEP.dim)
     else:
-        return ftrl(w, g, state, column, mask, n, DIM)
+        return ftrl(w, g, state, cells, n, STEP.dim)
 
 
 @triton.jit
@@ -116,7 +115,8 @@ def root(x):
 
 
 @triton.jit
-def adagrad(w, g, state, column, mask, n):
+def adagrad(w, g, state, cells, n):
+    column, mask = cells.column, cells.mask
     at = floats(state + column * 4)
     s = tl.load(at, mask=mask, other=0.0) + g * g
     tl.store(at, s, mask=mask)
@@ -155,37 +155,37 @@ def adam_values(w, g, m, v, t, n):
 
 
 @triton.jit
-def adam(w, g, state, column, known, mask, n, DIM: tl.constexpr):
+def adam(w, g, state, cells, n, DIM: tl.constexpr):
+    column, mask = cells.column, cells.mask
     at_m, at_v, at_t = floats(state + column * 4), floats(state + (column + DIM) * 4), floats(state + 8 * DIM)
-    t = tl.load(at_t, mask=known, other=0.0) + 1.0
+    t = tl.load(at_t, mask=cells.known, other=0.0) + 1.0
     m, v = tl.load(at_m, mask=mask, other=0.0), tl.load(at_v, mask=mask, other=0.0)
     w, m, v = adam_values(w, g, m, v, t, n)
-    tl.store(at_t, t, mask=known)
+    tl.store(at_t, t, mask=cells.known)
     tl.store(at_m, m, mask=mask)
     tl.store(at_v, v, mask=mask)
     return w
 
 
 @triton.jit
-def adam_half(
-    w, g, state, moments, column, known, mask, key, n, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def adam_half(w, g, address, cells, key, n, STEP: tl.constexpr):
     """Moments in bfloat16, always rounded stochastically; the state is the count of steps alone."""
-    t = tl.load(floats(state), mask=known, other=0.0) + 1.0
-    m = load_values(moments, column, mask, 1.0, BF16, 16)
-    v = load_values(moments + 2 * DIM, column, mask, 1.0, BF16, 16)
+    steps, at_m = floats(address + STEP.state_at), address + STEP.moments_at
+    at_v = at_m + 2 * STEP.dim
+    t = tl.load(steps, mask=cells.known, other=0.0) + 1.0
+    m = load_values(at_m, cells.column, cells.mask, 1.0, BF16, 16)
+    v = load_values(at_v, cells.column, cells.mask, 1.0, BF16, 16)
     w, m, v = adam_values(w, g, m, v, t, n)
-    tl.store(floats(state), t, mask=known)
-    # The values take the first DIM random draws.
-    store_values(moments, column, mask, m, 1.0, key, DIM, BF16, 16, NEAREST=False, ROWS=ROWS, COLUMNS=COLUMNS)
-    store_values(
-        moments + 2 * DIM, column, mask, v, 1.0, key, 2 * DIM, BF16, 16, NEAREST=False, ROWS=ROWS, COLUMNS=COLUMNS
-    )
+    tl.store(steps, t, mask=cells.known)
+    # The values take the first `dim` random draws.
+    store_values(at_m, cells, m, 1.0, key, STEP.dim, Stored(BF16, 16, nearest=False))
+    store_values(at_v, cells, v, 1.0, key, 2 * STEP.dim, Stored(BF16, 16, nearest=False))
     return w
 
 
 @triton.jit
-def ftrl(w, g, state, column, mask, n, DIM: tl.constexpr):
+def ftrl(w, g, state, cells, n, DIM: tl.constexpr):
+    column, mask = cells.column, cells.mask
     at_z, at_n = floats(state + column * 4), floats(state + (column + DIM) * 4)
     z, squares = tl.load(at_z, mask=mask, other=0.0), tl.load(at_n, mask=mask, other=0.0)
     sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))

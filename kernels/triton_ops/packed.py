@@ -7,6 +7,7 @@ One set of kernels for packed rows and for plain float32 rows, which differ in w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -15,56 +16,58 @@ from torch import Tensor
 from tessera.kernels.formats import BITS
 from tessera.kernels.layout import RowLayout
 from tessera.kernels.triton_ops import arithmetic
+from tessera.kernels.triton_ops.arithmetic import Stored
 from tessera.kernels.triton_ops.faults import check_interpreted, known_rows, note_of
 from tessera.kernels.triton_ops.gather import rows_at
-from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
-from tessera.kernels.triton_ops.merge import PIECE, Merge, merge, merged
-from tessera.kernels.triton_ops.optimizers import numbers, step
-from tessera.kernels.triton_ops.rows import Place, place_of
+from tessera.kernels.triton_ops.launch import Tile, kernel, launch, tile, warps_of
+from tessera.kernels.triton_ops.merge import Summing, merge, merged
+from tessera.kernels.triton_ops.optimizers import Step, numbers, step
+from tessera.kernels.triton_ops.rows import Chunk, Place, place_of
+
+
+class _Read(NamedTuple):
+    out: Tensor
+    bases: Tensor
+    rows: Tensor
+    inverse: Tensor
+    held: Tensor
+    note: Tensor
+
+
+class _ReadPlan(NamedTuple):
+    has_inverse: bool
+    ahead: bool  # round `held` instead of reading values
+    stored: Stored
+    values_at: int
+    chunk: Chunk
+    tile: Tile
 
 
 @kernel
-def _read_kernel(
-    out,
-    bases,
-    rows,
-    inverse,
-    held,
-    note,
-    positions,
-    count,
-    total,
-    HAS_INVERSE: tl.constexpr,
-    AHEAD: tl.constexpr,  # round `held` instead of reading values
-    FORMAT: tl.constexpr,
-    BITS: tl.constexpr,
-    VALUES_AT: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BYTES: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
+def _read_kernel(given, positions, count, total, PLAN: tl.constexpr):
+    dim: tl.constexpr = PLAN.tile.dim
+    at = tl.program_id(0).to(tl.int64) * PLAN.tile.rows + tl.arange(0, PLAN.tile.rows)
+    column = tl.arange(0, PLAN.tile.columns)[None, :]
     inside = at < positions
-    row = rows_at(rows, inverse, at, inside, count, note, HAS_INVERSE)
-    known = known_rows(row, inside, total, note)
-    address = arithmetic.address_of(bases, row, known, SHIFT, BYTES)[:, None]
-    mask = known[:, None] & (column < DIM)
-    size = tl.full([ROWS, 1], 1.0, tl.float32)
-    if FORMAT >= arithmetic.INT8:
+    row = rows_at(given, at, inside, count, PLAN.has_inverse)
+    known = known_rows(row, inside, total, given.note)
+    address = arithmetic.address_of(given.bases, row, known, PLAN.chunk)[:, None]
+    mask = known[:, None] & (column < dim)
+    size = tl.full([PLAN.tile.rows, 1], 1.0, tl.float32)
+    if PLAN.stored.format >= arithmetic.INT8:
         size = tl.load(address.to(tl.pointer_type(tl.float32)), mask=known[:, None], other=1.0)
-    if AHEAD:
+    if PLAN.ahead:
         place = at
-        if HAS_INVERSE:
-            place = tl.load(inverse + at, mask=known, other=0)
-        x = tl.load(held + place[:, None] * DIM + column, mask=mask, other=0.0)
-        value = size * arithmetic.to_code(tl.div_rn(x, size + tl.zeros_like(x)), x, NEAREST=True, BITS=BITS)
+        if PLAN.has_inverse:
+            place = tl.load(given.inverse + at, mask=known, other=0)
+        x = tl.load(given.held + place[:, None] * dim + column, mask=mask, other=0.0)
+        code = arithmetic.to_code(tl.div_rn(x, size + tl.zeros_like(x)), x, NEAREST=True, BITS=PLAN.stored.bits)
+        value = size * code
     else:
-        value = arithmetic.load_values(address + VALUES_AT, column, mask, size, FORMAT, BITS)
+        address += PLAN.values_at
+        value = arithmetic.load_values(address, column, mask, size, PLAN.stored.format, PLAN.stored.bits)
     value = tl.where(mask, value, 0.0)
-    tl.store(out + at[:, None] * DIM + column, value, mask=inside[:, None] & (column < DIM))
+    tl.store(given.out + at[:, None] * dim + column, value, mask=inside[:, None] & (column < dim))
 
 
 def packed_gather(chunks: Sequence[Tensor], rows: Tensor, layout: Sequence[int], inverse: Tensor | None) -> Tensor:
@@ -84,93 +87,77 @@ def _read(
     rows, dim = rows.contiguous(), layout.dim
     count = rows.numel() if inverse is None else inverse.numel()
     out = torch.empty((count, dim), device=rows.device)
-    height, width = tile(dim, least=4)
-    launch(
-        _read_kernel,
-        -(-count // height),
+    given = _Read(
         out,
         place.bases,
         rows,
         rows if inverse is None else inverse.contiguous(),
         out if held is None else held,
         note_of(rows.device, place.total, rows.numel()),
+    )
+    shape, stored = tile(dim, least=4), Stored(layout.format_number, BITS[layout.format], nearest=True)
+    launch(
+        _read_kernel,
+        -(-count // shape.rows),
+        given,
         count,
         rows.numel(),
         place.total,
-        HAS_INVERSE=inverse is not None,
-        AHEAD=held is not None,
-        FORMAT=layout.format_number,
-        BITS=BITS[layout.format],
-        VALUES_AT=layout.values_at,
-        SHIFT=place.shift,
-        BYTES=place.bytes,
-        DIM=dim,
-        ROWS=height,
-        COLUMNS=width,
-        warps=warps_of(height * width),
+        PLAN=_ReadPlan(inverse is not None, held is not None, stored, layout.values_at, place.chunk, shape),
+        warps=warps_of(shape),
     )
     check_interpreted(rows.device)
     return out
 
 
+class RowsToUpdate(NamedTuple):
+    """What kernels that update rows are given beside gradients. held: float32 values by place in `rows`."""
+
+    bases: Tensor
+    rows: Tensor
+    ids: Tensor
+    held: Tensor
+    note: Tensor
+
+
+class UpdatePlan(NamedTuple):
+    """The constants of kernels that update rows."""
+
+    hold: bool  # write values to `held` instead of into rows
+    sum: Summing
+    step: Step
+    stored: Stored
+    values_at: int
+    chunk: Chunk
+    tile: Tile
+
+
 @kernel
-def _update_kernel(
-    bases,
-    rows,
-    ids,
-    held,
-    note,
-    grads,
-    order,
-    begins,
-    ends,
-    sums,
-    count,
-    total,
-    stream,
-    hyper,
-    DIRECT: tl.constexpr,
-    LONG: tl.constexpr,
-    PIECE: tl.constexpr,
-    KIND: tl.constexpr,
-    HOLD: tl.constexpr,
-    NEAREST: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BITS: tl.constexpr,
-    STATE_AT: tl.constexpr,
-    MOMENTS_AT: tl.constexpr,
-    VALUES_AT: tl.constexpr,
-    HALF_MOMENTS: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BYTES: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
+def _update_kernel(given, grads, count, total, stream, hyper, PLAN: tl.constexpr):
+    dim: tl.constexpr = PLAN.tile.dim
+    at = tl.program_id(0).to(tl.int64) * PLAN.tile.rows + tl.arange(0, PLAN.tile.rows)
+    column = tl.arange(0, PLAN.tile.columns)[None, :]
     inside = at < count
-    row = tl.load(rows + at, mask=inside, other=-1)
-    is_known = known_rows(row, inside, total, note)
-    g = merged(grads, order, begins, ends, sums, at, is_known, note, DIRECT, LONG, PIECE, DIM, ROWS, COLUMNS)
-    address = arithmetic.address_of(bases, row, is_known, SHIFT, BYTES)[:, None]
+    row = tl.load(given.rows + at, mask=inside, other=-1)
+    is_known = known_rows(row, inside, total, given.note)
+    g = merged(grads, at, is_known, PLAN.sum, PLAN.tile)
+    address = arithmetic.address_of(given.bases, row, is_known, PLAN.chunk)[:, None]
     known = is_known[:, None]
-    mask = known & (column < DIM)
-    size = tl.full([ROWS, 1], 1.0, tl.float32)
-    if FORMAT >= arithmetic.INT8:
+    cells = arithmetic.Cells(column, known, known & (column < dim))
+    size = tl.full([PLAN.tile.rows, 1], 1.0, tl.float32)
+    if PLAN.stored.format >= arithmetic.INT8:
         size = tl.load(address.to(tl.pointer_type(tl.float32)), mask=known, other=1.0)
-    key = tl.full([ROWS, 1], 0, tl.uint64)
-    if HALF_MOMENTS or not (NEAREST or FORMAT == arithmetic.FP32):
-        key = arithmetic.row_key(stream, tl.load(ids + at, mask=inside, other=0))[:, None]
-    w = arithmetic.load_values(address + VALUES_AT, column, mask, size, FORMAT, BITS)
-    state, moments = address + STATE_AT, address + MOMENTS_AT
-    w = step(w, g, state, moments, column, known, mask, key, hyper, KIND, DIM, HALF_MOMENTS, ROWS, COLUMNS)
-    if HOLD:
-        tl.store(held + at[:, None] * DIM + column, tl.where(mask, w, 0.0), mask=inside[:, None] & (column < DIM))
+    key = tl.full([PLAN.tile.rows, 1], 0, tl.uint64)
+    if PLAN.step.half_moments or not (PLAN.stored.nearest or PLAN.stored.format == arithmetic.FP32):
+        key = arithmetic.row_key(stream, tl.load(given.ids + at, mask=inside, other=0))[:, None]
+    values = address + PLAN.values_at
+    w = arithmetic.load_values(values, column, cells.mask, size, PLAN.stored.format, PLAN.stored.bits)
+    w = step(w, g, address, cells, key, hyper, PLAN.step)
+    if PLAN.hold:
+        inside_row = inside[:, None] & (column < dim)
+        tl.store(given.held + at[:, None] * dim + column, tl.where(cells.mask, w, 0.0), mask=inside_row)
     else:
-        arithmetic.store_values(
-            address + VALUES_AT, column, mask, w, size, key, 0, FORMAT, BITS, NEAREST, ROWS, COLUMNS
-        )
+        arithmetic.store_values(values, cells, w, size, key, 0, PLAN.stored)
 
 
 def update(
@@ -198,47 +185,33 @@ def packed_update(
     place, where = place_of(chunks, rows.device), RowLayout(*layout)
     rows, ids, count = rows.contiguous(), ids.contiguous(), rows.numel()
     note = note_of(rows.device, place.total, count)
-    given = merge(grads, inverse, count, note)
-    height, width = tile(where.dim, least=4)
+    gradients = merge(grads, inverse, count, note)
+    of_rows = Step(where.optimizer_number, where.dim, where.state_at, where.moments_at, where.moments > 0)
+    plan = update_plan(place, where, gradients.how, of_rows)._replace(hold=held is not None)
     launch(
         _update_kernel,
-        -(-count // height),
-        place.bases,
-        rows,
-        ids,
-        given.grads if held is None else held,
-        note,
-        *given[:5],
+        -(-count // plan.tile.rows),
+        RowsToUpdate(place.bases, rows, ids, gradients.grads.grads if held is None else held, note),
+        gradients.grads,
         count,
         place.total,
         stream,
         numbers(settings),
-        **merge_constants(given),
-        HOLD=held is not None,
-        STATE_AT=where.state_at,
-        MOMENTS_AT=where.moments_at,
-        HALF_MOMENTS=where.moments > 0,
-        **step_constants(place, where),
-        ROWS=height,
-        COLUMNS=width,
+        PLAN=plan,
         warps=1,
     )
     check_interpreted(rows.device)
 
 
-def step_constants(place: Place, layout: RowLayout) -> dict[str, object]:
-    """Return the constants that both updates of rows are compiled for."""
-    return {
-        "KIND": layout.optimizer_number,
-        "NEAREST": layout.nearest > 0,
-        "FORMAT": layout.format_number,
-        "BITS": BITS[layout.format],
-        "VALUES_AT": layout.values_at,
-        "SHIFT": place.shift,
-        "BYTES": place.bytes,
-        "DIM": layout.dim,
-    }
-
-
-def merge_constants(given: Merge) -> dict[str, object]:
-    return {"DIRECT": given.direct, "LONG": given.long, "PIECE": PIECE}
+def update_plan(place: Place, layout: RowLayout, how: Summing, step: Step) -> UpdatePlan:
+    """Return the constants of a kernel that writes values into rows."""
+    stored = Stored(layout.format_number, BITS[layout.format], layout.nearest > 0)
+    return UpdatePlan(
+        hold=False,
+        sum=how,
+        step=step,
+        stored=stored,
+        values_at=layout.values_at,
+        chunk=place.chunk,
+        tile=tile(layout.dim, least=4),
+    )

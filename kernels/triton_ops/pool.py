@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -11,44 +12,47 @@ from torch import Tensor
 from tessera.kernels.reference.pool import columns_of_groups
 from tessera.kernels.triton_ops.faults import OFFSETS, check_interpreted, known_positions, note_of
 from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
-from tessera.kernels.triton_ops.merge import PIECE, merge, merged
+from tessera.kernels.triton_ops.merge import merge, merged
+
+
+class _Given(NamedTuple):
+    out: Tensor
+    source: Tensor
+    places: Tensor
+    offsets: Tensor
+    weights: Tensor
+    note: Tensor
 
 
 @kernel
 def _pool_kernel(
-    out,
-    values,
-    index,
-    offsets,
-    weights,
-    note,
+    given,
     bags,
     positions,
     count,
     HAS_WEIGHTS: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    bag = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
+    bag = tl.program_id(0).to(tl.int64) * TILE.rows + tl.arange(0, TILE.rows)
+    column = tl.arange(0, TILE.columns)[None, :]
     inside = bag < bags
-    begin = tl.load(offsets + bag, mask=inside, other=0)
-    end = tl.load(offsets + bag + 1, mask=inside, other=0)
+    begin = tl.load(given.offsets + bag, mask=inside, other=0)
+    end = tl.load(given.offsets + bag + 1, mask=inside, other=0)
     good = (begin >= 0) & (begin <= end) & (end <= positions)
-    tl.atomic_max(note + OFFSETS + tl.zeros_like(bag), tl.full([ROWS], 1, tl.int64), mask=inside & ~good, sem="relaxed")
+    one = tl.full([TILE.rows], 1, tl.int64)
+    tl.atomic_max(given.note + OFFSETS + tl.zeros_like(bag), one, mask=inside & ~good, sem="relaxed")
     length = tl.where(good, end - begin, 0)
-    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    sums = tl.zeros([TILE.rows, TILE.columns], tl.float32)
     for j in range(0, tl.max(length, axis=0)):
         within = j < length
-        row = tl.load(index + begin + j, mask=within, other=0)
-        known = known_positions(row, within, count, note)
-        pointer = values + tl.where(known, row, 0)[:, None] * DIM + column
-        value = tl.load(pointer, mask=known[:, None] & (column < DIM), other=0.0)
+        row = tl.load(given.places + begin + j, mask=within, other=0)
+        known = known_positions(row, within, count, given.note)
+        pointer = given.source + tl.where(known, row, 0)[:, None] * TILE.dim + column
+        value = tl.load(pointer, mask=known[:, None] & (column < TILE.dim), other=0.0)
         if HAS_WEIGHTS:
-            value = value * tl.load(weights + begin + j, mask=within, other=0.0)[:, None]
+            value = value * tl.load(given.weights + begin + j, mask=within, other=0.0)[:, None]
         sums = tl.where(within[:, None], sums + value, sums)
-    tl.store(out + bag[:, None] * DIM + column, sums, mask=inside[:, None] & (column < DIM))
+    tl.store(given.out + bag[:, None] * TILE.dim + column, sums, mask=inside[:, None] & (column < TILE.dim))
 
 
 def pool(
@@ -56,51 +60,37 @@ def pool(
 ) -> list[Tensor]:
     (rows, dim), bags = values.shape, offsets.numel() - 1
     out = torch.empty((bags, dim), device=values.device)
-    height, width = tile(dim)
-    launch(
-        _pool_kernel,
-        -(-bags // height),
+    given = _Given(
         out,
         values.contiguous(),
         index.contiguous(),
         offsets.contiguous(),
         out if weights is None else weights.contiguous(),
         note_of(values.device, rows, rows),
+    )
+    shape = tile(dim)
+    launch(
+        _pool_kernel,
+        -(-bags // shape.rows),
+        given,
         bags,
         index.numel(),
         rows,
         HAS_WEIGHTS=weights is not None,
-        DIM=dim,
-        ROWS=height,
-        COLUMNS=width,
-        warps=warps_of(height * width),
+        TILE=shape,
+        warps=warps_of(shape),
     )
     check_interpreted(values.device)
     return columns_of_groups(out, keys, widths)
 
 
 @kernel
-def _merged_kernel(
-    out,
-    grads,
-    order,
-    begins,
-    ends,
-    sums,
-    note,
-    count,
-    DIRECT: tl.constexpr,
-    LONG: tl.constexpr,
-    PIECE: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
+def _merged_kernel(out, given, count, SUM: tl.constexpr, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * TILE.rows + tl.arange(0, TILE.rows)
+    column = tl.arange(0, TILE.columns)[None, :]
     inside = row < count
-    total = merged(grads, order, begins, ends, sums, row, inside, note, DIRECT, LONG, PIECE, DIM, ROWS, COLUMNS)
-    tl.store(out + row[:, None] * DIM + column, total, mask=inside[:, None] & (column < DIM))
+    total = merged(given, row, inside, SUM, TILE)
+    tl.store(out + row[:, None] * TILE.dim + column, total, mask=inside[:, None] & (column < TILE.dim))
 
 
 def pool_backward(grads: Sequence[Tensor], index: Tensor, offsets: Tensor, weights: Tensor | None, rows: int) -> Tensor:
@@ -119,25 +109,16 @@ def pool_backward(grads: Sequence[Tensor], index: Tensor, offsets: Tensor, weigh
     note = note_of(flat.device, rows, rows)
     parts = merge(of_positions, index, rows, note)
     out = torch.empty((rows, dim), device=flat.device)
-    height, width = tile(dim)
+    shape = tile(dim)
     launch(
         _merged_kernel,
-        -(-rows // height),
+        -(-rows // shape.rows),
         out,
         parts.grads,
-        parts.order,
-        parts.begins,
-        parts.ends,
-        parts.sums,
-        note,
         rows,
-        DIRECT=parts.direct,
-        LONG=parts.long,
-        PIECE=PIECE,
-        DIM=dim,
-        ROWS=height,
-        COLUMNS=width,
-        warps=warps_of(height * width),
+        SUM=parts.how,
+        TILE=shape,
+        warps=warps_of(shape),
     )
     check_interpreted(flat.device)
     return out

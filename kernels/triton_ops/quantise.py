@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from tessera.kernels.formats import BITS, FORMATS, is_int, stored_columns, stored_dtype
 from tessera.kernels.triton_ops import arithmetic
-from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
+from tessera.kernels.triton_ops.launch import Tile, kernel, launch, tile, warps_of
+
+
+class _Plan(NamedTuple):
+    stored: arithmetic.Stored
+    has_steps: bool
+    bytes: int  # of a row of the matrix
+    tile: Tile
 
 
 @kernel
@@ -19,28 +28,21 @@ def _quantise_kernel(
     out,
     count,
     stream,
-    FORMAT: tl.constexpr,
-    BITS: tl.constexpr,
-    NEAREST: tl.constexpr,
-    HAS_STEPS: tl.constexpr,
-    DIM: tl.constexpr,
-    BYTES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
+    row = tl.program_id(0).to(tl.int64) * PLAN.tile.rows + tl.arange(0, PLAN.tile.rows)
+    column = tl.arange(0, PLAN.tile.columns)[None, :]
     inside = row < count
-    mask = inside[:, None] & (column < DIM)
-    value = tl.load(values + row[:, None] * DIM + column, mask=mask, other=0.0)
-    step = tl.full([ROWS, 1], 1.0, tl.float32)
-    if HAS_STEPS:
+    mask = inside[:, None] & (column < PLAN.tile.dim)
+    value = tl.load(values + row[:, None] * PLAN.tile.dim + column, mask=mask, other=0.0)
+    step = tl.full([PLAN.tile.rows, 1], 1.0, tl.float32)
+    if PLAN.has_steps:
         step = tl.load(steps + row, mask=inside, other=1.0)[:, None]
-    key = tl.full([ROWS, 1], 0, tl.uint64)
-    if not NEAREST:
+    key = tl.full([PLAN.tile.rows, 1], 0, tl.uint64)
+    if not PLAN.stored.nearest:
         key = arithmetic.row_key(stream, tl.load(ids + row, mask=inside, other=0))[:, None]
-    address = out.to(tl.int64) + row[:, None] * BYTES
-    arithmetic.store_values(address, column, mask, value, step, key, 0, FORMAT, BITS, NEAREST, ROWS, COLUMNS)
+    address = out.to(tl.int64) + row[:, None] * PLAN.bytes
+    arithmetic.store_values(address, arithmetic.Cells(column, inside[:, None], mask), value, step, key, 0, PLAN.stored)
 
 
 def quantise(values: Tensor, steps: Tensor | None, format: int, ids: Tensor, stream: int, rounding: str) -> Tensor:
@@ -48,25 +50,19 @@ def quantise(values: Tensor, steps: Tensor | None, format: int, ids: Tensor, str
     values = values.contiguous()
     (count, dim), device = values.shape, values.device
     out = torch.empty((count, stored_columns(name, dim)), dtype=stored_dtype(name), device=device)
-    height, width = tile(dim, least=4)
+    shape = tile(dim, least=4)
+    stored = arithmetic.Stored(format, BITS[name], rounding == "nearest" or name == "fp32")
     launch(
         _quantise_kernel,
-        -(-count // height),
+        -(-count // shape.rows),
         values,
         values if steps is None else steps.contiguous(),
         ids.contiguous(),
         out.view(torch.uint8),
         count,
         stream,
-        FORMAT=format,
-        BITS=BITS[name],
-        NEAREST=rounding == "nearest" or name == "fp32",
-        HAS_STEPS=is_int(name),
-        DIM=dim,
-        BYTES=out.shape[1] * out.element_size(),
-        ROWS=height,
-        COLUMNS=width,
-        warps=warps_of(height * width),
+        PLAN=_Plan(stored, is_int(name), out.shape[1] * out.element_size(), shape),
+        warps=warps_of(shape),
     )
     return out
 
@@ -77,23 +73,18 @@ def _dequantise_kernel(
     steps,
     out,
     count,
-    FORMAT: tl.constexpr,
-    BITS: tl.constexpr,
-    HAS_STEPS: tl.constexpr,
-    DIM: tl.constexpr,
-    BYTES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
+    row = tl.program_id(0).to(tl.int64) * PLAN.tile.rows + tl.arange(0, PLAN.tile.rows)
+    column = tl.arange(0, PLAN.tile.columns)[None, :]
     inside = row < count
-    mask = inside[:, None] & (column < DIM)
-    step = tl.full([ROWS, 1], 1.0, tl.float32)
-    if HAS_STEPS:
+    mask = inside[:, None] & (column < PLAN.tile.dim)
+    step = tl.full([PLAN.tile.rows, 1], 1.0, tl.float32)
+    if PLAN.has_steps:
         step = tl.load(steps + row, mask=inside, other=1.0)[:, None]
-    value = arithmetic.load_values(stored.to(tl.int64) + row[:, None] * BYTES, column, mask, step, FORMAT, BITS)
-    tl.store(out + row[:, None] * DIM + column, value, mask=mask)
+    address = stored.to(tl.int64) + row[:, None] * PLAN.bytes
+    value = arithmetic.load_values(address, column, mask, step, PLAN.stored.format, PLAN.stored.bits)
+    tl.store(out + row[:, None] * PLAN.tile.dim + column, value, mask=mask)
 
 
 def dequantise(stored: Tensor, steps: Tensor | None, format: int, dim: int) -> Tensor:
@@ -101,21 +92,16 @@ def dequantise(stored: Tensor, steps: Tensor | None, format: int, dim: int) -> T
     stored = stored.contiguous()
     count = stored.shape[0]
     out = torch.empty((count, dim), device=stored.device)
-    height, width = tile(dim, least=4)
+    shape = tile(dim, least=4)
+    how = arithmetic.Stored(format, BITS[name], nearest=True)
     launch(
         _dequantise_kernel,
-        -(-count // height),
+        -(-count // shape.rows),
         stored.view(torch.uint8),
         out if steps is None else steps.contiguous(),
         out,
         count,
-        FORMAT=format,
-        BITS=BITS[name],
-        HAS_STEPS=is_int(name),
-        DIM=dim,
-        BYTES=stored.shape[1] * stored.element_size(),
-        ROWS=height,
-        COLUMNS=width,
-        warps=warps_of(height * width),
+        PLAN=_Plan(how, is_int(name), stored.shape[1] * stored.element_size(), shape),
+        warps=warps_of(shape),
     )
     return out

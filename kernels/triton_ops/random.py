@@ -11,14 +11,12 @@ from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
 
 
 @kernel
-def _draw_kernel(
-    ids, out, count, stream, DIM: tl.constexpr, BELL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
+def _draw_kernel(ids, out, count, stream, BELL: tl.constexpr, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * TILE.rows + tl.arange(0, TILE.rows)
+    column = tl.arange(0, TILE.columns)[None, :]
     key = arithmetic.row_key(stream, tl.load(ids + row, mask=row < count, other=0))[:, None]
     drawn = arithmetic.normal(key, column) if BELL else arithmetic.uniform(key, column)
-    tl.store(out + row[:, None] * DIM + column, drawn, mask=(row < count)[:, None] & (column < DIM))
+    tl.store(out + row[:, None] * TILE.dim + column, drawn, mask=(row < count)[:, None] & (column < TILE.dim))
 
 
 def uniform(stream: int, ids: Tensor, dim: int) -> Tensor:
@@ -32,18 +30,16 @@ def normal(stream: int, ids: Tensor, dim: int) -> Tensor:
 def _draw(stream: int, ids: Tensor, dim: int, *, bell: bool) -> Tensor:
     ids = ids.contiguous()
     out = torch.empty((ids.numel(), dim), device=ids.device)
-    rows, columns = tile(dim)
+    shape = tile(dim)
     launch(
         _draw_kernel,
-        -(-ids.numel() // rows),
+        -(-ids.numel() // shape.rows),
         ids,
         out,
         ids.numel(),
         stream,
-        DIM=dim,
         BELL=bell,
-        ROWS=rows,
-        COLUMNS=columns,
-        warps=warps_of(rows * columns),
+        TILE=shape,
+        warps=warps_of(shape),
     )
     return out

@@ -11,24 +11,29 @@ from torch import Tensor
 _KEPT = "_tessera_bases"  # an attribute of a table's first chunk
 
 
-class Place(NamedTuple):
-    """bases: int64 [chunks], addresses; chunks hold 2^shift rows of `bytes` bytes; rows below `total` exist."""
+class Chunk(NamedTuple):
+    """The shape of a table's chunks, as a constant of kernels: 2^shift rows of `bytes` bytes."""
 
-    bases: Tensor
     shift: int
     bytes: int
+
+
+class Place(NamedTuple):
+    """bases: int64 [chunks], addresses; rows below `total` exist."""
+
+    bases: Tensor
+    chunk: Chunk
     total: int
 
 
 def place_of(chunks: Sequence[Tensor], device: torch.device) -> Place:
     """Return the place of a table's rows. Raises ValueError unless all chunks are contiguous and alike."""
     if not chunks:
-        return Place(torch.zeros(1, dtype=torch.int64, device=device), 0, 1, 0)
+        return Place(torch.zeros(1, dtype=torch.int64, device=device), Chunk(0, 1), 0)
     first = chunks[0]
     size = first.shape[0]
-    return Place(
-        bases_of(chunks, device), size.bit_length() - 1, first.shape[1] * first.element_size(), size * len(chunks)
-    )
+    chunk = Chunk(size.bit_length() - 1, first.shape[1] * first.element_size())
+    return Place(bases_of(chunks, device), chunk, size * len(chunks))
 
 
 def bases_of(chunks: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -15,31 +16,33 @@ from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
 from tessera.kernels.triton_ops.rows import place_of
 
 
+class _Given(NamedTuple):
+    source: Tensor
+    bases: Tensor
+    rows: Tensor
+    note: Tensor
+
+
 @kernel
 def _scatter_kernel(
-    values,
-    bases,
-    rows,
-    note,
+    given,
     count,
     total,
     EVERY: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BYTES: tl.constexpr,
+    CHUNK: tl.constexpr,
     BEGIN: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
+    at = tl.program_id(0).to(tl.int64) * TILE.rows + tl.arange(0, TILE.rows)
+    column = tl.arange(0, TILE.columns)[None, :]
     inside = at < count
-    row = tl.load(rows + at, mask=inside, other=-1)
-    known = known_rows(row, inside, total, note)
-    mask = known[:, None] & (column < DIM)
-    value = tl.load(values + (at[:, None] * DIM if EVERY else at[:, None] * 0) + column, mask=mask, other=0)
-    address = address_of(bases, row, known, SHIFT, BYTES)[:, None]
-    tl.store(address.to(values.dtype) + BEGIN + column, value, mask=mask)
+    row = tl.load(given.rows + at, mask=inside, other=-1)
+    known = known_rows(row, inside, total, given.note)
+    mask = known[:, None] & (column < TILE.dim)
+    first = at[:, None] * TILE.dim if EVERY else at[:, None] * 0
+    value = tl.load(given.source + first + column, mask=mask, other=0)
+    address = address_of(given.bases, row, known, CHUNK)[:, None]
+    tl.store(address.to(given.source.dtype) + BEGIN + column, value, mask=mask)
 
 
 def scatter(chunks: Sequence[Tensor], rows: Tensor, values: Tensor, begin: int) -> None:
@@ -47,24 +50,19 @@ def scatter(chunks: Sequence[Tensor], rows: Tensor, values: Tensor, begin: int) 
     rows, values = rows.contiguous(), values.contiguous()
     if values.dtype == torch.bfloat16:
         values = values.view(torch.int16)
-    height, width = tile(values.shape[1])
+    shape = tile(values.shape[1])
+    given = _Given(values, place.bases, rows, note_of(rows.device, place.total))
     launch(
         _scatter_kernel,
-        -(-rows.numel() // height),
-        values,
-        place.bases,
-        rows,
-        note_of(rows.device, place.total),
+        -(-rows.numel() // shape.rows),
+        given,
         rows.numel(),
         place.total,
         EVERY=values.shape[0] != 1,
-        SHIFT=place.shift,
-        BYTES=place.bytes,
+        CHUNK=place.chunk,
         BEGIN=begin,
-        DIM=values.shape[1],
-        ROWS=height,
-        COLUMNS=width,
-        warps=warps_of(height * width),
+        TILE=shape,
+        warps=warps_of(shape),
     )
     check_interpreted(rows.device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -14,53 +15,51 @@ from tessera.kernels.triton_ops.launch import block, kernel, launch
 from tessera.kernels.triton_ops.rows import place_of
 
 
+class _Given(NamedTuple):
+    rows: Tensor
+    now: Tensor
+    counts: Tensor
+    bases: Tensor
+    note: Tensor
+
+
 @kernel
 def _touch_kernel(
-    rows,
-    now,
-    counts,
-    bases,
-    note,
+    given,
     count,
     total,
     ONE_TIME: tl.constexpr,
     HAS_COUNTS: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BYTES: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    row = tl.load(rows + at, mask=inside, other=-1)
-    known = known_rows(row, inside, total, note)
-    first = address_of(bases, row, known, SHIFT, BYTES).to(tl.pointer_type(tl.int64))
+    row = tl.load(given.rows + at, mask=inside, other=-1)
+    known = known_rows(row, inside, total, given.note)
+    first = address_of(given.bases, row, known, CHUNK).to(tl.pointer_type(tl.int64))
     seen = tl.load(first, mask=known, other=0)
     often = tl.load(first + 1, mask=known, other=0)
-    time = tl.load(now + (at * 0 if ONE_TIME else at), mask=known, other=0)
+    time = tl.load(given.now + (at * 0 if ONE_TIME else at), mask=known, other=0)
     more = tl.full([BLOCK], 1, tl.int64)
     if HAS_COUNTS:
-        more = tl.load(counts + at, mask=known, other=0)
+        more = tl.load(given.counts + at, mask=known, other=0)
     tl.store(first, tl.where(often == 0, time, tl.maximum(seen, time)), mask=known)
     tl.store(first + 1, often + more, mask=known)
 
 
 def touch(chunks: Sequence[Tensor], rows: Tensor, now: Tensor, counts: Tensor | None) -> None:
     place = place_of(chunks, rows.device)
-    rows, now = rows.contiguous(), now.contiguous()
+    rows, now, note = rows.contiguous(), now.contiguous(), note_of(rows.device, place.total)
     launch(
         _touch_kernel,
         -(-rows.numel() // block()),
-        rows,
-        now,
-        rows if counts is None else counts.contiguous(),
-        place.bases,
-        note_of(rows.device, place.total),
+        _Given(rows, now, rows if counts is None else counts.contiguous(), place.bases, note),
         rows.numel(),
         place.total,
         ONE_TIME=now.numel() == 1,
         HAS_COUNTS=counts is not None,
-        SHIFT=place.shift,
-        BYTES=place.bytes,
+        CHUNK=place.chunk,
         BLOCK=block(),
         warps=1,
     )
@@ -68,10 +67,10 @@ def touch(chunks: Sequence[Tensor], rows: Tensor, now: Tensor, counts: Tensor | 
 
 
 @kernel
-def _expired_kernel(out, bases, begin, limit, count, SHIFT: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr):
+def _expired_kernel(out, bases, begin, limit, count, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    first = address_of(bases, at + begin, inside, SHIFT, BYTES).to(tl.pointer_type(tl.int64))
+    first = address_of(bases, at + begin, inside, CHUNK).to(tl.pointer_type(tl.int64))
     seen = tl.load(first, mask=inside, other=0)
     often = tl.load(first + 1, mask=inside, other=0)
     tl.store(out + at, ((often > 0) & (seen <= limit)).to(tl.int8), mask=inside)
@@ -89,8 +88,7 @@ def expired(chunks: Sequence[Tensor], limit: int, begin: int, end: int) -> Tenso
         begin,
         limit,
         count,
-        SHIFT=place.shift,
-        BYTES=place.bytes,
+        CHUNK=place.chunk,
         BLOCK=block(),
     )
     check(device)

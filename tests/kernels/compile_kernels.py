@@ -41,7 +41,9 @@ def type_of(argument: object, specialised: bool) -> object:
     if isinstance(argument, torch.Tensor):
         return DTYPES[argument.dtype]
     if isinstance(argument, tuple):
-        return type(argument)(*("fp32" for _ in argument))
+        found = [type_of(one, specialised=True) for one in argument]
+        assert None not in found and "i32" not in found, "Triton would compile anew for some integers"
+        return type(argument)(*found)
     if isinstance(argument, float):
         return "fp32"
     if argument == 1 and specialised:
@@ -64,8 +66,10 @@ class Recorder:
             signature[parameter.name] = found or "constexpr"
             if found is None:
                 values[(place,)] = 1
-            elif isinstance(argument, torch.Tensor) and argument.data_ptr() % 16 == 0:
-                hints[(place,)] = [["tt.divisibility", 16]]
+            inner = {(place, i): one for i, one in enumerate(argument)} if isinstance(argument, tuple) else {}
+            for where, one in (inner or {(place,): argument}).items():
+                if isinstance(one, torch.Tensor) and one.data_ptr() % 16 == 0:
+                    hints[where] = [["tt.divisibility", 16]]
         for name, value in constants.items():
             place = next(parameter.num for parameter in kernel.params if parameter.name == name)
             signature[name], values[(place,)] = "constexpr", value
