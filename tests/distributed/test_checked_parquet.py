@@ -45,7 +45,7 @@ def test_opening_reads_no_row_groups(storage, monkeypatch):
     with CheckedParquet(storage, "rows/f") as file:
         groups = file.metadata.num_row_groups
         load = type(file._window).load
-        monkeypatch.setattr(type(file._window), "load", lambda *a: loaded.append(a[1:3]) or load(*a))
+        monkeypatch.setattr(type(file._window), "load", lambda *a, **b: loaded.append(a[1:3]) or load(*a, **b))
     assert problem_of(storage, sealed) is None and groups > 5
     (_, first), (last, end), *spans = loaded
     assert first == 4 and end == sealed.bytes and len(spans) == groups  # Parquet files begin with four letters
