@@ -108,7 +108,7 @@ def test_a_file_that_is_cut_or_unreadable_after_it_was_opened(storage, tmp_path,
     write_columns(storage, "rows/f", copied({"id": torch.arange(ROWS)}), 1)
     with CheckedParquet(storage, "rows/f") as file:
 
-        def failing(*_):
+        def failing(*_, **__):
             raise OSError(5, "Input/output error")
 
         monkeypatch.setattr(file._window, "load", failing)
