@@ -73,7 +73,7 @@ DYNAMIC = {
 @cache
 def composed(kind: str) -> DictConfig:
     found = compose_overrides([f"embedding={kind}"], [], Config)
-    OmegaConf.set_struct(found, False)  # not every yaml names every key
+    OmegaConf.set_struct(found, value=False)  # not every yaml names every key
     return found
 
 
