@@ -12,7 +12,7 @@ from tessera.ctr.daily.config import DailyConfig
 from tessera.ctr.data.config import DataConfig
 from tessera.ctr.distil.config import DistilConfig
 from tessera.embedding.config import Admission, DynamicTableConfig, Group
-from tessera.embedding.optim import RowOptimizer, StepOptimizer
+from tessera.embedding.optim import RowOptimizer, ScaleOptimizer
 from tessera.embedding.settings import same_as, section, setting
 from tessera.kernels.formats import FORMATS
 
@@ -22,8 +22,8 @@ class AlptConfig:
     every: int | None = setting(
         None, "steps from one update of scales to the next, which takes a second pass; null: LPT", at_least=1
     )
-    lr: float = same_as(StepOptimizer, "lr")
-    weight_decay: float = same_as(StepOptimizer, "weight_decay")
+    lr: float = same_as(ScaleOptimizer, "lr")
+    weight_decay: float = same_as(ScaleOptimizer, "weight_decay")
     gradient_scale: str = setting(
         "batch",
         "of scales: batch: 1 / sqrt(batch size x dim x largest code) | dim: without batch | none",

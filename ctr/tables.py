@@ -15,9 +15,9 @@ from tessera.distributed.plan import sums_are_smaller
 from tessera.distributed.saved.row_files import folder_name
 from tessera.distributed.static_tables import StaticTables
 from tessera.distributed.tables import Tables
-from tessera.embedding.config import DynamicTableConfig, Group, TableConfig, step_of_range
+from tessera.embedding.config import DynamicTableConfig, Group, TableConfig, scale_of_range
 from tessera.embedding.errors import ConfigError, did_you_mean
-from tessera.embedding.optim import RowOptimizer, StepOptimizer
+from tessera.embedding.optim import RowOptimizer, ScaleOptimizer
 from tessera.kernels.formats import code_range, is_int
 from tessera.kernels.layout import packed_layout
 
@@ -67,9 +67,9 @@ def _dynamic_tables(config: Config, schema: Schema, tower: Tower, ranks: int) ->
     _check_exceptions(embedding.formats or {}, tower, schema)
     _check_names(schema)
     tables = [_dynamic_table(config, tower, name, tuple(of), ranks) for name, of in schema.tables.items()]
-    if embedding.alpt.every is not None and not any(table.learns_steps for table in tables):
+    if embedding.alpt.every is not None and not any(table.learns_scales for table in tables):
         raise ConfigError(
-            f"embedding.alpt.every is {embedding.alpt.every}, but no group has a step size to learn; "
+            f"embedding.alpt.every is {embedding.alpt.every}, but no group has a scale to learn; "
             "set embedding.format or formats to int8, int4 or int2, or alpt.every to null"
         )
     return DynamicTables(
@@ -79,8 +79,8 @@ def _dynamic_tables(config: Config, schema: Schema, tower: Tower, ranks: int) ->
         _averaged(schema),
         embedding.transport,
         embedding.oov,
-        bag_tables=[table.name for table in tables if _on_bag_path(config, schema, table, ranks)],
-        first_values="others" if embedding.init == "oov" else "random",
+        bag_tables=[table.name for table in tables if _pools_before_exchange(config, schema, table, ranks)],
+        init=embedding.init,
         timeout_seconds=config.trainer.timeout_seconds,
         squares=embedding.l2 > 0,
     )
@@ -122,7 +122,7 @@ def _dynamic_table(
     return table
 
 
-def _on_bag_path(config: Config, schema: Schema, table: DynamicTableConfig, ranks: int) -> bool:
+def _pools_before_exchange(config: Config, schema: Schema, table: DynamicTableConfig, ranks: int) -> bool:
     """Return whether a table uses the pooled output dist, as embedding.pooled_output_dist says.
 
     `auto` estimates with the longest bags that the schema allows, and answers no if they have no limit.
@@ -151,13 +151,13 @@ def _group(config: Config, table: str, name: str, dim: int) -> Group:
         format = embedding.format if smaller else "fp32"
     if not is_int(format):
         return Group(name, dim, embedding.init_std, format, embedding.rounding)
-    step = embedding.scale or step_of_range(format, embedding.range)
+    scale = embedding.scale or scale_of_range(format, embedding.range)
     learned, alpt = None, embedding.alpt
     if alpt.every is not None:
         shared = {"batch": config.trainer.batch_size * dim, "dim": dim, "none": 0}[alpt.gradient_scale]
-        scale = (shared * code_range(format)[1]) ** -0.5 if shared else 1.0
-        learned = StepOptimizer(alpt.lr, alpt.weight_decay, scale)
-    return Group(name, dim, embedding.init_std, format, embedding.rounding, step, learned)
+        gradient_scale = (shared * code_range(format)[1]) ** -0.5 if shared else 1.0
+        learned = ScaleOptimizer(alpt.lr, alpt.weight_decay, gradient_scale)
+    return Group(name, dim, embedding.init_std, format, embedding.rounding, scale, learned)
 
 
 def _check_names(schema: Schema) -> None:

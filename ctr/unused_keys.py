@@ -54,7 +54,7 @@ def _check_dynamic(embedding: EmbeddingConfig) -> None:
         only = f"only embedding.admission.kind=sliding reads; it is {admission.kind}"
         _refuse("embedding.admission", admission, ["capacity", "splits"], only)
     if embedding.alpt.every is None:
-        needs = "needs embedding.alpt.every, which is null: no step size is learned"
+        needs = "needs embedding.alpt.every, which is null: no scale is learned"
         _refuse("embedding.alpt", embedding.alpt, ["lr", "weight_decay", "gradient_scale"], needs)
     if all(one == "fp32" for one in formats):
         _refuse("embedding", embedding, ["rounding"], "only low precision reads; embedding.format is fp32")

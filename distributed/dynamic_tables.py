@@ -29,7 +29,7 @@ from tessera.distributed.module_names import module_name
 from tessera.distributed.plan import TableSize
 from tessera.distributed.torchrec.bag_sharding import DynamicBagKernel, DynamicBagSharder
 from tessera.distributed.torchrec.codecs import codecs
-from tessera.distributed.torchrec.ids_ahead import ComingIds, IdsAhead
+from tessera.distributed.torchrec.ids_prefetch import PrefetchedBatch, IdsPrefetch
 from tessera.distributed.torchrec.kernel import Counted, DynamicTableKernel, Pass
 from tessera.distributed.torchrec.row_sharding import DYNAMIC, DynamicSharder
 from tessera.embedding.cached_table import CachedTable
@@ -51,8 +51,8 @@ class DynamicTables(nn.Module):
         expected_rows: rows per table that the planner counts with; tables grow beyond it.
         averaged: the features whose bags are averaged over their ids; the others are summed.
         transport: precision in which rows travel between ranks, see `torchrec/codecs.py`.
-        others: the OOV row that ids without a row read, zeros or learned per table (`others` [tables, width], first 0).
-        first_values: init of new rows: random, or others, the learned OOV row as it is when they are added.
+        oov: the OOV row that ids without a row read, zeros or learned per table (`oov` [tables, width], first 0).
+        init: values of new rows: random, or oov, the learned OOV row as it is when they are added.
         bag_tables: the tables with a pooled output dist, whose owners send sums over bags.
         timeout_seconds: longest wait of a step for rows that are brought to the caches of tables on the host.
         squares: whether `squares_looked_up` will be asked for after forward passes in training.
@@ -67,9 +67,9 @@ class DynamicTables(nn.Module):
         expected_rows: int,
         averaged: Collection[str] = (),
         transport: str = "fp32",
-        others: str = "zeros",
+        oov: str = "zeros",
         bag_tables: Collection[str] = (),
-        first_values: str = "random",
+        init: str = "random",
         timeout_seconds: float = 300.0,
         *,
         squares: bool = False,
@@ -79,7 +79,7 @@ class DynamicTables(nn.Module):
         assert all((table.cache_limit is not None) == self.cached for table in tables)
         self._timeout_seconds = timeout_seconds
         self._manager: HostManager | None = None
-        self._coming: deque[ComingIds] = deque()
+        self._prefetched: deque[PrefetchedBatch] = deque()
         self._transport = transport
         self._asked: tuple[KeyedJaggedTensor, Tensor] | None = None  # by the pass before, for the second one
         self._second = False
@@ -88,12 +88,12 @@ class DynamicTables(nn.Module):
         self._squares: list[Tensor] = []  # of each path, in the last forward pass in training
         self.tables, self.expected_rows = list(tables), expected_rows
         self.groups = {group.name: group.dim for group in tables[0].groups}
-        self.learns_steps = any(table.learns_steps for table in tables)
-        self._begin_as_others = first_values == "others"
+        self.learns_scales = any(table.learns_scales for table in tables)
+        self._init_from_oov = init == "oov"
         # New rows that begin as the learned row cannot be added before the step before has changed it.
-        self.brings_ahead = self.cached and not self._begin_as_others
-        assert others == "learned" or not self._begin_as_others
-        self.others = nn.Parameter(torch.zeros(len(tables), tables[0].width)) if others == "learned" else None
+        self.prefetches = self.cached and not self._init_from_oov
+        assert oov == "learned" or not self._init_from_oov
+        self.oov = nn.Parameter(torch.zeros(len(tables), tables[0].width)) if oov == "learned" else None
         self._id_names = list(id_names)
         self._averaged = OnDevice([name in averaged for name in id_names]) if averaged else None
         self._row_tables = [i for i, table in enumerate(tables) if table.name not in bag_tables]
@@ -120,7 +120,7 @@ class DynamicTables(nn.Module):
 
     def _torchrec_config(self, kind: type, table: int, features: list[str]) -> EmbeddingConfig | EmbeddingBagConfig:
         config = self.tables[table]
-        width = config.width + (self.others is not None)  # of an answer
+        width = config.width + (self.oov is not None)  # of an answer
         # The planner counts rows * dim * 4 bytes; a dynamic row has state and bookkeeping as well.
         expected = self.expected_rows
         if config.cache_limit is not None:  # what is on the device; the host's memory is not the planner's
@@ -132,14 +132,14 @@ class DynamicTables(nn.Module):
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Return group -> [B, fields, dim] float32, zeros for empty bags. ids: raw int64 ids, stride B."""
         first = self.training and not self._second
-        coming = self._coming.popleft() if first and self._coming else self._begun(ids, self._ages if first else None)
-        assert coming.ids is ids, "another batch was prepared for this step"
+        prefetched = self._prefetched.popleft() if first and self._prefetched else self._begun(ids, self._ages if first else None)
+        assert prefetched.ids is ids, "another batch was prepared for this step"
         paths = []
         self._squares = []
         if self.collection is not None:
-            paths.append(self._sums_of_rows(self._on_row_path(ids), coming))
+            paths.append(self._sums_of_rows(self._on_row_path(ids), prefetched))
         if self.bags is not None:
-            paths.append(self._sums_of_owners(self._on_bag_path(ids), coming))
+            paths.append(self._sums_of_owners(self._pools_before_exchange(ids), prefetched))
         sums = [parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*paths, strict=True)]
         if self._order is not None:
             sums = [sums_bfd[:, self._order.on(sums_bfd.device)] for sums_bfd in sums]
@@ -150,84 +150,84 @@ class DynamicTables(nn.Module):
 
     @torch.no_grad()
     def prepare(self, ids: KeyedJaggedTensor, now: int, times: Tensor | None = None) -> Any:
-        """Merge the ids of a coming training batch and begin to send them to their owners; with `brings_ahead` send
+        """Merge the ids of a coming training batch and begin to send them to their owners; with `prefetches` send
         them, and let a thread of each owner bring the rows to the device. Collective: on all ranks in the same place.
 
         now, times: as for `begin_step`. Batches are prepared in the order of their steps, whose forward pass takes
-        the same `ids`; that of the next step at the earliest when this step begins. With `brings_ahead` nothing may be
+        the same `ids`; that of the next step at the earliest when this step begins. With `prefetches` nothing may be
         asked of the tables from then on, evaluation and saving included, until that step has begun. Returns what holds
         the memory that the step will use.
         """
         assert self.training
-        coming = self._begun(ids, None if times is None else ages_at(now, times))
+        prefetched = self._begun(ids, None if times is None else ages_at(now, times))
         if self.collection is not None:
-            coming.asked = self._distinct(self._on_row_path(ids), coming.ages)
-            coming.rows = IdsAhead(self.collection, coming.asked[0])
+            prefetched.asked = self._distinct(self._on_row_path(ids), prefetched.ages)
+            prefetched.rows = IdsPrefetch(self.collection, prefetched.asked[0])
         if self.bags is not None:
-            coming.bags = IdsAhead(self.bags, mixed(self._on_bag_path(ids)))
-        if self.brings_ahead:
-            self._bring(coming, now)
-        self._coming.append(coming)
-        return coming
+            prefetched.bags = IdsPrefetch(self.bags, mixed(self._pools_before_exchange(ids)))
+        if self.prefetches:
+            self._bring(prefetched, now)
+        self._prefetched.append(prefetched)
+        return prefetched
 
-    def _begun(self, ids: KeyedJaggedTensor, ages: Tensor | None) -> ComingIds:
+    def _begun(self, ids: KeyedJaggedTensor, ages: Tensor | None) -> PrefetchedBatch:
         """Return a batch of which nothing is sent yet except, for the pooled output dist, the ages of its rows."""
-        return ComingIds(ids, ages, None if ages is None or self.bags is None else ages_of_ranks(ages))
+        return PrefetchedBatch(ids, ages, None if ages is None or self.bags is None else ages_of_ranks(ages))
 
     def send_prepared(self) -> None:
         """Go on with what `prepare` has begun, as long as the device is busy. Collective."""
-        for coming in self._coming:
-            for _, sent in self._paths(coming):
+        for prefetched in self._prefetched:
+            for _, sent in self._paths(prefetched):
                 sent.send()
 
-    def _bring(self, coming: ComingIds, now: int) -> None:
+    def _bring(self, prefetched: PrefetchedBatch, now: int) -> None:
         if self._manager is None:
-            self._manager = HostManager(coming.ids.values().device, self._timeout_seconds)
-        for module, received in [(module, sent.send()) for module, sent in self._paths(coming)]:
+            self._manager = HostManager(prefetched.ids.values().device, self._timeout_seconds)
+        for module, received in [(module, sent.send()) for module, sent in self._paths(prefetched)]:
             for kernel, features in module.received(received):
-                kernel.bring_ahead(features, now, self._manager, coming.ages_of_ranks)
+                kernel.prefetch_rows(features, now, self._manager, prefetched.ages_of_ranks)
 
-    def _paths(self, coming: ComingIds) -> list[tuple[Any, IdsAhead]]:
+    def _paths(self, prefetched: PrefetchedBatch) -> list[tuple[Any, IdsPrefetch]]:
         """Return the sharded collections that the batch was sent to, each with its pending ids."""
-        paths = [(self.collection, coming.rows), (self.bags, coming.bags)]
+        paths = [(self.collection, prefetched.rows), (self.bags, prefetched.bags)]
         return [(module, sent) for module, sent in paths if sent is not None]
 
     def _on_row_path(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return chosen(ids, self._rows_of_all) if self._bag_fields else ids
 
-    def _on_bag_path(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    def _pools_before_exchange(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return chosen(ids, self._bags_of_all) if self._row_fields else ids
 
-    def _sums_of_rows(self, ids: KeyedJaggedTensor, coming: ComingIds) -> Sequence[Tensor]:
+    def _sums_of_rows(self, ids: KeyedJaggedTensor, prefetched: PrefetchedBatch) -> Sequence[Tensor]:
         """Return [B, fields, dim] by group, for fields whose tables answer with rows."""
         if not self._second:
-            self._asked = coming.asked or self._distinct(ids, coming.ages)
+            self._asked = prefetched.asked or self._distinct(ids, prefetched.ages)
         assert self._asked is not None, "no first pass"
         asked, index = self._asked
-        rows = (self.collection(asked) if coming.rows is None else coming.rows.answer()).wait()
-        if self.others is not None:
+        rows = (self.collection(asked) if prefetched.rows is None else prefetched.rows.answer()).wait()
+        if self.oov is not None:
             of_tables = zip(rows.split(asked.length_per_key()), self._row_tables, strict=True)
-            rows = torch.cat([self._with_others(answered, table) for answered, table in of_tables])
+            rows = torch.cat([self._with_oov(answered, table) for answered, table in of_tables])
         if self._keeps_squares and self.training:
             self._squares.append((rows.square().sum(1) * unpacked(asked.weights())[0].to(rows)).sum())
         return self._pool(rows, index, ids)
 
-    def _sums_of_owners(self, ids: KeyedJaggedTensor, coming: ComingIds) -> Sequence[Tensor]:
+    def _sums_of_owners(self, ids: KeyedJaggedTensor, prefetched: PrefetchedBatch) -> Sequence[Tensor]:
         """Return [B, fields, dim] by group, for fields with a pooled output dist."""
         for kernel in self.bags.kernels():
-            kernel.ages = coming.ages_of_ranks
-        answered = self.bags(mixed(ids)) if coming.bags is None else coming.bags.answer()
+            kernel.ages = prefetched.ages_of_ranks
+        answered = self.bags(mixed(ids)) if prefetched.bags is None else prefetched.bags.answer()
         if self._keeps_squares and self.training:
             self._squares += [self._squares_of_owner(kernel) for kernel in self.bags.kernels()]
-        sums = [self._with_others(answered[name], table) for name, table in self._bags_of]
+        sums = [self._with_oov(answered[name], table) for name, table in self._bags_of]
         return list(torch.stack(sums, 1).split(list(self.groups.values()), 2))
 
     def _squares_of_owner(self, kernel: DynamicBagKernel) -> Tensor:
         squares, missing = kernel.squares()
-        if self.others is not None:
-            others = self.others[self._bag_tables]
-            others = others.detach() if self._second else others
-            squares = squares + (others.square().sum(1) * missing).sum()
+        if self.oov is not None:
+            oov = self.oov[self._bag_tables]
+            oov = oov.detach() if self._second else oov
+            squares = squares + (oov.square().sum(1) * missing).sum()
         return squares
 
     def squares_looked_up(self, embeddings: dict[str, Tensor]) -> Tensor:
@@ -238,23 +238,23 @@ class DynamicTables(nn.Module):
         ranks, as the row's gradient is on its way there; so only the sum over ranks is of use, not one rank's."""
         return sum(self._squares, torch.zeros(()))
 
-    def _with_others(self, answered: Tensor, table: int) -> Tensor:
+    def _with_oov(self, answered: Tensor, table: int) -> Tensor:
         """Map the owners' answer [n, columns] to [n, width]; ids without a row get the table's OOV row."""
-        if self.others is None:
+        if self.oov is None:
             return answered
         # The second pass is for scales alone. Data parallel counts gradients: a second one would confuse it.
-        others = self.others[table].detach() if self._second else self.others[table]
-        return torch.addcmul(answered[:, :-1], answered[:, -1:].detach(), others)
+        oov = self.oov[table].detach() if self._second else self.oov[table]
+        return torch.addcmul(answered[:, :-1], answered[:, -1:].detach(), oov)
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the dense optimizer by name."""
-        return {} if self.others is None else {"tables.others": self.others}
+        return {} if self.oov is None else {"tables.others": self.oov}  # as saved states name it
 
     def sharders(self) -> list[DynamicSharder | DynamicBagSharder]:
         fused = {
             "table_configs": tuple(self.tables),
             "learning_rate": self.tables[0].optimizer.lr,
-            "tells_missing": self.others is not None,
+            "tells_missing": self.oov is not None,
         }
         registry = codecs(self._transport)
         return [kind(fused, qcomm_codecs_registry=registry) for kind in (DynamicSharder, DynamicBagSharder)]
@@ -273,22 +273,22 @@ class DynamicTables(nn.Module):
         """Return this rank's part of each table, after sharding."""
         return self._by_table([kernel.tables for kernel in self._kernels()])
 
-    def begin_step(self, now: int, *, learn_steps: bool = False, times: Tensor | None = None) -> None:
+    def begin_step(self, now: int, *, learn_scales: bool = False, times: Tensor | None = None) -> None:
         """Set the time of the coming training step, in seconds, with which its rows are touched.
 
         times: int64 [B], of the events in the rows of this rank's batch, which then has as many rows as those of other
         ranks. Rows of ids are touched with the time of their latest event in all ranks' batches, at most `now`. Of a
         batch that was prepared the times are known already.
-        learn_steps: the step has a second pass (`second_pass`) in which scales are learned. Rows are stored
+        learn_scales: the step has a second pass (`second_pass`) in which scales are learned. Rows are stored
         at its end; what the first pass leaves between the two is kept in float32 for the rows of the batch.
         """
-        self._ages = None if times is None or self._coming else ages_at(now, times)
+        self._ages = None if times is None or self._prefetched else ages_at(now, times)
         for kernel in self._kernels():
             kernel.now = now
-            kernel.phase = Pass.FIRST if learn_steps else Pass.ONLY
-        if self._begin_as_others and self.others is not None:
-            for table, others in zip(self.owned().values(), self.others.detach(), strict=True):
-                table.first_values = others.to(table.device)
+            kernel.phase = Pass.FIRST if learn_scales else Pass.ONLY
+        if self._init_from_oov and self.oov is not None:
+            for table, oov in zip(self.owned().values(), self.oov.detach(), strict=True):
+                table.init_values = oov.to(table.device)
 
     def begin_period(self) -> None:
         """Count the rows that exist now as old from here on: the optimizer's `old_rows_factor` slows them."""
@@ -345,7 +345,7 @@ class DynamicTables(nn.Module):
 
     def tensors(self) -> dict[str, Any]:
         """Return what is saved by name, live. Rows are saved by id, see `distributed/saved/tables.py`."""
-        return {} if self.others is None else {"tables/others": self.others.detach()}
+        return {} if self.oov is None else {"tables/others": self.oov.detach()}
 
     def clear(self) -> None:
         """Forget all rows."""
@@ -356,8 +356,8 @@ class DynamicTables(nn.Module):
     def restart(self) -> None:
         """Reset to the state before the first step."""
         self.clear()
-        if self.others is not None:
-            self.others.zero_()
+        if self.oov is not None:
+            self.oov.zero_()
 
     @torch.no_grad()
     def _distinct(self, ids: KeyedJaggedTensor, ages: Tensor | None) -> tuple[KeyedJaggedTensor, Tensor]:

@@ -54,7 +54,7 @@ def find_failed_rank(process: Process) -> str | None:
     """Wait until another rank reports, is gone or stands still, or all others have said that they waited, too; then
     name the one to blame, or the line that was reported. None: no rank did anything wrong."""
     process.broken = True
-    watched = _Others(process)
+    watched = _OtherRanks(process)
     deadline = time.monotonic() + STALE_SECONDS + HEARTBEAT_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -101,13 +101,13 @@ def ask(question: Callable[[], T], seconds: float) -> T:
     return value
 
 
-class _Others:
+class _OtherRanks:
     """The view of the other ranks from a rank whose collective broke."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
         self._ranks = [rank for rank in range(process.world_size) if rank != process.rank]
-        self._beats: dict[int, Beat] = dict(process.others)
+        self._beats: dict[int, Beat] = dict(process.beats)
         self._changed = {rank: time.monotonic() for rank in self._ranks}
 
     def look(self) -> str | None:
@@ -173,7 +173,7 @@ def read_beats(process: Process) -> dict[int, Beat]:
 
 def stopped_here(process: Process) -> int | None:
     """Return a rank of this host whose process was stopped; None if there is none."""
-    stopped = (rank for rank, one in process.others.items() if one.is_here and (state_of(one) or "") in ("T", "t"))
+    stopped = (rank for rank, one in process.beats.items() if one.is_here and (state_of(one) or "") in ("T", "t"))
     return next(stopped, None)
 
 
@@ -194,11 +194,11 @@ def rank_0_holds_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
-def let_others_leave(process: Process) -> None:
+def let_other_ranks_leave(process: Process) -> None:
     """Keep the store that rank 0 holds for as long as the others need to learn from it that the job has failed."""
     end = time.monotonic() + STALE_SECONDS + LEAVE_SECONDS
-    while process.is_main and process.others and rank_0_holds_store() and time.monotonic() < end:
-        if all(one.is_here and state_of(one) is None for one in process.others.values()):
+    while process.is_main and process.beats and rank_0_holds_store() and time.monotonic() < end:
+        if all(one.is_here and state_of(one) is None for one in process.beats.values()):
             return
         time.sleep(0.05)
 
@@ -206,13 +206,13 @@ def let_others_leave(process: Process) -> None:
 def speaks_for_host(process: Process) -> bool:
     """Return whether this rank is the one that reports for its host, when all ranks find the store lost."""
     return not any(
-        0 < rank < process.rank and one.is_here and state_of(one) is not None for rank, one in process.others.items()
+        0 < rank < process.rank and one.is_here and state_of(one) is not None for rank, one in process.beats.items()
     )
 
 
 def end_neighbours(process: Process) -> None:
     """Kill ranks of this host that stand still: a launcher would wait half a minute before it does the same."""
-    for rank, one in process.others.items():
+    for rank, one in process.beats.items():
         if one.is_here and (state := state_of(one)) is not None and (state in ("T", "t") or rank in process.to_end):
             with suppress(OSError):
                 os.kill(one.pid, signal.SIGKILL)

@@ -31,7 +31,7 @@ from tessera.distributed.heartbeat import (
     beat,
     end_neighbours,
     keep_beating,
-    let_others_leave,
+    let_other_ranks_leave,
     read_beats,
     speaks_for_host,
 )
@@ -89,7 +89,7 @@ def start(device: str = "auto", timeout_seconds: float = 300.0) -> Process:
         beat(process)
         threading.Thread(target=keep_beating, args=(process,), daemon=True, name="heartbeat").start()
         dist.barrier()  # from here on every rank's sign of life exists
-        process.others = read_beats(process)
+        process.beats = read_beats(process)
     return process
 
 
@@ -217,7 +217,7 @@ def leave(process: Process | None, line: str, status: int = 1) -> NoReturn:
     if process is not None:
         process._ended.set()
         end_neighbours(process)
-        let_others_leave(process)
+        let_other_ranks_leave(process)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

@@ -49,7 +49,7 @@ class Process:
     state is saved; without, and at the second one, the rank ends at once.
 
     Attributes:
-        others: the first sign of life of each other rank, which tells its process.
+        beats: the first sign of life of each other rank, which tells its process.
         broken: a collective has failed on this rank; it waited in vain.
         to_end: ranks that were found to stand still.
     """
@@ -65,7 +65,7 @@ class Process:
     stop_asked: bool = False
     stopped_by: str = "a signal to another rank"
     broken: bool = False
-    others: dict[int, Beat] = field(default_factory=dict)
+    beats: dict[int, Beat] = field(default_factory=dict)
     to_end: set[int] = field(default_factory=set)
     _asked_at: float = 0.0
     _beat_stage: str | None = None  # at the last sign of life, and since when

@@ -21,7 +21,7 @@ from torchrec.distributed.types import ShardingType
 from tessera.distributed.fields import OnDevice, scale_to_mean
 from tessera.distributed.module_names import module_name
 from tessera.distributed.plan import TableSize
-from tessera.distributed.torchrec.ids_ahead import IdsAhead
+from tessera.distributed.torchrec.ids_prefetch import IdsPrefetch
 from tessera.embedding.config import TableConfig
 from tessera.embedding.errors import ConfigError
 from tessera.embedding.optim import RowOptimizer
@@ -94,15 +94,15 @@ class StaticTables(nn.Module):
         self._fields = len(id_names)
         self._dims = [tables[0].dim for tables in groups.values()]
         self._averaged = OnDevice([name in averaged for name in id_names]) if averaged else None
-        self._coming: deque[tuple[KeyedJaggedTensor, IdsAhead]] = deque()
+        self._prefetched: deque[tuple[KeyedJaggedTensor, IdsPrefetch]] = deque()
         self._groups = list(groups)
         self._output_keys = [_output_keys(tables, id_names, self.tables) for tables in groups.values()]
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Return group -> [B, fields, dim] float32, zeros for empty bags. ids: raw int64 ids, stride B."""
-        if self._coming and self.training:
-            coming, sent = self._coming.popleft()
-            assert coming is ids, "another batch was prepared for this step"
+        if self._prefetched and self.training:
+            prefetched, sent = self._prefetched.popleft()
+            assert prefetched is ids, "another batch was prepared for this step"
             pooled = sent.answer()
         else:
             pooled = self.ebc(self._to_rows(ids))
@@ -123,12 +123,12 @@ class StaticTables(nn.Module):
         """Begin to send the ids of a coming training batch to the owners of their rows. Collective; as that of
         `DynamicTables`."""
         assert self.training
-        self._coming.append((ids, IdsAhead(self.ebc, self._to_rows(ids))))
-        return self._coming[-1]
+        self._prefetched.append((ids, IdsPrefetch(self.ebc, self._to_rows(ids))))
+        return self._prefetched[-1]
 
     def send_prepared(self) -> None:
         """Go on with what `prepare` has begun, as long as the device is busy. Collective."""
-        for _, sent in self._coming:
+        for _, sent in self._prefetched:
             sent.send()
 
     def squares_looked_up(self, embeddings: dict[str, Tensor]) -> Tensor:

@@ -80,14 +80,14 @@ class PrefilledTables(ShardedTables, Protocol):
 class GrowingTables(ShardedTables, Protocol):
     """Tables whose rows are added when their ids are admitted, and evicted when they are not seen any more."""
 
-    brings_ahead: bool
-    learns_steps: bool
+    prefetches: bool
+    learns_scales: bool
 
     def owned(self) -> dict[str, DynamicTable]:
         """Return this rank's part of each table, after sharding."""
         ...
 
-    def begin_step(self, now: int, *, learn_steps: bool = False, times: Tensor | None = None) -> None:
+    def begin_step(self, now: int, *, learn_scales: bool = False, times: Tensor | None = None) -> None:
         """Set the time of the coming training step, in seconds, with which its rows are touched. times: int64 [B]."""
         ...
 

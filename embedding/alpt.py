@@ -9,7 +9,7 @@ from tessera.embedding.packed_rows import PackedRows
 from tessera.embedding.row_store import RowStore, join
 
 
-class RowsAhead:
+class TwoPassUpdate:
     """Rows after the optimizer step of the first pass: state is updated, new values are in float32 and not stored yet.
 
     Only groups with a learned scale are held; the others are stored and do not take part in the second pass. Row
@@ -47,7 +47,7 @@ class RowsAhead:
                 parts.append(group.gather(self._rows, inverse))
             else:
                 assert isinstance(group, PackedRows)
-                parts.append(group.look_ahead(self._rows, held, inverse))
+                parts.append(group.fake_quantise(self._rows, held, inverse))
         return join(parts)
 
     def learn(self, grads: Tensor, inverse: Tensor | None = None) -> None:
@@ -55,4 +55,4 @@ class RowsAhead:
         for group, held, part in zip(self._store.groups, self._held, self._store.split(grads), strict=True):
             if held is not None:
                 assert isinstance(group, PackedRows)
-                group.learn_steps(self._rows, held, part, inverse, self._ids, self._step)
+                group.learn_scales(self._rows, held, part, inverse, self._ids, self._step)

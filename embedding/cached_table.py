@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tessera.embedding.alpt import RowsAhead
+from tessera.embedding.alpt import TwoPassUpdate
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.row_cache import COUNTERS, CachedRows, RowCache
@@ -27,13 +27,13 @@ class CachedTable(DynamicTable):
 
     Attributes:
         cache: the rows on the device.
-        coming: set by whoever brings batches ahead: how many batches are being brought that no step has begun with.
+        prefetched: set by whoever prefetches batches: how many of them no step has begun with.
     """
 
     def __init__(self, config: DynamicTableConfig, device: torch.device | str) -> None:
         super().__init__(config, "cpu")
         self.cache = RowCache(config, self._store, device)
-        self.coming = 0
+        self.prefetched = 0
         self._cache_at_interval = dict(self.cache.total)
 
     def bring(self, ids: Tensor, now: int | Tensor, counts: Tensor | None = None) -> tuple[CachedRows, Tensor]:
@@ -62,7 +62,7 @@ class CachedTable(DynamicTable):
         self.cache.flush()
 
     def _assert_alone(self) -> None:
-        assert self.coming == 0, f"table {self.config.name}: asked while the batch of a coming step is brought"
+        assert self.prefetched == 0, f"table {self.config.name}: asked while the batch of a later step is prefetched"
 
     def lookup(self, ids: Tensor, now: int | Tensor, counts: Tensor | None = None, *, training: bool = True) -> Tensor:
         self._assert_alone()
@@ -83,16 +83,16 @@ class CachedTable(DynamicTable):
         self._replace(rows)
         super().update(rows, grads, inverse, lr, ids)
 
-    def update_ahead(
+    def begin_update(
         self,
         rows: Tensor,
         grads: Tensor,
         inverse: Tensor | None = None,
         lr: float | None = None,
         ids: Tensor | None = None,
-    ) -> RowsAhead:
+    ) -> TwoPassUpdate:
         self._replace(rows)
-        return super().update_ahead(rows, grads, inverse, lr, ids)
+        return super().begin_update(rows, grads, inverse, lr, ids)
 
     def _replace(self, rows: Tensor) -> None:
         """Prepare for a change of rows on the host: write back the cache and drop them from it."""

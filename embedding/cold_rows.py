@@ -55,20 +55,20 @@ class ColdRows:
         if self._others_count > self._index.end:  # rows come and go by expiry: a new pass is as cheap
             self.reset()
 
-    def take(self, wanted: int, keep: Tensor) -> Tensor | None:
-        """Return the `wanted` (1 or more) coldest rows in use, coldest first, none of `keep` (int64); None if too few.
+    def take(self, wanted: int, spare: Tensor) -> Tensor | None:
+        """Return the `wanted` (1 or more) coldest rows in use, coldest first, none of `spare` (int64); None if too few.
 
-        -1 in `keep` is ignored. The rows taken must be freed before the next call.
+        -1 in `spare` is ignored. The rows taken must be freed before the next call.
         """
-        keep = keep[keep >= 0]
+        spare = spare[spare >= 0]
         if self._queue is not None:
-            chosen = self._choose(wanted, keep)
+            chosen = self._choose(wanted, spare)
             if chosen is not None:
                 return chosen
-        self._pass(wanted + keep.numel())
-        return self._choose(wanted, keep)
+        self._pass(wanted + spare.numel())
+        return self._choose(wanted, spare)
 
-    def _choose(self, wanted: int, keep: Tensor) -> Tensor | None:
+    def _choose(self, wanted: int, spare: Tensor) -> Tensor | None:
         """Return the coldest rows if they are certain to be among the queue and the rows added since; else None."""
         assert self._queue is not None and self._heat is not None
         look_at = max(0, wanted + wanted // 2 - self._others_count)
@@ -79,7 +79,7 @@ class ColdRows:
             rows, heat = self._below(rows, self._bound)
             self._others, self._others_count, self._position = [rows], rows.numel(), upto
             # The rest of the queue is hotter than the last row looked at.
-            sure = ~torch.isin(rows, keep, assume_unique=True)
+            sure = ~torch.isin(rows, spare, assume_unique=True)
             if upto < self._queue.numel():
                 sure &= _at_most(heat.unbind(1), self._heat[upto].tolist())
             candidates = sure.nonzero().flatten()

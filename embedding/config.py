@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tessera.embedding.errors import ConfigError
-from tessera.embedding.optim import RowOptimizer, StepOptimizer
+from tessera.embedding.optim import RowOptimizer, ScaleOptimizer
 from tessera.embedding.settings import check, required, section, setting
 from tessera.kernels.formats import (
     BITS,
@@ -38,7 +38,7 @@ def key_of(name: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def step_of_range(format: str, largest: float) -> float:
+def scale_of_range(format: str, largest: float) -> float:
     """Return the scale with which codes of an int format reach from -largest to nearly largest."""
     return largest / (1 << (BITS[format] - 1))
 
@@ -66,7 +66,7 @@ class TableConfig:
 class Group:
     """Columns of a row that are one embedding: `dim` values that start at N(0, init_std).
 
-    format, rounding: how they are stored, see `kernels/formats.py` and `kernels/quantise.py`. step: the scale that
+    format, rounding: how they are stored, see `kernels/formats.py` and `kernels/quantise.py`. scale: the scale that
     a new row of an int format has, which it keeps (LPT) unless `learned` says how it is learned (ALPT).
     """
 
@@ -77,8 +77,8 @@ class Group:
         "fp32", "how rows are stored: fp32 | fp16 | bf16 | int8 | int4 | int2; docs/low_precision.md", choices=FORMATS
     )
     rounding: str = setting("stochastic", "of values that are stored: stochastic | nearest", choices=ROUNDINGS)
-    step: float = setting(0.01, "int formats: the scale that a row begins with", above=0)
-    learned: StepOptimizer | None = None
+    scale: float = setting(0.01, "int formats: the scale that a row begins with", above=0)
+    learned: ScaleOptimizer | None = None
 
 
 @dataclass(unsafe_hash=True)  # not frozen: OmegaConf fills it key by key; once in a table, nobody changes it
@@ -155,7 +155,7 @@ class DynamicTableConfig:
     def state_widths(self, group: Group) -> tuple[int, int]:
         """Return the floats of state of a group's values and of its learned scale."""
         layout = self.layout(group)
-        return state_width(self.optimizer.name, group.dim), 0 if layout is None else layout.step_state
+        return state_width(self.optimizer.name, group.dim), 0 if layout is None else layout.scale_state
 
     def layout(self, group: Group) -> RowLayout | None:
         """Return the layout of a group's packed rows; None for rows of float32 alone."""
@@ -187,12 +187,12 @@ class DynamicTableConfig:
         return self.optimizer.old_rows_factor != 1
 
     @property
-    def has_steps(self) -> bool:
+    def has_scales(self) -> bool:
         """True if some group has scales."""
         return any(is_int(group.format) for group in self.groups)
 
     @property
-    def learns_steps(self) -> bool:
+    def learns_scales(self) -> bool:
         return any(group.learned is not None for group in self.groups)
 
     @property
@@ -270,7 +270,7 @@ class DynamicTableConfig:
                 # FTRL computes the values from its state, so int8 values would still have a copy in full precision.
                 self._fail(f"{key}.format", group.format, "fp32, fp16 or bf16 with optimizer ftrl")
             if group.learned is not None and not is_int(group.format):
-                self._fail(f"{key}.format", group.format, "int8, int4 or int2 with a learned step size")
+                self._fail(f"{key}.format", group.format, "int8, int4 or int2 with a learned scale")
 
     def _check_admission(self) -> None:
         admission = self.admission

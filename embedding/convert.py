@@ -46,16 +46,16 @@ def convert_rows(
     A row that becomes int gets the smallest scale with which all its values are in range. The state of a learned
     scale starts at zero. errors: by group name, added to.
     """
-    values, states, steps = [], [], []
+    values, states, scales = [], [], []
     columns = [source.values_columns(group) for group in source.groups]
     widths = [sum(source.state_widths(group)) for group in source.groups]
     pairs = zip(source.groups, target.groups, strict=True)
     parts = zip(pairs, batch.values.split(columns, 1), batch.state.split(widths, 1), strict=True)
     for number, ((old, new), stored, state) in enumerate(parts):
-        old_steps = None if batch.step_size is None else batch.step_size[:, number].contiguous()
-        floats = _values(stored, old, old_steps)
+        old_scales = None if batch.scale is None else batch.scale[:, number].contiguous()
+        floats = _values(stored, old, old_scales)
         if old.format == new.format:
-            stored, size = _in_its_dtype(stored, new), old_steps
+            stored, size = _in_its_dtype(stored, new), old_scales
         else:
             size = _steps(floats, new) if is_int(new.format) else None
             stored = quantise(floats, size, new.format, rounding="nearest")
@@ -63,19 +63,19 @@ def convert_rows(
         values.append(stored.view(target.values_dtype))
         kept, more = target.state_widths(new)
         states.append(torch.cat([state[:, :kept], state.new_zeros((len(state), more))], dim=1))
-        steps.append(state.new_zeros(len(state)) if size is None else size)
+        scales.append(state.new_zeros(len(state)) if size is None else size)
     return RowBatch(
         ids=batch.ids,
         values=torch.cat(values, dim=1),
         state=torch.cat(states, dim=1),
         last_seen=batch.last_seen,
         count=batch.count,
-        step_size=torch.stack(steps, dim=1) if target.has_steps else None,
+        scale=torch.stack(scales, dim=1) if target.has_scales else None,
     )
 
 
-def _values(stored: Tensor, group: Group, steps: Tensor | None) -> Tensor:
-    return dequantise(_in_its_dtype(stored, group), steps if is_int(group.format) else None, group.format, group.dim)
+def _values(stored: Tensor, group: Group, scales: Tensor | None) -> Tensor:
+    return dequantise(_in_its_dtype(stored, group), scales if is_int(group.format) else None, group.format, group.dim)
 
 
 def _in_its_dtype(stored: Tensor, group: Group) -> Tensor:
@@ -87,4 +87,4 @@ def _steps(values: Tensor, group: Group) -> Tensor:
     """Return the scale of each row, float32 [n]; rows of zeros take the configured scale."""
     low, high = code_range(group.format)
     needed = torch.maximum(values.amax(dim=1) / high, values.amin(dim=1) / low)
-    return torch.where(needed > 0, needed, torch.full_like(needed, group.step))
+    return torch.where(needed > 0, needed, torch.full_like(needed, group.scale))

@@ -54,7 +54,7 @@ class RowOptimizer:
 
 
 @dataclass(frozen=True)
-class StepOptimizer:
+class ScaleOptimizer:
     """Optimizer of the learned scales of an int format (ALPT): the row's kind of optimizer, with these numbers.
 
     gradient_scale multiplies the gradient of a scale, that of its L2 penalty (weight_decay / 2 times its square)

@@ -16,7 +16,7 @@ class RowBatch:
     ids, last_seen (seconds), count (1 or more): int64 [n]; values: [n, columns] of the config's `values_dtype`, one
     group after the other: floats, or uint8 codes (or bytes, where groups have formats of different dtypes); state:
     float32 [n, state_width], likewise, that of a learned scale after its group's. rows: int64 [n], the row numbers
-    they had, or None. step_size: float32 [n, groups], 0 for a group without; None if no group has scales. period:
+    they had, or None. scale: float32 [n, groups], 0 for a group without; None if no group has scales. period:
     int64 [n], in which they were added; None in a table that does not keep it, or for rows that come from elsewhere.
     """
 
@@ -26,7 +26,7 @@ class RowBatch:
     last_seen: Tensor
     count: Tensor
     rows: Tensor | None = None
-    step_size: Tensor | None = None
+    scale: Tensor | None = None
     period: Tensor | None = None
 
     def to(self, device: torch.device) -> RowBatch:

@@ -13,7 +13,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from tessera.embedding.alpt import RowsAhead
+from tessera.embedding.alpt import TwoPassUpdate
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.errors import CacheFull
 from tessera.embedding.optim import by_age
@@ -44,7 +44,7 @@ class RowCache:
         self._copies = self.device.type == "cuda" and torch.cuda.is_available()  # in the order of a stream
         if self._copies:
             # Addresses of chunks are kept on the device: they must not change while a step and a fetch both read them.
-            self.store.reserve(self.capacity)
+            self.store.grow_to(self.capacity)
         self.total = dict.fromkeys(COUNTERS, 0)
         self.changed = False  # whether something may not have been written back
         self._name, self._host, self._chunk_rows = config.name, host, config.chunk_rows
@@ -91,7 +91,7 @@ class RowCache:
         self._note_slots(rows, slots)
         end = int(slots.max()) + 1
         self._end = max(self._end, end)
-        self.store.reserve(end)
+        self.store.grow_to(end)
         parts = self._host.stored(rows)
         if self._copies:
             parts = [part.pin_memory() for part in parts]
@@ -197,11 +197,11 @@ class CachedRows:
         for part, rate in parts:
             self._cache.store.update(part, grads, inverse, rate, ids, self._step)
 
-    def update_ahead(
+    def begin_update(
         self, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float | None, ids: Tensor | None
-    ) -> RowsAhead:
+    ) -> TwoPassUpdate:
         self._cache.changed = True
-        ahead = RowsAhead(self._cache.store, rows, ids, self._step)
+        update = TwoPassUpdate(self._cache.store, rows, ids, self._step)
         parts, grads, inverse = by_age(rows, self._old, grads, inverse, self._cache.optimizer, lr)
-        ahead.update(grads, inverse, parts)
-        return ahead
+        update.update(grads, inverse, parts)
+        return update

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tessera.kernels.chunks import allocate_chunk, commit, first_rows
+from tessera.kernels.chunks import allocate_chunk, first_rows, touch_pages
 from tessera.kernels.gather import gather
 from tessera.kernels.id_map import IdMap
 from tessera.kernels.scatter import scatter, scatter_columns
@@ -137,7 +137,7 @@ class RowIndex:
             if chosen.numel():
                 yield rows[chosen], meta[chosen]
 
-    def reserve(self, end: int) -> None:
+    def grow_to(self, end: int) -> None:
         """Provide memory for rows [0, end), the new ones free. Memory beyond is not touched."""
         begin, self.end = self.end, max(self.end, end)
         self._add_chunks(end)
@@ -150,17 +150,17 @@ class RowIndex:
         while len(self.meta) * self._chunk_rows < end:
             self.meta.append(allocate_chunk((self._chunk_rows, self._columns), torch.int64, self.device))
 
-    def expect(self, rows: int) -> None:
-        """Reserve and commit memory for so many rows, still to be taken, and their ids. No row must have been taken."""
+    def reserve(self, rows: int) -> None:
+        """Reserve and touch memory for so many rows, still to be taken, and their ids. No row must have been taken."""
         assert self.end == 0, self.end
         self.map.reserve(rows)
         self._add_chunks(rows)
-        commit(first_rows(self.meta, rows))
+        touch_pages(first_rows(self.meta, rows))
 
     def place(self, ids: Tensor, rows: Tensor) -> None:
         """Give distinct, unknown ids the rows they had in the index whose state is imported."""
         if rows.numel():
-            self.reserve(int(rows.max()) + 1)
+            self.grow_to(int(rows.max()) + 1)
         self.map.insert(ids, rows)
 
     def export_state(self) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ class RowIndex:
         return {"free": self.free.clone(), "end": torch.tensor(self.end), "cursor": torch.tensor(self._cursor)}
 
     def import_state(self, state: dict[str, Tensor]) -> None:
-        self.reserve(int(state["end"]))
+        self.grow_to(int(state["end"]))
         self._free = state["free"].to(self.device, copy=True)
         self._free_count = self._free.numel()
         self._cursor = int(state["cursor"])
@@ -180,7 +180,7 @@ class RowIndex:
         rows = self._free[self._free_count : self._free_count + reused].flip(0)
         if reused < wanted:
             begin = self.end
-            self.reserve(begin + wanted - reused)
+            self.grow_to(begin + wanted - reused)
             rows = torch.cat([rows, torch.arange(begin, self.end, device=self.device)])
         return rows
 

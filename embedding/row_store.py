@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tessera.embedding.config import DynamicTableConfig, Group
 from tessera.embedding.packed_rows import PackedRows
-from tessera.kernels.chunks import allocate_chunk, commit, first_rows
+from tessera.kernels.chunks import allocate_chunk, first_rows, touch_pages
 from tessera.kernels.gather import gather
 from tessera.kernels.initialise import InitialValues, init_rows
 from tessera.kernels.optimizers import state_width
@@ -59,7 +59,7 @@ class PlainRows:
     def decode(self, both: Tensor) -> tuple[Tensor, Tensor, None]:
         return both[:, : self._group.dim], both[:, self._group.dim :], None
 
-    def write(self, rows: Tensor, values: Tensor, state: Tensor, steps: Tensor | None) -> None:
+    def write(self, rows: Tensor, values: Tensor, state: Tensor, scales: Tensor | None) -> None:
         if values.dtype != torch.float32:
             # Columns of a single row count as contiguous at any address; a view as float32 needs an aligned one.
             values = values.clone(memory_format=torch.contiguous_format).view(torch.float32)
@@ -89,17 +89,17 @@ class RowStore:
         #: Whether updates round at random and so must know the ids of rows.
         self.needs_ids = any(group.needs_ids for group in self.groups)
 
-    def reserve(self, end: int) -> None:
+    def grow_to(self, end: int) -> None:
         """Provide memory for rows [0, end). A new chunk is not touched before its rows are."""
         while self._reserved < end:
             for group in self.groups:
                 group.grow()
             self._reserved += self._config.chunk_rows
 
-    def expect(self, rows: int) -> None:
+    def reserve(self, rows: int) -> None:
         """Commit the memory of rows [0, rows), none of which was written."""
-        self.reserve(rows)
-        commit([part for group in self.groups for part in first_rows(group.chunks, rows)])
+        self.grow_to(rows)
+        touch_pages([part for group in self.groups for part in first_rows(group.chunks, rows)])
 
     def initialise(self, rows: Tensor, ids: Tensor, first: Tensor | None = None) -> None:
         """Set initial values, `first` (float32 [width]) or from (seed, table, group, id) alone; initial state,
@@ -145,18 +145,18 @@ class RowStore:
         dtype = self._config.values_dtype
         values = join([value.contiguous().view(dtype) for value, _, _ in parts])
         state = join([state for _, state, _ in parts])
-        if not self._config.has_steps:
+        if not self._config.has_scales:
             return values, state, None
         none = values.new_zeros(len(values), dtype=torch.float32)
-        return values, state, torch.stack([none if steps is None else steps for _, _, steps in parts], dim=1)
+        return values, state, torch.stack([none if scales is None else scales for _, _, scales in parts], dim=1)
 
-    def write(self, rows: Tensor, values: Tensor, state: Tensor, steps: Tensor | None) -> None:
+    def write(self, rows: Tensor, values: Tensor, state: Tensor, scales: Tensor | None) -> None:
         """Overwrite rows with what `read` gave. Raises ValueError for other shapes or dtypes."""
-        self._check(rows, values, state, steps)
+        self._check(rows, values, state, scales)
         values_of = values.split(self._columns, dim=1)
         state_of = state.split(self._state_widths, dim=1)
-        steps_of = [None] * len(self.groups) if steps is None else steps.unbind(1)
-        for group, *parts in zip(self.groups, values_of, state_of, steps_of, strict=True):
+        scales_of = [None] * len(self.groups) if scales is None else scales.unbind(1)
+        for group, *parts in zip(self.groups, values_of, state_of, scales_of, strict=True):
             group.write(rows, *parts)
 
     def stored(self, rows: Tensor) -> list[Tensor]:
@@ -168,7 +168,7 @@ class RowStore:
         for group, part in zip(self.groups, stored, strict=True):
             group.store(rows, part)
 
-    def _check(self, rows: Tensor, values: Tensor, state: Tensor, steps: Tensor | None) -> None:
+    def _check(self, rows: Tensor, values: Tensor, state: Tensor, scales: Tensor | None) -> None:
         name, n = self._config.name, rows.numel()
         dtype, shape = self._config.values_dtype, (n, sum(self._columns))
         if values.dtype != dtype or values.shape != shape:
@@ -177,14 +177,12 @@ class RowStore:
         if state.dtype != torch.float32 or state.shape != (n, sum(self._state_widths)):
             found = f"{state.dtype} {list(state.shape)}"
             raise ValueError(f"table {name}: state: expected float32 [{n}, {sum(self._state_widths)}], found {found}")
-        if (steps is not None) != self._config.has_steps:
-            expected = f"float32 [{n}, {len(self.groups)}]" if self._config.has_steps else "none"
-            raise ValueError(
-                f"table {name}: step_size: expected {expected}, found {'none' if steps is None else 'some'}"
-            )
-        if steps is not None and (steps.dtype != torch.float32 or steps.shape != (n, len(self.groups))):
-            found = f"{steps.dtype} {list(steps.shape)}"
-            raise ValueError(f"table {name}: step_size: expected float32 [{n}, {len(self.groups)}], found {found}")
+        if (scales is not None) != self._config.has_scales:
+            expected = f"float32 [{n}, {len(self.groups)}]" if self._config.has_scales else "none"
+            raise ValueError(f"table {name}: scale: expected {expected}, found {'none' if scales is None else 'some'}")
+        if scales is not None and (scales.dtype != torch.float32 or scales.shape != (n, len(self.groups))):
+            found = f"{scales.dtype} {list(scales.shape)}"
+            raise ValueError(f"table {name}: scale: expected float32 [{n}, {len(self.groups)}], found {found}")
 
 
 def join(parts: list[Tensor]) -> Tensor:

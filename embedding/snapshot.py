@@ -53,7 +53,7 @@ class Snapshot:
         self._kept = 0
         self._lock = threading.Lock()
 
-    def keep(self, rows: Tensor) -> None:
+    def save_old(self, rows: Tensor) -> None:
         """Copy rows (int64 [n], distinct, -1 skipped) that are about to change."""
         rows = rows.cpu()
         with self._lock:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera.embedding.admission import admission_filter
-from tessera.embedding.alpt import RowsAhead
+from tessera.embedding.alpt import TwoPassUpdate
 from tessera.embedding.cold_rows import ColdRows
 from tessera.embedding.config import DynamicTableConfig, key_of
 from tessera.embedding.errors import TableFull
@@ -31,7 +31,7 @@ class DynamicTable:
     `lookup` in training at a limit, `expire`, `import_rows`.
 
     Attributes:
-        first_values: initial values of new rows, float32 [width]; None: drawn from (seed, table, group, id).
+        init_values: initial values of new rows, float32 [width]; None: drawn from (seed, table, group, id).
     """
 
     def __init__(self, config: DynamicTableConfig, device: torch.device | str = "cpu") -> None:
@@ -48,7 +48,7 @@ class DynamicTable:
         self._spare_copies: list[list[Tensor]] = []
         self._mark = 0  # no marks are written before the first one is asked for
         self._step = self._period = 0
-        self.first_values: Tensor | None = None
+        self.init_values: Tensor | None = None
         self._total = dict.fromkeys(COUNTERS, 0)
         self._at_interval = dict(self._total)
 
@@ -73,10 +73,10 @@ class DynamicTable:
         if unknown.numel():
             passed = self._admit(ids, unknown, now, counts)
             if passed.numel():
-                self._make_room(passed.numel(), keep=rows)
+                self._make_room(passed.numel(), spare=rows)
                 rows[passed] = self._add(ids[passed])
         self._step += 1
-        self._keep(rows)
+        self._save_for_snapshots(rows)
         self._index.touch(rows, now, counts)
         return rows
 
@@ -93,15 +93,15 @@ class DynamicTable:
         self._count(new=unknown.numel(), admitted=passed.numel(), rejected=rejected)
         return passed
 
-    def _make_room(self, wanted: int, keep: Tensor) -> None:
-        """Evict the coldest rows, none of `keep`, until `wanted` more fit the limit."""
+    def _make_room(self, wanted: int, spare: Tensor) -> None:
+        """Evict the coldest rows, none of `spare`, until `wanted` more fit the limit."""
         missing = 0 if self._limit is None else len(self) + wanted - self._limit
         if missing <= 0:
             return
         full = f"table {self.config.name}: limit of {self._limit:,} rows, {len(self):,} in use, {wanted:,} more wanted"
         if self._cold is None:
             raise TableFull(f"{full}; raise max_rows or max_bytes, set ttl_seconds, or choose eviction lru or lfu")
-        rows = self._cold.take(missing, keep) if missing <= len(self) else None
+        rows = self._cold.take(missing, spare) if missing <= len(self) else None
         if rows is None:
             raise TableFull(f"{full} by one batch; raise max_rows or max_bytes, or make the batch smaller")
         self._free(rows)
@@ -110,8 +110,8 @@ class DynamicTable:
     def _add(self, ids: Tensor) -> Tensor:
         """Add rows for new ids, with their initial values; return them."""
         rows = self._index.add(ids, self._mark, self._period)
-        self._store.reserve(self._index.end)
-        self._store.initialise(rows, ids, self.first_values)
+        self._store.grow_to(self._index.end)
+        self._store.initialise(rows, ids, self.init_values)
         if self._cold is not None:
             self._cold.add(rows)
         return rows
@@ -137,7 +137,7 @@ class DynamicTable:
         inverse: int64 [n] names the place in `rows` that each gradient belongs to (they are summed in order);
         lr: instead of the configured learning rate; ids: int64 [u] of the rows, if the caller has them at hand.
         """
-        self._keep(rows)
+        self._save_for_snapshots(rows)
         ids = self._ids_of(rows, ids)
         parts, grads, inverse = by_age(rows, self._old(rows), grads, inverse, self.config.optimizer, lr)
         for part, rate in parts:
@@ -145,22 +145,23 @@ class DynamicTable:
         if self._mark:
             self._index.set_mark(rows, self._mark)
 
-    def update_ahead(
+    def begin_update(
         self,
         rows: Tensor,
         grads: Tensor,
         inverse: Tensor | None = None,
         lr: float | None = None,
         ids: Tensor | None = None,
-    ) -> RowsAhead:
-        """Do `update` where scales are learned: the result looks ahead and, by a second gradient, stores the rows."""
-        self._keep(rows)
-        ahead = RowsAhead(self._store, rows, self._ids_of(rows, ids), self._step)
+    ) -> TwoPassUpdate:
+        """Do `update` where scales are learned. The result gives the values of the second pass and stores the rows
+        by its gradient."""
+        self._save_for_snapshots(rows)
+        update = TwoPassUpdate(self._store, rows, self._ids_of(rows, ids), self._step)
         parts, grads, inverse = by_age(rows, self._old(rows), grads, inverse, self.config.optimizer, lr)
-        ahead.update(grads, inverse, parts)
+        update.update(grads, inverse, parts)
         if self._mark:
             self._index.set_mark(rows, self._mark)
-        return ahead
+        return update
 
     def begin_period(self) -> None:
         """Count the rows that exist now as old from here on: the optimizer's `old_rows_factor` slows them."""
@@ -197,7 +198,7 @@ class DynamicTable:
 
     def _free(self, rows: Tensor) -> None:
         """Clear rows, so that other ids may take them."""
-        self._keep(rows)
+        self._save_for_snapshots(rows)
         self._store.clear(rows)
         self._evicted.add(self._index.remove(rows))
 
@@ -252,7 +253,7 @@ class DynamicTable:
 
     def read_rows(self, rows: Tensor) -> RowBatch:
         """Return rows in use (int64 [n]) as `export_rows` does; for no rows, empty tensors with the right dtypes."""
-        self._store.reserve(1)  # a store without a chunk does not know what its rows are made of
+        self._store.grow_to(1)  # a store without a chunk does not know what its rows are made of
         return self._read(rows, self._index.read(rows).long())
 
     def _read(self, rows: Tensor, meta: Tensor) -> RowBatch:
@@ -266,13 +267,13 @@ class DynamicTable:
             last_seen=meta[:, LAST_SEEN].contiguous(),
             count=meta[:, COUNT].contiguous(),
             rows=rows,
-            step_size=steps,
+            scale=steps,
             period=meta[:, PERIOD].contiguous() if self.config.knows_periods else None,
         )
 
     def snapshot(self) -> Snapshot:
         """Return all rows as they are now, for another thread to read while this one goes on, until `release`."""
-        self._store.reserve(1)  # as in `read_rows`
+        self._store.grow_to(1)  # as in `read_rows`
         none = [torch.empty((0, COLUMNS + self.config.knows_periods), dtype=torch.int64, device=self.device)]
         chunks = [self._index.meta or none, *(group.chunks for group in self._store.groups)]
 
@@ -292,17 +293,17 @@ class DynamicTable:
                 self._snapshots = [other for other in self._snapshots if other is not snapshot]
                 self._spare_copies = snapshot.copies
 
-    def _keep(self, rows: Tensor) -> None:
+    def _save_for_snapshots(self, rows: Tensor) -> None:
         """Copy rows that are about to change into the snapshots."""
         for snapshot in self._snapshots:
-            snapshot.keep(rows)
+            snapshot.save_old(rows)
 
-    def expect(self, rows: int) -> None:
+    def reserve(self, rows: int) -> None:
         """Reserve memory for the rows of an import at once, which takes less time. Does nothing unless empty."""
         if not self._index.end:
             rows = rows if self._limit is None else min(rows, self._limit)
-            self._index.expect(rows)
-            self._store.expect(rows)
+            self._index.reserve(rows)
+            self._store.reserve(rows)
 
     def import_rows(self, batch: RowBatch) -> None:
         """Import rows as they are; a known id is replaced. Raises TableFull as `lookup`.
@@ -322,13 +323,13 @@ class DynamicTable:
             rows = self._index.find(batch.ids)
             unknown = (rows < 0).nonzero().flatten()
             if unknown.numel():
-                self._make_room(unknown.numel(), keep=rows)
+                self._make_room(unknown.numel(), spare=rows)
                 rows[unknown] = self._index.add(batch.ids[unknown], self._mark)
-        self._store.reserve(self._index.end)
-        self._keep(rows)
+        self._store.grow_to(self._index.end)
+        self._save_for_snapshots(rows)
         period = BEFORE if batch.period is None else batch.period
         self._index.write(rows, batch.last_seen, batch.count, batch.ids, self._mark, period)
-        self._store.write(rows, batch.values, batch.state, batch.step_size)
+        self._store.write(rows, batch.values, batch.state, batch.scale)
         if self._cold is not None:
             self._cold.reset()
 
@@ -364,7 +365,7 @@ class DynamicTable:
                 parts[part][name_inside] = value
         if parts["rows"]:
             self._index.import_state(parts["rows"])
-            self._store.reserve(self._index.end)
+            self._store.grow_to(self._index.end)
         if parts["admission"] and self._filter is not None:
             self._filter.import_state(parts["admission"])
 

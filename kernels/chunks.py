@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 _PAGE, _LARGE_PAGE = 4 << 10, 2 << 20  # bytes; memory of a large page or more begins at a multiple of it
-_MOST_THREADS = 4  # that commit memory
+_MOST_THREADS = 4  # that touch pages
 
 
 def allocate_chunk(
@@ -41,7 +41,7 @@ def allocate_chunk(
     return everything[begin : begin + size].view(dtype).view(tuple(shape))
 
 
-def commit(fresh: Sequence[Tensor]) -> None:
+def touch_pages(fresh: Sequence[Tensor]) -> None:
     """Commit the memory of chunks, or of their first rows, now, if it is known that all will be written.
 
     To get new pages takes longer than to write rows, on a virtual machine whose host has to find them much longer.
@@ -52,7 +52,7 @@ def commit(fresh: Sequence[Tensor]) -> None:
         part.view(-1).view(torch.uint8)[::_PAGE].zero_()
 
     parts = [part for part in fresh if part.device.type == "cpu"]
-    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "commit") as threads:
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "touch pages") as threads:
         list(threads.map(write_pages, parts))
 
 

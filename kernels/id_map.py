@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import backend
-from tessera.kernels.chunks import allocate_chunk, check_index, commit, first_rows
+from tessera.kernels.chunks import allocate_chunk, check_index, first_rows, touch_pages
 from tessera.kernels.reference import id_map as reference
 from tessera.kernels.reference.id_map import LIMIT, SEGMENTS_PER_CHUNK, SLOTS, split_limit
 
@@ -63,7 +63,7 @@ class IdMap:
         while len(self._chunks) * SEGMENTS_PER_CHUNK < segments:
             self._add_chunk()
         used = first_rows(self._chunks, segments)
-        commit(used)
+        touch_pages(used)
         for part in used:
             part[:, :, 1] = -1
         self._directory = torch.arange(segments, dtype=torch.int32, device=self.device)

@@ -34,7 +34,7 @@ class RowLayout(NamedTuple):
     Attributes:
         format_number, optimizer_number: places in FORMATS and OPTIMIZERS.
         learned: 1 if the scale is learned. nearest: 1 if values are rounded to nearest, 0 if stochastically.
-        step_state, state_floats: floats of state of the scale, and of the values. moments: bfloat16 of state.
+        scale_state, state_floats: floats of state of the scale, and of the values. moments: bfloat16 of state.
         state_at, moments_at, values_at: bytes from the begin of the row; a scale is at 0, its state at 4.
         bytes: size of a row.
     """
@@ -44,7 +44,7 @@ class RowLayout(NamedTuple):
     dim: int
     learned: int
     nearest: int
-    step_state: int
+    scale_state: int
     state_floats: int
     moments: int
     state_at: int
@@ -65,7 +65,7 @@ class RowLayout(NamedTuple):
         return ROUNDINGS[self.nearest]
 
     @property
-    def step_floats(self) -> int:
+    def scale_floats(self) -> int:
         """1 if the row has a scale, else 0."""
         return int(is_int(self.format))
 
@@ -93,13 +93,13 @@ def packed_layout(
     if state_format == "bf16" and optimizer != "adam":
         raise ValueError(f"state_format: expected fp32 for {optimizer}, found bf16")
     if learned and not is_int(format):
-        raise ValueError(f"format: expected one of int8, int4, int2 for a learned step size, found {format!r}")
+        raise ValueError(f"format: expected one of int8, int4, int2 for a learned scale, found {format!r}")
     if learned and optimizer == "ftrl":
-        raise ValueError("optimizer: expected one other than ftrl for a learned step size")
-    step_state = state_width(optimizer, 1) if learned else 0
+        raise ValueError("optimizer: expected one other than ftrl for a learned scale")
+    scale_state = state_width(optimizer, 1) if learned else 0
     moments = 2 * dim if state_format == "bf16" else 0
     state_floats = state_width(optimizer, dim) - moments
-    state_at = 4 * (is_int(format) + step_state)
+    state_at = 4 * (is_int(format) + scale_state)
     moments_at = state_at + 4 * state_floats
     values_at = moments_at + 2 * moments
     end = values_at + stored_columns(format, dim) * stored_dtype(format).itemsize
@@ -109,7 +109,7 @@ def packed_layout(
         dim=dim,
         learned=int(learned),
         nearest=ROUNDINGS.index(rounding),
-        step_state=step_state,
+        scale_state=scale_state,
         state_floats=state_floats,
         moments=moments,
         state_at=state_at,
@@ -128,7 +128,7 @@ def plain_layout(dim: int, optimizer: str) -> RowLayout:
         dim=dim,
         learned=0,
         nearest=1,
-        step_state=0,
+        scale_state=0,
         state_floats=state_floats,
         moments=0,
         state_at=4 * dim,

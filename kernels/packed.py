@@ -9,8 +9,8 @@ LPT and ALPT (Li et al., AAAI 2023, arXiv 2212.05735). With a fixed scale D a st
 With a learned one it has two passes over the same batch:
 
     packed_update with `held`   w_new as above goes to `held` (float32, the rows of the batch alone); Q stays
-    packed_look_ahead           w^ = D clamp(nearest(w_new / D)), for the second forward pass
-    packed_learn_steps          dL/dD = scale sum_c dL/dw^_c  { nearest(x) - x  inside the range,  x = w_new_c / D
+    packed_fake_quantise           w^ = D clamp(nearest(w_new / D)), for the second forward pass
+    packed_learn_scales          dL/dD = scale sum_c dL/dw^_c  { nearest(x) - x  inside the range,  x = w_new_c / D
                                                               { the end of the range that x is at or beyond
                                 D_new = optimizer(D, dL/dD), and D / 2 or more;  Q = quantise(w_new / D_new)
 """
@@ -76,17 +76,17 @@ def packed_update(
     ops.packed_update(chunks, rows, ids, grads, inverse, held, layout, settings, stream)
 
 
-def packed_look_ahead(
+def packed_fake_quantise(
     chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: RowLayout, inverse: Tensor | None = None
 ) -> Tensor:
     """Return `held` (float32 [u, dim]) as their rows would hold them, by nearest rounding; else as `packed_gather`."""
     _check(chunks, rows, layout, inverse)
     _check_held(rows, layout, held)
     ops = backend.ops_for(rows) or reference
-    return ops.packed_look_ahead(chunks, rows, held, layout, inverse)
+    return ops.packed_fake_quantise(chunks, rows, held, layout, inverse)
 
 
-def packed_learn_steps(
+def packed_learn_scales(
     chunks: Sequence[Tensor],
     batch: BatchRows,
     grads: Tensor,
@@ -96,7 +96,7 @@ def packed_learn_steps(
     stream: int,
     held: Tensor,
 ) -> None:
-    """Update the scales of rows by the gradients of what `packed_look_ahead` gave, and store `held` with them.
+    """Update the scales of rows by the gradients of what `packed_fake_quantise` gave, and store `held` with them.
 
     settings are those of the scale's own optimizer, of the same kind as the values'. Other arguments as
     `packed_update`. Raises as `packed_gather`.
@@ -106,9 +106,9 @@ def packed_learn_steps(
     _check_held(rows, layout, held)
     _check_update(batch, grads, layout)
     if not layout.learned:
-        raise ValueError("layout: expected one with a learned step size")
+        raise ValueError("layout: expected one with a learned scale")
     ops = backend.ops_for(rows) or reference
-    ops.packed_learn_steps(chunks, rows, ids, grads, inverse, held, layout, settings, stream)
+    ops.packed_learn_scales(chunks, rows, ids, grads, inverse, held, layout, settings, stream)
 
 
 def _check(chunks: Sequence[Tensor], rows: Tensor, layout: RowLayout, inverse: Tensor | None) -> None:
@@ -132,7 +132,7 @@ def _check_update(batch: BatchRows, grads: Tensor, layout: RowLayout) -> None:
 
 def _check_held(rows: Tensor, layout: RowLayout, held: Tensor) -> None:
     if not is_int(layout.format):
-        raise ValueError(f"held: expected a layout with a step size, found {layout.format}")
+        raise ValueError(f"held: expected a layout with a scale, found {layout.format}")
     shape = (rows.numel(), layout.dim)
     if held.dtype != torch.float32 or held.shape != shape or not held.is_contiguous():
         raise ValueError(f"held: expected contiguous float32 {list(shape)}, found {held.dtype} {list(held.shape)}")
@@ -144,7 +144,7 @@ def _gather_fake(chunks: Sequence[Tensor], rows: Tensor, layout: Sequence[int], 
     return rows.new_empty((count, RowLayout(*layout).dim), dtype=torch.float32)
 
 
-@torch.library.register_fake("tessera::packed_look_ahead")
+@torch.library.register_fake("tessera::packed_fake_quantise")
 def _look_ahead_fake(
     chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: Sequence[int], inverse: Tensor | None
 ) -> Tensor:

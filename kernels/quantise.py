@@ -7,7 +7,7 @@ numbers near the value (bf16: 2^-120 for values below 2^-113). The stored number
     stochastic   floor(x) + 1 with chance x - floor(x), else floor(x): the expectation is x
 
 and then the nearest that the format has: a value out of range takes the end of the range. The lot of the stochastic
-rounding is `lots` of `kernels/random.py` for (seed, table, id, column, step): it does not depend on ranks, threads
+rounding is `draws` of `kernels/random.py` for (seed, table, id, column, step): it does not depend on ranks, threads
 or the order of a batch. Values must not be NaN.
 """
 
@@ -24,7 +24,7 @@ from tessera.kernels.reference import quantise as reference
 
 def quantise(
     values: Tensor,
-    steps: Tensor | None,
+    scales: Tensor | None,
     format: str,
     *,
     rounding: str = "stochastic",
@@ -33,14 +33,14 @@ def quantise(
 ) -> Tensor:
     """Return values float32 [n, dim] in storage form: [n, stored_columns(format, dim)] of stored_dtype(format).
 
-    steps: float32 [n], above 0, for int formats; ids: int64 [n], needed by stochastic rounding, as is `stream` of
+    scales: float32 [n], above 0, for int formats; ids: int64 [n], needed by stochastic rounding, as is `stream` of
     `kernels/random.py` for seed, table and step. Raises ValueError for unknown names, wrong dtypes or shapes.
     """
     check_format(format)
     check_format(rounding, ROUNDINGS, "rounding")
     if values.dtype != torch.float32 or values.dim() != 2 or values.shape[1] < 1:
         raise ValueError(f"values: expected float32 [n, dim], found {values.dtype} {list(values.shape)}")
-    _check_steps(steps, values.shape[0], format)
+    _check_scales(scales, values.shape[0], format)
     if ids is None:
         if rounding == "stochastic" and format != "fp32":
             raise ValueError("ids: expected int64 [n] for stochastic rounding, found None")
@@ -49,32 +49,32 @@ def quantise(
         raise ValueError(f"ids: expected {values.shape[0]} as there are rows, found {ids.numel()}")
     check_index("ids", ids)
     ops = backend.ops_for(values) or reference
-    return ops.quantise(values, steps, FORMATS.index(format), ids, stream, rounding)
+    return ops.quantise(values, scales, FORMATS.index(format), ids, stream, rounding)
 
 
-def dequantise(stored: Tensor, steps: Tensor | None, format: str, dim: int) -> Tensor:
+def dequantise(stored: Tensor, scales: Tensor | None, format: str, dim: int) -> Tensor:
     """Return the float32 [n, dim] that `quantise` made `stored` of, but for its rounding. Raises as `quantise`."""
     check_format(format)
     wanted = (stored.shape[0], stored_columns(format, dim))
     if stored.dtype != stored_dtype(format) or stored.shape != wanted:
         expected = f"{stored_dtype(format)} [n, {wanted[1]}] for {dim} values of {format}"
         raise ValueError(f"stored: expected {expected}, found {stored.dtype} {list(stored.shape)}")
-    _check_steps(steps, stored.shape[0], format)
+    _check_scales(scales, stored.shape[0], format)
     ops = backend.ops_for(stored) or reference
-    return ops.dequantise(stored, steps, FORMATS.index(format), dim)
+    return ops.dequantise(stored, scales, FORMATS.index(format), dim)
 
 
-def _check_steps(steps: Tensor | None, count: int, format: str) -> None:
-    if steps is None:
+def _check_scales(scales: Tensor | None, count: int, format: str) -> None:
+    if scales is None:
         if is_int(format):
-            raise ValueError(f"steps: expected float32 [n] for {format}, found None")
-    elif steps.dtype != torch.float32 or steps.shape != (count,):
-        raise ValueError(f"steps: expected float32 [{count}], found {steps.dtype} {list(steps.shape)}")
+            raise ValueError(f"scales: expected float32 [n] for {format}, found None")
+    elif scales.dtype != torch.float32 or scales.shape != (count,):
+        raise ValueError(f"scales: expected float32 [{count}], found {scales.dtype} {list(scales.shape)}")
 
 
 @torch.library.register_fake("tessera::quantise")
 def _quantise_fake(
-    values: Tensor, steps: Tensor | None, format: int, ids: Tensor, stream: int, rounding: str
+    values: Tensor, scales: Tensor | None, format: int, ids: Tensor, stream: int, rounding: str
 ) -> Tensor:
     name = FORMATS[format]
     columns = stored_columns(name, values.shape[1])
@@ -82,5 +82,5 @@ def _quantise_fake(
 
 
 @torch.library.register_fake("tessera::dequantise")
-def _dequantise_fake(stored: Tensor, steps: Tensor | None, format: int, dim: int) -> Tensor:
+def _dequantise_fake(stored: Tensor, scales: Tensor | None, format: int, dim: int) -> Tensor:
     return stored.new_empty((stored.shape[0], dim), dtype=torch.float32)

@@ -9,7 +9,7 @@ All arithmetic is on unsigned 64-bit numbers; mix is mix64 (`mix.py`) and G = 0x
     row(id)          = mix(mix(id + G) ^ stream)
     bits(id, column) = mix(row(id) + (column + 1) * G)             splitmix64 started at row(id)
 
-Lots of stochastic rounding are drawn for every value of every row that a step writes, so they come cheaper, of
+Random draws of stochastic rounding are drawn for every value of every row that a step writes, so they come cheaper, of
 unsigned 32-bit numbers: g = 0x9E3779B9, low and high are the halves of row(id), mix32 is Wellons' lowbias32.
 
     lot(id, column)  = mix32(low + (column + 1) * g) + high
@@ -54,14 +54,14 @@ def normal(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tenso
     return ops.normal(key, ids, dim)
 
 
-def lots(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:
+def draws(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:
     """Return uniform draws in [0, 1) for stochastic rounding, multiples of 2**-24: the upper 24 of the 32 bits of
     `lot`.
 
     Arguments and result as `uniform`; the C++ kernels draw them where they round.
     """
     _check(ids, dim)
-    return reference.lots(stream(seed, table, step), ids, dim)
+    return reference.draws(stream(seed, table, step), ids, dim)
 
 
 def row_keys(seed: int, table: int, ids: Tensor, step: int = 0) -> Tensor:

@@ -29,7 +29,7 @@ from tessera.distributed.locations import missing_bucket
 from tessera.distributed.rank import Process
 from tessera.distributed.saved.dense import save_tensors
 from tessera.distributed.saved.manifest import MANIFEST, CheckpointError, read_manifest, read_training
-from tessera.distributed.saved.row_files import copied, files_of, folder_name, read_columns, rows_of
+from tessera.distributed.saved.row_files import EVICTED, copied, files_of, folder_name, read_columns, rows_of
 from tessera.distributed.saved.states import DELETED, PARTIAL, REPLACED, clean, discard, save
 from tessera.distributed.saved.storage import Storage
 from tessera.distributed.saved.tables import TableParts, describe_tables
@@ -132,7 +132,7 @@ class Publisher:
                 for name, table in tables.items()
             }
             if delta:
-                files |= {("gone", name): copied({"id": _gone(table)}) for name, table in tables.items()}
+                files |= {(EVICTED, name): copied({"id": _evicted(table)}) for name, table in tables.items()}
             TableParts(files, {}).write(storage, process)
             return {}
 
@@ -200,7 +200,7 @@ class Publisher:
         return sum(file["bytes"] for file in manifest["files"].values())
 
 
-def _gone(table: DynamicTable) -> Tensor:
+def _evicted(table: DynamicTable) -> Tensor:
     """Return the ids, int64 [n] on the host, that a table has evicted since the last publication."""
     ids = table.evicted(READER)
     assert ids is not None  # or the publication would be a whole one

@@ -15,7 +15,7 @@ from tessera.ctr.data.footers import RowGroups
 from tessera.ctr.data.lanes import Span
 from tessera.ctr.data.row_groups import RowGroup, Unreadable
 from tessera.ctr.data.schema import LARGEST, Feature, Schema
-from tessera.ctr.data.times import DAY, advice, described, far_ahead, refuse_unit, unit_of
+from tessera.ctr.data.times import DAY, advice, described, far_future, refuse_unit, unit_of
 from tessera.ctr.data.transforms import bucket, transform
 from tessera.ctr.data.window import GOOD, REASONS, Buffers, Window
 
@@ -313,10 +313,10 @@ def _time(chunk: _Chunk, arrays: Arrays) -> None:
             expected = rule.expected + advice(rule, stored, int(values[outside.argmax()]))
             chunk.mark(outside, "time", rule.column, expected, found)
     for _, _, here, _ in chunk.windows:
-        ahead = far_ahead(rule, values[here], fine[here])
-        if ahead is not None:
+        in_future = far_future(rule, values[here], fine[here])
+        if in_future is not None:
             late = np.zeros(len(values), bool)
-            late[here] = ahead
+            late[here] = in_future
             expected = f"a time within {rule.jump / DAY:g} days of another row (data.schema.time_jump_days)"
             chunk.mark(late, "time", rule.column, expected, found)
     chunk.deliver(values, "time")

@@ -23,12 +23,12 @@ from tessera.ctr.data.convert.output import PartsWriter, Writing, complete_folde
 from tessera.ctr.data.convert.pipeline import schema_from_conf
 from tessera.ctr.data.convert.split import SECONDS_PER_DAY, day_folder
 from tessera.ctr.data.synthetic_rows import COUNT_NAMES, ID_NAMES, MISSING_IDS, Population, Rows, SyntheticConfig
-from tessera.ctr.data.teacher import DATA, STEPS, Teacher
+from tessera.ctr.data.truth import DATA, STEPS, Truth
 from tessera.embedding.errors import ConfigError
 
 # The unit of drawing: small enough for the processor's caches, large enough for numpy.
 BLOCK_ROWS = 8192
-TEACHER = "teacher.json"
+CEILINGS = "teacher.json"
 SMALL_DICTIONARY = 4000
 
 
@@ -49,7 +49,7 @@ def write_synthetic(
     parts = _parts(config)
     writing = writing or Writing(row_group_rows=row_group_rows_of(config))
     population = Population(config)
-    teacher = Teacher(config, population)
+    truth = Truth(config, population)
     distinct, splits = _DistinctIds(population), {}
     with (
         complete_folder(output, overwrite=overwrite) as folder,
@@ -61,7 +61,7 @@ def write_synthetic(
             day_rows = sum(end - begin for _, other, begin, end in parts if other == day)
             statistics = _SplitStatistics(population, day)
             distinct.open_day(day)
-            for block in _blocks(population, teacher, day, first, last, threads):
+            for block in _blocks(population, truth, day, first, last, threads):
                 statistics.add(block)
                 writer.append(name, _table(block, start, day_rows, string_ids=config.string_ids))
                 bar.update(len(block.label))
@@ -70,12 +70,12 @@ def write_synthetic(
         writer.close()
         result = {
             "parameters": asdict(config),
-            "scales": asdict(teacher.scales),
+            "scales": asdict(truth.scales),
             "vocabulary": dict(zip(ID_NAMES, population.sizes, strict=True)),
             "distinct_ids": distinct.counts(),
             "splits": splits,
         }
-        (folder / TEACHER).write_text(json.dumps(result, indent=2) + "\n")
+        (folder / CEILINGS).write_text(json.dumps(result, indent=2) + "\n")
         schema = schema_from_conf("synthetic")
         if config.string_ids:
             schema["features"] = [_as_hex(feature) for feature in schema["features"]]
@@ -92,27 +92,25 @@ def row_group_rows_of(config: SyntheticConfig) -> int:
 class _Block:
     """Rows of one part, with their numbers within the day, probabilities and labels."""
 
-    def __init__(self, population: Population, teacher: Teacher, day: int, first: int, last: int) -> None:
+    def __init__(self, population: Population, truth: Truth, day: int, first: int, last: int) -> None:
         self.first = first
         self.rows: Rows = population.draw(DATA, day, first, last - first)
-        self.steps = teacher.steps(self.rows, day)
-        self.label = teacher.labels(self.steps, day, first)
+        self.steps = truth.steps(self.rows, day)
+        self.label = truth.labels(self.steps, day, first)
 
 
-def _blocks(
-    population: Population, teacher: Teacher, day: int, first: int, last: int, threads: int
-) -> Iterator[_Block]:
+def _blocks(population: Population, truth: Truth, day: int, first: int, last: int, threads: int) -> Iterator[_Block]:
     """Yield the blocks of a part in order, drawn by `threads` threads, at most two per thread in flight."""
     cuts = [(begin, min(begin + BLOCK_ROWS, last)) for begin in range(first, last, BLOCK_ROWS)]
     if threads == 1:
-        yield from (_Block(population, teacher, day, *cut) for cut in cuts)
+        yield from (_Block(population, truth, day, *cut) for cut in cuts)
         return
     with ThreadPoolExecutor(threads) as pool:
         flying: deque[Future[_Block]] = deque()
         for cut in cuts:
             if len(flying) == 2 * threads:
                 yield flying.popleft().result()
-            flying.append(pool.submit(_Block, population, teacher, day, *cut))
+            flying.append(pool.submit(_Block, population, truth, day, *cut))
         while flying:
             yield flying.popleft().result()
 

@@ -53,13 +53,13 @@ class SyntheticConfig:
     # Share of the large columns' ids replaced every day, head and tail alike: about this share of their
     # occurrences is of ids that did not exist the day before.
     new_ids: float = 0.12
-    # Radians by which the teacher's weights turn per day; at 0.05 their correlation is 0.88 after 10 days.
+    # Radians by which the truth's weights turn per day; at 0.05 their correlation is 0.88 after 10 days.
     drift: float = 0.05
     zipf: float = 1.05  # exponent of the ids' distribution
     # Factor on the large vocabularies; at 3 about as many distinct ids occur per row as in Criteo's log.
     vocabulary: float = 3.0
     base_rate: float = 0.25  # mean probability of a click
-    signal: float = 1.5  # standard deviation of the teacher's logit: sets how high the ceiling is
+    signal: float = 1.5  # standard deviation of the truth's logit: sets how high the ceiling is
     string_ids: bool = False  # ids as 16 hexadecimal digits instead of int64
 
     def __post_init__(self) -> None:

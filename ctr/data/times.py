@@ -131,7 +131,7 @@ def _ticks_of(column: pq.ColumnSchema, rule: TimeRule) -> int | None:
     return TICKS_PER_SECOND[rule.unit]
 
 
-def far_ahead(rule: TimeRule, seconds: np.ndarray, fine: np.ndarray) -> np.ndarray | None:
+def far_future(rule: TimeRule, seconds: np.ndarray, fine: np.ndarray) -> np.ndarray | None:
     """Return bool [n] that marks the few rows of a window far beyond all others; None if there are none.
 
     seconds: int64 [n]; fine: bool [n], the rows that count.
@@ -149,10 +149,10 @@ def far_ahead(rule: TimeRule, seconds: np.ndarray, fine: np.ndarray) -> np.ndarr
     late = np.flatnonzero((sizes <= len(known) // FEW) & (np.arange(len(sizes)) > main))
     if not len(late):
         return None
-    ahead = np.zeros(len(seconds), bool)
+    in_future = np.zeros(len(seconds), bool)
     for group in late:
-        ahead |= (seconds >= known[bounds[group]]) & (seconds <= known[bounds[group + 1] - 1])
-    return ahead & fine
+        in_future |= (seconds >= known[bounds[group]]) & (seconds <= known[bounds[group + 1] - 1])
+    return in_future & fine
 
 
 def _seconds_of(key: str, text: str) -> int:

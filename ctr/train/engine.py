@@ -70,9 +70,9 @@ class Engine:
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Run one update. Returns this rank's summed loss and summed sample weight, on the device, for the log."""
         ready = self.pipeline.take(batch)
-        batch, learn_steps = ready.on_device, self._learns_step_sizes()
+        batch, learn_scales = ready.on_device, self._learns_scales()
         if self.growing:
-            self.growing.begin_step(ready.now, learn_steps=learn_steps, times=ready.times)
+            self.growing.begin_step(ready.now, learn_scales=learn_scales, times=ready.times)
         self.network.step = self.step
         with self.pipeline.next_begun():
             logits, embeddings = self.model(batch)
@@ -88,8 +88,8 @@ class Engine:
         ((loss_sum + teacher_loss + self._l2(embeddings)) * scale).backward()  # updates the rows of tables, too
         check_gradients(self.network.dense_parameters(), self.step)
         self.optimizers.step()
-        if learn_steps:
-            self._learn_step_sizes(batch, scale)
+        if learn_scales:
+            self._learn_scales(batch, scale)
         self.progress.step += 1
         return loss_sum.detach(), batch.weight.sum()
 
@@ -104,19 +104,19 @@ class Engine:
         strength = self.config.embedding.l2
         return 0.5 * strength * self.tables.squares_looked_up(embeddings) if strength else 0.0
 
-    def _learns_step_sizes(self) -> bool:
+    def _learns_scales(self) -> bool:
         """Return whether this step has a second pass, for the scales of quantised rows (ALPT)."""
-        if self.growing is None or not self.growing.learns_steps:
+        if self.growing is None or not self.growing.learns_scales:
             return False
         every = self.config.embedding.alpt.every
-        assert every is not None  # without it no table has a step size to learn
+        assert every is not None  # without it no table has a scale to learn
         return self.step % every == 0
 
-    def _learn_step_sizes(self, batch: Batch, scale: float) -> None:
+    def _learn_scales(self, batch: Batch, scale: float) -> None:
         """Run ALPT's second pass over the batch: the gradient of the loss to the updated rows as they would be rounded,
         and from it the scales with which they are stored. The tower has been updated and takes no part."""
-        assert self.growing is not None  # no others learn step sizes
-        self.process.stage = f"step {self.step}: step sizes"
+        assert self.growing is not None  # no others learn scales
+        self.process.stage = f"step {self.step}: scales"
         with self.growing.second_pass():
             logits, embeddings = self.network(batch)
             loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")

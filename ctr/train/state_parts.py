@@ -16,7 +16,7 @@ from tessera.distributed.rank import Process
 from tessera.distributed.saved.dense import Tensors, load_tensors
 from tessera.distributed.saved.row_files import ColumnSource
 from tessera.distributed.saved.states import Saved
-from tessera.distributed.saved.tables import describe_tables, load_table_state, load_waiting
+from tessera.distributed.saved.tables import describe_tables, load_pending, load_table_state
 from tessera.distributed.tables import owned_tables
 
 BEST, STAGED_BEST = "best", ".best-of-save"
@@ -142,7 +142,7 @@ class ModelState:
         network, saved = self._model.module, found.saved
         fill_model(self._model, saved, self._process, in_place=found.same_ranks)
         owned = owned_tables(network.tables)
-        load_waiting(owned, saved, self._process)
+        load_pending(owned, saved, self._process)
         for line in load_table_state(owned, saved, found.by_rank, self._process):
             found.warn(line)
         for name, buffer in network.tower.named_buffers():

@@ -72,7 +72,7 @@ class StepPipeline:
     def __init__(self, config: Config, tables: Tables, process: Process, progress: Progress) -> None:
         self._config, self._process, self._progress = config, process, progress
         self._tables, rows = sharded(tables), growing(tables)
-        self.overlaps = process.device.type == "cuda" or (rows is not None and rows.brings_ahead)
+        self.overlaps = process.device.type == "cuda" or (rows is not None and rows.prefetches)
         self.stopping = False
         self._clock = Clock(config, process)
         self._side = SideStream(process.device)

@@ -17,7 +17,7 @@ from tessera.ctr.train.find_state import find_saved
 from tessera.ctr.train.saved_training import as_written
 from tessera.distributed.saved.dense import load_into, load_tensors, tensor_shapes
 from tessera.distributed.saved.states import Saved
-from tessera.distributed.saved.tables import describe_tables, load_rows, load_waiting
+from tessera.distributed.saved.tables import describe_tables, load_pending, load_rows
 from tessera.distributed.tables import owned_tables
 from tessera.embedding.errors import ConfigError
 
@@ -100,7 +100,7 @@ def _take_tables(engine: Engine, saved: Saved, old_names: Mapping[str, str], *, 
     taken.dropped = [name for name in described if name not in {there_of[n] for n in taken.kept}]
     kept = {name: owned[name] for name in taken.kept}
     load_rows(kept, saved, engine.process, there_of.__getitem__, taken.optimizer.__contains__, with_periods=False)
-    load_waiting(kept, saved, engine.process, there_of.__getitem__)
+    load_pending(kept, saved, engine.process, there_of.__getitem__)
     return taken
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tessera.distributed.rank import Process
 from tessera.distributed.saved.manifest import TRAINING, CheckpointError, read_manifest
-from tessera.distributed.saved.row_files import Columns, copied, no_rows, read_columns, write_columns
+from tessera.distributed.saved.row_files import EVICTED, ROWS, Columns, copied, no_rows, read_columns, write_columns
 from tessera.distributed.saved.states import Saved, names_of_states, save
 from tessera.distributed.saved.storage import READ_BYTES, Storage
 
@@ -27,9 +27,9 @@ def newest_rows(folders: Sequence[Storage], path: str) -> Iterator[Columns]:
             chosen = (~torch.isin(columns["id"], hidden)).nonzero().flatten()
             seen.append(columns["id"])
             yield {name: column.index_select(0, chosen) for name, column in columns.items()}
-        gone = path.replace("rows/", "gone/", 1)
-        if folder.exists(gone):
-            seen += [columns["id"] for columns in read_columns(folder, gone, 0, 1)]
+        evicted = path.replace(f"{ROWS}/", f"{EVICTED}/", 1)
+        if folder.exists(evicted):
+            seen += [columns["id"] for columns in read_columns(folder, evicted, 0, 1)]
         hidden = torch.cat([hidden, *seen]).unique()
 
 
@@ -63,7 +63,7 @@ def save_merged(
 
     def write(target: Storage) -> dict[str, Any]:
         for path in saved.manifest["files"]:
-            if path.startswith("gone/") or path == TRAINING:
+            if path.startswith(f"{EVICTED}/") or path == TRAINING:
                 continue
             if not path.startswith("rows/"):
                 _copy(folder, target, path)

@@ -37,11 +37,12 @@ Columns = dict[str, Tensor]
 T = TypeVar("T")
 
 BUCKETS = (1, 12, 120, 960)  # divided by 1 to 6, 8, 10, 12, 15, 16, 20, 24, 32, 64 … ranks
+ROWS, PENDING, EVICTED = "rows", "waiting", "gone"  # folders: of rows, of ids pending admission, of evicted ids
 BUCKET_ROWS = 1 << 13  # rows of a bucket, at least, unless there is only one bucket
 GROUP_ROWS = 1 << 15  # rows of a row group, at most: a few stay in the processor's cache on their way
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in (torch.int64, torch.uint8, torch.int8)}
-COLUMN_OF_FIELD = {"ids": "id", "rows": "row"}  # of RowBatch; the other columns are called as the fields
+COLUMN_OF_FIELD = {"ids": "id", "rows": "row", "scale": "scale"}  # of RowBatch; others are called as the fields
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def folder_name(table: str) -> str:
 
 
 def file_name(kind: str, table: str, rank: int, ranks: int) -> str:
-    """Return the path of a rank's file. kind: rows, waiting (ids pending admission) or gone (evicted ids)."""
+    """Return the path of a rank's file. kind: one of ROWS, PENDING, EVICTED."""
     return f"{kind}/{folder_name(table)}/{rank:05d}-of-{ranks:05d}.parquet"
 
 
@@ -113,7 +114,7 @@ def write_columns(storage: Storage, path: str, source: ColumnSource, ranks: int)
         pq.ParquetWriter(stream, schema, compression="NONE", use_dictionary=False, write_statistics=False) as writer,
     ):
         notes = Notes(stream)
-        for columns in ahead(partial(source.read, positions) for _, positions in spans):
+        for columns in read_ahead(partial(source.read, positions) for _, positions in spans):
             arrays = [_to_arrow(columns[name], schema.field(name).type) for name in schema.names]
             writer.write_table(pa.table(arrays, schema=schema), row_group_size=GROUP_ROWS)
             notes.add()
@@ -121,17 +122,17 @@ def write_columns(storage: Storage, path: str, source: ColumnSource, ranks: int)
         writer.add_key_value_metadata({"tessera.bucket_of_row_group": group_buckets, **notes.metadata()})
 
 
-def ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+def read_ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
     """Yield the results of the calls, in order. A thread runs the next two while the caller works on one: two, because
     with one a large row group between small ones would stall the caller."""
     with ThreadPoolExecutor(1, "rows ahead") as thread:
-        waiting: deque[Future[T]] = deque()
+        pending: deque[Future[T]] = deque()
         for call in calls:
-            waiting.append(thread.submit(call))
-            if len(waiting) > 2:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(thread.submit(call))
+            if len(pending) > 2:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _spans(ends: list[int]) -> Iterator[tuple[int, int, int]]:
@@ -195,7 +196,7 @@ def read_columns(storage: Storage, path: str, rank: int, ranks: int) -> Iterator
                     columns = {name: column.index_select(0, mine) for name, column in columns.items()}
             return columns
 
-        yield from ahead(partial(read, group) for group in wanted)
+        yield from read_ahead(partial(read, group) for group in wanted)
 
 
 def no_rows(storage: Storage, path: str) -> Columns:

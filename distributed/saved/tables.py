@@ -18,6 +18,9 @@ from tessera.distributed.rank import Process
 from tessera.distributed.saved.checked_parquet import DamagedFile
 from tessera.distributed.saved.manifest import CheckpointError, files_listed, read_manifest
 from tessera.distributed.saved.row_files import (
+    EVICTED,
+    PENDING,
+    ROWS,
     Columns,
     ColumnSource,
     copied,
@@ -65,14 +68,15 @@ class TableSaver:
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._marks: dict[str, int] = {}
-        self._given_up: dict[str, float] = {}
+        self._evicted_count: dict[str, float] = {}
 
     def can_follow(self) -> bool:
         """Return whether a delta would be complete on every rank: there was a state before, and the tables know all ids
         evicted since. Ranks agree, because a state is a delta as a whole or not at all: the main thread of each must
         ask."""
         mine = self._marks.keys() == self._tables.keys() and all(
-            _given_up(table) - self._given_up[name] < table.config.evicted_kept for name, table in self._tables.items()
+            _evicted_count(table) - self._evicted_count[name] < table.config.evicted_kept
+            for name, table in self._tables.items()
         )
         return on_all_ranks(mine)
 
@@ -80,13 +84,13 @@ class TableSaver:
         """Return the tables as they are now; training may go on while they are written."""
         parts = TableParts({}, {})
         for name, table in self._tables.items():
-            parts.files["rows", name] = rows_of(table, since=self._marks[name] if delta else None)
+            parts.files[ROWS, name] = rows_of(table, since=self._marks[name] if delta else None)
             if delta:
-                parts.files["gone", name] = copied({"id": table.take_evicted(READER).cpu()})
+                parts.files[EVICTED, name] = copied({"id": table.take_evicted(READER).cpu()})
             state = table.export_state()
             if "admission/ids" in state:
-                waiting = {column: state.pop(key).cpu() for key, column in ADMISSION_COLUMNS.items()}
-                parts.files["waiting", name] = copied(waiting)
+                pending = {column: state.pop(key).cpu() for key, column in ADMISSION_COLUMNS.items()}
+                parts.files[PENDING, name] = copied(pending)
             parts.state |= {f"table/{name}/{key}": value for key, value in state.items()}
         return parts
 
@@ -96,10 +100,10 @@ class TableSaver:
             if name not in self._marks:
                 table.take_evicted(READER)
             self._marks[name] = table.mark()
-            self._given_up[name] = _given_up(table)
+            self._evicted_count[name] = _evicted_count(table)
 
 
-def _given_up(table: DynamicTable) -> float:
+def _evicted_count(table: DynamicTable) -> float:
     stats = table.stats()
     return stats["expired"] + stats["evicted"]
 
@@ -182,7 +186,7 @@ def _fill(
         if found != expected:
             hint = "`tessera convert-tables` converts"
             raise TesseraError(f"{saved.name}: rows of table {there} have {found}; the model has {expected} ({hint})")
-        table.expect(_rows_expected(saved.folders[-1], there, process))
+        table.reserve(_rows_to_reserve(saved.folders[-1], there, process))
         hidden = torch.empty(0, dtype=torch.int64) if len(saved.folders) > 1 else None
         for folder in saved.folders:
             kinds = {"with_state": with_state(name), "with_rows": in_place, "with_periods": with_periods}
@@ -190,13 +194,13 @@ def _fill(
                 table.import_rows(batch)
             if hidden is None:
                 break
-            gone = [columns["id"] for columns in _columns(folder, "gone", there, process)]
-            hidden = torch.cat([hidden, *gone]).unique()
+            evicted = [columns["id"] for columns in _columns(folder, EVICTED, there, process)]
+            hidden = torch.cat([hidden, *evicted]).unique()
 
 
-def _rows_expected(folder: Storage, there: str, process: Process) -> int:
+def _rows_to_reserve(folder: Storage, there: str, process: Process) -> int:
     """Return the rows to reserve for this rank: those of the full state that deltas build on, which has most."""
-    paths = files_of(folder, "rows", there, process)
+    paths = files_of(folder, ROWS, there, process)
     return sum(count_rows(folder, path, process.rank, process.world_size) for path in paths)
 
 
@@ -206,7 +210,7 @@ def _batches(
     """Yield the table's rows in a folder as batches to import. hidden: evicted ids of newer folders; None if the folder
     is the only one. kinds: the last arguments of `to_batch`."""
     expected = empty_columns(table)
-    for path in files_of(folder, "rows", there, process):
+    for path in files_of(folder, ROWS, there, process):
         for columns in read_columns(folder, path, process.rank, process.world_size):
             if hidden is not None:
                 columns = _without(columns, table, hidden)
@@ -226,10 +230,10 @@ def _columns(folder: Storage, kind: str, table: str, process: Process) -> Iterat
         yield from read_columns(folder, path, process.rank, process.world_size)
 
 
-def load_waiting(tables: Tables, saved: Saved, process: Process, name_there: Callable[[str], str] = str) -> None:
+def load_pending(tables: Tables, saved: Saved, process: Process, name_there: Callable[[str], str] = str) -> None:
     """Let the exact admission filters go on with the counts of the ids that this rank owns."""
     for name, table in tables.items():
-        for columns in _columns(saved.folders[0], "waiting", name_there(name), process):
+        for columns in _columns(saved.folders[0], PENDING, name_there(name), process):
             if columns["id"].numel():
                 table.import_state({key: columns[c].to(table.device) for key, c in ADMISSION_COLUMNS.items()})
 

@@ -30,7 +30,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tessera.distributed.ages import least, unpacked
 from tessera.distributed.host_manager import HostManager
 from tessera.distributed.module_names import module_name
-from tessera.embedding.alpt import RowsAhead
+from tessera.embedding.alpt import TwoPassUpdate
 from tessera.embedding.cached_table import CachedTable, make_table
 from tessera.embedding.errors import CacheFull, TableFull
 from tessera.embedding.row_cache import CachedRows
@@ -121,13 +121,13 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         self.repeats = pg is not None and pg.size() > 1  # each rank sends an id once; two ranks may send the same one
         self._rank = pg.rank() if pg is not None and pg.size() > 1 else None
         self.tells_missing = fused["tells_missing"]
-        self._coming: deque[Callable[[], Request]] = deque()
+        self._prefetched: deque[Callable[[], Request]] = deque()
         self._counted: list[Counted] = []
         self.now = 0
         self.ages: Tensor | None = None
         self.phase = Pass.ONLY
         # Per table, between the two passes: the rows, their numbers and the inverse.
-        self._ahead: list[tuple[RowsAhead, Tensor, Tensor | None]] = []
+        self._updates: list[tuple[TwoPassUpdate, Tensor, Tensor | None]] = []
         self._optim = RowLearningRate(fused["learning_rate"])
         # Autograd runs a function's backward only if some input wants a gradient, and it does not track rows.
         self._handle = torch.zeros((), requires_grad=True)
@@ -141,7 +141,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         their counts."""
         return self.rows(self.next_request(features))
 
-    def bring_ahead(
+    def prefetch_rows(
         self, features: KeyedJaggedTensor, now: int, manager: HostManager, ages: Tensor | None = None
     ) -> None:
         """Let the thread look up the ids of a coming training batch and bring its rows. Steps take what was brought in
@@ -154,17 +154,17 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
             return request
 
         for table in self._cached():
-            table.coming += 1
+            table.prefetched += 1
         future = manager.submit(work)
-        self._coming.append(lambda: manager.result(future))
+        self._prefetched.append(lambda: manager.result(future))
 
     def next_request(self, features: KeyedJaggedTensor) -> Request:
         """Return the request of a batch: the prefetched one, if there is one and it is for this step."""
-        if not (self._coming and self.training) or self.phase is Pass.SECOND:
+        if not (self._prefetched and self.training) or self.phase is Pass.SECOND:
             return self.request(features, self.ages)
-        request = self._coming.popleft()()
+        request = self._prefetched.popleft()()
         for table in self._cached():
-            table.coming -= 1
+            table.prefetched -= 1
         assert request.counted is not None
         self._counted = request.counted
         return request
@@ -175,7 +175,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     def counted(self) -> list[Counted]:
         """Return the counts of the tables up to the current or last step; a batch that is prefetched does not count
         yet."""
-        return self._counted if self._coming else [Counted.of(table) for table in self.tables]
+        return self._counted if self._prefetched else [Counted.of(table) for table in self.tables]
 
     def request(self, features: KeyedJaggedTensor, ages: Tensor | None) -> Request:
         """Return the look-ups of a batch. ages: of rows, with the pooled output dist; here ages travel with the ids
@@ -223,7 +223,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         """Return the rows of all tables one after the other: those of the request, or in a second pass those of the
         first."""
         if self.phase is Pass.SECOND and self.training:
-            parts = [self._answer(ahead.gather(inverse), rows, inverse) for ahead, rows, inverse in self._ahead]
+            parts = [self._answer(update.gather(inverse), rows, inverse) for update, rows, inverse in self._updates]
             return torch.cat(parts)
         if request.found is None:
             request.found = self.find(request, self.now)
@@ -249,22 +249,22 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         grads = grads.contiguous()
         parts = [grads[begin:end] for begin, end in zip(request.bounds, request.bounds[1:], strict=False)]
         if self.phase is Pass.SECOND:
-            for (ahead, _, inverse), part in zip(self._ahead, parts, strict=True):
-                ahead.learn(part, inverse)
-            self._ahead = []
+            for (update, _, inverse), part in zip(self._updates, parts, strict=True):
+                update.learn(part, inverse)
+            self._updates = []
             return
         assert request.found is not None
         for found, part in zip(request.found, parts, strict=True):
             rows, inverse = found.rows, found.inverse
             if self.phase is Pass.FIRST:
-                self._ahead.append((found.where.update_ahead(rows, part, inverse, lr, found.ids), rows, inverse))
+                self._updates.append((found.where.begin_update(rows, part, inverse, lr, found.ids), rows, inverse))
             elif part.numel():
                 found.where.update(rows, part, inverse, lr, found.ids)
 
     def end_second_pass(self) -> None:
         """Go back to steps of one pass. Rows that a failed pass has not stored keep the values that they had."""
         self.phase = Pass.ONLY
-        self._ahead = []
+        self._updates = []
 
     def clear(self) -> None:
         """Forget all rows."""

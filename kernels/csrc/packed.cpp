@@ -56,7 +56,7 @@ TESSERA_SIMD void write_moments(const Batch& batch, int64_t begin, int64_t end, 
   for (int64_t i = begin; i < end; ++i, state += layout.moments + 1) {
     if (batch.rows[i] < 0) continue;
     char* const row = batch.table[batch.rows[i]];
-    // Always stochastic: in a step v changes by less than half a unit of bf16. The values have the first dim lots.
+    // Always stochastic: in a step v changes by less than half a unit of bf16. The values have the first dim draws.
     const uint64_t key = tessera::random_row(batch.stream, batch.ids[i]);
     tessera::encode<Format::kBf16, false>(state, 1, key, layout.moments,
                                           reinterpret_cast<uint8_t*>(row) + layout.moments_at, layout.dim);
@@ -105,14 +105,14 @@ TESSERA_SIMD void step(const StepBlock& block, int64_t begin, int64_t end) {
   }
 }
 
-// What values become in their rows by nearest rounding, if the step size stays. out may be values.
+// What values become in their rows by nearest rounding, if the scale stays. out may be values.
 template <Format F>
-TESSERA_INLINE void look_ahead_row(const float* values, float step, int64_t dim, float* out) {
+TESSERA_INLINE void fake_quantise_row(const float* values, float scale, int64_t dim, float* out) {
   for (int64_t c = 0; c < dim; ++c)
-    out[c] = step * static_cast<float>(tessera::to_code<F>(tessera::round_to_integer<true>(values[c] / step, 0)));
+    out[c] = scale * static_cast<float>(tessera::to_code<F>(tessera::round_to_integer<true>(values[c] / scale, 0)));
 }
 
-TESSERA_SIMD Fault look_ahead(const Rows<char>& table, const Layout& layout, const Positions& where, const float* held,
+TESSERA_SIMD Fault fake_quantise(const Rows<char>& table, const Layout& layout, const Positions& where, const float* held,
                               int64_t begin, int64_t end, float* out) {
   const int64_t dim = layout.dim;
   for (int64_t i = begin; i < end; ++i) {
@@ -125,11 +125,11 @@ TESSERA_SIMD Fault look_ahead(const Rows<char>& table, const Layout& layout, con
       continue;
     }
     const float* const values = held + (where.inverse == nullptr ? i : where.inverse[i]) * dim;
-    const float size = layout.step_of(table[row]);
+    const float size = layout.scale_of(table[row]);
     switch (layout.format) {
-      case Format::kInt8: look_ahead_row<Format::kInt8>(values, size, dim, out + i * dim); break;
-      case Format::kInt4: look_ahead_row<Format::kInt4>(values, size, dim, out + i * dim); break;
-      default: look_ahead_row<Format::kInt2>(values, size, dim, out + i * dim);
+      case Format::kInt8: fake_quantise_row<Format::kInt8>(values, size, dim, out + i * dim); break;
+      case Format::kInt4: fake_quantise_row<Format::kInt4>(values, size, dim, out + i * dim); break;
+      default: fake_quantise_row<Format::kInt2>(values, size, dim, out + i * dim);
     }
   }
   return {};
@@ -141,7 +141,7 @@ TESSERA_INLINE float slope(float x, float low, float high) {
 }
 
 // sum_c dL/dw^_c dw^_c/dD of one row.
-TESSERA_INLINE float step_gradient(const float* __restrict w, const float* __restrict g, float size, float low,
+TESSERA_INLINE float scale_gradient(const float* __restrict w, const float* __restrict g, float size, float low,
                                    float high, int64_t dim) {
   constexpr int64_t kLanes = 8;  // as in RowwiseAdagrad
   float lanes[kLanes] = {};
@@ -152,10 +152,10 @@ TESSERA_INLINE float step_gradient(const float* __restrict w, const float* __res
   return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
-// One optimizer step on the step sizes of rows; arguments as for `step`, values are the new ones of the rows.
+// One optimizer step on the scales of rows; arguments as for `step`, values are the new ones of the rows.
 template <typename Step>
 TESSERA_INLINE void learn_rows(const StepBlock& block, int64_t begin, int64_t end) {
-  constexpr float kLeastShrink = 0.5f;  // a step size stays above zero
+  constexpr float kLeastShrink = 0.5f;  // a scale stays above zero
   const Layout& layout = block.batch.layout;
   const auto half = static_cast<float>(1 << (tessera::bits_of(layout.format) - 1));
   for (int64_t i = begin; i < end; ++i) {
@@ -164,13 +164,13 @@ TESSERA_INLINE void learn_rows(const StepBlock& block, int64_t begin, int64_t en
     char* const row = block.batch.table[block.batch.rows[i]];
     auto* const size = reinterpret_cast<float*>(row);
     const float g =
-        block.hyper.gradient_scale * step_gradient(block.values + k * layout.dim, block.grads + k * layout.dim, *size, -half, half - 1,
+        block.hyper.gradient_scale * scale_gradient(block.values + k * layout.dim, block.grads + k * layout.dim, *size, -half, half - 1,
                               layout.dim);
     float state[3] = {};
-    std::memcpy(state, row + 4, 4 * layout.step_state);
+    std::memcpy(state, row + 4, 4 * layout.scale_state);
     float next = *size;
     Step::template step<0>(&next, state, &g, 1, block.hyper);
-    std::memcpy(row + 4, state, 4 * layout.step_state);
+    std::memcpy(row + 4, state, 4 * layout.scale_state);
     *size = std::max(next, kLeastShrink * *size);
   }
 }
@@ -203,7 +203,7 @@ at::Tensor packed_gather(at::TensorList chunks, const at::Tensor& rows_, at::Int
   return result;
 }
 
-at::Tensor packed_look_ahead(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& held,
+at::Tensor packed_fake_quantise(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& held,
                              at::IntArrayRef numbers, const std::optional<at::Tensor>& inverse_) {
   const Layout layout(numbers);
   const Rows<char> table(chunks, layout.bytes);
@@ -216,7 +216,7 @@ at::Tensor packed_look_ahead(at::TensorList chunks, const at::Tensor& rows_, con
   const float* in = held.const_data_ptr<float>();
   float* out = result.mutable_data_ptr<float>();
   at::parallel_for(0, count, std::max<int64_t>(1, kGrain / layout.dim), [&](int64_t begin, int64_t end) {
-    look_ahead(table, layout, where, in, begin, end, out).raise();
+    fake_quantise(table, layout, where, in, begin, end, out).raise();
   });
   return result;
 }
@@ -280,7 +280,7 @@ void packed_update(at::TensorList chunks, const at::Tensor& rows_, const at::Ten
   });
 }
 
-void packed_learn_steps(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& ids_, const at::Tensor& grads_,
+void packed_learn_scales(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& ids_, const at::Tensor& grads_,
                         const std::optional<at::Tensor>& inverse_, const at::Tensor& held, at::IntArrayRef numbers,
                         at::ArrayRef<double> settings, int64_t stream) {
   const Layout layout(numbers);
@@ -290,7 +290,7 @@ void packed_learn_steps(at::TensorList chunks, const at::Tensor& rows_, const at
   const int64_t count = given.rows.numel(), dim = layout.dim;
   TORCH_CHECK_VALUE(held.is_contiguous() && held.numel() == count * dim && layout.learned &&
                         tessera::is_int(layout.format) && layout.optimizer != Kind::kFtrl,
-                    "held: expected contiguous [", count, ", ", dim, "] and a layout with a learned step size");
+                    "held: expected contiguous [", count, ", ", dim, "] and a layout with a learned scale");
   auto* const values = const_cast<float*>(held.const_data_ptr<float>());
   const Batch batch{table, layout, given.rows.const_data_ptr<int64_t>(), given.ids.const_data_ptr<int64_t>(),
                     static_cast<uint64_t>(stream)};
@@ -311,7 +311,7 @@ void packed_learn_steps(at::TensorList chunks, const at::Tensor& rows_, const at
 
 TORCH_LIBRARY_IMPL(tessera, CPU, m) {
   m.impl("packed_gather", &packed_gather);
-  m.impl("packed_look_ahead", &packed_look_ahead);
+  m.impl("packed_fake_quantise", &packed_fake_quantise);
   m.impl("packed_update", &packed_update);
-  m.impl("packed_learn_steps", &packed_learn_steps);
+  m.impl("packed_learn_scales", &packed_learn_scales);
 }

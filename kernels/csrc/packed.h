@@ -36,7 +36,7 @@ TESSERA_INLINE Fault read_rows_of(const Rows<char>& table, const Layout& layout,
       continue;
     }
     char* const at = table[row];
-    decode<F>(layout.values_of(at), layout.step_of(at), dim, out);
+    decode<F>(layout.values_of(at), layout.scale_of(at), dim, out);
   }
   return {};
 }
@@ -73,7 +73,7 @@ TESSERA_INLINE void write_rows_of(const Batch& batch, int64_t begin, int64_t end
     if (batch.rows[i] < 0) continue;
     char* const row = batch.table[batch.rows[i]];
     const uint64_t key = Nearest ? 0 : random_row(batch.stream, batch.ids[i]);
-    encode<F, Nearest>(values, batch.layout.step_of(row), key, dim, batch.layout.values_of(row));
+    encode<F, Nearest>(values, batch.layout.scale_of(row), key, dim, batch.layout.values_of(row));
   }
 }
 

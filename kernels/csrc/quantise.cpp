@@ -21,19 +21,19 @@ struct Work {
   Format format;
   int64_t dim;
   int64_t bytes;       // of a stored row
-  const float* steps;  // null: none
+  const float* scales;  // null: none
   const int64_t* ids;
   uint64_t stream;
   bool nearest;
 };
 
-TESSERA_INLINE float step_of(const Work& work, int64_t row) { return work.steps == nullptr ? 1.0f : work.steps[row]; }
+TESSERA_INLINE float scale_of(const Work& work, int64_t row) { return work.scales == nullptr ? 1.0f : work.scales[row]; }
 
 template <Format F, bool Nearest>
 TESSERA_INLINE void quantise_as(const Work& work, const float* in, int64_t begin, int64_t end, uint8_t* out) {
   for (int64_t i = begin; i < end; ++i) {
     const uint64_t key = Nearest ? 0 : tessera::random_row(work.stream, work.ids[i]);
-    tessera::encode<F, Nearest>(in + i * work.dim, step_of(work, i), key, work.dim, out + i * work.bytes);
+    tessera::encode<F, Nearest>(in + i * work.dim, scale_of(work, i), key, work.dim, out + i * work.bytes);
   }
 }
 
@@ -59,7 +59,7 @@ TESSERA_SIMD void quantise_rows(const Work& work, const float* in, int64_t begin
 template <Format F>
 TESSERA_INLINE void dequantise_in(const Work& work, const uint8_t* in, int64_t begin, int64_t end, float* out) {
   for (int64_t i = begin; i < end; ++i)
-    tessera::decode<F>(in + i * work.bytes, step_of(work, i), work.dim, out + i * work.dim);
+    tessera::decode<F>(in + i * work.bytes, scale_of(work, i), work.dim, out + i * work.dim);
 }
 
 TESSERA_SIMD void dequantise_rows(const Work& work, const uint8_t* in, int64_t begin, int64_t end, float* out) {
@@ -78,23 +78,23 @@ at::ScalarType dtype_of(Format format) {
   return format == Format::kFp32 ? at::kFloat : format == Format::kFp16 ? at::kHalf : at::kBFloat16;
 }
 
-at::Tensor steps_of(const std::optional<at::Tensor>& given, Format format, int64_t rows) {
+at::Tensor scales_of(const std::optional<at::Tensor>& given, Format format, int64_t rows) {
   TORCH_CHECK_VALUE(given.has_value() ? given->numel() == rows : !tessera::is_int(format),
-                    "steps: expected ", rows, " float32");
+                    "scales: expected ", rows, " float32");
   return given.has_value() ? given->contiguous() : at::Tensor();
 }
 
-at::Tensor quantise(const at::Tensor& values_, const std::optional<at::Tensor>& steps_, int64_t number,
+at::Tensor quantise(const at::Tensor& values_, const std::optional<at::Tensor>& scales_, int64_t number,
                     const at::Tensor& ids_, int64_t stream, c10::string_view rounding) {
   const Format format = tessera::format_of(number);
   const at::Tensor values = values_.contiguous(), ids = ids_.contiguous();
   const int64_t n = values.size(0), dim = values.size(1), bytes = tessera::stored_bytes(format, dim);
-  const at::Tensor steps = steps_of(steps_, format, n);
+  const at::Tensor scales = scales_of(scales_, format, n);
   TORCH_CHECK_VALUE(rounding == "nearest" || rounding == "stochastic", "rounding: unknown name");
   const bool nearest = rounding == "nearest" || format == Format::kFp32;
   TORCH_CHECK_VALUE(nearest || ids.numel() == n, "ids: expected as many as rows");
   at::Tensor result = at::empty({n, tessera::is_int(format) ? bytes : dim}, values.options().dtype(dtype_of(format)));
-  const Work work{format, dim, bytes, steps.defined() ? steps.const_data_ptr<float>() : nullptr,
+  const Work work{format, dim, bytes, scales.defined() ? scales.const_data_ptr<float>() : nullptr,
                   nearest ? nullptr : ids.const_data_ptr<int64_t>(), static_cast<uint64_t>(stream), nearest};
   const float* in = values.const_data_ptr<float>();
   auto* out = static_cast<uint8_t*>(result.mutable_data_ptr());
@@ -104,14 +104,14 @@ at::Tensor quantise(const at::Tensor& values_, const std::optional<at::Tensor>& 
   return result;
 }
 
-at::Tensor dequantise(const at::Tensor& stored_, const std::optional<at::Tensor>& steps_, int64_t number, int64_t dim) {
+at::Tensor dequantise(const at::Tensor& stored_, const std::optional<at::Tensor>& scales_, int64_t number, int64_t dim) {
   const Format format = tessera::format_of(number);
   const at::Tensor stored = stored_.contiguous();
   const int64_t n = stored.size(0), bytes = tessera::stored_bytes(format, dim);
   TORCH_CHECK_VALUE(dim >= 1 && stored.size(1) * stored.element_size() == bytes, "stored: expected ", bytes, " bytes");
-  const at::Tensor steps = steps_of(steps_, format, n);
+  const at::Tensor scales = scales_of(scales_, format, n);
   at::Tensor result = at::empty({n, dim}, stored.options().dtype(at::kFloat));
-  const Work work{format, dim, bytes, steps.defined() ? steps.const_data_ptr<float>() : nullptr, nullptr, 0, true};
+  const Work work{format, dim, bytes, scales.defined() ? scales.const_data_ptr<float>() : nullptr, nullptr, 0, true};
   const auto* in = static_cast<const uint8_t*>(stored.const_data_ptr());
   float* out = result.mutable_data_ptr<float>();
   at::parallel_for(0, n, std::max<int64_t>(1, kGrain / dim),

@@ -43,10 +43,10 @@ TESSERA_INLINE float from_bits(uint32_t bits) {
 }
 
 template <bool Nearest>
-TESSERA_INLINE float round_to_integer(float x, float lot) {
+TESSERA_INLINE float round_to_integer(float x, float draw) {
   if constexpr (Nearest) return std::nearbyint(x);
   const float below = std::floor(x);
-  return below + (lot < x - below ? 1.0f : 0.0f);
+  return below + (draw < x - below ? 1.0f : 0.0f);
 }
 
 template <Format F>
@@ -57,13 +57,13 @@ TESSERA_INLINE int32_t to_code(float rounded) {
 
 // The multiple of its format's spacing that a float becomes.
 template <Format F, bool Nearest>
-TESSERA_INLINE float to_grid(float x, float lot) {
+TESSERA_INLINE float to_grid(float x, float draw) {
   constexpr bool kHalf = F == Format::kFp16;
   constexpr uint32_t kMantissa = (kHalf ? 10u : 7u) << 23, kLowest = (kHalf ? 113u : 14u) << 23;
   const float most = kHalf ? 65504.0f : from_bits(0x7F7F0000u);
   const uint32_t spacing = std::max(to_bits(x) & 0x7F800000u, kLowest) - kMantissa;
   const float inverse = from_bits((254u << 23) - spacing);
-  const float rounded = round_to_integer<Nearest>(x * inverse, lot) * from_bits(spacing);
+  const float rounded = round_to_integer<Nearest>(x * inverse, draw) * from_bits(spacing);
   return std::min(most, std::max(-most, rounded));
 }
 
@@ -111,7 +111,7 @@ TESSERA_INLINE void convert(const From* __restrict in, int64_t count, To* __rest
 
 // Values of a row from its storage. dim is a constant wherever the caller knows one.
 template <Format F>
-TESSERA_INLINE void decode(const uint8_t* __restrict stored, float step, int64_t dim, float* __restrict out) {
+TESSERA_INLINE void decode(const uint8_t* __restrict stored, float scale, int64_t dim, float* __restrict out) {
   if constexpr (F == Format::kFp32) {
     std::memcpy(out, stored, dim * 4);
     return;
@@ -138,14 +138,14 @@ TESSERA_INLINE void decode(const uint8_t* __restrict stored, float step, int64_t
       convert(codes, count, wide);
       for (int64_t c = 0; c < count; ++c) wide[c] = (wide[c] ^ kHalf) - kHalf;
     }
-    for (int64_t c = 0; c < count; ++c) out[first + c] = step * static_cast<float>(wide[c]);
+    for (int64_t c = 0; c < count; ++c) out[first + c] = scale * static_cast<float>(wide[c]);
   }
 }
 
-// A row's values into storage. key (random_row of the row) and the column, counted from `first_lot`, draw the lots.
+// A row's values into storage. key (random_row of the row) and the column, counted from `first_draw`, draw the draws.
 template <Format F, bool Nearest>
-TESSERA_INLINE void encode(const float* __restrict w, float step, uint64_t key, int64_t dim, uint8_t* __restrict stored,
-                           int64_t first_lot = 0) {
+TESSERA_INLINE void encode(const float* __restrict w, float scale, uint64_t key, int64_t dim, uint8_t* __restrict stored,
+                           int64_t first_draw = 0) {
   if constexpr (F == Format::kFp32) {
     std::memcpy(stored, w, dim * 4);
     return;
@@ -154,11 +154,11 @@ TESSERA_INLINE void encode(const float* __restrict w, float step, uint64_t key, 
   for (int64_t first = 0; first < dim; first += kTile) {
     const int64_t count = std::min(kTile, dim - first);
     for (int64_t c = 0; c < count; ++c) {
-      const float lot = Nearest ? 0.0f : lot_of(key, first_lot + first + c);
+      const float draw = Nearest ? 0.0f : draw_of(key, first_draw + first + c);
       if constexpr (is_int(F)) {
-        wide[c] = to_code<F>(round_to_integer<Nearest>(w[first + c] / step, lot));
+        wide[c] = to_code<F>(round_to_integer<Nearest>(w[first + c] / scale, draw));
       } else {
-        const float x = to_grid<F, Nearest>(w[first + c], lot);
+        const float x = to_grid<F, Nearest>(w[first + c], draw);
         wide[c] = static_cast<int32_t>(F == Format::kFp16 ? to_half(x) : to_bits(x) >> 16);
       }
     }

@@ -22,8 +22,8 @@ TESSERA_INLINE void uniform_row(uint64_t row, int64_t dim, float* __restrict out
   }
 }
 
-// The lot of one column: 32-bit arithmetic, of which vectors hold twice as many as of 64-bit, and which is faster.
-TESSERA_INLINE float lot_of(uint64_t row, int64_t column) {
+// The draw of one column: 32-bit arithmetic, of which vectors hold twice as many as of 64-bit, and which is faster.
+TESSERA_INLINE float draw_of(uint64_t row, int64_t column) {
   uint32_t x = static_cast<uint32_t>(row) + static_cast<uint32_t>(column + 1) * 0x9E3779B9u;
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
   x = (x ^ (x >> 15)) * 0x846CA68Bu;

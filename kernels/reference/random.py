@@ -45,7 +45,7 @@ def mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def lots(stream: int, ids: Tensor, dim: int, first: int = 0) -> Tensor:
+def draws(stream: int, ids: Tensor, dim: int, first: int = 0) -> Tensor:
     """Return columns [first, first + dim) of the random draws of stochastic rounding: float32 [n, dim] in [0, 1)."""
     row = row_key(stream, ids)
     column = torch.arange(first + 1, first + dim + 1, device=ids.device) * GOLDEN32

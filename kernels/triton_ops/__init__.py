@@ -13,9 +13,9 @@ from tessera.kernels.triton_ops.faults import check
 from tessera.kernels.triton_ops.gather import gather
 from tessera.kernels.triton_ops.id_map import id_map_erase, id_map_find, id_map_insert
 from tessera.kernels.triton_ops.initialise import init_rows
-from tessera.kernels.triton_ops.learned import packed_learn_steps
+from tessera.kernels.triton_ops.learned import packed_learn_scales
 from tessera.kernels.triton_ops.mix import mix64, unmix64
-from tessera.kernels.triton_ops.packed import packed_gather, packed_look_ahead, packed_update, update
+from tessera.kernels.triton_ops.packed import packed_fake_quantise, packed_gather, packed_update, update
 from tessera.kernels.triton_ops.pool import pool, pool_backward
 from tessera.kernels.triton_ops.quantise import dequantise, quantise
 from tessera.kernels.triton_ops.random import normal, uniform
@@ -38,8 +38,8 @@ __all__ = [
     "mix64",
     "normal",
     "packed_gather",
-    "packed_learn_steps",
-    "packed_look_ahead",
+    "packed_learn_scales",
+    "packed_fake_quantise",
     "packed_update",
     "pool",
     "pool_backward",

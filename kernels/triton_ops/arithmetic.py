@@ -70,7 +70,7 @@ def uniform(key, column):
 
 
 @triton.jit
-def lot(key, column):
+def draw(key, column):
     """Return the random draw in [0, 1) that stochastic rounding uses for a column."""
     x = key.to(tl.uint32) + (column + 1).to(tl.uint32) * 0x9E3779B9
     x = (x ^ (x >> 16)) * 0x7FEB352D
@@ -101,7 +101,7 @@ def nearest(x):
 
 
 @triton.jit
-def to_code(x, lots, NEAREST: tl.constexpr, BITS: tl.constexpr):
+def to_code(x, draws, NEAREST: tl.constexpr, BITS: tl.constexpr):
     """Return the code (float32) of x = value / scale."""
     high: tl.constexpr = (1 << (BITS - 1)) - 1
     low: tl.constexpr = -high - 1
@@ -110,12 +110,12 @@ def to_code(x, lots, NEAREST: tl.constexpr, BITS: tl.constexpr):
         rounded = nearest(x)
     else:
         below = tl.floor(x)
-        rounded = below + tl.where(lots < x - below, 1.0, 0.0)
+        rounded = below + tl.where(draws < x - below, 1.0, 0.0)
     return tl.minimum(tl.maximum(rounded, low * 1.0), high * 1.0)
 
 
 @triton.jit
-def to_grid(x, lots, NEAREST: tl.constexpr, FORMAT: tl.constexpr):
+def to_grid(x, draws, NEAREST: tl.constexpr, FORMAT: tl.constexpr):
     """Round a float32 to a number of fp16 or bf16; return it as float32."""
     mantissa: tl.constexpr = (10 if FORMAT == FP16 else 7) << 23
     lowest: tl.constexpr = (113 if FORMAT == FP16 else 14) << 23
@@ -128,12 +128,12 @@ def to_grid(x, lots, NEAREST: tl.constexpr, FORMAT: tl.constexpr):
         rounded = (size | ((bits >> 31) << 31)).to(tl.float32, bitcast=True)  # zero keeps the sign of x
     else:
         below = tl.floor(y)
-        rounded = below + tl.where(lots < y - below, 1.0, 0.0)
+        rounded = below + tl.where(draws < y - below, 1.0, 0.0)
     return tl.minimum(tl.maximum(rounded * spacing.to(tl.float32, bitcast=True), -most), most)
 
 
 @triton.jit
-def load_values(address, column, mask, step, FORMAT: tl.constexpr, BITS: tl.constexpr):
+def load_values(address, column, mask, scale, FORMAT: tl.constexpr, BITS: tl.constexpr):
     """Load values (float32) of rows from the bytes at `address` on; all arguments broadcast to one tile."""
     if FORMAT == FP32:
         return tl.load((address + column * 4).to(tl.pointer_type(tl.float32)), mask=mask, other=0.0)
@@ -144,34 +144,34 @@ def load_values(address, column, mask, step, FORMAT: tl.constexpr, BITS: tl.cons
         return (upper.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif FORMAT == INT8:
         code = tl.load((address + column).to(tl.pointer_type(tl.int8)), mask=mask, other=0)
-        return step * code.to(tl.float32)
+        return scale * code.to(tl.float32)
     else:
         per_byte: tl.constexpr = 8 // BITS
         half: tl.constexpr = 1 << (BITS - 1)
         byte = tl.load((address + column // per_byte).to(tl.pointer_type(tl.uint8)), mask=mask, other=0)
         code = (byte.to(tl.int32) >> (column % per_byte * BITS)) & (2 * half - 1)
-        return step * ((code ^ half) - half).to(tl.float32)
+        return scale * ((code ^ half) - half).to(tl.float32)
 
 
 @triton.jit
-def store_values(address, cells, x, step, key, first_lot, STORED: tl.constexpr):
+def store_values(address, cells, x, scale, key, first_draw, STORED: tl.constexpr):
     """Write a tile x [ROWS, COLUMNS] of float32 into rows at addresses [ROWS, 1].
 
-    key uint64 [ROWS, 1] and columns counted from first_lot give the random draws.
+    key uint64 [ROWS, 1] and columns counted from first_draw give the random draws.
     """
     column, mask = cells.column, cells.mask
     if STORED.format == FP32:
         tl.store((address + column * 4).to(tl.pointer_type(tl.float32)), x, mask=mask)
     else:
-        lots = x if STORED.nearest else lot(key, column + first_lot)
+        draws = x if STORED.nearest else draw(key, column + first_draw)
         if STORED.format == FP16:
-            half = to_grid(x, lots, STORED.nearest, STORED.format).to(tl.float16)
+            half = to_grid(x, draws, STORED.nearest, STORED.format).to(tl.float16)
             tl.store((address + column * 2).to(tl.pointer_type(tl.float16)), half, mask=mask)
         elif STORED.format == BF16:
-            half = (to_grid(x, lots, STORED.nearest, STORED.format).to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
+            half = (to_grid(x, draws, STORED.nearest, STORED.format).to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
             tl.store((address + column * 2).to(tl.pointer_type(tl.uint16)), half, mask=mask)
         else:
-            code = to_code(tl.div_rn(x, step + tl.zeros_like(x)), lots, STORED.nearest, STORED.bits).to(tl.int32)
+            code = to_code(tl.div_rn(x, scale + tl.zeros_like(x)), draws, STORED.nearest, STORED.bits).to(tl.int32)
             if STORED.format == INT8:
                 tl.store((address + column).to(tl.pointer_type(tl.int8)), code.to(tl.int8), mask=mask)
             else:

@@ -48,7 +48,7 @@ def _learn_kernel(given, grads, count, total, stream, hyper, PLAN: tl.constexpr)
     arithmetic.store_values(address + PLAN.values_at, cells, w, new, key, 0, PLAN.stored)
 
 
-def packed_learn_steps(
+def packed_learn_scales(
     chunks: Sequence[Tensor],
     rows: Tensor,
     ids: Tensor,

@@ -86,7 +86,7 @@ class Step(NamedTuple):
 
 
 @triton.jit
-def step(w, g, address, cells, lots_key, n, STEP: tl.constexpr):
+def step(w, g, address, cells, draw_key, n, STEP: tl.constexpr):
     """Apply one optimizer step to rows at addresses; returns the new w. cells: `Cells`; n: `Numbers`."""
     g = tl.where(cells.mask, g + n.decay * w, 0.0)
     state = address + STEP.state_at
@@ -98,7 +98,7 @@ def step(w, g, address, cells, lots_key, n, STEP: tl.constexpr):
         return rowwise_adagrad(w, g, state, cells.known, n, STEP.dim)
     elif STEP.optimizer == ADAM:
         if STEP.half_moments:
-            return adam_half(w, g, address, cells, lots_key, n, STEP)
+            return adam_half(w, g, address, cells, draw_key, n, STEP)
         return adam(w, g, state, cells, n, STEP.dim)
     else:
         return ftrl(w, g, state, cells, n, STEP.dim)

@@ -74,7 +74,7 @@ def packed_gather(chunks: Sequence[Tensor], rows: Tensor, layout: Sequence[int],
     return _read(chunks, rows, None, RowLayout(*layout), inverse)
 
 
-def packed_look_ahead(
+def packed_fake_quantise(
     chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: Sequence[int], inverse: Tensor | None
 ) -> Tensor:
     return _read(chunks, rows, held, RowLayout(*layout), inverse)

@@ -15,7 +15,7 @@ from tessera.kernels.triton_ops.launch import Tile, kernel, launch, tile, warps_
 
 class _Plan(NamedTuple):
     stored: arithmetic.Stored
-    has_steps: bool
+    has_scales: bool
     bytes: int  # of a row of the matrix
     tile: Tile
 
@@ -23,7 +23,7 @@ class _Plan(NamedTuple):
 @kernel
 def _quantise_kernel(
     values,
-    steps,
+    scales,
     ids,
     out,
     count,
@@ -35,17 +35,17 @@ def _quantise_kernel(
     inside = row < count
     mask = inside[:, None] & (column < PLAN.tile.dim)
     value = tl.load(values + row[:, None] * PLAN.tile.dim + column, mask=mask, other=0.0)
-    step = tl.full([PLAN.tile.rows, 1], 1.0, tl.float32)
-    if PLAN.has_steps:
-        step = tl.load(steps + row, mask=inside, other=1.0)[:, None]
+    scale = tl.full([PLAN.tile.rows, 1], 1.0, tl.float32)
+    if PLAN.has_scales:
+        scale = tl.load(scales + row, mask=inside, other=1.0)[:, None]
     key = tl.full([PLAN.tile.rows, 1], 0, tl.uint64)
     if not PLAN.stored.nearest:
         key = arithmetic.row_key(stream, tl.load(ids + row, mask=inside, other=0))[:, None]
     address = out.to(tl.int64) + row[:, None] * PLAN.bytes
-    arithmetic.store_values(address, arithmetic.Cells(column, inside[:, None], mask), value, step, key, 0, PLAN.stored)
+    arithmetic.store_values(address, arithmetic.Cells(column, inside[:, None], mask), value, scale, key, 0, PLAN.stored)
 
 
-def quantise(values: Tensor, steps: Tensor | None, format: int, ids: Tensor, stream: int, rounding: str) -> Tensor:
+def quantise(values: Tensor, scales: Tensor | None, format: int, ids: Tensor, stream: int, rounding: str) -> Tensor:
     name = FORMATS[format]
     values = values.contiguous()
     (count, dim), device = values.shape, values.device
@@ -56,7 +56,7 @@ def quantise(values: Tensor, steps: Tensor | None, format: int, ids: Tensor, str
         _quantise_kernel,
         -(-count // shape.rows),
         values,
-        values if steps is None else steps.contiguous(),
+        values if scales is None else scales.contiguous(),
         ids.contiguous(),
         out.view(torch.uint8),
         count,
@@ -70,7 +70,7 @@ def quantise(values: Tensor, steps: Tensor | None, format: int, ids: Tensor, str
 @kernel
 def _dequantise_kernel(
     stored,
-    steps,
+    scales,
     out,
     count,
     PLAN: tl.constexpr,
@@ -79,15 +79,15 @@ def _dequantise_kernel(
     column = tl.arange(0, PLAN.tile.columns)[None, :]
     inside = row < count
     mask = inside[:, None] & (column < PLAN.tile.dim)
-    step = tl.full([PLAN.tile.rows, 1], 1.0, tl.float32)
-    if PLAN.has_steps:
-        step = tl.load(steps + row, mask=inside, other=1.0)[:, None]
+    scale = tl.full([PLAN.tile.rows, 1], 1.0, tl.float32)
+    if PLAN.has_scales:
+        scale = tl.load(scales + row, mask=inside, other=1.0)[:, None]
     address = stored.to(tl.int64) + row[:, None] * PLAN.bytes
-    value = arithmetic.load_values(address, column, mask, step, PLAN.stored.format, PLAN.stored.bits)
+    value = arithmetic.load_values(address, column, mask, scale, PLAN.stored.format, PLAN.stored.bits)
     tl.store(out + row[:, None] * PLAN.tile.dim + column, value, mask=mask)
 
 
-def dequantise(stored: Tensor, steps: Tensor | None, format: int, dim: int) -> Tensor:
+def dequantise(stored: Tensor, scales: Tensor | None, format: int, dim: int) -> Tensor:
     name = FORMATS[format]
     stored = stored.contiguous()
     count = stored.shape[0]
@@ -98,7 +98,7 @@ def dequantise(stored: Tensor, steps: Tensor | None, format: int, dim: int) -> T
         _dequantise_kernel,
         -(-count // shape.rows),
         stored.view(torch.uint8),
-        out if steps is None else steps.contiguous(),
+        out if scales is None else scales.contiguous(),
         out,
         count,
         PLAN=_Plan(how, is_int(name), stored.shape[1] * stored.element_size(), shape),

@@ -85,7 +85,7 @@ def drawn_rows(sizes: Sizes, *, distinct: bool, seed: int) -> Tensor:
 
 
 def config_of(number: int, dim: int, format: str, optimizer: str) -> DynamicTableConfig:
-    group = Group("v", dim, 0.01, format, step=0.001)
+    group = Group("v", dim, 0.01, format, scale=0.001)
     return DynamicTableConfig(f"t{number}", (f"f{number}",), (group,), RowOptimizer(optimizer, lr=0.01))
 
 
@@ -150,7 +150,7 @@ def bench_steps(sizes: Sizes, repeat: int, device: torch.device, copy_speed: flo
                 seconds = []
                 for kind, batches in ((Static, numbers), (Dynamic, ids)):
                     tables = [kind(config, sizes, device) for config in configs]
-                    seconds.append(timed(steps_of(tables, batches, grads), repeat, device))
+                    seconds.append(timed(scales_of(tables, batches, grads), repeat, device))
                     del tables
                     backend.check(device)
                 moved = moved_bytes(configs[0], drawn)
@@ -163,7 +163,7 @@ def bench_steps(sizes: Sizes, repeat: int, device: torch.device, copy_speed: flo
                 )
 
 
-def steps_of(tables: list, batches: list[list[Tensor]], grads: list[Tensor]) -> Callable[[int], None]:
+def scales_of(tables: list, batches: list[list[Tensor]], grads: list[Tensor]) -> Callable[[int], None]:
     def work(turn: int) -> None:
         for table, rows, grad in zip(tables, batches[turn % BATCHES], grads, strict=True):
             table.step(rows, grad)

@@ -3,7 +3,7 @@
     python scripts/bench/low_precision.py --output runs/formats --seeds 3 experiment=ml100k_deepfm data.path=FOLDER
 
 Each run is one call of `scripts/train.py` with the overrides given here; finished runs in --output are not repeated.
-Mean ± standard deviation over the seeds, on the test split; bytes per row count values, state, step size, time, count
+Mean ± standard deviation over the seeds, on the test split; bytes per row count values, state, scale, time, count
 and id of one row with its place in the id map.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ALPT = ["embedding.alpt.every=1"]
 INT8 = ["embedding.format=int8"]
-# Few codes want a smaller range, and step sizes, which are larger, may want a larger rate: ranges of 0.1 and 0.3 and
+# Few codes want a smaller range, and scales, which are larger, may want a larger rate: ranges of 0.1 and 0.3 and
 # rates of 2e-5 to 1e-2 were compared by the AUC on the valid split, one seed, DeepFM. MovieLens-100k wants the fast
 # rate, 2,000,000 synthetic rows in one pass the default one.
 INT4, INT2 = (["embedding.format=" + name, "embedding.range=0.1"] for name in ("int4", "int2"))

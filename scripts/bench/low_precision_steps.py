@@ -28,7 +28,7 @@ from tessera.distributed.process import run
 from tessera.distributed.rank import Process
 from tessera.distributed.threads import restart_with_idle_threads_asleep
 from tessera.embedding.config import DynamicTableConfig, Group
-from tessera.embedding.optim import RowOptimizer, StepOptimizer
+from tessera.embedding.optim import RowOptimizer, ScaleOptimizer
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.unique import unique_inverse
 
@@ -90,7 +90,7 @@ def table_step(group: Group, steps: list[torch.Tensor]) -> Callable[[], None]:
         if group.learned is None:
             table.update(rows, grads, inverse, ids=ids)
             return
-        ahead = table.update_ahead(rows, grads, inverse, ids=ids)
+        ahead = table.begin_update(rows, grads, inverse, ids=ids)
         ahead.gather(inverse)
         ahead.learn(grads, inverse)
 
@@ -103,7 +103,7 @@ def bench_tables() -> None:
     for dim in (16, 64):
         works = {format: table_step(Group("v", dim, 0.01, format), steps) for format in FORMATS}
         works["int8 nearest"] = table_step(Group("v", dim, 0.01, "int8", "nearest"), steps)
-        works["int8 ALPT, both passes"] = table_step(Group("v", dim, 0.01, "int8", learned=StepOptimizer()), steps)
+        works["int8 ALPT, both passes"] = table_step(Group("v", dim, 0.01, "int8", learned=ScaleOptimizer()), steps)
         show(f"table step, dim {dim}", alternate(works, calls=1))
 
 

@@ -62,8 +62,8 @@ def steps(trainer: Trainer, batch: Batch, rows: int, *, skewed: bool) -> Callabl
     generator = torch.Generator().manual_seed(rows)
     batches = []
     for _ in range(16):
-        lots = torch.rand(FIELDS, BATCH, generator=generator, dtype=torch.float64)
-        picked = (rows + 1.0) ** lots - 1 if skewed else lots * rows
+        draws = torch.rand(FIELDS, BATCH, generator=generator, dtype=torch.float64)
+        picked = (rows + 1.0) ** draws - 1 if skewed else draws * rows
         batches.append(batch_of(batch, picked.long().clamp(max=rows - 1)))
     turn = iter(range(1 << 30))
     return lambda: trainer.engine.train_step(batches[next(turn) % len(batches)])

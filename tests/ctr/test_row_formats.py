@@ -7,7 +7,7 @@ from tessera.ctr.data.schema import Schema
 from tessera.ctr.network import build_tower
 from tessera.ctr.tables import build_tables
 from tessera.embedding.errors import ConfigError
-from tessera.embedding.optim import StepOptimizer
+from tessera.embedding.optim import ScaleOptimizer
 
 
 def tables_of(*overrides):
@@ -38,12 +38,12 @@ def test_exceptions_by_group_table_and_both():
         tables_of("embedding.formats={item: int8}")
 
 
-def test_step_sizes():
+def test_scales():
     one = tables_of("embedding.format=int4", "embedding.range=0.5")["age"]["v"]
     assert one.step == 0.5 / 8 and one.learned is None
     one = tables_of("embedding.format=int8", "embedding.scale=0.02", "embedding.alpt.every=1")["age"]["v"]
     assert one.step == 0.02
-    assert one.learned == StepOptimizer(2e-5, 0.0, pytest.approx((4096 * 16 * 127) ** -0.5))
+    assert one.learned == ScaleOptimizer(2e-5, 0.0, pytest.approx((4096 * 16 * 127) ** -0.5))
     scales = {"dim": (16 * 127) ** -0.5, "none": 1.0}
     for name, scale in scales.items():
         options = ("embedding.format=int8", "embedding.alpt.every=1", f"embedding.alpt.gradient_scale={name}")
@@ -55,7 +55,7 @@ def test_what_cannot_work_is_one_line():
         ConfigError, match="table user_id: groups.v.format is 'int8'; expected fp32, .* with optimizer ftrl"
     ):
         tables_of("embedding.format=int8", "optimizer.sparse.name=ftrl")
-    with pytest.raises(ConfigError, match="embedding.alpt.every is 1, but no group has a step size to learn"):
+    with pytest.raises(ConfigError, match="embedding.alpt.every is 1, but no group has a scale to learn"):
         tables_of("embedding.alpt.every=1")
     with pytest.raises(ConfigError, match="optimizer.sparse.state_format is bf16, which only adam reads"):
         tables_of("optimizer.sparse.state_format=bf16")

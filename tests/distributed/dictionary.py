@@ -31,12 +31,12 @@ class Case:
 
     averaged: tuple[str, ...] = ()
     weighted: bool = False
-    others: str = "zeros"
+    oov: str = "zeros"
     threshold: int = 1
     transport: str = "fp32"
     longest: int = 3
     old_rows_factor: float = 1.0  # a period begins before step NEW_PERIOD
-    first_values: str = "random"
+    init: str = "random"
     options: tuple[tuple[str, Any], ...] = ()  # further arguments of DynamicTables
 
     @property
@@ -60,8 +60,8 @@ class Case:
 class Model(nn.Module):
     def __init__(self, case: Case) -> None:
         super().__init__()
-        options = {"first_values": case.first_values, **dict(case.options)}
-        self.tables = DynamicTables(case.tables, IDS, 100, case.averaged, case.transport, case.others, **options)
+        options = {"init": case.init, **dict(case.options)}
+        self.tables = DynamicTables(case.tables, IDS, 100, case.averaged, case.transport, case.oov, **options)
         self.mix = nn.Parameter(torch.randn(3 * WIDTH, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, ids: KeyedJaggedTensor) -> Tensor:
@@ -139,8 +139,8 @@ def train(process, case: Case) -> dict:
     }
     with torch.no_grad():
         unseen = [output(step).tolist() for step in (99, 100)]
-    others = None if model.tables.others is None else model.tables.others.tolist()
-    return {"outputs": outputs, "rows": rows, "others": others, "unseen": unseen, "plan": plan}
+    oov = None if model.tables.oov is None else model.tables.oov.tolist()
+    return {"outputs": outputs, "rows": rows, "oov": oov, "unseen": unseen, "plan": plan}
 
 
 class Reference:
@@ -148,7 +148,7 @@ class Reference:
 
     def __init__(self, case: Case) -> None:
         self.case, self.mix = case, Model(case).mix.detach()
-        self.others = torch.zeros(2, WIDTH, requires_grad=True)
+        self.oov = torch.zeros(2, WIDTH, requires_grad=True)
         self.rows: dict[tuple[str, int], Tensor] = {}
         self.state, self.seen, self.count, self.waiting, self.added = {}, {}, {}, {}, {}
 
@@ -164,15 +164,15 @@ class Reference:
                 if self.seen[key] == 100 + step:
                     old = self.added[key] < NEW_PERIOD <= step
                     self._update(key, leaf.grad, LR * self.case.old_rows_factor if old else LR)
-            if self.others.grad is not None:
+            if self.oov.grad is not None:
                 with torch.no_grad():
-                    self.others -= LR * self.others.grad
-                self.others.grad = None
+                    self.oov -= LR * self.oov.grad
+                self.oov.grad = None
         with torch.no_grad():
             unseen = [self._forward(step, self.rows).tolist() for step in (99, 100)]
         rows = {key: (row.tolist(), self.state[key].tolist(), self.seen[key], self.count[key])
                 for key, row in self.rows.items()}  # fmt: skip
-        return {"outputs": outputs, "rows": rows, "others": self.others.tolist(), "unseen": unseen}
+        return {"outputs": outputs, "rows": rows, "oov": self.oov.tolist(), "unseen": unseen}
 
     def _admit(self, step: int) -> None:
         found: dict[tuple[str, int], int] = {}
@@ -188,8 +188,8 @@ class Reference:
                 table = self.case.tables[int(key[0] == "bc")]
                 ids = torch.tensor([key[1]])
                 parts = [normal(SEED, table.key(g), ids, g.dim)[0] * g.init_std for g in GROUPS]
-                others = self.others[int(key[0] == "bc")].detach().clone()
-                self.rows[key] = others if self.case.first_values == "others" else torch.cat(parts)
+                oov = self.oov[int(key[0] == "bc")].detach().clone()
+                self.rows[key] = oov if self.case.init == "oov" else torch.cat(parts)
                 self.state[key], self.count[key], self.added[key] = torch.full((2,), FIRST_STATE), 0, step
             self.count[key] += times
             self.seen[key] = 100 + step
@@ -201,7 +201,7 @@ class Reference:
             for bag in bags:
                 total = torch.zeros(WIDTH)
                 for i, weight in bag:
-                    other = self.others[int(table == "bc")] if self.case.others == "learned" else torch.zeros(WIDTH)
+                    other = self.oov[int(table == "bc")] if self.case.oov == "learned" else torch.zeros(WIDTH)
                     total = total + rows.get((table, i), other) * (weight if self.case.weighted else 1.0)
                 parts.append(total / max(1, len(bag)) if feature in self.case.averaged else total)
         x = torch.stack(parts).view(3, BATCH, WIDTH).transpose(0, 1)
@@ -219,14 +219,14 @@ def joined(results: list[dict]) -> dict:
     rows = {key: row for result in results for key, row in result["rows"].items()}
     assert len(rows) == sum(len(result["rows"]) for result in results)  # each id on one rank
     for result in results:
-        assert result["others"] == results[0]["others"]
+        assert result["oov"] == results[0]["oov"]
     return {
         "outputs": [
             [v for result in results for v in result["outputs"][step]] for step in range(len(results[0]["outputs"]))
         ],
         "unseen": [[v for result in results for v in result["unseen"][step]] for step in range(2)],
         "rows": rows,
-        "others": results[0]["others"],
+        "oov": results[0]["oov"],
     }
 
 
@@ -240,6 +240,6 @@ def same(found: dict, expected: dict, rel: float = 1e-5, absolute: float = 1e-5)
         assert found["rows"][key][0] == pytest.approx(values, rel=rel, abs=absolute)
         assert found["rows"][key][1] == pytest.approx(state, rel=rel, abs=absolute)
         assert found["rows"][key][2:] == (seen, count)
-    if found["others"] is not None:
-        for row, expected_row in zip(found["others"], expected["others"], strict=True):
+    if found["oov"] is not None:
+        for row, expected_row in zip(found["oov"], expected["oov"], strict=True):
             assert row == pytest.approx(expected_row, rel=rel, abs=absolute)

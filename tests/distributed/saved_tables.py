@@ -12,14 +12,14 @@ from tessera.distributed.rank import Process
 from tessera.distributed.saved.dense import load_tensors, save_tensors
 from tessera.distributed.saved.states import open_saved, save
 from tessera.distributed.saved.storage import Storage
-from tessera.distributed.saved.tables import TableSaver, describe_tables, load_rows, load_table_state, load_waiting
+from tessera.distributed.saved.tables import TableSaver, describe_tables, load_pending, load_rows, load_table_state
 from tessera.embedding.config import Admission, DynamicTableConfig, Group
 from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.mix import mix64
 
 GROUPS = (Group("v", 4, 0.5), Group("w", 1, 0.5))
-INT8 = (Group("v", 4, 0.5, format="int8", step=0.01), Group("w", 1, 0.5))
+INT8 = (Group("v", 4, 0.5, format="int8", scale=0.01), Group("w", 1, 0.5))
 
 
 def alone() -> Process:
@@ -53,7 +53,7 @@ def content(tables: dict[str, DynamicTable], numbers: bool = False) -> dict[str,
     for name, table in tables.items():
         batch = table.read_rows(table.rows_in_use())
         columns = [batch.values, batch.state, batch.last_seen, batch.count, *([batch.rows] if numbers else [])]
-        columns += [column for column in (batch.step_size, batch.period) if column is not None]
+        columns += [column for column in (batch.scale, batch.period) if column is not None]
         found[name] = {
             i: tuple(column[place].numpy().tobytes() for column in columns)
             for place, i in enumerate(batch.ids.tolist())
@@ -83,7 +83,7 @@ def load_tables(tables: dict[str, DynamicTable], folder: str | Path | Storage, p
     """Fill empty tables from a state, as `Checkpoints.resume` does. Returns what could not be taken over."""
     saved = open_saved(folder if isinstance(folder, Storage) else Storage(folder), process)
     load_rows(tables, saved, process, in_place=saved.ranks == process.world_size)
-    load_waiting(tables, saved, process)
+    load_pending(tables, saved, process)
     tensors = load_tensors(saved.folders[0], lambda name: name.startswith("rank/"))
     by_rank = [
         {

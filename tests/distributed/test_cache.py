@@ -17,17 +17,17 @@ from tessera.distributed.torchrec.row_sharding import RawIdsDist
 from tessera.embedding.cached_table import CachedTable
 from tessera.embedding.config import Admission, DynamicTableConfig, Group
 from tessera.embedding.errors import CacheFull, TableFull, TesseraError
-from tessera.embedding.optim import RowOptimizer, StepOptimizer
+from tessera.embedding.optim import RowOptimizer, ScaleOptimizer
 from tests.ranks import on_ranks
 
 IDS, BATCH, STEPS = ["a", "b", "c"], 12, 14
 PAUSES = (4, 5, 9)  # something looks at the tables after these steps
 POOL = 400  # ids of a feature
 FP32 = (Group("v", 4, 0.5), Group("w", 1, 0.5))
-INT8 = (Group("v", 4, 0.5, "int8", step=0.02, learned=StepOptimizer(lr=0.01)), Group("w", 1, 0.5, "fp16"))
+INT8 = (Group("v", 4, 0.5, "int8", scale=0.02, learned=ScaleOptimizer(lr=0.01)), Group("w", 1, 0.5, "fp16"))
 #: rows: of the cache of one rank that owns all ids, hardly more than two batches need
 CASES = {
-    "rows": {"rows": 44, "optimizer": "rowwise_adagrad", "others": "learned", "admission": Admission("exact", 2)},
+    "rows": {"rows": 44, "optimizer": "rowwise_adagrad", "oov": "learned", "admission": Admission("exact", 2)},
     "bags": {
         "rows": 64,
         "optimizer": "adagrad",
@@ -36,7 +36,7 @@ CASES = {
         "eviction": "lru",
         "max_rows": 150,
     },
-    "step sizes": {
+    "scales": {
         "rows": 64,
         "optimizer": "adam",
         "groups": INT8,
@@ -60,7 +60,7 @@ class Model(nn.Module):
     def __init__(self, cache_rows, weighted=False, **options):
         super().__init__()
         self.weighted = weighted
-        names = ("others", "bag_tables", "first_values", "timeout_seconds")
+        names = ("oov", "bag_tables", "init", "timeout_seconds")
         of_tables = {name: options.pop(name) for name in names if name in options}
         self.tables = DynamicTables(tables_of(cache_rows, **options), IDS, 100, ["b"], **of_tables)
         self.mix = nn.Parameter(torch.randn(3 * 5, generator=torch.Generator().manual_seed(0)))
@@ -113,7 +113,7 @@ def train(process, cache_rows, ahead, **case):
     for step, ids in enumerate(batches):
         if ahead and prepared < step:
             tables.prepare(ids, 100 + step)
-        tables.begin_step(100 + step, learn_steps=tables.learns_steps)
+        tables.begin_step(100 + step, learn_scales=tables.learns_scales)
         if ahead and step not in PAUSES and step + 1 < STEPS:
             prepared = step + 1
             tables.prepare(batches[prepared], 100 + prepared)
@@ -121,7 +121,7 @@ def train(process, cache_rows, ahead, **case):
         tables.send_prepared()
         out.sum().backward()
         found.append(out.detach())
-        if tables.learns_steps:
+        if tables.learns_scales:
             with tables.second_pass():
                 model(ids).sum().backward()
         with torch.no_grad():
@@ -201,10 +201,10 @@ def test_misuse_is_an_assertion(process):
     tables, sharded = started(process)
     first, second = (batch_of(process, step) for step in range(2))
     tables.prepare(first, 0)
-    with pytest.raises(AssertionError, match="table a: asked while the batch of a coming step is brought"):
+    with pytest.raises(AssertionError, match="table a: asked while the batch of a later step is prefetched"):
         tables.expire(10)
     sharded.eval()
-    with pytest.raises(AssertionError, match="asked while the batch of a coming step"):
+    with pytest.raises(AssertionError, match="asked while the batch of a later step"):
         sharded(second)
     sharded.train()
     with pytest.raises(AssertionError, match="another batch was prepared for this step"):

@@ -46,22 +46,20 @@ def batch_of(rows: range) -> KeyedJaggedTensor:
     )
 
 
-def step(process, bag_tables: tuple[str, ...], others: str):
+def step(process, bag_tables: tuple[str, ...], oov: str):
     groups = (Group("v", 4, 1.0), Group("w", 1, 1.0))
-    admission = Admission("exact", 1000) if others == "learned" else Admission()  # the first time no id has a row
+    admission = Admission("exact", 1000) if oov == "learned" else Admission()  # the first time no id has a row
     configs = [
         DynamicTableConfig(name, features, groups, RowOptimizer("sgd", lr=LR), admission=admission)
         for name, features in TABLES.items()
     ]
     model = torch.nn.Module()
-    model.tables = DynamicTables(
-        configs, NAMES, 100, averaged=("seen",), others=others, bag_tables=bag_tables, squares=True
-    )
+    model.tables = DynamicTables(configs, NAMES, 100, averaged=("seen",), oov=oov, bag_tables=bag_tables, squares=True)
     model.forward = model.tables.forward
     sharded, _ = shard(model, model.tables, process, BATCH)
-    if others == "learned":
+    if oov == "learned":
         with torch.no_grad():
-            model.tables.others.copy_(torch.linspace(-1, 1, 10).view(2, 5))
+            model.tables.oov.copy_(torch.linspace(-1, 1, 10).view(2, 5))
     share = BATCH // process.world_size
     mine = range(process.rank * share, (process.rank + 1) * share)
     model.tables.begin_step(0)
@@ -73,11 +71,11 @@ def step(process, bag_tables: tuple[str, ...], others: str):
     for name, table in model.tables.owned().items():
         for exported in table.export_rows():
             rows |= {(name, i): row for i, row in zip(exported.ids.tolist(), exported.values, strict=True)}
-    return rows, None if others == "zeros" else model.tables.others.grad
+    return rows, None if oov == "zeros" else model.tables.oov.grad
 
 
-def by_definition(others: torch.Tensor | None) -> tuple[dict, torch.Tensor | None]:
-    """Loops over look-ups; autograd. Rows that have had no look-up before are `others`, where that is given."""
+def by_definition(oov: torch.Tensor | None) -> tuple[dict, torch.Tensor | None]:
+    """Loops over look-ups; autograd. Rows that have had no look-up before are `oov`, where that is given."""
     table_of = {feature: name for name, features in TABLES.items() for feature in features}
     rows = {}
     for f, feature in enumerate(NAMES):
@@ -86,19 +84,19 @@ def by_definition(others: torch.Tensor | None) -> tuple[dict, torch.Tensor | Non
             tables = [TableConfig(f"{name}_{group}", dim, (), 1.0) for group, dim in (("v", 4), ("w", 1))]
             first = [normal(0, table.key, one, table.dim)[0] for table in tables]
             rows.setdefault((name, i), torch.cat(first).requires_grad_())
-    others = None if others is None else others.clone().requires_grad_()
+    oov = None if oov is None else oov.clone().requires_grad_()
     loss = torch.zeros(())
     for f, feature in enumerate(NAMES):
         name = table_of[feature]
         for r, bag in enumerate(bags()[f]):
-            looked_up = [rows[name, i] if others is None else others[list(TABLES).index(name)] for i in bag]
+            looked_up = [rows[name, i] if oov is None else oov[list(TABLES).index(name)] for i in bag]
             pooled = sum((row * weight_of(f, r, place) for place, row in enumerate(looked_up)), torch.zeros(5))
             pooled = pooled / max(1, len(bag)) if feature == "seen" else pooled
             loss = loss + (pooled[:4] * pull()["v"][r, f]).sum() + (pooled[4:] * pull()["w"][r, f]).sum()
             loss = loss + L2 / 2 * sum((row.square().sum() for row in looked_up), torch.zeros(()))
     (loss / BATCH).backward()
-    if others is not None:
-        return {}, others.grad
+    if oov is not None:
+        return {}, oov.grad
     return {key: (row - LR * row.grad).detach() for key, row in rows.items()}, None
 
 

@@ -14,18 +14,18 @@ from tessera.distributed.saved.tables import TableParts, describe_tables, load_r
 from tessera.distributed.sharding import shard
 from tessera.embedding.config import DynamicTableConfig, Group, key_of
 from tessera.embedding.errors import TesseraError
-from tessera.embedding.optim import RowOptimizer, StepOptimizer
+from tessera.embedding.optim import RowOptimizer, ScaleOptimizer
 from tessera.kernels.quantise import dequantise, quantise
 from tessera.kernels.random import normal, stream
 from tests.ranks import on_ranks
 
 SEED, BATCH, IDS = 3, 16, ["a", "b"]
-LEARNED = StepOptimizer(lr=0.01, weight_decay=0.1, gradient_scale=0.25)
+LEARNED = ScaleOptimizer(lr=0.01, weight_decay=0.1, gradient_scale=0.25)
 STEP = 2.0**-6
 
 
 def tables_of(v, w="fp32", learned=None, optimizer="sgd", **more):
-    groups = (Group("v", 4, 0.5, v, step=STEP, learned=learned), Group("w", 1, 0.5, w, step=STEP))
+    groups = (Group("v", 4, 0.5, v, scale=STEP, learned=learned), Group("w", 1, 0.5, w, scale=STEP))
     optimizer = RowOptimizer(optimizer, lr=0.125, **more)
     return [DynamicTableConfig(name, (name,), groups, optimizer, seed=SEED) for name in IDS]
 
@@ -60,8 +60,8 @@ def train_linear(process, tables, transport, folder):
     for step in range(6):
         generator = torch.Generator().manual_seed(100 + step)
         first, second = torch.randint(-4, 5, (2, BATCH, 10), generator=generator)[:, mine].float()
-        learn = model.tables.learns_steps and step % 2 == 0
-        model.tables.begin_step(step, learn_steps=learn)
+        learn = model.tables.learns_scales and step % 2 == 0
+        model.tables.begin_step(step, learn_scales=learn)
         out = sharded(kjt(draw_ids(step)[:, mine]))
         outputs.append(out.detach())
         ((out * first).sum() * process.world_size / BATCH).backward()
@@ -91,7 +91,7 @@ def rows_of(tables):
     for name, table in tables.owned().items():
         for batch in table.export_rows():
             for place, i in enumerate(batch.ids.tolist()):
-                parts = (batch.values, batch.state, batch.step_size, batch.last_seen, batch.count)
+                parts = (batch.values, batch.state, batch.scale, batch.last_seen, batch.count)
                 found[name, i] = [
                     part[place].reshape(-1).view(torch.uint8).tolist() for part in parts if part is not None
                 ]
@@ -163,7 +163,7 @@ def train_alpt(process):
     dense, outputs = torch.optim.SGD([model.mix], 0.05), []
     for step in range(4):
         ids = kjt(draw_ids(step))
-        model.tables.begin_step(step, learn_steps=True)
+        model.tables.begin_step(step, learn_scales=True)
         out = (sharded(ids) * model.mix).sum(1)
         outputs.append(out.detach())
         dense.zero_grad()
@@ -175,7 +175,7 @@ def train_alpt(process):
     for name, table in model.tables.owned().items():
         for batch in table.export_rows():
             for place, i in enumerate(batch.ids.tolist()):
-                found[name, i] = table.gather(batch.rows[place : place + 1])[0], batch.step_size[place, 0].item()
+                found[name, i] = table.gather(batch.rows[place : place + 1])[0], batch.scale[place, 0].item()
     return torch.stack(outputs), found, model.mix.detach()
 
 
@@ -246,7 +246,7 @@ def fail_in_second_passes(process, when):
     sharded, _ = shard(model, model.tables, process, BATCH)
     for step in range(4):
         ids = kjt(draw_ids(step))
-        model.tables.begin_step(step, learn_steps=True)
+        model.tables.begin_step(step, learn_scales=True)
         sharded(ids).sum().backward()
         with contextlib.suppress(KeyError), model.tables.second_pass():
             if step % 2 and when == "before":

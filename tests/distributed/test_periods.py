@@ -14,10 +14,8 @@ from tests.ranks import on_ranks
 
 CASES = {
     "old rows": Case(old_rows_factor=0.2),
-    "first values": Case(others="learned", first_values="others", threshold=2),
-    "both, bags": Case(
-        others="learned", first_values="others", threshold=2, old_rows_factor=0.5, options=(("bag_tables", ("bc",)),)
-    ),
+    "first values": Case(oov="learned", init="oov", threshold=2),
+    "both, bags": Case(oov="learned", init="oov", threshold=2, old_rows_factor=0.5, options=(("bag_tables", ("bc",)),)),
 }
 PERIODS = (3, 6, 8)  # the steps before which one begins
 
@@ -35,7 +33,7 @@ PERIODS = (3, 6, 8)  # the steps before which one begins
 def test_ranks_equal_a_dictionary_of_rows(world, name):
     expected = Reference(CASES[name]).train()
     same(joined(on_ranks(world, train, CASES[name])), expected)
-    other = Reference(Case(others=CASES[name].others, threshold=CASES[name].threshold)).train()
+    other = Reference(Case(oov=CASES[name].oov, threshold=CASES[name].threshold)).train()
     assert expected["rows"] != other["rows"], "the case makes a difference"
 
 

@@ -157,7 +157,7 @@ def test_exact_counts_can_be_cut_by_id(backend):
         assert passed.tolist() == [(i + 10) % 4 + 1 + 2 >= 5 for i in range(-10, 10) if i % 2 == part]
 
 
-def lots(threshold, ids, count, step=0, seed=1):
+def draws(threshold, ids, count, step=0, seed=1):
     filter_ = ProbabilisticFilter(threshold, seed, key=11)
     return filter_.admit(ids, torch.full_like(ids, count), 0, step)
 
@@ -166,9 +166,9 @@ def test_probabilistic_filter_admits_95_percent_after_threshold_occurrences(back
     n, threshold = 20_000, 8
     ids = torch.arange(n)
     sigma = math.sqrt(n * 0.95 * 0.05)
-    at_once = int(lots(threshold, ids, threshold).sum())
+    at_once = int(draws(threshold, ids, threshold).sum())
     assert abs(at_once - 0.95 * n) < 4 * sigma
-    one_by_one = torch.stack([lots(threshold, ids, 1, step) for step in range(threshold)])
+    one_by_one = torch.stack([draws(threshold, ids, 1, step) for step in range(threshold)])
     assert abs(int(one_by_one.any(dim=0).sum()) - 0.95 * n) < 4 * sigma
     once = 1 - 0.05 ** (1 / threshold)
     for passed in one_by_one:
@@ -178,9 +178,9 @@ def test_probabilistic_filter_admits_95_percent_after_threshold_occurrences(back
 def test_probabilistic_filter_depends_on_seed_id_and_step_alone(backend):
     ids = torch.arange(1000)
     order = torch.randperm(1000)
-    assert torch.equal(lots(4, ids[order], 1), lots(4, ids, 1)[order])
-    assert not torch.equal(lots(4, ids, 1), lots(4, ids, 1, step=1))
-    assert not torch.equal(lots(4, ids, 1), lots(4, ids, 1, seed=2))
+    assert torch.equal(draws(4, ids[order], 1), draws(4, ids, 1)[order])
+    assert not torch.equal(draws(4, ids, 1), draws(4, ids, 1, step=1))
+    assert not torch.equal(draws(4, ids, 1), draws(4, ids, 1, seed=2))
 
 
 @pytest.mark.parametrize("kind", ["exact", "sliding", "probabilistic"])

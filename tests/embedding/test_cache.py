@@ -63,9 +63,9 @@ def train(where, rows, batch, learns):
     """The device's part of a step. Returns what it has read."""
     values = [where.gather(rows, batch.inverse)]
     if learns:
-        ahead = where.update_ahead(rows, batch.grads, batch.inverse, 0.1, batch.ids)
-        values.append(ahead.gather(batch.inverse))
-        ahead.learn(batch.second * values[-1], batch.inverse)
+        update = where.begin_update(rows, batch.grads, batch.inverse, 0.1, batch.ids)
+        values.append(update.gather(batch.inverse))
+        update.learn(batch.second * values[-1], batch.inverse)
     elif len(batch.inverse):
         where.update(rows, batch.grads, batch.inverse, 0.1, batch.ids)
     return values
@@ -116,7 +116,7 @@ def pause(table, what, batch):
             table.import_rows(part)
     if what == "host step":  # a step by those methods that do not know of a cache
         rows = table.lookup(batch.ids, batch.now, batch.counts)
-        return table, train(table, rows, batch, table.config.learns_steps)
+        return table, train(table, rows, batch, table.config.learns_scales)
     if what == "move":
         return moved(table), []
     return table, []
@@ -149,18 +149,18 @@ def check(life):
     capacity = ids_of_two_batches([batch for batch, _ in steps]) + life["spare"]
     plain, cached = DynamicTable(config), make_table(dataclasses.replace(config, cache_rows=capacity), "cpu")
     assert isinstance(cached, CachedTable)
-    learns, coming = config.learns_steps, None
+    learns, coming = config.learns_scales, None
     plain.take_evicted(), cached.take_evicted()
     moments = []
     for number, (batch, what) in enumerate(steps):
         rows = plain.lookup(batch.ids, batch.now, batch.counts)
         where, slots = coming or cached.bring(batch.ids, batch.now, batch.counts)
-        cached.coming, coming = 0, None
+        cached.prefetched, coming = 0, None
         assert torch.equal(slots < 0, rows < 0)
         if what is None and number + 1 < len(steps):  # the host is one batch ahead of the device
             ahead = steps[number + 1][0]
             coming = cached.bring(ahead.ids, ahead.now, ahead.counts)
-            cached.coming = 1
+            cached.prefetched = 1
         for one, other in zip(train(plain, rows, batch, learns), train(where, slots, batch, learns), strict=True):
             assert torch.equal(one, other)
         if coming is None and what == "snapshot":
@@ -257,7 +257,7 @@ def test_the_limit_of_the_table_is_still_that_of_the_table():
 def test_nothing_else_may_ask_while_a_batch_is_ahead():
     table = small(8, ttl_seconds=10)
     table.bring(torch.arange(3), 0)
-    table.coming = 1
+    table.prefetched = 1
     for call in (
         lambda: table.expire(100),
         lambda: list(table.export_rows()),
@@ -267,7 +267,7 @@ def test_nothing_else_may_ask_while_a_batch_is_ahead():
         table.export_state,
         table.mark,
     ):
-        with pytest.raises(AssertionError, match="table user: asked while the batch of a coming step is brought"):
+        with pytest.raises(AssertionError, match="table user: asked while the batch of a later step is prefetched"):
             call()
 
 

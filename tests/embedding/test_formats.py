@@ -5,19 +5,19 @@ import dataclasses
 import pytest
 import torch
 
-from tessera.embedding.config import DynamicTableConfig, Group, step_of_range
+from tessera.embedding.config import DynamicTableConfig, Group, scale_of_range
 from tessera.embedding.convert import convert_rows
 from tessera.embedding.errors import ConfigError
-from tessera.embedding.optim import RowOptimizer, StepOptimizer
+from tessera.embedding.optim import RowOptimizer, ScaleOptimizer
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.formats import code_range
 
-LEARNED = StepOptimizer(lr=1e-3, weight_decay=0.01, gradient_scale=0.5)
+LEARNED = ScaleOptimizer(lr=1e-3, weight_decay=0.01, gradient_scale=0.5)
 
 
 def groups_of(v, w="fp32", learned=None, **more):
-    return Group("v", 6, 0.3, v, step=0.02, learned=learned, **more), Group("w", 1, 0.1, w)
+    return Group("v", 6, 0.3, v, scale=0.02, learned=learned, **more), Group("w", 1, 0.1, w)
 
 
 CONFIGS = {
@@ -41,12 +41,12 @@ def config_of(name, **more):
 
 
 def step_of(table, ids, now, grads, second):
-    """One training step: with learned step sizes both passes."""
+    """One training step: with learned scales both passes."""
     rows = table.lookup(ids, now)
-    if not table.config.learns_steps:
+    if not table.config.learns_scales:
         table.update(rows, grads)
         return
-    ahead = table.update_ahead(rows, grads)
+    ahead = table.begin_update(rows, grads)
     ahead.learn(second * ahead.gather())
 
 
@@ -60,7 +60,7 @@ def steps(count, first=0):
 def content(table):
     parts = [vars(batch) for batch in table.export_rows(50)]
     order = torch.cat([part["ids"] for part in parts]).argsort()
-    columns = ("ids", "values", "state", "last_seen", "count", "step_size")
+    columns = ("ids", "values", "state", "last_seen", "count", "scale")
     return {c: torch.cat([part[c] for part in parts])[order] for c in columns if parts[0][c] is not None}
 
 
@@ -94,8 +94,8 @@ def test_the_order_of_a_batch_changes_no_bit(backend, name):
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(step))
         rows = other.lookup(ids[order], step)
         inverse = order.argsort()
-        if other.config.learns_steps:
-            ahead = other.update_ahead(rows, grads, inverse, ids=ids[order])
+        if other.config.learns_scales:
+            ahead = other.begin_update(rows, grads, inverse, ids=ids[order])
             ahead.learn(second * ahead.gather(inverse), inverse)
         else:
             other.update(rows, grads, inverse, ids=ids[order])
@@ -107,7 +107,7 @@ def test_the_form_of_exported_rows(backend):
     table.lookup(torch.arange(5), 0)
     batch = next(table.export_rows())
     assert batch.values.dtype == torch.uint8 and batch.values.shape == (5, 7)
-    assert batch.step_size.equal(torch.tensor([[0.02, 0.01]]).expand(5, 2)) and batch.state.shape == (5, 2)
+    assert batch.scale.equal(torch.tensor([[0.02, 0.01]]).expand(5, 2)) and batch.state.shape == (5, 2)
     v = 0.02 * batch.values[:, :6].view(torch.int8)
     torch.testing.assert_close(table.gather(batch.rows)[:, :6], v)
     for name, dtype, columns in (("fp16", torch.float16, 7), ("bf16", torch.bfloat16, 7), ("mixed", torch.uint8, 14)):
@@ -125,7 +125,7 @@ def test_training_follows_that_of_float32(backend, format, tolerance):
     optimizer = RowOptimizer("rowwise_adagrad", lr=0.05)
     tables = []
     for name in ("fp32", format):
-        groups = (Group("v", 16, 0.1, name, step=0.01),)
+        groups = (Group("v", 16, 0.1, name, scale=0.01),)
         tables.append(DynamicTable(DynamicTableConfig("t", ("f",), groups, optimizer, chunk_rows=64)))
     ids = torch.arange(50)
     for step in range(30):
@@ -172,7 +172,7 @@ def test_cleared_rows_start_afresh(backend):
     ids = torch.arange(5)
     first, second = (one.gather(one.lookup(ids, 0)) for one in (table, fresh))
     assert torch.equal(first, second)
-    assert next(table.export_rows()).step_size[:, 0].unique().tolist() == pytest.approx([0.02])
+    assert next(table.export_rows()).scale[:, 0].unique().tolist() == pytest.approx([0.02])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -188,9 +188,9 @@ def test_a_single_row_goes_out_and_in(backend, name):
     assert torch.equal(plain.gather(torch.tensor([0])), table.gather(torch.tensor([0])))
 
 
-def test_step_of_range():
+def test_scale_of_range():
     for format in ("int8", "int4", "int2"):
-        assert step_of_range(format, 1.5) * code_range(format)[0] == -1.5
+        assert scale_of_range(format, 1.5) * code_range(format)[0] == -1.5
 
 
 def test_rows_of_another_form_are_refused(backend):
@@ -199,11 +199,11 @@ def test_rows_of_another_form_are_refused(backend):
     values, steps = torch.zeros((2, 7), dtype=torch.uint8), torch.ones(2, 2)
     times = torch.ones(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"table t: values: expected torch.uint8 \[2, 7\], found torch.float32"):
-        table.import_rows(RowBatch(ids, values.float(), state, times, times, step_size=steps))
-    with pytest.raises(ValueError, match=r"table t: step_size: expected float32 \[2, 2\], found none"):
+        table.import_rows(RowBatch(ids, values.float(), state, times, times, scale=steps))
+    with pytest.raises(ValueError, match=r"table t: scale: expected float32 \[2, 2\], found none"):
         table.import_rows(RowBatch(ids, values, state, times, times))
     with pytest.raises(ValueError, match=r"table t: state: expected float32 \[2, 2\], found"):
-        table.import_rows(RowBatch(ids, values, state[:, :1], times, times, step_size=steps))
+        table.import_rows(RowBatch(ids, values, state[:, :1], times, times, scale=steps))
 
 
 def make(*group, optimizer="rowwise_adagrad", state_format="fp32", **more):
@@ -215,14 +215,14 @@ MISTAKES = {
     "groups.v.format is 'int9'; expected fp32, fp16, bf16, int8, int4 or int2; did you mean int8?": (
         ("int9",), {}),
     "groups.v.rounding is 'near'; expected stochastic or nearest; did you mean nearest?": (("int8", "near"), {}),
-    "groups.v.step is 0; expected a number above 0": (("int8", "nearest", 0), {}),
-    "groups.v.step is -0.1; expected a number above 0": (("int8", "nearest", -0.1), {}),
+    "groups.v.scale is 0; expected a number above 0": (("int8", "nearest", 0), {}),
+    "groups.v.scale is -0.1; expected a number above 0": (("int8", "nearest", -0.1), {}),
     "groups.v.format is 'int4'; expected fp32, fp16 or bf16 with optimizer ftrl": (("int4",), {"optimizer": "ftrl"}),
-    "groups.v.format is 'bf16'; expected int8, int4 or int2 with a learned step size": (
+    "groups.v.format is 'bf16'; expected int8, int4 or int2 with a learned scale": (
         ("bf16",), {"learned": LEARNED}),
-    "groups.v.learned.lr is 0; expected a number above 0": (("int8",), {"learned": StepOptimizer(0)}),
+    "groups.v.learned.lr is 0; expected a number above 0": (("int8",), {"learned": ScaleOptimizer(0)}),
     "groups.v.learned.weight_decay is -1; expected at least 0": (
-        ("int8",), {"learned": StepOptimizer(weight_decay=-1)}),
+        ("int8",), {"learned": ScaleOptimizer(weight_decay=-1)}),
     "optimizer.state_format is 'int8'; expected fp32 or bf16": (("int8",), {"state_format": "int8"}),
     "optimizer.state_format is 'bf16'; expected fp32 for rowwise_adagrad": (("int8",), {"state_format": "bf16"}),
 }  # fmt: skip
@@ -238,18 +238,18 @@ def test_mistakes_are_one_line(message):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adam"])
 def test_weight_decay_of_step_sizes_is_scaled_as_their_gradient(backend, optimizer):
-    """Without a gradient it is the gradient: SGD shrinks step sizes by rate * scale * decay, and the others, which
+    """Without a gradient it is the gradient: SGD shrinks scales by rate * scale * decay, and the others, which
     divide the scale away, move them by the rate. Decay beside an unscaled one would halve them at once."""
-    learned = StepOptimizer(lr=1e-4, weight_decay=0.05, gradient_scale=1e-3)
+    learned = ScaleOptimizer(lr=1e-4, weight_decay=0.05, gradient_scale=1e-3)
     config = DynamicTableConfig(
-        "t", ("f",), (Group("v", 4, 0.1, "int8", step=0.01, learned=learned),), RowOptimizer(optimizer, lr=0.1)
+        "t", ("f",), (Group("v", 4, 0.1, "int8", scale=0.01, learned=learned),), RowOptimizer(optimizer, lr=0.1)
     )
     table, ids = DynamicTable(config), torch.arange(10)
     for now in range(50):
         rows = table.lookup(ids, now)
-        ahead = table.update_ahead(rows, torch.zeros(10, 4), ids=ids)
+        ahead = table.begin_update(rows, torch.zeros(10, 4), ids=ids)
         ahead.learn(torch.zeros(10, 4))
-    (found,) = (batch.step_size[:, 0] for batch in table.export_rows())
+    (found,) = (batch.scale[:, 0] for batch in table.export_rows())
     if optimizer == "sgd":
         assert found.tolist() == pytest.approx([0.01 * (1 - 1e-4 * 1e-3 * 0.05) ** 50] * 10, rel=1e-5)
     else:

@@ -14,7 +14,7 @@ CACHE = 110  # rows: hardly more than two batches need, fewer than there are
 
 
 def train(table, device):
-    """Merge, look up, gather, update; with learned step sizes both passes. Returns what was gathered, on the CPU."""
+    """Merge, look up, gather, update; with learned scales both passes. Returns what was gathered, on the CPU."""
     gathered = []
     for step in range(5):
         generator = torch.Generator().manual_seed(step)
@@ -28,9 +28,9 @@ def train(table, device):
         else:
             rows = table.lookup(unique, 100 + step, counts)
         gathered.append(where.gather(rows, inverse).cpu())
-        if table.config.learns_steps:
-            ahead = where.update_ahead(rows, grads, inverse, None, unique)
-            ahead.learn(second * ahead.gather(inverse), inverse)
+        if table.config.learns_scales:
+            update = where.begin_update(rows, grads, inverse, None, unique)
+            update.learn(second * update.gather(inverse), inverse)
         else:
             where.update(rows, grads, inverse, None, unique)
     return gathered

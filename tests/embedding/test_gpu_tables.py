@@ -44,16 +44,16 @@ def batches(count):
 
 
 def train(table, count=3):
-    """Merge, look up, gather, update; with learned step sizes both passes. Returns what was gathered, on the CPU."""
+    """Merge, look up, gather, update; with learned scales both passes. Returns what was gathered, on the CPU."""
     gathered = []
     for now, ids, grads, second in batches(count):
         unique, inverse, counts = unique_inverse(ids.to(table.device))
         grads, second = grads.to(table.device), second.to(table.device)
         rows = table.lookup(unique, now, counts)
         gathered.append(table.gather(rows, inverse).cpu())
-        if table.config.learns_steps:
-            ahead = table.update_ahead(rows, grads, inverse)
-            ahead.learn(second * ahead.gather(inverse), inverse)
+        if table.config.learns_scales:
+            update = table.begin_update(rows, grads, inverse)
+            update.learn(second * update.gather(inverse), inverse)
         else:
             table.update(rows, grads, inverse)
     return gathered
@@ -68,7 +68,7 @@ def content(table):
 def assert_same(found, expected, exact):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        if exact or name not in ("values", "state", "step_size"):
+        if exact or name not in ("values", "state", "scale"):
             assert found[name].equal(value), name
         elif value.dtype == torch.uint8:
             assert (found[name] != value).float().mean() < 0.02, name  # a code on the edge of two

@@ -7,7 +7,7 @@ import torch
 
 from tessera.embedding.config import DynamicTableConfig, Group
 from tessera.embedding.errors import ConfigError
-from tessera.embedding.optim import RowOptimizer, StepOptimizer
+from tessera.embedding.optim import RowOptimizer, ScaleOptimizer
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.table import DynamicTable
 
@@ -17,7 +17,7 @@ FORMATS = {
     "fp32": {},
     "bf16": {"format": "bf16"},
     "int8": {"format": "int8", "step": 0.02},
-    "alpt": {"format": "int8", "step": 0.02, "learned": StepOptimizer(lr=1e-3)},
+    "alpt": {"format": "int8", "step": 0.02, "learned": ScaleOptimizer(lr=1e-3)},
 }
 
 
@@ -42,8 +42,8 @@ def train(table: DynamicTable, ids: list[int], grads: list[torch.Tensor], step: 
     inverse = torch.arange(len(ids)).repeat(3)
     every = torch.cat([torch.stack(grads) * scale for scale in (1.0, -0.37, 0.71)])
     if learn:
-        ahead = table.update_ahead(rows, every, inverse, lr)
-        ahead.learn(ahead.gather(inverse) * every, inverse)
+        update = table.begin_update(rows, every, inverse, lr)
+        update.learn(update.gather(inverse) * every, inverse)
     else:
         table.update(rows, every, inverse, lr)
 
@@ -51,7 +51,7 @@ def train(table: DynamicTable, ids: list[int], grads: list[torch.Tensor], step: 
 def content(table: DynamicTable) -> dict[int, tuple]:
     batch = table.read_rows(table.rows_in_use())
     columns = [batch.values, batch.state, batch.last_seen, batch.count]
-    columns += [] if batch.step_size is None else [batch.step_size]
+    columns += [] if batch.scale is None else [batch.scale]
     return {
         i: tuple(column[place].numpy().tobytes() for column in columns) for place, i in enumerate(batch.ids.tolist())
     }
@@ -80,7 +80,7 @@ def test_each_row_learns_at_the_rate_of_its_age(backend, optimizer, kind):
         table.expire(step)
         for i in grads:
             if i not in alone:
-                # The lots of rounding are drawn by the step of the table.
+                # The draws of rounding are drawn by the step of the table.
                 alone[i] = DynamicTable(config_of(optimizer, kind, factor=1.0))
                 alone[i].import_state({"step": torch.tensor(step)})
             if len(alone[i]) == 0:
@@ -130,7 +130,7 @@ INIT = torch.tensor([0.37, -0.5, 0.004, 0.11])
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 def test_new_rows_begin_with_given_values_in_every_format(backend, format, rounding):
     """Each as near as its format can say; on average exactly, where rounding is by lot."""
-    groups = (Group("v", 4, 0.5, format, rounding, step=1e-3),)
+    groups = (Group("v", 4, 0.5, format, rounding, scale=1e-3),)
     config = DynamicTableConfig("t", ("f",), groups, RowOptimizer("adagrad", initial_accumulator=0.25), chunk_rows=64)
     table = DynamicTable(config)
     table.first_values = INIT
@@ -141,7 +141,7 @@ def test_new_rows_begin_with_given_values_in_every_format(backend, format, round
     if step is None:
         low, high = {"int8": (-128, 127), "int4": (-8, 7), "int2": (-2, 1)}[format]
         step = max(1e-3, 0.37 / high, 0.5 / -low)  # the smallest that reaches all values
-        torch.testing.assert_close(batch.step_size, torch.full((4000, 1), step))
+        torch.testing.assert_close(batch.scale, torch.full((4000, 1), step))
     assert (values - INIT).abs().max() <= step * (0.5 if rounding == "nearest" else 1) + 1e-7
     if rounding == "stochastic" and step:
         assert (values.mean(0) - INIT).abs().max() < 4 * step / 2 / 4000**0.5

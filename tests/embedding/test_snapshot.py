@@ -9,11 +9,11 @@ import torch
 
 from tessera.embedding import snapshot as snapshot_module
 from tessera.embedding.config import DynamicTableConfig, Group
-from tessera.embedding.optim import RowOptimizer, StepOptimizer
+from tessera.embedding.optim import RowOptimizer, ScaleOptimizer
 from tessera.embedding.table import DynamicTable
 
 FLOATS = (Group("v", 4, 0.5), Group("w", 1, 0.5))
-INT8 = (Group("v", 4, 0.5, format="int8", step=0.01, learned=StepOptimizer(lr=1e-3)), Group("w", 1, 0.5))
+INT8 = (Group("v", 4, 0.5, format="int8", scale=0.01, learned=ScaleOptimizer(lr=1e-3)), Group("w", 1, 0.5))
 
 
 def make(groups=FLOATS) -> DynamicTable:
@@ -31,12 +31,12 @@ def step(table: DynamicTable, number: int) -> None:
     if table.config.groups[0].learned is None:
         table.update(rows, grads)
     else:
-        table.update_ahead(rows, grads).learn(grads)
+        table.begin_update(rows, grads).learn(grads)
     table.expire(100 + number)
 
 
 def content(batch) -> dict[int, tuple]:
-    columns = [c for c in (batch.rows, batch.values, batch.state, batch.last_seen, batch.count, batch.step_size)]
+    columns = [c for c in (batch.rows, batch.values, batch.state, batch.last_seen, batch.count, batch.scale)]
     return {
         i: tuple(c[place].numpy().tobytes() for c in columns if c is not None)
         for place, i in enumerate(batch.ids.tolist())

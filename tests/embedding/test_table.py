@@ -91,13 +91,13 @@ def test_a_table_that_expects_rows_is_the_same_afterwards(backend, expected, in_
     table, plain, ready = (DynamicTable(config_of(**options)) for _ in range(3))
     generator = torch.Generator().manual_seed(0)
     table.lookup(torch.arange(300) * 7, torch.randint(0, 90, (300,), generator=generator))
-    ready.expect(expected)
+    ready.reserve(expected)
     for other in (plain, ready):
         for batch in table.export_rows(batch_rows=100):
             other.import_rows(batch if in_place else dataclasses.replace(batch, rows=None))
         other.import_state(table.export_state())
     assert ready.nbytes == plain.nbytes and ready.stats() == plain.stats()
-    ready.expect(10**9)  # a table with rows takes what it needs
+    ready.reserve(10**9)  # a table with rows takes what it needs
     for begin in (1000, 2000, 3000):
         ids, grads = torch.arange(begin, begin + 100), torch.randn(100, 5, generator=generator)
         for other in (plain, ready):

@@ -123,8 +123,8 @@ def call_packed(n: int, layout: RowLayout) -> None:
         if layout.learned:
             held = values.clone()
             triton_ops.packed_update(*batch, held, one, SETTINGS, stream)
-            triton_ops.packed_look_ahead(chunks, rows, held, one, positions)
-            triton_ops.packed_learn_steps(*batch, held, one, SETTINGS, stream)
+            triton_ops.packed_fake_quantise(chunks, rows, held, one, positions)
+            triton_ops.packed_learn_scales(*batch, held, one, SETTINGS, stream)
     triton_ops.dequantise(stored, steps, layout.format_number, layout.dim)
 
 

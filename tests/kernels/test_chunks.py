@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tessera.kernels.chunks import allocate_chunk, commit, first_rows
+from tessera.kernels.chunks import allocate_chunk, first_rows, touch_pages
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
@@ -45,7 +45,7 @@ def test_first_rows_of_chunks():
 def test_committed_memory_is_there_and_zero():
     chunks = [allocate_chunk((1 << 14, 1024)) for _ in range(3)]  # 64 MiB
     before = resident()
-    commit(first_rows(chunks, (1 << 14) + (1 << 12)))
+    touch_pages(first_rows(chunks, (1 << 14) + (1 << 12)))
     assert 80 << 20 <= resident() - before + (4 << 20) < 140 << 20
     assert all(chunk.eq(0).all() for chunk in chunks)
-    commit([])
+    touch_pages([])

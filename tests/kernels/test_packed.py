@@ -1,4 +1,4 @@
-"""Packed rows: the fused step against unfused ops, learned step sizes against autograd of a dense definition."""
+"""Packed rows: the fused step against unfused ops, learned scales against autograd of a dense definition."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from tessera.kernels.backend import available_backends, use_backend
 from tessera.kernels.formats import FORMATS, code_range, is_int
 from tessera.kernels.layout import packed_layout
 from tessera.kernels.optimizers import OPTIMIZERS, OptimizerSettings
-from tessera.kernels.packed import BatchRows, packed_gather, packed_learn_steps, packed_look_ahead, packed_update
+from tessera.kernels.packed import BatchRows, packed_fake_quantise, packed_gather, packed_learn_scales, packed_update
 from tessera.kernels.quantise import dequantise, quantise
 from tessera.kernels.random import stream
 from tessera.kernels.reference.packed import Parts
@@ -31,19 +31,19 @@ LEARNED.append(packed_layout("int4", 8, "adam", learned=True, state_format="bf16
 
 
 def packed_table(layout, rows=ROWS, chunk=CHUNK, scale=1.0):
-    """Chunks of packed rows with random values, positive state and step sizes of about 0.1."""
+    """Chunks of packed rows with random values, positive state and scales of about 0.1."""
     generator = torch.Generator().manual_seed(layout.dim)
     n = -(-rows // chunk) * chunk
     parts = Parts(torch.zeros((n, layout.bytes), dtype=torch.uint8), layout)
-    parts.steps = torch.rand(n, generator=generator) * 0.1 + 0.05 if is_int(layout.format) else None
+    parts.scales = torch.rand(n, generator=generator) * 0.1 + 0.05 if is_int(layout.format) else None
     values = torch.randn((n, layout.dim), generator=generator) * 0.3 * scale
-    parts.codes = quantise(values, parts.steps, layout.format, rounding="nearest")
+    parts.codes = quantise(values, parts.scales, layout.format, rounding="nearest")
     parts.state = torch.rand(parts.state.shape, generator=generator).bfloat16().float()
-    parts.step_state = torch.rand(parts.step_state.shape, generator=generator)
+    parts.scale_state = torch.rand(parts.scale_state.shape, generator=generator)
     if layout.optimizer == "adam":
         parts.state[:, -1] = torch.arange(n) % 5
     if layout.optimizer == "adam" and layout.learned:  # a count of its own
-        parts.step_state[:, -1] = torch.arange(n) % 3
+        parts.scale_state[:, -1] = torch.arange(n) % 3
     return [part.clone() for part in parts.bytes(layout).split(chunk)]
 
 
@@ -75,7 +75,7 @@ def test_rows_have_the_documented_bytes(layout):
 def test_gather_dequantises(backend, layout):
     chunks, rows = packed_table(layout), some_rows(30, ROWS)
     parts = parts_of(chunks, layout)
-    dense = dequantise(parts.codes, parts.steps, layout.format, layout.dim)
+    dense = dequantise(parts.codes, parts.scales, layout.format, layout.dim)
     expected = torch.where(rows[:, None] >= 0, dense[rows], 0)
     assert torch.equal(packed_gather(chunks, rows, layout), expected)
     inverse = torch.randint(0, 30, (50,), generator=torch.Generator().manual_seed(0))
@@ -94,23 +94,23 @@ def test_update_is_dequantise_then_optimizer_then_quantise(backend, layout, roun
     packed_update(chunks, given, grads, layout, SETTINGS, stream=STREAM)
     found = parts_of(chunks, layout)
 
-    w = dequantise(before.codes, before.steps, layout.format, layout.dim)
+    w = dequantise(before.codes, before.scales, layout.format, layout.dim)
     dense = [torch.cat([w, before.state], dim=1)]
     padded = torch.zeros((32, dense[0].shape[1]))
     padded[:ROWS] = dense[0]
     update(layout.optimizer, [padded], chosen, grads, inverse, settings=SETTINGS)
     known = chosen >= 0
     rows, w, state = chosen[known], padded[:, : layout.dim], padded[:, layout.dim :]
-    steps = None if before.steps is None else before.steps[rows]
-    codes = quantise(w[rows].contiguous(), steps, layout.format, rounding=rounding, ids=ids[known], stream=STREAM)
+    scales = None if before.scales is None else before.scales[rows]
+    codes = quantise(w[rows].contiguous(), scales, layout.format, rounding=rounding, ids=ids[known], stream=STREAM)
     assert torch.equal(found.codes[rows], codes)
     tolerance = 0.008 if layout.moments else 1e-6  # bf16 moments: a unit in their last place
     torch.testing.assert_close(found.state[rows], state[rows], rtol=tolerance, atol=1e-6)
     others = torch.ones(ROWS, dtype=torch.bool)
     others[rows] = False
     assert torch.equal(found.bytes(layout)[others], before.bytes(layout)[others])
-    if before.steps is not None:
-        assert torch.equal(found.steps, before.steps)
+    if before.scales is not None:
+        assert torch.equal(found.scales, before.scales)
 
 
 def test_bf16_moments_keep_their_expectation(backend):
@@ -129,7 +129,7 @@ def test_bf16_moments_keep_their_expectation(backend):
     assert moments.tolist() == pytest.approx([0.9999**20] * 2, abs=1e-4)
 
 
-def dense_steps(w_new, steps, grads, format):
+def dense_scales(w_new, steps, grads, format):
     """Autograd through w^ = D clamp(round(w / D)), rounding straight through; the clamp is that of the quotient."""
     low, high = code_range(format)
     d = steps.double().clone().requires_grad_()
@@ -142,8 +142,8 @@ def dense_steps(w_new, steps, grads, format):
 
 
 @pytest.mark.parametrize("layout", LEARNED, ids=str)
-def test_learned_step_sizes_follow_the_gradient_of_a_dense_definition(backend, layout):
-    """All three parts of ALPT's step: held values, the look ahead, and the step sizes with the values stored."""
+def test_learned_scales_follow_the_gradient_of_a_dense_definition(backend, layout):
+    """All three parts of ALPT's step: held values, the look ahead, and the scales with the values stored."""
     chunks = packed_table(layout, scale=2.0)
     before = parts_of(chunks, layout)
     given, grads = batch(layout)
@@ -152,31 +152,31 @@ def test_learned_step_sizes_follow_the_gradient_of_a_dense_definition(backend, l
     packed_update(chunks, given, grads, layout, SETTINGS, stream=STREAM, held=held)
     middle, known = parts_of(chunks, layout), chosen >= 0
     rows = chosen[known]
-    assert torch.equal(middle.codes, before.codes) and torch.equal(middle.steps, before.steps)
+    assert torch.equal(middle.codes, before.codes) and torch.equal(middle.scales, before.scales)
     assert held[~known].eq(0).all()
 
     second = torch.randn(grads.shape, generator=torch.Generator().manual_seed(9))
     merged = torch.zeros_like(held).index_add_(0, inverse, second)[known]
-    slope, ahead = dense_steps(held[known], before.steps[rows], merged, layout.format)
-    found = packed_look_ahead(chunks, chosen, held, layout, inverse)
+    slope, ahead = dense_scales(held[known], before.scales[rows], merged, layout.format)
+    found = packed_fake_quantise(chunks, chosen, held, layout, inverse)
     torch.testing.assert_close(found[known[inverse]], ahead[(known.cumsum(0) - 1)[inverse[known[inverse]]]].float())
     assert found[~known[inverse]].eq(0).all()
 
     settings = OptimizerSettings(0.02, 0.1, 1e-8, 0.8, 0.95, 0.0, gradient_scale=0.37)
-    packed_learn_steps(chunks, given, second, layout, settings, stream=STREAM, held=held)
+    packed_learn_scales(chunks, given, second, layout, settings, stream=STREAM, held=held)
     after = parts_of(chunks, layout)
-    expected = step_sizes_by_hand(layout, before, rows, 0.37 * slope, settings)
-    torch.testing.assert_close(after.steps[rows].double(), expected, rtol=2e-5, atol=1e-6)
-    codes = quantise(held[known], after.steps[rows], layout.format, ids=ids[known], stream=STREAM)
+    expected = scales_by_hand(layout, before, rows, 0.37 * slope, settings)
+    torch.testing.assert_close(after.scales[rows].double(), expected, rtol=2e-5, atol=1e-6)
+    codes = quantise(held[known], after.scales[rows], layout.format, ids=ids[known], stream=STREAM)
     assert torch.equal(after.codes[rows], codes)
     assert torch.equal(after.state, middle.state)
 
 
-def step_sizes_by_hand(layout, before, rows, slope, settings):
+def scales_by_hand(layout, before, rows, slope, settings):
     lr, decay, eps, beta1, beta2 = settings[:5]
-    d = before.steps[rows].double()
+    d = before.scales[rows].double()
     g = slope + decay * d
-    state = before.step_state[rows].double()
+    state = before.scale_state[rows].double()
     if layout.optimizer == "sgd":
         d = d - lr * g
     elif layout.optimizer == "adam":
@@ -185,18 +185,18 @@ def step_sizes_by_hand(layout, before, rows, slope, settings):
         d = d - lr / (1 - beta1**t) * m / (v.sqrt() / (1 - beta2**t).sqrt() + eps)
     else:
         d = d - lr * g / ((state[:, 0] + g * g).sqrt() + eps)
-    return torch.maximum(d, before.steps[rows].double() / 2)
+    return torch.maximum(d, before.scales[rows].double() / 2)
 
 
 @pytest.mark.parametrize("state_format", ["fp32", "bf16"])
 @pytest.mark.parametrize("every", [1, 3, 8])
-def test_adam_corrects_moments_of_step_sizes_by_their_own_count(backend, state_format, every):
-    """Step sizes are learned in every k-th step of a row only. A constant gradient then moves them by the whole rate
+def test_adam_corrects_moments_of_scales_by_their_own_count(backend, state_format, every):
+    """Scales are learned in every k-th step of a row only. A constant gradient then moves them by the whole rate
     each time; corrected by the count of the row's steps, the first moves would be up to three times as long."""
     layout, rate = packed_layout("int8", 4, "adam", learned=True, state_format=state_format), 1e-4
     chunks = packed_table(layout, 64, 64)
     parts = parts_of(chunks, layout)
-    parts.steps[:], parts.state[:], parts.step_state[:] = 0.01, 0.0, 0.0
+    parts.scales[:], parts.state[:], parts.scale_state[:] = 0.01, 0.0, 0.0
     chunks, rows = [parts.bytes(layout)], torch.arange(64)
     held, grads = torch.full((64, 4), 10.0), torch.ones(64, 4)  # beyond the range, so that the slope stays the same
     learned = 0
@@ -204,21 +204,21 @@ def test_adam_corrects_moments_of_step_sizes_by_their_own_count(backend, state_f
         packed_update(chunks, BatchRows(rows, rows), grads, layout, SETTINGS, stream=STREAM)
         if step % every == every - 1:
             settings = OptimizerSettings(rate, beta=0.0, gradient_scale=1e-3)
-            packed_learn_steps(chunks, BatchRows(rows, rows), grads, layout, settings, stream=STREAM, held=held)
+            packed_learn_scales(chunks, BatchRows(rows, rows), grads, layout, settings, stream=STREAM, held=held)
             learned += 1
             found = parts_of(chunks, layout)
-            torch.testing.assert_close(found.steps, torch.full((64,), 0.01 - rate * learned), rtol=1e-5, atol=0)
-            assert found.step_state[:, 2].eq(learned).all() and found.state[:, -1].eq(step + 1).all()
+            torch.testing.assert_close(found.scales, torch.full((64,), 0.01 - rate * learned), rtol=1e-5, atol=0)
+            assert found.scale_state[:, 2].eq(learned).all() and found.state[:, -1].eq(step + 1).all()
 
 
-def test_a_step_size_stays_above_zero(backend):
+def test_a_scale_stays_above_zero(backend):
     layout = packed_layout("int8", 4, "sgd", learned=True)
     chunks = packed_table(layout)
-    before = parts_of(chunks, layout).steps[0].item()
+    before = parts_of(chunks, layout).scales[0].item()
     held, rows = torch.full((1, 4), 1e9), torch.tensor([0])
     settings = SETTINGS._replace(learning_rate=1.0)
-    packed_learn_steps(chunks, BatchRows(rows, rows), torch.ones(1, 4), layout, settings, stream=STREAM, held=held)
-    assert parts_of(chunks, layout).steps[0].item() == pytest.approx(before / 2)
+    packed_learn_scales(chunks, BatchRows(rows, rows), torch.ones(1, 4), layout, settings, stream=STREAM, held=held)
+    assert parts_of(chunks, layout).scales[0].item() == pytest.approx(before / 2)
 
 
 @needs_cpp
@@ -234,7 +234,7 @@ def test_backends_and_threads_agree(on_threads, layout):
             packed_update(chunks, given, grads, layout, SETTINGS, stream=STREAM + seed, held=held)
             if layout.learned:
                 settings = SETTINGS._replace(gradient_scale=0.1)
-                packed_learn_steps(chunks, given, grads, layout, settings, stream=STREAM, held=held)
+                packed_learn_scales(chunks, given, grads, layout, settings, stream=STREAM, held=held)
         return torch.cat(chunks), packed_gather(chunks, torch.arange(2048), layout)
 
     with use_backend("reference"):
@@ -244,7 +244,7 @@ def test_backends_and_threads_agree(on_threads, layout):
     torch.testing.assert_close(parts_of([one[0]], layout).state, parts.state, rtol=0.01, atol=1e-4)
     same = torch.isclose(one[1], values, rtol=1e-4, atol=1e-5)
     assert same.float().mean() > 0.99
-    biggest = parts.steps.max() * 1.01 if is_int(layout.format) else 0.05
+    biggest = parts.scales.max() * 1.01 if is_int(layout.format) else 0.05
     assert (one[1] - values).abs().max() <= biggest
 
 
@@ -260,8 +260,8 @@ def test_refused_arguments(backend):
         packed_update(chunks, given, grads[:, :3], layout, SETTINGS, stream=1)
     with pytest.raises(ValueError, match=r"held: expected contiguous float32 \[2, 4\]"):
         packed_update(chunks, given, grads, layout, SETTINGS, stream=1, held=torch.ones(1, 4))
-    with pytest.raises(ValueError, match="layout: expected one with a learned step size"):
-        packed_learn_steps(chunks, given, grads, layout, SETTINGS, stream=1, held=grads)
+    with pytest.raises(ValueError, match="layout: expected one with a learned scale"):
+        packed_learn_scales(chunks, given, grads, layout, SETTINGS, stream=1, held=grads)
     with pytest.raises(IndexError, match=f"rows: expected below {ROWS}, found {ROWS}"):
         packed_update(chunks, BatchRows(torch.tensor([1, ROWS]), rows), grads, layout, SETTINGS, stream=1)
     with pytest.raises(IndexError, match="inverse: expected below 2, found"):
@@ -280,6 +280,6 @@ def test_schemas_and_fake_kernels():
     held, ops = torch.zeros((len(rows), 4)), torch.ops.tessera
     numbers, settings = list(layout), list(SETTINGS)
     torch.library.opcheck(ops.packed_gather.default, (chunks, rows, numbers, inverse))
-    torch.library.opcheck(ops.packed_look_ahead.default, (chunks, rows, held, numbers, None))
-    for op, values in ((ops.packed_update, None), (ops.packed_update, held), (ops.packed_learn_steps, held)):
+    torch.library.opcheck(ops.packed_fake_quantise.default, (chunks, rows, held, numbers, None))
+    for op, values in ((ops.packed_update, None), (ops.packed_update, held), (ops.packed_learn_scales, held)):
         torch.library.opcheck(op.default, (chunks, rows, ids, grads, inverse, values, numbers, settings, 7))

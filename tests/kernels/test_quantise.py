@@ -8,7 +8,7 @@ import torch
 from tessera.kernels.backend import available_backends, use_backend
 from tessera.kernels.formats import FORMATS, ROUNDINGS, code_range, is_int, stored_columns, stored_dtype
 from tessera.kernels.quantise import dequantise, quantise
-from tessera.kernels.random import lots as lots_of
+from tessera.kernels.random import draws as draws_of
 from tessera.kernels.random import stream
 
 INTS = ("int8", "int4", "int2")
@@ -28,12 +28,12 @@ def edge_values(format, step):
     return torch.cat([*around, extremes])
 
 
-def in_float64(x, lots):
-    """Rounded to an integer: x float64, lots float64 or None for nearest."""
-    if lots is None:
+def in_float64(x, draws):
+    """Rounded to an integer: x float64, draws float64 or None for nearest."""
+    if draws is None:
         return x.round()
     below = x.floor()
-    return below + (lots < x - below).double()
+    return below + (draws < x - below).double()
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 5, 8, 16, 33, 64, 71])
@@ -49,8 +49,8 @@ def test_codes_equal_the_definition_in_float64(backend, format, rounding, step, 
     assert stored.dtype == stored_dtype(format) and stored.shape == (rows, stored_columns(format, dim))
     # The quotient is defined in float32; from there on float64 is exact.
     x = (values / steps[:, None]).double()
-    lots = lots_of(3, 4, ids, dim, 5).double() if rounding == "stochastic" else None
-    expected = in_float64(x, lots).clamp(*code_range(format)) * steps.double()[:, None]
+    draws = draws_of(3, 4, ids, dim, 5).double() if rounding == "stochastic" else None
+    expected = in_float64(x, draws).clamp(*code_range(format)) * steps.double()[:, None]
     found = dequantise(stored, steps, format, dim)
     torch.testing.assert_close(found, expected.float(), rtol=0, atol=0)
 
@@ -108,8 +108,8 @@ def test_floats_equal_the_definition_in_float64(backend, format, rounding):
     x = values.double()
     exponent = torch.where(x.isfinite(), torch.frexp(x)[1] - 1, 127).clamp(min=lowest)
     spacing = torch.pow(2.0, (exponent - mantissa).double())
-    lots = lots_of(1, 2, ids, 1, 3).double() if rounding == "stochastic" else None
-    expected = (in_float64(x / spacing, lots) * spacing).clamp(-most, most)
+    draws = draws_of(1, 2, ids, 1, 3).double() if rounding == "stochastic" else None
+    expected = (in_float64(x / spacing, draws) * spacing).clamp(-most, most)
     assert torch.equal(found.double(), expected)
 
 
@@ -124,7 +124,7 @@ def test_nearest_is_what_torch_does_inside_the_range(backend, format):
 
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "fp32"])
 def test_the_expectation_of_stochastic_rounding_is_the_value(backend, format):
-    """200,000 lots per value: the mean is within 5 standard errors, and both neighbours occur."""
+    """200,000 draws per value: the mean is within 5 standard errors, and both neighbours occur."""
     step, draws = 0.01, 200_000
     low, high = code_range(format) if is_int(format) else (-2, 1)
     wanted = [(low + 0.3) * step, -0.003, 0.0001, 0.25 * step, 0.0071, (high - 0.9) * step]
@@ -139,7 +139,7 @@ def test_the_expectation_of_stochastic_rounding_is_the_value(backend, format):
         assert abs(found[:, c].mean() - value) < 5 * spread
 
 
-def test_lots_depend_on_seed_table_id_step_and_column_alone(backend):
+def test_draws_depend_on_seed_table_id_step_and_column_alone(backend):
     values, ids = torch.full((50, 16), 0.005), torch.arange(50)
     steps, key = torch.full((50,), 0.01), {"seed": 1, "table": 2, "step": 3}
     one = quantise(values, steps, "int8", ids=ids, stream=stream(**key))
@@ -175,7 +175,7 @@ def test_refused_arguments(backend):
         quantise(values, steps, "int3")
     with pytest.raises(ValueError, match="rounding: expected one of stochastic, nearest, found 'up'"):
         quantise(values, steps, "int8", rounding="up")
-    with pytest.raises(ValueError, match=r"steps: expected float32 \[n\] for int8, found None"):
+    with pytest.raises(ValueError, match=r"scales: expected float32 \[n\] for int8, found None"):
         quantise(values, None, "int8", rounding="nearest")
     with pytest.raises(ValueError, match=r"ids: expected int64 \[n\] for stochastic rounding, found None"):
         quantise(values, steps, "int8")

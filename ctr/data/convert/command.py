@@ -26,7 +26,7 @@ SYNTHETIC = {
     "valid": "fraction of the rows, without days",
     "test": "fraction of the rows, without days",
     "new_ids": "share of the large columns' ids replaced every day",
-    "drift": "angle in radians by which the teacher's weights turn every day",
+    "drift": "angle in radians by which the truth's weights turn every day",
     "zipf": "exponent of the ids' distribution",
     "vocabulary": "factor on the large vocabularies",
     "base_rate": "mean probability of a click",

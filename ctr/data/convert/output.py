@@ -130,28 +130,28 @@ class _Part:
     def __init__(self, path: Path, schema: pa.Schema, writing: Writing, *, dictionary: list[str] | bool) -> None:
         self.row_group_rows = writing.row_group_rows
         self.rows = 0
-        self.waiting: list[pa.Table] = []
-        self.waiting_rows = 0
+        self.pending: list[pa.Table] = []
+        self.pending_rows = 0
         self.file = pq.ParquetWriter(
             path, schema, compression=writing.compression, use_dictionary=dictionary, write_page_checksum=True
         )
 
     def append(self, table: pa.Table) -> None:
-        self.waiting.append(table)
-        self.waiting_rows += table.num_rows
+        self.pending.append(table)
+        self.pending_rows += table.num_rows
         self.rows += table.num_rows
-        if self.waiting_rows >= self.row_group_rows:
-            self._write(self.waiting_rows // self.row_group_rows * self.row_group_rows)
+        if self.pending_rows >= self.row_group_rows:
+            self._write(self.pending_rows // self.row_group_rows * self.row_group_rows)
 
     def close(self) -> None:
-        self._write(self.waiting_rows)
+        self._write(self.pending_rows)
         self.file.close()
 
     def _write(self, rows: int) -> None:
         if rows:
-            table = pa.concat_tables(self.waiting)
+            table = pa.concat_tables(self.pending)
             self.file.write_table(table.slice(0, rows), row_group_size=self.row_group_rows)
             # A slice would keep the whole table alive; a copy of the short rest does not.
             rest = table.slice(rows)
-            self.waiting = [rest.take(pa.array(np.arange(rest.num_rows)))]
-            self.waiting_rows -= rows
+            self.pending = [rest.take(pa.array(np.arange(rest.num_rows)))]
+            self.pending_rows -= rows

@@ -26,7 +26,7 @@ from tessera.ctr.data.synthetic_rows import (
     Population,
     SyntheticConfig,
 )
-from tessera.ctr.data.teacher import DATA, STEPS, Scales, Teacher
+from tessera.ctr.data.truth import DATA, STEPS, Scales, Truth
 from tessera.embedding.errors import ConfigError
 
 SMALL = SyntheticConfig(rows=20_000, seed=3)
@@ -66,34 +66,34 @@ def test_same_seed_same_data_for_any_threads_and_cut(tmp_path):
     for file in (tmp_path / "one").rglob("*.parquet"):
         assert file.read_bytes() == (tmp_path / "three" / file.relative_to(tmp_path / "one")).read_bytes()
     population = Population(SMALL)
-    teacher = Teacher(SMALL, population)
+    truth = Truth(SMALL, population)
     whole = population.draw(DATA, 2, 0, 5000)
-    steps = teacher.steps(whole, 2)
+    steps = truth.steps(whole, 2)
     for first, last in ((0, 1), (1, 7), (7, 3000), (3000, 5000)):
         part = population.draw(DATA, 2, first, last - first)
         for name in ("raw", "rank", "generation", "missing", "counts"):
             np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[:, first:last])
-        np.testing.assert_array_equal(teacher.steps(part, 2), steps[first:last])
-        labels = teacher.labels(steps[first:last], 2, first)
-        np.testing.assert_array_equal(labels, teacher.labels(steps, 2, 0)[first:last])
+        np.testing.assert_array_equal(truth.steps(part, 2), steps[first:last])
+        labels = truth.labels(steps[first:last], 2, first)
+        np.testing.assert_array_equal(labels, truth.labels(steps, 2, 0)[first:last])
     other = Population(replace(SMALL, seed=4)).draw(DATA, 2, 0, 5000)
     assert not np.isin(other.raw, whole.raw).any()
 
 
 def test_ceiling_is_reproduced_from_the_files(tmp_path):
-    """The teacher, built again from teacher.json, and scikit-learn, on what stands in the files."""
+    """The truth, built again from teacher.json, and scikit-learn, on what stands in the files."""
     config = replace(SMALL, days=3)
     write_synthetic(config, tmp_path / "data")
     said = json.loads((tmp_path / "data" / "teacher.json").read_text())
     config = SyntheticConfig(**said["parameters"])
     population = Population(config)
-    teacher = Teacher(config, population, Scales(**said["scales"]))
+    truth = Truth(config, population, Scales(**said["scales"]))
     assert list(said["splits"]) == [f"day=2026-01-0{d}" for d in (1, 2, 3)]
     distinct = {name: set() for name in ID_NAMES}
     for day, (name, split) in enumerate(said["splits"].items()):
         table = read(tmp_path / "data" / name)
         raw, missing, counts = arrays(table)
-        probability = teacher.steps(population.rows_of(raw, missing, counts), day) / STEPS
+        probability = truth.steps(population.rows_of(raw, missing, counts), day) / STEPS
         label = table["label"].to_numpy()
         assert split["rows"] == len(label) and split["positives"] == label.sum()
         assert split["auc"] == pytest.approx(roc_auc_score(label, probability), abs=1e-12)
@@ -195,12 +195,12 @@ def test_ids_turn_over_daily_as_said(tmp_path):
 def test_drift_turns_the_teacher():
     config = replace(SMALL, drift=0.3)
     population = Population(config)
-    teacher = Teacher(config, population)
+    truth = Truth(config, population)
     rows = population.draw(DATA, 0, 0, 20_000)
-    logits = [np.log(steps / (STEPS - steps)) for steps in (teacher.steps(rows, day) for day in (0, 1, 5))]
+    logits = [np.log(steps / (STEPS - steps)) for steps in (truth.steps(rows, day) for day in (0, 1, 5))]
     near, far = np.corrcoef(logits)[0, 1:]
     assert 1 > near > 0.9 > far > 0
-    still = Teacher(replace(SMALL, drift=0.0), population)
+    still = Truth(replace(SMALL, drift=0.0), population)
     np.testing.assert_array_equal(still.steps(rows, 0), still.steps(rows, 9))
 
 
@@ -208,8 +208,8 @@ def test_drift_turns_the_teacher():
 def test_base_rate_and_signal_are_met(base_rate, signal):
     config = SyntheticConfig(rows=100_000, base_rate=base_rate, signal=signal, seed=9)
     population = Population(config)
-    teacher = Teacher(config, population)
-    probability = teacher.steps(population.draw(DATA, 0, 0, 50_000), 0) / STEPS
+    truth = Truth(config, population)
+    probability = truth.steps(population.draw(DATA, 0, 0, 50_000), 0) / STEPS
     assert probability.mean() == pytest.approx(base_rate, rel=0.05)
     assert np.std(np.log(probability / (1 - probability))) == pytest.approx(signal, rel=0.05)
 
@@ -218,10 +218,10 @@ def test_a_linear_model_learns_from_it():
     """Logistic regression on hashed ids alone is far above chance and below the ceiling."""
     config = SyntheticConfig(rows=60_000)
     population = Population(config)
-    teacher = Teacher(config, population)
+    truth = Truth(config, population)
     rows = population.draw(DATA, 0, 0, config.rows)
-    steps = teacher.steps(rows, 0)
-    label = teacher.labels(steps, 0, 0)
+    steps = truth.steps(rows, 0)
+    label = truth.labels(steps, 0, 0)
     column = (rows.raw.view(np.uint64) % np.uint64(1 << 16)).astype(np.int64).T
     value = (~rows.missing).astype(np.float32).T
     matrix = csr_matrix((value.ravel(), column.ravel(), np.arange(0, 26 * config.rows + 1, 26)))

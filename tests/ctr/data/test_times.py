@@ -8,7 +8,7 @@ import pytest
 
 from tessera.ctr.data.errors import DataError, SchemaError
 from tessera.ctr.data.reader import ParquetReader
-from tessera.ctr.data.times import TimeRule, far_ahead
+from tessera.ctr.data.times import TimeRule, far_future
 
 from .rows import features, read_in_order, write
 
@@ -106,7 +106,7 @@ RULE = TimeRule.of("t", "s", "1990-01-01", "2100-01-01", 1.0)
 )
 def test_far_ahead(times, found):
     times = np.array(times, np.int64)
-    ahead = far_ahead(RULE, times, np.ones(len(times), bool))
+    ahead = far_future(RULE, times, np.ones(len(times), bool))
     assert ([] if ahead is None else np.flatnonzero(ahead).tolist()) == found
 
 

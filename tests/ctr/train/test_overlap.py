@@ -20,7 +20,7 @@ STATIC = ["embedding=static", "embedding.rows=400", "optimizer.sparse.name=rowwi
 SETTINGS = {
     "dynamic": ["embedding.ttl_days=2", "embedding.oov=learned", "embedding.init=oov"],
     "static": STATIC,
-    "bags and step sizes": ["embedding.format=int8", "embedding.alpt.every=2", "embedding.pooled_output_dist=always"],
+    "bags and scales": ["embedding.format=int8", "embedding.alpt.every=2", "embedding.pooled_output_dist=always"],
 }
 
 
@@ -29,7 +29,7 @@ def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "data", ROWS + 33)
 
 
-LONG = ["static", "bags and step sizes"]  # 10 s each
+LONG = ["static", "bags and scales"]  # 10 s each
 
 
 @pytest.mark.parametrize("setting", ["dynamic", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)])

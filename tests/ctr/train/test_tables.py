@@ -36,7 +36,7 @@ def test_learned_others(tmp_path, data):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_learned_others_beside_learned_step_sizes(tmp_path, data):  # noqa: F811
+def test_learned_others_beside_learned_scales(tmp_path, data):  # noqa: F811
     done = train(tmp_path / "run", data, *LEARNED, "embedding.format=int8", "embedding.alpt.every=1",
                  "model.embedding_dim=16", world=2)  # fmt: skip
     assert done.returncode == 0, done.stderr

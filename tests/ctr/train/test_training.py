@@ -128,7 +128,7 @@ def test_early_stopping_ends_the_run_and_the_best_model_is_scored(tmp_path, data
 
 
 @pytest.mark.slow
-def test_learned_step_sizes_on_one_and_two_ranks(tmp_path, data):
+def test_learned_scales_on_one_and_two_ranks(tmp_path, data):
     """int8 rows with ALPT's second pass on every other step; rows rounded alike but for sums in another order."""
     options = ["embedding.format=int8", "embedding.alpt.every=2", "embedding.init_std=0.05", "embedding.range=0.5"]
     losses = []

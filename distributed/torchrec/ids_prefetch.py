@@ -11,7 +11,7 @@ from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
 from torchrec.distributed.types import Awaitable
 
 
-class IdsAhead:
+class IdsPrefetch:
     """A batch on its way. Every call is collective: all ranks make it in the same place.
 
     How many ids go where is exchanged first, and only when the host knows that can ids be sent. So a caller has
@@ -39,7 +39,7 @@ class IdsAhead:
 
 
 @dataclass
-class ComingIds:
+class PrefetchedBatch:
     """The ids of a pending batch, and what has been sent of them ahead of its step, if anything.
 
     ages: int64 [B] of the batch's rows, None where they have no times; ages_of_ranks: of all ranks', for the pooled
@@ -50,5 +50,5 @@ class ComingIds:
     ages: Tensor | None = None
     ages_of_ranks: Tensor | None = None
     asked: tuple[KeyedJaggedTensor, Tensor] | None = None  # the distinct ones, and the place of each id among them
-    rows: IdsAhead | None = None  # of the row path and of the pooled output dist
-    bags: IdsAhead | None = None
+    rows: IdsPrefetch | None = None  # of the row path and of the pooled output dist
+    bags: IdsPrefetch | None = None

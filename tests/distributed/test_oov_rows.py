@@ -10,16 +10,16 @@ from tessera.distributed.saved.manifest import SavedFolder
 from tessera.distributed.saved.storage import Storage
 from tessera.distributed.sharding import shard
 from tessera.embedding.config import Admission, DynamicTableConfig, Group
-from tessera.embedding.optim import RowOptimizer, StepOptimizer
+from tessera.embedding.optim import RowOptimizer, ScaleOptimizer
 from tests.distributed.dictionary import IDS, Case, Model, Reference, joined, same, to_kjt, train
 from tests.ranks import on_ranks
 
 CASES = {
-    "sum": Case(others="learned", threshold=3),
-    "mean": Case(others="learned", threshold=3, averaged=("a", "b")),
-    "weighted": Case(others="learned", threshold=3, weighted=True, averaged=("b",)),
-    "zeros": Case(others="zeros", threshold=3),
-    "all admitted": Case(others="learned"),
+    "sum": Case(oov="learned", threshold=3),
+    "mean": Case(oov="learned", threshold=3, averaged=("a", "b")),
+    "weighted": Case(oov="learned", threshold=3, weighted=True, averaged=("b",)),
+    "zeros": Case(oov="zeros", threshold=3),
+    "all admitted": Case(oov="learned"),
 }
 
 
@@ -40,17 +40,17 @@ def test_ranks_equal_autograd(world, name):
 @pytest.mark.parametrize("transport", ["fp16", "bf16"])
 def test_half_precision_transport(transport):
     """The flag is exact, the rows are rounded."""
-    case = Case(others="learned", threshold=3, transport=transport)
+    case = Case(oov="learned", threshold=3, transport=transport)
     found, expected = joined(on_ranks(2, train, case)), Reference(case).train()
     same(found, expected, rel=0.1, absolute=0.05)
-    assert any(value != 0 for row in found["others"] for value in row)
+    assert any(value != 0 for row in found["oov"] for value in row)
 
 
 def first_two_occurrences(process):
-    model = Model(Case(others="learned", threshold=3))
+    model = Model(Case(oov="learned", threshold=3))
     sharded, _ = shard(model, model.tables, process, 1)
     with torch.no_grad():
-        model.tables.others += torch.arange(1, 11).view(2, 5)
+        model.tables.oov += torch.arange(1, 11).view(2, 5)
     ids = to_kjt([[[(7, 1.0)]], [[]], [[]]], weighted=False)
     seen = []
     for now in range(4):
@@ -74,42 +74,42 @@ def test_the_third_occurrence_gets_a_row_of_its_own():
 def test_zeros_cost_no_column_and_have_no_state():
     tables = Case().tables
     zeros = DynamicTables(tables, IDS, 100)
-    learned = DynamicTables(tables, IDS, 100, others="learned")
+    learned = DynamicTables(tables, IDS, 100, oov="learned")
     widths = [[c.embedding_dim for c in t.collection.embedding_configs()] for t in (zeros, learned)]
     assert widths == [[5, 5], [6, 6]]
     assert zeros.tensors() == {} and zeros.dense_parameters() == {}
 
 
 def test_learned_rows_are_saved_and_loaded(process, tmp_path):
-    first, second = (DynamicTables(Case().tables, IDS, 100, others="learned") for _ in range(2))
+    first, second = (DynamicTables(Case().tables, IDS, 100, oov="learned") for _ in range(2))
     with torch.no_grad():
-        first.others.normal_()
+        first.oov.normal_()
     storage = Storage(tmp_path)
     save_tensors(storage, first.tensors(), process)
     load_into(SavedFolder(storage, storage.written), second.tensors())
-    assert torch.equal(first.others, second.others)
+    assert torch.equal(first.oov, second.oov)
 
 
 def two_passes(process):
-    groups = (Group("v", 4, 0.5, "int8", learned=StepOptimizer()),)
+    groups = (Group("v", 4, 0.5, "int8", learned=ScaleOptimizer()),)
     table = DynamicTableConfig("a", ("a",), groups, RowOptimizer("sgd"), admission=Admission("exact", 3))
-    tables = DynamicTables([table], ["a"], 100, others="learned")
+    tables = DynamicTables([table], ["a"], 100, oov="learned")
     with torch.no_grad():
-        tables.others += 7
+        tables.oov += 7
     model = torch.nn.Sequential(tables)
     sharded, _ = shard(model, tables, process, 1)
     values, lengths = torch.tensor([1, 1, 1, 2]), torch.tensor([3, 1])  # 1 is admitted, 2 is not
     ids = KeyedJaggedTensor(["a"], values, lengths=lengths)
-    tables.begin_step(0, learn_steps=True)
+    tables.begin_step(0, learn_scales=True)
     sharded(ids)["v"].sum().backward()
-    before = tables.others.grad.clone()
+    before = tables.oov.grad.clone()
     with tables.second_pass():
         out = tables(ids)["v"]
         out.sum().backward()
-    return out[:, 0].tolist(), before.tolist(), tables.others.grad.tolist()
+    return out[:, 0].tolist(), before.tolist(), tables.oov.grad.tolist()
 
 
-def test_the_second_pass_of_learned_step_sizes_reads_others_and_leaves_them():
+def test_the_second_pass_of_learned_scales_reads_others_and_leaves_them():
     for out, first, second in on_ranks(2, two_passes):
         assert out[1] == [7.0] * 4 and 7.0 not in out[0]
         assert first == second == [[1.0] * 4]

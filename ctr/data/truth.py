@@ -25,7 +25,7 @@ TAIL_RANK = 256.0  # from about here on effects shrink as 1 / sqrt(rank)
 SHARES = {"ids": 0.55, "counts": 0.20, "pairs": 0.25}  # of the logit's variance
 PILOT_ROWS = 32768
 DATA, PILOT = 1, 2  # streams of rows
-LABELS, STRENGTHS, WEIGHTS, TURNED_WEIGHTS = 11, 12, 13, 14  # streams of the teacher
+LABELS, STRENGTHS, WEIGHTS, TURNED_WEIGHTS = 11, 12, 13, 14  # streams of the truth
 SQRT_3 = 3.0**0.5
 
 
@@ -39,7 +39,7 @@ class Scales:
     bias: float = 0.0
 
 
-class Teacher:
+class Truth:
     """Knows every probability. All methods are functions of their arguments and the config alone."""
 
     def __init__(self, config: SyntheticConfig, population: Population, scales: Scales | None = None) -> None:

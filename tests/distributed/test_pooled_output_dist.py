@@ -12,7 +12,7 @@ LONG = {
     "sum": Case(longest=9),
     "mean": Case(longest=9, averaged=("a", "c")),
     "weighted": Case(longest=9, weighted=True, averaged=("b",)),
-    "others": Case(longest=4, others="learned", threshold=8, weighted=True, averaged=("c",)),
+    "others": Case(longest=4, oov="learned", threshold=8, weighted=True, averaged=("c",)),
 }
 
 
