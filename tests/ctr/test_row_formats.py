@@ -40,9 +40,9 @@ def test_exceptions_by_group_table_and_both():
 
 def test_scales():
     one = tables_of("embedding.format=int4", "embedding.range=0.5")["age"]["v"]
-    assert one.step == 0.5 / 8 and one.learned is None
+    assert one.scale == 0.5 / 8 and one.learned is None
     one = tables_of("embedding.format=int8", "embedding.scale=0.02", "embedding.alpt.every=1")["age"]["v"]
-    assert one.step == 0.02
+    assert one.scale == 0.02
     assert one.learned == ScaleOptimizer(2e-5, 0.0, pytest.approx((4096 * 16 * 127) ** -0.5))
     scales = {"dim": (16 * 127) ** -0.5, "none": 1.0}
     for name, scale in scales.items():
