@@ -56,7 +56,7 @@ TESSERA_SIMD void write_moments(const Batch& batch, int64_t begin, int64_t end, 
   for (int64_t i = begin; i < end; ++i, state += layout.moments + 1) {
     if (batch.rows[i] < 0) continue;
     char* const row = batch.table[batch.rows[i]];
-    // Always stochastic: in a step v changes by less than half a unit of bf16. The values have the first dim draws.
+    // Always stochastic: in a step v changes by less than half a unit of bf16. The values take the first dim draws.
     const uint64_t key = tessera::random_row(batch.stream, batch.ids[i]);
     tessera::encode<Format::kBf16, false>(state, 1, key, layout.moments,
                                           reinterpret_cast<uint8_t*>(row) + layout.moments_at, layout.dim);

@@ -142,7 +142,7 @@ TESSERA_INLINE void decode(const uint8_t* __restrict stored, float scale, int64_
   }
 }
 
-// A row's values into storage. key (random_row of the row) and the column, counted from `first_draw`, draw the draws.
+// A row's values into storage. key (random_row of the row) and the column, counted from `first_draw`, give the random draws.
 template <Format F, bool Nearest>
 TESSERA_INLINE void encode(const float* __restrict w, float scale, uint64_t key, int64_t dim, uint8_t* __restrict stored,
                            int64_t first_draw = 0) {

@@ -16,8 +16,8 @@ STEPS_OF_PERIOD, STEPS = 4, 14
 FORMATS = {
     "fp32": {},
     "bf16": {"format": "bf16"},
-    "int8": {"format": "int8", "step": 0.02},
-    "alpt": {"format": "int8", "step": 0.02, "learned": ScaleOptimizer(lr=1e-3)},
+    "int8": {"format": "int8", "scale": 0.02},
+    "alpt": {"format": "int8", "scale": 0.02, "learned": ScaleOptimizer(lr=1e-3)},
 }
 
 
@@ -80,7 +80,7 @@ def test_each_row_learns_at_the_rate_of_its_age(backend, optimizer, kind):
         table.expire(step)
         for i in grads:
             if i not in alone:
-                # The draws of rounding are drawn by the step of the table.
+                # Rounding draws by the step of the table.
                 alone[i] = DynamicTable(config_of(optimizer, kind, factor=1.0))
                 alone[i].import_state({"step": torch.tensor(step)})
             if len(alone[i]) == 0:
@@ -133,7 +133,7 @@ def test_new_rows_begin_with_given_values_in_every_format(backend, format, round
     groups = (Group("v", 4, 0.5, format, rounding, scale=1e-3),)
     config = DynamicTableConfig("t", ("f",), groups, RowOptimizer("adagrad", initial_accumulator=0.25), chunk_rows=64)
     table = DynamicTable(config)
-    table.first_values = INIT
+    table.init_values = INIT
     ids = torch.arange(4000)
     rows = table.lookup(ids, 0)
     values, batch = table.gather(rows), table.read_rows(rows)
@@ -146,7 +146,7 @@ def test_new_rows_begin_with_given_values_in_every_format(backend, format, round
     if rounding == "stochastic" and step:
         assert (values.mean(0) - INIT).abs().max() < 4 * step / 2 / 4000**0.5
     assert torch.equal(batch.state, torch.full((4000, 4), 0.25))
-    table.first_values = -INIT  # of rows that come later
+    table.init_values = -INIT  # of rows that come later
     later = table.gather(table.lookup(torch.tensor([9000]), 1))
     assert (later + INIT).abs().max() <= 2 * step + 1e-7
     assert torch.equal(table.gather(rows), values)

@@ -62,7 +62,7 @@ FEATURES = (
         ("auto", 512, []),
     ],
 )
-def test_which_tables_take_the_bag_path(choice, ranks, expected):
+def test_which_tables_pool_before_the_exchange(choice, ranks, expected):
     config = load_config([f"embedding.pooled_output_dist={choice}", FEATURES, "data.schema.time=null"], "")
     schema = Schema(config.data.schema)
     tables = build_tables(config, schema, build_tower(config, schema), ranks)
