@@ -9,7 +9,7 @@ All arithmetic is on unsigned 64-bit numbers; mix is mix64 (`mix.py`) and G = 0x
     row(id)          = mix(mix(id + G) ^ stream)
     bits(id, column) = mix(row(id) + (column + 1) * G)             splitmix64 started at row(id)
 
-Random numbers of stochastic rounding are drawn for every value of every row that a step writes, so they come cheaper, of
+Stochastic rounding draws a number for every value of every row that a step writes, so these come cheaper, of
 unsigned 32-bit numbers: g = 0x9E3779B9, low and high are the halves of row(id), mix32 is Wellons' lowbias32.
 
     lot(id, column)  = mix32(low + (column + 1) * g) + high

@@ -169,7 +169,7 @@ def stall(table: DynamicTable, step: Callable[[], None], root: Storage, process:
     """Train while a save is written behind. Seconds: its moment, keeping rows, the save, what steps took longer."""
     end = time.perf_counter() + 3.0
     alone = statistics.median(steps_while(step, lambda: time.perf_counter() < end))
-    keeping, keep = 0.0, Snapshot.keep
+    keeping, keep = 0.0, Snapshot.save_old
 
     def timed_keep(snapshot: Snapshot, rows: torch.Tensor) -> None:
         nonlocal keeping
