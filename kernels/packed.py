@@ -145,7 +145,7 @@ def _gather_fake(chunks: Sequence[Tensor], rows: Tensor, layout: Sequence[int], 
 
 
 @torch.library.register_fake("tessera::packed_fake_quantise")
-def _look_ahead_fake(
+def _fake_quantise_fake(
     chunks: Sequence[Tensor], rows: Tensor, held: Tensor, layout: Sequence[int], inverse: Tensor | None
 ) -> Tensor:
     return _gather_fake(chunks, rows, layout, inverse)

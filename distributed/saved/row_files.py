@@ -42,7 +42,7 @@ BUCKET_ROWS = 1 << 13  # rows of a bucket, at least, unless there is only one bu
 GROUP_ROWS = 1 << 15  # rows of a row group, at most: a few stay in the processor's cache on their way
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in (torch.int64, torch.uint8, torch.int8)}
-COLUMN_OF_FIELD = {"ids": "id", "rows": "row", "scale": "scale"}  # of RowBatch; others are called as the fields
+COLUMN_OF_FIELD = {"ids": "id", "rows": "row", "scale": "step_size"}  # of RowBatch; others are called as the fields
 
 
 @dataclass(frozen=True)

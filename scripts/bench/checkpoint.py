@@ -175,7 +175,7 @@ def stall(table: DynamicTable, step: Callable[[], None], root: Storage, process:
         nonlocal keeping
         keeping += seconds(partial(keep, snapshot, rows))
 
-    with patch.object(Snapshot, "keep", timed_keep):
+    with patch.object(Snapshot, "save_old", timed_keep):
         began = time.perf_counter()
         parts = TableSaver({table.config.name: table}).take(delta=False)
         moment = time.perf_counter() - began

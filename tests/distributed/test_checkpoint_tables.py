@@ -259,7 +259,7 @@ def test_rows_of_another_width_are_refused(tmp_path, process):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8])
 def test_columns_come_back_exactly(tmp_path, process, dtype):
     values = torch.randn(1000, 6).mul(50).to(dtype)
-    columns = {"id": torch.randperm(1000), "values": values, "scale": torch.rand(1000, 2)}
+    columns = {"id": torch.randperm(1000), "values": values, "step_size": torch.rand(1000, 2)}
     write_columns(Storage(tmp_path), "rows", copied(columns), 1)
     (back,) = read_columns(Storage(tmp_path), "rows", 0, 1)
     for name, column in columns.items():
