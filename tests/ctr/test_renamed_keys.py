@@ -51,7 +51,7 @@ def test_every_new_name_is_a_key_and_no_earlier_one_is():
     + [
         ("++embedding.others=learned", "embedding.others is now embedding.oov"),
         ("daily.guard.window=3", "daily.guard.window is now daily.bands.window"),
-        ("embedding.first_values=others", "embedding.init_values=others is now embedding.init=oov"),
+        ("embedding.first_values=others", "embedding.first_values=others is now embedding.init=oov"),
         ("embedding.init=others", "embedding.init=others is now embedding.init=oov"),
     ],
 )
