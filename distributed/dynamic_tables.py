@@ -29,7 +29,7 @@ from tessera.distributed.module_names import module_name
 from tessera.distributed.plan import TableSize
 from tessera.distributed.torchrec.bag_sharding import DynamicBagKernel, DynamicBagSharder
 from tessera.distributed.torchrec.codecs import codecs
-from tessera.distributed.torchrec.ids_prefetch import PrefetchedBatch, IdsPrefetch
+from tessera.distributed.torchrec.ids_prefetch import IdsPrefetch, PrefetchedBatch
 from tessera.distributed.torchrec.kernel import Counted, DynamicTableKernel, Pass
 from tessera.distributed.torchrec.row_sharding import DYNAMIC, DynamicSharder
 from tessera.embedding.cached_table import CachedTable
@@ -132,7 +132,11 @@ class DynamicTables(nn.Module):
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Return group -> [B, fields, dim] float32, zeros for empty bags. ids: raw int64 ids, stride B."""
         first = self.training and not self._second
-        prefetched = self._prefetched.popleft() if first and self._prefetched else self._begun(ids, self._ages if first else None)
+        prefetched = (
+            self._prefetched.popleft()
+            if first and self._prefetched
+            else self._begun(ids, self._ages if first else None)
+        )
         assert prefetched.ids is ids, "another batch was prepared for this step"
         paths = []
         self._squares = []

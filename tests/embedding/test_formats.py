@@ -237,7 +237,7 @@ def test_mistakes_are_one_line(message):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adam"])
-def test_weight_decay_of_step_sizes_is_scaled_as_their_gradient(backend, optimizer):
+def test_weight_decay_of_scales_is_scaled_as_their_gradient(backend, optimizer):
     """Without a gradient it is the gradient: SGD shrinks scales by rate * scale * decay, and the others, which
     divide the scale away, move them by the rate. Decay beside an unscaled one would halve them at once."""
     learned = ScaleOptimizer(lr=1e-4, weight_decay=0.05, gradient_scale=1e-3)
