@@ -19,7 +19,7 @@ from tessera.ctr.models.tower import Fields, Tower
 from tessera.ctr.tables import build_tables
 from tessera.distributed.rank import Process
 from tessera.distributed.sharding import shard
-from tessera.distributed.tables import Tables, growing
+from tessera.distributed.tables import Tables, as_dynamic
 from tessera.embedding.errors import ConfigError
 
 
@@ -58,7 +58,7 @@ class Network(nn.Module):
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Return all that the dense optimizer trains: the tower's parameters and, by `embedding.oov`, the tables'
         OOV rows."""
-        tables = growing(self.tables)
+        tables = as_dynamic(self.tables)
         return {**dict(self.tower.named_parameters()), **(tables.dense_parameters() if tables else {})}
 
 

@@ -2,7 +2,8 @@
 
 `Tables` is what every kind has: `NoTables` has no more. What only some kinds can do is a protocol of its own:
 `ShardedTables` (static and dynamic) are spread over ranks, `PrefilledTables` (static) have rows before training, and
-`GrowingTables` (dynamic) have rows that come and go by id. A caller asks with isinstance, or with the functions below.
+`DynamicTablesProtocol` (dynamic) have rows that come and go by id. A caller asks with isinstance, or with the functions
+below.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ class PrefilledTables(ShardedTables, Protocol):
 
 
 @runtime_checkable
-class GrowingTables(ShardedTables, Protocol):
-    """Tables whose rows are added when their ids are admitted, and evicted when they are not seen any more."""
+class DynamicTablesProtocol(ShardedTables, Protocol):
+    """What dynamic tables can do: rows are added when their ids are admitted, and removed when they expire or are
+    evicted."""
 
     prefetches: bool
     learns_scales: bool
@@ -100,7 +102,7 @@ class GrowingTables(ShardedTables, Protocol):
         ...
 
     def expire(self, now: int, *, everywhere: bool = False) -> None:
-        """Evict rows not seen for their table's TTL, in the next part of each table or everywhere."""
+        """Remove rows not seen for their table's TTL, in the next part of each table or everywhere."""
         ...
 
     def stats(self) -> dict[str, dict[str, float]]:
@@ -120,16 +122,16 @@ class GrowingTables(ShardedTables, Protocol):
         ...
 
 
-def sharded(tables: Tables) -> ShardedTables | None:
+def as_sharded(tables: Tables) -> ShardedTables | None:
     """Return `tables` if they are spread over the ranks."""
     return tables if isinstance(tables, ShardedTables) else None
 
 
-def growing(tables: Tables) -> GrowingTables | None:
+def as_dynamic(tables: Tables) -> DynamicTablesProtocol | None:
     """Return `tables` if their rows come and go."""
-    return tables if isinstance(tables, GrowingTables) else None
+    return tables if isinstance(tables, DynamicTablesProtocol) else None
 
 
 def owned_tables(tables: Tables) -> dict[str, DynamicTable]:
     """Return this rank's part of each dynamic table by name; nothing if the tables are of another kind."""
-    return tables.owned() if isinstance(tables, GrowingTables) else {}
+    return tables.owned() if isinstance(tables, DynamicTablesProtocol) else {}

@@ -88,8 +88,6 @@ class ProbabilisticFilter:
     """Admits an id at random with chance 1 - (1 - p)^count, where (1 - p)^threshold = 5 %; remembers nothing.
 
     The random draw is a function of (seed, table, id, step), so that neither order nor rank matters.
-
-    The random draw is a function of (seed, table, id, step), so that neither order nor rank matters.
     """
 
     nbytes = 0

@@ -180,7 +180,10 @@ class DynamicTable:
         return gather(self._index.meta, rows, 1, begin=ID).flatten()
 
     def expire(self, now: int, budget_rows: int | None = None) -> int:
-        """Evict rows with now - last seen >= ttl_seconds. Returns how many.
+        """Remove rows with now - last seen >= ttl_seconds. Returns how many.
+
+        `Engine.expire_if_due` calls it every `embedding.expire_every` steps, and a day's end for whole tables
+        (`Daily.train_day`).
 
         budget_rows: look at so many rows only, those after the ones looked at last time (None: at all). The ids that
         the exact admission filter counts expire by the same rule. Without ttl_seconds nothing expires.
@@ -219,9 +222,10 @@ class DynamicTable:
     def _without_row(self, ids: Tensor) -> Tensor:
         return ids[self._index.find(ids) < 0]
 
-    def note(self, reader: str, touched: Tensor, evicted: Tensor) -> int:
-        """Go on from what another table knew: a mark since which these ids (int64, distinct) count as touched, and for
-        this reader, whose last `take_evicted` is now, these ids as evicted. Returns the mark."""
+    def restore_changes(self, reader: str, touched: Tensor, evicted: Tensor) -> int:
+        """Take over changes that another table had noted and its reader had not taken: ids (int64, distinct) touched
+        and ids evicted. Returns a mark since which the first count as touched; the reader's next `take_evicted` gives
+        the second."""
         mark = self.mark()
         self._index.set_mark(self._index.find(touched), mark)
         self._evicted.take(reader)

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tessera.ctr.config import load_config
+from tessera.ctr.output_folders import claim
 from tessera.ctr.report.result import settle_result
-from tessera.ctr.targets import claim
 from tessera.ctr.train.trainer import HIGHER_IS_BETTER
 from tessera.distributed.process import run_alone
 from tessera.embedding.errors import ConfigError, TesseraError

@@ -23,7 +23,7 @@ from tessera.ctr.daily.partitions import (
 )
 from tessera.ctr.data.day_folders import DayFolders, check_key, time_of
 from tessera.ctr.data.visible import STAGING
-from tessera.ctr.targets import check_place
+from tessera.ctr.output_folders import check_place
 from tessera.distributed.collectives import on_any_rank, on_first_rank
 from tessera.distributed.process import Stopped
 from tessera.distributed.rank import Process

@@ -132,7 +132,7 @@ class Daily:
         """Progressive validation: the model has seen the days before, and nothing of this one."""
         folder, key, began = self.log.folder, record.partition, time.perf_counter()
         on_first_rank(self.process, lambda: clear_day(folder, key))
-        marks = self.engine.growing is not None
+        marks = self.engine.dynamic is not None
         predictions = day_dir(folder, key) / "predictions"
         evaluate(self.engine.model, self.readers.day, self.process, predictions, key, mark_new_ids=marks)
         wait_for_all()
@@ -140,7 +140,7 @@ class Daily:
         record.known, record.new = measured.pop("known"), measured.pop("new")
         record.metrics, record.stage = measured, Stage.EVALUATED
         record.evaluate_seconds = time.perf_counter() - began
-        record.tables = count_tables(self.engine.growing)
+        record.tables = count_tables(self.engine.dynamic)
         shown = {name: measured[name] for name in COUNTS + METRICS}
         self.log.evaluation(self.progress.step, "progressive", shown, is_best=False)
         if record.new:
@@ -168,7 +168,7 @@ class Daily:
 
     def _hold(self, record: DayRecord, problem: str) -> None:
         """Record a held day, with a report; the live model stays as it was, and so does what is saved."""
-        key, tables = record.partition, count_tables(self.engine.growing).since(record.tables)
+        key, tables = record.partition, count_tables(self.engine.dynamic).since(record.tables)
         held = replace(record, stage=Stage.HELD, reason=problem, step=self.progress.step, tables=tables)
         self.days.done, self.days.current = [*self.days.done, held], None
         if self.process.is_main:
@@ -199,8 +199,8 @@ class Daily:
             if engine.distil:
                 self.log.distil(engine.step, self.progress.epoch, engine.distil.end_epoch())
         self.log.interval(engine)
-        if engine.growing:
-            engine.growing.expire(self.progress.now, everywhere=True)
+        if engine.dynamic:
+            engine.dynamic.expire(self.progress.now, everywhere=True)
         record.stage, record.train_seconds = Stage.TRAINING, before + time.perf_counter() - began
 
     def begin_period(self, record: DayRecord) -> None:
@@ -209,8 +209,8 @@ class Daily:
         if not goes_on:
             if self.config.daily.method == "window":
                 self._start_anew(record)
-            if self.engine.growing:
-                self.engine.growing.begin_period()
+            if self.engine.dynamic:
+                self.engine.dynamic.begin_period()
         if self.engine.distil:
             rows = self.readers.train.rows
             ask_teacher(self.engine, self.days, self.readers.day, rows, self.log.folder, goes_on=goes_on)
@@ -218,7 +218,7 @@ class Daily:
     def close_day(self, record: DayRecord) -> None:
         """Make the day part of the state, then publish and tell it; `catch_up` does so if the job is killed here."""
         trained, rows = record.stage is Stage.TRAINING, 0
-        record.tables = count_tables(self.engine.growing).since(record.tables)
+        record.tables = count_tables(self.engine.dynamic).since(record.tables)
         record.step = self.progress.step
         if trained:
             assert record.train_seconds is not None

@@ -22,7 +22,7 @@ from tessera.ctr.daily.day_record import DayRecord
 from tessera.ctr.daily.latest import LATEST, OF_A_MODEL, chain_of, write_latest
 from tessera.ctr.data.day_folders import KEY
 from tessera.ctr.network import Network
-from tessera.ctr.targets import check_place
+from tessera.ctr.output_folders import check_place
 from tessera.ctr.train.state_parts import FoundState, PartState
 from tessera.distributed.collectives import on_all_ranks, on_first_rank
 from tessera.distributed.locations import missing_bucket
@@ -39,7 +39,7 @@ from tessera.embedding.table import DynamicTable
 
 FOLDER = "published"
 READER = "published"  # of ids that tables gave up
-TOUCHED, GIVEN_UP = "touched", "given_up"  # kinds of files of a state: what is not published yet
+TOUCHED, EVICTED_SINCE = "touched", "given_up"  # kinds of files of a state: what is not published yet
 MARKED = "|".join(map(re.escape, (PARTIAL, REPLACED, DELETED)))
 OF_PUBLICATIONS = re.compile(rf"({MARKED})?({LATEST}|{KEY.pattern})")  # names that a run's publications may have
 LEFT_OUT = ("state", "row", "period")  # columns of rows that serving has no use for
@@ -169,16 +169,16 @@ class Publisher:
                 continue
             touched = torch.cat([evicted.new_empty(0), *table.touched_since(mark)])
             files[TOUCHED, name] = copied({"id": touched.cpu()})
-            files[GIVEN_UP, name] = copied({"id": evicted.cpu()})
+            files[EVICTED_SINCE, name] = copied({"id": evicted.cpu()})
         return PartState(files=files)
 
     def load(self, found: FoundState) -> None:
         """The tables are loaded before."""
         self._marks, folder = {}, found.saved.folders[0]
         for name, table in owned_tables(self._network.tables).items():
-            if all(self._is_whole(folder, kind, name) for kind in (TOUCHED, GIVEN_UP)):
-                ids = [self._ids(folder, kind, name).to(table.device) for kind in (TOUCHED, GIVEN_UP)]
-                self._marks[name] = table.note(READER, *ids)
+            if all(self._is_whole(folder, kind, name) for kind in (TOUCHED, EVICTED_SINCE)):
+                ids = [self._ids(folder, kind, name).to(table.device) for kind in (TOUCHED, EVICTED_SINCE)]
+                self._marks[name] = table.restore_changes(READER, *ids)
 
     def _is_whole(self, folder: Storage, kind: str, table: str) -> bool:
         """Return whether a table's folder has the files of all ranks that saved."""

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from tessera.ctr.daily.latest import OF_A_MODEL, read_latest
-from tessera.ctr.targets import check_place, check_target, foreign_file
+from tessera.ctr.output_folders import check_place, check_target, foreign_file
 from tessera.distributed.folder_lock import FolderLock
 from tessera.distributed.rank import Process
 from tessera.distributed.saved.compact import save_merged

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tessera.distributed.collectives import sum_over_ranks
-from tessera.distributed.tables import GrowingTables
+from tessera.distributed.tables import DynamicTablesProtocol
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TableCounts:
         return replace(self, new=self.new - before.new, expired=self.expired - before.expired)
 
 
-def count_tables(tables: GrowingTables | None) -> TableCounts:
+def count_tables(tables: DynamicTablesProtocol | None) -> TableCounts:
     """Return counts over all ranks, since there are tables. Collective."""
     if tables is None:
         return TableCounts()

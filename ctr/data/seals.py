@@ -20,7 +20,7 @@ PAGE_BYTES = 16 << 10
 
 
 @dataclass(frozen=True)
-class Sealed:
+class FileDigest:
     """A file's size in bytes, a checksum of its footer or (of a small file) of all of it, and what the footer says."""
 
     size: int
@@ -29,7 +29,9 @@ class Sealed:
     schema: pa.Schema
 
 
-def read_seal(file: DataFile, small_bytes: int = SMALL_BYTES, columns: Collection[str] = (), groups: int = 0) -> Sealed:
+def read_seal(
+    file: DataFile, small_bytes: int = SMALL_BYTES, columns: Collection[str] = (), groups: int = 0
+) -> FileDigest:
     """Read a file's footer, and all of a file of up to `small_bytes`.
 
     Footers hold the place, the stored size and the statistics of every column of every row group. In a small file these
@@ -45,12 +47,12 @@ def read_seal(file: DataFile, small_bytes: int = SMALL_BYTES, columns: Collectio
             with pq.ParquetFile(pa.BufferReader(tail)) as parquet:
                 metadata, schema = parquet.metadata, parquet.schema_arrow
             if size <= small_bytes:
-                return Sealed(size, hashlib.sha256(tail).hexdigest(), metadata, schema)
+                return FileDigest(size, hashlib.sha256(tail).hexdigest(), metadata, schema)
             checksum = hashlib.sha256(tail[-8 - _length(tail) :])
             for first, count in _first_pages(metadata, columns, groups):
                 stream.seek(first)
                 checksum.update(stream.read(count))
-            return Sealed(size, checksum.hexdigest(), metadata, schema)
+            return FileDigest(size, checksum.hexdigest(), metadata, schema)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file.path}: no readable parquet footer: {one_line(error)}") from None
 

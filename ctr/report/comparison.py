@@ -13,6 +13,7 @@ from tessera.ctr.data.errors import DataError
 from tessera.ctr.metrics.compare import Difference, PairedRows, auc_difference, logloss_difference, paired_bootstrap
 from tessera.ctr.metrics.exact import summarise
 from tessera.ctr.metrics.score_table import Rows, score_table
+from tessera.ctr.output_folders import replacing
 from tessera.ctr.report.comparison_plots import day_plot, replicates_plot
 from tessera.ctr.report.definitions import DEFINITIONS, number
 from tessera.ctr.report.files import json_text
@@ -20,7 +21,6 @@ from tessera.ctr.report.page import Card, render
 from tessera.ctr.report.paired import Scored, pooled, read_pairs
 from tessera.ctr.report.plot import Plot, Table, json_points
 from tessera.ctr.report.quality import SplitCurves, roc_plot, split_curves
-from tessera.ctr.targets import replacing
 from tessera.distributed.atomic import write_text
 
 TITLES = {"auc": "AUC", "logloss": "logloss"}

@@ -12,11 +12,11 @@ from tessera.ctr.config import Config, typed
 from tessera.ctr.config_types import EmbeddingConfig
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.network import build_tower
+from tessera.ctr.output_folders import replacing
 from tessera.ctr.renamed_keys import refuse_renamed
 from tessera.ctr.runs.score import run_config
 from tessera.ctr.runs.stored_config import targets_of
 from tessera.ctr.tables import build_tables
-from tessera.ctr.targets import replacing
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.rank import Process
 from tessera.distributed.saved.dense import load_tensors, save_tensors

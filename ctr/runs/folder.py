@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tessera.ctr.config import Config
 from tessera.ctr.data.config import SPLITS, paths_of
-from tessera.ctr.targets import check_place
+from tessera.ctr.output_folders import check_place
 from tessera.distributed.collectives import from_first_rank
 from tessera.distributed.folder_lock import FolderInUse, FolderLock
 from tessera.distributed.locations import missing_bucket

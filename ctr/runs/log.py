@@ -177,9 +177,9 @@ class RunLog:
             f"step {engine.step} · loss {shown(line['loss'])} · {line['samples_per_second']:,.0f} samples/s · "
             f"reader {line['reader_wait']:.0%}"
         )
-        if engine.growing:
-            self.tables(engine.step, engine.growing.stats())
-            self.cache(engine.step, engine.growing.cache_stats())
+        if engine.dynamic:
+            self.tables(engine.step, engine.dynamic.stats())
+            self.cache(engine.step, engine.dynamic.cache_stats())
 
     def not_training(self, seconds: float) -> None:
         """Leave time that an evaluation took out of the speed of training."""

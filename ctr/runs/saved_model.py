@@ -15,7 +15,7 @@ from tessera.distributed.saved.row_files import rows_of
 from tessera.distributed.saved.states import REPLACED, DamagedState, Saved, open_saved, save
 from tessera.distributed.saved.storage import Sealed, Storage, seal
 from tessera.distributed.saved.tables import TableParts, describe_tables, load_rows
-from tessera.distributed.tables import growing, owned_tables
+from tessera.distributed.tables import as_dynamic, owned_tables
 from tessera.embedding.errors import TesseraError
 
 
@@ -95,14 +95,14 @@ def fill_model(model: DistributedModelParallel, saved: Saved, process: Process, 
     if extra:
         hint = "trainer.warm_start takes what fits"
         raise CheckpointError(f"{saved.name} holds {extra[0]}, which the model lacks; {hint}")
-    growing_tables = growing(network.tables)
-    if growing_tables:
-        growing_tables.clear()
+    dynamic = as_dynamic(network.tables)
+    if dynamic:
+        dynamic.clear()
     try:
         load_rows(owned_tables(network.tables), saved, process, in_place=in_place)
     except DamagedState:
-        if growing_tables:
-            growing_tables.clear()
+        if dynamic:
+            dynamic.clear()
         raise
     found = load_tensors(saved.folders[0], lambda name: name.startswith("tower/"))
     network.tower.load_state_dict({name.removeprefix("tower/"): value for name, value in found.items()})

@@ -19,6 +19,7 @@ from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.metrics.streaming import rows_of
 from tessera.ctr.network import build_model
+from tessera.ctr.output_folders import replacing_on_ranks
 from tessera.ctr.report.files import json_text
 from tessera.ctr.report.predictions import NEW_IDS, SLICE
 from tessera.ctr.report.report import Report, write_report
@@ -27,7 +28,6 @@ from tessera.ctr.runs.log import copy_teacher
 from tessera.ctr.runs.saved_model import fill_model, has_model, load_model
 from tessera.ctr.runs.slice_columns import SliceColumn
 from tessera.ctr.runs.stored_config import read_config, targets_of
-from tessera.ctr.targets import replacing_on_ranks
 from tessera.ctr.train.engine import set_threads
 from tessera.ctr.train.evaluate import evaluate, read_split
 from tessera.ctr.train.find_state import find_saved

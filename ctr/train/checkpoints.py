@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from tessera.ctr.runs.log import RunLog
 from tessera.ctr.runs.saved_model import put_into
+from tessera.ctr.train.check_state import as_written, changed_keys, check_goes_on
 from tessera.ctr.train.engine import Engine
 from tessera.ctr.train.find_state import states_to_go_on_from
-from tessera.ctr.train.saved_training import as_written, changed_keys, check_goes_on
 from tessera.ctr.train.state_parts import STAGED_BEST, PartState, Stateful, find_parts, state_of
 from tessera.ctr.train.warm_start import warm_start
 from tessera.distributed.collectives import on_first_rank, wait_for_all

@@ -1,4 +1,4 @@
-"""Run one training step: batch, forward, loss, guard, backward, step."""
+"""Run one training step: batch, forward, loss, check for NaN and infinity, backward, step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tessera.ctr.train.progress import Progress
 from tessera.ctr.train.state_parts import ModelState, Stateful
 from tessera.ctr.train.step_pipeline import StepPipeline
 from tessera.distributed.rank import Process
-from tessera.distributed.tables import Tables, growing, sharded
+from tessera.distributed.tables import Tables, as_dynamic, as_sharded
 from tessera.embedding.errors import ConfigError
 
 
@@ -29,7 +29,7 @@ class Engine:
 
     Attributes:
         model: the sharded `network`; plan: how its tables are sharded, as text.
-        sharded, growing: the tables once more, None if they are of another kind.
+        dynamic: the tables once more if they are dynamic ones, which have steps, expiry and scales; else None.
         distil: the teacher's part of the loss, if there is one.
         progress: where training stands; its step and clock move with each step.
         pipeline: gets batches ready for their steps.
@@ -44,7 +44,7 @@ class Engine:
         self.model, self.plan = build_model(config, schema, process)
         self.network: Network = self.model.module
         self.tables: Tables = self.network.tables
-        self.sharded, self.growing = sharded(self.tables), growing(self.tables)  # the tables again, if they are that
+        self.sharded, self.dynamic = as_sharded(self.tables), as_dynamic(self.tables)
         self.optimizers = Optimizers(config.optimizer, self.model)
         distil = config.trainer.distil
         self.distil = None if distil.kind == "none" else Distillation(distil, process.device)
@@ -71,9 +71,9 @@ class Engine:
         """Run one update. Returns this rank's summed loss and summed sample weight, on the device, for the log."""
         ready = self.pipeline.take(batch)
         batch, learn_scales = ready.on_device, self._learns_scales()
-        if self.growing:
-            self.growing.begin_step(ready.now, learn_scales=learn_scales, times=ready.times)
-        self.network.step = self.step
+        if self.dynamic:
+            self.dynamic.begin_step(ready.now, learn_scales=learn_scales, times=ready.times)
+        self.network.step = self.step  # of which dropout draws its masks
         with self.pipeline.next_begun():
             logits, embeddings = self.model(batch)
         loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
@@ -85,7 +85,8 @@ class Engine:
         scale = self.process.world_size / max(ready.weight, 1e-12)
         self.process.stage = f"step {self.step}: backward"
         self.optimizers.zero_grad()
-        ((loss_sum + teacher_loss + self._l2(embeddings)) * scale).backward()  # updates the rows of tables, too
+        # This updates the rows of tables, too: gradients reach their owners in distributed/torchrec/kernel.py.
+        ((loss_sum + teacher_loss + self._l2(embeddings)) * scale).backward()
         check_gradients(self.network.dense_parameters(), self.step)
         self.optimizers.step()
         if learn_scales:
@@ -94,9 +95,9 @@ class Engine:
         return loss_sum.detach(), batch.weight.sum()
 
     def expire_if_due(self) -> None:
-        """Remove, after a step, the rows that no batch has touched for too long, every `embedding.expire_every`."""
-        if self.growing and self.step % self.config.embedding.expire_every == 0:
-            self.growing.expire(self.progress.now)
+        """Remove rows that no batch has touched for their table's TTL, every `embedding.expire_every` steps."""
+        if self.dynamic and self.step % self.config.embedding.expire_every == 0:
+            self.dynamic.expire(self.progress.now)
 
     def _l2(self, embeddings: dict[str, Tensor]) -> Tensor | float:
         """Return l2/2 times the squares of rows, summed over all look-ups of the batch, those of each id of a bag: rows
@@ -106,7 +107,7 @@ class Engine:
 
     def _learns_scales(self) -> bool:
         """Return whether this step has a second pass, for the scales of quantised rows (ALPT)."""
-        if self.growing is None or not self.growing.learns_scales:
+        if self.dynamic is None or not self.dynamic.learns_scales:
             return False
         every = self.config.embedding.alpt.every
         assert every is not None  # without it no table has a scale to learn
@@ -115,9 +116,9 @@ class Engine:
     def _learn_scales(self, batch: Batch, scale: float) -> None:
         """Run ALPT's second pass over the batch: the gradient of the loss to the updated rows as they would be rounded,
         and from it the scales with which they are stored. The tower has been updated and takes no part."""
-        assert self.growing is not None  # no others learn scales
+        assert self.dynamic is not None  # no others learn scales
         self.process.stage = f"step {self.step}: scales"
-        with self.growing.second_pass():
+        with self.dynamic.second_pass():
             logits, embeddings = self.network(batch)
             loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
             loss_sum = loss_sum + (self.distil.loss(logits, batch, count=False) if self.distil else 0.0)

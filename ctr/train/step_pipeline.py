@@ -21,7 +21,7 @@ from tessera.ctr.train.clock import Clock
 from tessera.ctr.train.progress import Progress
 from tessera.distributed.rank import Process
 from tessera.distributed.side_stream import SideStream
-from tessera.distributed.tables import Tables, growing, sharded
+from tessera.distributed.tables import Tables, as_dynamic, as_sharded
 
 
 class LookAhead:
@@ -71,7 +71,7 @@ class StepPipeline:
 
     def __init__(self, config: Config, tables: Tables, process: Process, progress: Progress) -> None:
         self._config, self._process, self._progress = config, process, progress
-        self._tables, rows = sharded(tables), growing(tables)
+        self._tables, rows = as_sharded(tables), as_dynamic(tables)
         self.overlaps = process.device.type == "cuda" or (rows is not None and rows.prefetches)
         self.stopping = False
         self._clock = Clock(config, process)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tessera.ctr.runs.log import RunLog
+from tessera.ctr.train.check_state import as_written
 from tessera.ctr.train.engine import Engine
 from tessera.ctr.train.find_state import find_saved
-from tessera.ctr.train.saved_training import as_written
 from tessera.distributed.saved.dense import load_into, load_tensors, tensor_shapes
 from tessera.distributed.saved.states import Saved
 from tessera.distributed.saved.tables import describe_tables, load_pending, load_rows

@@ -49,7 +49,7 @@ class Contender:
         config.embedding.cache_rows = cache_rows
         config.trainer.run_dir = f"{config.trainer.run_dir}-{cache_rows}-{ahead}"
         self.trainer, self._ahead = Trainer(config, process), ahead
-        tables = self.trainer.engine.growing
+        tables = self.trainer.engine.dynamic
         assert tables is not None
         self.tables = tables
         self.milliseconds: list[float] = []

@@ -107,8 +107,8 @@ class Model:
         """One pass over days that were scored just now. teach: distil, if the method does."""
         reader, engine, began = self.reader(days, replay, training=True), self.trainer.engine, time.process_time()
         distil = engine.distil
-        if engine.growing:
-            engine.growing.begin_period()
+        if engine.dynamic:
+            engine.dynamic.begin_period()
         if distil and teach:
             logits = self.folder / "predictions"
             if distil.config.kind == "batch":

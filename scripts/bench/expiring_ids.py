@@ -58,7 +58,7 @@ def main() -> int:
 
 def train_days(config: Config, process: Process, days: list[str]) -> None:
     trainer = Trainer(config, process)
-    tables = trainer.engine.growing
+    tables = trainer.engine.dynamic
     assert tables is not None
     print(f"{'day':<12}{'rows':>12}{'MiB':>8}{'admitted':>12}{'expired':>12}{'seconds':>9}")
     before: dict[str, float] = {"admitted": 0, "expired": 0}

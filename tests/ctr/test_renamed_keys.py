@@ -12,7 +12,7 @@ from tessera.ctr.renamed_keys import KEYS, VALUES, translate
 from tessera.ctr.runs.convert import convert_run
 from tessera.ctr.runs.score import run_config
 from tessera.ctr.runs.stored_config import read_config
-from tessera.ctr.train.saved_training import changed_keys
+from tessera.ctr.train.check_state import changed_keys
 from tessera.embedding.errors import ConfigError
 
 MORE = ["embedding.oov=learned", "embedding.init=oov", "embedding.format=int8", "embedding.scale=0.5"]

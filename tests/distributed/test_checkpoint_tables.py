@@ -177,7 +177,7 @@ def test_compaction_of_a_table_without_rows(tmp_path, process):
     step(again["a"], 1)  # the columns are those of the table
 
 
-def test_a_full_state_follows_when_too_many_ids_were_given_up(process):
+def test_a_full_state_follows_when_too_many_ids_were_evicted(process):
     table = DynamicTable(config(ttl_seconds=2, evicted_kept=50))
     saver = TableSaver({"a": table})
     assert not saver.can_follow()

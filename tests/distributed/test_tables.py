@@ -8,13 +8,13 @@ from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.no_tables import NoTables
 from tessera.distributed.static_tables import StaticTables
 from tessera.distributed.tables import (
-    GrowingTables,
+    DynamicTablesProtocol,
     PrefilledTables,
     ShardedTables,
     Tables,
-    growing,
+    as_dynamic,
+    as_sharded,
     owned_tables,
-    sharded,
 )
 from tessera.embedding.config import DynamicTableConfig, Group, TableConfig
 from tessera.embedding.optim import RowOptimizer
@@ -37,15 +37,15 @@ def dynamic_tables():
     [
         (no_tables, {Tables}),
         (static_tables, {Tables, ShardedTables, PrefilledTables}),
-        (dynamic_tables, {Tables, ShardedTables, GrowingTables}),
+        (dynamic_tables, {Tables, ShardedTables, DynamicTablesProtocol}),
     ],
 )
 def test_kinds_have_what_they_can_do(make, kinds):
     tables = make()
-    every = {Tables, ShardedTables, PrefilledTables, GrowingTables}
+    every = {Tables, ShardedTables, PrefilledTables, DynamicTablesProtocol}
     assert {kind for kind in every if isinstance(tables, kind)} == kinds
-    assert sharded(tables) is (tables if ShardedTables in kinds else None)
-    assert growing(tables) is (tables if GrowingTables in kinds else None)
+    assert as_sharded(tables) is (tables if ShardedTables in kinds else None)
+    assert as_dynamic(tables) is (tables if DynamicTablesProtocol in kinds else None)
 
 
 def test_only_dynamic_tables_are_owned():

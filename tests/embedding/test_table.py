@@ -224,7 +224,7 @@ def test_readers_of_changes_do_not_take_from_each_other(backend):
     twin = DynamicTable(table.config)
     for batch in table.export_rows():
         twin.import_rows(batch)
-    again = twin.note("rare", touched[1:], table.evicted("rare"))
+    again = twin.restore_changes("rare", touched[1:], table.evicted("rare"))
     for one in (table, twin):
         assert one.expire(15) == 4
     assert torch.cat(list(twin.touched_since(again))).tolist() == [5]

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from tessera.ctr.data.errors import DataError
-from tessera.ctr.targets import replacing, written_by
+from tessera.ctr.output_folders import replacing, written_by
 from tessera.embedding.errors import ConfigError
 
 SUMMARY = "prepare.json"

@@ -10,7 +10,7 @@ import pytest
 from tessera.ctr.daily.latest import read_latest
 from tessera.ctr.daily.publish import point
 from tests.ctr.daily.publications import published
-from tests.ctr.test_targets import tree
+from tests.ctr.test_output_folders import tree
 
 
 @pytest.fixture

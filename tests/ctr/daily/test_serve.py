@@ -21,7 +21,7 @@ from tessera.distributed.saved.states import open_saved
 from tessera.distributed.saved.storage import Storage
 from tessera.embedding.errors import ConfigError, TesseraError
 from tests.ctr.daily.publications import Publications, published
-from tests.ctr.test_targets import tree
+from tests.ctr.test_output_folders import tree
 from tests.ctr.train.states import rows_of_state, tensors_of_state
 from tests.distributed.saved_tables import alone
 from tests.ranks import _context

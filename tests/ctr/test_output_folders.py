@@ -11,7 +11,7 @@ import pytest
 
 from tessera.ctr import targets
 from tessera.ctr.data.convert.command import add_kinds, prepare
-from tessera.ctr.targets import RECORD, Replacement, check_place, claim, replacing
+from tessera.ctr.output_folders import RECORD, Replacement, check_place, claim, replacing
 from tessera.embedding.errors import ConfigError
 from tests.ranks import on_ranks
 

@@ -1,6 +1,6 @@
 """The commands themselves, on targets that are not theirs: one line, status 2, nothing touched; on their own: replaced.
 
-tests/ctr/test_targets.py has the rule's cases; these show that each command keeps to it.
+tests/ctr/test_output_folders.py has the rule's cases; these show that each command keeps to it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tessera.ctr.targets import RECORD
-from tests.ctr.test_targets import tree
+from tessera.ctr.output_folders import RECORD
+from tests.ctr.test_output_folders import tree
 from tests.ctr.train.states import arguments, write_data
 from tests.ranks import run_script
 
