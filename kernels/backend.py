@@ -97,7 +97,8 @@ def ops_for(tensor: torch.Tensor) -> torch._ops._OpNamespace | ModuleType | None
 
 
 def check(device: torch.device | str) -> None:
-    """Raise what kernels on a GPU noted since the last check: IndexError for a row or position out of range.
+    """Raise what kernels on a GPU noted since the last check: IndexError for a row or position out of range, ValueError
+    for an id that was inserted twice.
 
     C++ and plain torch raise by themselves. Kernels on a GPU skip such numbers and go on, because to ask them would
     be to wait for them. This waits.

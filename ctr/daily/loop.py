@@ -32,6 +32,7 @@ from tessera.distributed.last_word import say
 from tessera.distributed.plan import size
 from tessera.distributed.process import Stopped
 from tessera.distributed.rank import Process
+from tessera.kernels import backend
 
 HELD_STATUS = 3  # exit status: the guard holds a day; what was published before stays
 
@@ -201,6 +202,7 @@ class Daily:
         self.log.interval(engine)
         if engine.dynamic:
             engine.dynamic.expire(self.progress.now, everywhere=True)
+        backend.check(self.process.device)
         record.stage, record.train_seconds = Stage.TRAINING, before + time.perf_counter() - began
 
     def begin_period(self, record: DayRecord) -> None:

@@ -31,6 +31,7 @@ from tessera.distributed.host_manager import CacheStats
 from tessera.distributed.plan import size
 from tessera.distributed.rank import Process
 from tessera.distributed.saved.storage import Storage
+from tessera.kernels import backend
 
 PACKAGES = ("tessera-ctr", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "pyarrow", "numpy", "hydra-core")
 
@@ -151,7 +152,11 @@ class RunLog:
             self.interval(engine)
 
     def interval(self, engine: Engine) -> None:
-        """Log the steps since the last line over all ranks, and how tables and caches are; nothing without steps."""
+        """Log the steps since the last line over all ranks, and how tables and caches are; nothing without steps.
+
+        Raises what a kernel on a GPU skipped in these steps (`backend.check`): the host waits for the GPU here anyway.
+        """
+        backend.check(self._process.device)
         sum_over_ranks(self.sums)
         total_loss, total_weight, total_rows = self.sums.tolist()
         self.sums.zero_()

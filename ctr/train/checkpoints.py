@@ -36,6 +36,7 @@ from tessera.distributed.saved.storage import Storage
 from tessera.distributed.saved.tables import TableParts, TableSaver
 from tessera.distributed.saved.watch import SaveWatch
 from tessera.distributed.tables import owned_tables
+from tessera.kernels import backend
 
 MEMORY_SHARE = 0.7  # of the free memory, at most, for copies of rows
 
@@ -119,6 +120,7 @@ class Checkpoints:
         began = time.perf_counter()
         self.wait()
         self._process.stage = f"step {self._engine.step}: saving"
+        backend.check(self._process.device)  # a state that a kernel has spoilt must not take the place of a good one
         overlap = self._config.overlap and self._copy_fits()
         moment = self._take()
         self._saved_step = moment.step

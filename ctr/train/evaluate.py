@@ -29,6 +29,7 @@ from tessera.distributed.atomic import partial_of, put_in_place
 from tessera.distributed.collectives import gather
 from tessera.distributed.new_ids import rows_with_new_ids
 from tessera.distributed.rank import Process
+from tessera.kernels import backend
 
 
 def read_split(config: Config, schema: Schema, process: Process, split: str) -> ParquetReader | None:
@@ -138,6 +139,7 @@ def evaluate(
             writer.write(logits, batch, rows_with_new_ids(model.module.tables, batch.ids) if mark_new_ids else None)
     if writer:
         writer.close()
+    backend.check(process.device)  # rows that a kernel on a GPU skipped were scored as zeros
     metrics.all_reduce(dist.group.WORLD)
     model.train(was_training)
     return metrics.compute()

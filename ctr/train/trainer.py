@@ -21,6 +21,7 @@ from tessera.ctr.train.readers import open_splits
 from tessera.ctr.train.state_parts import BEST, BestModel, RandomNumbers
 from tessera.distributed.collectives import on_first_rank, wait_for_all
 from tessera.distributed.rank import Process
+from tessera.kernels import backend
 
 HIGHER_IS_BETTER = {"auc": True, "logloss": False}
 
@@ -87,6 +88,7 @@ class Trainer:
 
     def end(self) -> None:
         """Finish the run after the last step: save the state, then score the kept model and write the report."""
+        backend.check(self.process.device)
         self.checkpoints.save()
         self.checkpoints.close()
         self.process.can_stop_later = False

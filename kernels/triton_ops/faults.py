@@ -6,6 +6,8 @@ it is read where the host waits anyway, by `check`, and after every op under the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -21,14 +23,31 @@ OFFSETS = tl.constexpr(3)  # 1: offsets that decrease or leave the positions
 DUPLICATES = tl.constexpr(4)  # 1: an insertion into an id map met an id twice
 CLEAN = (-1, -1, 0, 0, 0)
 
+
+@dataclass
+class _Limits:
+    """The limits of row numbers and of inverse that all launches since the last check had in common; None where they
+    differ, because the note does not tell which launch met the fault."""
+
+    rows: int | None
+    positions: int | None
+
+    def meet(self, rows: int, positions: int) -> None:
+        self.rows = rows if rows == self.rows else None
+        self.positions = positions if positions == self.positions else None
+
+
 _notes: dict[torch.device, Tensor] = {}
-_limits: dict[torch.device, tuple[int, int]] = {}
+_limits: dict[torch.device, _Limits] = {}
 
 
 def note_of(device: torch.device, rows: int, positions: int = 0) -> Tensor:
     """Return the note for a kernel that is about to run; rows and positions: the limits of row numbers and of
     inverse."""
-    _limits[device] = (rows, positions)
+    if device in _limits:
+        _limits[device].meet(rows, positions)
+    else:
+        _limits[device] = _Limits(rows, positions)
     return _note(device)
 
 
@@ -45,18 +64,22 @@ def check(device: torch.device) -> None:
     if note is None or launch.recorder is not None:
         return
     found = note.tolist()
+    limits = _limits.pop(device, _Limits(None, None))
     if found == list(CLEAN):
         return
     del _notes[device]
-    rows, positions = _limits.get(device, (0, 0))
     if found[0] != CLEAN[0]:
-        raise IndexError(f"rows: expected below {rows}, found {found[0]}")
+        raise IndexError(f"rows: {_expected(limits.rows, 'the rows of the table')}, found {found[0]}")
     if found[3] != CLEAN[3]:
         raise IndexError("offsets must not decrease and must stay inside the positions")
     if found[4] != CLEAN[4]:
         raise ValueError("ids: expected distinct, unknown ids, found one that is already known")
     wrong = found[1] if found[1] != CLEAN[1] else found[2]
-    raise IndexError(f"inverse: expected below {positions}, found {wrong}")
+    raise IndexError(f"inverse: {_expected(limits.positions, 'the rows given')}, found {wrong}")
+
+
+def _expected(limit: int | None, otherwise: str) -> str:
+    return f"expected inside {otherwise}" if limit is None else f"expected below {limit}"
 
 
 def note_duplicates(met: Tensor) -> None:

@@ -140,6 +140,25 @@ def test_what_is_out_of_range_is_skipped_and_raised_once_when_asked(monkeypatch)
         faults.check(chunks[0].device)
 
 
+@needs_triton_somewhere
+def test_no_limit_of_another_table_is_named(monkeypatch):
+    """The note does not tell which launch met the row; only a limit that all launches had is that of its table."""
+    from tessera.kernels.triton_ops import faults
+
+    small, large = (moved(table(rows, 4)[0], "triton") for rows in (16, 64))
+    with use_backend("triton"):
+        monkeypatch.setattr(faults.launch, "INTERPRETED", False)
+        if not torch.cuda.is_available():
+            monkeypatch.setattr(faults.launch, "_device", lambda tensor: contextlib.nullcontext())
+        for chunks, row in ((small, 99), (large, 3)):
+            gather(chunks, *moved([torch.tensor([row])], "triton"), 4)
+        with pytest.raises(IndexError, match="rows: expected inside the rows of the table, found 99"):
+            faults.check(small[0].device)
+        gather(large, *moved([torch.tensor([99])], "triton"), 4)
+        with pytest.raises(IndexError, match="rows: expected below 64, found 99"):
+            faults.check(small[0].device)
+
+
 @needs_triton
 def test_addresses_are_sent_once_per_growth():
     from tessera.kernels.triton_ops.rows import bases_of
