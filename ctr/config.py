@@ -17,6 +17,7 @@ from tessera.ctr.config_types import Config
 from tessera.ctr.data.schema import FeatureConfig
 from tessera.ctr.overrides import compose_overrides, keys_of
 from tessera.ctr.renamed_keys import refuse_all_renamed
+from tessera.ctr.table_settings import typed_tables
 from tessera.embedding.errors import ConfigError, did_you_mean
 
 #: Other names of keys on the command line. `from` cannot be the name of an attribute.
@@ -76,6 +77,7 @@ def typed(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(_explain_type(error, composed)) from None
     assert isinstance(config, Config)
+    config.embedding.tables = typed_tables(config.embedding.tables)
     check(config)
     return config
 

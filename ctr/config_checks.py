@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from tessera.ctr.config_types import Config, EmbeddingConfig
 from tessera.ctr.data.config import check_splits
+from tessera.ctr.table_settings import shortest_ttl_days
 from tessera.ctr.unused_keys import check_unused
 from tessera.embedding import settings
 from tessera.embedding.errors import ConfigError
@@ -15,9 +16,13 @@ def check(config: Config) -> None:
     settings.check(config)
     trainer, optimizer = config.trainer, config.optimizer
     _check_embedding(config.embedding, optimizer.sparse.state_format)
-    if config.embedding.ttl_days is not None and config.embedding.clock == "event" and config.data.schema.time is None:
+    of_table = next(
+        (f"tables.{name}." for name, one in (config.embedding.tables or {}).items() if one.get("ttl_days")), ""
+    )
+    if shortest_ttl_days(config) is not None and config.embedding.clock == "event" and config.data.schema.time is None:
+        where = of_table if config.embedding.ttl_days is None else ""
         raise ConfigError(
-            "embedding.ttl_days is set, but data.schema.time names no column and embedding.clock is event; "
+            f"embedding.{where}ttl_days is set, but data.schema.time names no column and embedding.clock is event; "
             "name the column of event times, or set embedding.clock=wall"
         )
     if trainer.cuda_graphs and not trainer.compile:

@@ -18,6 +18,7 @@ from omegaconf import MISSING
 
 from tessera import conf
 from tessera.ctr.overrides import keys_of
+from tessera.ctr.table_settings import keys_of_table
 from tessera.embedding.settings import comment_of, default_of
 
 COLUMN = 27  # where the meaning of a key begins
@@ -55,6 +56,9 @@ def choices_and_keys(schema: type) -> str:
         kind = typing.get_type_hints(schema)[field.name]
         if isinstance(kind, type) and is_dataclass(kind):
             lines += _listed(kind, field.name, comment_of(field))
+        if field.name == "embedding":
+            own = "what one table has otherwise (embedding.tables.user_id.ttl_days=30): "
+            lines += ["", _wrapped("  embedding.tables.TABLE: ", own + ", ".join(keys_of_table()), 6)]
     return "\n".join(lines) + "\n"
 
 

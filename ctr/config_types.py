@@ -90,6 +90,10 @@ class EmbeddingConfig:
     )
     range: float = setting(0.3, "int formats: the largest value that the first scale allows for", above=0)
     alpt: AlptConfig = section(AlptConfig, "learned scales (ALPT); without it they stay as they begin (LPT)")
+    tables: dict[str, Any] | None = setting(
+        None,
+        "what single tables have otherwise: {user_id: {ttl_days: 30, dim: 8}}; the keys are those of one table, below",
+    )
     pooled_output_dist: str = setting(
         "never",
         "bags travel as sums of owners, not as rows: never | auto: where that is less | always",

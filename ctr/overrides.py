@@ -21,11 +21,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tessera import conf
 from tessera.ctr.renamed_keys import refuse_renamed
+from tessera.ctr.table_overrides import TableOverride, split_off, with_overrides
 from tessera.embedding.errors import ConfigError, did_you_mean
 
 OVERRIDE = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[^=]*)(?P<equals>=)?(?P<value>.*)", re.DOTALL)
@@ -53,13 +54,25 @@ def compose_overrides(overrides: Sequence[str], folders: Sequence[Path], schema:
             choices = [_ready(one, keys, groups, lambda: groups) for one in overrides if _key(one) in groups]
             return {*keys, *groups, *_names(compose("config", overrides=search_path + choices))}
 
+        overrides, tables = split_off(overrides)
         try:
             ready = [_ready(override, keys, groups, known) for override in overrides]
-            return compose("config", overrides=search_path + ready)
+            composed = compose("config", overrides=search_path + ready)
+            return _with_tables(composed, tables) if tables else composed
         except (HydraException, OmegaConfBaseException) as error:
             for override in overrides:
                 _check_free(override, known)
             raise ConfigError(_explain(error)) from None
+
+
+def _with_tables(composed: DictConfig, overrides: Sequence[TableOverride]) -> DictConfig:
+    """Set what overrides say of single tables over what the yaml says."""
+    with open_dict(composed):
+        embedding = composed.setdefault("embedding", {})
+        there = OmegaConf.to_object(OmegaConf.create(embedding.get("tables") or {}))
+        assert isinstance(there, dict)
+        embedding["tables"] = with_overrides(there, overrides)
+    return composed
 
 
 def keys_of(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

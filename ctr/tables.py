@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 
 from tessera.ctr.config import Config
-from tessera.ctr.config_types import SparseConfig
+from tessera.ctr.config_types import EmbeddingConfig, SparseConfig
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.models.tower import Tower
+from tessera.ctr.table_settings import check_named, settings_of
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.no_tables import NoTables
 from tessera.distributed.plan import sums_are_smaller
@@ -34,6 +35,7 @@ def build_tables(config: Config, schema: Schema, tower: Tower, ranks: int) -> Ta
         ConfigError: a key that this kind cannot serve.
     """
     kind = config.embedding.kind
+    check_named(config, schema.tables)
     if not schema.id_names:
         return NoTables(tower.embedding_dims)
     if kind == "static":
@@ -64,7 +66,7 @@ def _static_tables(config: Config, schema: Schema, tower: Tower) -> StaticTables
 
 def _dynamic_tables(config: Config, schema: Schema, tower: Tower, ranks: int) -> DynamicTables:
     embedding = config.embedding
-    _check_exceptions(embedding.formats or {}, tower, schema)
+    _check_exceptions(config, tower, schema)
     _check_names(schema)
     tables = [_dynamic_table(config, tower, name, tuple(of), ranks) for name, of in schema.tables.items()]
     if embedding.alpt.every is not None and not any(table.learns_scales for table in tables):
@@ -100,12 +102,12 @@ def _dynamic_table(
     config: Config, tower: Tower, name: str, features: tuple[str, ...], ranks: int
 ) -> DynamicTableConfig:
     """Return one table's configuration on each of `ranks` ranks, which share its limits."""
-    embedding = config.embedding
+    embedding, sparse = settings_of(config, name)
     table = DynamicTableConfig(
         name=name,
         features=features,
-        groups=tuple(_group(config, name, group, dim) for group, dim in tower.embedding_dims.items()),
-        optimizer=_row_optimizer(config.optimizer.sparse),
+        groups=tuple(_group(config, embedding, name, group, dim) for group, dim in tower.embedding_dims.items()),
+        optimizer=_row_optimizer(sparse),
         seed=config.trainer.seed,
         admission=replace(embedding.admission),
         ttl_seconds=None if embedding.ttl_days is None else int(embedding.ttl_days * 86400),
@@ -127,8 +129,9 @@ def _pools_before_exchange(config: Config, schema: Schema, table: DynamicTableCo
 
     `auto` estimates with the longest bags that the schema allows, and answers no if they have no limit.
     """
-    if config.embedding.pooled_output_dist != "auto":
-        return config.embedding.pooled_output_dist == "always"
+    chosen = settings_of(config, table.name)[0].pooled_output_dist
+    if chosen != "auto":
+        return chosen == "always"
     features = [f for f in schema.categorical if f.name in table.features]
     lengths = [f.max_length if f.kind in BAGS else 1 for f in features]
     limits = [length for length in lengths if length is not None]
@@ -139,16 +142,9 @@ def _pools_before_exchange(config: Config, schema: Schema, table: DynamicTableCo
     return sums_are_smaller(bags, ids, config.embedding.rows, table.width, ranks, weighted=schema.weighted)
 
 
-def _group(config: Config, table: str, name: str, dim: int) -> Group:
-    """Return one group of a table in the format of embedding.formats or, if that makes the row smaller, of
-    embedding.format."""
-    embedding = config.embedding
-    exceptions = embedding.formats or {}
-    format = next((exceptions[key] for key in (f"{table}.{name}", table, name) if key in exceptions), None)
-    if format is None:
-        # A row of few values would not become smaller: it has a scale beside them and fills whole words.
-        smaller = packed_layout(embedding.format, dim, "sgd").bytes < 4 * dim
-        format = embedding.format if smaller else "fp32"
+def _group(config: Config, embedding: EmbeddingConfig, table: str, name: str, dim: int) -> Group:
+    """Return one group of a table with these settings, in the format that `_format` chooses."""
+    format = _format(config.embedding, embedding, table, name, dim)
     if not is_int(format):
         return Group(name, dim, embedding.init_std, format, embedding.rounding)
     scale = embedding.scale or scale_of_range(format, embedding.range)
@@ -158,6 +154,26 @@ def _group(config: Config, table: str, name: str, dim: int) -> Group:
         gradient_scale = (shared * code_range(format)[1]) ** -0.5 if shared else 1.0
         learned = ScaleOptimizer(alpt.lr, alpt.weight_decay, gradient_scale)
     return Group(name, dim, embedding.init_std, format, embedding.rounding, scale, learned)
+
+
+def _format(whole: EmbeddingConfig, own: EmbeddingConfig, table: str, name: str, dim: int) -> str:
+    """Return the format of a group: that of formats for both or for the table, that of the table, that of formats for
+    the group or that of the whole. Those that name no group are left out where they do not make the row smaller."""
+
+    def smaller(format: str) -> str | None:
+        # A row of few values would not become smaller: it has a scale beside them and fills whole words.
+        return format if packed_layout(format, dim, "sgd").bytes < 4 * dim else None
+
+    exceptions = whole.formats or {}
+    has_own = "format" in ((whole.tables or {}).get(table) or {})
+    return (
+        exceptions.get(f"{table}.{name}")
+        or exceptions.get(table)
+        or (smaller(own.format) if has_own else None)
+        or exceptions.get(name)
+        or smaller(own.format)
+        or "fp32"
+    )
 
 
 def _check_names(schema: Schema) -> None:
@@ -172,10 +188,15 @@ def _check_names(schema: Schema) -> None:
             )
 
 
-def _check_exceptions(formats: dict[str, str], tower: Tower, schema: Schema) -> None:
+def _check_exceptions(config: Config, tower: Tower, schema: Schema) -> None:
+    formats = config.embedding.formats or {}
     groups, tables = list(tower.embedding_dims), list(schema.tables)
     known = [*groups, *tables, *(f"{table}.{group}" for table in tables for group in groups)]
     for key in formats:
+        if "format" in ((config.embedding.tables or {}).get(key) or {}):
+            raise ConfigError(
+                f"embedding.formats.{key} and embedding.tables.{key}.format are both set; set one of them"
+            )
         if key not in known:
             hint = did_you_mean(key, known, f"groups are {', '.join(groups)}")
             raise ConfigError(f"embedding.formats.{key} names no table and no group{hint}")

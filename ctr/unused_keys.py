@@ -5,24 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
-from tessera.ctr.config_types import Config, EmbeddingConfig, OptimizerConfig
+from tessera.ctr.config_types import Config, EmbeddingConfig
+from tessera.ctr.table_settings import READ_BY, settings_of, settings_of_all
 from tessera.embedding.errors import ConfigError
 from tessera.kernels.formats import is_int
 
 OF_STATIC = ("kind", "rows", "init_std", "l2")  # of EmbeddingConfig
-#: Keys of optimizer.sparse and optimizer.dense that only some of their optimizers read.
-READ_BY = {
-    "beta1": ("adam",),
-    "beta2": ("adam",),
-    "beta": ("ftrl",),
-    "l1": ("ftrl",),
-    "l2": ("ftrl",),
-    "eps": ("adam", "adagrad", "rowwise_adagrad"),
-    "initial_accumulator": ("adagrad", "rowwise_adagrad"),
-    "state_format": ("adam",),
-}
 
 
 def check_unused(config: Config) -> None:
@@ -31,8 +21,8 @@ def check_unused(config: Config) -> None:
     if config.embedding.kind == "static":
         _check_static(config)
     else:
-        _check_dynamic(config.embedding)
-    _check_optimizers(config.optimizer)
+        _check_dynamic(config)
+    _check_optimizers(config)
 
 
 def _check_static(config: Config) -> None:
@@ -46,38 +36,89 @@ def _check_static(config: Config) -> None:
     _refuse("optimizer.sparse", sparse, ["weight_decay", "initial_accumulator"], dynamic)
 
 
-def _check_dynamic(embedding: EmbeddingConfig) -> None:
-    admission, formats = embedding.admission, [embedding.format, *(embedding.formats or {}).values()]
-    if admission.kind == "none":
-        _refuse("embedding.admission", admission, ["threshold"], "needs embedding.admission.kind; it is none")
-    if admission.kind != "sliding":
-        only = f"only embedding.admission.kind=sliding reads; it is {admission.kind}"
-        _refuse("embedding.admission", admission, ["capacity", "splits"], only)
-    if embedding.alpt.every is None:
-        needs = "needs embedding.alpt.every, which is null: no scale is learned"
-        _refuse("embedding.alpt", embedding.alpt, ["lr", "weight_decay", "gradient_scale"], needs)
-    if all(one == "fp32" for one in formats):
-        _refuse("embedding", embedding, ["rounding"], "only low precision reads; embedding.format is fp32")
-    if not any(is_int(one) for one in formats):
-        _refuse("embedding", embedding, ["scale", "range"], f"only int formats read; embedding.format is {formats[0]}")
-    if embedding.scale is not None:
-        _refuse("embedding", embedding, ["range"], "embedding.scale takes the place of; set one of them")
-    if embedding.max_rows is None and embedding.max_bytes is None:
-        _refuse("embedding", embedding, ["eviction"], "needs a limit: embedding.max_rows or max_bytes")
+def _check_dynamic(config: Config) -> None:
+    """A key of the whole must be read by some table, one of a single table by that table."""
+    for rules in zip(*(_rules(embedding) for embedding, _ in settings_of_all(config)), strict=True):
+        if not any(rule.is_read for rule in rules):
+            section = config.embedding if rules[0].section is None else getattr(config.embedding, rules[0].section)
+            _refuse(_dotted("embedding", rules[0].section), section, rules[0].keys, rules[0].why)
+    for table, given in (config.embedding.tables or {}).items():
+        for rule in _rules(settings_of(config, table)[0]):
+            own = given if rule.section is None else given.get(rule.section, {})
+            for key in rule.keys:
+                if not rule.is_read and key in own:
+                    where = _dotted(f"embedding.tables.{table}", rule.section)
+                    raise ConfigError(f"{where}.{key} is {own[key]}, which {rule.why}")
 
 
-def _check_optimizers(optimizer: OptimizerConfig) -> None:
-    for side in ("sparse", "dense"):
+def _dotted(where: str, section: str | None) -> str:
+    return where if section is None else f"{where}.{section}"
+
+
+class Rule(NamedTuple):
+    """Keys of `embedding`, or of a section in it, whether anything reads them, and what is said if nothing does."""
+
+    section: str | None
+    keys: Sequence[str]
+    is_read: bool
+    why: str
+
+
+def _rules(embedding: EmbeddingConfig) -> list[Rule]:
+    """Return what one table with these settings reads."""
+    kind, learns = embedding.admission.kind, embedding.alpt.every is not None
+    formats = [embedding.format, *(embedding.formats or {}).values()]
+    needs = "needs embedding.alpt.every, which is null: no scale is learned"
+    only = f"only int formats read; embedding.format is {formats[0]}"
+    return [
+        Rule("admission", ["threshold"], kind != "none", "needs embedding.admission.kind; it is none"),
+        Rule(
+            "admission",
+            ["capacity", "splits"],
+            kind == "sliding",
+            f"only embedding.admission.kind=sliding reads; it is {kind}",
+        ),
+        Rule("alpt", ["lr", "weight_decay", "gradient_scale"], learns, needs),
+        Rule(
+            None,
+            ["rounding"],
+            any(one != "fp32" for one in formats),
+            "only low precision reads; embedding.format is fp32",
+        ),
+        Rule(None, ["scale", "range"], any(map(is_int, formats)), only),
+        Rule(None, ["range"], embedding.scale is None, "embedding.scale takes the place of; set one of them"),
+        Rule(
+            None,
+            ["eviction"],
+            embedding.max_rows is not None or embedding.max_bytes is not None,
+            "needs a limit: embedding.max_rows or max_bytes",
+        ),
+    ]
+
+
+def _check_optimizers(config: Config) -> None:
+    optimizer = config.optimizer
+    names_of = {"sparse": [sparse.name for _, sparse in settings_of_all(config)], "dense": [optimizer.dense.name]}
+    for side, used in names_of.items():
         section = getattr(optimizer, side)
         for key, names in READ_BY.items():
-            if hasattr(section, key) and section.name not in names:
-                only = (
-                    f"only {' and '.join(names)} read{'s' * (len(names) == 1)}; optimizer.{side}.name is {section.name}"
+            if hasattr(section, key) and not set(used) & set(names):
+                _refuse(f"optimizer.{side}", section, [key], _only(names, f"optimizer.{side}.name is {section.name}"))
+    for table, given in (config.embedding.tables or {}).items():
+        name = settings_of(config, table)[1].name
+        for key, value in given.get("optimizer", {}).items():
+            if name not in READ_BY.get(key, (name,)):
+                where = f"embedding.tables.{table}.optimizer"
+                raise ConfigError(
+                    f"{where}.{key} is {value}, which {_only(READ_BY[key], f'that of {table} is {name}')}"
                 )
-                _refuse(f"optimizer.{side}", section, [key], only)
     if optimizer.plateau.factor is None:
         needs = "needs optimizer.plateau.factor, which is null: rates are never lowered"
         _refuse("optimizer.plateau", optimizer.plateau, ["patience", "floor"], needs)
+
+
+def _only(names: Sequence[str], found: str) -> str:
+    return f"only {' and '.join(names)} read{'s' * (len(names) == 1)}; {found}"
 
 
 def _refuse(where: str, section: Any, keys: Sequence[str], why: str) -> None:

@@ -255,11 +255,7 @@ class DynamicTables(nn.Module):
         return {} if self.oov is None else {"tables.others": self.oov}  # as saved states name it
 
     def sharders(self) -> list[DynamicSharder | DynamicBagSharder]:
-        fused = {
-            "table_configs": tuple(self.tables),
-            "learning_rate": self.tables[0].optimizer.lr,
-            "tells_missing": self.oov is not None,
-        }
+        fused = {"table_configs": tuple(self.tables), "tells_missing": self.oov is not None}
         registry = codecs(self._transport)
         return [kind(fused, qcomm_codecs_registry=registry) for kind in (DynamicSharder, DynamicBagSharder)]
 

@@ -16,6 +16,7 @@ from tessera.ctr.output_folders import replacing
 from tessera.ctr.renamed_keys import refuse_renamed
 from tessera.ctr.runs.score import run_config
 from tessera.ctr.runs.stored_config import targets_of
+from tessera.ctr.table_overrides import split_off, with_overrides
 from tessera.ctr.tables import build_tables
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.rank import Process
@@ -40,6 +41,7 @@ from tessera.embedding.errors import ConfigError
 from tessera.embedding.table import DynamicTable
 
 KEYS = ("format", "formats", "rounding", "scale", "range", "alpt")
+OF_TABLES = ("format", "rounding", "scale", "range")
 
 
 def convert_run(
@@ -103,6 +105,14 @@ def _converted(
 
 def _target(source: Config, overrides: list[str]) -> Config:
     known = [field.name for field in dataclasses.fields(EmbeddingConfig) if field.name in KEYS]
+    overrides, of_tables = split_off(overrides)
+    for one in of_tables:
+        if one.key not in [(name,) for name in OF_TABLES]:
+            where = f"embedding.tables.{one.table}"
+            raise ConfigError(
+                f"override {'.'.join([where, *one.key])}: a conversion changes the format of rows; expected "
+                + ", ".join(f"{where}.{name}" for name in OF_TABLES)
+            )
     for override in overrides:
         key = override.partition("=")[0]
         refuse_renamed(key)
@@ -111,4 +121,6 @@ def _target(source: Config, overrides: list[str]) -> Config:
             raise ConfigError(f"override {override!r}: a conversion changes the format of rows; expected {expected}")
     merged = OmegaConf.merge(OmegaConf.structured(source), OmegaConf.from_dotlist(overrides))
     assert isinstance(merged, DictConfig)
+    if of_tables:
+        merged.embedding.tables = with_overrides(source.embedding.tables or {}, of_tables)
     return typed(merged)

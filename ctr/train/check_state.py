@@ -10,6 +10,7 @@ from typing import Any
 
 from tessera.ctr.config import Config
 from tessera.ctr.renamed_keys import translate
+from tessera.ctr.table_settings import settings_of
 from tessera.distributed.saved.manifest import TRAINING, CheckpointError, check
 from tessera.distributed.saved.states import Saved
 
@@ -57,6 +58,13 @@ def check_goes_on(saved: Saved, own_command: str, config: Config) -> None:
             raise CheckpointError(
                 f"{saved.name} was trained with optimizer.{side}.name {before}, now it is {now}; "
                 "a run goes on with the same, trainer.warm_start takes what fits"
+            )
+    for table, described in training["tables"].items():
+        before, now = described.get("optimizer"), settings_of(config, table)[1].name
+        if before != now and config.embedding.kind == "dynamic":
+            raise CheckpointError(
+                f"{saved.name}: table {table} was trained with optimizer {before}, now it is {now} "
+                f"(embedding.tables.{table}.optimizer); a run goes on with the same, trainer.warm_start takes what fits"
             )
 
 

@@ -26,6 +26,7 @@ from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.periods import span
 from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.table_settings import shortest_ttl_days
 from tessera.distributed.collectives import gather
 from tessera.distributed.rank import Process
 
@@ -89,7 +90,7 @@ def left_out(rows: int) -> int:
 
 def ttl_in_vain(config: Config, reader: ParquetReader) -> str | None:
     """Return one sentence if rows expire sooner than one batch reaches back; None otherwise."""
-    ttl, times = config.embedding.ttl_days, reader.schema.times
+    ttl, times = shortest_ttl_days(config), reader.schema.times
     if ttl is None or times is None or config.embedding.clock != "event":
         return None
     seconds: float = span(reader.groups, times) or 0
@@ -97,7 +98,15 @@ def ttl_in_vain(config: Config, reader: ParquetReader) -> str | None:
         seconds = min(seconds, reader.period_days * DAY)
     if seconds <= ttl * DAY:
         return None
-    line = f"embedding.ttl_days is {ttl:g}, but a batch holds rows of {seconds / DAY:.1f} days: ids of the first expire"
+    line = (
+        f"{_named(config, ttl)} is {ttl:g}, but a batch holds rows of {seconds / DAY:.1f} days: ids of the first expire"
+    )
     if reader.order == "time":
         return f"{line} while their days are read; data.period_days={ttl:g} or less, or a longer TTL, keeps them"
     return f"{line} as soon as they are trained; data.order=time reads day after day"
+
+
+def _named(config: Config, ttl: float) -> str:
+    """Return the key that this TTL stands in."""
+    tables = (name for name, one in (config.embedding.tables or {}).items() if one.get("ttl_days") == ttl)
+    return "embedding.ttl_days" if config.embedding.ttl_days == ttl else f"embedding.tables.{next(tables)}.ttl_days"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from tessera.ctr.config_types import DenseConfig, OptimizerConfig, SparseConfig
+from tessera.ctr.config_types import DenseConfig, OptimizerConfig
 from tessera.ctr.train.state_parts import FoundState, PartState
 
 
@@ -28,6 +28,7 @@ class Optimizers:
         self.steps = 0
         self.factor = 1.0
         self.dense_lr = self.sparse_lr = 0.0
+        self._rates_of_tables: list[float] = []
         self._set_learning_rates()
 
     def zero_grad(self) -> None:
@@ -63,26 +64,31 @@ class Optimizers:
         self._set_learning_rates()
 
     def after_evaluation(self, evaluations_since_best: int) -> None:
-        """Lower both learning rates on a plateau, as `optimizer.plateau` says."""
+        """Lower the learning rates on a plateau, as `optimizer.plateau` says."""
         plateau = self._config.plateau
         if plateau.factor is not None and evaluations_since_best and evaluations_since_best % plateau.patience == 0:
             self.factor *= plateau.factor
             self._set_learning_rates()
 
     def _set_learning_rates(self) -> None:
-        dense, sparse = self._rate(self._config.dense), self._rate(self._config.sparse)
-        if dense != self.dense_lr:
-            self.dense_lr = dense
+        dense, sparse = self._config.dense, self._config.sparse
+        dense_lr = self._rate(dense.lr, dense.warmup_steps)
+        self.sparse_lr = self._rate(sparse.lr, sparse.warmup_steps)
+        groups = self._fused.param_groups
+        # Tables with a rate of their own follow the same schedule.
+        rates = [self._rate(group.get("initial_lr", sparse.lr), sparse.warmup_steps) for group in groups]
+        if dense_lr != self.dense_lr:
+            self.dense_lr = dense_lr
             for group in self._dense.param_groups:
-                group["lr"] = dense
-        if sparse != self.sparse_lr:
-            self.sparse_lr = sparse
-            for group in self._fused.param_groups:
-                group["lr"] = sparse
+                group["lr"] = dense_lr
+        if rates != self._rates_of_tables:
+            self._rates_of_tables = rates
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
             self._fused.step()  # hands the rate to the kernels; rows move only in the backward pass
 
-    def _rate(self, side: DenseConfig | SparseConfig) -> float:
-        rate = side.lr * min(1.0, (self.steps + 1) / side.warmup_steps) if side.warmup_steps else side.lr
+    def _rate(self, lr: float, warmup_steps: int) -> float:
+        rate = lr * min(1.0, (self.steps + 1) / warmup_steps) if warmup_steps else lr
         return rate if self.factor == 1 else max(rate * self.factor, min(rate, self._config.plateau.floor))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
+from tessera.ctr.table_settings import shortest_ttl_days
 from tessera.ctr.train.clock import Clock
 from tessera.ctr.train.progress import Progress
 from tessera.distributed.rank import Process
@@ -74,6 +75,7 @@ class StepPipeline:
         self._tables, rows = as_sharded(tables), as_dynamic(tables)
         self.overlaps = process.device.type == "cuda" or (rows is not None and rows.prefetches)
         self.stopping = False
+        self._expires = shortest_ttl_days(config) is not None
         self._clock = Clock(config, process)
         self._side = SideStream(process.device)
         self._coming: LookAhead | None = None
@@ -135,7 +137,7 @@ class StepPipeline:
         """Return whether rows may expire, or there is an evaluation, a saved state or the end, between a step and the
         next. The same on all ranks. A log line is not among them: it must not change what is trained."""
         trainer, embedding = self._config.trainer, self._config.embedding
-        expiry = None if embedding.ttl_days is None else embedding.expire_every
+        expiry = embedding.expire_every if self._expires else None
         every = (expiry, trainer.eval_every, trainer.checkpoint.every, trainer.max_steps)
         return self.stopping or any(number is not None and step % number == 0 for number in every)
 

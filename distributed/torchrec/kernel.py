@@ -14,7 +14,7 @@ id, 0 for the others. Both are exact in half precision.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, NamedTuple
@@ -85,15 +85,16 @@ class Request:
     counted: list[Counted] | None = None
 
 
-class RowLearningRate(FusedOptimizer):
-    """Carries the learning rate of the tables where torchrec looks for it. Rows move in the backward pass only."""
+class RowLearningRates(FusedOptimizer):
+    """Carries the learning rates of the tables where torchrec looks for them, a group for each; `initial_lr` is the one
+    that schedules scale. Rows move in the backward pass only."""
 
-    def __init__(self, lr: float) -> None:
-        super().__init__({}, {}, [{"params": [], "lr": lr}])
+    def __init__(self, rates: Sequence[float]) -> None:
+        super().__init__({}, {}, [{"params": [], "lr": lr, "initial_lr": lr} for lr in rates])
 
     @property
-    def lr(self) -> float:
-        return float(self.param_groups[0]["lr"])
+    def rates(self) -> list[float]:
+        return [float(group["lr"]) for group in self.param_groups]
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         pass
@@ -128,7 +129,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         self.phase = Pass.ONLY
         # Per table, between the two passes: the rows, their numbers and the inverse.
         self._updates: list[tuple[TwoPassUpdate, Tensor, Tensor | None]] = []
-        self._optim = RowLearningRate(fused["learning_rate"])
+        self._optim = RowLearningRates([table.config.optimizer.lr for table in self.tables])
         # Autograd runs a function's backward only if some input wants a gradient, and it does not track rows.
         self._handle = torch.zeros((), requires_grad=True)
         for table in config.embedding_tables:
@@ -243,7 +244,6 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         return torch.cat([values, missing if inverse is None else missing[inverse]], 1)
 
     def update(self, grads: Tensor, request: Request) -> None:
-        lr = self._optim.lr
         if self.tells_missing:
             grads = grads[:, :-1]
         grads = grads.contiguous()
@@ -254,7 +254,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
             self._updates = []
             return
         assert request.found is not None
-        for found, part in zip(request.found, parts, strict=True):
+        for found, part, lr in zip(request.found, parts, self._optim.rates, strict=True):
             rows, inverse = found.rows, found.inverse
             if self.phase is Pass.FIRST:
                 self._updates.append((found.where.begin_update(rows, part, inverse, lr, found.ids), rows, inverse))

@@ -192,7 +192,7 @@ class RowWiseDynamic:
 
 
 class DynamicSharder(RowWiseDynamic, EmbeddingCollectionSharder):
-    """Shards an EmbeddingCollection of dynamic tables. `fused_params`: `table_configs` by name, `learning_rate`."""
+    """Shards an EmbeddingCollection of dynamic tables. `fused_params`: `table_configs`, `tells_missing`."""
 
     @property
     def sharded_module_type(self) -> type[ShardedDynamicCollection]:

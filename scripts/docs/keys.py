@@ -9,7 +9,7 @@ import re
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
@@ -21,6 +21,7 @@ from omegaconf import MISSING, OmegaConf
 from tessera.ctr.config import Config, load_config
 from tessera.ctr.config_help import text_of
 from tessera.ctr.data.convert.csv import CsvConfig
+from tessera.ctr.table_settings import TableSettings
 from tessera.embedding.settings import comment_of, default_of
 from tessera.scripts.docs.comments import of_dataclass, of_yaml
 
@@ -78,6 +79,8 @@ def sections() -> Iterator[Section]:
         else:
             kind = type(getattr(composed, field.name))
             yield from _of_dataclass(field.name, kind, _docstring(kind), composed, 2)
+        if field.name == "embedding":
+            yield from _of_tables()
     yield from _of_dataclass("prepare csv", CsvConfig, CSV, None, 2, prefix="")
     yield Section("Experiments", 2, "Choices that belong together: experiment=NAME.", list(_files("experiment")))
 
@@ -130,6 +133,13 @@ def _of_dataclass(
     yield Section(title, level, heading, keys)
     for name, part, said in inner:
         yield from _of_dataclass(name, part, said or _docstring(part), composed, 3)
+
+
+def _of_tables() -> Iterator[Section]:
+    """Yield the sections of the keys of one table, whose defaults are the values of all tables."""
+    for one in _of_dataclass("embedding.tables.TABLE", TableSettings, _docstring(TableSettings), None, 3):
+        keys = [replace(key, default="that of all tables") for key in one.keys]
+        yield replace(one, keys=keys)
 
 
 def _dataclass_in(hint: Any) -> type | None:

@@ -21,6 +21,7 @@ NAMED = {
     "eviction": "lru",
     "format": "int8",
     "formats": "{v: int8}",
+    "tables": "{C1: {ttl_days: 9}}",
     "rounding": "nearest",
     "transport": "bf16",
     "kind": "exact",

@@ -10,6 +10,7 @@ from tessera.ctr import renamed_keys
 from tessera.ctr.config import ALIASES, Config
 from tessera.ctr.data.schema import FeatureConfig
 from tessera.ctr.overrides import keys_of
+from tessera.ctr.table_settings import keys_of_table
 from tessera.scripts.command import COMMANDS
 from tessera.scripts.docs import commands
 from tests.docs.pages import PAGES, names
@@ -40,6 +41,8 @@ def named_keys(text: str) -> set[str]:
 
 def is_known(key: str) -> bool:
     """Also `data.days.test` and `embedding.formats.w`: keys below one that takes a mapping."""
+    if key.startswith("embedding.tables."):
+        return key.split(".", 3)[3] in keys_of_table()
     return key in KNOWN or key.rpartition(".")[0] in {"data.days", "embedding.formats"}
 
 

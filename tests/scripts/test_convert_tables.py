@@ -66,6 +66,7 @@ def test_mistakes_are_one_line(trained, tmp_path):
     assert "it holds thesis and no record" in error(trained, tmp_path, "format=int8")
     assert "embedding.format is 'int3'; expected fp32, fp16" in error(trained, tmp_path / "a", "format=int3")
     assert "a conversion changes the format of rows" in error(trained, tmp_path / "a", "rows=5")
+    assert "expected embedding.tables.C1.format, " in error(trained, tmp_path / "a", "tables.C1.ttl_days=5")
     path = next((trained / "best" / "rows" / "C1").iterdir())
     stored = path.read_bytes()
     path.write_bytes(stored[:-9])
