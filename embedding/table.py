@@ -263,7 +263,7 @@ class DynamicTable:
     def _read(self, rows: Tensor, meta: Tensor) -> RowBatch:
         return self._batch(rows, meta, *self._store.read(rows))
 
-    def _batch(self, rows: Tensor, meta: Tensor, values: Tensor, state: Tensor, steps: Tensor | None) -> RowBatch:
+    def _batch(self, rows: Tensor, meta: Tensor, values: Tensor, state: Tensor, scales: Tensor | None) -> RowBatch:
         return RowBatch(
             ids=meta[:, ID].contiguous(),
             values=values,
@@ -271,7 +271,7 @@ class DynamicTable:
             last_seen=meta[:, LAST_SEEN].contiguous(),
             count=meta[:, COUNT].contiguous(),
             rows=rows,
-            scale=steps,
+            scale=scales,
             period=meta[:, PERIOD].contiguous() if self.config.knows_periods else None,
         )
 

@@ -80,22 +80,24 @@ class Engine:
         teacher_loss = self.distil.loss(logits, batch) if self.distil else 0.0
         check_loss(loss_sum + teacher_loss, self.network, batch, embeddings, self.step)
         watch_gradients(self.network, embeddings)
-        # Ranks hold different numbers of rows and data parallel averages over ranks. With this scale the update is
+        # Ranks hold different numbers of rows and data parallel averages over ranks. With this factor the update is
         # that of the mean over the global batch, however its rows are spread.
-        scale = self.process.world_size / max(ready.weight, 1e-12)
+        loss_scale = self.process.world_size / max(ready.weight, 1e-12)
         self.process.stage = f"step {self.step}: backward"
         self.optimizers.zero_grad()
-        # This updates the rows of tables, too: gradients reach their owners in distributed/torchrec/kernel.py.
-        ((loss_sum + teacher_loss + self._l2(embeddings)) * scale).backward()
+        # This updates the rows of tables, too: kernels/pool.py, torchrec's exchange, `_LookUp.backward` in
+        # distributed/torchrec/kernel.py, `DynamicTable.update`, `RowStore.update`, kernels/update.py.
+        ((loss_sum + teacher_loss + self._l2(embeddings)) * loss_scale).backward()
         check_gradients(self.network.dense_parameters(), self.step)
         self.optimizers.step()
         if learn_scales:
-            self._learn_scales(batch, scale)
+            self._learn_scales(batch, loss_scale)
         self.progress.step += 1
         return loss_sum.detach(), batch.weight.sum()
 
     def expire_if_due(self) -> None:
-        """Remove rows that no batch has touched for their table's TTL, every `embedding.expire_every` steps."""
+        """Remove rows that no batch has touched for their table's TTL, every `embedding.expire_every` steps, among the
+        next EXPIRE_ROWS rows of each table."""
         if self.dynamic and self.step % self.config.embedding.expire_every == 0:
             self.dynamic.expire(self.progress.now)
 
@@ -113,7 +115,7 @@ class Engine:
         assert every is not None  # without it no table has a scale to learn
         return self.step % every == 0
 
-    def _learn_scales(self, batch: Batch, scale: float) -> None:
+    def _learn_scales(self, batch: Batch, loss_scale: float) -> None:
         """Run ALPT's second pass over the batch: the gradient of the loss to the updated rows as they would be rounded,
         and from it the scales with which they are stored. The tower has been updated and takes no part."""
         assert self.dynamic is not None  # no others learn scales
@@ -125,9 +127,9 @@ class Engine:
             check_loss(loss_sum, self.network, batch, embeddings, self.step)
             watch_gradients(self.network, embeddings)
             pooled, l2 = list(embeddings.values()), self._l2(embeddings)
-            grads = list(torch.autograd.grad(loss_sum * scale, pooled))
+            grads = list(torch.autograd.grad(loss_sum * loss_scale, pooled))
             decays = isinstance(l2, Tensor)
-            torch.autograd.backward(pooled + [l2 * scale] * decays, grads + [None] * decays)
+            torch.autograd.backward(pooled + [l2 * loss_scale] * decays, grads + [None] * decays)
 
 
 def prepare_device(config: Config, process: Process) -> None:
