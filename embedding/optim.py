@@ -9,6 +9,7 @@ from torch import Tensor
 from tessera.embedding.settings import setting
 from tessera.kernels.formats import STATE_FORMATS
 from tessera.kernels.optimizers import OPTIMIZERS, OptimizerSettings
+from tessera.kernels.pool import sum_by_row
 
 NUMBERS = OptimizerSettings(learning_rate=0.05)  # of rows, where nothing else is said
 
@@ -78,5 +79,5 @@ def by_age(
     if old is None:
         return [(rows, lr)], grads, inverse
     if inverse is not None:
-        grads = grads.new_zeros((rows.numel(), grads.shape[1])).index_add_(0, inverse, grads)
+        grads = sum_by_row(grads, inverse, rows.numel())
     return [(rows.masked_fill(~old, -1), lr * optimizer.old_rows_factor), (rows.masked_fill(old, -1), lr)], grads, None

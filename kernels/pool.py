@@ -46,6 +46,23 @@ def pool(
     return _Pool.apply(values, index, offsets, weights, keys, widths)  # type: ignore[no-untyped-call]
 
 
+def sum_by_row(values: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Return float32 [rows, w]: for each row the sum of those values float32 [n, w] that `index` (int64 [n],
+    0 <= index < rows) gives to it, in order of position (no race decides about bits); zeros where there are none.
+
+    This is the gradient of bags of one position each. Raises ValueError for wrong dtypes or shapes, IndexError for an
+    index out of range.
+    """
+    check_index("index", index)
+    if values.dtype != torch.float32 or values.dim() != 2 or len(values) != len(index):
+        found = f"{values.dtype} {list(values.shape)}"
+        raise ValueError(f"values: expected float32 [{len(index)}, w], found {found}")
+    offsets = torch.arange(len(index) + 1, device=index.device)
+    ops = backend.ops_for(values) or reference
+    sums: Tensor = ops.pool_backward([values.unsqueeze(1)], index, offsets, None, rows)
+    return sums
+
+
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -140,6 +140,30 @@ def test_rows_come_and_go_as_on_the_cpu(admission, eviction):
     assert all(found[4][key].equal(value) for key, value in expected[4].items())
 
 
+def test_old_rows_are_merged_without_a_race(monkeypatch):
+    """As on the CPU, where positions are added in their order; `index_add_` of floats would be atomic on a GPU."""
+    groups, optimizer = groups_of("fp32"), RowOptimizer("sgd", lr=0.1, old_rows_factor=0.25)
+    config = DynamicTableConfig("t", ("f",), groups, optimizer, seed=3, chunk_rows=64)
+
+    def life(device):
+        table = DynamicTable(config, device)
+        train(table, 2)
+        table.begin_period()
+        train(table, 3)
+        return content(table)
+
+    expected, add = life("cpu"), torch.Tensor.index_add_
+
+    def integers_alone(tensor, *arguments, **more):
+        assert not tensor.is_floating_point()
+        return add(tensor, *arguments, **more)
+
+    with gpu():
+        monkeypatch.setattr(torch.Tensor, "index_add_", integers_alone)
+        found = life("cuda")
+    assert_same(found, expected, exact=True)
+
+
 def test_evaluation_changes_nothing_and_growth_moves_nothing():
     with gpu():
         table = DynamicTable(config_of("rowwise_adagrad"), "cuda")

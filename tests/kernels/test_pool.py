@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from tessera.kernels.backend import available_backends, use_backend
-from tessera.kernels.pool import pool
+from tessera.kernels.pool import pool, sum_by_row
 
 needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
 
@@ -135,3 +135,31 @@ def test_schemas_and_fake_kernels():
         torch.library.opcheck(ops.pool.default, (values, index, offsets, weights, 2, [2, 1]))
         grads = [torch.ones(1, 2, 2), torch.ones(1, 2, 1)]
         torch.library.opcheck(ops.pool_backward.default, (grads, index, offsets, weights, 4))
+
+
+def test_sums_by_row_are_taken_in_order(backend):
+    """Up to 64 values of a row the bits are those of one sum after the other; on a GPU, more are summed in pieces."""
+    generator = torch.Generator().manual_seed(3)
+    index = torch.cat([torch.randint(0, 40, (300,), generator=generator), torch.full((150,), 40)])
+    index = index[torch.randperm(len(index), generator=generator)]
+    values = torch.randn((len(index), 5), generator=generator)
+    sums = sum_by_row(values, index, 43)
+    expected = torch.zeros(43, 5)
+    for row, value in zip(index.tolist(), values, strict=True):
+        expected[row] += value
+    few = torch.arange(43) != 40
+    assert sums[few].equal(expected[few]) and not sums[41:].any()
+    if backend in ("triton", "triton-gpu"):
+        expected[40] = sum(piece.cumsum(0)[-1] for piece in values[index == 40].split(64))
+        torch.testing.assert_close(sums[40], expected[40])
+        assert sums.equal(sum_by_row(values, index, 43))
+    else:
+        assert sums[40].equal(expected[40])
+    assert sum_by_row(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), 2).equal(torch.zeros(2, 5))
+
+
+def test_sums_by_row_refuse_what_does_not_fit(backend):
+    with pytest.raises(ValueError, match=r"values: expected float32 \[2, w\], found torch.float32 \[3, 1\]"):
+        sum_by_row(torch.ones(3, 1), torch.tensor([0, 1]), 2)
+    with pytest.raises(IndexError):
+        sum_by_row(torch.ones(2, 1), torch.tensor([0, 2]), 2)
