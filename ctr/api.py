@@ -137,15 +137,20 @@ def evaluate(
 
 @contextmanager
 def _process(config: Config) -> Iterator[Process]:
-    """Yield a process group for one call, and close it at the end."""
+    """Yield a process group for one call, and close it at the end; then the precision of matrices (`trainer.tf32`) is
+    what it was before."""
+    import torch
     import torch.distributed as dist
 
     from tessera.distributed import process as processes
 
     if dist.is_initialized():
         raise ConfigError("torch.distributed is in use in this process; expected no process group, one is made here")
+    matrices, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matrices.allow_tf32, convolutions.allow_tf32
     process = processes.start(config.trainer.device, config.trainer.timeout_seconds)
     try:
         yield process
     finally:
         processes.stop(process)
+        matrices.allow_tf32, convolutions.allow_tf32 = before

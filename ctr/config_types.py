@@ -207,6 +207,9 @@ class TrainerConfig:
         None, "threads of dense math per rank; null: cores divided by the ranks of this host", at_least=1
     )
     amp: bool = setting(False, "run the tower in bfloat16")
+    tf32: bool = setting(
+        True, "on a GPU: multiply float32 matrices of the tower in TF32, of 10 bits precision, several times faster"
+    )
     compile: bool = setting(
         False, "run the tower through torch.compile: slow to start (minutes), then faster or not, by model"
     )

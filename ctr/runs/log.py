@@ -69,7 +69,9 @@ class RunLog:
         """Write what the run is made of. Not before it is known to go on: a job that is refused changes nothing."""
         (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(self._config), resolve=True))
         (self.folder / "plan.txt").write_text(self._plan + "\n")
-        (self.folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+        (self.folder / "versions.json").write_text(
+            json.dumps(versions() | precision(self._process.device), indent=2) + "\n"
+        )
         copy_teacher(self._config, self.folder)
 
     def begin(self, step: int, state: dict | None) -> None:
@@ -350,3 +352,11 @@ def copy_teacher(config: Config, folder: Path) -> None:
 def versions() -> dict[str, str]:
     """Return the versions of what a result depends on."""
     return installed_versions(PACKAGES)
+
+
+def precision(device: torch.device) -> dict[str, str]:
+    """Return how a GPU multiplies float32 matrices (`trainer.tf32`), which a result depends on as it does on
+    versions; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"float32 matrices": "TF32" if torch.backends.cuda.matmul.allow_tf32 else "float32"}

@@ -28,7 +28,7 @@ from tessera.ctr.runs.log import copy_teacher
 from tessera.ctr.runs.saved_model import fill_model, has_model, load_model
 from tessera.ctr.runs.slice_columns import SliceColumn
 from tessera.ctr.runs.stored_config import read_config, targets_of
-from tessera.ctr.train.engine import set_threads
+from tessera.ctr.train.engine import set_tf32, set_threads
 from tessera.ctr.train.evaluate import evaluate, read_split
 from tessera.ctr.train.find_state import find_saved
 from tessera.ctr.train.state_parts import BEST
@@ -85,6 +85,7 @@ def score_run(
     tables do not know.
     """
     set_threads(config)
+    set_tf32(config, process)
     config.trainer.shuffle = False  # so that predictions carry the places of their rows, also those of training data
     schema = Schema(config.data.schema)
     reader = read_split(config, schema, process, split)

@@ -133,7 +133,7 @@ class Engine:
 
 
 def prepare_device(config: Config, process: Process) -> None:
-    """Give each rank of a host an equal part of its cores, unless `trainer.threads` says how many.
+    """Prepare this process for a run: `set_threads` and `set_tf32`.
 
     Raises ConfigError: this run's device cannot do what is configured.
     """
@@ -143,6 +143,7 @@ def prepare_device(config: Config, process: Process) -> None:
             "set trainer.device=cuda or trainer.cuda_graphs=false"
         )
     set_threads(config)
+    set_tf32(config, process)
 
 
 def set_threads(config: Config) -> None:
@@ -150,3 +151,10 @@ def set_threads(config: Config) -> None:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(config.trainer.threads or max(1, cores // local_ranks))
+
+
+def set_tf32(config: Config, process: Process) -> None:
+    """Have a GPU multiply and convolve float32 matrices in TF32 or in full precision, as `trainer.tf32` says. On a CPU
+    nothing changes."""
+    if process.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.trainer.tf32
