@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from tessera.ctr.config import load_config
 from tessera.ctr.train.trainer import Trainer
@@ -21,7 +20,6 @@ from tests.ctr.train.states import (
     write_data,
 )
 from tests.ctr.train.warm_ranks import WarmRanks
-from tests.distributed.saved_tables import alone
 
 ROWS, BATCH = 1500, 100
 CACHE = ["embedding.cache_rows=450"]  # table `d` has a new id in every row: two batches bring 200, the run 1500
@@ -123,18 +121,16 @@ def test_a_run_with_a_cache_that_was_asked_to_stop_goes_on(ranks, data, tmp_path
     assert without_cache(metrics_of(parts)) == without_cache(metrics_of(whole))
 
 
-def test_the_next_batch_is_begun_unless_something_looks_at_the_tables_first(data, tmp_path):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def test_the_next_batch_is_begun_unless_something_looks_at_the_tables_first(process, data, tmp_path):
     when = ["trainer.eval_every=7", "trainer.checkpoint.every=5", "trainer.max_steps=13", f"trainer.batch_size={BATCH}"]
     config = load_config(arguments(data, tmp_path / "run", *CACHE, *when), "")
-    trainer = Trainer(config, alone())
+    trainer = Trainer(config, process)
     prepare, begun_in = trainer.engine.tables.prepare, []
     trainer.engine.tables.prepare = lambda *of_batch: (begun_in.append(trainer.engine.step), prepare(*of_batch))
     trainer.fit()
     evaluation, state = (7,), (5, 10)  # a line of the log, behind every third step, is not among them
     alone_steps = (0, *evaluation, *state)
     assert begun_in == [step if step in alone_steps else step - 1 for step in range(13)]
-    dist.destroy_process_group()
 
 
 def test_a_cache_that_is_too_small_is_one_line(ranks, data, tmp_path):

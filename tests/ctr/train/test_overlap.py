@@ -7,13 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from tessera.ctr.config import load_config
 from tessera.ctr.train.trainer import Trainer
 from tests.ctr.train.states import arguments, metrics_of, newest, tensors_of_state, write_data
 from tests.ctr.train.test_cache import BATCH, ROWS, assert_same_states, trained
-from tests.distributed.saved_tables import alone
 
 STATIC = ["embedding=static", "embedding.rows=400", "optimizer.sparse.name=rowwise_adagrad"]
 #: The last step of the epoch has other sizes on the two ranks.
@@ -51,20 +49,18 @@ def test_an_overlapped_run_is_the_run_without(ranks, data, tmp_path, setting):
     assert tensors_of_state(newest(stopped)) == tensors_of_state(newest(plain))
 
 
-def test_what_is_ahead_when(data, tmp_path):
+def test_what_is_prefetched_when(process, data, tmp_path):
     """The next batch is begun before a step's forward pass and sent behind it, unless something looks in between."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     when = ["trainer.checkpoint.every=5", "trainer.max_steps=8", f"trainer.batch_size={BATCH}"]
-    trainer = Trainer(load_config(arguments(data, tmp_path / "run", *when), ""), alone())
+    trainer = Trainer(load_config(arguments(data, tmp_path / "run", *when), ""), process)
     assert not trainer.engine.pipeline.overlaps
     trainer.engine.pipeline.overlaps, happened = True, []
     for name in ("prepare", "begin_step", "send_prepared"):
         noted = functools.partial(
-            lambda name, call, *a: (happened.append((trainer.engine.step, name)), call(*a))[1], name
+            lambda name, call, *a, **k: (happened.append((trainer.engine.step, name)), call(*a, **k))[1], name
         )
         setattr(trainer.engine.tables, name, functools.partial(noted, getattr(trainer.engine.tables, name)))
     trainer.fit()
-    dist.destroy_process_group()
     begun_in = [step for step, name in happened if name == "prepare"]
     assert begun_in == [0, 0, 1, 2, 3, 5, 5, 6]  # a state behind 5 steps; log lines behind 3 and 6 do not count
     assert [name for step, name in happened if step == 1] == ["begin_step", "prepare", "send_prepared"]
