@@ -31,7 +31,11 @@ def load_config(arguments: Sequence[str], description: str) -> Config:
         ConfigError: an unknown key or group (with the nearest known one), or a value of the wrong type.
         SystemExit: after `--help` or `--cfg`, which only print.
     """
-    options = config_parser(description).parse_intermixed_args(arguments)
+    return config_of(config_parser(description).parse_intermixed_args(arguments))
+
+
+def config_of(options: argparse.Namespace) -> Config:
+    """Compose the configuration from what `config_parser`, or one with more options, has parsed; as `load_config`."""
     for folder in options.config_dir:
         if not Path(folder).is_dir():
             raise ConfigError(f"--config-dir {folder} is not a folder")

@@ -52,3 +52,12 @@ def codecs(transport: str) -> dict[str, QuantizedCommCodecs] | None:
         CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: both,
         CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER.name: both,  # the pooled output dist; partial sums are added in float32
     }
+
+
+def bytes_of_number(transport: str) -> tuple[int, int]:
+    """Return how many bytes a number takes on its way: of a row, and of a gradient."""
+    registry = codecs(transport)
+    if registry is None:
+        return 4, 4
+    one = registry[CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name]
+    return one.forward.quantized_dtype.itemsize, one.backward.quantized_dtype.itemsize

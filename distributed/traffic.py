@@ -1,0 +1,133 @@
+"""Count the bytes that one rank sends to the others in a training step, by collective.
+
+The figures follow from what `dynamic_tables.py` and torchrec do, and are held to the bytes that real ranks send by
+`tests/ctr/plan/test_counted.py`. What stays on its rank is left out. Owners are balanced, as ids travel mixed, so each
+rank sends to each other one alike, and all ranks are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tessera.distributed.torchrec.codecs import bytes_of_number
+
+KINDS = ("all_to_all", "all_gather", "all_reduce")
+INT32, INT64, FLOAT32, FLOAT64 = 4, 8, 4, 8
+BUCKET, FIRST_BUCKET = 25 << 20, 1 << 20  # of torch's DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of message of a step. kind: one of KINDS; calls: per step; sent: bytes of one rank to all others.
+
+    on_host: it goes through the host (gloo) on GPUs, too, and the step waits for it.
+    """
+
+    name: str
+    kind: str
+    calls: float
+    sent: float
+    on_host: bool = False
+
+
+@dataclass(frozen=True)
+class TableLoad:
+    """What one rank asks of one table in a step. columns: of an answer; features: that are looked up in it.
+
+    ids: all of them; distinct: those that differ. pooled: its bags are summed by owners, so that all ids travel.
+    """
+
+    name: str
+    columns: int
+    features: int
+    ids: float
+    distinct: float
+    pooled: bool = False
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What is sent is the same for all tables: ranks, precision, and what travels with ids.
+
+    rows: of one rank's batch, padding included. ages: rows have event times. weights: ids of bags have weights.
+    """
+
+    ranks: int
+    rows: int
+    transport: str = "fp32"
+    ages: bool = False
+    weights: bool = False
+
+    @property
+    def others(self) -> int:
+        return self.ranks - 1
+
+    def share(self, count: float) -> float:
+        """Return how many of `count` evenly owned things belong to other ranks."""
+        return count * self.others / self.ranks
+
+
+def of_tables(exchange: Exchange, tables: Sequence[TableLoad]) -> list[Collective]:
+    """Return what the tables send in one forward and backward pass: ids with what travels with them, rows, gradients;
+    none on one rank."""
+    if exchange.ranks == 1:
+        return []
+    rows = [table for table in tables if not table.pooled]
+    pooled = [table for table in tables if table.pooled]
+    return [*(_of_rows(exchange, rows) if rows else []), *(_of_pooled(exchange, pooled) if pooled else [])]
+
+
+def _of_rows(exchange: Exchange, tables: Sequence[TableLoad]) -> list[Collective]:
+    distinct = exchange.share(sum(table.distinct for table in tables))
+    values = exchange.share(sum(table.distinct * table.columns for table in tables))
+    of_row, of_gradient = bytes_of_number(exchange.transport)
+    count = FLOAT64 if exchange.ages else FLOAT32  # the age is packed with the count
+    return [
+        Collective("sizes", "all_to_all", 2, exchange.others * (4 * INT64 + len(tables) * INT32)),
+        Collective("ids", "all_to_all", 1, distinct * INT64),
+        Collective("counts", "all_to_all", 1, distinct * count),
+        Collective("rows", "all_to_all", 1, values * of_row),
+        Collective("gradients", "all_to_all", 1, values * of_gradient),
+    ]
+
+
+def _of_pooled(exchange: Exchange, tables: Sequence[TableLoad]) -> list[Collective]:
+    ids = exchange.share(sum(table.ids for table in tables))
+    bags = exchange.rows * sum(table.features for table in tables)
+    values = exchange.others * exchange.rows * sum(table.features * table.columns for table in tables)
+    of_sum, of_gradient = bytes_of_number(exchange.transport)
+    sizes = exchange.others * ((3 + exchange.weights) * INT64 + bags * INT32)
+    found = [
+        Collective("sizes of bags", "all_to_all", 2, sizes),
+        Collective("ids of bags", "all_to_all", 1, ids * INT64),
+        Collective("sums of bags", "all_to_all", 1, values * of_sum),
+        Collective("gradients of bags", "all_to_all", 1, values * of_gradient),
+    ]
+    if exchange.weights:
+        found.append(Collective("weights of bags", "all_to_all", 1, ids * FLOAT32))
+    if exchange.ages:
+        found.append(Collective("ages of rows", "all_gather", 1, exchange.others * exchange.rows * INT64))
+    return found
+
+
+def repeated(collectives: Sequence[Collective], share: float) -> list[Collective]:
+    """Return the same messages for steps of which a share has a second pass. Ages are known from the first one."""
+    return [
+        one if one.name == "ages of rows" else replace(one, calls=one.calls * (1 + share), sent=one.sent * (1 + share))
+        for one in collectives
+    ]
+
+
+def of_dense(ranks: int, parameters: int) -> list[Collective]:
+    """Return the sum of the dense gradients over ranks, as a ring sends it. parameters: their number, float32."""
+    if ranks == 1 or not parameters:
+        return []
+    nbytes = FLOAT32 * parameters
+    buckets = 1 + max(0, -(-(nbytes - FIRST_BUCKET) // BUCKET))
+    return [Collective("dense gradients", "all_reduce", buckets, ring(nbytes, ranks))]
+
+
+def ring(nbytes: float, ranks: int) -> float:
+    """Return what a rank sends in a sum over all ranks: each sends its share around twice."""
+    return 2 * nbytes * (ranks - 1) / ranks
