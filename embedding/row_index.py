@@ -50,9 +50,17 @@ class RowIndex:
         return self.map.find(ids)
 
     def add(self, ids: Tensor, mark: int, period: int = 0) -> Tensor:
-        """Give rows to distinct, unknown ids. Their time and count are left to `touch`. Returns rows int64 [n]."""
+        """Give rows to distinct, unknown ids. Their time and count are left to `touch`. Returns rows int64 [n].
+
+        Raises torch.OutOfMemoryError where a GPU has no memory for them; then none of the ids has a row.
+        """
         rows = self._take_rows(ids.numel())
-        self.map.insert(ids, rows)
+        try:
+            self.map.insert(ids, rows)
+        except torch.OutOfMemoryError:
+            self.map.erase(ids)
+            self._give_back(rows.flip(0))
+            raise
         self.write(rows, 0, 0, ids, mark, period)
         return rows
 
@@ -139,8 +147,8 @@ class RowIndex:
 
     def grow_to(self, end: int) -> None:
         """Provide memory for rows [0, end), the new ones free. Memory beyond is not touched."""
-        begin, self.end = self.end, max(self.end, end)
         self._add_chunks(end)
+        begin, self.end = self.end, max(self.end, end)
         while begin < end:
             chunk, row = divmod(begin, self._chunk_rows)
             self.meta[chunk][row : row + end - begin] = 0
@@ -174,7 +182,12 @@ class RowIndex:
         self._free_count = self._free.numel()
         self._cursor = int(state["cursor"])
 
+    def end_with(self, wanted: int) -> int:
+        """Return what `end` will be when `wanted` more rows are taken."""
+        return self.end + max(0, wanted - self._free_count)
+
     def _take_rows(self, wanted: int) -> Tensor:
+        self._add_chunks(self.end_with(wanted))
         reused = min(wanted, self._free_count)
         self._free_count -= reused
         rows = self._free[self._free_count : self._free_count + reused].flip(0)

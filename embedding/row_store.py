@@ -93,8 +93,14 @@ class RowStore:
         """Provide memory for rows [0, end). A new chunk is not touched before its rows are."""
         while self._reserved < end:
             for group in self.groups:
-                group.grow()
+                if len(group.chunks) * self._config.chunk_rows == self._reserved:  # or it grew when another could not
+                    group.grow()
             self._reserved += self._config.chunk_rows
+
+    def bytes_to_grow(self, end: int) -> int:
+        """Return the bytes that `grow_to` will take, with those of the rows' places in the index."""
+        chunks = -(-max(0, end - self._reserved) // self._config.chunk_rows)
+        return chunks * self._config.chunk_rows * self._config.bytes_per_row
 
     def reserve(self, rows: int) -> None:
         """Commit the memory of rows [0, rows), none of which was written."""

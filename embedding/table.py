@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tessera.embedding import growth
 from tessera.embedding.admission import admission_filter
 from tessera.embedding.alpt import TwoPassUpdate
 from tessera.embedding.cold_rows import ColdRows
@@ -64,7 +65,8 @@ class DynamicTable:
         if it passes, and all rows are touched; call it on every step, without ids too. Otherwise nothing changes:
         `now` and `counts` are not used.
 
-        Raises TableFull at the limit if the policy is to raise, or if the batch alone needs more rows.
+        Raises TableFull at the limit if the policy is to raise, if the batch alone needs more rows, or where a GPU has
+        no memory for more; ids then have the rows that they had.
         """
         rows = self._index.find(ids)
         if not training:
@@ -109,8 +111,7 @@ class DynamicTable:
 
     def _add(self, ids: Tensor) -> Tensor:
         """Add rows for new ids, with their initial values; return them."""
-        rows = self._index.add(ids, self._mark, self._period)
-        self._store.grow_to(self._index.end)
+        rows = growth.take_rows(self.config, self._index, self._store, ids, self._mark, self._period)
         self._store.initialise(rows, ids, self.init_values)
         if self._cold is not None:
             self._cold.add(rows)
@@ -303,11 +304,10 @@ class DynamicTable:
             snapshot.save_old(rows)
 
     def reserve(self, rows: int) -> None:
-        """Reserve memory for the rows of an import at once, which takes less time. Does nothing unless empty."""
+        """Reserve memory for the rows of an import at once, unless rows are in use. Raises TableFull as `lookup`."""
         if not self._index.end:
             rows = rows if self._limit is None else min(rows, self._limit)
-            self._index.reserve(rows)
-            self._store.reserve(rows)
+            growth.reserve(self.config, self._index, self._store, rows)
 
     def import_rows(self, batch: RowBatch) -> None:
         """Import rows as they are; a known id is replaced. Raises TableFull as `lookup`.
@@ -328,7 +328,8 @@ class DynamicTable:
             unknown = (rows < 0).nonzero().flatten()
             if unknown.numel():
                 self._make_room(unknown.numel(), spare=rows)
-                rows[unknown] = self._index.add(batch.ids[unknown], self._mark)
+                taken = batch.ids[unknown], self._mark, self._period
+                rows[unknown] = growth.take_rows(self.config, self._index, self._store, *taken)
         self._store.grow_to(self._index.end)
         self._save_for_snapshots(rows)
         period = BEFORE if batch.period is None else batch.period
