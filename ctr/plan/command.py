@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import MISSING
 
 from tessera.ctr.config import Config
+from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.plan.estimate import Planner
 from tessera.ctr.plan.hardware import hardware
@@ -54,6 +54,7 @@ def plan(config: Config, options: PlanOptions) -> None:
     known = _statistics(config, schema, options)
     planner = Planner(config, schema, known, machine, options.ranks_per_host, options.samples, options.rows_per_rank)
     chosen = planner.plan(options.ranks)
+    print(known.method(), end="\n\n")
     print(table_of_tables(chosen, planner.samples), table_of_collectives(chosen), sep="\n\n", end="\n\n")
     plans, refused = [], []
     for ranks in _numbers_of_ranks(options.ranks):
@@ -98,11 +99,13 @@ def _check(options: PlanOptions) -> None:
 def _statistics(config: Config, schema: Schema, options: PlanOptions) -> Statistics:
     if options.statistics is not None:
         return from_file(options.statistics, schema)
-    if config.data.path == MISSING or config.data.train is None:
-        key = "data.train is null" if config.data.path != MISSING else "data.path is not set"
-        raise ConfigError(f"{key} and there is no --statistics; a plan needs the data or statistics of it")
+    if config.data.train is None:
+        raise ConfigError("data.train is null and there is no --statistics; a plan needs the data or statistics of it")
     process = Process(0, 0, 1, torch.device("cpu"), dist.HashStore())
-    reader = read_split(config, schema, process, "train")
+    try:
+        reader = read_split(config, schema, process, "train")
+    except DataError as error:
+        raise DataError(f"{error}; or plan from --statistics") from None
     assert reader is not None
     known = from_data(reader, schema, options.batches or max(BATCHES, -(-SAMPLE_ROWS // config.trainer.batch_size)))
     if options.write_statistics is not None:

@@ -40,14 +40,19 @@ BOUNDS = ("memory", "tower", "host", "latency", "bandwidth")
 
 @dataclass(frozen=True)
 class TablePlan:
-    """One table over all ranks. size: with expected rows; values, state, bookkeeping: bytes of a row. distinct: ids
-    that one rank asks for in a step; owned: ids of all ranks that one owner looks up."""
+    """One table over all ranks.
+
+    size: with expected rows. values, state, bookkeeping: bytes of a row. ids: that one rank looks up in a step;
+    hottest: share of the rows that hold the most frequent one; distinct: ids that it asks for. owned: ids that one
+    owner looks up for all ranks.
+    """
 
     size: TableSize
     values: int
     state: int
     bookkeeping: int
     ids: float
+    hottest: float
     distinct: float
     owned: float
 
@@ -149,8 +154,9 @@ class Planner:
         )
         stored = table.stored_bytes
         asked, share = known.distinct(batch / ranks), known.distinct(batch) / ranks
+        ids = known.ids * batch / ranks
         return TablePlan(
-            whole, values, stored - values, size.row_bytes - stored, known.ids * batch / ranks, asked, share
+            whole, values, stored - values, size.row_bytes - stored, ids, known.in_batch.hottest, asked, share
         )
 
     def _collectives(
@@ -180,13 +186,13 @@ class Planner:
     ) -> dict[str, float]:
         """Return the milliseconds of a step by what they go to. rows: of one rank."""
         hardware, count = self.hardware, len(tables)
-        flops = hardware.tflop_s_amp if self.config.trainer.amp else hardware.tflop_s
+        flops = hardware.flops(tf32=self.config.trainer.tf32, amp=self.config.trainer.amp)
         moved = sum(_moved(table, rows) for table in tables) + 7 * FLOAT32 * self.cost.parameters  # Adam's passes
         host = hardware.step_us + count * (hardware.table_us if ranks == 1 else hardware.table_many_us)
         host += hardware.table_rank_us * count * (ranks if ranks > 1 else 0)
         return {
             "memory": moved / (hardware.memory_gb_s * 1e6),
-            "tower": self.cost.flops * rows / (flops * 1e9),
+            "tower": 1e3 * self.cost.flops * rows / flops,
             "host": host / 1e3,
             "latency": sum(self._latency_us(one, ranks) for one in collectives) / 1e3,
             "bandwidth": self._bandwidth_ms(sum(one.sent for one in collectives), ranks),

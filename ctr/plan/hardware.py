@@ -13,8 +13,8 @@ from tessera.embedding.errors import ConfigError, did_you_mean
 class Hardware:
     """One rank's device and its network. GB are 1e9 bytes; us are microseconds.
 
-    memory_gib: of one rank, for tables. memory_gb_s: of reading and writing rows. tflop_s, tflop_s_amp: of matrix
-    products in float32 and, with trainer.amp, in bfloat16. inside_*: to ranks of the same host, between_*: to other
+    memory_gib: of one rank, for tables. memory_gb_s: of reading and writing rows. tflop_s, tflop_s_tf32, tflop_s_amp: of
+    matrix products in float32, with trainer.tf32 (on GPUs), and with trainer.amp. inside_*: to ranks of the same host, between_*: to other
     hosts; *_gb_s: what one rank sends a second, *_us: what one message takes beside its bytes. call_us: what a
     collective takes to begin. host_us: as between_us, of messages that go through the host on GPUs too. step_us: the
     host's work of a step; table_us: for each table on one rank; table_many_us: where there are several; table_rank_us:
@@ -24,6 +24,7 @@ class Hardware:
     memory_gib: float
     memory_gb_s: float
     tflop_s: float
+    tflop_s_tf32: float
     tflop_s_amp: float
     inside_gb_s: float
     inside_us: float
@@ -37,11 +38,17 @@ class Hardware:
     table_rank_us: float
     overlaps: bool = True
 
+    def flops(self, *, tf32: bool, amp: bool) -> float:
+        """Return the operations of matrix products in a second."""
+        found = self.tflop_s_amp if amp else self.tflop_s_tf32 if tf32 and self.overlaps else self.tflop_s
+        return found * 1e12
+
 
 _H100 = Hardware(
     memory_gib=80,
     memory_gb_s=1500,  # half of a copy, as rows lie scattered
     tflop_s=40,
+    tflop_s_tf32=200,
     tflop_s_amp=400,
     inside_gb_s=250,
     inside_us=1.5,
@@ -60,6 +67,7 @@ PRESETS = {
         memory_gib=64,
         memory_gb_s=5,
         tflop_s=0.4,
+        tflop_s_tf32=0.4,  # there is none
         tflop_s_amp=0.4,
         inside_gb_s=3,
         inside_us=20,
@@ -73,7 +81,9 @@ PRESETS = {
         table_rank_us=0.3,
         overlaps=False,
     ),
-    "a100": replace(_H100, memory_gb_s=750, tflop_s=15, tflop_s_amp=150, inside_gb_s=180, between_gb_s=20),
+    "a100": replace(
+        _H100, memory_gb_s=750, tflop_s=15, tflop_s_tf32=80, tflop_s_amp=150, inside_gb_s=180, between_gb_s=20
+    ),
     "h100": _H100,
     "h200": replace(_H100, memory_gib=141, memory_gb_s=2100),
 }

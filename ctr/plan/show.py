@@ -16,9 +16,9 @@ DASHES = ((None, None), (2, 2))  # rows and gradients are often one line, and so
 def table_of_tables(plan: RanksPlan, samples: int) -> str:
     """Return rows and bytes of each table as text."""
     lines = [
-        f"tables on {_ranks(plan.ranks)}, rows expected after {samples:,} samples:",
+        f"tables on {_ranks(plan.ranks)}, rows expected after {samples:,} samples; ids of one rank and step:",
         f"{'table':<20}{'rows':>14}{'values':>8}{'state':>7}{'other':>7}{'bytes/row':>10}{'in all':>11}{'per rank':>11}"
-        f"{'ids/rank':>10}{'asked':>9}{'owned':>9}",
+        f"{'ids':>9}{'hottest':>9}{'asked':>9}{'owned':>9}",
     ]
     for table in plan.tables:
         whole, note = table.size, " (sums of owners)" if table.size.summed_by_owner else ""
@@ -27,14 +27,14 @@ def table_of_tables(plan: RanksPlan, samples: int) -> str:
         lines.append(
             f"{whole.name:<20}{whole.rows:>14,}{table.values:>8}{table.state:>7}{table.bookkeeping:>7}"
             f"{whole.row_bytes:>10}{size(whole.bytes):>11}{size(whole.bytes / plan.ranks):>11}"
-            f"{table.ids:>10,.0f}{table.distinct:>9,.0f}{table.owned:>9,.0f}{note}"
+            f"{table.ids:>9,.0f}{table.hottest:>9.1%}{table.distinct:>9,.0f}{table.owned:>9,.0f}{note}"
         )
     sums = (sum(getattr(table, key) for table in plan.tables) for key in ("ids", "distinct", "owned"))
     ids, distinct, owned = sums
     rows, in_all = sum(table.size.rows for table in plan.tables), sum(table.size.bytes for table in plan.tables)
     lines.append(
         f"{'in all':<20}{rows:>14,}{'':>32}{size(in_all):>11}{size(plan.table_bytes):>11}"
-        f"{ids:>10,.0f}{distinct:>9,.0f}{owned:>9,.0f}"
+        f"{ids:>9,.0f}{'':>9}{distinct:>9,.0f}{owned:>9,.0f}"
     )
     return "\n".join(lines)
 

@@ -31,6 +31,11 @@ class Spectrum:
         """Distinct ids of the sample."""
         return sum(self.ids.values())
 
+    @property
+    def hottest(self) -> float:
+        """Share of the rows that hold the most frequent id, or the mean of a few like it."""
+        return max(self.ids, default=0) / self.rows
+
     def distinct(self, rows: float) -> float:
         """Return the expected number of distinct ids in so many rows."""
         if rows > self.rows:

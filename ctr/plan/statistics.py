@@ -44,6 +44,16 @@ class Statistics:
     rows: int
     tables: dict[str, TableStatistics]
 
+    def method(self) -> str:
+        """Return in one sentence where figures of distinct ids come from."""
+        if not self.tables:
+            return "there are no tables"
+        table = next(iter(self.tables.values()))
+        return (
+            f"distinct ids follow from how many of a batch's {table.in_batch.rows:,} rows hold each id; those of more "
+            f"rows from all {table.in_sample.rows:,} that were read; beyond these they are a guess"
+        )
+
     def to_file(self, path: Path) -> None:
         """Write them as JSON."""
         lines = [

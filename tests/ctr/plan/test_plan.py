@@ -11,12 +11,13 @@ from tessera.ctr.config import load_config
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.network import build_tower
 from tessera.ctr.plan.estimate import BOUNDS, Planner
-from tessera.ctr.plan.hardware import PRESETS, hardware
+from tessera.ctr.plan.hardware import NUMBERS, PRESETS, hardware
 from tessera.ctr.plan.statistics import from_file
 from tessera.ctr.plan.tower_cost import cost_of
 from tessera.ctr.tables import build_tables
 from tessera.scripts.plan import main
 from tests.ctr.plan.data import BATCH, ROWS, statistics_of, write
+from tests.ranks import ROOT
 
 SMALL = ["model.hidden=[16]", "model.embedding_dim=8"]
 
@@ -73,7 +74,7 @@ def test_what_bounds_a_step_is_what_it_takes_longest(data):
     plan = planner(data).plan(1024)
     assert plan.hosts == 128 and plan.bound == "latency" and plan.step_ms >= plan.ms["latency"]
     slow = planner([*data, "model.hidden=[64]"])
-    slow.hardware = hardware("h100", ["tflop_s=0.000001"])
+    slow.hardware = hardware("h100", ["tflop_s_tf32=0.000001"])
     assert slow.plan(1).bound == "tower"
 
 
@@ -132,6 +133,10 @@ def test_statistics_are_the_same_behind_a_file(data, tmp_path):
         (["--output", "nowhere/plan.svg"], "--output nowhere/plan.svg: no folder nowhere"),
         (["--statistics", "nowhere.json"], "--statistics nowhere.json: No such file or directory"),
         (["data.train=null"], "data.train is null and there is no --statistics; a plan needs the data or statistics"),
+        (
+            ["data.path=/none"],
+            "/none/train: not found, expected a folder with parquet files or a parquet file; or plan",
+        ),
         (["embedding=static"], "embedding.kind is static; tessera plan knows the traffic of dynamic tables alone"),
         (["--batches", "1", "embedding.max_rows=100"], "table user: max_rows"),
     ],
@@ -152,3 +157,11 @@ def test_statistics_of_other_tables_are_one_line(data, tmp_path, capsys):
     file.write_text(json.dumps(whole | {"version": 0}))
     status, _, said = run(capsys, *data, "--statistics", str(file))
     assert status == 2 and "is not of the form" in said and said.count("\n") == 1
+
+
+def test_the_page_shows_what_it_prints_and_names_every_number(data, capsys):
+    page = (ROOT / "docs/plan.md").read_text()
+    _, out, _ = run(capsys, *data, "--batches", "2")
+    heads = [line for line in out.splitlines() if re.match(r"table  |what  | ranks hosts", line)]
+    assert len(heads) == 3 and all(head in page for head in heads)
+    assert all(f"`{name}`" in page for name in (*NUMBERS, *BOUNDS)) and all(name in page for name in PRESETS)
