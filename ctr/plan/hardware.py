@@ -13,12 +13,12 @@ from tessera.embedding.errors import ConfigError, did_you_mean
 class Hardware:
     """One rank's device and its network. GB are 1e9 bytes; us are microseconds.
 
-    memory_gib: of one rank, for tables. memory_gb_s: of reading and writing rows. tflop_s, tflop_s_tf32, tflop_s_amp: of
-    matrix products in float32, with trainer.tf32 (on GPUs), and with trainer.amp. inside_*: to ranks of the same host, between_*: to other
-    hosts; *_gb_s: what one rank sends a second, *_us: what one message takes beside its bytes. call_us: what a
-    collective takes to begin. host_us: as between_us, of messages that go through the host on GPUs too. step_us: the
-    host's work of a step; table_us: for each table on one rank; table_many_us: where there are several; table_rank_us:
-    for each table and each rank. overlaps: the device works while the host prepares.
+    memory_gib: of one rank, for tables. memory_gb_s: of reading and writing rows. tflop_s, tflop_s_tf32, tflop_s_amp:
+    of matrix products in float32, with trainer.tf32 (on GPUs), and with trainer.amp. inside_*: to ranks of the same
+    host, between_*: to other hosts; *_gb_s: what one rank sends a second, *_us: what one message takes beside its
+    bytes. call_us: what a collective takes to begin. host_us: as between_us, of messages that go through the host on
+    GPUs too. step_us: the host's work of a step; table_us: for each table on one rank; table_many_us: where there are
+    several; table_rank_us: for each table and each rank. overlaps: the device works while the host prepares.
     """
 
     memory_gib: float
