@@ -6,6 +6,7 @@
     run = api.train(config)
     run.report["auc"], run.predictions().to_pandas()
     api.evaluate(run, "test", "data.path=/data/new").report["auc"]
+    api.score(run, requests, keep=["request_id"]).to_pandas()
 
 Mistakes raise `TesseraError` with the line that a command would print. Under torchrun the same calls join its ranks.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from tessera.ctr.config import Config
     from tessera.distributed.rank import Process
 
-__all__ = ["Config", "Run", "TesseraError", "evaluate", "load_config", "train"]
+__all__ = ["Config", "Run", "TesseraError", "evaluate", "load_config", "score", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -133,6 +135,46 @@ def evaluate(
     with _process(config) as process:
         report = score_run(config, process, folder, split, Path(output) if output else None, slices)
         return Run(Path(from_first_rank(str(report.folder) if report else "")))
+
+
+def score(
+    run: Run | str | os.PathLike,
+    data: Any,
+    *overrides: str,
+    keep: Sequence[str] = (),
+) -> pa.Table:
+    """Predict for rows without labels with the best model of a run, as `tessera score` does.
+
+    Args:
+        data: an Arrow table or a pandas data frame, in memory, or folders, files, patterns or URIs. Columns of features
+            are those that training read; no others are needed.
+        overrides: `data.<key>=<value>` and `trainer.<key>=<value>`.
+        keep: columns of the data to have beside the predictions.
+
+    Returns a table with a row for each row of the data, in its order: the columns to keep, and `prediction` float32.
+
+    Raises TesseraError: what the command would print as its error.
+    """
+    let_idle_threads_sleep()
+    from tessera.ctr.runs.score import run_config
+    from tessera.ctr.runs.score_rows import score_rows
+    from tessera.distributed.collectives import from_first_rank, wait_for_all
+
+    folder = run.folder if isinstance(run, Run) else Path(run)
+    config = run_config(folder, list(overrides))
+    with _process(config) as process, tempfile.TemporaryDirectory() as mine:
+        place = Path(from_first_rank(mine))
+        paths = data
+        if not isinstance(data, str | list | tuple | os.PathLike):
+            table = data if isinstance(data, pa.Table) else pa.Table.from_pandas(data, preserve_index=False)
+            if process.is_main:
+                pq.write_table(table, place / "rows.parquet")
+            wait_for_all()
+            paths = str(place / "rows.parquet")
+        scored = score_rows(config, process, folder, paths, place / "scores", keep)
+        files = [pq.read_table(scored.folder / name, partitioning=None) for name in scored.names]
+        wait_for_all()
+        return pa.concat_tables(files)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ windows, `read_ahead.py` for the threads that do both, `assemble.py` for windows
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -117,6 +118,15 @@ class ParquetReader:
             self._epoch, self._position = epoch, 0
         self._resumed = False
         return self._deliver(epoch, self._position)
+
+    def part(self, first: int, stop: int) -> ParquetReader:
+        """Return a reader of the row groups [first, stop) alone, whose rows keep the numbers that they have here."""
+        one = copy.copy(self)
+        one.rows = int(self.groups.rows[first:stop].sum())
+        one.periods = [Period(0, np.arange(first, stop), 0, one.rows)]
+        one.steps_per_epoch = one._steps_until(one.rows)
+        one._epoch, one._position, one._resumed = 0, 0, False
+        return one
 
     @property
     def steps_done(self) -> int:

@@ -82,11 +82,11 @@ def open_reader(
         folders=DayFolders.of(data.partition),
         marker=config.daily.marker,
     )
-    _agree_on_files(reader, process)
+    agree_on_files(reader, process)
     return reader
 
 
-def _agree_on_files(reader: ParquetReader, process: Process) -> None:
+def agree_on_files(reader: ParquetReader, process: Process) -> None:
     """Each rank lists files for itself. Raises DataError on all of them where one sees others than rank 0, as when
     files come or change while the job starts."""
     if process.world_size == 1:

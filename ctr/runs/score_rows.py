@@ -1,0 +1,326 @@
+"""Score rows that have no label yet: a prediction for each row of a data set, beside columns that say whose it is.
+
+Each input file becomes an output file of the same name, with the rows in the same order; a large one becomes several.
+A rank reads files of its own, but looks ids up together with the others: one that has no rows left goes on asking for
+nothing until all are done. Files that are complete have their name, so a job that was stopped goes on behind them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch.nn import functional as F
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from tessera.ctr.config import Config
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.errors import DataError, SchemaError
+from tessera.ctr.data.files import one_line
+from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.units import Unit, dealt, units_of
+from tessera.ctr.network import build_model
+from tessera.ctr.output_folders import claim
+from tessera.ctr.runs.score import load_model_of_run
+from tessera.ctr.train.engine import set_tf32, set_threads
+from tessera.ctr.train.evaluate import agree_on_files
+from tessera.ctr.train.step_pipeline import to_device
+from tessera.distributed.atomic import replacing_file, write_text
+from tessera.distributed.collectives import on_first_rank, wait_for_all
+from tessera.distributed.folder_lock import FolderInUse, FolderLock
+from tessera.distributed.rank import Process
+from tessera.embedding.errors import ConfigError, did_you_mean
+from tessera.kernels import backend
+
+PREDICTION = "prediction"
+PLAN, DONE, MARKER = ".score.json", "score.json", "_SUCCESS"
+ROWS_OF_UNIT = 4_000_000  # of a larger file several are made, so that ranks can share it
+
+
+@dataclass(frozen=True)
+class Scored:
+    """folder: of the result; rows: with a prediction; bad_rows: without; names: of the files, in the order of the data;
+    kept: how many of them an earlier call had made."""
+
+    folder: Path
+    rows: int
+    bad_rows: int
+    names: list[str]
+    kept: int
+
+    def summary(self) -> str:
+        bad = f", {self.bad_rows:,} bad rows have none" if self.bad_rows else ""
+        kept = f", {self.kept:,} of them from an earlier start" if self.kept else ""
+        return f"{self.rows:,} predictions in {len(self.names):,} files{kept}{bad}: {self.folder}"
+
+
+def score_rows(
+    config: Config,
+    process: Process,
+    run_dir: Path,
+    data: str | Sequence[str],
+    output: Path,
+    keep: Sequence[str] = (),
+    rows_of_unit: int = ROWS_OF_UNIT,
+) -> Scored:
+    """Write a prediction for each row of `data` to parquet files in `output`, on all ranks together.
+
+    Args:
+        config: the run's, from `run_config`.
+        data: folders, files, patterns or URIs; columns of features are those that training read, no others are needed.
+        keep: columns of the data that are copied beside the predictions, as they are.
+        rows_of_unit: rows that one file of the result has at most, but for a larger row group.
+
+    Raises:
+        ConfigError: `output` holds something else than the beginning of the same result, or `keep` names a column
+            twice, or `prediction`.
+        SchemaError, DataError: the data lack a column, or hold a bad row, unless `data.bad_rows` is skip; then such a
+            row has a null.
+    """
+    _check_names(keep)
+    set_threads(config)
+    set_tf32(config, process)
+    reader = _reader(config, data)
+    agree_on_files(reader, process)
+    fields = _kept_fields(reader, keep)
+    units = units_of(reader.groups, rows_of_unit)
+    model, _ = build_model(config, reader.schema, process)
+    which, step = load_model_of_run(model, config, run_dir, process)
+    plan = _plan(run_dir, which, step, keep, reader, units)
+    sources: list[str | Path] = [run_dir, *([data] if isinstance(data, str) else data)]
+    locks: list[FolderLock] = []
+    try:
+        on_first_rank(process, lambda: locks.append(_begin(output, plan, sources)))
+        missing = on_first_rank(process, lambda: [unit for unit in units if not (output / unit.name).exists()])
+        scorer = _Scorer(model, reader, process, output, fields)
+        scorer.run(dealt(missing, process.world_size))
+        wait_for_all()
+        names = [unit.name for unit in units]
+        bad = on_first_rank(process, lambda: _finish(output, plan, names))
+    finally:
+        for lock in locks:
+            lock.release()
+    return Scored(output, reader.rows - bad, bad, names, len(units) - len(missing))
+
+
+def _check_names(keep: Sequence[str]) -> None:
+    if PREDICTION in keep:
+        raise ConfigError(f"--keep {PREDICTION}: the predictions have this name; rename the column in the data")
+    twice = next((name for name in keep if list(keep).count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--keep names {twice} twice")
+
+
+def _reader(config: Config, data: str | Sequence[str]) -> ParquetReader:
+    """Return a reader of all rows in their order, for one rank. Columns that only training needs are not asked for."""
+    schema = Schema(replace(config.data.schema, weight=None, group=None, time=None))
+    return ParquetReader(
+        data,
+        schema,
+        config.trainer.batch_size,
+        shuffle=False,
+        lanes=1,
+        window_rows=config.data.window_rows,
+        threads=config.data.threads,
+        bad_rows=config.data.bad_rows,
+        drop_labels=True,
+        numbered=True,
+        marker=config.daily.marker,
+    )
+
+
+def _kept_fields(reader: ParquetReader, keep: Sequence[str]) -> list[pa.Field]:
+    """Return the fields of the columns to copy. Raises SchemaError: a file lacks one, or has it with another type."""
+    found: list[pa.Field] = []
+    for file in reader.groups.files if keep else []:
+        schema = file.open().schema_arrow
+        for name in keep:
+            if name not in schema.names:
+                raise SchemaError(f"{file.path}: no column {name!r} to keep{did_you_mean(name, schema.names)}")
+        mine = [pa.field(name, schema.field(name).type) for name in keep]
+        found = found or mine
+        for one, other in zip(found, mine, strict=True):
+            if one.type != other.type:
+                raise SchemaError(f"{file.path}: column {one.name} is {other.type}; other files have {one.type}")
+    return found
+
+
+def _plan(
+    run_dir: Path, which: str, step: int, keep: Sequence[str], reader: ParquetReader, units: list[Unit]
+) -> dict[str, Any]:
+    """Return what a result depends on: a later call goes on with it only if all of this is the same."""
+    return {
+        "run": str(run_dir.resolve()),
+        "model": which,
+        "step": step,
+        "keep": list(keep),
+        "data": {"fingerprint": reader.groups.fingerprint, "contents": reader.groups.contents},
+        "files": {unit.name: unit.rows for unit in units},
+    }
+
+
+def _begin(output: Path, plan: dict[str, Any], sources: Sequence[str | Path]) -> FolderLock:
+    """Make the folder, or check that an earlier call began the same result there."""
+    claim(output, "--output", "score.py", sources)
+    try:
+        lock = FolderLock(output)
+    except FolderInUse as error:
+        raise ConfigError(f"--output {output}: {error}") from None
+    for name in (DONE, PLAN):
+        if (output / name).exists():
+            with suppress(OSError, ValueError):
+                earlier = json.loads((output / name).read_text())
+                other = next((key for key in plan if earlier.get(key) != plan[key]), None)
+                if other is None:
+                    return lock
+                lock.release()
+                raise ConfigError(
+                    f"--output {output} holds predictions of another {other}, {str(earlier.get(other))[:60]}; "
+                    f"found now {str(plan[other])[:60]}; expected a new folder"
+                )
+    write_text(output / PLAN, json.dumps(plan))
+    return lock
+
+
+def _finish(output: Path, plan: dict[str, Any], names: Sequence[str]) -> int:
+    """Write what the result is, and that it is complete. Return how many rows have no prediction."""
+    rows, bad = 0, 0
+    for name in names:
+        footer = pq.read_metadata(output / name)
+        groups = [footer.row_group(group) for group in range(footer.num_row_groups)]
+        rows += footer.num_rows
+        bad += sum(group.column(group.num_columns - 1).statistics.null_count for group in groups)
+    write_text(output / DONE, json.dumps({**plan, "rows": rows - bad, "bad_rows": bad}, indent=1) + "\n")
+    (output / PLAN).unlink(missing_ok=True)
+    (output / MARKER).touch()
+    return bad
+
+
+class _Scorer:
+    """Scores units of one rank, in step with the other ranks."""
+
+    def __init__(
+        self,
+        model: DistributedModelParallel,
+        reader: ParquetReader,
+        process: Process,
+        output: Path,
+        fields: Sequence[pa.Field],
+    ) -> None:
+        self._model, self._reader, self._process = model, reader, process
+        self._output, self._fields = output, list(fields)
+        self._schema = pa.schema([*fields, pa.field(PREDICTION, pa.float32())])
+        self._rows = max(1, reader.batch_size // process.world_size)
+        self._reader.batch_size = self._rows
+
+    @torch.no_grad()
+    def run(self, shares: list[list[Unit]]) -> None:
+        """Write the files of this rank's share. shares: the units of each rank."""
+        self._model.eval()
+        mine = shares[self._process.rank]
+        steps = [sum(-(-unit.rows // self._rows) for unit in share) for share in shares]
+        done = 0
+        for unit in mine:
+            done += self._write(unit)
+        for _ in range(done, max(steps)):  # other ranks still look up ids of which this one owns a part
+            self._process.stage = "scored; other ranks go on"
+            self._scores(_empty(self._reader.schema, self._rows))
+
+    def _write(self, unit: Unit) -> int:
+        """Write one file; return the number of batches."""
+        path, steps = self._output / unit.name, 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        groups = self._reader.groups
+        first = int(groups.first[unit.first])
+        values, known = np.zeros(unit.rows, np.float32), np.zeros(unit.rows, bool)
+        for batch in self._reader.part(unit.first, unit.stop).epoch(0):
+            self._process.stage = f"scoring {unit.name}, batch {steps}"
+            assert batch.number is not None
+            places = batch.number[: batch.rows].numpy() - first
+            values[places], known[places] = self._scores(_padded(batch, self._rows))[: batch.rows], True
+            steps += 1
+        backend.check(self._process.device)
+        with replacing_file(path) as partial, pq.ParquetWriter(partial, self._schema) as writer:
+            begin = 0
+            for group in range(unit.first, unit.stop):
+                rows = int(groups.rows[group])
+                part = slice(begin, begin + rows)
+                predictions = pa.array(values[part], mask=~known[part])
+                writer.write_table(pa.table([*self._kept(group, rows), predictions], schema=self._schema))
+                begin += rows
+        return steps
+
+    def _scores(self, batch: Batch) -> np.ndarray:
+        logits, _ = self._model(to_device(batch, self._process.device))
+        return torch.sigmoid(logits).cpu().numpy()
+
+    def _kept(self, group: int, rows: int) -> Iterator[pa.Array | pa.ChunkedArray]:
+        """Yield the columns to copy of one row group; nulls where it cannot be read and bad rows are skipped."""
+        if not self._fields:
+            return
+        groups = self._reader.groups
+        file = groups.files[groups.file[group]]
+        try:
+            with file.open() as opened:
+                table = opened.read_row_group(int(groups.index[group]), [field.name for field in self._fields])
+        except (pa.ArrowException, OSError) as error:
+            if not self._reader.decoder.skip_bad_rows:
+                raise DataError(f"{groups.where(group)}: {one_line(error)}") from None
+            yield from (pa.nulls(rows, field.type) for field in self._fields)
+            return
+        yield from (table[field.name] for field in self._fields)
+
+
+def _padded(batch: Batch, size: int) -> Batch:
+    """Return the batch with so many rows, those added without ids: ranks look up batches of one size."""
+    more = size - batch.numeric.shape[0]
+    if not more:
+        return batch
+    ids = batch.ids
+    lengths = ids.lengths().view(len(ids.keys()), -1)
+    padded = KeyedJaggedTensor(
+        keys=ids.keys(),
+        values=ids.values(),
+        weights=ids.weights_or_none(),
+        lengths=F.pad(lengths, (0, more)).flatten(),
+        stride=size,
+    )
+    return replace(
+        batch,
+        numeric=F.pad(batch.numeric, (0, 0, 0, more)),
+        ids=padded,
+        labels=F.pad(batch.labels, (0, 0, 0, more)),
+        weight=F.pad(batch.weight, (0, more)),
+        place=None,
+        number=None,
+    )
+
+
+def _empty(schema: Schema, size: int) -> Batch:
+    """Return a batch without rows or ids."""
+    keys = schema.id_names
+    return Batch(
+        numeric=torch.zeros(size, len(schema.numeric_names)),
+        ids=KeyedJaggedTensor(
+            keys=keys,
+            values=torch.zeros(0, dtype=torch.int64),
+            weights=torch.zeros(0) if schema.weighted else None,
+            lengths=torch.zeros(len(keys) * size, dtype=torch.int32),
+            stride=size,
+        ),
+        labels=torch.zeros(size, len(schema.labels)),
+        weight=torch.zeros(size),
+        group=None,
+        time=None,
+        rows=0,
+    )
