@@ -15,7 +15,7 @@ from tessera.embedding import settings
 from tessera.embedding.config import Admission
 from tessera.embedding.errors import ConfigError, did_you_mean
 from tessera.embedding.optim import RowOptimizer
-from tessera.embedding.settings import same_as, section
+from tessera.embedding.settings import same_as, section, setting
 
 #: Keys of optimizer.sparse and optimizer.dense that only some of their optimizers read.
 READ_BY = {
@@ -53,6 +53,9 @@ class TableSettings:
     """A table is that of a feature, `embedding.tables.user_id.ttl_days=30`, and a key that it does not name is that of
     all tables. null is a value: ttl_days: null means never, whatever the others do."""
 
+    dim: int | None = setting(
+        None, "columns of its rows; below the tower's: projected by a learned matrix; null: the tower's", at_least=1
+    )
     ttl_days: float | None = same_as(EmbeddingConfig, "ttl_days")
     max_rows: int | None = same_as(EmbeddingConfig, "max_rows")
     max_bytes: int | None = same_as(EmbeddingConfig, "max_bytes")
@@ -71,7 +74,7 @@ class TableSettings:
 
 
 SECTIONS = {"admission": Admission, "optimizer": TableOptimizer}
-OF_OPTIMIZER = ("lr", "optimizer")  # the others are keys of `embedding`
+OWN = ("dim", "lr", "optimizer")  # the others are keys of `embedding`
 
 
 def keys_of_table() -> list[str]:
@@ -130,7 +133,7 @@ def settings_of(config: Config, table: str) -> tuple[EmbeddingConfig, SparseConf
     given = (embedding.tables or {}).get(table)
     if not given:
         return embedding, sparse
-    plain = {key: value for key, value in given.items() if key not in (*OF_OPTIMIZER, "admission")}
+    plain = {key: value for key, value in given.items() if key not in (*OWN, "admission")}
     admission = replace(embedding.admission, **given.get("admission", {}))
     own: dict[str, Any] = dict(given.get("optimizer", {}))
     name = own.get("name", sparse.name)
@@ -139,6 +142,20 @@ def settings_of(config: Config, table: str) -> tuple[EmbeddingConfig, SparseConf
     if "lr" in given:
         own["lr"] = given["lr"]
     return replace(embedding, admission=admission, **plain), replace(sparse, **(unread | own))
+
+
+def dims_of(config: Config, table: str, dims: Mapping[str, int]) -> dict[str, int]:
+    """Return the columns of a table's groups where the tower wants `dims`: the widest groups have the table's own dim,
+    the others (first order) those of the tower.
+
+    Raises ConfigError: the table's dim is above the tower's.
+    """
+    dim, widest = ((config.embedding.tables or {}).get(table) or {}).get("dim"), max(dims.values())
+    if dim is None:
+        return dict(dims)
+    if dim > widest:
+        raise ConfigError(f"embedding.tables.{table}.dim is {dim}; expected at most {widest}, the dim of the tower")
+    return {group: dim if of_tower == widest else of_tower for group, of_tower in dims.items()}
 
 
 def settings_of_all(config: Config) -> Iterator[tuple[EmbeddingConfig, SparseConfig]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 
 from tessera.ctr.config import Config
 from tessera.ctr.config_types import EmbeddingConfig, SparseConfig
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.models.tower import Tower
-from tessera.ctr.table_settings import check_named, settings_of
+from tessera.ctr.table_settings import check_named, dims_of, settings_of
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.no_tables import NoTables
 from tessera.distributed.plan import sums_are_smaller
@@ -74,6 +75,8 @@ def _dynamic_tables(config: Config, schema: Schema, tower: Tower, ranks: int) ->
             f"embedding.alpt.every is {embedding.alpt.every}, but no group has a scale to learn; "
             "set embedding.format or formats to int8, int4 or int2, or alpt.every to null"
         )
+    width = sum(tower.embedding_dims.values())  # of a row on its way, whatever its table's
+    pools = partial(_pools_before_exchange, config, schema, width, ranks)
     return DynamicTables(
         tables,
         schema.id_names,
@@ -81,9 +84,10 @@ def _dynamic_tables(config: Config, schema: Schema, tower: Tower, ranks: int) ->
         _averaged(schema),
         embedding.transport,
         embedding.oov,
-        bag_tables=[table.name for table in tables if _pools_before_exchange(config, schema, table, ranks)],
+        bag_tables=[table.name for table in tables if pools(table)],
         init=embedding.init,
         timeout_seconds=config.trainer.timeout_seconds,
+        dims=tower.embedding_dims,
         squares=embedding.l2 > 0,
     )
 
@@ -103,10 +107,11 @@ def _dynamic_table(
 ) -> DynamicTableConfig:
     """Return one table's configuration on each of `ranks` ranks, which share its limits."""
     embedding, sparse = settings_of(config, name)
+    dims = dims_of(config, name, tower.embedding_dims)
     table = DynamicTableConfig(
         name=name,
         features=features,
-        groups=tuple(_group(config, embedding, name, group, dim) for group, dim in tower.embedding_dims.items()),
+        groups=tuple(_group(config, embedding, name, group, dim) for group, dim in dims.items()),
         optimizer=_row_optimizer(sparse),
         seed=config.trainer.seed,
         admission=replace(embedding.admission),
@@ -124,7 +129,7 @@ def _dynamic_table(
     return table
 
 
-def _pools_before_exchange(config: Config, schema: Schema, table: DynamicTableConfig, ranks: int) -> bool:
+def _pools_before_exchange(config: Config, schema: Schema, width: int, ranks: int, table: DynamicTableConfig) -> bool:
     """Return whether a table uses the pooled output dist, as embedding.pooled_output_dist says.
 
     `auto` estimates with the longest bags that the schema allows, and answers no if they have no limit.
@@ -139,7 +144,7 @@ def _pools_before_exchange(config: Config, schema: Schema, table: DynamicTableCo
         return False
     rows = -(-config.trainer.batch_size // ranks)
     bags, ids = rows * len(limits), rows * sum(limits)
-    return sums_are_smaller(bags, ids, config.embedding.rows, table.width, ranks, weighted=schema.weighted)
+    return sums_are_smaller(bags, ids, config.embedding.rows, width, ranks, weighted=schema.weighted)
 
 
 def _group(config: Config, embedding: EmbeddingConfig, table: str, name: str, dim: int) -> Group:

@@ -14,7 +14,7 @@ rare rows would drive it by the sum over thousands of ids.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
-from tessera.distributed.ages import ages_at, ages_of_ranks, ages_of_values, least, packed, unpacked
+from tessera.distributed.ages import ages_at, ages_of_ranks, unpacked
+from tessera.distributed.distinct_ids import distinct_ids
 from tessera.distributed.fields import OnDevice, chosen, mixed, scale_to_mean
 from tessera.distributed.host_manager import CacheStats, HostManager
 from tessera.distributed.module_names import module_name
 from tessera.distributed.plan import TableSize
+from tessera.distributed.projections import Projections, columns_in
 from tessera.distributed.torchrec.bag_sharding import DynamicBagKernel, DynamicBagSharder
 from tessera.distributed.torchrec.codecs import codecs
 from tessera.distributed.torchrec.ids_prefetch import IdsPrefetch, PrefetchedBatch
@@ -35,9 +37,7 @@ from tessera.distributed.torchrec.row_sharding import DYNAMIC, DynamicSharder
 from tessera.embedding.cached_table import CachedTable
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.table import DynamicTable
-from tessera.kernels.mix import mix64
 from tessera.kernels.pool import pool
-from tessera.kernels.unique import unique_inverse
 
 EXPIRE_ROWS = 1 << 18  # rows of each table that one call of `expire` looks at: about a millisecond
 
@@ -46,7 +46,7 @@ class DynamicTables(nn.Module):
     """All tables of a model: an EmbeddingCollection and, with a pooled output dist, an EmbeddingBagCollection.
 
     Args:
-        tables: every id feature belongs to exactly one; all have the same groups.
+        tables: every id feature belongs to exactly one; all have groups of the same names.
         id_names: the id features, in the order in which a group's output lists the fields.
         expected_rows: rows per table that the planner counts with; tables grow beyond it.
         averaged: the features whose bags are averaged over their ids; the others are summed.
@@ -55,6 +55,8 @@ class DynamicTables(nn.Module):
         init: values of new rows: random, or oov, the learned OOV row as it is when they are added.
         bag_tables: the tables with a pooled output dist, whose owners send sums over bags.
         timeout_seconds: longest wait of a step for rows that are brought to the caches of tables on the host.
+        dims: group -> columns that the tower wants, those of the first table if not given. Tables whose groups have
+            fewer are projected, see `projections.py`.
         squares: whether `squares_looked_up` will be asked for after forward passes in training.
     """
 
@@ -72,6 +74,7 @@ class DynamicTables(nn.Module):
         init: str = "random",
         timeout_seconds: float = 300.0,
         *,
+        dims: Mapping[str, int] | None = None,
         squares: bool = False,
     ) -> None:
         super().__init__()
@@ -87,13 +90,17 @@ class DynamicTables(nn.Module):
         self._keeps_squares = squares
         self._squares: list[Tensor] = []  # of each path, in the last forward pass in training
         self.tables, self.expected_rows = list(tables), expected_rows
-        self.groups = {group.name: group.dim for group in tables[0].groups}
+        self.groups = dict(dims or {group.name: group.dim for group in tables[0].groups})
+        self.width = sum(self.groups.values())  # of the rows that owners answer with
+        self._columns = [columns_in(table, self.groups) for table in tables]
+        is_mixed = any(columns is not None for columns in self._columns)
+        self.projections = Projections(tables, id_names, self.groups) if is_mixed else None
         self.learns_scales = any(table.learns_scales for table in tables)
         self._init_from_oov = init == "oov"
         # New rows that begin as the learned row cannot be added before the step before has changed it.
         self.prefetches = self.cached and not self._init_from_oov
         assert oov == "learned" or not self._init_from_oov
-        self.oov = nn.Parameter(torch.zeros(len(tables), tables[0].width)) if oov == "learned" else None
+        self.oov = nn.Parameter(torch.zeros(len(tables), self.width)) if oov == "learned" else None
         self._id_names = list(id_names)
         self._averaged = OnDevice([name in averaged for name in id_names]) if averaged else None
         self._row_tables = [i for i, table in enumerate(tables) if table.name not in bag_tables]
@@ -111,7 +118,10 @@ class DynamicTables(nn.Module):
             sorted(self._id_names.index(name) for i in path for name in tables[i].features)
             for path in (self._row_tables, self._bag_tables)
         )
-        self._place = {self._id_names[field]: place for place, field in enumerate(self._row_fields)}
+        place = {self._id_names[field]: place for place, field in enumerate(self._row_fields)}
+        self._fields_of_tables = [
+            (tables[i].name, [place[name] for name in tables[i].features]) for i in self._row_tables
+        ]
         table_of = {name: i for i in self._bag_tables for name in tables[i].features}
         self._bags_of = [(self._id_names[field], table_of[self._id_names[field]]) for field in self._bag_fields]
         both = self._row_fields + self._bag_fields
@@ -120,7 +130,7 @@ class DynamicTables(nn.Module):
 
     def _torchrec_config(self, kind: type, table: int, features: list[str]) -> EmbeddingConfig | EmbeddingBagConfig:
         config = self.tables[table]
-        width = config.width + (self.oov is not None)  # of an answer
+        width = self.width + (self.oov is not None)  # of an answer
         # The planner counts rows * dim * 4 bytes; a dynamic row has state and bookkeeping as well.
         expected = self.expected_rows
         if config.cache_limit is not None:  # what is on the device; the host's memory is not the planner's
@@ -150,7 +160,8 @@ class DynamicTables(nn.Module):
         if self._averaged is not None:
             scale_bf1 = scale_to_mean(ids, self._averaged).t().unsqueeze(2)
             sums = [sums_bfd * scale_bf1 for sums_bfd in sums]
-        return dict(zip(self.groups, sums, strict=True))
+        embeddings = dict(zip(self.groups, sums, strict=True))
+        return embeddings if self.projections is None else self.projections(embeddings, frozen=self._second)
 
     @torch.no_grad()
     def prepare(self, ids: KeyedJaggedTensor, now: int, times: Tensor | None = None) -> Any:
@@ -252,10 +263,14 @@ class DynamicTables(nn.Module):
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the dense optimizer by name."""
-        return {} if self.oov is None else {"tables.others": self.oov}  # as saved states name it
+        of_oov = {} if self.oov is None else {"tables.others": self.oov}  # as saved states name it
+        return of_oov | {f"tables.projections.{name}": weight for name, weight in self._projections().items()}
+
+    def _projections(self) -> dict[str, nn.Parameter]:
+        return {} if self.projections is None else self.projections.named()
 
     def sharders(self) -> list[DynamicSharder | DynamicBagSharder]:
-        fused = {"table_configs": tuple(self.tables), "tells_missing": self.oov is not None}
+        fused = {"table_configs": tuple(self.tables), "dims": tuple(self.groups.items()), "tells_missing": self.oov is not None}
         registry = codecs(self._transport)
         return [kind(fused, qcomm_codecs_registry=registry) for kind in (DynamicSharder, DynamicBagSharder)]
 
@@ -287,8 +302,8 @@ class DynamicTables(nn.Module):
             kernel.now = now
             kernel.phase = Pass.FIRST if learn_scales else Pass.ONLY
         if self._init_from_oov and self.oov is not None:
-            for table, oov in zip(self.owned().values(), self.oov.detach(), strict=True):
-                table.init_values = oov.to(table.device)
+            for table, oov, columns in zip(self.owned().values(), self.oov.detach(), self._columns, strict=True):
+                table.init_values = (oov if columns is None else oov[columns.to(oov.device)]).to(table.device)
 
     def begin_period(self) -> None:
         """Count the rows that exist now as old from here on: the optimizer's `old_rows_factor` slows them."""
@@ -345,7 +360,9 @@ class DynamicTables(nn.Module):
 
     def tensors(self) -> dict[str, Any]:
         """Return what is saved by name, live. Rows are saved by id, see `distributed/saved/tables.py`."""
-        return {} if self.oov is None else {"tables/others": self.oov.detach()}
+        of_oov = {} if self.oov is None else {"tables/others": self.oov.detach()}
+        named = self._projections().items()
+        return of_oov | {f"tables/projections.{name}.weight": weight.detach() for name, weight in named}
 
     def clear(self) -> None:
         """Forget all rows."""
@@ -358,40 +375,12 @@ class DynamicTables(nn.Module):
         self.clear()
         if self.oov is not None:
             self.oov.zero_()
+        if self.projections is not None:
+            self.projections.restart()
 
-    @torch.no_grad()
     def _distinct(self, ids: KeyedJaggedTensor, ages: Tensor | None) -> tuple[KeyedJaggedTensor, Tensor]:
-        """Return the distinct ids per table, mixed, with their counts and ages; and the place of each value of `ids`
-        among them, int64 [values]. ages: int64 [B] of the rows, or None."""
-        values, bounds = ids.values(), ids.offset_per_key()
-        index = torch.empty_like(values)
-        distinct, counts, lengths, first = [], [], [], 0
-        for table in self._row_tables:
-            fields = [self._place[name] for name in self.tables[table].features]
-            spans = [slice(bounds[field], bounds[field + 1]) for field in fields]
-            one = values[spans[0]] if len(spans) == 1 else torch.cat([values[span] for span in spans])
-            unique, inverse, count = unique_inverse(one)
-            inverse += first
-            begin = 0
-            for span in spans:
-                width = span.stop - span.start
-                index[span] = inverse[begin : begin + width]
-                begin += width
-            distinct.append(unique)
-            counts.append(count)
-            lengths.append(unique.numel())
-            first += unique.numel()
-        if ages is not None:
-            ages = least(ages_of_values(ids, ages), index, first)
-        asked = KeyedJaggedTensor(
-            keys=[self.tables[i].name for i in self._row_tables],
-            values=mix64(torch.cat(distinct)),
-            weights=packed(torch.cat(counts), ages),
-            lengths=torch.tensor(lengths, dtype=torch.int32).to(values.device, non_blocking=True),
-            stride=1,
-            length_per_key=lengths,
-        )
-        return asked, index
+        """Return what the owners of rows are asked for, and the place of each value of `ids` in it."""
+        return distinct_ids(ids, ages, self._fields_of_tables)
 
     def _pool(self, rows: Tensor, index: Tensor, ids: KeyedJaggedTensor) -> Sequence[Tensor]:
         """Return weighted sums over bags by group, [B, fields, dim]. rows: [distinct, width]; index: [values]."""

@@ -30,6 +30,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tessera.distributed.ages import least, unpacked
 from tessera.distributed.host_manager import HostManager
 from tessera.distributed.module_names import module_name
+from tessera.distributed.projections import columns_in
 from tessera.embedding.alpt import TwoPassUpdate
 from tessera.embedding.cached_table import CachedTable, make_table
 from tessera.embedding.errors import CacheFull, TableFull
@@ -122,6 +123,11 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         self.repeats = pg is not None and pg.size() > 1  # each rank sends an id once; two ranks may send the same one
         self._rank = pg.rank() if pg is not None and pg.size() > 1 else None
         self.tells_missing = fused["tells_missing"]
+        #: Of each table: where its columns lie in an answer, None if it has all of them.
+        dims = dict(fused["dims"])
+        places = [columns_in(table.config, dims) for table in self.tables]
+        self._columns = [None if one is None else one.to(self._device_of_rows) for one in places]
+        self._width = sum(dims.values())
         self._prefetched: deque[Callable[[], Request]] = deque()
         self._counted: list[Counted] = []
         self.now = 0
@@ -224,11 +230,12 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         """Return the rows of all tables one after the other: those of the request, or in a second pass those of the
         first."""
         if self.phase is Pass.SECOND and self.training:
-            parts = [self._answer(update.gather(inverse), rows, inverse) for update, rows, inverse in self._updates]
-            return torch.cat(parts)
+            updates = zip(self._updates, self._columns, strict=True)
+            return torch.cat([self._answer(u.gather(inv), rows, inv, columns) for (u, rows, inv), columns in updates])
         if request.found is None:
             request.found = self.find(request, self.now)
-        return torch.cat([self._answer(self._values(f), f.rows, f.inverse) for f in request.found])
+        found = zip(request.found, self._columns, strict=True)
+        return torch.cat([self._answer(self._values(f), f.rows, f.inverse, columns) for f, columns in found])
 
     def _values(self, found: FoundRows) -> Tensor:
         if found.rows.device == found.ids.device:
@@ -237,7 +244,10 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         values = found.where.gather(found.rows).to(found.ids.device)
         return values if found.inverse is None else values[found.inverse]
 
-    def _answer(self, values: Tensor, rows: Tensor, inverse: Tensor | None) -> Tensor:
+    def _answer(self, values: Tensor, rows: Tensor, inverse: Tensor | None, columns: Tensor | None) -> Tensor:
+        if columns is not None:
+            # torchrec sends rows of one width alone. Zeros stand where a narrow table has no columns.
+            values = values.new_zeros((values.shape[0], self._width)).index_copy_(1, columns, values)
         if not self.tells_missing:
             return values
         missing = (rows < 0).unsqueeze(1).to(values)
@@ -247,7 +257,8 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         if self.tells_missing:
             grads = grads[:, :-1]
         grads = grads.contiguous()
-        parts = [grads[begin:end] for begin, end in zip(request.bounds, request.bounds[1:], strict=False)]
+        spans = zip(request.bounds, request.bounds[1:], self._columns, strict=False)
+        parts = [_cut(grads[begin:end], columns) for begin, end, columns in spans]
         if self.phase is Pass.SECOND:
             for (update, _, inverse), part in zip(self._updates, parts, strict=True):
                 update.learn(part, inverse)
@@ -299,6 +310,11 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         """Return an empty state: `distributed/saved/row_files.py` saves rows, by id, so that any number of ranks can
         load them."""
         return destination if destination is not None else {}
+
+
+def _cut(grads: Tensor, columns: Tensor | None) -> Tensor:
+    """Return the gradients of the columns that a table has."""
+    return grads if columns is None else grads.index_select(1, columns)
 
 
 class _LookUp(torch.autograd.Function):

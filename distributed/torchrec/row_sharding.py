@@ -192,7 +192,7 @@ class RowWiseDynamic:
 
 
 class DynamicSharder(RowWiseDynamic, EmbeddingCollectionSharder):
-    """Shards an EmbeddingCollection of dynamic tables. `fused_params`: `table_configs`, `tells_missing`."""
+    """Shards an EmbeddingCollection of dynamic tables. `fused_params`: `table_configs`, `dims`, `tells_missing`."""
 
     @property
     def sharded_module_type(self) -> type[ShardedDynamicCollection]:

@@ -9,7 +9,7 @@ from tessera.ctr.config import load_config, typed
 from tessera.ctr.config_types import EmbeddingConfig
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.network import build_tower
-from tessera.ctr.table_settings import OF_OPTIMIZER, TableOptimizer, TableSettings, settings_of
+from tessera.ctr.table_settings import OWN, TableOptimizer, TableSettings, settings_of
 from tessera.ctr.tables import build_tables
 from tessera.embedding.config import Admission
 from tessera.embedding.errors import ConfigError
@@ -65,7 +65,7 @@ def test_the_rest_is_bit_for_bit_what_it_is_without():
 def test_every_key_of_one_table_is_that_of_all_but_for_null():
     """So that a key that is added to one is thought of for the other."""
     whole = {field.name for field in dataclasses.fields(EmbeddingConfig)}
-    assert {field.name for field in dataclasses.fields(TableSettings)} - {*OF_OPTIMIZER, "dim"} <= whole
+    assert {field.name for field in dataclasses.fields(TableSettings)} - {*OWN} <= whole
     of_optimizer = {field.name for field in dataclasses.fields(TableOptimizer)}
     assert of_optimizer == {field.name for field in dataclasses.fields(RowOptimizer)} - {"lr"}
 
