@@ -270,7 +270,11 @@ class DynamicTables(nn.Module):
         return {} if self.projections is None else self.projections.named()
 
     def sharders(self) -> list[DynamicSharder | DynamicBagSharder]:
-        fused = {"table_configs": tuple(self.tables), "dims": tuple(self.groups.items()), "tells_missing": self.oov is not None}
+        fused = {
+            "table_configs": tuple(self.tables),
+            "dims": tuple(self.groups.items()),
+            "tells_missing": self.oov is not None,
+        }
         registry = codecs(self._transport)
         return [kind(fused, qcomm_codecs_registry=registry) for kind in (DynamicSharder, DynamicBagSharder)]
 

@@ -104,7 +104,9 @@ class Projections(nn.Module):
             for part in parts.narrow:
                 z_bfi = sums_bfd[:, part.fields.on(device), : part.dim]
                 matrices_fij = torch.stack([self.weights[m] for m in part.matrices])
-                found.append(torch.einsum("bfi,fij->bfj", z_bfi, matrices_fij.detach() if frozen else matrices_fij))
+                matrices_fij = matrices_fij.detach() if frozen else matrices_fij
+                # Not einsum, whose gradients of matrices lie otherwise in memory than data parallel wants them.
+                found.append(torch.bmm(z_bfi.transpose(0, 1), matrices_fij).transpose(0, 1))
             projected[name] = torch.cat(found, 1)[:, parts.order.on(device)]
         return projected
 

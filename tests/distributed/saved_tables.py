@@ -43,7 +43,7 @@ def step(table: DynamicTable, number: int, rank: int = 0, ranks: int = 1) -> Non
     grads = torch.randn(len(ids), 5, generator=generator)
     mine = owner_of(mix64(ids), ranks) == rank
     rows = table.lookup(ids[mine], 100 + number)
-    table.update(rows, grads[mine])
+    table.update(rows, grads[mine, : table.config.width])
     table.expire(100 + number)
 
 

@@ -12,7 +12,7 @@ from tessera.distributed.saved.row_files import copied, read_columns, write_colu
 from tessera.distributed.saved.states import CheckpointError, folder_name, latest, open_saved, retain
 from tessera.distributed.saved.storage import Storage
 from tessera.distributed.saved.tables import TableSaver
-from tessera.embedding.config import Admission
+from tessera.embedding.config import Admission, Group
 from tessera.embedding.errors import TesseraError
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.mix import mix64
@@ -26,6 +26,9 @@ def make(process) -> dict[str, DynamicTable]:
     tables = {name: DynamicTable(config(name, name)) for name in OPTIMIZERS}
     for name in OPTIMIZERS[:-1]:  # int formats have no ftrl
         tables[f"int8_{name}"] = DynamicTable(config(name, f"int8_{name}", groups=INT8))
+    tables["narrow"] = DynamicTable(
+        config("adagrad", "narrow", groups=(Group("v", 2, 0.5, "fp16"), Group("w", 1, 0.5)))
+    )
     tables["exact"] = DynamicTable(config("adam", "exact", admission=EXACT))
     tables["old"] = DynamicTable(config("adagrad", "old", ttl_seconds=4))
     return tables

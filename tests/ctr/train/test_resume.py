@@ -45,6 +45,14 @@ SETTINGS = {
         "optimizer.sparse.initial_accumulator=0.1",
     ],
     "int8": ["embedding.format=int8", "embedding.alpt.every=2", "trainer.checkpoint.full_every=2"],
+    "tables": [
+        "embedding.oov=learned",
+        "embedding.alpt.every=2",
+        "embedding.tables.row={dim: 2, ttl_days: 2, optimizer: {name: adam, state_format: bf16}, format: fp16}",
+        "embedding.tables.c={format: int8, lr: 0.01, admission: {kind: exact, threshold: 2}}",
+        "embedding.tables.d={dim: 3, optimizer: ftrl, max_rows: 900, eviction: lru, pooled_output_dist: always}",
+        "trainer.checkpoint.full_every=3",
+    ],
     "static": [
         "embedding=static",
         "embedding.rows=300",
@@ -72,7 +80,7 @@ def trained(ranks: WarmRanks, world: int, command: list[str], folder: Path, stat
     return output.read_text()
 
 
-QUICK = ((1, "dynamic"), (2, "deltas"))
+QUICK = ((1, "dynamic"), (2, "deltas"), (2, "tables"))
 CASES = [*((1, setting) for setting in ("dynamic", "static")), *((2, setting) for setting in SETTINGS)]
 
 
@@ -137,7 +145,7 @@ def test_a_finished_run_only_reports_again(ranks, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "rounding"), [("dynamic", 2e-5), pytest.param("int8", 1e-3, marks=pytest.mark.slow)]
+    ("setting", "rounding"), [("dynamic", 2e-5), ("tables", 1e-3), pytest.param("int8", 1e-3, marks=pytest.mark.slow)]
 )
 def test_ranks_come_and_go(ranks, data, tmp_path, setting, rounding):
     """2 -> 1 -> 3 -> 2 ranks: every row as often as before, the loss as if nothing had happened, to rounding.
