@@ -18,7 +18,7 @@ from tessera.ctr.train.find_state import find_saved
 from tessera.distributed.saved.dense import load_into, load_tensors, tensor_shapes
 from tessera.distributed.saved.states import Saved
 from tessera.distributed.saved.tables import describe_tables, load_pending, load_rows
-from tessera.distributed.tables import owned_tables
+from tessera.distributed.tables import as_dynamic, owned_tables
 from tessera.embedding.errors import ConfigError
 
 
@@ -52,7 +52,8 @@ def warm_start(engine: Engine, log: RunLog) -> None:
         tower = _take_tower(engine, saved, old_names, with_state=config.optimizer)
         shards = _take_shards(engine, saved, old_names, with_state=config.optimizer)
     log.say(f"warm start from {saved.name}, step {saved.step}")
-    for what, taken in (("tables", tables), ("static tables", shards), ("parameters", tower)):
+    dense = "static tables" if as_dynamic(engine.tables) is None else "weights of tables"
+    for what, taken in (("tables", tables), (dense, shards), ("parameters", tower)):
         if taken.kept or taken.fresh or taken.dropped:
             log.say(f"{what} · {taken}")
     known = {old for taken in (tables, tower, shards) for old in taken.dropped}
@@ -136,7 +137,8 @@ def _take_tower(engine: Engine, saved: Saved, old_names: Mapping[str, str], *, w
 
 
 def _take_shards(engine: Engine, saved: Saved, old_names: Mapping[str, str], *, with_state: bool) -> Taken:
-    """Static tables: a name is tables/embedding_bags.<table>_<group>.weight."""
+    """Static tables, and the dense weights of dynamic ones: tables/embedding_bags.<table>_<group>.weight,
+    tables/projections.<table>_<group>.weight, tables/others."""
     shapes, taken, sources = tensor_shapes(saved.folders[0]), Taken(), {}
 
     def there_of(name: str) -> str:
