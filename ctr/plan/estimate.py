@@ -127,7 +127,8 @@ class Planner:
         rows = int(scheduled_rows(0, batch, lanes, ranks).max())
         plans = [] if dynamic is None else self._tables(dynamic, batch, ranks)
         marks = dynamic is not None and dynamic.oov is not None
-        loads = [_load(one, one.size.dim + marks) for one in plans]
+        width = dynamic.width + marks if dynamic is not None else 0  # of an answer, whatever its table's dim
+        loads = [_load(one, width) for one in plans]
         learned = sum(one.numel() for one in dynamic.dense_parameters().values()) if dynamic is not None else 0
         collectives = self._collectives(loads, ranks, rows, batch, self._second_passes(dynamic), learned)
         ms = self._times(plans, collectives, ranks, batch / ranks)

@@ -27,6 +27,11 @@ KINDS = {
         "optimizer.sparse.old_rows_factor=0.5",
         "daily.replay_rows=60",
     ],
+    "tables": [
+        "embedding.tables.row={dim: 2, optimizer: {name: adagrad, old_rows_factor: 0.5}}",
+        "embedding.tables.c={ttl_days: null, format: int8, lr: 0.1}",
+        "embedding.tables.d={dim: 3, max_rows: 400, eviction: lru}",
+    ],
     "window": ["daily.method=window", "daily.window_days=2", "daily.epochs=2"],
 }
 
@@ -57,7 +62,7 @@ def test_killed_inside_a_day(ranks, tmp_path, kind):
     assert ranks.run(2, job(tmp_path / "killed"), output) == [0, 0], output.read_text()
     assert_same_life(tmp_path / "killed", tmp_path / "whole")
     published = [record["published"] for record in records(tmp_path / "whole")]
-    assert published == (["full", "delta", "delta"] if kind in ("int8", "incctr") else ["full"] * 3)
+    assert published == (["full", "delta", "delta"] if kind in ("int8", "incctr", "tables") else ["full"] * 3)
 
 
 @pytest.mark.slow

@@ -32,6 +32,11 @@ JOBS = {
     "sums of owners": [*DEEPFM, "embedding.pooled_output_dist=always", "embedding.transport=fp16"],
     "both": [*DEEPFM, "embedding.pooled_output_dist=auto", "embedding.rows=1000000", "model.batch_norm=true"],
     "wall clock": [*FGCNN, "model.classifier.hidden=[8]", "embedding.clock=wall", "embedding.transport=bf16"],
+    "narrow tables": [
+        *DEEPFM,
+        "embedding.tables.user={dim: 2, format: int8}",
+        "embedding.tables.tags={dim: 4, pooled_output_dist: always}",
+    ],
     "learned scales": [*DEEPFM, "embedding.format=int8", "embedding.alpt.every=2", "model.batch_norm=true"],
 }
 #: What a plan calls apart and the counter cannot tell apart.
@@ -78,7 +83,7 @@ def test_one_rank_sends_nothing(tmp_path):
 
 
 def test_bytes_are_those_that_two_ranks_send(tmp_path):
-    check(2, tmp_path, ["rows in bf16", "both"])
+    check(2, tmp_path, ["rows in bf16", "both", "narrow tables"])
 
 
 @pytest.mark.slow
