@@ -97,10 +97,9 @@ def draw(plans: Sequence[RanksPlan], path: Path) -> None:
         times.set(ylabel="estimated ms of a step")
         names = list(dict.fromkeys(one.name for plan in plans for one in plan.collectives))
         for number, name in enumerate(names):
-            values = [sum(one.sent for one in plan.collectives if one.name == name) for plan in plans]
-            sent.plot(
-                ranks, [value or float("nan") for value in values], marker=".", dashes=DASHES[number % 2], label=name
-            )
+            sums = [sum(one.sent for one in plan.collectives if one.name == name) for plan in plans]
+            look = {"marker": ".", "dashes": DASHES[number % 2], "zorder": 2 + number % 2, "label": name}
+            sent.plot(ranks, [value or float("nan") for value in sums], **look)
         sent.plot(ranks, [plan.table_bytes for plan in plans], color="black", linestyle="--", label="tables, kept")
         sent.set(ylabel="bytes of one rank and step")
         for axes in (times, sent):
