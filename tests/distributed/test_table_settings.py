@@ -1,5 +1,7 @@
 """Tables that differ from each other: random settings against a dictionary of rows, and against tables all alike."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,6 +70,17 @@ def test_a_table_among_others_is_bit_for_bit_what_it_is_among_its_like(world):
             table = next(table for table in jobs[number][1] if table.name == name)
             evicted += table.max_rows is not None and len(mine) <= table.max_rows
     assert evicted
+
+
+def test_caches_of_tables_that_differ_change_nothing():
+    """Of several sizes, with scales that round at random and limits."""
+    jobs = [draw_job(seed, exact=False) for seed in range(3)]
+    cached = []
+    for seed, tables, *rest in jobs:
+        sizes = zip(tables, (90, 120, 150), strict=True)
+        cached.append((seed, [replace(table, cache_rows=rows) for table, rows in sizes], *rest))
+    plain, found = on_ranks(1, train_many, jobs)[0], on_ranks(1, train_many, cached)[0]
+    assert found == plain
 
 
 def narrow(name: str, dim: int, std: float = 0.5) -> DynamicTableConfig:
