@@ -89,6 +89,27 @@ def test_formats():
     )
 
 
+def test_the_dim_of_a_table_is_that_of_the_towers_widest_groups():
+    def dims(table, *overrides):
+        return {group.name: group.dim for group in tables_of(*overrides)[table].groups}
+
+    own = ["embedding.tables.age.dim=4", "model.embedding_dim=16"]
+    assert dims("age", *own) == {"v": 4, "w": 1} and dims("gender", *own) == {"v": 16, "w": 1}
+    assert dims("age", "model=fgcnn", *own) == {"v": 4, "generation": 4}
+    assert dims("age", *own, "embedding.tables.age.dim=null") == {"v": 16, "w": 1}
+    assert dims("age", "model=lr", "embedding.tables.age.dim=1") == {"w": 1}
+    assert refused("embedding.tables.age.dim=17", "model.embedding_dim=16") == (
+        "embedding.tables.age.dim is 17; expected at most 16, the dim of the tower"
+    )
+    assert "age.dim is 2; expected at most 1, the dim" in refused("embedding.tables.age.dim=2", "model=lr")
+    assert refused("embedding.tables.age.dim=0").startswith("embedding.tables.age.dim is 0; expected at least 1")
+
+
+def test_a_narrow_row_that_no_format_makes_smaller_stays_in_float32():
+    tables = tables_of("embedding.format=int8", "embedding.tables.age.dim=1")
+    assert [group.format for group in tables["age"].groups] == ["fp32", "fp32"]
+
+
 @pytest.mark.parametrize(
     ("override", "table", "settings"),
     [

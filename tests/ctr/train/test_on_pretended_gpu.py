@@ -16,6 +16,7 @@ from tessera.ctr.metrics.streaming import StreamingMetrics
 from tessera.ctr.train.step_pipeline import to_device
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.fields import OnDevice, scale_to_mean
+from tessera.distributed.projections import Projections
 from tessera.distributed.torchrec.row_sharding import by_owner
 from tessera.embedding.config import DynamicTableConfig, Group
 from tessera.embedding.optim import RowOptimizer
@@ -83,6 +84,28 @@ def test_ids_are_merged_with_one_wait_for_each_table(monkeypatch):
     scale = scale_to_mean(batch.ids, OnDevice([False, True, False])).t().unsqueeze(2)
     assert all(map(torch.equal, found[:3], (asked.values(), asked.lengths(), index)))
     torch.testing.assert_close(found[3], sums * scale)
+
+
+def test_narrow_tables_are_projected_without_waiting(monkeypatch):
+    groups = {"v": 4, "w": 1}
+    configs = [
+        DynamicTableConfig(name, features, (Group("v", dim, 0.5), Group("w", 1, 0.5)))
+        for name, features, dim in (("a", ("a",), 2), ("bc", ("b", "c"), 4))
+    ]
+    projections = Projections(configs, FIELDS, groups)
+    sums = {name: torch.rand(ROWS, len(FIELDS), dim) for name, dim in groups.items()}
+    expected = projections(sums)["v"].detach()
+    weights = [weight.detach() for weight in projections.weights]
+    with on_gpu(monkeypatch, batch_of()) as (_, pretended):
+        del projections.weights  # the pretended GPU does not move modules
+        projections.weights = [weight.to(GPU) for weight in weights]
+        there = {name: one.to(GPU) for name, one in sums.items()}
+        projections(there)  # constants go to the device once
+        pretended.waits = 0
+        projected = projections(there)["v"]
+        assert projected.device == GPU and pretended.waits == 0
+        found = projected.cpu()
+    torch.testing.assert_close(found, expected)
 
 
 def test_metrics_and_the_teachers_loss_do_not_wait(monkeypatch):
