@@ -16,7 +16,7 @@ from tessera.ctr.plan.hardware import Hardware
 from tessera.ctr.plan.statistics import Statistics
 from tessera.ctr.plan.tower_cost import TowerCost, cost_of
 from tessera.ctr.tables import build_tables
-from tessera.ctr.train.clock import left_out
+from tessera.ctr.train.clock import sent_times
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.plan import TableSize
 from tessera.distributed.traffic import (
@@ -167,7 +167,7 @@ class Planner:
         if ranks == 1:
             return []
         exchange = Exchange(ranks, rows, self.config.embedding.transport, self.of_events, self.schema.weighted)
-        numbers = 3 + (left_out(batch) + 1 if self.of_events else 0)
+        numbers = 3 + (sent_times(batch, ranks) if self.of_events else 0)
         found = repeated(of_tables(exchange, loads), second)
         found.append(Collective("agree", "all_gather", 1, (ranks - 1) * numbers * FLOAT64, on_host=True))
         found += of_dense(ranks, self.cost.parameters + learned)

@@ -16,6 +16,7 @@ It depends on the batches alone, so it is the same on any number of ranks; the l
 
 from __future__ import annotations
 
+import math
 import time
 from typing import NamedTuple
 
@@ -47,7 +48,8 @@ class Clock:
         self.of_events = config.embedding.clock == "event" and config.data.schema.time is not None
         self._process = process
         self._jump = int(config.data.schema.time_jump_days * DAY)
-        self._kept = left_out(config.trainer.batch_size) + 1
+        self._newest = left_out(config.trainer.batch_size) + 1
+        self._sent = sent_times(config.trainer.batch_size, process.world_size)
 
     def agree(self, batch: Batch, before: int) -> Agreed:
         """Collective. before: the clock of the step before this one in this epoch, 0 if this is its first."""
@@ -57,18 +59,23 @@ class Clock:
             return Agreed(weights.sum().item(), int(clocks.max()), bool(stops.any()))
         assert batch.time is not None  # the schema has a time
         times = batch.time[: batch.rows]
-        newest = torch.full((self._kept,), -torch.inf, dtype=torch.float64)
-        newest[: batch.rows] = times.topk(min(self._kept, batch.rows)).values.double()
-        everyone = gather(torch.cat([torch.tensor([*mine, batch.rows], dtype=torch.float64), newest]))
+        of_rank = torch.tensor([*mine, batch.rows], dtype=torch.float64)
+        everyone = gather(torch.cat([of_rank, _newest(times, self._sent)]))
         weights, stops, rows = everyone[:, :3].unbind(1)
-        now = self._follow(everyone[:, 3:].flatten(), int(rows.sum()), times, before)
+        now = self._follow(everyone[:, 3:], rows, times, before)
         return Agreed(weights.sum().item(), now, bool(stops.any()))
 
-    def _follow(self, newest: Tensor, rows: int, times: Tensor, before: int) -> int:
-        """The clock behind a batch of `rows` rows, whose newest times are among `newest`; times: this rank's."""
+    def _follow(self, newest: Tensor, rows_of_ranks: Tensor, times: Tensor, before: int) -> int:
+        """Return the clock behind a batch. newest: float64 [ranks, n] of each rank's times; times: this rank's."""
+        rows = int(rows_of_ranks.sum())
         if not rows:
             return before
-        found = int(newest.sort(descending=True).values[min(left_out(rows), rows - 1)])
+        place = min(left_out(rows), rows - 1)
+        found = _at(newest, place)
+        if ((newest[:, -1] > found) & (rows_of_ranks > newest.shape[1])).any():
+            # A rank has so many of the newest that it may not have sent all of them.
+            found = _at(gather(_newest(times, self._newest)), place)
+        found = int(found)
         if not before or found > before + self._jump:
             found = min(found, self._median(times, rows) + self._jump)
         return max(before, found)
@@ -81,6 +88,27 @@ class Clock:
         everyone = gather(mine)
         known = torch.cat([one[:count] for one, count in zip(everyone, counts, strict=True)])
         return int(known.kthvalue((rows + 1) // 2).values)
+
+
+def _newest(times: Tensor, count: int) -> Tensor:
+    """Return the newest times, descending: float64 [count], -inf where there are fewer."""
+    found = torch.full((count,), -torch.inf, dtype=torch.float64)
+    found[: len(times)] = times.topk(min(count, len(times))).values.double()
+    return found
+
+
+def _at(newest: Tensor, place: int) -> float:
+    """Return the time that so many others are newer than, -inf where there are not so many."""
+    times = newest.flatten().sort(descending=True).values
+    return times[place].item() if place < len(times) else -torch.inf
+
+
+def sent_times(batch_size: int, ranks: int) -> int:
+    """Return how many of its newest times a rank sends: those of the batch that do not move the clock, and one, as they
+    fall to ranks by chance. Six standard deviations more than the mean make a second exchange rare."""
+    newest = left_out(batch_size) + 1
+    mean = newest / ranks
+    return min(newest, math.ceil(mean + 6 * math.sqrt(mean)))
 
 
 def left_out(rows: int) -> int:

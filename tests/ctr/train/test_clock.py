@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tessera.ctr.config import load_config
-from tessera.ctr.train.clock import DAY, Clock
+from tessera.ctr.train.clock import DAY, Clock, left_out, sent_times
+from tessera.distributed.collectives import gather
 from tests.ranks import on_ranks
 
 SCHEMA = ["data.schema.time=time", "data.schema.time_jump_days=30"]
@@ -107,6 +108,45 @@ def test_it_is_the_same_on_any_number_of_ranks():
     assert len({now for _, now, _ in alone}) > 8  # it moved, and it stood still
     for world in (2, 3):
         assert on_ranks(world, agreed) == [alone] * world
+
+
+LARGE = 20_000
+
+
+def of_large_batches(process, dealt: str) -> tuple[list[int], int]:
+    """The clock behind a few batches, and how many exchanges of all candidates there were."""
+    clock, now, found, generator = clock_of(process, f"trainer.batch_size={LARGE}"), 0, [], np.random.default_rng(5)
+    exact = 0
+    for step in range(6):
+        times = NOW + step * DAY + generator.integers(-5 * DAY, DAY, LARGE - 100 * step)
+        times = np.sort(times) if dealt == "in order" else times
+        parts = np.array_split(times, process.world_size)
+        if dealt == "unequal":
+            parts = np.split(times, [50, 60][: process.world_size - 1])
+        with pytest.MonkeyPatch.context() as patch:
+            calls = []
+            patch.setattr(
+                "tessera.ctr.train.clock.gather", lambda mine, calls=calls: (calls.append(len(mine)), gather(mine))[1]
+            )
+            found.append(clock.agree(batch_of(parts[process.rank]), now).now)
+        exact += clock._newest in calls
+        now = found[-1]
+    return found, exact
+
+
+@pytest.mark.parametrize("dealt", ["by chance", "in order", "unequal"])
+def test_ranks_send_few_times_and_all_that_matter_where_these_do_not_do(dealt):
+    ((alone, _),) = on_ranks(1, of_large_batches, dealt)
+    assert sent_times(LARGE, 3) < (left_out(LARGE) + 1) * 0.75
+    for world in (2, 3):
+        for found, exact in on_ranks(world, of_large_batches, dealt):
+            assert found == alone
+            assert exact == (0 if dealt == "by chance" else 6)
+
+
+def test_the_number_of_times_that_a_rank_sends():
+    assert [sent_times(LARGE, ranks) for ranks in (1, 2, 4, 64)] == [201, 161, 93, 14]
+    assert sent_times(4096 * 1024, 1024) < 100  # all candidates of so large a batch would be 41,944
 
 
 def test_the_wall_clock(process, monkeypatch):
