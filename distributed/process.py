@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from tessera.distributed.collectives import gather_objects
 from tessera.distributed.failure import explain, of_start
 from tessera.distributed.heartbeat import (
     STALE_SECONDS,
@@ -32,7 +33,6 @@ from tessera.distributed.heartbeat import (
     end_neighbours,
     keep_beating,
     let_other_ranks_leave,
-    read_beats,
     speaks_for_host,
 )
 from tessera.distributed.last_word import say
@@ -86,10 +86,10 @@ def start(device: str = "auto", timeout_seconds: float = 300.0) -> Process:
     store = dist.PrefixStore("tessera", dist.distributed_c10d._get_default_store())
     process = Process(rank, local_rank, world, chosen, store)
     if world > 1:
-        beat(process)
+        mine = beat(process)
         threading.Thread(target=keep_beating, args=(process,), daemon=True, name="heartbeat").start()
-        dist.barrier()  # from here on every rank's sign of life exists
-        process.beats = read_beats(process)
+        everyone = gather_objects(mine)  # not from the store, which would be asked as often as there are pairs of ranks
+        process.beats = {rank: one for rank, one in enumerate(everyone) if rank != process.rank}
     return process
 
 

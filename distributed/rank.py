@@ -52,6 +52,7 @@ class Process:
         beats: the first sign of life of each other rank, which tells its process.
         broken: a collective has failed on this rank; it waited in vain.
         to_end: ranks that were found to stand still.
+        beside: other ranks of this host that were running when a collective failed on this one; None before.
     """
 
     rank: int
@@ -67,6 +68,7 @@ class Process:
     broken: bool = False
     beats: dict[int, Beat] = field(default_factory=dict)
     to_end: set[int] = field(default_factory=set)
+    beside: set[int] | None = None
     _asked_at: float = 0.0
     _beat_stage: str | None = None  # at the last sign of life, and since when
     _beat_since: float = 0.0
