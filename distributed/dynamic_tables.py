@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
 from tessera.distributed.ages import ages_at, ages_of_ranks, unpacked
-from tessera.distributed.distinct_ids import distinct_ids
+from tessera.distributed.distinct_ids import ALL_TABLES, DistinctIds, distinct_ids
 from tessera.distributed.fields import OnDevice, chosen, mixed, scale_to_mean
 from tessera.distributed.host_manager import CacheStats, HostManager
 from tessera.distributed.module_names import module_name
@@ -84,7 +84,7 @@ class DynamicTables(nn.Module):
         self._manager: HostManager | None = None
         self._prefetched: deque[PrefetchedBatch] = deque()
         self._transport = transport
-        self._asked: tuple[KeyedJaggedTensor, Tensor] | None = None  # by the pass before, for the second one
+        self._asked: DistinctIds | None = None  # by the pass before, for the second one
         self._second = False
         self._ages: Tensor | None = None  # of the coming step's rows, where it is not prepared
         self._keeps_squares = squares
@@ -108,10 +108,13 @@ class DynamicTables(nn.Module):
         self.collection: Any = None  # torchrec puts a sharded module in its place, as in that of bags
         self.bags: Any = None
         if self._row_tables:
-            configs = [self._torchrec_config(EmbeddingConfig, i, [tables[i].name]) for i in self._row_tables]
-            self.collection = EmbeddingCollection(device=torch.device("meta"), tables=configs)
+            config = self._torchrec_config(EmbeddingConfig, ALL_TABLES, self._row_tables, [ALL_TABLES])
+            self.collection = EmbeddingCollection(device=torch.device("meta"), tables=[config])
         if self._bag_tables:
-            configs = [self._torchrec_config(EmbeddingBagConfig, i, list(tables[i].features)) for i in self._bag_tables]
+            configs = [
+                self._torchrec_config(EmbeddingBagConfig, module_name(tables[i].name), [i], list(tables[i].features))
+                for i in self._bag_tables
+            ]
             self.bags = EmbeddingBagCollection(device=torch.device("meta"), tables=configs)
         # Positions in id_names of the fields of each path; `_order` undoes putting one path's behind the other's.
         self._row_fields, self._bag_fields = (
@@ -119,24 +122,24 @@ class DynamicTables(nn.Module):
             for path in (self._row_tables, self._bag_tables)
         )
         place = {self._id_names[field]: place for place, field in enumerate(self._row_fields)}
-        self._fields_of_tables = [
-            (tables[i].name, [place[name] for name in tables[i].features]) for i in self._row_tables
-        ]
+        self._fields_of_tables = [[place[name] for name in tables[i].features] for i in self._row_tables]
         table_of = {name: i for i in self._bag_tables for name in tables[i].features}
         self._bags_of = [(self._id_names[field], table_of[self._id_names[field]]) for field in self._bag_fields]
         both = self._row_fields + self._bag_fields
         self._order = None if both == sorted(both) else OnDevice([both.index(field) for field in range(len(both))])
         self._rows_of_all, self._bags_of_all = OnDevice(self._row_fields), OnDevice(self._bag_fields)
 
-    def _torchrec_config(self, kind: type, table: int, features: list[str]) -> EmbeddingConfig | EmbeddingBagConfig:
-        config = self.tables[table]
-        width = self.width + (self.oov is not None)  # of an answer
-        # The planner counts rows * dim * 4 bytes; a dynamic row has state and bookkeeping as well.
-        expected = self.expected_rows
-        if config.cache_limit is not None:  # what is on the device; the host's memory is not the planner's
-            expected = min(expected, config.cache_limit)
-        rows = -(-expected * config.bytes_per_row // (4 * width))
-        name = module_name(config.name)
+    def _torchrec_config(
+        self, kind: type, name: str, tables: list[int], features: list[str]
+    ) -> EmbeddingConfig | EmbeddingBagConfig:
+        """Return what torchrec knows of some tables: one whose memory is theirs."""
+        width, rows = self.width + (self.oov is not None), 0  # of an answer
+        for config in (self.tables[i] for i in tables):
+            # The planner counts rows * dim * 4 bytes; a dynamic row has state and bookkeeping as well.
+            expected = self.expected_rows
+            if config.cache_limit is not None:  # what is on the device; the host's memory is not the planner's
+                expected = min(expected, config.cache_limit)
+            rows += -(-expected * config.bytes_per_row // (4 * width))
         return kind(name=name, embedding_dim=width, num_embeddings=rows, feature_names=features)
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
@@ -177,7 +180,7 @@ class DynamicTables(nn.Module):
         prefetched = self._begun(ids, None if times is None else ages_at(now, times))
         if self.collection is not None:
             prefetched.asked = self._distinct(self._on_row_path(ids), prefetched.ages)
-            prefetched.rows = IdsPrefetch(self.collection, prefetched.asked[0])
+            prefetched.rows = IdsPrefetch(self.collection, prefetched.asked.ids)
         if self.bags is not None:
             prefetched.bags = IdsPrefetch(self.bags, mixed(self._pools_before_exchange(ids)))
         if self.prefetches:
@@ -218,14 +221,14 @@ class DynamicTables(nn.Module):
         if not self._second:
             self._asked = prefetched.asked or self._distinct(ids, prefetched.ages)
         assert self._asked is not None, "no first pass"
-        asked, index = self._asked
-        rows = (self.collection(asked) if prefetched.rows is None else prefetched.rows.answer()).wait()
+        asked = self._asked
+        rows = (self.collection(asked.ids) if prefetched.rows is None else prefetched.rows.answer()).wait()
         if self.oov is not None:
-            of_tables = zip(rows.split(asked.length_per_key()), self._row_tables, strict=True)
+            of_tables = zip(rows.split(asked.of_tables), self._row_tables, strict=True)
             rows = torch.cat([self._with_oov(answered, table) for answered, table in of_tables])
         if self._keeps_squares and self.training:
-            self._squares.append((rows.square().sum(1) * unpacked(asked.weights())[0].to(rows)).sum())
-        return self._pool(rows, index, ids)
+            self._squares.append((rows.square().sum(1) * unpacked(asked.ids.weights())[0].to(rows)).sum())
+        return self._pool(rows, asked.index, ids)
 
     def _sums_of_owners(self, ids: KeyedJaggedTensor, prefetched: PrefetchedBatch) -> Sequence[Tensor]:
         """Return [B, fields, dim] by group, for fields with a pooled output dist."""
@@ -272,6 +275,7 @@ class DynamicTables(nn.Module):
     def sharders(self) -> list[DynamicSharder | DynamicBagSharder]:
         fused = {
             "table_configs": tuple(self.tables),
+            "row_tables": tuple(module_name(self.tables[i].name) for i in self._row_tables),
             "dims": tuple(self.groups.items()),
             "tells_missing": self.oov is not None,
         }
@@ -382,7 +386,7 @@ class DynamicTables(nn.Module):
         if self.projections is not None:
             self.projections.restart()
 
-    def _distinct(self, ids: KeyedJaggedTensor, ages: Tensor | None) -> tuple[KeyedJaggedTensor, Tensor]:
+    def _distinct(self, ids: KeyedJaggedTensor, ages: Tensor | None) -> DistinctIds:
         """Return what the owners of rows are asked for, and the place of each value of `ids` in it."""
         return distinct_ids(ids, ages, self._fields_of_tables)
 

@@ -18,6 +18,7 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingPlan, ShardingType
 
+from tessera.distributed.distinct_ids import ALL_TABLES
 from tessera.distributed.module_names import module_name
 from tessera.distributed.plan import describe, size
 from tessera.distributed.rank import Process
@@ -70,7 +71,7 @@ def shard(
 def _planner(tables: ShardedTables, process: Process, batch_size: int) -> EmbeddingShardingPlanner:
     topology = _topology(process)
     one = ParameterConstraints(sharding_types=[ShardingType.ROW_WISE.value], compute_kernels=[tables.compute_kernel])
-    constraints = {module_name(table.name): one for table in tables.sizes()}
+    constraints = {name: one for name in (ALL_TABLES, *(module_name(table.name) for table in tables.sizes()))}
 
     class Hardware(HardwarePerfConfig):
         """Bandwidths for the estimator, which knows none for kernels that are not torchrec's and raises without one."""

@@ -47,6 +47,9 @@ class DynamicBagKernel(DynamicTableKernel):
         self._ranks = pg.size() if pg is not None else 1
         self._last: tuple[Tensor, Request] | None = None
 
+    def _names_of_tables(self, config: GroupedEmbeddingConfig) -> list[str]:
+        return [table.name for table in config.embedding_tables]
+
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Return weighted sums over bags, [stride, features * n], zeros for an empty bag. features: one key per
         feature, values mixed ids, stride = rows of all ranks; n: the columns of one answer."""

@@ -10,6 +10,8 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
 from torchrec.distributed.types import Awaitable
 
+from tessera.distributed.distinct_ids import DistinctIds
+
 
 class IdsPrefetch:
     """A batch on its way. Every call is collective: all ranks make it in the same place.
@@ -49,6 +51,6 @@ class PrefetchedBatch:
     ids: KeyedJaggedTensor
     ages: Tensor | None = None
     ages_of_ranks: Tensor | None = None
-    asked: tuple[KeyedJaggedTensor, Tensor] | None = None  # the distinct ones, and the place of each id among them
+    asked: DistinctIds | None = None
     rows: IdsPrefetch | None = None  # of the row path and of the pooled output dist
     bags: IdsPrefetch | None = None

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +75,8 @@ class Counted(NamedTuple):
 class Request:
     """Look-ups of one batch in all tables of a kernel. mixed: int64 [n], those of table t from bounds[t] on; counts:
     [n]; ages: int64 [n], seconds before the batch's time at which each id was last seen, None: all at that time.
-    places: int64, for each id of a bag its place in mixed, with the pooled output dist. found: by table, once the ids
+    places: int64, for each id of a bag its place in mixed, with the pooled output dist. order: int64 [n], where each
+    look-up stood among those that came, None: there. found: by table, once the ids
     are looked up; counted: by table at that moment, for a batch that is prefetched."""
 
     mixed: Tensor
@@ -82,6 +84,7 @@ class Request:
     ages: Tensor | None
     bounds: list[int]
     places: Tensor | None = None
+    order: Tensor | None = None
     found: list[FoundRows] | None = None
     counted: list[Counted] | None = None
 
@@ -117,9 +120,9 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         super().__init__(config, pg, device)
         fused = config.fused_params or {}
         configs = {module_name(table.name): table for table in fused["table_configs"]}
+        self.names = self._names_of_tables(config)
         self._device_of_rows = torch.device("cpu") if device is None else device
-        self.tables = [make_table(configs[table.name], self._device_of_rows) for table in config.embedding_tables]
-        self.names = [table.name for table in config.embedding_tables]
+        self.tables = [make_table(configs[name], self._device_of_rows) for name in self.names]
         self.repeats = pg is not None and pg.size() > 1  # each rank sends an id once; two ranks may send the same one
         self._rank = pg.rank() if pg is not None and pg.size() > 1 else None
         self.tells_missing = fused["tells_missing"]
@@ -143,9 +146,14 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
             setattr(placeholder, "_in_backward_optimizers", [EmptyFusedOptimizer()])  # noqa: B010, torchrec reads it
             self._param_per_table[table.name] = placeholder
 
+    def _names_of_tables(self, config: GroupedEmbeddingConfig) -> list[str]:
+        """Return the names of the tables, as torch's modules know them; torchrec knows them as one."""
+        assert config.fused_params is not None
+        return list(config.fused_params["row_tables"])
+
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        """Return the rows asked for, [n, width]. features: one key per table, stride = ranks, values mixed ids, weights
-        their counts."""
+        """Return the rows asked for, [n, width]. features: one key, of each rank the ids of one table after the other;
+        stride = ranks x tables, values mixed ids, weights their counts."""
         return self.rows(self.next_request(features))
 
     def prefetch_rows(
@@ -187,9 +195,14 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     def request(self, features: KeyedJaggedTensor, ages: Tensor | None) -> Request:
         """Return the look-ups of a batch. ages: of rows, with the pooled output dist; here ages travel with the ids
         instead."""
-        offsets = features.offsets()
-        stride = (offsets.numel() - 1) // len(self.tables)
-        return Request(features.values(), *unpacked(features.weights()), offsets[::stride].tolist())
+        counts, ages = unpacked(features.weights())
+        lengths_rt = features.lengths().view(-1, len(self.tables)).long()
+        if lengths_rt.shape[0] == 1:
+            return Request(features.values(), counts, ages, features.offsets().tolist())
+        order = by_table(lengths_rt, features.values().numel())
+        bounds = [0, *lengths_rt.sum(0).cumsum(0).tolist()]
+        ages = None if ages is None else ages[order]
+        return Request(features.values()[order], counts[order], ages, bounds, order=order)
 
     def rows(self, request: Request) -> Tensor:
         """Return the rows asked for, [n, width], differentiable."""
@@ -227,15 +240,23 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
             raise type(error)(f"rank {self._rank}: {error}") from None
 
     def look_up(self, request: Request) -> Tensor:
-        """Return the rows of all tables one after the other: those of the request, or in a second pass those of the
-        first."""
+        """Return the rows of all tables in the order in which they were asked for: those of the request, or in a second
+        pass those of the first."""
         if self.phase is Pass.SECOND and self.training:
             updates = zip(self._updates, self._columns, strict=True)
-            return torch.cat([self._answer(u.gather(inv), rows, inv, columns) for (u, rows, inv), columns in updates])
-        if request.found is None:
-            request.found = self.find(request, self.now)
-        found = zip(request.found, self._columns, strict=True)
-        return torch.cat([self._answer(self._values(f), f.rows, f.inverse, columns) for f, columns in found])
+            parts = [self._answer(u.gather(inv), rows, inv, columns) for (u, rows, inv), columns in updates]
+        else:
+            if request.found is None:
+                request.found = self.find(request, self.now)
+            found = zip(request.found, self._columns, strict=True)
+            parts = [self._answer(self._values(f), f.rows, f.inverse, columns) for f, columns in found]
+        if request.order is None:
+            return torch.cat(parts)
+        answer = parts[0].new_empty((request.order.numel(), parts[0].shape[1]))
+        spans = pairwise(request.bounds)
+        for part, (begin, end) in zip(parts, spans, strict=True):
+            answer.index_copy_(0, request.order[begin:end], part)
+        return answer
 
     def _values(self, found: FoundRows) -> Tensor:
         if found.rows.device == found.ids.device:
@@ -256,7 +277,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     def update(self, grads: Tensor, request: Request) -> None:
         if self.tells_missing:
             grads = grads[:, :-1]
-        grads = grads.contiguous()
+        grads = grads.contiguous() if request.order is None else grads[request.order]
         spans = zip(request.bounds, request.bounds[1:], self._columns, strict=False)
         parts = [_cut(grads[begin:end], columns) for begin, end, columns in spans]
         if self.phase is Pass.SECOND:
@@ -292,7 +313,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         return self._optim
 
     def split_embedding_weights(self) -> list[Tensor]:
-        return [self._param_per_table[name] for name in self.names]
+        return [self._param_per_table[table.name] for table in self._config.embedding_tables]
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -315,6 +336,18 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
 def _cut(grads: Tensor, columns: Tensor | None) -> Tensor:
     """Return the gradients of the columns that a table has."""
     return grads if columns is None else grads.index_select(1, columns)
+
+
+def by_table(lengths_rt: Tensor, count: int) -> Tensor:
+    """Return the places of `count` look-ups in the order of tables, and of ranks in each: int64 [count].
+
+    lengths_rt: int64 [ranks, tables], of what stands one behind the other, of each rank table after table.
+    """
+    lengths = lengths_rt.flatten()
+    begins_tr = (lengths.cumsum(0) - lengths).view_as(lengths_rt).t().flatten()
+    lengths_tr = lengths_rt.t().flatten()
+    shift = begins_tr - (lengths_tr.cumsum(0) - lengths_tr)
+    return torch.arange(count, device=lengths.device) + shift.repeat_interleave(lengths_tr, output_size=count)
 
 
 class _LookUp(torch.autograd.Function):
