@@ -7,6 +7,10 @@ beginning of the cache line that the lower bits of h name; row -1 marks an empty
 its limit is split in two by one more upper bit: one block of SLOTS pairs is dealt out again, all others stay.
 The limits are staggered over the hash space (`split_limit`), so splits come one by one instead of all at once
 whenever the number of ids doubles. Segments live in chunks of memory that are never moved.
+
+One map serves many tables: the upper bits of a slot's second word hold the table (`TABLE_SHIFT`), h is moved by
+mix64(table), so that an id that many tables have is looked for in as many places, and hash and table together are
+exact. Without a table ids are those of table 0, whose h and words are the plain ones.
 """
 
 from __future__ import annotations
@@ -79,26 +83,29 @@ class IdMap:
         """Bytes in use; the rest of the last chunk is reserved but has not been touched."""
         return int(self._counters[0]) * SLOTS * 16 + self._segments.numel() * 4 + self._directory.numel() * 4
 
-    def find(self, ids: Tensor) -> Tensor:
-        """Return rows int64 [n] of ids int64 [n] (duplicates allowed), -1 for unknown ids."""
-        check_index("ids", ids)
-        ops = backend.ops_for(ids) or reference
-        return ops.id_map_find(self._directory, self._chunks, ids)
+    def find(self, ids: Tensor, tables: Tensor | None = None) -> Tensor:
+        """Return rows int64 [n] of ids int64 [n] (duplicates allowed), -1 for unknown ids.
 
-    def insert(self, ids: Tensor, rows: Tensor) -> None:
-        """Add distinct, unknown ids (int64 [n]) with their rows (int64 [n], >= 0).
+        tables: int64 [n], 0 to TABLES - 1 (None: all 0). Raises ValueError for wrong arguments.
+        """
+        _check(ids, tables)
+        ops = backend.ops_for(ids) or reference
+        return ops.id_map_find(self._directory, self._chunks, ids, tables)
+
+    def insert(self, ids: Tensor, rows: Tensor, tables: Tensor | None = None) -> None:
+        """Add distinct, unknown ids (int64 [n]) with their rows (int64 [n], 0 to 2^40 - 1); tables as `find`.
 
         Raises ValueError for wrong arguments and for an id that is already known; which of the others went
         in is then not defined.
         """
-        check_index("ids", ids)
+        _check(ids, tables)
         check_index("rows", rows)
         if ids.numel() != rows.numel():
             raise ValueError(f"rows: expected {ids.numel()}, found {rows.numel()}")
         ops, done = backend.ops_for(ids) or reference, 0
         while done < ids.numel():
             state = self._directory, self._chunks, self._segments, self._counters
-            ops.id_map_insert(*state, ids[done:], rows[done:])
+            ops.id_map_insert(*state, ids[done:], rows[done:], None if tables is None else tables[done:])
             done += int(self._counters[2])
             if done < ids.numel():
                 self._grow()
@@ -120,12 +127,13 @@ class IdMap:
             rows[new] = taken
         return rows, new
 
-    def erase(self, ids: Tensor) -> Tensor:
-        """Remove ids (int64 [n], distinct). Returns the rows they had, int64 [n], -1 for unknown ids."""
-        check_index("ids", ids)
+    def erase(self, ids: Tensor, tables: Tensor | None = None) -> Tensor:
+        """Remove ids (int64 [n], distinct; tables as `find`). Returns the rows they had, int64 [n], -1 for unknown
+        ids."""
+        _check(ids, tables)
         state = self._directory, self._chunks, self._segments, self._counters
         ops = backend.ops_for(ids) or reference
-        return ops.id_map_erase(*state, ids)
+        return ops.id_map_erase(*state, ids, tables)
 
     def items(self, batch: int = 1 << 20) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (ids int64 [k], rows int64 [k]), at most max(batch, SLOTS) at a time, in no useful order.
@@ -139,7 +147,8 @@ class IdMap:
             for block in chunk.split(step):
                 slots = block.reshape(-1, 2)
                 slots = slots[slots[:, 1] >= 0]
-                yield reference.id_of(slots[:, 0]), slots[:, 1].contiguous()
+                tables = reference.table_of(slots[:, 1])
+                yield reference.id_of(slots[:, 0], tables), reference.row_of(slots[:, 1])
 
     def _grow(self) -> None:
         """Provide what the last insertion stopped for: a chunk, or one more bit in the directory."""
@@ -160,11 +169,24 @@ class IdMap:
         self._segments = torch.cat([self._segments, more])
 
 
+def _check(ids: Tensor, tables: Tensor | None) -> None:
+    check_index("ids", ids)
+    if tables is not None:
+        check_index("tables", tables)
+
+
 @torch.library.register_fake("tessera::id_map_find")
-def _find_fake(directory: Tensor, chunks: list[Tensor], ids: Tensor) -> Tensor:
+def _find_fake(directory: Tensor, chunks: list[Tensor], ids: Tensor, tables: Tensor | None) -> Tensor:
     return ids.new_empty(ids.shape)
 
 
 @torch.library.register_fake("tessera::id_map_erase")
-def _erase_fake(directory: Tensor, chunks: list[Tensor], segments: Tensor, counters: Tensor, ids: Tensor) -> Tensor:
+def _erase_fake(
+    directory: Tensor,
+    chunks: list[Tensor],
+    segments: Tensor,
+    counters: Tensor,
+    ids: Tensor,
+    tables: Tensor | None,
+) -> Tensor:
     return ids.new_empty(ids.shape)

@@ -1,4 +1,4 @@
-// The id map on the state that kernels/id_map.py describes: a directory, segments in chunks, counters.
+// Finding, inserting and erasing ids in the map of id_map.h.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -8,29 +8,20 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <optional>
 
-#include "mix.h"
-#include "multiversion.h"
+#include "id_map.h"
 
 namespace {
 
+using namespace tessera::id_map;
+
 // As in kernels/reference/id_map.py.
-constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ULL;
-constexpr int64_t kSlots = 4096;
-constexpr int64_t kLine = 4;
-constexpr uint32_t kSegmentsPerChunk = 256;
 constexpr double kLimit = 0.8;
 constexpr double kSpread = 0.5;
 
 constexpr int64_t kGrain = 1 << 13;  // ids per thread below which another thread does not pay
 constexpr int64_t kAhead = 16;       // ids between the request for a slot and its use
-constexpr int64_t kBlock = 64;       // ids hashed together
-
-struct Slot {
-  uint64_t hash;
-  int64_t row;  // -1: empty
-};
 
 struct Segment {
   int32_t depth;  // number of upper bits that all hashes in it share
@@ -38,84 +29,31 @@ struct Segment {
   int32_t limit;
 };
 
-TESSERA_SIMD void hash_ids(const int64_t* ids, int64_t n, uint64_t* hashes) {
-  for (int64_t i = 0; i < n; ++i) hashes[i] = tessera::mix64(static_cast<uint64_t>(ids[i]) + kGolden);
-}
+// Ids and tables of a call, which live as long as this.
+struct Given {
+  at::Tensor ids, tables;
 
-// A hash is looked for from the beginning of a cache line on, so that most searches see one line.
-TESSERA_INLINE int64_t home_of(uint64_t hash) { return static_cast<int64_t>(hash & (kSlots - kLine)); }
-
-// Where an id is looked for, and the segment in which the search goes round.
-struct Place {
-  Slot* segment;
-  uint64_t hash;
-
-  void prefetch() const { __builtin_prefetch(segment + home_of(hash), 1); }
-
-  // The row of the hash or -1. Lines fill from their beginning, so one with an empty last slot ends the search. The
-  // slots of a line are compared without a branch that could be guessed wrong: all other slots, and emptied ones that
-  // still show the hash, contribute -1 to the conjunction, which is all ones.
-  int64_t row() const {
-    for (int64_t at = home_of(hash);; at = (at + kLine) & (kSlots - 1)) {
-      const Slot* const line = segment + at;
-      int64_t found = -1;
-      for (int64_t i = 0; i < kLine; ++i) found &= line[i].row | -static_cast<int64_t>(line[i].hash != hash);
-      if (found >= 0 || line[kLine - 1].row < 0) return found;
-    }
+  Given(const at::Tensor& ids_, const std::optional<at::Tensor>& tables_)
+      : ids(ids_.contiguous()), tables(tables_.has_value() ? tables_->contiguous() : at::Tensor()) {
+    if (!tables.defined()) return;
+    TORCH_CHECK_VALUE(tables.numel() == ids.numel(), "tables: expected ", ids.numel(), ", found ", tables.numel());
+    const int64_t* const numbers = tables.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < tables.numel(); ++i) check_table(numbers[i]);
   }
 
-  // The slot of the hash, or the empty slot that ends its search: as many of a line are used as come before it.
-  Slot* slot() const {
-    for (int64_t at = home_of(hash);; at = (at + kLine) & (kSlots - 1)) {
-      Slot* const line = segment + at;
-      int64_t used = 0, found = -1;
-      for (int64_t i = 0; i < kLine; ++i) {
-        used += line[i].row >= 0;
-        found &= i | -static_cast<int64_t>((line[i].hash != hash) | (line[i].row < 0));
-      }
-      if (found >= 0) return line + found;
-      if (used < kLine) return line + used;
-    }
+  Keys keys() const {
+    return {ids.const_data_ptr<int64_t>(), tables.defined() ? tables.const_data_ptr<int64_t>() : nullptr, 0};
   }
 };
 
-class Map {
- public:
-  Map(const at::Tensor& directory, at::TensorList chunks)
-      : directory_(directory.const_data_ptr<int32_t>()), size_(directory.numel()) {
-    TORCH_CHECK_VALUE(directory.is_contiguous() && size_ > 0 && (size_ & (size_ - 1)) == 0,
-                      "directory: expected a power of two entries");
-    while ((int64_t{1} << bits_) < size_) ++bits_;
-    chunks_.reserve(chunks.size());
-    for (const at::Tensor& chunk : chunks) {
-      TORCH_CHECK_VALUE(chunk.is_contiguous() && chunk.numel() == kSegmentsPerChunk * kSlots * 2,
-                        "chunks: expected [", kSegmentsPerChunk, ", ", kSlots, ", 2], found ", chunk.sizes());
-      chunks_.push_back(reinterpret_cast<Slot*>(chunk.data_ptr<int64_t>()));
-    }
-  }
-
-  int64_t bits() const { return bits_; }
-  int32_t segment_of(uint64_t hash) const { return directory_[(hash >> 1) >> (63 - bits_)]; }
-  Slot* slots_of(uint32_t segment) const {
-    return chunks_[segment / kSegmentsPerChunk] + (segment % kSegmentsPerChunk) * kSlots;
-  }
-  Place place(uint64_t hash) const { return {slots_of(segment_of(hash)), hash}; }
-
- private:
-  const int32_t* directory_;
-  int64_t size_;
-  int64_t bits_ = 0;
-  std::vector<Slot*> chunks_;
-};
-
-void find_range(const Map& map, const int64_t* ids, int64_t n, int64_t* rows) {
+void find_range(const Map& map, const Keys& keys, int64_t first, int64_t last, int64_t* rows) {
   uint64_t hashes[kBlock];
   Place places[kBlock];
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t block = std::min(kBlock, n - begin);
-    hash_ids(ids + begin, block, hashes);
+  for (int64_t begin = first; begin < last; begin += kBlock) {
+    const int64_t block = std::min(kBlock, last - begin);
+    hash_keys(keys, begin, block, hashes);
     for (int64_t i = 0; i < block; ++i) {
-      places[i] = map.place(hashes[i]);
+      places[i] = map.place(hashes[i], keys.table_of(begin + i));
       places[i].prefetch();
     }
     for (int64_t i = 0; i < block; ++i) {
@@ -124,15 +62,15 @@ void find_range(const Map& map, const int64_t* ids, int64_t n, int64_t* rows) {
   }
 }
 
-at::Tensor id_map_find(const at::Tensor& directory, at::TensorList chunks, const at::Tensor& ids_) {
+at::Tensor id_map_find(const at::Tensor& directory, at::TensorList chunks, const at::Tensor& ids,
+                       const std::optional<at::Tensor>& tables) {
   const Map map(directory, chunks);
-  const at::Tensor ids = ids_.contiguous();
+  const Given given(ids, tables);
+  const Keys keys = given.keys();
   at::Tensor rows = at::empty({ids.numel()}, ids.options());
-  const int64_t* in = ids.const_data_ptr<int64_t>();
   int64_t* out = rows.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, ids.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    find_range(map, in + begin, end - begin, out + begin);
-  });
+  at::parallel_for(0, ids.numel(), kGrain,
+                   [&](int64_t begin, int64_t end) { find_range(map, keys, begin, end, out); });
   return rows;
 }
 
@@ -156,28 +94,29 @@ class Insertion {
   }
 
   // Returns how many ids went in before a chunk or a bit of the directory was missing.
-  int64_t run(const int64_t* ids, const int64_t* rows, int64_t n) {
+  int64_t run(const Keys& keys, const int64_t* rows, int64_t n) {
     uint64_t hashes[kBlock];
     for (int64_t begin = 0; begin < n; begin += kBlock) {
       const int64_t block = std::min(kBlock, n - begin);
-      hash_ids(ids + begin, block, hashes);
-      for (int64_t i = 0; i < std::min(kAhead, block); ++i) map_.place(hashes[i]).prefetch();
+      hash_keys(keys, begin, block, hashes);
+      for (int64_t i = 0; i < std::min(kAhead, block); ++i) map_.place(hashes[i], 0).prefetch();
       for (int64_t i = 0; i < block; ++i) {
-        if (i + kAhead < block) map_.place(hashes[i + kAhead]).prefetch();
-        TORCH_CHECK_VALUE(rows[begin + i] >= 0, "rows: expected 0 or more, found ", rows[begin + i]);
+        if (i + kAhead < block) map_.place(hashes[i + kAhead], 0).prefetch();
+        const int64_t row = rows[begin + i];
+        TORCH_CHECK_VALUE(row >= 0 && row <= kRowMask, "rows: expected 0 to 2^40 - 1, found ", row);
         if (!make_room(hashes[i])) return begin + i;
-        add(ids[begin + i], hashes[i], rows[begin + i]);
+        add(keys.ids[begin + i], keys.table_of(begin + i), hashes[i], row);
       }
     }
     return n;
   }
 
  private:
-  void add(int64_t id, uint64_t hash, int64_t row) {
+  void add(int64_t id, int64_t table, uint64_t hash, int64_t row) {
     const int32_t segment = map_.segment_of(hash);
-    Slot* const slot = Place{map_.slots_of(segment), hash}.slot();
+    Slot* const slot = Place{map_.slots_of(segment), hash, table}.slot();
     TORCH_CHECK_VALUE(slot->row < 0, "ids: expected distinct, unknown ids, found ", id, " which is already known");
-    *slot = {hash, row};
+    *slot = {hash, row | table << kTableShift};
     ++segments_[segment].ids;
     ++counters_[1];
   }
@@ -227,7 +166,10 @@ class Insertion {
       count += taken & fits;
       upper += taken & (half == 1);
     }
-    for (int64_t i = 0; i < waiting; ++i) *Place{halves[(late[i].hash >> shift) & 1], late[i].hash}.slot() = late[i];
+    for (int64_t i = 0; i < waiting; ++i) {
+      const Slot& slot = late[i];
+      *Place{halves[(slot.hash >> shift) & 1], slot.hash, slot.row >> kTableShift}.slot() = slot;
+    }
     return static_cast<int32_t>(upper);
   }
 
@@ -239,12 +181,14 @@ class Insertion {
 };
 
 void id_map_insert(const at::Tensor& directory, at::TensorList chunks, const at::Tensor& segments,
-                   const at::Tensor& counters, const at::Tensor& ids_, const at::Tensor& rows_) {
-  const at::Tensor ids = ids_.contiguous(), rows = rows_.contiguous();
+                   const at::Tensor& counters, const at::Tensor& ids, const at::Tensor& rows_,
+                   const std::optional<at::Tensor>& tables) {
+  const Given given(ids, tables);
+  const at::Tensor rows = rows_.contiguous();
   TORCH_CHECK_VALUE(ids.numel() == rows.numel(), "rows: expected ", ids.numel(), ", found ", rows.numel());
   Insertion insertion(directory, chunks, segments, counters);
   counters.data_ptr<int64_t>()[2] =
-      insertion.run(ids.const_data_ptr<int64_t>(), rows.const_data_ptr<int64_t>(), ids.numel());
+      insertion.run(given.keys(), rows.const_data_ptr<int64_t>(), ids.numel());
 }
 
 // Close the hole at `hole` by moving back every later pair of its run that may stand there.
@@ -260,26 +204,24 @@ void close_hole(Slot* segment, int64_t hole) {
 }
 
 at::Tensor id_map_erase(const at::Tensor& directory, at::TensorList chunks, const at::Tensor& segments,
-                        const at::Tensor& counters, const at::Tensor& ids_) {
+                        const at::Tensor& counters, const at::Tensor& ids, const std::optional<at::Tensor>& tables) {
   const Map map(directory, chunks);
-  const at::Tensor ids = ids_.contiguous();
+  const Given given(ids, tables);
+  const Keys keys = given.keys();
   const int64_t n = ids.numel();
   at::Tensor rows = at::empty({n}, ids.options());
-  const int64_t* in = ids.const_data_ptr<int64_t>();
   int64_t* out = rows.mutable_data_ptr<int64_t>();
   auto* const states = reinterpret_cast<Segment*>(segments.data_ptr<int32_t>());
   uint64_t hashes[kBlock];
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t block = std::min(kBlock, n - begin);
-    hash_ids(in + begin, block, hashes);
-    for (int64_t i = 0; i < block; ++i) {
-      map.place(hashes[i]).prefetch();
-    }
+    hash_keys(keys, begin, block, hashes);
+    for (int64_t i = 0; i < block; ++i) map.place(hashes[i], 0).prefetch();
     for (int64_t i = 0; i < block; ++i) {
       const int32_t segment = map.segment_of(hashes[i]);
-      const Place place{map.slots_of(segment), hashes[i]};
+      const Place place{map.slots_of(segment), hashes[i], keys.table_of(begin + i)};
       const Slot* const slot = place.slot();
-      out[begin + i] = slot->row;
+      out[begin + i] = slot->row < 0 ? -1 : slot->row & kRowMask;
       if (slot->row < 0) continue;
       close_hole(place.segment, slot - place.segment);
       --states[segment].ids;

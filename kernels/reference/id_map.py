@@ -21,6 +21,8 @@ SEGMENTS_PER_CHUNK = 256
 # upper end. SPREAD = 1 would spread the splits evenly over each doubling, 0 would make them coincide.
 LIMIT = 0.8
 SPREAD = 0.5
+TABLE_SHIFT = 40  # the second word of a slot: the row in the bits below, the table in those from here on
+TABLES = 1 << 23  # most tables of a map: a word stays positive
 
 
 def split_limit(prefix: int, depth: int) -> int:
@@ -28,21 +30,44 @@ def split_limit(prefix: int, depth: int) -> int:
     return int(SLOTS * LIMIT * 2.0 ** (-SPREAD * prefix / 2**depth))
 
 
-def hash_of(ids: Tensor) -> Tensor:
-    return mix64(ids + signed(GOLDEN))
+def hash_of(ids: Tensor, tables: Tensor | None = None) -> Tensor:
+    hashes = mix64(ids + signed(GOLDEN))
+    return hashes if tables is None else hashes ^ mix64(tables)
 
 
-def id_of(hashes: Tensor) -> Tensor:
-    return unmix64(hashes) - signed(GOLDEN)
+def id_of(hashes: Tensor, tables: Tensor | None = None) -> Tensor:
+    return unmix64(hashes if tables is None else hashes ^ mix64(tables)) - signed(GOLDEN)
 
 
-def id_map_find(directory: Tensor, chunks: Sequence[Tensor], ids: Tensor) -> Tensor:
-    hashes = hash_of(ids)
-    rows = torch.full_like(ids, -1)
+def row_of(words: Tensor) -> Tensor:
+    """Return the rows in the second words of slots, -1 for -1."""
+    return torch.where(words < 0, -1, words & (1 << TABLE_SHIFT) - 1)
+
+
+def table_of(words: Tensor) -> Tensor:
+    """Return the tables in the second words of slots, -1 for -1."""
+    return words >> TABLE_SHIFT
+
+
+def tables_of(ids: Tensor, tables: Tensor | None) -> Tensor:
+    """Return the table of each id, 0 where none is said. Raises ValueError for one out of range."""
+    if tables is None:
+        return torch.zeros_like(ids)
+    if tables.numel() != ids.numel():
+        raise ValueError(f"tables: expected {ids.numel()}, found {tables.numel()}")
+    if tables.numel() and not 0 <= int(tables.min()) <= int(tables.max()) < TABLES:
+        raise ValueError(f"tables: expected 0 to {TABLES - 1}, found {int(tables.min())} to {int(tables.max())}")
+    return tables
+
+
+def id_map_find(directory: Tensor, chunks: Sequence[Tensor], ids: Tensor, tables: Tensor | None) -> Tensor:
+    tables = tables_of(ids, tables)
+    hashes = hash_of(ids, tables)
+    words = torch.full_like(ids, -1)
     for slots, positions, start in _by_chunk(chunks, _segment_of(directory, hashes)):
         wanted = hashes[positions]
-        rows[positions] = _probe(slots, start, wanted, _home(start, wanted))[1]
-    return rows
+        words[positions] = _probe(slots, start, wanted, tables[positions], _home(start, wanted))[1]
+    return row_of(words)
 
 
 def id_map_insert(
@@ -52,14 +77,17 @@ def id_map_insert(
     counters: Tensor,
     ids: Tensor,
     rows: Tensor,
+    tables: Tensor | None,
 ) -> None:
     """Insert all ids, or none where memory or a bit of the directory is missing; counters[2] tells."""
     counters[2] = 0
-    if bool((id_map_find(directory, chunks, ids) >= 0).any()) or ids.unique().numel() < ids.numel():
+    tables = tables_of(ids, tables)
+    distinct = torch.stack([ids, tables]).unique(dim=1).shape[1]
+    if bool((id_map_find(directory, chunks, ids, tables) >= 0).any()) or distinct < ids.numel():
         raise ValueError("ids: expected distinct, unknown ids, found one that is already known")
-    if bool((rows < 0).any()):
-        raise ValueError("rows: expected 0 or more")
-    hashes = hash_of(ids)
+    if bool(((rows < 0) | (rows >> TABLE_SHIFT > 0)).any()):
+        raise ValueError(f"rows: expected 0 to 2^{TABLE_SHIFT} - 1")
+    hashes = hash_of(ids, tables)
     while True:
         segment = _segment_of(directory, hashes)
         wanted = segments[:, 1] + torch.bincount(segment, minlength=segments.shape[0])
@@ -72,29 +100,35 @@ def id_map_insert(
         _split(directory, chunks, segments, counters, full)
     if bool((wanted > segments[:, 2]).any()):
         return
-    _place(chunks, segment, hashes, rows)
+    _place(chunks, segment, hashes, rows | tables << TABLE_SHIFT)
     segments[:, 1] = wanted
     counters[1] += ids.numel()
     counters[2] = ids.numel()
 
 
 def id_map_erase(
-    directory: Tensor, chunks: Sequence[Tensor], segments: Tensor, counters: Tensor, ids: Tensor
+    directory: Tensor,
+    chunks: Sequence[Tensor],
+    segments: Tensor,
+    counters: Tensor,
+    ids: Tensor,
+    tables: Tensor | None,
 ) -> Tensor:
-    hashes = hash_of(ids)
+    tables = tables_of(ids, tables)
+    hashes = hash_of(ids, tables)
     segment = _segment_of(directory, hashes)
-    rows = torch.full_like(ids, -1)
+    words = torch.full_like(ids, -1)
     for slots, positions, start in _by_chunk(chunks, segment):
         wanted = hashes[positions]
-        slot, found = _probe(slots, start, wanted, _home(start, wanted))
+        slot, found = _probe(slots, start, wanted, tables[positions], _home(start, wanted))
         slots[slot[found >= 0], 1] = -1
-        rows[positions] = found
-    known = rows >= 0
+        words[positions] = found
+    known = words >= 0
     # A hole would end the probing of ids behind it: the others of these segments are placed again.
     _place(chunks, *_take_out(chunks, segment[known].unique()))
     segments[:, 1] -= torch.bincount(segment[known], minlength=segments.shape[0])
     counters[1] -= known.sum().to(counters.device)
-    return rows
+    return row_of(words)
 
 
 def _segment_of(directory: Tensor, hashes: Tensor) -> Tensor:
@@ -117,28 +151,30 @@ def _home(start: Tensor, hashes: Tensor) -> Tensor:
     return start + (hashes & (SLOTS - LINE))
 
 
-def _probe(slots: Tensor, start: Tensor, hashes: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (slot, row) of every hash, from `slot` on in its segment; row -1 with the empty slot met."""
+def _probe(slots: Tensor, start: Tensor, hashes: Tensor, tables: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (slot, its second word) of every key, from `slot` on in its segment; -1 with the empty slot met."""
     slot = slot.clone()
-    row = torch.full_like(hashes, -1)
+    word = torch.full_like(hashes, -1)
     active = torch.arange(hashes.numel(), device=hashes.device)
     while active.numel():
         entry = slots[slot[active]]
-        row[active] = torch.where(entry[:, 0] == hashes[active], entry[:, 1], -1)
-        active = active[(entry[:, 0] != hashes[active]) & (entry[:, 1] >= 0)]
+        hit = (entry[:, 0] == hashes[active]) & (table_of(entry[:, 1]) == tables[active])
+        word[active] = torch.where(hit, entry[:, 1], -1)
+        active = active[~hit & (entry[:, 1] >= 0)]
         slot[active] = start[active] + (slot[active] + 1 & SLOTS - 1)
-    return slot, row
+    return slot, word
 
 
-def _place(chunks: Sequence[Tensor], segment: Tensor, hashes: Tensor, rows: Tensor) -> None:
+def _place(chunks: Sequence[Tensor], segment: Tensor, hashes: Tensor, words: Tensor) -> None:
     """Write new pairs into the first empty slots of their segments; one of those that meet wins and stays."""
     for slots, positions, start in _by_chunk(chunks, segment):
         slot = _home(start, hashes[positions])
+        claims = positions.new_empty(slots.shape[0])
         while positions.numel():
-            slot = _probe(slots, start, hashes[positions], slot)[0]
-            slots[slot, 0] = hashes[positions]
-            won = slots[slot, 0] == hashes[positions]
-            slots[slot[won], 1] = rows[positions[won]]
+            slot = _probe(slots, start, hashes[positions], table_of(words[positions]), slot)[0]
+            claims[slot] = positions
+            won = claims[slot] == positions
+            slots[slot[won]] = torch.stack([hashes[positions[won]], words[positions[won]]], dim=1)
             positions, start, slot = positions[~won], start[~won], slot[~won]
 
 

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.kernels.reference.id_map import LINE, SEGMENTS_PER_CHUNK, SLOTS, split_limit
-from tessera.kernels.triton_ops.arithmetic import hash_of
+from tessera.kernels.reference.id_map import LINE, SEGMENTS_PER_CHUNK, SLOTS, TABLE_SHIFT, split_limit
+from tessera.kernels.triton_ops.arithmetic import hash_of, mix64
 from tessera.kernels.triton_ops.faults import note_duplicates
 from tessera.kernels.triton_ops.launch import block, kernel, launch
 from tessera.kernels.triton_ops.rows import bases_of
@@ -27,6 +27,7 @@ _TAKEN_OUT = 1024  # segments whose pairs are in temporary memory at once: 64 Mi
 _SLOTS, _LINE = tl.constexpr(SLOTS), tl.constexpr(LINE)
 _SEGMENT_SHIFT = tl.constexpr(SEGMENTS_PER_CHUNK.bit_length() - 1)
 _SEGMENT_MASK = tl.constexpr(SEGMENTS_PER_CHUNK - 1)
+_TABLE_SHIFT, _ROW_MASK = tl.constexpr(TABLE_SHIFT), tl.constexpr((1 << TABLE_SHIFT) - 1)
 _KNOWN, _NEGATIVE, _OVER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # places of what an insertion met
 
 
@@ -52,8 +53,19 @@ def _home_of(hashes):
 
 
 @triton.jit
-def _find(slots, hashes, inside):
-    """Return (row, slot) of hashes, -1 where unknown. A line is filled from its beginning: an empty slot ends the
+def _keys(ids, tables, at, inside, WITH_TABLES: tl.constexpr):
+    """Return (hashes, tables) of the keys at positions."""
+    hashes = hash_of(tl.load(ids + at, mask=inside, other=0))
+    table = tl.zeros_like(at)
+    if WITH_TABLES:
+        table = tl.load(tables + at, mask=inside, other=0)
+        hashes = hashes ^ mix64(table.to(tl.uint64, bitcast=True))
+    return hashes, table
+
+
+@triton.jit
+def _find(slots, hashes, table, inside):
+    """Return (row, slot) of keys, -1 where unknown. A line is filled from its beginning: an empty slot ends the
     search."""
     wanted = hashes.to(tl.int64, bitcast=True)
     at = _home_of(hashes)
@@ -67,8 +79,8 @@ def _find(slots, hashes, inside):
             pair = slots + (at + k) * 2
             held = tl.load(pair, mask=active, other=0)
             last = tl.load(pair + 1, mask=active, other=-1)
-            hit = active & (held == wanted) & (last >= 0)
-            row = tl.where(hit, last, row)
+            hit = active & (held == wanted) & (last >> _TABLE_SHIFT == table)
+            row = tl.where(hit, last & _ROW_MASK, row)
             slot = tl.where(hit, at + k, slot)
         active = active & (row < 0) & (last >= 0)
         at = (at + _LINE) & (_SLOTS - 1)
@@ -77,41 +89,70 @@ def _find(slots, hashes, inside):
 
 
 @kernel
-def _find_kernel(ids, directory, bases, rows, places, count, bits, WITH_PLACES: tl.constexpr, BLOCK: tl.constexpr):
+def _find_kernel(
+    ids,
+    tables,
+    directory,
+    bases,
+    rows,
+    places,
+    count,
+    bits,
+    WITH_TABLES: tl.constexpr,
+    WITH_PLACES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    hashes = hash_of(tl.load(ids + at, mask=inside, other=0))
+    hashes, table = _keys(ids, tables, at, inside, WITH_TABLES)
     segment = _segment_of(directory, hashes, inside, bits)
-    row, slot = _find(_slots_of(bases, segment, inside), hashes, inside)
+    row, slot = _find(_slots_of(bases, segment, inside), hashes, table, inside)
     tl.store(rows + at, row, mask=inside)
     if WITH_PLACES:
         tl.store(places + at, tl.where(slot < 0, -1, segment * _SLOTS + slot), mask=inside)
 
 
 @kernel
-def _count_kernel(ids, rows, directory, bases, wanted, met, count, bits, BLOCK: tl.constexpr):
-    """Add the ids to those wanted of their segments; note ids that are known and rows below 0."""
+def _count_kernel(
+    ids, tables, rows, directory, bases, wanted, met, count, bits, WITH_TABLES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Add the ids to those wanted of their segments; note ids that are known and rows out of range."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    hashes = hash_of(tl.load(ids + at, mask=inside, other=0))
+    hashes, table = _keys(ids, tables, at, inside, WITH_TABLES)
     segment = _segment_of(directory, hashes, inside, bits)
     one = tl.full([BLOCK], 1, tl.int32)
     tl.atomic_add(wanted + segment, one, mask=inside, sem="relaxed")
-    found, slot = _find(_slots_of(bases, segment, inside), hashes, inside)
+    found, slot = _find(_slots_of(bases, segment, inside), hashes, table, inside)
     row = tl.load(rows + at, mask=inside, other=0)
     zeros = tl.zeros([BLOCK], tl.int32)
     tl.atomic_max(met + _KNOWN + zeros, one, mask=inside & (found >= 0), sem="relaxed")
-    tl.atomic_max(met + _NEGATIVE + zeros, one, mask=inside & (row < 0), sem="relaxed")
+    tl.atomic_max(met + _NEGATIVE + zeros, one, mask=inside & ((row < 0) | (row > _ROW_MASK)), sem="relaxed")
 
 
 @kernel
-def _place_kernel(hashes, rows, directory, bases, count, bits, HASHED: tl.constexpr, BLOCK: tl.constexpr):
-    """Put pairs into the first empty slots from their homes on; a row below 0 is skipped."""
+def _place_kernel(
+    hashes,
+    tables,
+    rows,
+    directory,
+    bases,
+    count,
+    bits,
+    HASHED: tl.constexpr,
+    WITH_TABLES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Put pairs into the first empty slots from their homes on; a row below 0 is skipped. HASHED: rows have the bits of
+    their tables."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    given = tl.load(hashes + at, mask=inside, other=0)
     row = tl.load(rows + at, mask=inside, other=-1)
-    hash = given.to(tl.uint64, bitcast=True) if HASHED else hash_of(given)
+    if HASHED:
+        hash = tl.load(hashes + at, mask=inside, other=0).to(tl.uint64, bitcast=True)
+    else:
+        hash, table = _keys(hashes, tables, at, inside, WITH_TABLES)
+        row = tl.where(row < 0, row, row | table << _TABLE_SHIFT)
     active = inside & (row >= 0)
     segment = _segment_of(directory, hash, inside, bits)
     # Every lane takes part in a compare-and-swap. One that wants no slot needs an address that it may touch, and
@@ -161,21 +202,23 @@ class _Map:
         self.bases = bases_of(chunks, directory.device)
         self.bits = directory.numel().bit_length() - 1
 
-    def find(self, ids: Tensor, *, with_places: bool = False) -> tuple[Tensor, Tensor]:
+    def find(self, ids: Tensor, tables: Tensor | None, *, with_places: bool = False) -> tuple[Tensor, Tensor]:
         ids = ids.contiguous()
         rows = torch.empty_like(ids)
         places = torch.empty_like(ids) if with_places else rows
-        arguments = (ids, self.directory, self.bases, rows, places, ids.numel(), self.bits)
-        launch(_find_kernel, _programs(ids.numel()), *arguments, WITH_PLACES=with_places, BLOCK=block())
+        arguments = (ids, _or(tables, ids), self.directory, self.bases, rows, places, ids.numel(), self.bits)
+        known = {"WITH_TABLES": tables is not None, "WITH_PLACES": with_places}
+        launch(_find_kernel, _programs(ids.numel()), *arguments, **known, BLOCK=block())
         return rows, places
 
-    def count(self, ids: Tensor, rows: Tensor, wanted: Tensor, met: Tensor) -> None:
-        arguments = (ids, rows, self.directory, self.bases, wanted, met, ids.numel(), self.bits)
-        launch(_count_kernel, _programs(ids.numel()), *arguments, BLOCK=block())
+    def count(self, ids: Tensor, tables: Tensor | None, rows: Tensor, wanted: Tensor, met: Tensor) -> None:
+        arguments = (ids, _or(tables, ids), rows, self.directory, self.bases, wanted, met, ids.numel(), self.bits)
+        launch(_count_kernel, _programs(ids.numel()), *arguments, WITH_TABLES=tables is not None, BLOCK=block())
 
-    def place(self, hashes: Tensor, rows: Tensor, *, hashed: bool) -> None:
-        arguments = (hashes, rows, self.directory, self.bases, rows.numel(), self.bits)
-        launch(_place_kernel, _programs(rows.numel()), *arguments, HASHED=hashed, BLOCK=block())
+    def place(self, hashes: Tensor, tables: Tensor | None, rows: Tensor, *, hashed: bool) -> None:
+        arguments = (hashes, _or(tables, hashes), rows, self.directory, self.bases, rows.numel(), self.bits)
+        known = {"HASHED": hashed, "WITH_TABLES": tables is not None}
+        launch(_place_kernel, _programs(rows.numel()), *arguments, **known, BLOCK=block())
 
     def take_out(self, segments: Tensor) -> tuple[Tensor, Tensor]:
         """Empty segments int64 [k]. Returns what their slots held: hashes and rows, -1 for none, int64 [k * SLOTS]."""
@@ -194,8 +237,21 @@ def _programs(count: int) -> int:
     return -(-count // block())
 
 
-def id_map_find(directory: Tensor, chunks: Sequence[Tensor], ids: Tensor) -> Tensor:
-    return _Map(directory, chunks).find(ids)[0]
+def _or(tables: Tensor | None, unread: Tensor) -> Tensor:
+    """Return what a kernel is given where it may read no tables."""
+    return unread if tables is None else tables
+
+
+def _same_length(ids: Tensor, tables: Tensor | None) -> Tensor | None:
+    if tables is None:
+        return None
+    if tables.numel() != ids.numel():
+        raise ValueError(f"tables: expected {ids.numel()}, found {tables.numel()}")
+    return tables.contiguous()
+
+
+def id_map_find(directory: Tensor, chunks: Sequence[Tensor], ids: Tensor, tables: Tensor | None) -> Tensor:
+    return _Map(directory, chunks).find(ids, _same_length(ids, tables))[0]
 
 
 def id_map_insert(
@@ -205,30 +261,31 @@ def id_map_insert(
     counters: Tensor,
     ids: Tensor,
     rows: Tensor,
+    tables: Tensor | None,
 ) -> None:
     """Insert all ids, or none where memory or a bit of the directory is missing; counters[2] tells."""
     counters[2] = 0
     found = _Map(directory, chunks)
-    ids, rows = ids.contiguous(), rows.contiguous()
+    ids, rows, tables = ids.contiguous(), rows.contiguous(), _same_length(ids, tables)
     while True:
         wanted = segments[:, 1].clone()
         met = torch.zeros(3, dtype=torch.int32, device=ids.device)
-        found.count(ids, rows, wanted, met)
+        found.count(ids, tables, rows, wanted, met)
         over = (wanted > segments[:, 2]) & (wanted > segments[:, 1])
         met[_OVER.value : _OVER.value + 1] = over.any()
         known, negative, some_over = met.tolist()  # the host waits here
         if known:
             raise ValueError("ids: expected distinct, unknown ids, found one that is already known")
         if negative:
-            raise ValueError("rows: expected 0 or more")
+            raise ValueError(f"rows: expected 0 to 2^{TABLE_SHIFT} - 1")
         if not some_over:
             break
         full = over.nonzero().flatten()[: segments.shape[0] - int(counters[0])]
         if full.numel() == 0 or bool((segments[full, 0] == found.bits).any()):
             return
         _split(found, segments, counters, full)
-    found.place(ids, rows, hashed=False)
-    note_duplicates((found.find(ids)[0] != rows).any())
+    found.place(ids, tables, rows, hashed=False)
+    note_duplicates((found.find(ids, tables)[0] != rows).any())
     segments[:, 1] = wanted
     counters[1] += ids.numel()
     counters[2] = ids.numel()
@@ -264,20 +321,26 @@ def _split(found: _Map, segments: Tensor, counters: Tensor, full: Tensor) -> Non
         moved = ((rows.view(-1, SLOTS) >= 0) & (upper == 1)).sum(dim=1).to(segments.dtype)
         segments[young, 1] = moved
         segments[old, 1] -= moved
-        found.place(hashes, rows, hashed=True)
+        found.place(hashes, None, rows, hashed=True)
 
 
 def id_map_erase(
-    directory: Tensor, chunks: Sequence[Tensor], segments: Tensor, counters: Tensor, ids: Tensor
+    directory: Tensor,
+    chunks: Sequence[Tensor],
+    segments: Tensor,
+    counters: Tensor,
+    ids: Tensor,
+    tables: Tensor | None,
 ) -> Tensor:
     found = _Map(directory, chunks)
-    rows, places = found.find(ids, with_places=True)
+    rows, places = found.find(ids, _same_length(ids, tables), with_places=True)
     found.clear(places)
     known = places >= 0
     gone = torch.zeros_like(segments[:, 1]).index_add_(0, (places // SLOTS).clamp(min=0), known.to(segments.dtype))
     # A hole would end the probing of ids behind it: the others of these segments are placed again.
     for part in gone.nonzero().flatten().split(_TAKEN_OUT):
-        found.place(*found.take_out(part), hashed=True)
+        hashes, words = found.take_out(part)
+        found.place(hashes, None, words, hashed=True)
     segments[:, 1] -= gone
     counters[1] -= int(gone.sum())
     return rows

@@ -132,11 +132,13 @@ def call_id_map(n: int) -> None:
     directory, counters = torch.zeros(4, dtype=torch.int32), torch.ones(3, dtype=torch.int64)
     chunks = [torch.zeros((SEGMENTS_PER_CHUNK, SLOTS, 2), dtype=torch.int64)]
     segments = torch.full((SEGMENTS_PER_CHUNK, 3), 1000, dtype=torch.int32)
-    triton_ops.id_map_find(directory, chunks, ids(n))
-    triton_ops.id_map_insert(directory, chunks, segments, counters, ids(n), ids(n))
+    for tables in (None, ids(n)):
+        triton_ops.id_map_find(directory, chunks, ids(n), tables)
+        triton_ops.id_map_insert(directory, chunks, segments, counters, ids(n), ids(n), tables)
     found = triton_ops.id_map._Map(directory, chunks)
-    found.find(ids(n), with_places=True), found.clear(ids(n))
-    found.place(*found.take_out(torch.zeros(1, dtype=torch.int64)), hashed=True)
+    found.find(ids(n), None, with_places=True), found.clear(ids(n))
+    hashes, words = found.take_out(torch.zeros(1, dtype=torch.int64))
+    found.place(hashes, None, words, hashed=True)
 
 
 def record(whole: bool) -> Recorder:

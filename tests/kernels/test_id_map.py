@@ -3,7 +3,7 @@ import torch
 
 from tessera.kernels.backend import available_backends, use_backend
 from tessera.kernels.id_map import IdMap
-from tessera.kernels.reference.id_map import SLOTS, hash_of, id_of
+from tessera.kernels.reference.id_map import SLOTS, TABLE_SHIFT, TABLES, hash_of, id_of
 from tests.kernels.property_tests import HealthCheck, given, settings, st
 
 EXTREMES = [0, 1, -1, 2**63 - 1, -(2**63)]
@@ -165,8 +165,46 @@ def test_long_runs_in_one_line(first, second):
 
 def test_large_row_numbers(backend):
     id_map = new_map()
-    id_map.insert(tensor([5, 6]), tensor([2**31 + 1, 2**62]))
-    assert id_map.find(tensor([6, 5, 6])).tolist() == [2**62, 2**31 + 1, 2**62]
+    largest = 2**TABLE_SHIFT - 1
+    id_map.insert(tensor([5, 6]), tensor([2**31 + 1, largest]), tensor([0, TABLES - 1]))
+    assert id_map.find(tensor([6, 5, 6]), tensor([TABLES - 1, 0, 0])).tolist() == [largest, 2**31 + 1, -1]
+    with pytest.raises(ValueError, match="rows: expected 0"):
+        id_map.insert(tensor([7]), tensor([largest + 1]))
+
+
+def test_an_id_of_many_tables_is_as_many_ids(backend):
+    """One that meets others of its line, too: hashes are equal where mix64 of the tables makes up for the ids."""
+    tables = torch.arange(40)
+    ids = torch.cat([torch.full((20,), 7), id_of(hash_of(tensor([7])), tables[20:])])
+    id_map, rows = new_map(), torch.arange(40)
+    assert hash_of(ids[20:], tables[20:]).unique().numel() == 1
+    id_map.insert(ids, rows, tables)
+    assert len(id_map) == 40
+    assert id_map.find(ids, tables).equal(rows)
+    assert id_map.find(ids, tables + 40).eq(-1).all()
+    with pytest.raises(ValueError, match="already known"):
+        id_map.insert(ids[30:31], tensor([99]), tables[30:31])
+    found = [torch.cat(parts) for parts in zip(*id_map.items(), strict=True)]
+    assert dict(zip(found[1].tolist(), found[0].tolist(), strict=True)) == dict(enumerate(ids.tolist()))
+    assert id_map.erase(ids[::2], tables[::2]).equal(rows[::2])
+    assert id_map.find(ids, tables).equal(torch.where(rows % 2 == 1, rows, -1))
+
+
+def test_tables_stay_apart_when_segments_split(backend):
+    ids, tables, rows = torch.arange(5_000).repeat(3), torch.arange(3).repeat_interleave(5_000), torch.arange(15_000)
+    id_map = new_map()
+    id_map.insert(ids, rows, tables)
+    assert id_map.find(ids, tables).equal(rows) and id_map.find(ids, tables + 3).eq(-1).all()
+
+
+def test_refused_tables(backend):
+    if backend.startswith("triton"):
+        pytest.skip("a kernel does not look at what its tables are")
+    for wrong in ([-1], [TABLES]):
+        with pytest.raises(ValueError, match="tables: expected 0 to"):
+            new_map().find(tensor([1]), tensor(wrong))
+    with pytest.raises(ValueError, match="tables: expected 1, found 2"):
+        new_map().find(tensor([1]), tensor([0, 1]))
 
 
 def test_ids_made_to_collide_are_refused(backend):
@@ -181,7 +219,7 @@ def test_refused_arguments(backend):
         id_map.insert(tensor([9, 2]), tensor([3, 4]))
     with pytest.raises(ValueError, match="already known"):
         new_map().insert(tensor([7, 7]), tensor([3, 4]))
-    with pytest.raises(ValueError, match="rows: expected 0 or more"):
+    with pytest.raises(ValueError, match=r"rows: expected 0 to 2\^40 - 1"):
         new_map().insert(tensor([7]), tensor([-1]))
     with pytest.raises(ValueError, match="rows: expected 2, found 1"):
         id_map.insert(tensor([7, 8]), tensor([3]))
@@ -225,6 +263,6 @@ def test_threads_change_nothing(on_threads):
 def test_schemas_and_fake_kernels():
     id_map = filled(torch.arange(10))
     state = id_map._directory, id_map._chunks, id_map._segments, id_map._counters
-    torch.library.opcheck(torch.ops.tessera.id_map_find.default, (*state[:2], tensor([3, 99])))
-    torch.library.opcheck(torch.ops.tessera.id_map_insert.default, (*state, tensor([20, 21]), tensor([1, 2])))
-    torch.library.opcheck(torch.ops.tessera.id_map_erase.default, (*state, tensor([3, 20])))
+    torch.library.opcheck(torch.ops.tessera.id_map_find.default, (*state[:2], tensor([3, 99]), None))
+    torch.library.opcheck(torch.ops.tessera.id_map_insert.default, (*state, tensor([20, 21]), tensor([1, 2]), None))
+    torch.library.opcheck(torch.ops.tessera.id_map_erase.default, (*state, tensor([3, 20]), None))
