@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tessera.embedding.free_rows import FreeRows
 from tessera.kernels.chunks import allocate_chunk, first_rows, touch_pages
 from tessera.kernels.gather import gather
 from tessera.kernels.id_map import IdMap
@@ -33,8 +34,7 @@ class RowIndex:
         self.end = 0
         self._chunk_rows = chunk_rows
         self._columns = COLUMNS + with_periods
-        self._free = torch.empty(0, dtype=torch.int64, device=device)  # a stack: the first `_free_count` count
-        self._free_count = 0
+        self._free = FreeRows(device)
         self._cursor = 0
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class RowIndex:
     @property
     def nbytes(self) -> int:
         """Bytes in use; what is reserved beyond `end` has not been touched."""
-        return self.map.nbytes + self.end * self._columns * 8 + self._free.numel() * 8
+        return self.map.nbytes + self.end * self._columns * 8 + self._free.nbytes
 
     def find(self, ids: Tensor) -> Tensor:
         """Return rows int64 [n] of ids int64 [n]; -1 where unknown."""
@@ -71,7 +71,7 @@ class RowIndex:
         ids = gather(self.meta, rows, 1, begin=ID).flatten()
         self.map.erase(ids)
         scatter(self.meta, rows, rows.new_zeros((1, self._columns)))
-        self._give_back(rows)
+        self._free.give_back(rows)
         return ids
 
     def touch(self, rows: Tensor, now: int | Tensor, counts: Tensor | None) -> None:
@@ -123,7 +123,7 @@ class RowIndex:
     @property
     def free(self) -> Tensor:
         """Rows below `end` that are not in use: int64 [k]."""
-        return self._free[: self._free_count]
+        return self._free.rows
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, `read` of it and those after it: int64 [k, 4 or 5]) for all rows ever taken."""
@@ -178,30 +178,18 @@ class RowIndex:
 
     def import_state(self, state: dict[str, Tensor]) -> None:
         self.grow_to(int(state["end"]))
-        self._free = state["free"].to(self.device, copy=True)
-        self._free_count = self._free.numel()
+        self._free.replace(state["free"])
         self._cursor = int(state["cursor"])
 
     def end_with(self, wanted: int) -> int:
         """Return what `end` will be when `wanted` more rows are taken."""
-        return self.end + max(0, wanted - self._free_count)
+        return self.end + max(0, wanted - len(self._free))
 
     def _take_rows(self, wanted: int) -> Tensor:
         self._add_chunks(self.end_with(wanted))
-        reused = min(wanted, self._free_count)
-        self._free_count -= reused
-        rows = self._free[self._free_count : self._free_count + reused].flip(0)
-        if reused < wanted:
+        rows = self._free.take(wanted)
+        if rows.numel() < wanted:
             begin = self.end
-            self.grow_to(begin + wanted - reused)
+            self.grow_to(begin + wanted - rows.numel())
             rows = torch.cat([rows, torch.arange(begin, self.end, device=self.device)])
         return rows
-
-    def _give_back(self, rows: Tensor) -> None:
-        count = self._free_count + rows.numel()
-        if count > self._free.numel():
-            grown = self._free.new_empty(max(count, 2 * self._free.numel()))
-            grown[: self._free_count] = self._free[: self._free_count]
-            self._free = grown
-        self._free[self._free_count : count] = rows
-        self._free_count = count

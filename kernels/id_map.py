@@ -83,6 +83,11 @@ class IdMap:
         """Bytes in use; the rest of the last chunk is reserved but has not been touched."""
         return int(self._counters[0]) * SLOTS * 16 + self._segments.numel() * 4 + self._directory.numel() * 4
 
+    @property
+    def places(self) -> tuple[Tensor, list[Tensor]]:
+        """What ops find ids in: the directory and the chunks of segments. Good until the map changes."""
+        return self._directory, self._chunks
+
     def find(self, ids: Tensor, tables: Tensor | None = None) -> Tensor:
         """Return rows int64 [n] of ids int64 [n] (duplicates allowed), -1 for unknown ids.
 

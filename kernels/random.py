@@ -29,6 +29,11 @@ def stream(seed: int, table: int, step: int = 0) -> int:
     return reference.stream(seed, table, step)
 
 
+def half_stream(seed: int, table: int) -> int:
+    """Return the int64 number that is mix(mix(seed + G) + table + G), of which the stream of any step is made."""
+    return reference.half_stream(seed, table)
+
+
 def uniform(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:
     """Return uniform numbers in [0, 1), multiples of 2**-24: the upper 24 of the 64 bits.
 

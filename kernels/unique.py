@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import backend
+from tessera.kernels.chunks import check_index
 from tessera.kernels.reference import unique as reference
 
 
@@ -19,6 +20,45 @@ def unique_inverse(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"ids: expected int64 [n], found {ids.dtype} {list(ids.shape)}")
     ops = backend.ops_for(ids) or reference
     return ops.unique_inverse(ids)
+
+
+def unique_tables(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Merge duplicates within each of many tables; equal ids of two tables are two.
+
+    ids: int64 [n]; those of table t are at bounds[t] to bounds[t + 1] - 1, bounds int64 [tables + 1]. Returns (unique
+    int64 [u], tables in order, each in order of first occurrence; inverse int64 [n] with unique[inverse] == ids;
+    counts int64 [u]; bounds of `unique`, int64 [tables + 1]). O(n). Raises ValueError for wrong arguments.
+    """
+    check_index("ids", ids)
+    check_index("bounds", bounds)
+    if bounds.numel() < 2:
+        raise ValueError(f"bounds: expected 2 or more, found {bounds.numel()}")
+    ops = backend.ops_for(ids) or reference
+    return ops.unique_tables(ids, bounds)
+
+
+def positions_of(inverse: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions of a batch by what they belong to.
+
+    inverse: int64 [n], 0 <= inverse < u; counts: int64 [u], how often each occurs in it. Returns (order int64 [n],
+    begins int64 [u + 1]): inverse is k at order[begins[k]:begins[k + 1]], which ascend. Raises ValueError for wrong
+    arguments, IndexError for an inverse out of range.
+    """
+    check_index("inverse", inverse)
+    check_index("counts", counts)
+    ops = backend.ops_for(inverse) or reference
+    return ops.positions_of(inverse, counts)
+
+
+@torch.library.register_fake("tessera::unique_tables")
+def _unique_tables_fake(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size()
+    return ids.new_empty(count), ids.new_empty(ids.shape), ids.new_empty(count), torch.empty_like(bounds)
+
+
+@torch.library.register_fake("tessera::positions_of")
+def _positions_of_fake(inverse: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    return inverse.new_empty(inverse.shape), counts.new_empty(counts.shape[0] + 1)
 
 
 @torch.library.register_fake("tessera::unique_inverse")

@@ -179,4 +179,27 @@ TESSERA_INLINE void encode(const float* __restrict w, float scale, uint64_t key,
   }
 }
 
+// `encode` for a format and a rounding that are known only when it runs.
+TESSERA_INLINE void encode_as(Format format, bool nearest, const float* __restrict w, float scale, uint64_t key,
+                              int64_t dim, uint8_t* __restrict stored) {
+  switch (format) {
+    case Format::kFp32: return encode<Format::kFp32, true>(w, 1, key, dim, stored);
+    case Format::kFp16:
+      return nearest ? encode<Format::kFp16, true>(w, 1, key, dim, stored)
+                     : encode<Format::kFp16, false>(w, 1, key, dim, stored);
+    case Format::kBf16:
+      return nearest ? encode<Format::kBf16, true>(w, 1, key, dim, stored)
+                     : encode<Format::kBf16, false>(w, 1, key, dim, stored);
+    case Format::kInt8:
+      return nearest ? encode<Format::kInt8, true>(w, scale, key, dim, stored)
+                     : encode<Format::kInt8, false>(w, scale, key, dim, stored);
+    case Format::kInt4:
+      return nearest ? encode<Format::kInt4, true>(w, scale, key, dim, stored)
+                     : encode<Format::kInt4, false>(w, scale, key, dim, stored);
+    default:
+      return nearest ? encode<Format::kInt2, true>(w, scale, key, dim, stored)
+                     : encode<Format::kInt2, false>(w, scale, key, dim, stored);
+  }
+}
+
 }  // namespace tessera

@@ -22,16 +22,29 @@ def stream(seed: int, table: int, step: int) -> int:
     return signed(mix64_number(key + step + GOLDEN))
 
 
-def row_key(stream: int, ids: Tensor) -> Tensor:
-    """Return the key that all columns of an id share: int64 [n]."""
+def half_stream(seed: int, table: int) -> int:
+    """Return what the streams of all steps of a table are made of, an int64, by `stream_at`."""
+    return signed(mix64_number(mix64_number(seed + GOLDEN) + table + GOLDEN))
+
+
+def stream_at(halves: Tensor, step: int) -> Tensor:
+    """Return the streams of a step, int64 [n], of tables that `half_stream` gives."""
+    return mix64(halves + signed(step + GOLDEN))
+
+
+def row_key(stream: int | Tensor, ids: Tensor) -> Tensor:
+    """Return the key that all columns of an id share: int64 [n]; stream: one for all, or int64 [n]."""
     return mix64(mix64(ids + signed(GOLDEN)) ^ stream)
 
 
 def bits(stream: int, ids: Tensor, dim: int) -> Tensor:
     """Return 64 random bits for every id and column: int64 [n] to int64 [n, dim]."""
-    row = row_key(stream, ids)
-    column = torch.arange(1, dim + 1, device=ids.device) * signed(GOLDEN)
-    return mix64(row[:, None] + column)
+    return _bits_of(row_key(stream, ids), dim)
+
+
+def _bits_of(rows: Tensor, dim: int) -> Tensor:
+    column = torch.arange(1, dim + 1, device=rows.device) * signed(GOLDEN)
+    return mix64(rows[:, None] + column)
 
 
 def uniform(stream: int, ids: Tensor, dim: int) -> Tensor:
@@ -47,17 +60,26 @@ def mix32(x: Tensor) -> Tensor:
 
 def draws(stream: int, ids: Tensor, dim: int, first: int = 0) -> Tensor:
     """Return columns [first, first + dim) of the random draws of stochastic rounding: float32 [n, dim] in [0, 1)."""
-    row = row_key(stream, ids)
-    column = torch.arange(first + 1, first + dim + 1, device=ids.device) * GOLDEN32
-    lot = mix32(((row & LOW32)[:, None] + column) & LOW32) + shift_right(row, 32)[:, None]
+    return draws_of(row_key(stream, ids), dim, first)
+
+
+def draws_of(rows: Tensor, dim: int, first: int = 0) -> Tensor:
+    """Return what `draws` does, of the keys of rows (int64 [n])."""
+    column = torch.arange(first + 1, first + dim + 1, device=rows.device) * GOLDEN32
+    lot = mix32(((rows & LOW32)[:, None] + column) & LOW32) + shift_right(rows, 32)[:, None]
     return ((lot & LOW32) >> 8).to(torch.float32) * 2.0**-24
 
 
 def normal(stream: int, ids: Tensor, dim: int) -> Tensor:
+    return normal_of(row_key(stream, ids), dim)
+
+
+def normal_of(rows: Tensor, dim: int) -> Tensor:
+    """Return standard normal numbers of the keys of rows (int64 [n]): float32 [n, dim]."""
     pairs = (dim + 1) // 2
     # 53 bits fit a float64; the radius takes (0, 1], the angle [0, 1).
-    fractions = shift_right(bits(stream, ids, 2 * pairs), 11).to(torch.float64) * 2.0**-53
+    fractions = shift_right(_bits_of(rows, 2 * pairs), 11).to(torch.float64) * 2.0**-53
     radius = torch.sqrt(-2.0 * torch.log(fractions[:, 0::2] + 2.0**-53))
     angle = fractions[:, 1::2] * (2.0 * math.pi)
     both = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=2)
-    return both.to(torch.float32).view(ids.numel(), 2 * pairs)[:, :dim].contiguous()
+    return both.to(torch.float32).view(rows.numel(), 2 * pairs)[:, :dim].contiguous()

@@ -2,13 +2,16 @@
 
 The functions take what the ops of `torch.ops.tessera` take (`kernels/schemas.py`). What no
 training step calls on a GPU is the definition in torch: the reader's string ops, `coldest`, and
-`copy_rows` and `take_places`, of saved states.
+`copy_rows` and `take_places`, of saved states. So are, for now, the ops on records and those for many tables at
+once, which nothing calls on a GPU yet.
 """
 
 from tessera.kernels.reference.copy_rows import copy_rows
+from tessera.kernels.reference.records import records_add, records_find, records_gather, records_update
 from tessera.kernels.reference.string_hash import hex_to_int64, xxh64
 from tessera.kernels.reference.take_places import take_places
 from tessera.kernels.reference.touch import coldest
+from tessera.kernels.reference.unique import positions_of, unique_tables
 from tessera.kernels.triton_ops.faults import check
 from tessera.kernels.triton_ops.gather import gather
 from tessera.kernels.triton_ops.id_map import id_map_erase, id_map_find, id_map_insert
@@ -43,13 +46,19 @@ __all__ = [
     "packed_update",
     "pool",
     "pool_backward",
+    "positions_of",
     "quantise",
+    "records_add",
+    "records_find",
+    "records_gather",
+    "records_update",
     "scatter",
     "scatter_columns",
     "take_places",
     "touch",
     "uniform",
     "unique_inverse",
+    "unique_tables",
     "unmix64",
     "update",
     "xxh64",

@@ -1,0 +1,357 @@
+// Reading records, and the fused optimizer step on them: gradients of a row are summed, all groups stepped, all written.
+#include "records.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "optimizers.h"
+#include "positions.h"
+#include "quantise.h"
+#include "random.h"
+
+namespace {
+
+using tessera::Fault;
+using tessera::Format;
+using tessera::GroupLayout;
+using tessera::Hyper;
+using tessera::kAhead;
+using tessera::Kind;
+using tessera::Layout;
+using tessera::Meta;
+using tessera::Positions;
+using tessera::RecordLayout;
+using tessera::Records;
+
+constexpr int64_t kGrain = 1 << 13;  // numbers per thread below which another thread does not pay
+constexpr int64_t kBlock = 32;       // rows that stay in the cache from reading to writing
+static_assert(kBlock <= kAhead);     // a block's rows have been asked for when it begins
+
+int64_t grain_of(const RecordLayout& layout) { return std::max<int64_t>(kBlock, kGrain / layout.width); }
+
+// ---- gather
+
+struct Source {
+  const Records& records;
+  const RecordLayout& layout;
+  Positions positions;
+  int64_t last;  // positions before it are asked for early
+};
+
+template <int64_t Size>
+TESSERA_INLINE Fault copy_values(const Source& source, int64_t begin, int64_t end, float* out) {
+  const int64_t size = Size > 0 ? Size : 4 * source.layout.width;
+  for (int64_t i = begin; i < end; ++i) {
+    if (i + kAhead < source.last) source.records.prefetch(source.positions.peek(i + kAhead), 0, size);
+    if (source.positions.wrong(i)) return source.positions.fault(i);
+    const int64_t row = source.positions[i];
+    if (source.records.beyond(row)) return source.records.fault(row);
+    float* const to = out + i * (size / 4);
+    if (row < 0)
+      std::memset(to, 0, size);
+    else
+      std::memcpy(to, source.records[row], size);
+  }
+  return {};
+}
+
+// Sizes known while compiling become a few moves: dims 8, 16, 32 and 64, alone and with a group of one value.
+Fault copy_values_of(const Source& source, int64_t begin, int64_t end, float* out) {
+  switch (source.layout.width) {
+    case 8: return copy_values<32>(source, begin, end, out);
+    case 9: return copy_values<36>(source, begin, end, out);
+    case 16: return copy_values<64>(source, begin, end, out);
+    case 17: return copy_values<68>(source, begin, end, out);
+    case 32: return copy_values<128>(source, begin, end, out);
+    case 33: return copy_values<132>(source, begin, end, out);
+    case 64: return copy_values<256>(source, begin, end, out);
+    case 65: return copy_values<260>(source, begin, end, out);
+    default: return copy_values<0>(source, begin, end, out);
+  }
+}
+
+TESSERA_INLINE void decode_row(const GroupLayout& group, char* record, float* out) {
+  char* const row = record + group.begin;
+  const Layout& layout = group.row;
+  const uint8_t* const stored = layout.values_of(row);
+  switch (layout.format) {
+    case Format::kFp32: return tessera::decode<Format::kFp32>(stored, 1, layout.dim, out);
+    case Format::kFp16: return tessera::decode<Format::kFp16>(stored, 1, layout.dim, out);
+    case Format::kBf16: return tessera::decode<Format::kBf16>(stored, 1, layout.dim, out);
+    case Format::kInt8: return tessera::decode<Format::kInt8>(stored, layout.scale_of(row), layout.dim, out);
+    case Format::kInt4: return tessera::decode<Format::kInt4>(stored, layout.scale_of(row), layout.dim, out);
+    default: return tessera::decode<Format::kInt2>(stored, layout.scale_of(row), layout.dim, out);
+  }
+}
+
+TESSERA_SIMD Fault decode_rows(const Source& source, int64_t begin, int64_t end, float* out) {
+  const int64_t width = source.layout.width;
+  for (int64_t i = begin; i < end; ++i) {
+    if (i + kAhead < source.last)
+      source.records.prefetch(source.positions.peek(i + kAhead), 0, source.layout.meta_at);
+    if (source.positions.wrong(i)) return source.positions.fault(i);
+    const int64_t row = source.positions[i];
+    if (source.records.beyond(row)) return source.records.fault(row);
+    if (row < 0) {
+      std::fill_n(out + i * width, width, 0.0f);
+      continue;
+    }
+    char* const record = source.records[row];
+    for (const GroupLayout& group : source.layout.groups) decode_row(group, record, out + i * width + group.column);
+  }
+  return {};
+}
+
+at::Tensor records_gather(at::TensorList chunks, const at::Tensor& rows_, at::IntArrayRef numbers,
+                          const std::optional<at::Tensor>& inverse_) {
+  const RecordLayout layout(numbers);
+  const Records records(chunks, layout);
+  const at::Tensor rows = rows_.contiguous(), inverse = inverse_.has_value() ? inverse_->contiguous() : at::Tensor();
+  const int64_t count = inverse.defined() ? inverse.numel() : rows.numel();
+  at::Tensor result = at::empty({count, layout.width}, rows.options().dtype(at::kFloat));
+  float* const out = result.mutable_data_ptr<float>();
+  const Positions positions = tessera::positions_of(rows, inverse);
+  at::parallel_for(0, count, grain_of(layout), [&](int64_t begin, int64_t end) {
+    const Source source{records, layout, positions, end};
+    (layout.plain ? copy_values_of(source, begin, end, out) : decode_rows(source, begin, end, out)).raise();
+  });
+  return result;
+}
+
+// ---- update
+
+// Gradients of the rows of a batch: those of row r are at order[begins[r]] to order[begins[r + 1] - 1], or without an
+// order at r.
+struct Gradients {
+  const float* grads;
+  const int64_t* order;
+  const int64_t* begins;
+  int64_t n;
+
+  Fault fault(int64_t position) const { return {"order", position, n}; }
+};
+
+struct Update {
+  const Records& records;
+  const RecordLayout& layout;
+  const int64_t* rows;
+  Gradients given;
+  const Hyper& hyper;
+  const int64_t* keys;  // [tables, groups, 2]; null: nothing is rounded at random
+  int64_t tables, step, mark;
+};
+
+// What a block of rows needs at hand. A row without a record has none, and is skipped.
+struct Block {
+  int64_t size;
+  char* records[kBlock];
+  const float* grads[kBlock];  // of all groups
+};
+
+// Sum the gradients of rows [begin, begin + block.size), in order of position; a row's only gradient is not copied.
+template <int64_t Width>
+TESSERA_INLINE Fault sum_rows(const Update& update, int64_t begin, int64_t last, float* sums, Block& block) {
+  const int64_t width = Width > 0 ? Width : update.layout.width;
+  const Gradients& given = update.given;
+  for (int64_t k = 0; k < block.size; ++k) {
+    const int64_t i = begin + k, row = update.rows[i];
+    if (i + kAhead < last) update.records.prefetch(update.rows[i + kAhead], 0, update.layout.meta_at);
+    if (update.records.beyond(row)) return update.records.fault(row);
+    block.records[k] = row < 0 ? nullptr : update.records[row];
+    if (given.order == nullptr) {
+      block.grads[k] = given.grads + i * width;
+      continue;
+    }
+    float* __restrict const sum = sums + k * width;
+    const int64_t from = given.begins[i], to = given.begins[i + 1];
+    if (from < 0 || to > given.n) return given.fault(to);
+    for (int64_t p = from; p < to; ++p) {
+      const int64_t position = given.order[p];
+      if (__builtin_expect(static_cast<uint64_t>(position) >= static_cast<uint64_t>(given.n), 0))
+        return given.fault(position);
+      const float* __restrict const grad = given.grads + position * width;
+      if (to == from + 1) {
+        block.grads[k] = grad;
+        break;
+      }
+      if (p == from)
+        for (int64_t c = 0; c < width; ++c) sum[c] = grad[c];
+      else
+        for (int64_t c = 0; c < width; ++c) sum[c] += grad[c];
+    }
+    if (to == from) std::fill_n(sum, width, 0.0f);
+    if (to != from + 1) block.grads[k] = sum;
+  }
+  return {};
+}
+
+TESSERA_SIMD Fault sum_block(const Update& update, int64_t begin, int64_t last, float* sums, Block& block) {
+  switch (update.layout.width) {
+    case 8: return sum_rows<8>(update, begin, last, sums, block);
+    case 16: return sum_rows<16>(update, begin, last, sums, block);
+    case 17: return sum_rows<17>(update, begin, last, sums, block);
+    case 32: return sum_rows<32>(update, begin, last, sums, block);
+    case 33: return sum_rows<33>(update, begin, last, sums, block);
+    default: return sum_rows<0>(update, begin, last, sums, block);
+  }
+}
+
+// Where a group's values and state are while a block is stepped: in the records, or taken out of packed rows.
+struct Opened {
+  float* values[kBlock];  // null: skipped
+  float* state[kBlock];
+};
+
+void open_plain(const GroupLayout& group, const Block& block, Opened& opened) {
+  for (int64_t k = 0; k < block.size; ++k) {
+    char* const record = block.records[k];
+    opened.values[k] = record == nullptr ? nullptr : reinterpret_cast<float*>(group.row.values_of(record));
+    opened.state[k] = record == nullptr ? nullptr : group.row.state_of(record);
+  }
+}
+
+// memory: float32 [kBlock, dim], then [kBlock, moments + 1] where the state is bf16 moments and a count.
+TESSERA_SIMD void open_packed(const GroupLayout& group, const Block& block, float* memory, Opened& opened) {
+  const Layout& layout = group.row;
+  float* const states = memory + kBlock * layout.dim;
+  for (int64_t k = 0; k < block.size; ++k) {
+    opened.values[k] = nullptr;
+    if (block.records[k] == nullptr) continue;
+    char* const row = block.records[k] + group.begin;
+    opened.values[k] = memory + k * layout.dim;
+    decode_row(group, block.records[k], opened.values[k]);
+    opened.state[k] = layout.moments == 0 ? layout.state_of(row) : states + k * (layout.moments + 1);
+    if (layout.moments == 0) continue;
+    const auto* const moments = reinterpret_cast<const uint8_t*>(row) + layout.moments_at;
+    tessera::decode<Format::kBf16>(moments, 1, layout.moments, opened.state[k]);
+    opened.state[k][layout.moments] = *layout.state_of(row);
+  }
+}
+
+TESSERA_SIMD void close_packed(const Update& update, int64_t number, const Block& block, const Opened& opened) {
+  const GroupLayout& group = update.layout.groups[number];
+  const Layout& layout = group.row;
+  const int64_t groups = static_cast<int64_t>(update.layout.groups.size());
+  for (int64_t k = 0; k < block.size; ++k) {
+    if (block.records[k] == nullptr) continue;
+    char* const row = block.records[k] + group.begin;
+    const auto& meta = *reinterpret_cast<const Meta*>(block.records[k] + update.layout.meta_at);
+    const int64_t table = std::min(meta.table(), update.tables - 1);
+    const int64_t base = update.keys[(table * groups + number) * 2 + 1];
+    const uint64_t key = tessera::random_row(tessera::stream_at(base, update.step), meta.id);
+    tessera::encode_as(layout.format, layout.nearest, opened.values[k], layout.scale_of(row), key, layout.dim,
+                       layout.values_of(row));
+    if (layout.moments == 0) continue;
+    // Always stochastic, and after the draws of the values: as in packed.cpp.
+    tessera::encode<Format::kBf16, false>(opened.state[k], 1, key, layout.moments,
+                                          reinterpret_cast<uint8_t*>(row) + layout.moments_at, layout.dim);
+    *layout.state_of(row) = opened.state[k][layout.moments];
+  }
+}
+
+template <typename Step, int64_t Dim>
+TESSERA_INLINE void step_rows_of(const GroupLayout& group, const Block& block, const Opened& opened, const Hyper& hyper) {
+  const int64_t dim = Dim > 0 ? Dim : group.row.dim;
+  for (int64_t k = 0; k < block.size; ++k)
+    if (opened.values[k] != nullptr)
+      Step::template step<Dim>(opened.values[k], opened.state[k], block.grads[k] + group.column, dim, hyper);
+}
+
+template <typename Step>
+TESSERA_INLINE void step_rows(const GroupLayout& group, const Block& block, const Opened& opened, const Hyper& hyper) {
+  switch (group.row.dim) {
+    case 1: return step_rows_of<Step, 1>(group, block, opened, hyper);
+    case 8: return step_rows_of<Step, 8>(group, block, opened, hyper);
+    case 16: return step_rows_of<Step, 16>(group, block, opened, hyper);
+    case 32: return step_rows_of<Step, 32>(group, block, opened, hyper);
+    default: return step_rows_of<Step, 0>(group, block, opened, hyper);
+  }
+}
+
+TESSERA_SIMD void step_block(const GroupLayout& group, const Block& block, const Opened& opened, const Hyper& hyper) {
+  switch (group.row.optimizer) {
+    case Kind::kSgd: return step_rows<tessera::Sgd>(group, block, opened, hyper);
+    case Kind::kAdagrad: return step_rows<tessera::Adagrad>(group, block, opened, hyper);
+    case Kind::kRowwiseAdagrad: return step_rows<tessera::RowwiseAdagrad>(group, block, opened, hyper);
+    case Kind::kAdam: return step_rows<tessera::Adam>(group, block, opened, hyper);
+    default: return step_rows<tessera::Ftrl>(group, block, opened, hyper);
+  }
+}
+
+void step_groups(const Update& update, const Block& block, float* memory) {
+  const std::vector<GroupLayout>& groups = update.layout.groups;
+  for (size_t number = 0; number < groups.size(); ++number) {
+    const GroupLayout& group = groups[number];
+    Opened opened;
+    group.plain() ? open_plain(group, block, opened) : open_packed(group, block, memory, opened);
+    step_block(group, block, opened, update.hyper);
+    if (!group.plain()) close_packed(update, static_cast<int64_t>(number), block, opened);
+  }
+}
+
+void set_marks(const Block& block, const Update& update) {
+  for (int64_t k = 0; k < block.size; ++k) {
+    if (block.records[k] == nullptr) continue;
+    auto& word = reinterpret_cast<Meta*>(block.records[k] + update.layout.meta_at)->table_and_mark;
+    word = (word & tessera::kTableBits) | update.mark << 32;
+  }
+}
+
+void update_range(const Update& update, int64_t first, int64_t last) {
+  int64_t most = 0;
+  for (const GroupLayout& group : update.layout.groups) most = std::max(most, group.row.dim + group.row.moments + 1);
+  std::vector<float> memory(kBlock * (update.layout.width + most));
+  for (int64_t i = first; i < std::min(last, first + kAhead); ++i)
+    update.records.prefetch(update.rows[i], 0, update.layout.meta_at);
+  for (int64_t begin = first; begin < last; begin += kBlock) {
+    Block block;
+    block.size = std::min(kBlock, last - begin);
+    sum_block(update, begin, last, memory.data(), block).raise();
+    step_groups(update, block, memory.data() + kBlock * update.layout.width);
+    if (update.mark > 0) set_marks(block, update);
+  }
+}
+
+void records_update(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& grads_,
+                    const std::optional<at::Tensor>& order_, const std::optional<at::Tensor>& begins_,
+                    const at::Tensor& keys_, at::IntArrayRef numbers, at::ArrayRef<double> settings, int64_t step,
+                    int64_t mark) {
+  const RecordLayout layout(numbers);
+  const Records records(chunks, layout);
+  const at::Tensor rows = rows_.contiguous(), grads = grads_.contiguous(), keys = keys_.contiguous();
+  const int64_t count = rows.numel(), n = grads.size(0), groups = static_cast<int64_t>(layout.groups.size());
+  TORCH_CHECK_VALUE(grads.dim() == 2 && grads.size(1) == layout.width, "grads: expected [n, ", layout.width, "]");
+  TORCH_CHECK_VALUE(order_.has_value() == begins_.has_value(), "order: expected with begins");
+  TORCH_CHECK_VALUE(keys.numel() > 0 && keys.numel() % (2 * groups) == 0, "keys: expected [tables, ", groups, ", 2]");
+  const at::Tensor order = order_.has_value() ? order_->contiguous() : at::Tensor();
+  const at::Tensor begins = begins_.has_value() ? begins_->contiguous() : at::Tensor();
+  TORCH_CHECK_VALUE(order.defined() ? order.numel() == n && begins.numel() == count + 1 : n == count,
+                    "grads: expected as many as positions");
+  const Hyper hyper = Hyper::of(settings);
+  const Update update{records,
+                      layout,
+                      rows.const_data_ptr<int64_t>(),
+                      {grads.const_data_ptr<float>(), order.defined() ? order.const_data_ptr<int64_t>() : nullptr,
+                       begins.defined() ? begins.const_data_ptr<int64_t>() : nullptr, n},
+                      hyper,
+                      keys.const_data_ptr<int64_t>(),
+                      keys.numel() / (2 * groups),
+                      step,
+                      mark};
+  at::parallel_for(0, count, grain_of(layout), [&](int64_t begin, int64_t end) { update_range(update, begin, end); });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tessera, CPU, m) {
+  m.impl("records_gather", &records_gather);
+  m.impl("records_update", &records_update);
+}

@@ -1,0 +1,235 @@
+"""Records in torch: their bytes are taken apart by group, worked on as rows of one group are, and put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tessera.kernels.layout import RowLayout
+from tessera.kernels.record_layout import COUNT, ID, LAST_SEEN, META_BYTES, TABLE, RecordLayout, is_plain, layout_of
+from tessera.kernels.reference import random
+from tessera.kernels.reference.gather import checked
+from tessera.kernels.reference.id_map import id_map_find
+from tessera.kernels.reference.packed import Parts
+from tessera.kernels.reference.quantise import dequantised, rounded
+from tessera.kernels.reference.update import step as optimizer_step
+
+TABLE_BITS = (1 << 32) - 1
+
+
+def by_chunk(chunks: Sequence[Tensor], rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (chunk, positions in `rows`, rows inside the chunk) for every chunk asked for; -1 is left out.
+
+    Raises IndexError for a row beyond the last chunk.
+    """
+    ends = torch.tensor([chunk.shape[0] for chunk in chunks], device=rows.device).cumsum(0)
+    total = int(ends[-1]) if len(chunks) else 0
+    if rows.numel() and int(rows.max()) >= total:
+        raise IndexError(f"rows: expected below {total}, found {int(rows.max())}")
+    number = torch.where(rows < 0, -1, torch.bucketize(rows, ends, right=True))
+    for chunk in number.unique().tolist():
+        if chunk >= 0:
+            positions = (number == chunk).nonzero().flatten()
+            yield chunks[chunk], positions, rows[positions] - (int(ends[chunk]) - chunks[chunk].shape[0])
+
+
+def tables_of(bounds: Tensor, ids: int) -> Tensor:
+    """Return the table of each of `ids` flat ids: int64 [ids]. Raises ValueError for bounds that are none."""
+    lengths = bounds.diff()
+    if int(bounds[0]) != 0 or int(bounds[-1]) != ids or bool((lengths < 0).any()):
+        raise ValueError(f"bounds: expected ascending from 0 to {ids}")
+    return torch.arange(lengths.numel(), device=bounds.device).repeat_interleave(lengths)
+
+
+def meta_of(block: Tensor, layout: RecordLayout) -> Tensor:
+    """Return time, count, id, and table with mark, of records uint8 [n, bytes]: int64 [n, 4]."""
+    part = _copied(block[:, layout.meta_at : layout.meta_at + META_BYTES])
+    return part.view(torch.int64).reshape(block.shape[0], META_BYTES // 8)
+
+
+def _copied(columns: Tensor) -> Tensor:
+    """Return a copy with no gaps. `contiguous` would copy nothing of a single row."""
+    return columns.clone(memory_format=torch.contiguous_format)
+
+
+def set_meta(block: Tensor, layout: RecordLayout, meta: Tensor) -> None:
+    bytes_ = meta.contiguous().view(torch.uint8).reshape(block.shape[0], META_BYTES)
+    block[:, layout.meta_at : layout.meta_at + META_BYTES] = bytes_
+
+
+def records_find(
+    directory: Tensor,
+    map_chunks: Sequence[Tensor],
+    chunks: Sequence[Tensor],
+    ids: Tensor,
+    bounds: Tensor,
+    now: Tensor | None,
+    counts: Tensor | None,
+    layout: Sequence[int],
+) -> Tensor:
+    rows = id_map_find(directory, map_chunks, ids, tables_of(bounds, ids.numel()))
+    if now is not None:
+        now = now.expand(ids.numel())
+        for chunk, positions, local in by_chunk(chunks, rows):
+            block = chunk[local]
+            _see(block, layout_of(layout), now[positions], None if counts is None else counts[positions])
+            chunk[local] = block
+    return rows
+
+
+def _see(block: Tensor, layout: RecordLayout, times: Tensor, counts: Tensor | None) -> None:
+    meta = meta_of(block, layout)
+    later = torch.maximum(meta[:, LAST_SEEN], times)
+    meta[:, LAST_SEEN] = torch.where(meta[:, COUNT] == 0, times, later)
+    meta[:, COUNT] += 1 if counts is None else counts
+    set_meta(block, layout, meta)
+
+
+def records_add(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    ids: Tensor,
+    tables: Tensor,
+    now: Tensor,
+    counts: Tensor | None,
+    keys: Tensor,
+    stds: Tensor,
+    layout: Sequence[int],
+    first: Sequence[float],
+    mark: int,
+) -> None:
+    where = layout_of(layout)
+    if tables.numel() and not 0 <= int(tables.min()) <= int(tables.max()) < keys.shape[0]:
+        found = f"{int(tables.min())} to {int(tables.max())}"
+        raise IndexError(f"tables: expected below {keys.shape[0]}, found {found}")
+    now = now.expand(rows.numel())
+    for chunk, positions, local in by_chunk(chunks, rows):
+        block = chunk.new_zeros((local.numel(), where.bytes))
+        id_, table = ids[positions], tables[positions]
+        for number, (group, begin) in enumerate(zip(where.groups, where.begins, strict=True)):
+            key, std = keys[table, number], stds[table, number]
+            _write_first(block, group, begin, id_, key, std, first[0], first[1 + number])
+        _see(block, where, now[positions], None if counts is None else counts[positions])
+        meta = meta_of(block, where)
+        meta[:, ID], meta[:, TABLE] = id_, table | mark << 32
+        set_meta(block, where, meta)
+        chunk[local] = block
+
+
+def _write_first(
+    block: Tensor, group: RowLayout, begin: int, ids: Tensor, keys: Tensor, stds: Tensor, start: float, scale: float
+) -> None:
+    """Write first values and state of one group; keys int64 [n, 2] and stds [n] are of each row's table."""
+    values = random.normal_of(random.row_key(keys[:, 0], ids), group.dim)
+    if is_plain(group):
+        values = 0.0 + stds[:, None] * values
+        values[stds == 0] = 0.0
+        state = values.new_full((len(block), group.state_floats), start)
+        _put(block, group.values_at, values)
+        _put(block, group.state_at, state)
+        return
+    parts = Parts(block[:, begin : begin + group.bytes], group)
+    if parts.scales is not None:
+        parts.scales = torch.full_like(parts.scales, scale)
+    parts.state[:, group.moments :] = start
+    parts.codes = _codes(values * stds[:, None], parts, group, random.stream_at(keys[:, 1], 0), ids)
+    block[:, begin : begin + group.bytes] = parts.bytes(group)
+
+
+def _codes(values: Tensor, parts: Parts, group: RowLayout, streams: Tensor, ids: Tensor) -> Tensor:
+    draws = None
+    if not group.nearest and group.format != "fp32":
+        draws = random.draws_of(random.row_key(streams, ids), group.dim)
+    return rounded(values, parts.scales, group.format, draws)
+
+
+def records_gather(chunks: Sequence[Tensor], rows: Tensor, layout: Sequence[int], inverse: Tensor | None) -> Tensor:
+    where = layout_of(layout)
+    result = torch.zeros((rows.numel(), where.width), device=rows.device)
+    for chunk, positions, local in by_chunk(chunks, rows):
+        block = chunk[local]
+        groups = zip(where.groups, where.begins, strict=True)
+        result[positions] = torch.cat([_values(block, group, begin) for group, begin in groups], dim=1)
+    return result if inverse is None else result[checked(inverse, rows)]
+
+
+def _values(block: Tensor, group: RowLayout, begin: int) -> Tensor:
+    if is_plain(group):
+        return _floats(block, group.values_at, group.dim)
+    parts = Parts(block[:, begin : begin + group.bytes], group)
+    return dequantised(parts.codes, parts.scales, group.format, group.dim)
+
+
+def records_update(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    grads: Tensor,
+    order: Tensor | None,
+    begins: Tensor | None,
+    keys: Tensor,
+    layout: Sequence[int],
+    settings: Sequence[float],
+    step: int,
+    mark: int,
+) -> None:
+    where = layout_of(layout)
+    sums = _summed(grads, rows, order, begins)
+    for chunk, positions, local in by_chunk(chunks, rows):
+        block = chunk[local]
+        parts = sums[positions].split([group.dim for group in where.groups], dim=1)
+        meta = meta_of(block, where)
+        bases = keys[(meta[:, TABLE] & TABLE_BITS).clamp(max=keys.shape[0] - 1)]
+        for number, (group, begin) in enumerate(zip(where.groups, where.begins, strict=True)):
+            streams = random.stream_at(bases[:, number, 1], step)
+            _step_group(block, group, begin, parts[number], settings, streams, meta[:, ID])
+        if mark > 0:
+            meta[:, TABLE] = (meta[:, TABLE] & TABLE_BITS) | mark << 32
+            set_meta(block, where, meta)
+        chunk[local] = block
+
+
+def _summed(grads: Tensor, rows: Tensor, order: Tensor | None, begins: Tensor | None) -> Tensor:
+    if order is None or begins is None:
+        return grads
+    if grads.shape[0] and not 0 <= int(order.min()) <= int(order.max()) < grads.shape[0]:
+        raise IndexError(f"order: expected below {grads.shape[0]}, found {int(order.min())} to {int(order.max())}")
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(rows.numel(), device=rows.device).repeat_interleave(begins.diff())
+    return grads.new_zeros((rows.numel(), grads.shape[1])).index_add_(0, inverse, grads)
+
+
+def _step_group(
+    block: Tensor,
+    group: RowLayout,
+    begin: int,
+    grads: Tensor,
+    settings: Sequence[float],
+    streams: Tensor,
+    ids: Tensor,
+) -> None:
+    if is_plain(group):
+        values = _floats(block, group.values_at, group.dim)
+        state = _floats(block, group.state_at, group.state_floats)
+        optimizer_step(group.optimizer, values, state, grads, settings)
+        _put(block, group.values_at, values)
+        _put(block, group.state_at, state)
+        return
+    parts = Parts(block[:, begin : begin + group.bytes], group)
+    values = dequantised(parts.codes, parts.scales, group.format, group.dim)
+    optimizer_step(group.optimizer, values, parts.state, grads, settings)
+    parts.codes = _codes(values, parts, group, streams, ids)
+    if group.moments:  # always stochastic, and after the draws of the values
+        draws = random.draws_of(random.row_key(streams, ids), group.moments, group.dim)
+        parts.state[:, : group.moments] = rounded(parts.state[:, : group.moments], None, "bf16", draws).float()
+    block[:, begin : begin + group.bytes] = parts.bytes(group)
+
+
+def _floats(block: Tensor, begin: int, count: int) -> Tensor:
+    part = _copied(block[:, begin : begin + 4 * count])
+    return part.view(torch.float32).reshape(block.shape[0], count)
+
+
+def _put(block: Tensor, begin: int, values: Tensor) -> None:
+    block[:, begin : begin + 4 * values.shape[1]] = values.contiguous().view(torch.uint8).reshape(len(block), -1)
