@@ -1,0 +1,204 @@
+"""Records of many tables: their layout, what ops refuse, and the ops that work on flat ids. What they compute is tested
+against tables, in tests/embedding/test_table_set.py."""
+
+import pytest
+import torch
+
+from tessera.kernels import records
+from tessera.kernels.backend import available_backends, use_backend
+from tessera.kernels.formats import FORMATS
+from tessera.kernels.id_map import IdMap
+from tessera.kernels.layout import packed_layout, plain_layout
+from tessera.kernels.optimizers import OPTIMIZERS, OptimizerSettings
+from tessera.kernels.record_layout import META_BYTES, is_plain, layout_of, record_layout
+from tessera.kernels.records import FirstValues, Positions, keys_of
+from tessera.kernels.unique import positions_of, unique_tables
+from tests.kernels.property_tests import HealthCheck, given, settings, st
+
+PLAIN = record_layout([plain_layout(16, "rowwise_adagrad"), plain_layout(1, "rowwise_adagrad")])
+MIXED = record_layout([packed_layout("int4", 5, "sgd"), plain_layout(3, "sgd")])
+SETTINGS = OptimizerSettings(0.1)
+needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
+#: The ops on records have no Triton version yet.
+IN_TORCH_OR_CPP = [name for name in available_backends() if name != "triton"]
+
+
+@pytest.fixture(params=IN_TORCH_OR_CPP)
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
+
+
+def tensor(numbers):
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def chunks_of(layout, rows=(4, 4, 8)):
+    return [torch.zeros((count, layout.bytes), dtype=torch.uint8) for count in rows]
+
+
+def filled(layout=PLAIN):
+    """(chunks with rows 0 to 5, of ids 10 to 15 of tables 0, 0, 0, 1, 1, 2; keys)."""
+    chunks, keys = chunks_of(layout), keys_of(0, [[(t, 9, 0.1) for _ in layout.groups] for t in range(3)])
+    first = FirstValues(0.0, (0.1,) * len(layout.groups))
+    records.add(chunks, torch.arange(6), torch.arange(10, 16), tensor([0, 0, 0, 1, 1, 2]), layout, keys, first, 5)
+    return chunks, keys
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("dims", [(16, 1), (3,), (1, 45, 8)])
+def test_parts_of_a_record_do_not_meet(optimizer, dims):
+    for format in FORMATS:
+        groups = [plain_layout(dims[0], optimizer), *(packed_layout(format, dim, optimizer) for dim in dims[1:])]
+        layout = record_layout(groups)
+        used = torch.zeros(layout.bytes, dtype=torch.int64)
+        used[layout.meta_at : layout.meta_at + META_BYTES] += 1
+        for group, begin in zip(layout.groups, layout.begins, strict=True):
+            if is_plain(group):
+                used[group.values_at : group.values_at + 4 * group.dim] += 1
+                used[group.state_at : group.state_at + 4 * group.state_floats] += 1
+            else:
+                used[begin : begin + group.bytes] += 1
+        assert used.max() == 1 and layout.bytes % 16 == 0 and layout.meta_at % 8 == 0
+        assert layout.bytes - int(used.sum()) < max(16, layout.bytes / 6 + 16)
+        assert layout_of(layout.numbers) == layout
+
+
+def test_plain_values_come_first_in_whole_lines():
+    assert [group.values_at for group in PLAIN.groups] == [0, 64] and PLAIN.plain and PLAIN.width == 17
+    assert (PLAIN.meta_at, PLAIN.bytes) == (80, 128)
+    assert not MIXED.plain
+    assert record_layout([plain_layout(12, "sgd")]).bytes == 80  # whole lines would cost more than a sixth
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tables=st.lists(st.lists(st.integers(-3, 3), max_size=12), min_size=1, max_size=6))
+def test_unique_of_tables_is_that_of_each(backend, tables):
+    ids = tensor([id_ for table in tables for id_ in table])
+    bounds = tensor([0, *(len(table) for table in tables)]).cumsum(0)
+    unique, inverse, counts, ends = unique_tables(ids, bounds)
+    assert unique[inverse].equal(ids) and counts.equal(torch.bincount(inverse, minlength=unique.numel()))
+    for t, table in enumerate(tables):
+        assert unique[ends[t] : ends[t + 1]].tolist() == list(dict.fromkeys(table))
+        own = inverse[bounds[t] : bounds[t + 1]]
+        assert bool(((own >= ends[t]) & (own < ends[t + 1])).all())
+    order, begins = positions_of(inverse, counts)
+    for place in range(unique.numel()):
+        assert order[begins[place] : begins[place + 1]].equal((inverse == place).nonzero().flatten())
+
+
+@needs_cpp
+def test_unique_of_tables_on_threads():
+    """More ids than one thread takes, in tables of very different size."""
+    bounds = torch.tensor([0, 0, 30_000, 30_001, 45_000, 90_000, 90_000])
+    ids, before, found = torch.randint(0, 5_000, (90_000,)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(unique_tables(ids, bounds))
+    finally:
+        torch.set_num_threads(before)
+    with use_backend("reference"):
+        expected = unique_tables(ids, bounds)
+    assert all(part.equal(right) for one in found for part, right in zip(one, expected, strict=True))
+
+
+def test_a_group_without_spread_starts_at_zero(backend):
+    chunks, keys = chunks_of(PLAIN), keys_of(0, [[(1, 2, 0.0), (3, 4, 0.1)]])
+    zeros = tensor([0])
+    records.add(chunks, zeros, zeros, zeros, PLAIN, keys, FirstValues(0.0, (0.0, 0.0)), 1)
+    values = records.gather(chunks, tensor([0, -1]), PLAIN)
+    assert values[0, :16].eq(0).all() and values[0, 16] != 0 and values[1].eq(0).all()
+
+
+def test_gradients_of_a_row_are_summed_in_order(backend):
+    chunks, keys = filled()
+    before = records.gather(chunks, torch.arange(6), PLAIN)
+    grads, inverse = torch.randn(40, 17), torch.arange(40) % 3
+    inverse[inverse == 1] = 2  # row 1 of the batch has none
+    positions = Positions(*positions_of(inverse, torch.bincount(inverse, minlength=4)))
+    records.update(chunks, tensor([5, 1, 0, -1]), grads, PLAIN, SETTINGS, keys, 1, positions)
+    other, _ = filled()
+    sums = torch.zeros(4, 17).index_add_(0, inverse, grads)
+    records.update(other, tensor([5, 1, 0, -1]), sums, PLAIN, SETTINGS, keys, 1)
+    assert all(one.equal(two) for one, two in zip(chunks, other, strict=True))
+    changed = (records.gather(chunks, torch.arange(6), PLAIN) != before).any(dim=1)
+    assert changed.tolist() == [True, False, False, False, False, True]
+
+
+@pytest.mark.parametrize("layout", [PLAIN, MIXED])
+def test_what_is_out_of_range_is_refused(backend, layout):
+    chunks, keys = filled(layout)
+    first, one = FirstValues(0.0, (0.0, 0.0)), tensor([1])
+    with pytest.raises(IndexError, match="rows: expected below 16, found 16"):
+        records.gather(chunks, tensor([16]), layout)
+    with pytest.raises(IndexError, match="inverse: expected below 1"):
+        records.gather(chunks, one, layout, tensor([1]))
+    with pytest.raises(IndexError, match="rows: expected below 16, found 16"):
+        records.update(chunks, tensor([16]), torch.zeros(1, layout.width), layout, SETTINGS, keys, 1)
+    wrong = Positions(tensor([1]), tensor([0, 1]))
+    with pytest.raises(IndexError, match="order: expected below 1"):
+        records.update(chunks, one, torch.zeros(1, layout.width), layout, SETTINGS, keys, 1, wrong)
+    with pytest.raises(IndexError, match="tables: expected below 3"):
+        records.add(chunks, one, one, tensor([3]), layout, keys, first, 1)
+    with pytest.raises(IndexError, match="rows: expected below 16"):
+        records.add(chunks, tensor([16]), one, tensor([0]), layout, keys, first, 1)
+    with pytest.raises(IndexError, match="inverse: expected below 1"):
+        positions_of(tensor([1]), tensor([1]))
+
+
+def test_wrong_arguments_are_refused(backend):
+    chunks, keys = filled()
+    one, id_map = tensor([1]), IdMap()
+    for bounds, message in (([0, 2], "bounds: expected"), ([0, 2, 1], "bounds: expected"), ([0], "bounds: expected 2")):
+        with pytest.raises(ValueError, match=message):
+            records.find(id_map, chunks, one, tensor(bounds), PLAIN)
+        with pytest.raises(ValueError, match=message):
+            unique_tables(one, tensor(bounds))
+    with pytest.raises(ValueError, match="now: expected one or 1 elements, found 2"):
+        records.find(id_map, chunks, one, tensor([0, 1]), PLAIN, tensor([1, 2]))
+    with pytest.raises(ValueError, match="counts: expected 1 elements, found 2"):
+        records.find(id_map, chunks, one, tensor([0, 1]), PLAIN, 1, tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"grads: expected float32 \[1, 17\]"):
+        records.update(chunks, one, torch.zeros(1, 16), PLAIN, SETTINGS, keys, 1)
+    with pytest.raises(ValueError, match="begins: expected 2, found 3"):
+        records.update(chunks, one, torch.zeros(1, 17), PLAIN, SETTINGS, keys, 1, Positions(one, tensor([0, 1, 1])))
+    with pytest.raises(ValueError, match="tables: expected 1 as there are rows, found 2"):
+        records.add(chunks, one, one, tensor([0, 1]), PLAIN, keys, FirstValues(0.0, (0.0, 0.0)), 1)
+
+
+@needs_cpp
+@pytest.mark.parametrize("rows", [(4, 8), (4, 4, 4, 8), (3, 3), (4, 4, 8, 4)])
+def test_chunks_that_do_not_double_are_refused(rows):
+    with pytest.raises(ValueError, match="chunks: expected a power of two, then as many rows as before"):
+        records.gather(chunks_of(PLAIN, rows), tensor([0]), PLAIN)
+
+
+@needs_cpp
+@pytest.mark.parametrize("layout", [PLAIN, MIXED])
+def test_schemas_and_fake_kernels(layout):
+    chunks, keys = filled(layout)
+    id_map, ops, rows = IdMap(), torch.ops.tessera, tensor([3, -1, 1])
+    id_map.insert(tensor([10, 13]), tensor([0, 3]), tensor([0, 1]))
+    ids, bounds, now = tensor([10, 13, 14]), tensor([0, 1, 3]), tensor([7])
+    numbers, first = list(layout.numbers), [0.0, 0.1, 0.1]
+    torch.library.opcheck(ops.unique_tables.default, (ids, bounds))
+    torch.library.opcheck(ops.positions_of.default, (tensor([1, 0, 1]), tensor([1, 2])))
+    torch.library.opcheck(ops.records_find.default, (*id_map.places, chunks, ids, bounds, now, ids, numbers))
+    torch.library.opcheck(ops.records_gather.default, (chunks, rows, numbers, tensor([2, 0])))
+    arguments = (chunks, rows, ids, tensor([0, 1, 1]), now, None, *keys, numbers, first, 0)
+    torch.library.opcheck(ops.records_add.default, arguments)
+    grads = torch.ones(3, layout.width)
+    arguments = (
+        chunks,
+        rows,
+        grads,
+        tensor([0, 1, 2]),
+        tensor([0, 1, 2, 3]),
+        keys.numbers,
+        numbers,
+        list(SETTINGS),
+        1,
+        2,
+    )
+    torch.library.opcheck(ops.records_update.default, arguments)
