@@ -59,7 +59,7 @@ class RowIndex:
             self.map.insert(ids, rows)
         except torch.OutOfMemoryError:
             self.map.erase(ids)
-            self._give_back(rows.flip(0))
+            self._free.give_back(rows.flip(0))
             raise
         self.write(rows, 0, 0, ids, mark, period)
         return rows
