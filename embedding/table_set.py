@@ -271,25 +271,21 @@ def _groups_of(block: Tensor, layout: RecordLayout) -> list[Tensor]:
 def _check(tables: Sequence[DynamicTableConfig]) -> None:
     assert tables, "a set without tables"
     first = tables[0]
+    of_first, in_a_set = f"that of table {first.name}, ", "in a set of tables"
     for table in tables:
-        for key, found, expected in (
-            ("groups", _kinds(table), _kinds(first)),
-            ("optimizer", table.optimizer, first.optimizer),
-            ("seed", table.seed, first.seed),
-        ):
-            if found != expected:
-                raise ConfigError(
-                    f"table {table.name}: {key} is {found}; expected that of table {first.name}, {expected}"
-                )
-        for key, found, expected in (
-            ("admission.kind", table.admission.kind, "none"),
-            ("optimizer.old_rows_factor", table.optimizer.old_rows_factor, 1),
-            ("learned scales", table.learns_scales, False),
-        ):
-            if found != expected:
-                raise ConfigError(f"table {table.name}: {key} is {found!r}; expected {expected!r} in a set of tables")
-        if table.row_limit is not None and table.eviction != "raise":
-            raise ConfigError(f"table {table.name}: eviction is {table.eviction!r}; expected raise in a set of tables")
+        _expect(table, "groups", _kinds(table), _kinds(first), of_first)
+        _expect(table, "optimizer", table.optimizer, first.optimizer, of_first)
+        _expect(table, "seed", table.seed, first.seed, of_first)
+        _expect(table, "admission.kind", table.admission.kind, "none", f"{in_a_set} ")
+        _expect(table, "optimizer.old_rows_factor", table.optimizer.old_rows_factor, 1, f"{in_a_set} ")
+        _expect(table, "learned scales", table.learns_scales, False, f"{in_a_set} ")
+        if table.row_limit is not None:
+            _expect(table, "eviction", table.eviction, "raise", f"{in_a_set} ")
+
+
+def _expect(table: DynamicTableConfig, key: str, found: object, expected: object, which: str) -> None:
+    if found != expected:
+        raise ConfigError(f"table {table.name}: {key} is {found}; expected {which}{expected}")
 
 
 def _kinds(table: DynamicTableConfig) -> list[tuple[object, ...]]:

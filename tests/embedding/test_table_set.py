@@ -190,8 +190,8 @@ def test_a_limit_is_a_table_s_own():
         ({"groups": (Group("v", 8, 0.1),)}, "table item: groups is .*; expected that of table user"),
         ({"optimizer": RowOptimizer("sgd")}, "table item: optimizer is .*; expected that of table user"),
         ({"seed": 4}, "table item: seed is 4; expected that of table user, 3"),
-        ({"admission": Admission("exact", 2)}, "table item: admission.kind is 'exact'; expected 'none'"),
-        ({"max_rows": 9, "eviction": "lru"}, "table item: eviction is 'lru'; expected raise"),
+        ({"admission": Admission("exact", 2)}, "table item: admission.kind is exact; expected in a set of tables none"),
+        ({"max_rows": 9, "eviction": "lru"}, "table item: eviction is lru; expected in a set of tables raise"),
     ],
 )
 def test_refused_tables(change, message):
@@ -202,5 +202,5 @@ def test_refused_tables(change, message):
 
 def test_learned_scales_are_refused():
     group = Group("v", 8, 0.1, "int8", learned=ScaleOptimizer())
-    with pytest.raises(ConfigError, match="table t: learned scales is True; expected False"):
+    with pytest.raises(ConfigError, match="table t: learned scales is True; expected in a set of tables False"):
         TableSet([DynamicTableConfig("t", ("f",), (group,))])
