@@ -278,7 +278,7 @@ def _check(tables: Sequence[DynamicTableConfig]) -> None:
         _expect(table, "seed", table.seed, first.seed, of_first)
         _expect(table, "admission.kind", table.admission.kind, "none", f"{in_a_set} ")
         _expect(table, "optimizer.old_rows_factor", table.optimizer.old_rows_factor, 1, f"{in_a_set} ")
-        _expect(table, "learned scales", table.learns_scales, False, f"{in_a_set} ")
+        _expect(table, "groups.learned", [group.learned for group in table.groups if group.learned], [], f"{in_a_set} ")
         if table.row_limit is not None:
             _expect(table, "eviction", table.eviction, "raise", f"{in_a_set} ")
 
