@@ -8,6 +8,7 @@ owner of a value is then the value modulo the ranks. We send mixed ids, so owner
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -47,6 +48,43 @@ class DynamicLookup(GroupedEmbeddingsLookup):
     ) -> DynamicTableKernel:
         assert config.compute_kernel is DYNAMIC, config.compute_kernel
         return DynamicTableKernel(config, pg, device)
+
+
+class ByOwner(KeyedJaggedTensor):
+    """Features grouped by the rank that owns their values. What goes to each rank is counted in one pass over the keys;
+    torchrec's own way sums them up anew for each rank, which takes 13 ms for 1,024 ranks."""
+
+    @classmethod
+    def of(cls, features: KeyedJaggedTensor) -> ByOwner:
+        return cls(
+            keys=features.keys(),
+            values=features.values(),
+            weights=features.weights_or_none(),
+            lengths=features.lengths(),
+            stride=features.stride(),
+        )
+
+    def dist_splits(self, key_splits: list[int]) -> list[list[int]]:
+        lengths = _sums(self.length_per_key(), key_splits)
+        weights = [] if self.weights_or_none() is None else [lengths]
+        return [_sums(self.stride_per_key(), key_splits), lengths, *weights]
+
+
+def _sums(numbers: list[int], counts: list[int]) -> list[int]:
+    """Return the sums of so many numbers each, one part behind the other."""
+    rest = iter(numbers)
+    return [sum(islice(rest, count)) for count in counts]
+
+
+class SendByOwner(nn.Module):
+    """torchrec's exchange of features, `dist`, of which all have one stride."""
+
+    def __init__(self, dist: nn.Module) -> None:
+        super().__init__()
+        self._inner = dist
+
+    def forward(self, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
+        return self._inner(ByOwner.of(features))
 
 
 class RawIdsDist(RwSparseFeaturesDist):
@@ -95,7 +133,7 @@ def by_owner(features: KeyedJaggedTensor, ranks: int) -> tuple[KeyedJaggedTensor
 def raw_ids_dist(sharding: BaseRwEmbeddingSharding, is_sequence: bool, device: torch.device | None) -> RawIdsDist:
     """Return the input dist of dynamic tables."""
     features = sharding._get_num_features()
-    return RawIdsDist(
+    found = RawIdsDist(
         pg=sharding._pg,
         num_features=features,
         feature_hash_sizes=[sharding._pg.size()] * features,
@@ -105,6 +143,8 @@ def raw_ids_dist(sharding: BaseRwEmbeddingSharding, is_sequence: bool, device: t
         need_pos=False,
         keep_original_indices=True,
     )
+    found._dist = SendByOwner(found._dist)
+    return found
 
 
 class HasKernels:

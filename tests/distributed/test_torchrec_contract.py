@@ -12,7 +12,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding, RwSparseFeaturesDist
 
-from tessera.distributed.torchrec.row_sharding import by_owner
+from tessera.distributed.torchrec.row_sharding import ByOwner, by_owner
 
 
 def test_the_pinned_release():
@@ -125,3 +125,23 @@ def test_owners_of_bags_know_the_rows_of_each_rank():
 
 def test_gradients_that_come_back_are_averaged_over_ranks():
     assert comm_ops.get_gradient_division() is True
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_goes_to_each_rank_is_counted_as_torchrec_does(weighted):
+    generator = torch.Generator().manual_seed(1)
+    for ranks, features, stride in ((1, 1, 3), (4, 1, 5), (3, 2, 4), (5, 3, 1)):
+        lengths = torch.randint(0, 4, (ranks * features * stride,), generator=generator, dtype=torch.int32)
+        values = torch.arange(int(lengths.sum()))
+        ids = KeyedJaggedTensor(
+            keys=[f"k{i}" for i in range(features)] * ranks,
+            values=values,
+            weights=values.float() if weighted else None,
+            lengths=lengths,
+            stride=stride,
+        )
+        splits = [features] * ranks
+        assert ByOwner.of(ids).dist_splits(splits) == ids.dist_splits(splits)
+        assert ByOwner.of(ids).dist_labels() == ids.dist_labels()
+        for mine, theirs in zip(ByOwner.of(ids).dist_tensors(), ids.dist_tensors(), strict=True):
+            assert torch.equal(mine, theirs)
