@@ -190,7 +190,7 @@ class Planner:
         flops = hardware.flops(tf32=self.config.trainer.tf32, amp=self.config.trainer.amp)
         moved = sum(_moved(table, rows) for table in tables) + 7 * FLOAT32 * self.cost.parameters  # Adam's passes
         host = hardware.step_us + count * (hardware.table_us if ranks == 1 else hardware.table_many_us)
-        host += hardware.table_rank_us * count * (ranks if ranks > 1 else 0)
+        host += hardware.rank_us * (ranks if ranks > 1 else 0)
         return {
             "memory": moved / (hardware.memory_gb_s * 1e6),
             "tower": 1e3 * self.cost.flops * rows / flops,

@@ -18,7 +18,7 @@ class Hardware:
     host, between_*: to other hosts; *_gb_s: what one rank sends a second, *_us: what one message takes beside its
     bytes. call_us: what a collective takes to begin. host_us: as between_us, of messages that go through the host on
     GPUs too. step_us: the host's work of a step; table_us: for each table on one rank; table_many_us: where there are
-    several; table_rank_us: for each table and each rank. overlaps: the device works while the host prepares.
+    several; rank_us: for each rank (scripts/bench/exchange.py). overlaps: the device works while the host prepares.
     """
 
     memory_gib: float
@@ -35,7 +35,7 @@ class Hardware:
     step_us: float
     table_us: float
     table_many_us: float
-    table_rank_us: float
+    rank_us: float
     overlaps: bool = True
 
     def flops(self, *, tf32: bool, amp: bool) -> float:
@@ -59,7 +59,7 @@ _H100 = Hardware(
     step_us=1500,  # launches of torch and Triton, counted without a GPU and multiplied by what one takes
     table_us=400,
     table_many_us=850,
-    table_rank_us=0.3,
+    rank_us=3,
 )
 PRESETS = {
     # One rank on 8 cores of a host with a network of 25 Gbit/s, shared by four ranks.
@@ -78,7 +78,7 @@ PRESETS = {
         step_us=3000,  # measured with small batches of 2 and 26 tables on one core
         table_us=230,
         table_many_us=350,
-        table_rank_us=0.3,
+        rank_us=3,
         overlaps=False,
     ),
     "a100": replace(
