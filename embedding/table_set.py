@@ -7,6 +7,7 @@ missing are admission, eviction at a limit, snapshots, learned scales, the cache
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ _SCAN_ROWS = 1 << 18  # records read in one piece, which bounds the temporary me
 
 
 class TableSet:
-    """Tables that have the same groups, but for the first values' spread, the same optimizer and the same seed.
+    """Tables that have the same groups, but for the first values' spread, the same optimizer, but for its learning
+    rate, and the same seed. Each has its own limit and TTL.
 
     Ids are flat: those of table t (its place in `tables`) are at bounds[t] to bounds[t + 1] - 1, bounds int64 [T + 1].
     All tensors that go in and out live on `device`. Row numbers are those of all tables together, and good until rows
@@ -49,6 +51,7 @@ class TableSet:
         tables: the configs, in order. layout: of a record.
         rows_of: rows in use, int64 [T]. counters: what happened since the beginning, int64 [len(COUNTERS), T].
         limits: most rows, int64 [T], UNLIMITED where there is none. ttls: seconds, int64 [T], likewise.
+        rates: learning rates, float64 [T].
 
     Raises ConfigError, one line, for tables that are not alike.
     """
@@ -64,6 +67,7 @@ class TableSet:
         self.counters = torch.zeros((len(COUNTERS), len(tables)), dtype=torch.int64, device=device)
         self.limits = self._of_tables([table.row_limit for table in self.tables])
         self.ttls = self._of_tables([table.ttl_seconds for table in self.tables])
+        self.rates = torch.tensor([table.optimizer.lr for table in tables], dtype=torch.float64, device=device)
         self._limited = any(table.row_limit is not None for table in self.tables)
         self._optimizer = first.optimizer
         self._keys = _keys(self.tables, device)
@@ -170,16 +174,21 @@ class TableSet:
         return records.gather(self._chunks, rows, self.layout, inverse)
 
     def update(
-        self, rows: Tensor, grads: Tensor, positions: Positions | None = None, lr: float | None = None, mark: int = 0
+        self,
+        rows: Tensor,
+        grads: Tensor,
+        positions: Positions | None = None,
+        rates: Tensor | None = None,
+        mark: int = 0,
     ) -> None:
         """Apply one optimizer step to the rows of a batch, after their `lookup`.
 
         rows: int64 [u], distinct but for -1, which is skipped; grads: float32 [n, width], where n == u, or
-        positions says which of them belong to each row (they are summed in order); lr: instead of the configured
-        learning rate; mark: noted in the rows if above 0.
+        positions says which of them belong to each row (they are summed in order); rates: float64 [T],
+        learning rates instead of `rates`; mark: noted in the rows if above 0.
         """
-        settings = self._optimizer.settings(self._optimizer.lr if lr is None else lr)
-        records.update(self._chunks, rows, grads, self.layout, settings, self._keys, self._step, positions, mark)
+        settings, rates = self._optimizer.settings(self._optimizer.lr), self.rates if rates is None else rates
+        records.update(self._chunks, rows, grads, self.layout, settings, rates, self._keys, self._step, positions, mark)
 
     def expire(self, now: int) -> int:
         """Remove rows with now - last seen >= the ttl of their table. Returns how many."""
@@ -274,7 +283,7 @@ def _check(tables: Sequence[DynamicTableConfig]) -> None:
     of_first, in_a_set = f"that of table {first.name}, ", "in a set of tables"
     for table in tables:
         _expect(table, "groups", _kinds(table), _kinds(first), of_first)
-        _expect(table, "optimizer", table.optimizer, first.optimizer, of_first)
+        _expect(table, "optimizer", replace(table.optimizer, lr=first.optimizer.lr), first.optimizer, of_first)
         _expect(table, "seed", table.seed, first.seed, of_first)
         _expect(table, "admission.kind", table.admission.kind, "none", f"{in_a_set} ")
         _expect(table, "optimizer.old_rows_factor", table.optimizer.old_rows_factor, 1, f"{in_a_set} ")

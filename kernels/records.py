@@ -133,6 +133,7 @@ def update(
     grads: Tensor,
     layout: RecordLayout,
     settings: OptimizerSettings,
+    rates: Tensor,
     keys: Keys,
     step: int,
     positions: Positions | None = None,
@@ -141,8 +142,9 @@ def update(
     """Apply one optimizer step to all groups of records, in place (formulas in `update.py`).
 
     rows: int64 [u], distinct, -1 is skipped; grads: float32 [n, width]; positions: which of them belong to each row,
-    summed in order (None: n == u, one each); keys, step: seed random rounding; mark: noted in the records if above
-    0. Raises ValueError for wrong arguments, IndexError for a row or position out of range.
+    summed in order (None: n == u, one each); rates: float64 [tables], each table's learning rate, in place of that
+    of the settings; keys, step: seed random rounding; mark: noted in the records if above 0. Raises ValueError for
+    wrong arguments, IndexError for a row or position out of range.
     """
     check_index("rows", rows)
     count = rows.numel() if positions is None else positions.order.numel()
@@ -151,8 +153,11 @@ def update(
     order, begins = (None, None) if positions is None else positions
     if begins is not None and begins.numel() != rows.numel() + 1:
         raise ValueError(f"begins: expected {rows.numel() + 1}, found {begins.numel()}")
+    tables = keys.numbers.shape[0]
+    if rates.dtype != torch.float64 or rates.shape != (tables,):
+        raise ValueError(f"rates: expected float64 [{tables}], found {rates.dtype} {list(rates.shape)}")
     ops = backend.ops_for(rows) or reference
-    ops.records_update(chunks, rows, grads, order, begins, keys.numbers, layout.numbers, settings, step, mark)
+    ops.records_update(chunks, rows, grads, order, begins, keys.numbers, rates, layout.numbers, settings, step, mark)
 
 
 def _times(now: int | Tensor | None, ids: Tensor) -> Tensor | None:

@@ -67,8 +67,13 @@ struct Hyper {
   const Corrections& corrections;
 
   static Hyper of(at::ArrayRef<double> s) {
+    TORCH_CHECK_VALUE(!s.empty(), "settings: expected 9 numbers, found 0");
+    return of(s, s[0]);
+  }
+
+  static Hyper of(at::ArrayRef<double> s, double learning_rate) {
     TORCH_CHECK_VALUE(s.size() == 9, "settings: expected 9 numbers, found ", s.size());
-    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
+    return {learning_rate, s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
   }
 
  private:

@@ -144,9 +144,14 @@ struct Update {
   const RecordLayout& layout;
   const int64_t* rows;
   Gradients given;
-  const Hyper& hyper;
-  const int64_t* keys;  // [tables, groups, 2]; null: nothing is rounded at random
-  int64_t tables, step, mark;
+  const std::vector<Hyper>& hypers;  // of each table
+  const int64_t* keys;               // [tables, groups, 2]
+  int64_t step, mark;
+
+  int64_t table_of(const char* record) const {
+    const int64_t table = reinterpret_cast<const Meta*>(record + layout.meta_at)->table();
+    return std::min(table, static_cast<int64_t>(hypers.size()) - 1);
+  }
 };
 
 // What a block of rows needs at hand. A row without a record has none, and is skipped.
@@ -154,6 +159,7 @@ struct Block {
   int64_t size;
   char* records[kBlock];
   const float* grads[kBlock];  // of all groups
+  int64_t tables[kBlock];
 };
 
 // Sum the gradients of rows [begin, begin + block.size), in order of position; a row's only gradient is not copied.
@@ -163,9 +169,10 @@ TESSERA_INLINE Fault sum_rows(const Update& update, int64_t begin, int64_t last,
   const Gradients& given = update.given;
   for (int64_t k = 0; k < block.size; ++k) {
     const int64_t i = begin + k, row = update.rows[i];
-    if (i + kAhead < last) update.records.prefetch(update.rows[i + kAhead], 0, update.layout.meta_at);
+    if (i + kAhead < last) update.records.prefetch(update.rows[i + kAhead], 0, update.layout.bytes);
     if (update.records.beyond(row)) return update.records.fault(row);
     block.records[k] = row < 0 ? nullptr : update.records[row];
+    block.tables[k] = row < 0 ? 0 : update.table_of(block.records[k]);
     if (given.order == nullptr) {
       block.grads[k] = given.grads + i * width;
       continue;
@@ -244,8 +251,7 @@ TESSERA_SIMD void close_packed(const Update& update, int64_t number, const Block
     if (block.records[k] == nullptr) continue;
     char* const row = block.records[k] + group.begin;
     const auto& meta = *reinterpret_cast<const Meta*>(block.records[k] + update.layout.meta_at);
-    const int64_t table = std::min(meta.table(), update.tables - 1);
-    const int64_t base = update.keys[(table * groups + number) * 2 + 1];
+    const int64_t base = update.keys[(block.tables[k] * groups + number) * 2 + 1];
     const uint64_t key = tessera::random_row(tessera::stream_at(base, update.step), meta.id);
     tessera::encode_as(layout.format, layout.nearest, opened.values[k], layout.scale_of(row), key, layout.dim,
                        layout.values_of(row));
@@ -258,31 +264,31 @@ TESSERA_SIMD void close_packed(const Update& update, int64_t number, const Block
 }
 
 template <typename Step, int64_t Dim>
-TESSERA_INLINE void step_rows_of(const GroupLayout& group, const Block& block, const Opened& opened, const Hyper& hyper) {
+TESSERA_INLINE void step_rows_of(const GroupLayout& group, const Block& block, const Opened& opened, const Hyper* hypers) {
   const int64_t dim = Dim > 0 ? Dim : group.row.dim;
   for (int64_t k = 0; k < block.size; ++k)
     if (opened.values[k] != nullptr)
-      Step::template step<Dim>(opened.values[k], opened.state[k], block.grads[k] + group.column, dim, hyper);
+      Step::template step<Dim>(opened.values[k], opened.state[k], block.grads[k] + group.column, dim, hypers[block.tables[k]]);
 }
 
 template <typename Step>
-TESSERA_INLINE void step_rows(const GroupLayout& group, const Block& block, const Opened& opened, const Hyper& hyper) {
+TESSERA_INLINE void step_rows(const GroupLayout& group, const Block& block, const Opened& opened, const Hyper* hypers) {
   switch (group.row.dim) {
-    case 1: return step_rows_of<Step, 1>(group, block, opened, hyper);
-    case 8: return step_rows_of<Step, 8>(group, block, opened, hyper);
-    case 16: return step_rows_of<Step, 16>(group, block, opened, hyper);
-    case 32: return step_rows_of<Step, 32>(group, block, opened, hyper);
-    default: return step_rows_of<Step, 0>(group, block, opened, hyper);
+    case 1: return step_rows_of<Step, 1>(group, block, opened, hypers);
+    case 8: return step_rows_of<Step, 8>(group, block, opened, hypers);
+    case 16: return step_rows_of<Step, 16>(group, block, opened, hypers);
+    case 32: return step_rows_of<Step, 32>(group, block, opened, hypers);
+    default: return step_rows_of<Step, 0>(group, block, opened, hypers);
   }
 }
 
-TESSERA_SIMD void step_block(const GroupLayout& group, const Block& block, const Opened& opened, const Hyper& hyper) {
+TESSERA_SIMD void step_block(const GroupLayout& group, const Block& block, const Opened& opened, const Hyper* hypers) {
   switch (group.row.optimizer) {
-    case Kind::kSgd: return step_rows<tessera::Sgd>(group, block, opened, hyper);
-    case Kind::kAdagrad: return step_rows<tessera::Adagrad>(group, block, opened, hyper);
-    case Kind::kRowwiseAdagrad: return step_rows<tessera::RowwiseAdagrad>(group, block, opened, hyper);
-    case Kind::kAdam: return step_rows<tessera::Adam>(group, block, opened, hyper);
-    default: return step_rows<tessera::Ftrl>(group, block, opened, hyper);
+    case Kind::kSgd: return step_rows<tessera::Sgd>(group, block, opened, hypers);
+    case Kind::kAdagrad: return step_rows<tessera::Adagrad>(group, block, opened, hypers);
+    case Kind::kRowwiseAdagrad: return step_rows<tessera::RowwiseAdagrad>(group, block, opened, hypers);
+    case Kind::kAdam: return step_rows<tessera::Adam>(group, block, opened, hypers);
+    default: return step_rows<tessera::Ftrl>(group, block, opened, hypers);
   }
 }
 
@@ -292,7 +298,7 @@ void step_groups(const Update& update, const Block& block, float* memory) {
     const GroupLayout& group = groups[number];
     Opened opened;
     group.plain() ? open_plain(group, block, opened) : open_packed(group, block, memory, opened);
-    step_block(group, block, opened, update.hyper);
+    step_block(group, block, opened, update.hypers.data());
     if (!group.plain()) close_packed(update, static_cast<int64_t>(number), block, opened);
   }
 }
@@ -310,7 +316,7 @@ void update_range(const Update& update, int64_t first, int64_t last) {
   for (const GroupLayout& group : update.layout.groups) most = std::max(most, group.row.dim + group.row.moments + 1);
   std::vector<float> memory(kBlock * (update.layout.width + most));
   for (int64_t i = first; i < std::min(last, first + kAhead); ++i)
-    update.records.prefetch(update.rows[i], 0, update.layout.meta_at);
+    update.records.prefetch(update.rows[i], 0, update.layout.bytes);
   for (int64_t begin = first; begin < last; begin += kBlock) {
     Block block;
     block.size = std::min(kBlock, last - begin);
@@ -322,28 +328,29 @@ void update_range(const Update& update, int64_t first, int64_t last) {
 
 void records_update(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& grads_,
                     const std::optional<at::Tensor>& order_, const std::optional<at::Tensor>& begins_,
-                    const at::Tensor& keys_, at::IntArrayRef numbers, at::ArrayRef<double> settings, int64_t step,
-                    int64_t mark) {
+                    const at::Tensor& keys_, const at::Tensor& rates_, at::IntArrayRef numbers,
+                    at::ArrayRef<double> settings, int64_t step, int64_t mark) {
   const RecordLayout layout(numbers);
   const Records records(chunks, layout);
   const at::Tensor rows = rows_.contiguous(), grads = grads_.contiguous(), keys = keys_.contiguous();
   const int64_t count = rows.numel(), n = grads.size(0), groups = static_cast<int64_t>(layout.groups.size());
   TORCH_CHECK_VALUE(grads.dim() == 2 && grads.size(1) == layout.width, "grads: expected [n, ", layout.width, "]");
   TORCH_CHECK_VALUE(order_.has_value() == begins_.has_value(), "order: expected with begins");
-  TORCH_CHECK_VALUE(keys.numel() > 0 && keys.numel() % (2 * groups) == 0, "keys: expected [tables, ", groups, ", 2]");
+  const at::Tensor rates = rates_.contiguous();
+  TORCH_CHECK_VALUE(rates.numel() > 0 && keys.numel() == 2 * groups * rates.numel(), "keys: expected [tables, ", groups, ", 2]");
   const at::Tensor order = order_.has_value() ? order_->contiguous() : at::Tensor();
   const at::Tensor begins = begins_.has_value() ? begins_->contiguous() : at::Tensor();
   TORCH_CHECK_VALUE(order.defined() ? order.numel() == n && begins.numel() == count + 1 : n == count,
                     "grads: expected as many as positions");
-  const Hyper hyper = Hyper::of(settings);
+  std::vector<Hyper> hypers;
+  for (int64_t t = 0; t < rates.numel(); ++t) hypers.push_back(Hyper::of(settings, rates.const_data_ptr<double>()[t]));
   const Update update{records,
                       layout,
                       rows.const_data_ptr<int64_t>(),
                       {grads.const_data_ptr<float>(), order.defined() ? order.const_data_ptr<int64_t>() : nullptr,
                        begins.defined() ? begins.const_data_ptr<int64_t>() : nullptr, n},
-                      hyper,
+                      hypers,
                       keys.const_data_ptr<int64_t>(),
-                      keys.numel() / (2 * groups),
                       step,
                       mark};
   at::parallel_for(0, count, grain_of(layout), [&](int64_t begin, int64_t end) { update_range(update, begin, end); });

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,6 +170,7 @@ def records_update(
     order: Tensor | None,
     begins: Tensor | None,
     keys: Tensor,
+    rates: Tensor,
     layout: Sequence[int],
     settings: Sequence[float],
     step: int,
@@ -180,10 +182,11 @@ def records_update(
         block = chunk[local]
         parts = sums[positions].split([group.dim for group in where.groups], dim=1)
         meta = meta_of(block, where)
-        bases = keys[(meta[:, TABLE] & TABLE_BITS).clamp(max=keys.shape[0] - 1)]
+        tables = (meta[:, TABLE] & TABLE_BITS).clamp(max=keys.shape[0] - 1)
         for number, (group, begin) in enumerate(zip(where.groups, where.begins, strict=True)):
-            streams = random.stream_at(bases[:, number, 1], step)
-            _step_group(block, group, begin, parts[number], settings, streams, meta[:, ID])
+            streams = random.stream_at(keys[tables, number, 1], step)
+            batch = Batch(parts[number], rates[tables], streams, meta[:, ID])
+            _step_group(block, group, begin, batch, settings)
         if mark > 0:
             meta[:, TABLE] = (meta[:, TABLE] & TABLE_BITS) | mark << 32
             set_meta(block, where, meta)
@@ -200,30 +203,41 @@ def _summed(grads: Tensor, rows: Tensor, order: Tensor | None, begins: Tensor | 
     return grads.new_zeros((rows.numel(), grads.shape[1])).index_add_(0, inverse, grads)
 
 
-def _step_group(
-    block: Tensor,
-    group: RowLayout,
-    begin: int,
-    grads: Tensor,
-    settings: Sequence[float],
-    streams: Tensor,
-    ids: Tensor,
-) -> None:
+class Batch(NamedTuple):
+    """Of each record [n]: its gradients [n, dim], learning rate, stream of random rounding, and id."""
+
+    grads: Tensor
+    rates: Tensor
+    streams: Tensor
+    ids: Tensor
+
+
+def _step_group(block: Tensor, group: RowLayout, begin: int, batch: Batch, settings: Sequence[float]) -> None:
     if is_plain(group):
         values = _floats(block, group.values_at, group.dim)
         state = _floats(block, group.state_at, group.state_floats)
-        optimizer_step(group.optimizer, values, state, grads, settings)
+        _step(group.optimizer, values, state, batch, settings)
         _put(block, group.values_at, values)
         _put(block, group.state_at, state)
         return
     parts = Parts(block[:, begin : begin + group.bytes], group)
     values = dequantised(parts.codes, parts.scales, group.format, group.dim)
-    optimizer_step(group.optimizer, values, parts.state, grads, settings)
-    parts.codes = _codes(values, parts, group, streams, ids)
+    _step(group.optimizer, values, parts.state, batch, settings)
+    parts.codes = _codes(values, parts, group, batch.streams, batch.ids)
     if group.moments:  # always stochastic, and after the draws of the values
-        draws = random.draws_of(random.row_key(streams, ids), group.moments, group.dim)
+        draws = random.draws_of(random.row_key(batch.streams, batch.ids), group.moments, group.dim)
         parts.state[:, : group.moments] = rounded(parts.state[:, : group.moments], None, "bf16", draws).float()
     block[:, begin : begin + group.bytes] = parts.bytes(group)
+
+
+def _step(optimizer: str, values: Tensor, state: Tensor, batch: Batch, settings: Sequence[float]) -> None:
+    """Apply one step to values and state of rows, in place, at the rate of each."""
+    rates = batch.rates.unique().tolist()
+    for rate in rates:
+        own = (batch.rates == rate).nonzero().flatten()
+        w, s = values[own], state[own]
+        optimizer_step(optimizer, w, s, batch.grads[own], [rate, *settings[1:]])
+        values[own], state[own] = w, s
 
 
 def _floats(block: Tensor, begin: int, count: int) -> Tensor:

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tessera.embedding.config import Admission, DynamicTableConfig, Group, ScaleOptimizer
 from tessera.embedding.errors import ConfigError, TableFull
@@ -12,6 +13,7 @@ from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.table import DynamicTable
 from tessera.embedding.table_set import TableSet
 from tessera.kernels import records
+from tessera.kernels.backend import available_backends
 from tessera.kernels.records import Positions
 from tessera.kernels.unique import positions_of, unique_tables
 from tests.kernels.property_tests import HealthCheck, given, settings, st
@@ -29,10 +31,16 @@ LAYOUTS = {
 }
 
 
-def configs(kind="plain", **more):
+def configs(kind="plain"):
+    """Tables of which each has its own spread of first values, learning rate and TTL."""
     groups, optimizer = LAYOUTS[kind]
-    more = {"ttl_seconds": 50} | more
-    return [DynamicTableConfig(name, (name,), groups, optimizer, seed=3, chunk_rows=64, **more) for name in NAMES]
+    found = []
+    for place, name in enumerate(NAMES):
+        own = tuple(dataclasses.replace(group, init_std=group.init_std * (1 + place)) for group in groups)
+        rate = dataclasses.replace(optimizer, lr=0.01 * 2**place)
+        ttl = None if place == 1 else 30 + 20 * place
+        found.append(DynamicTableConfig(name, (name,), own, rate, seed=3, ttl_seconds=ttl, chunk_rows=64))
+    return found
 
 
 def drawn(generator, most, ids):
@@ -204,3 +212,31 @@ def test_learned_scales_are_refused():
     group = Group("v", 8, 0.1, "int8", learned=ScaleOptimizer())
     with pytest.raises(ConfigError, match=r"table t: groups.learned is \[.*\]; expected in a set of tables \[\]"):
         TableSet([DynamicTableConfig("t", ("f",), (group,))])
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that torch carries out."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
+@pytest.mark.parametrize("tables", [1, 26, 200])
+def test_a_step_takes_as_many_operations_for_any_number_of_tables(tables):
+    groups, optimizer = LAYOUTS["plain"]
+    found = TableSet([DynamicTableConfig(f"t{i}", ("f",), groups, optimizer) for i in range(tables)])
+    bounds, counted = torch.arange(tables + 1) * 50, []
+    for ids in (torch.arange(50).repeat(tables), torch.arange(50).repeat(tables), torch.arange(25, 75).repeat(tables)):
+        with Count() as count:
+            unique, inverse, counts, ends = unique_tables(ids, bounds)
+            rows = found.lookup(unique, ends, 1, counts)
+            values = found.gather(rows, inverse)
+            found.update(rows, values, Positions(*positions_of(inverse, counts)))
+        counted.append(count.ops)
+    assert counted[1] <= 10 and counted[2] <= 60, counted  # growth of map and chunks included

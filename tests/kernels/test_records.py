@@ -17,7 +17,7 @@ from tests.kernels.property_tests import HealthCheck, given, settings, st
 
 PLAIN = record_layout([plain_layout(16, "rowwise_adagrad"), plain_layout(1, "rowwise_adagrad")])
 MIXED = record_layout([packed_layout("int4", 5, "sgd"), plain_layout(3, "sgd")])
-SETTINGS = OptimizerSettings(0.1)
+SETTINGS, RATES = OptimizerSettings(0.1), torch.full((3,), 0.1, dtype=torch.float64)
 needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="the compiled kernels are not available")
 #: The ops on records have no Triton version yet.
 IN_TORCH_OR_CPP = [name for name in available_backends() if name != "triton"]
@@ -117,10 +117,10 @@ def test_gradients_of_a_row_are_summed_in_order(backend):
     grads, inverse = torch.randn(40, 17), torch.arange(40) % 3
     inverse[inverse == 1] = 2  # row 1 of the batch has none
     positions = Positions(*positions_of(inverse, torch.bincount(inverse, minlength=4)))
-    records.update(chunks, tensor([5, 1, 0, -1]), grads, PLAIN, SETTINGS, keys, 1, positions)
+    records.update(chunks, tensor([5, 1, 0, -1]), grads, PLAIN, SETTINGS, RATES, keys, 1, positions)
     other, _ = filled()
     sums = torch.zeros(4, 17).index_add_(0, inverse, grads)
-    records.update(other, tensor([5, 1, 0, -1]), sums, PLAIN, SETTINGS, keys, 1)
+    records.update(other, tensor([5, 1, 0, -1]), sums, PLAIN, SETTINGS, RATES, keys, 1)
     assert all(one.equal(two) for one, two in zip(chunks, other, strict=True))
     changed = (records.gather(chunks, torch.arange(6), PLAIN) != before).any(dim=1)
     assert changed.tolist() == [True, False, False, False, False, True]
@@ -135,10 +135,10 @@ def test_what_is_out_of_range_is_refused(backend, layout):
     with pytest.raises(IndexError, match="inverse: expected below 1"):
         records.gather(chunks, one, layout, tensor([1]))
     with pytest.raises(IndexError, match="rows: expected below 16, found 16"):
-        records.update(chunks, tensor([16]), torch.zeros(1, layout.width), layout, SETTINGS, keys, 1)
+        records.update(chunks, tensor([16]), torch.zeros(1, layout.width), layout, SETTINGS, RATES, keys, 1)
     wrong = Positions(tensor([1]), tensor([0, 1]))
     with pytest.raises(IndexError, match="order: expected below 1"):
-        records.update(chunks, one, torch.zeros(1, layout.width), layout, SETTINGS, keys, 1, wrong)
+        records.update(chunks, one, torch.zeros(1, layout.width), layout, SETTINGS, RATES, keys, 1, wrong)
     with pytest.raises(IndexError, match="tables: expected below 3"):
         records.add(chunks, one, one, tensor([3]), layout, keys, first, 1)
     with pytest.raises(IndexError, match="rows: expected below 16"):
@@ -160,9 +160,13 @@ def test_wrong_arguments_are_refused(backend):
     with pytest.raises(ValueError, match="counts: expected 1 elements, found 2"):
         records.find(id_map, chunks, one, tensor([0, 1]), PLAIN, 1, tensor([1, 2]))
     with pytest.raises(ValueError, match=r"grads: expected float32 \[1, 17\]"):
-        records.update(chunks, one, torch.zeros(1, 16), PLAIN, SETTINGS, keys, 1)
+        records.update(chunks, one, torch.zeros(1, 16), PLAIN, SETTINGS, RATES, keys, 1)
+    with pytest.raises(ValueError, match=r"rates: expected float64 \[3\]"):
+        records.update(chunks, one, torch.zeros(1, 17), PLAIN, SETTINGS, RATES[:2], keys, 1)
     with pytest.raises(ValueError, match="begins: expected 2, found 3"):
-        records.update(chunks, one, torch.zeros(1, 17), PLAIN, SETTINGS, keys, 1, Positions(one, tensor([0, 1, 1])))
+        records.update(
+            chunks, one, torch.zeros(1, 17), PLAIN, SETTINGS, RATES, keys, 1, Positions(one, tensor([0, 1, 1]))
+        )
     with pytest.raises(ValueError, match="tables: expected 1 as there are rows, found 2"):
         records.add(chunks, one, one, tensor([0, 1]), PLAIN, keys, FirstValues(0.0, (0.0, 0.0)), 1)
 
@@ -196,6 +200,7 @@ def test_schemas_and_fake_kernels(layout):
         tensor([0, 1, 2]),
         tensor([0, 1, 2, 3]),
         keys.numbers,
+        RATES,
         numbers,
         list(SETTINGS),
         1,
