@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torchrec import KeyedJaggedTensor
 
 from tessera.distributed.ages import ages_of_values, least, packed
 from tessera.kernels.mix import mix64
-from tessera.kernels.unique import unique_inverse
+from tessera.kernels.unique import unique_tables
 
 ALL_TABLES = "tables"  # the key; names of single tables begin otherwise (`module_name`)
 
@@ -36,31 +37,27 @@ def distinct_ids(ids: KeyedJaggedTensor, ages: Tensor | None, tables: Sequence[S
 
     ages: int64 [B] of the rows, or None. tables: the places of the fields of each, of all fields of `ids`.
     """
-    values, bounds = ids.values(), ids.offset_per_key()
-    index = torch.empty_like(values)
-    distinct, counts, lengths, first = [], [], [], 0
-    for fields in tables:
-        spans = [slice(bounds[field], bounds[field + 1]) for field in fields]
-        one = values[spans[0]] if len(spans) == 1 else torch.cat([values[span] for span in spans])
-        unique, inverse, count = unique_inverse(one)
-        inverse += first
-        begin = 0
-        for span in spans:
-            width = span.stop - span.start
-            index[span] = inverse[begin : begin + width]
-            begin += width
-        distinct.append(unique)
-        counts.append(count)
-        lengths.append(unique.numel())
-        first += unique.numel()
+    values, ends = ids.values(), ids.offset_per_key()
+    spans = [slice(ends[field], ends[field + 1]) for fields in tables for field in fields]
+    in_order = [span.start for span in spans] == [0, *(span.stop for span in spans[:-1])]
+    sizes = [sum(ends[field + 1] - ends[field] for field in fields) for fields in tables]
+    bounds = torch.tensor([0, *accumulate(sizes)]).to(values.device, non_blocking=True)
+    flat = values if in_order else torch.cat([values[span] for span in spans])
+    unique, index, counts, found = unique_tables(flat, bounds)
+    if not in_order:
+        of_fields = index.split([span.stop - span.start for span in spans])
+        index = torch.empty_like(values)
+        for span, places in zip(spans, of_fields, strict=True):
+            index[span] = places
     if ages is not None:
-        ages = least(ages_of_values(ids, ages), index, first)
+        ages = least(ages_of_values(ids, ages), index, unique.numel())
+    lengths = found.diff()
     asked = KeyedJaggedTensor(
         keys=[ALL_TABLES],
-        values=mix64(torch.cat(distinct)),
-        weights=packed(torch.cat(counts), ages),
-        lengths=torch.tensor(lengths, dtype=torch.int32).to(values.device, non_blocking=True),
-        stride=len(lengths),
-        length_per_key=[first],
+        values=mix64(unique),
+        weights=packed(counts, ages),
+        lengths=lengths.int(),
+        stride=len(tables),
+        length_per_key=[unique.numel()],
     )
-    return DistinctIds(asked, index, lengths)
+    return DistinctIds(asked, index, lengths.tolist())
