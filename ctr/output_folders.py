@@ -10,8 +10,10 @@ A new result is written into a folder beside the target and takes its place when
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +27,7 @@ from tessera.distributed.rank import Process
 from tessera.distributed.saved.storage import Storage
 from tessera.embedding.errors import ConfigError
 
+WILD = re.compile(r"[*?[]")
 RECORD = ".written.json"  # hidden, so that no reader of data takes it for data
 Own = Callable[[Path], str | None]  # why a folder that is not empty is not the command's own; None: it is
 
@@ -43,6 +46,10 @@ def check_place(target: Path, key: str, sources: Sequence[str | Path], places: S
         return
     for source in sources:
         source = str(source).removeprefix("file://")
+        if "://" not in source and not os.path.exists(source) and _matches(source, target):
+            raise ConfigError(
+                f"{key} {target} is matched by {source}, which is read; expected another place, nothing was written"
+            )
         if "://" in source or not os.path.exists(source):
             continue
         if _is_below(target, source):
@@ -52,6 +59,26 @@ def check_place(target: Path, key: str, sources: Sequence[str | Path], places: S
         else:
             continue
         raise ConfigError(f"{key} {target} {how} {source}, which is read; expected another place, nothing was written")
+
+
+def _matches(pattern: str, target: Path) -> bool:
+    """Return whether a pattern matches a place, or a folder that it lies in."""
+    parts = Path(os.path.realpath(os.path.expanduser(target))).parts
+    levels = Path(os.path.abspath(os.path.expanduser(pattern))).parts
+    plain = next((place for place, level in enumerate(levels) if WILD.search(level)), None)
+    if plain is None:
+        return False
+    base = Path(os.path.realpath(Path(*levels[:plain]))).parts
+    levels, below = levels[plain:], parts[len(base) :]
+    least = levels.index("**") if "**" in levels else len(levels)
+    if parts[: len(base)] != base or len(below) < least:
+        return False
+    for part, level in zip(below, levels, strict=False):
+        if level == "**":
+            return True
+        if not fnmatch.fnmatchcase(part, level):
+            return False
+    return True
 
 
 def _is_below(path: str | Path, folder: str | Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tessera.ctr import targets
+from tessera.ctr import output_folders
 from tessera.ctr.data.convert.command import add_kinds, prepare
 from tessera.ctr.output_folders import RECORD, Replacement, check_place, claim, replacing
 from tessera.embedding.errors import ConfigError
@@ -134,7 +134,7 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 
 
 def test_where_names_cannot_be_exchanged_the_result_still_takes_its_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(targets, "exchange", lambda *_: False)
+    monkeypatch.setattr(output_folders, "exchange", lambda *_: False)
     write(tmp_path / "target", "old")
     write(tmp_path / "target", "new")
     assert (tmp_path / "target" / "sub" / "result").read_text() == "new"
@@ -181,6 +181,15 @@ def test_places_beside_what_is_read_are_free(tmp_path):
         check_place(tmp_path / "source" / "madex", "--output", [tmp_path / "source"], [tmp_path / "source" / "made"])
 
 
+def test_what_a_pattern_matches_is_no_place_for_a_result(tmp_path):
+    (tmp_path / "data" / "day=1").mkdir(parents=True)
+    for pattern, target in (("data/*", "data/out"), ("data/*", "data/a/b"), ("data/**", "data/out"), ("da*", "data")):
+        with pytest.raises(ConfigError, match="is matched by .*, which is read; expected another place"):
+            check_place(tmp_path / target, "--output", [str(tmp_path / pattern)])
+    for pattern, target in (("data/day=*", "data/out"), ("data/*.parquet", "data/out"), ("data/*/*.parquet", "out")):
+        check_place(tmp_path / target, "--output", [str(tmp_path / pattern), f"s3://bucket/{pattern}"])
+
+
 def test_two_that_write_at_once_do_not_remove_each_others_work(tmp_path):
     first = Replacement(tmp_path / "target", "--output", "tool", ())
     (first.folder / "a").write_text("first")
@@ -205,10 +214,10 @@ def test_a_folder_that_is_added_to_must_be_the_commands_own(tmp_path):
 
 
 def both_write(process, folder: Path) -> str:
-    with targets.replacing_on_ranks(process, folder / "target", "--output", "tool", ()) as made:
+    with output_folders.replacing_on_ranks(process, folder / "target", "--output", "tool", ()) as made:
         (made / f"of-{process.rank}").write_text("")
     try:
-        with targets.replacing_on_ranks(process, folder / "mine", "--output", "tool", ()):
+        with output_folders.replacing_on_ranks(process, folder / "mine", "--output", "tool", ()):
             return "not refused"
     except ConfigError as error:
         return str(error)
