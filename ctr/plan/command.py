@@ -85,8 +85,10 @@ def _title(config: Config, options: PlanOptions) -> str:
 def _check(options: PlanOptions) -> None:
     for name in ("ranks", "ranks_per_host", "batches", "samples", "rows_per_rank"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+        most = {"ranks": 2**20, "rows_per_rank": 2**40}.get(name, 2**62)  # a batch over all ranks fits 64 bits
+        if value is not None and not 1 <= value <= most:
+            expected = "at least 1" if value < 1 else f"at most {most}"
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected {expected}")
     ranks, of_host = options.ranks, options.ranks_per_host
     if ranks > of_host and ranks % of_host:
         raise ConfigError(f"--ranks is {ranks}; expected a multiple of --ranks-per-host {of_host}")
@@ -94,6 +96,9 @@ def _check(options: PlanOptions) -> None:
         raise ConfigError("--write-statistics and --statistics are both given; statistics of a file are there already")
     if options.write_statistics is not None and not options.write_statistics.parent.is_dir():
         raise ConfigError(f"--write-statistics {options.write_statistics}: no such folder")
+    for key, path in (("--write-statistics", options.write_statistics), ("--output", options.output)):
+        if path is not None and path.is_dir():
+            raise ConfigError(f"{key} {path} is a folder; expected the name of a file")
 
 
 def _statistics(config: Config, schema: Schema, options: PlanOptions) -> Statistics:

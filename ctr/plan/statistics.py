@@ -19,6 +19,7 @@ from tessera.ctr.plan.spectrum import Spectrum, spectrum_of
 from tessera.embedding.errors import ConfigError, did_you_mean
 
 VERSION = 1
+MOST = 1e18  # of what is counted in a file of statistics, far above any data set
 
 
 @dataclass(frozen=True)
@@ -77,20 +78,20 @@ def from_file(path: Path, schema: Schema) -> Statistics:
         assert found["version"] == VERSION
         tables = {
             name: TableStatistics(
-                float(table["ids_per_row"]), _spectrum(table["in_batch"]), _spectrum(table["in_sample"])
+                _number(table["ids_per_row"]), _spectrum(table["in_batch"]), _spectrum(table["in_sample"])
             )
             for name, table in found["tables"].items()
         }
-        read = Statistics(int(found["rows"]), tables)
+        read = Statistics(_rows(found["rows"]), tables)
     except OSError as error:
         raise ConfigError(f"--statistics {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
         raise ConfigError(
             f"--statistics {path} is not of the form that --write-statistics of this version writes"
         ) from None
     for name in schema.tables:
         if name not in tables:
-            hint = did_you_mean(name, tables, f"it has {', '.join(tables)}")
+            hint = did_you_mean(name, tables, f"it has {', '.join(tables) or 'none'}")
             raise ConfigError(f"--statistics {path} knows nothing of table {name!r}{hint}")
     return read
 
@@ -150,6 +151,21 @@ def _plain(spectrum: Spectrum) -> str:
 
 
 def _spectrum(plain: dict[str, Any]) -> Spectrum:
-    ids = {float(times): float(count) for times, count in plain["ids_in_so_many_rows"]}
-    assert not ids or 0 < min(ids) <= max(ids) <= plain["rows"], "an id in more rows than there are"
-    return Spectrum(int(plain["rows"]), ids)
+    ids = {_number(times): _number(count) for times, count in plain["ids_in_so_many_rows"]}
+    rows = _rows(plain["rows"])
+    if ids and not 0 < min(ids) <= max(ids) <= rows:
+        raise ValueError("an id in more rows than there are")
+    return Spectrum(rows, ids)
+
+
+def _number(plain: Any) -> float:
+    """Return a number of a file as float. Raises ValueError, TypeError: it is none that counts something."""
+    if isinstance(plain, bool) or not 0 <= plain <= MOST:
+        raise ValueError(f"{plain} is no count")
+    return float(plain)
+
+
+def _rows(plain: Any) -> int:
+    if _number(plain) < 1 or plain != int(plain):
+        raise ValueError(f"{plain} is no number of rows")
+    return int(plain)

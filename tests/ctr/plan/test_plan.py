@@ -15,6 +15,7 @@ from tessera.ctr.plan.hardware import NUMBERS, PRESETS, hardware
 from tessera.ctr.plan.statistics import from_file
 from tessera.ctr.plan.tower_cost import cost_of
 from tessera.ctr.tables import build_tables
+from tessera.embedding.errors import ConfigError
 from tessera.scripts.plan import main
 from tests.ctr.plan.data import BATCH, ROWS, statistics_of, write
 from tests.ranks import ROOT
@@ -129,6 +130,11 @@ def test_statistics_are_the_same_behind_a_file(data, tmp_path):
         (["--set", "memory_gb_s=fast"], "--set memory_gb_s=fast: found 'fast', expected a number above 0"),
         (["--ranks", "12"], "--ranks is 12; expected a multiple of --ranks-per-host 8"),
         (["--ranks", "0"], "--ranks is 0; expected at least 1"),
+        (["--ranks", "1000000000000"], "--ranks is 1000000000000; expected at most 1048576"),
+        (["--batches", "99999999999999999999"], "--batches is 99999999999999999999; expected at most"),
+        (["--rows-per-rank", "99999999999999999999"], "--rows-per-rank is 99999999999999999999; expected at most"),
+        (["--samples", "99999999999999999999"], "--samples is 99999999999999999999; expected at most"),
+        (["--write-statistics", "/"], "--write-statistics / is a folder; expected the name of a file"),
         (["--output", "plan.pdf"], "--output plan.pdf: expected a name that ends in .svg or .png"),
         (["--output", "nowhere/plan.svg"], "--output nowhere/plan.svg: no folder nowhere"),
         (["--statistics", "nowhere.json"], "--statistics nowhere.json: No such file or directory"),
@@ -157,6 +163,30 @@ def test_statistics_of_other_tables_are_one_line(data, tmp_path, capsys):
     file.write_text(json.dumps(whole | {"version": 0}))
     status, _, said = run(capsys, *data, "--statistics", str(file))
     assert status == 2 and "is not of the form" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", ["Infinity", "NaN", "-1", "1e400", "1" + "0" * 400, '"3"', "null", "[]"])
+@pytest.mark.parametrize("place", ["rows", "ids_per_row", "in_batch", "in_sample", "times", "count"])
+def test_numbers_that_count_nothing_are_one_line(data, tmp_path, place, number):
+    file, schema = tmp_path / "known.json", Schema(load_config(data, "").data.schema)
+    statistics_of(data).to_file(file)
+    whole = json.loads(file.read_text())
+    user = whole["tables"]["user"]
+    holders = {"rows": (whole, "rows"), "ids_per_row": (user, "ids_per_row")}
+    holders |= {key: (user[key], "rows") for key in ("in_batch", "in_sample")}
+    pair = user["in_sample"]["ids_in_so_many_rows"][0]
+    holder, key = (holders | {"times": (pair, 0), "count": (pair, 1)})[place]
+    holder[key] = "HERE"
+    file.write_text(json.dumps(whole).replace('"HERE"', number))
+    with pytest.raises(ConfigError, match="is not of the form that --write-statistics of this version writes"):
+        from_file(file, schema)
+
+
+def test_a_file_of_statistics_that_is_nested_too_deep_is_one_line(data, tmp_path):
+    file = tmp_path / "known.json"
+    file.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="is not of the form"):
+        from_file(file, Schema(load_config(data, "").data.schema))
 
 
 def test_the_page_shows_what_it_prints_and_names_every_number(data, capsys):
