@@ -7,6 +7,7 @@ known ones can stand; so names may hold dots. One that holds an equals sign stan
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from tessera.ctr.table_settings import SECTIONS, keys_of_table
+from tessera.ctr.yaml_errors import NOT_YAML
 from tessera.embedding.errors import ConfigError, did_you_mean
 
 PREFIX = "embedding.tables"
@@ -81,7 +83,8 @@ def _of_one(override: str, text: str) -> TableOverride:
         known = [one.rpartition(".")[2] for one in keys_of_table() if one.rpartition(".")[0] == section]
         hint = did_you_mean(last, known, f"known: {', '.join(known)}")
         raise ConfigError(f"unknown key {PREFIX + '.' + name + '.' + key!r} in override {override!r}{hint}")
-    return TableOverride(name, tuple(key.split(".")) if key else (), _read(f"{PREFIX}.{name}", value))
+    whole = f"{PREFIX}.{name}.{key}" if key else f"{PREFIX}.{name}"
+    return TableOverride(name, tuple(key.split(".")) if key else (), _read(whole, value))
 
 
 def _split(where: str, *, whole: bool) -> tuple[str, str]:
@@ -98,6 +101,8 @@ def _split(where: str, *, whole: bool) -> tuple[str, str]:
 
 def _read(key: str, value: str) -> Any:
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        read = yaml.safe_load(value)
+        json.dumps(read, default=str, skipkeys=True)  # ValueError: an anchor names what it lies in
+        return read
+    except NOT_YAML:
         raise ConfigError(f'{key} is {value}, which is no YAML; expected a value, or "{{a: b}}"') from None

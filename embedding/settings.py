@@ -11,6 +11,7 @@ from typing import Any
 from tessera.embedding.errors import ConfigError, did_you_mean
 
 _REQUIRED = object()
+LARGEST = 2**63  # of whole numbers, which tensors and files hold in 64 bits
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Rule:
 
     def problem(self, value: Any) -> str:
         """Return the end of a message, "is 0; expected at least 1"; '' if the value is one that the setting takes."""
+        if isinstance(value, int) and not -LARGEST <= value < LARGEST:
+            return f"is {value}; expected {self.expected or 'a whole number of at most 64 bits'}"
         if self.choices:
             return "" if value in self.choices else self._other_than_choices(value)
         if self.at_least is self.above is self.below is None or self._holds(value):

@@ -13,6 +13,7 @@ import yaml
 
 from tessera.ctr.data.errors import DataError
 from tessera.ctr.report.files import read_text
+from tessera.ctr.yaml_errors import NOT_YAML, first_line
 
 PACKAGES = ("torch", "torchrec", "pyarrow", "numpy", "matplotlib")
 
@@ -38,8 +39,8 @@ def subtitle(folder: Path) -> str:
     path = _config(folder)
     try:
         loaded = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise DataError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
+    except NOT_YAML as error:
+        raise DataError(f"{path}: not YAML: {first_line(error)}") from None
 
     def key(group: str, name: str) -> str:
         section = loaded.get(group) if isinstance(loaded, dict) else None

@@ -11,12 +11,12 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tessera.ctr.instantiate import is_own
 from tessera.ctr.renamed_keys import translate
+from tessera.ctr.yaml_errors import NOT_YAML, first_line
 from tessera.embedding.errors import ConfigError
 
 BUILT = ("model", "numeric")  # the parts of a configuration that name classes
@@ -33,8 +33,8 @@ def read_config(path: Path, named: Collection[str] = ()) -> DictConfig:
     """
     try:
         loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from None
+    except (*NOT_YAML, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {first_line(error)}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
     if not isinstance(loaded, DictConfig):

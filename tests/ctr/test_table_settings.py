@@ -165,6 +165,13 @@ def test_the_command_line_is_over_the_yaml(tmp_path):
         (["user_id.admission.threshold=3"], "embedding.tables.user_id.admission.threshold is 3, which needs"),
         (["user_id.optimizer={name: sgd, beta1: 0.5}"],
          "embedding.tables.user_id.optimizer.beta1 is 0.5, which only adam reads; that of user_id is sgd"),
+        (["user_id.ttl_days=2024-13-45"], "embedding.tables.user_id.ttl_days is 2024-13-45, which is no YAML"),
+        (["user_id.lr=!!float x"], "embedding.tables.user_id.lr is !!float x, which is no YAML; expected"),
+        (["user_id.lr=!!int ''"], "embedding.tables.user_id.lr is !!int '', which is no YAML; expected"),
+        (["user_id.admission.kind=&a [*a]"], "embedding.tables.user_id.admission.kind is &a [*a], which is no YAML"),
+        (["user_id.dim=" + "[" * 3000], "embedding.tables.user_id.dim is [["),
+        (["user_id.dim=99999999999999999999"],
+         "embedding.tables.user_id.dim is 99999999999999999999; expected a whole number of at most 64 bits"),
         (["user_id.cache_rows=10000"], "embedding.tables: user_id has a cache .* and item_id has none; expected"),
     ],
 )  # fmt: skip

@@ -32,6 +32,7 @@ from tessera.ctr.data.convert.split import seconds_of
 from tessera.ctr.data.errors import DataError, SchemaError
 from tessera.ctr.data.schema import Schema, nearest
 from tessera.ctr.data.times import TimeRule
+from tessera.ctr.yaml_errors import NOT_YAML
 from tessera.embedding.errors import ConfigError
 
 
@@ -139,10 +140,8 @@ def _load(path: Path) -> CsvConfig:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{path}: key {key}: {str(error).splitlines()[0]}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"{path}: not yaml: {' '.join(str(error).split())}") from error
-        raise
+    except NOT_YAML as error:
+        raise ConfigError(f"{path}: not yaml: {' '.join(str(error).split())}") from error
 
 
 def _check(config: CsvConfig, columns: list[Column], path: Path) -> TimeRule | None:

@@ -202,6 +202,8 @@ def test_a_given_teacher_goes_before_the_file(tmp_path):
         ("teacher.json", "[1]", 'expected numbers "auc" and "logloss"'),
         ("versions.json", "[]", "expected a JSON object"),
         ("config.yaml", "a: [", "not YAML"),
+        ("config.yaml", "a: 2024-13-45", "not YAML"),
+        ("config.yaml", "a: !!int ''", "not YAML"),
         ("metrics.jsonl", "x\n", "line 1"),
     ],
 )

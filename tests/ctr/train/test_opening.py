@@ -181,6 +181,7 @@ def test_a_class_that_only_a_folder_names_is_not_imported(made, crafted):
         ("model: {{target: tessera.ctr.models.tower.nn}}", "model.target is 'tessera.ctr.models.tower.nn'"),
         ("- 1", "is no configuration of a run"),
         ("[", "cannot be read as YAML"),
+        ("a: !!int ''", "cannot be read as YAML"),
         ("a: \xff", None),
     ],
 )

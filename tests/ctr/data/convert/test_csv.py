@@ -98,6 +98,7 @@ split: {how: random, valid: 0, test: 0}
             "key split.valid_from: found 'soon'",
         ),
         ("how: day}", "how: day", "not yaml"),
+        ("how: day}", "how: !!int ''}", "not yaml"),
         ("split: {how: day}", "encoding: utf16", "key encoding: found 'utf16'"),
         ("split: {how: day}", "encoding: none", "key encoding: found 'none'"),
         ("how: day", "valid: much", "key split.valid"),
