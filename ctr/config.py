@@ -75,8 +75,8 @@ def typed(composed: DictConfig) -> Config:
     Raises:
         ConfigError: naming the key, what was found and what is expected.
     """
-    refuse_all_renamed(composed)
     try:
+        refuse_all_renamed(composed)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain_type(error, composed)) from None

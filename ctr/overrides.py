@@ -11,6 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tessera import conf
 from tessera.ctr.renamed_keys import refuse_renamed
 from tessera.ctr.table_overrides import TableOverride, split_off, with_overrides
+from tessera.ctr.yaml_errors import NOT_YAML
 from tessera.embedding.errors import ConfigError, did_you_mean
 
 OVERRIDE = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[^=]*)(?P<equals>=)?(?P<value>.*)", re.DOTALL)
@@ -60,9 +62,12 @@ def compose_overrides(overrides: Sequence[str], folders: Sequence[Path], schema:
             composed = compose("config", overrides=search_path + ready)
             return _with_tables(composed, tables) if tables else composed
         except (HydraException, OmegaConfBaseException) as error:
-            for override in overrides:
-                _check_free(override, known)
+            with suppress(HydraException, OmegaConfBaseException):  # known() needs the choices, which may be at fault
+                for override in overrides:
+                    _check_free(override, known)
             raise ConfigError(_explain(error)) from None
+        except NOT_YAML as error:
+            raise ConfigError(f"a yaml that is read cannot be read as YAML: {_explain(error)}") from None
 
 
 def _with_tables(composed: DictConfig, overrides: Sequence[TableOverride]) -> DictConfig:
@@ -102,10 +107,21 @@ def _ready(override: str, keys: dict[str, Any], groups: set[str], known: Callabl
     if annotation is not None and key not in groups:
         return f"++{key}={_value(key, value, _types(annotation))}"
     if key in groups:
-        return f"{prefix}{key}={_value(key, value, None)}"
+        return f"{prefix}{key}={_choice(key, value)}"
     if not key.startswith(FREE):
         raise ConfigError(f"unknown key {key!r} in override {override!r}{did_you_mean(key, sorted(known()))}")
     return f"{prefix}{key}={_value(key, value, None)}"  # hydra refuses one that the chosen yaml does not name
+
+
+def _choice(group: str, value: str) -> str:
+    """Return the name of a group's yaml, or a list of names, as text: a file may be called 2024, and null is none."""
+    parsed = _parse(value)
+    found = parsed.value() if parsed and not parsed.is_sweep_override() else value
+    if isinstance(found, list) and not all(isinstance(one, str | QuotedString) for one in found):
+        raise ConfigError(f"{group} is {value}; expected the name of a yaml")
+    if isinstance(found, dict):
+        return _value(group, value, None)
+    return _value(group, value, None) if isinstance(found, str | QuotedString | list) else _quoted(value)
 
 
 def _check_free(override: str, known: Callable[[], set[str]]) -> None:
@@ -141,6 +157,11 @@ def _value(key: str, value: str, admitted: set[Any] | None) -> str:
     if value.startswith("[") and value.endswith("]") and not parsed and not set("'\"{") & set(value):
         value = f"[{','.join(_quoted(one.strip()) for one in value[1:-1].split(','))}]"
         parsed = _parse(value)
+    if admitted is not None and not {list, dict} <= admitted:
+        if dict in admitted and value.startswith("["):
+            raise ConfigError(f'{key} is {value}; expected a mapping, written "{key}={{a: b}}"')
+        if list in admitted and str not in admitted and value.startswith("{"):
+            raise ConfigError(f'{key} is {value}; expected a list, written "{key}=[a,b]"')
     if parsed and not parsed.is_sweep_override():
         return value
     if parsed:

@@ -19,6 +19,16 @@ from tessera.embedding.settings import comment_of, default_of, rule_of
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.parametrize("name", ["3", "null", "true", "1.5", "2024"])
+def test_the_name_of_a_yaml_is_text_whatever_it_looks_like(tmp_path, name):
+    with pytest.raises(ConfigError, match=f"no model '{name}'; there are autoint, "):
+        load_config([f"model={name}"], "")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / f"{name}.yaml").write_text("target: tessera.ctr.models.dnn.DNN\nname: mine\n")
+    config = load_config(["--config-dir", str(tmp_path), f"model={name}", "data=synthetic", "data.path=x"], "")
+    assert config.model["name"] == "mine"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -26,6 +36,16 @@ ROOT = Path(__file__).resolve().parents[2]
                                   "did you mean 'trainer.batch_size'?"),
         (["modle=deepfm"], "unknown key 'modle' in override 'modle=deepfm'; did you mean 'model'?"),
         (["model=deepfmm"], "no model 'deepfmm'; did you mean 'deepfm'? (a yaml of your own: --config-dir)"),
+        (["model=deepfmm", "model.hidden=[8]"],
+         "no model 'deepfmm'; did you mean 'deepfm'? (a yaml of your own: --config-dir)"),
+        (["data=[1,2]"], "data is [1,2]; expected the name of a yaml"),
+        (["embedding.init=${a.b}"], "embedding.init: Interpolation key 'a.b' not found"),
+        (["embedding.formats=[w]"],
+         'embedding.formats is [w]; expected a mapping, written "embedding.formats={a: b}"'),
+        (["trainer.warm_start.rename={a: b}"],
+         'trainer.warm_start.rename is {a: b}; expected a list, written "trainer.warm_start.rename=[a,b]"'),
+        (["trainer.batch_size=99999999999999999999"],
+         "trainer.batch_size is 99999999999999999999; expected a whole number of at most 64 bits"),
         (["trainer.batch_size=abc"], "trainer.batch_size: Value 'abc' of type 'str' could not be converted to Integer"),
         (["trainer.batch_size=0"], "trainer.batch_size is 0; expected at least 1"),
         (["optimizer.sparse.lr=-1"], "optimizer.sparse.lr is -1.0; expected a number above 0"),
