@@ -45,6 +45,10 @@ class DayFolders:
     format: str = "%Y-%m-%d"
 
     def __post_init__(self) -> None:
+        if "%" in (self.name or ""):
+            raise ConfigError(
+                f"data.partition.name is {self.name!r}; expected a name alone, or null: dates are data.partition.format"
+            )
         found = [part for part in DIRECTIVE.findall(self.format) if part != "%%"]
         if sorted(found) not in (["%Y", "%d", "%m"], ["%H", "%Y", "%d", "%m"]) or "" in self.pattern.split("/"):
             raise ConfigError(

@@ -178,3 +178,10 @@ def test_a_run_is_scored_on_other_days_and_folders(tmp_path):
     assert paths_of(data, "test") == [f"{data.path}/x", f"{data.path}/y/*.parquet"]
     with pytest.raises(ConfigError, match="unknown key 'data.tset'; did you mean 'test'"):
         run_config(tmp_path, ["data.tset=x"])
+
+
+def test_a_date_in_the_name_of_folders_is_one_line():
+    with pytest.raises(
+        ConfigError, match="data.partition.name is 'day-%Y'; expected a name alone, or null: the date is"
+    ):
+        DayFolders("day-%Y")
