@@ -27,12 +27,14 @@ import pyarrow.parquet as pq
 
 from tessera.ctr.report.result import PREDICTIONS, settle_result
 from tessera.distributed.threads import let_idle_threads_sleep
-from tessera.embedding.errors import ConfigError, TesseraError
+from tessera.embedding.errors import ConfigError, TesseraError, did_you_mean
 
 # What loads torch is imported in functions, once it is set how torch's threads wait.
 if TYPE_CHECKING:
     from tessera.ctr.config import Config
     from tessera.distributed.rank import Process
+
+MEMORY = "data-in-memory.parquet"  # so messages call the rows of a table or data frame
 
 __all__ = ["Config", "Run", "TesseraError", "evaluate", "load_config", "score", "train"]
 
@@ -141,7 +143,7 @@ def score(
     run: Run | str | os.PathLike,
     data: Any,
     *overrides: str,
-    keep: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
 ) -> pa.Table:
     """Predict for rows without labels with the best model of a run, as `tessera score` does.
 
@@ -149,7 +151,7 @@ def score(
         data: an Arrow table or a pandas data frame, in memory, or folders, files, patterns or URIs. Columns of features
             are those that training read; no others are needed.
         overrides: `data.<key>=<value>` and `trainer.<key>=<value>`.
-        keep: columns of the data to have beside the predictions.
+        keep: columns of the data to have beside the predictions; the name of one may stand for a list of it.
 
     Returns a table with a row for each row of the data, in its order: the columns to keep, and `prediction` float32.
 
@@ -158,23 +160,55 @@ def score(
     let_idle_threads_sleep()
     from tessera.ctr.runs.score import run_config
     from tessera.ctr.runs.score_rows import score_rows
-    from tessera.distributed.collectives import from_first_rank, wait_for_all
+    from tessera.distributed.collectives import from_first_rank, on_first_rank, wait_for_all
 
     folder = run.folder if isinstance(run, Run) else Path(run)
+    keep = [keep] if isinstance(keep, str) else keep
     config = run_config(folder, list(overrides))
+    table = None if isinstance(data, str | list | tuple | os.PathLike) else _table(data)
+    if table is not None and not table.num_rows:
+        return _no_predictions(table, keep)
     with _process(config) as process, tempfile.TemporaryDirectory() as mine:
         place = Path(from_first_rank(mine))
         paths = data
-        if not isinstance(data, str | list | tuple | os.PathLike):
-            table = data if isinstance(data, pa.Table) else pa.Table.from_pandas(data, preserve_index=False)
-            if process.is_main:
-                pq.write_table(table, place / "rows.parquet")
-            wait_for_all()
-            paths = str(place / "rows.parquet")
+        if table is not None:
+            on_first_rank(process, lambda: _write(table, place / MEMORY))
+            paths = place / MEMORY
         scored = score_rows(config, process, folder, paths, place / "scores", keep)
         files = [pq.read_table(scored.folder / name, partitioning=None) for name in scored.names]
         wait_for_all()
         return pa.concat_tables(files)
+
+
+def _table(data: Any) -> pa.Table:
+    """Return what somebody holds in memory as an Arrow table. Raises ConfigError: it is none, nor a data frame."""
+    if isinstance(data, pa.Table):
+        return data
+    try:
+        if isinstance(data, pa.RecordBatch):
+            return pa.Table.from_batches([data])
+        return pa.Table.from_pandas(data, preserve_index=False)
+    except (AttributeError, ImportError):
+        raise ConfigError(
+            f"data is a {type(data).__name__}; expected an Arrow table, a pandas data frame, or paths"
+        ) from None
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise ConfigError(f"data cannot be read as a table: {' '.join(str(error).split())}") from None
+
+
+def _no_predictions(table: pa.Table, keep: Sequence[str]) -> pa.Table:
+    """Return what `score` does for a table without rows, which has no parquet file to read."""
+    unknown = next((name for name in keep if name not in table.column_names), None)
+    if unknown is not None:
+        raise ConfigError(f"data has no column {unknown!r} to keep{did_you_mean(unknown, table.column_names)}")
+    return table.select(list(keep)).append_column("prediction", pa.array([], pa.float32()))
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    try:
+        pq.write_table(table, path)
+    except pa.ArrowException as error:
+        raise ConfigError(f"data cannot be written as parquet: {' '.join(str(error).split())}") from None
 
 
 @contextmanager

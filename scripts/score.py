@@ -7,6 +7,8 @@ same command goes on where it was stopped. On several ranks: `torchrun --nproc-p
 from __future__ import annotations
 
 import argparse
+import csv
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from tessera.ctr.config import Config
     from tessera.distributed.rank import Process
 
+OVERRIDE = re.compile(r"(data|trainer)\.[a-z_.]+=")
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,12 +31,26 @@ def make_parser() -> argparse.ArgumentParser:
         "--data", required=True, nargs="+", help="folders, files, patterns or URIs with the columns of the features"
     )
     parser.add_argument("--output", required=True, type=Path, help="a new folder, or that of the same command before")
-    parser.add_argument("--keep", default="", metavar="A,B", help="columns that are copied beside the predictions")
+    parser.add_argument(
+        "--keep",
+        default="",
+        metavar="A,B",
+        help="columns that are copied beside the predictions; a name with commas stands between double quotes",
+    )
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options; `data` without overrides that stand behind it, `keep` as a list of names."""
     options = make_parser().parse_intermixed_args(arguments)
+    options.overrides += [one for one in options.data if OVERRIDE.match(one)]
+    options.data = [one for one in options.data if not OVERRIDE.match(one)]
+    options.keep = [name for line in csv.reader([options.keep]) for name in line if name]
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
     let_idle_threads_sleep()  # before the imports below load torch
 
     from tessera.ctr.runs.score import run_config
@@ -44,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return config, config.trainer.device, config.trainer.timeout_seconds
 
     def score(config: Config, process: Process) -> None:
-        keep = [name for name in options.keep.split(",") if name]
-        scored = score_rows(config, process, options.run_dir, options.data, options.output, keep)
+        scored = score_rows(config, process, options.run_dir, options.data, options.output, options.keep)
         if process.is_main:
             print(scored.summary())
 

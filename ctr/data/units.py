@@ -27,15 +27,17 @@ def units_of(groups: RowGroups, most_rows: int) -> list[Unit]:
 
     They depend on the files alone, not on ranks.
 
-    Raises DataError: two files of the same name below different paths.
+    Raises DataError: two files of the same name, below different paths or but for their suffixes.
     """
     units: list[Unit] = []
     for number, file in enumerate(groups.files):
         mine = np.flatnonzero(groups.file == number)
-        if not len(mine):
+        path = PurePosixPath(file.name)
+        if not len(mine):  # a file without rows becomes one without rows
+            units.append(Unit(str(path.with_name(f"{path.stem}.parquet")), 0, 0, 0))
             continue
         cuts = _cuts(groups.rows[mine].tolist(), most_rows)
-        path, parts = PurePosixPath(file.name), len(cuts) - 1
+        parts = len(cuts) - 1
         for part, (first, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
             suffix = "" if parts == 1 else f".{part:04d}-of-{parts:04d}"
             rows = int(groups.rows[mine[first:stop]].sum())
@@ -44,7 +46,10 @@ def units_of(groups: RowGroups, most_rows: int) -> list[Unit]:
     names = [unit.name for unit in units]
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice is not None:
-        raise DataError(f"{twice} is the name of two files below different paths; expected one path, or one at a time")
+        raise DataError(
+            f"{twice} would be written for two files: they have this name below different paths, or differ in their "
+            "suffix alone; expected one path, or one at a time"
+        )
     return units
 
 

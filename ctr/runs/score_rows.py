@@ -7,9 +7,9 @@ nothing until all are done. Files that are complete have their name, so a job th
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.day_folders import DayFolders
 from tessera.ctr.data.errors import DataError, SchemaError
 from tessera.ctr.data.files import one_line
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.data.units import Unit, dealt, units_of
 from tessera.ctr.network import build_model
-from tessera.ctr.output_folders import claim
+from tessera.ctr.output_folders import check_place, claim
 from tessera.ctr.runs.score import load_model_of_run
 from tessera.ctr.train.engine import set_tf32, set_threads
 from tessera.ctr.train.evaluate import agree_on_files
@@ -68,7 +69,7 @@ def score_rows(
     config: Config,
     process: Process,
     run_dir: Path,
-    data: str | Sequence[str],
+    data: str | Path | Sequence[str | Path],
     output: Path,
     keep: Sequence[str] = (),
     rows_of_unit: int = ROWS_OF_UNIT,
@@ -88,21 +89,23 @@ def score_rows(
             row has a null.
     """
     _check_names(keep)
+    paths = [str(data)] if isinstance(data, str | Path) else [str(one) for one in data]
     set_threads(config)
     set_tf32(config, process)
-    reader = _reader(config, data)
+    reader = _reader(config, paths)
     agree_on_files(reader, process)
     fields = _kept_fields(reader, keep)
     units = units_of(reader.groups, rows_of_unit)
     model, _ = build_model(config, reader.schema, process)
     which, step = load_model_of_run(model, config, run_dir, process)
-    plan = _plan(run_dir, which, step, keep, reader, units)
-    sources: list[str | Path] = [run_dir, *([data] if isinstance(data, str) else data)]
+    plan = _plan(run_dir, which, step, keep, reader, units) | {"checksum of the model": _checksum(model)}
+    sources: list[str | Path] = [run_dir, *paths]
     locks: list[FolderLock] = []
     try:
         on_first_rank(process, lambda: locks.append(_begin(output, plan, sources)))
-        missing = on_first_rank(process, lambda: [unit for unit in units if not (output / unit.name).exists()])
-        scorer = _Scorer(model, reader, process, output, fields)
+        missing = on_first_rank(process, lambda: _missing(output, units))
+        most = max((unit.rows for unit in missing), default=0)
+        scorer = _Scorer(model, reader, process, output, fields, most)
         scorer.run(dealt(missing, process.world_size))
         wait_for_all()
         names = [unit.name for unit in units]
@@ -121,7 +124,7 @@ def _check_names(keep: Sequence[str]) -> None:
         raise ConfigError(f"--keep names {twice} twice")
 
 
-def _reader(config: Config, data: str | Sequence[str]) -> ParquetReader:
+def _reader(config: Config, data: Sequence[str]) -> ParquetReader:
     """Return a reader of all rows in their order, for one rank. Columns that only training needs are not asked for."""
     schema = Schema(replace(config.data.schema, weight=None, group=None, time=None))
     return ParquetReader(
@@ -135,24 +138,33 @@ def _reader(config: Config, data: str | Sequence[str]) -> ParquetReader:
         bad_rows=config.data.bad_rows,
         drop_labels=True,
         numbered=True,
+        folders=DayFolders.of(config.data.partition),
         marker=config.daily.marker,
     )
 
 
 def _kept_fields(reader: ParquetReader, keep: Sequence[str]) -> list[pa.Field]:
-    """Return the fields of the columns to copy. Raises SchemaError: a file lacks one, or has it with another type."""
-    found: list[pa.Field] = []
+    """Return the fields of the columns to copy. A column without a single value is often written with the type null; it
+    takes the type that other files have.
+
+    Raises SchemaError: a file lacks one, has it more than once, or has it with another type.
+    """
+    found: dict[str, pa.DataType] = {}
     for file in reader.groups.files if keep else []:
-        schema = file.open().schema_arrow
+        with file.open() as opened:
+            schema = opened.schema_arrow
         for name in keep:
-            if name not in schema.names:
+            places = schema.get_all_field_indices(name)
+            if not places:
                 raise SchemaError(f"{file.path}: no column {name!r} to keep{did_you_mean(name, schema.names)}")
-        mine = [pa.field(name, schema.field(name).type) for name in keep]
-        found = found or mine
-        for one, other in zip(found, mine, strict=True):
-            if one.type != other.type:
-                raise SchemaError(f"{file.path}: column {one.name} is {other.type}; other files have {one.type}")
-    return found
+            if len(places) > 1:
+                raise SchemaError(f"{file.path}: column {name!r} to keep is there {len(places)} times; expected once")
+            mine = schema.field(places[0]).type
+            known = found.get(name, pa.null())
+            if pa.null() not in (known, mine) and known != mine:
+                raise SchemaError(f"{file.path}: column {name} is {mine}; other files have {known}")
+            found[name] = known if known != pa.null() else mine
+    return [pa.field(name, found[name]) for name in keep]
 
 
 def _plan(
@@ -169,27 +181,53 @@ def _plan(
     }
 
 
+def _checksum(model: DistributedModelParallel) -> str:
+    """Return what tells the dense weights of a model from those of another one that was trained as long."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.module.tower.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _missing(output: Path, units: list[Unit]) -> list[Unit]:
+    """Return the units whose files are not there. If there are any, nothing says any more that the result is whole."""
+    missing = [unit for unit in units if not (output / unit.name).exists()]
+    if missing:
+        (output / MARKER).unlink(missing_ok=True)
+    return missing
+
+
 def _begin(output: Path, plan: dict[str, Any], sources: Sequence[str | Path]) -> FolderLock:
     """Make the folder, or check that an earlier call began the same result there."""
+    check_place(output / next(iter(plan["files"])), "--output", sources)  # a pattern may match it, and not the folder
     claim(output, "--output", "score.py", sources)
     try:
         lock = FolderLock(output)
     except FolderInUse as error:
         raise ConfigError(f"--output {output}: {error}") from None
-    for name in (DONE, PLAN):
-        if (output / name).exists():
-            with suppress(OSError, ValueError):
-                earlier = json.loads((output / name).read_text())
-                other = next((key for key in plan if earlier.get(key) != plan[key]), None)
-                if other is None:
-                    return lock
-                lock.release()
-                raise ConfigError(
-                    f"--output {output} holds predictions of another {other}, {str(earlier.get(other))[:60]}; "
-                    f"found now {str(plan[other])[:60]}; expected a new folder"
-                )
-    write_text(output / PLAN, json.dumps(plan))
+    record = next((output / name for name in (DONE, PLAN) if (output / name).exists()), None)
+    if record is None:
+        write_text(output / PLAN, json.dumps(plan))
+        return lock
+    problem = _other_than(record, plan)
+    if problem is not None:
+        lock.release()
+        raise ConfigError(f"--output {output} {problem}; expected a new folder")
     return lock
+
+
+def _other_than(record: Path, plan: dict[str, Any]) -> str | None:
+    """Return in what the result that an earlier call began differs from this one; None if in nothing."""
+    try:
+        earlier = json.loads(record.read_text())
+    except (OSError, ValueError):
+        earlier = None
+    if not isinstance(earlier, dict):
+        return f"holds a {record.name} that cannot be read, so nobody knows of which model and data its files are"
+    other = next((key for key in plan if earlier.get(key) != plan[key]), None)
+    if other is None:
+        return None
+    return f"holds predictions of another {other}, {str(earlier.get(other))[:60]}; found now {str(plan[other])[:60]}"
 
 
 def _finish(output: Path, plan: dict[str, Any], names: Sequence[str]) -> int:
@@ -199,7 +237,8 @@ def _finish(output: Path, plan: dict[str, Any], names: Sequence[str]) -> int:
         footer = pq.read_metadata(output / name)
         groups = [footer.row_group(group) for group in range(footer.num_row_groups)]
         rows += footer.num_rows
-        bad += sum(group.column(group.num_columns - 1).statistics.null_count for group in groups)
+        filled = [group for group in groups if group.num_rows]  # one without rows has no statistics
+        bad += sum(group.column(group.num_columns - 1).statistics.null_count for group in filled)
     write_text(output / DONE, json.dumps({**plan, "rows": rows - bad, "bad_rows": bad}, indent=1) + "\n")
     (output / PLAN).unlink(missing_ok=True)
     (output / MARKER).touch()
@@ -216,11 +255,13 @@ class _Scorer:
         process: Process,
         output: Path,
         fields: Sequence[pa.Field],
+        most_rows: int,
     ) -> None:
+        """most_rows: of a unit; batches are no larger, as they are filled up to one size."""
         self._model, self._reader, self._process = model, reader, process
         self._output, self._fields = output, list(fields)
         self._schema = pa.schema([*fields, pa.field(PREDICTION, pa.float32())])
-        self._rows = max(1, reader.batch_size // process.world_size)
+        self._rows = max(1, min(most_rows, reader.batch_size // process.world_size))
         self._reader.batch_size = self._rows
 
     @torch.no_grad()
@@ -241,9 +282,9 @@ class _Scorer:
         path, steps = self._output / unit.name, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         groups = self._reader.groups
-        first = int(groups.first[unit.first])
+        first = int(groups.first[unit.first]) if unit.rows else 0
         values, known = np.zeros(unit.rows, np.float32), np.zeros(unit.rows, bool)
-        for batch in self._reader.part(unit.first, unit.stop).epoch(0):
+        for batch in self._reader.part(unit.first, unit.stop).epoch(0) if unit.rows else ():
             self._process.stage = f"scoring {unit.name}, batch {steps}"
             assert batch.number is not None
             places = batch.number[: batch.rows].numpy() - first
@@ -278,7 +319,9 @@ class _Scorer:
                 raise DataError(f"{groups.where(group)}: {one_line(error)}") from None
             yield from (pa.nulls(rows, field.type) for field in self._fields)
             return
-        yield from (table[field.name] for field in self._fields)
+        for field in self._fields:
+            column = table[field.name]
+            yield column if column.type == field.type else pa.nulls(rows, field.type)
 
 
 def _padded(batch: Batch, size: int) -> Batch:
