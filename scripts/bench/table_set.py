@@ -132,12 +132,13 @@ def show(what: str, *columns: str) -> None:
     print(f"{what:<44}" + "".join(f"{column:>14}" for column in columns), flush=True)
 
 
-def bench(tables: int, rows: int, rounds: int) -> float:
-    """Print the times of a shape; return the set's milliseconds per step."""
+def bench(tables: int, rows: int, rounds: int) -> tuple[Shape, Callable[[Tensor], None]]:
+    """Print the times of a shape; return it and the set's step."""
     shape = Shape(tables, rows)
     parts: dict[str, Parts] = {"set": {}, "tables": {}}
+    step = set_step(shape, parts["set"])
     works = {
-        "set": further_batches(shape, set_step(shape, parts["set"]), rounds),
+        "set": further_batches(shape, step, rounds),
         "tables": further_batches(shape, tables_step(shape, parts["tables"]), rounds),
     }
     found = {name: time_ * 1e3 for name, time_ in alternate(works, rounds).items()}
@@ -145,9 +146,19 @@ def bench(tables: int, rows: int, rounds: int) -> float:
     for part in PARTS:
         ours, theirs = (statistics.median(parts[side][part][2:]) * 1e3 for side in ("set", "tables"))
         show(f"  {part}", f"{ours:.2f}", f"{theirs:.2f}", f"{ours / theirs:.2f}")
-    ratio = found["set"] / found["tables"]
-    show("  step", f"{found['set']:.2f}", f"{found['tables']:.2f}", f"{ratio:.2f}")
-    return found["set"]
+    show("  step", f"{found['set']:.2f}", f"{found['tables']:.2f}", f"{found['set'] / found['tables']:.2f}")
+    return shape, step
+
+
+def compare(sides: list[tuple[Shape, Callable[[Tensor], None]]], rounds: int) -> None:
+    """Print what a set's step takes with one number of tables beside another, in turn."""
+    found = alternate({shape.tables: further_batches(shape, step, rounds) for shape, step in sides}, rounds)
+    show("sets in turn", "step, ms", "distinct ids", "of the first")
+    first = sides[0][0].tables
+    for shape, _ in sides:
+        distinct = unique_tables(shape.batch(), shape.bounds)[0].numel()
+        ratio = found[shape.tables] / found[first]
+        show(f"  {shape.tables} tables", f"{found[shape.tables] * 1e3:.2f}", f"{distinct:,}", f"{ratio:.2f}")
 
 
 def main() -> None:
@@ -158,10 +169,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {platform.machine()}, kernels {backend()}, one thread")
-    found = {tables: bench(tables, int(arguments.rows * 1e6), arguments.rounds) for tables in arguments.tables}
-    first, *others = found
-    for tables in others:
-        show(f"{tables} tables / {first} tables, set", f"{found[tables] / found[first]:.2f}")
+    sides = [bench(tables, int(arguments.rows * 1e6), arguments.rounds) for tables in arguments.tables]
+    if len(sides) > 1:
+        compare(sides, arguments.rounds)
 
 
 if __name__ == "__main__":
