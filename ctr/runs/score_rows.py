@@ -44,7 +44,7 @@ from tessera.embedding.errors import ConfigError, did_you_mean
 from tessera.kernels import backend
 
 PREDICTION = "prediction"
-PLAN, DONE, MARKER = ".score.json", "score.json", "_SUCCESS"
+PLAN, DONE, MARKER = ".score.json", "_score.json", "_SUCCESS"  # none of which readers of parquet take for data
 ROWS_OF_UNIT = 4_000_000  # of a larger file several are made, so that ranks can share it
 
 
@@ -89,6 +89,7 @@ def score_rows(
             row has a null.
     """
     _check_names(keep)
+    process.folder = str(output)
     paths = [str(data)] if isinstance(data, str | Path) else [str(one) for one in data]
     set_threads(config)
     set_tf32(config, process)
@@ -171,12 +172,14 @@ def _plan(
     run_dir: Path, which: str, step: int, keep: Sequence[str], reader: ParquetReader, units: list[Unit]
 ) -> dict[str, Any]:
     """Return what a result depends on: a later call goes on with it only if all of this is the same."""
+    files = reader.groups.files[:: reader.groups.files_of_one]  # the first of those that share a checksum
     return {
         "run": str(run_dir.resolve()),
         "model": which,
         "step": step,
         "keep": list(keep),
-        "data": {"fingerprint": reader.groups.fingerprint, "contents": reader.groups.contents},
+        "contents": {file.name: one for file, one in zip(files, reader.groups.contents, strict=True)},
+        "data": reader.groups.fingerprint,
         "files": {unit.name: unit.rows for unit in units},
     }
 
@@ -206,6 +209,10 @@ def _begin(output: Path, plan: dict[str, Any], sources: Sequence[str | Path]) ->
     except FolderInUse as error:
         raise ConfigError(f"--output {output}: {error}") from None
     record = next((output / name for name in (DONE, PLAN) if (output / name).exists()), None)
+    left = next((name for name in plan["files"] if (output / name).exists()), None)
+    if record is None and left is not None:
+        lock.release()
+        raise ConfigError(f"--output {output} holds {left} and no record of its model and data; expected a new folder")
     if record is None:
         write_text(output / PLAN, json.dumps(plan))
         return lock
@@ -227,6 +234,10 @@ def _other_than(record: Path, plan: dict[str, Any]) -> str | None:
     other = next((key for key in plan if earlier.get(key) != plan[key]), None)
     if other is None:
         return None
+    had, has = earlier.get(other), plan[other]
+    if isinstance(had, dict) and isinstance(has, dict):
+        first = next(name for name in [*has, *had] if had.get(name) != has.get(name))
+        return f"holds predictions of other data: {first} has come, gone or changed"
     return f"holds predictions of another {other}, {str(earlier.get(other))[:60]}; found now {str(plan[other])[:60]}"
 
 

@@ -65,7 +65,7 @@ def test_the_predictions_of_evaluate_beside_the_columns_to_keep(run, tmp_path, w
     names = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.parquet"))
     assert names == ["day=1/a.parquet", "day=1/b.parquet", "day=2/a.parquet"]
     assert (tmp_path / "out" / "_SUCCESS").exists() and "230 predictions in 3 files" in said
-    done = json.loads((tmp_path / "out" / "score.json").read_text())
+    done = json.loads((tmp_path / "out" / "_score.json").read_text())
     assert done["rows"] == 230 and done["bad_rows"] == 0 and done["keep"] == ["request"]
 
 
@@ -74,10 +74,10 @@ def test_a_stopped_job_goes_on_behind_the_files_that_are_there(run, tmp_path):
     assert status == 0, said
     whole = rows_of(tmp_path / "out")
     (tmp_path / "out" / "day=1" / "b.parquet").unlink()
-    for name in ("score.json", "_SUCCESS"):
+    for name in ("_score.json", "_SUCCESS"):
         content = (tmp_path / "out" / name).read_text()
         (tmp_path / "out" / name).unlink()
-        if name == "score.json":
+        if name == "_score.json":
             (tmp_path / "out" / ".score.json").write_text(content)
     kept = (tmp_path / "out" / "day=2" / "a.parquet").stat().st_mtime_ns
     status, said = score(run, tmp_path / "out", "--keep", "request", world=2)
@@ -127,7 +127,7 @@ def test_bad_rows_have_a_null_if_they_are_skipped_and_stop_the_job_if_not(run, t
     status, said = score(run, tmp_path / "skip", "data.bad_rows=skip", data="broken")
     assert status == 0 and "1 bad rows have none" in said
     found = rows_of(tmp_path / "skip")["prediction"]
-    done = json.loads((tmp_path / "skip" / "score.json").read_text())
+    done = json.loads((tmp_path / "skip" / "_score.json").read_text())
     assert (done["rows"], done["bad_rows"]) == (127, 1)
     assert found.null_count == 1 and found[5].as_py() is None and len(found) == 128
 

@@ -149,7 +149,7 @@ def test_a_result_is_continued_by_the_same_model_alone_and_only_if_its_record_ca
     write(tmp_path / "data" / "b.parquet", requests())
     out = tmp_path / "out"
     assert score(tmp_path, tmp_path / "data", out)[0].startswith("40 predictions")
-    record = (out / "score.json").read_text()
+    record = (out / "_score.json").read_text()
     shutil.rmtree(tmp_path / "run")
     shutil.copytree(run / "other", tmp_path / "run")  # trained anew in the same place, for as many steps
     (out / "b.parquet").unlink()
@@ -158,11 +158,29 @@ def test_a_result_is_continued_by_the_same_model_alone_and_only_if_its_record_ca
     shutil.rmtree(tmp_path / "run")
     shutil.copytree(run / "run", tmp_path / "run")
     for broken in ("", "[1]", "{"):
-        (out / "score.json").write_text(broken)
+        (out / "_score.json").write_text(broken)
         (said,) = score(tmp_path, tmp_path / "data", out)
-        assert "holds a score.json that cannot be read" in said and (out / "score.json").read_text() == broken
-    (out / "score.json").write_text(record)
+        assert "holds a _score.json that cannot be read" in said and (out / "_score.json").read_text() == broken
+    (out / "_score.json").write_text(record)
     assert "1 of them from an earlier start" in score(tmp_path, tmp_path / "data", out)[0]
+
+
+def test_a_result_is_a_data_set_and_other_data_are_named(run, tmp_path):
+    for name in "ab":
+        write(tmp_path / "data" / f"{name}.parquet", requests())
+    on_ranks(1, _score_and_tell_the_folder, run / "run", tmp_path / "data", tmp_path / "out")
+    assert pq.read_table(tmp_path / "out").num_rows == 40
+    write(tmp_path / "data" / "b.parquet", requests(more=pa.array(range(20))))
+    (said,) = score(run, tmp_path / "data", tmp_path / "out")
+    assert said.endswith("holds predictions of other data: b.parquet has come, gone or changed; expected a new folder")
+    (tmp_path / "out" / "_score.json").unlink()
+    (said,) = score(run, tmp_path / "data", tmp_path / "out")
+    assert said.endswith("holds a.parquet and no record of its model and data; expected a new folder"), said
+
+
+def _score_and_tell_the_folder(process, run_dir: Path, data: Path, output: Path) -> None:
+    score_rows(run_config(run_dir, []), process, run_dir, data, output)
+    assert process.folder == str(output)  # what a full disk's error names
 
 
 def test_a_result_with_a_gap_does_not_say_that_it_is_whole(tmp_path):
