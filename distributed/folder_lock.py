@@ -58,10 +58,11 @@ class FolderLock:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
-                if time.monotonic() >= end:
-                    self._file.close()
-                    raise FolderInUse(self._refusal()) from None
-                time.sleep(0.2)
+                pass
+            if time.monotonic() >= end:  # behind the error, whose number would be taken for a resource that ran out
+                self._file.close()
+                raise FolderInUse(self._refusal())
+            time.sleep(0.2)
 
     def _wait_for_other_host(self) -> None:
         holder = self._holder()

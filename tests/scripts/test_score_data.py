@@ -15,6 +15,8 @@ from tessera.ctr import api
 from tessera.ctr.data.units import Unit
 from tessera.ctr.runs.score import run_config
 from tessera.ctr.runs.score_rows import _missing, score_rows
+from tessera.distributed.failure import explain
+from tessera.distributed.folder_lock import FolderInUse, FolderLock
 from tessera.embedding.errors import TesseraError
 from tessera.scripts.score import parse
 from tests.ctr.train.states import arguments, write_data
@@ -181,6 +183,14 @@ def test_a_result_is_a_data_set_and_other_data_are_named(run, tmp_path):
 def _score_and_tell_the_folder(process, run_dir: Path, data: Path, output: Path) -> None:
     score_rows(run_config(run_dir, []), process, run_dir, data, output)
     assert process.folder == str(output)  # what a full disk's error names
+
+
+def test_two_jobs_on_one_result_are_one_line_that_blames_no_resource(tmp_path):
+    held = FolderLock(tmp_path)
+    with pytest.raises(FolderInUse) as error:
+        FolderLock(tmp_path)
+    held.release()
+    assert explain(error.value, None) == (2, f"error: {error.value}") and "is in use by process" in str(error.value)
 
 
 def test_a_result_with_a_gap_does_not_say_that_it_is_whole(tmp_path):
