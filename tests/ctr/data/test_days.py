@@ -182,6 +182,7 @@ def test_a_run_is_scored_on_other_days_and_folders(tmp_path):
 
 def test_a_date_in_the_name_of_folders_is_one_line():
     with pytest.raises(
-        ConfigError, match="data.partition.name is 'day-%Y'; expected a name alone, or null: the date is"
+        ConfigError,
+        match="data.partition.name is 'day-%Y'; expected a name alone, or null: dates are data.partition.format",
     ):
         DayFolders("day-%Y")
