@@ -158,13 +158,12 @@ def score(
     Raises TesseraError: what the command would print as its error.
     """
     let_idle_threads_sleep()
-    from tessera.ctr.runs.score import run_config
-    from tessera.ctr.runs.score_rows import score_rows
+    from tessera.ctr.runs.score_rows import config_to_score, score_rows
     from tessera.distributed.collectives import from_first_rank, on_first_rank, wait_for_all
 
     folder = run.folder if isinstance(run, Run) else Path(run)
     keep = [keep] if isinstance(keep, str) else keep
-    config = run_config(folder, list(overrides))
+    config = config_to_score(folder, list(overrides))
     table = None if isinstance(data, str | list | tuple | os.PathLike) else _table(data)
     if table is not None and not table.num_rows:
         return _no_predictions(table, keep)

@@ -53,12 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     let_idle_threads_sleep()  # before the imports below load torch
 
-    from tessera.ctr.runs.score import run_config
-    from tessera.ctr.runs.score_rows import score_rows
+    from tessera.ctr.runs.score_rows import config_to_score, score_rows
     from tessera.distributed.process import run
 
     def load() -> tuple[Config, str, float]:
-        config = run_config(options.run_dir, options.overrides)
+        config = config_to_score(options.run_dir, options.overrides)
         return config, config.trainer.device, config.trainer.timeout_seconds
 
     def score(config: Config, process: Process) -> None:

@@ -32,7 +32,7 @@ from tessera.ctr.data.schema import Schema
 from tessera.ctr.data.units import Unit, dealt, units_of
 from tessera.ctr.network import build_model
 from tessera.ctr.output_folders import check_place, claim
-from tessera.ctr.runs.score import load_model_of_run
+from tessera.ctr.runs.score import load_model_of_run, run_config
 from tessera.ctr.train.engine import set_tf32, set_threads
 from tessera.ctr.train.evaluate import agree_on_files
 from tessera.ctr.train.step_pipeline import to_device
@@ -44,6 +44,7 @@ from tessera.embedding.errors import ConfigError, did_you_mean
 from tessera.kernels import backend
 
 PREDICTION = "prediction"
+ELSEWHERE = ("data.path", "data.train", "data.valid", "data.test", "data.days")
 PLAN, DONE, MARKER = ".score.json", "_score.json", "_SUCCESS"  # none of which readers of parquet take for data
 ROWS_OF_UNIT = 4_000_000  # of a larger file several are made, so that ranks can share it
 
@@ -65,6 +66,18 @@ class Scored:
         return f"{self.rows:,} predictions in {len(self.names):,} files{kept}{bad}: {self.folder}"
 
 
+def config_to_score(run_dir: Path, overrides: Sequence[str]) -> Config:
+    """Return the configuration of a run with overrides, as `run_config`.
+
+    Raises ConfigError: also for an override that says which rows are read, which here `data` does.
+    """
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in ELSEWHERE or key.startswith("data.days."):
+            raise ConfigError(f"override {override!r}: the rows to score are named by --data; expected no {key}")
+    return run_config(run_dir, list(overrides))
+
+
 def score_rows(
     config: Config,
     process: Process,
@@ -77,7 +90,7 @@ def score_rows(
     """Write a prediction for each row of `data` to parquet files in `output`, on all ranks together.
 
     Args:
-        config: the run's, from `run_config`.
+        config: the run's, from `config_to_score`.
         data: folders, files, patterns or URIs; columns of features are those that training read, no others are needed.
         keep: columns of the data that are copied beside the predictions, as they are.
         rows_of_unit: rows that one file of the result has at most, but for a larger row group.

@@ -137,6 +137,7 @@ def test_bad_rows_have_a_null_if_they_are_skipped_and_stop_the_job_if_not(run, t
     [
         (["--keep", "requst"], "no column 'requst' to keep; did you mean 'request'?"),
         (["--keep", "request,request"], "--keep names request twice"),
+        (["data.test=elsewhere"], "override 'data.test=elsewhere': the rows to score are named by --data"),
         (["--keep", "prediction"], "--keep prediction: the predictions have this name; rename the column in the data"),
     ],
 )
