@@ -44,7 +44,8 @@ print(json.dumps(changed))
 """
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+#: The last layer imports all others; each alone says whose effect it is.
+@pytest.mark.parametrize("layer", [*(pytest.param(one, marks=pytest.mark.slow) for one in LAYERS[:-1]), LAYERS[-1]])
 def test_an_import_changes_nothing_of_the_interpreter(layer):
     """Benchmarks are programs, which read their command line as they are loaded."""
     programs = ("tessera.scripts.bench.", "tessera.kernels.triton_ops" if find_spec("triton") is None else "-")

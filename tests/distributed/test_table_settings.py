@@ -47,7 +47,7 @@ def test_the_random_settings_are_all_of_them():
     assert any(0 < len(options["bag_tables"]) < 3 for *_, options in jobs)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_table_among_others_is_bit_for_bit_what_it_is_among_its_like(world):
     """With formats that round at random, limits and evictions; the loss adds up over fields, so tables do not meet."""
     jobs, of_table = [], []

@@ -34,7 +34,8 @@ def retrained(ranks: WarmRanks, folder: Path, run: str, *more: str, world: int =
     return output.read_text()
 
 
-@pytest.mark.parametrize("where", [pytest.param("disk", marks=pytest.mark.slow), "store"])
+@pytest.mark.slow  # test_life.py publishes into the run's folder, train/test_object_store.py writes to a store
+@pytest.mark.parametrize("where", ["disk", "store"])
 def test_models_are_published_where_the_run_is_told(where, ranks, store, tmp_path):
     """The same ones as in the run's folder, on 2 ranks; a rollback takes them back, and the days come again."""
     write_days(tmp_path / "data", DAYS, ROWS)

@@ -102,7 +102,12 @@ def test_forward_and_gradients(model, changes, numeric, ids):
     check(make(model, fields, **changes), fields)
 
 
-@pytest.mark.parametrize("model", [m for m in MODELS if m not in ("fgcnn", "xdeepfm")])
+WIDE = [m for m in MODELS if m not in ("fgcnn", "xdeepfm")]
+
+
+@pytest.mark.parametrize(  # AutoInt+ is AutoInt, which is not slow here, and an MLP
+    "model", [pytest.param(m, marks=pytest.mark.slow) if m == "autoint_plus" else m for m in WIDE]
+)
 def test_60_fields(model):
     fields = named(20, 40)
     one_layer = {"layers": 1} if model.startswith("autoint") else {}
