@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from tessera.ctr.data import columns
+from tessera.ctr.data import columns, single_values
 from tessera.ctr.data.bags import Bags, decode_bags
 from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.footers import RowGroups
@@ -16,7 +16,6 @@ from tessera.ctr.data.lanes import Span
 from tessera.ctr.data.row_groups import RowGroup, Unreadable
 from tessera.ctr.data.schema import LARGEST, Feature, Schema
 from tessera.ctr.data.times import DAY, advice, described, far_future, refuse_unit, unit_of
-from tessera.ctr.data.transforms import bucket, transform
 from tessera.ctr.data.window import GOOD, REASONS, Buffers, Window
 
 Arrays = list[pa.Array]
@@ -248,26 +247,12 @@ class _Chunk:
         raise AssertionError("row is past the chunk")
 
 
-def _concatenated(parts: list[np.ndarray]) -> np.ndarray:
-    if len(parts) == 1:
-        return parts[0]
-    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
-
-
-def _values(parts: list[tuple]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Concatenate (values, mask, ...) parts; the mask is None if it has no False."""
-    if len(parts) == 1:
-        return parts[0][:2]
-    masks = columns.joined([part[1] for part in parts], [len(part[0]) for part in parts])
-    return _concatenated([part[0] for part in parts]), masks
-
-
 def _finder(values: np.ndarray, there: np.ndarray | None = None) -> Callable[[int], object]:
     return lambda row: "null" if there is not None and not there[row] else values[row]
 
 
 def _label(chunk: _Chunk, arrays: Arrays, i: int, name: str) -> None:
-    values, there = _values([columns.floats(array) for array in arrays])
+    values, there = single_values.joined([columns.floats(array) for array in arrays])
     fine = (values == 0) | (values == 1)
     fine = fine if there is None else fine & there
     if not fine.all():
@@ -276,7 +261,7 @@ def _label(chunk: _Chunk, arrays: Arrays, i: int, name: str) -> None:
 
 
 def _weight(chunk: _Chunk, arrays: Arrays) -> None:
-    values, there = _values([columns.floats(array) for array in arrays])
+    values, there = single_values.joined([columns.floats(array) for array in arrays])
     fine = (values <= LARGEST) & (values >= 0)
     fine = fine if there is None else fine & there
     if not fine.all():
@@ -289,7 +274,7 @@ def _weight(chunk: _Chunk, arrays: Arrays) -> None:
 
 
 def _group(chunk: _Chunk, arrays: Arrays) -> None:
-    values, there = _values([columns.ids(array, "string") for array in arrays])
+    values, there = single_values.joined([columns.ids(array, "string") for array in arrays])
     if there is not None:
         values = columns.filled(values.astype(np.int64), there, columns.NULL_GROUP)
     chunk.deliver(values, "group")
@@ -300,7 +285,7 @@ def _time(chunk: _Chunk, arrays: Arrays) -> None:
         return
     rule, stored = chunk.decoder.schema.times, arrays[0].type
     assert rule is not None  # or no time is read
-    values, there = _values([columns.seconds(array, rule.unit) for array in arrays])
+    values, there = single_values.joined([columns.seconds(array, rule.unit) for array in arrays])
     if there is not None:
         chunk.mark(~there, "time", rule.column, "a time", lambda row: "null")
     outside, found = rule.outside(values), described(values, unit_of(rule, stored))
@@ -324,55 +309,27 @@ def _time(chunk: _Chunk, arrays: Arrays) -> None:
 
 def _numeric(chunk: _Chunk, arrays: Arrays, row: int, feature: Feature) -> None:
     """Decode one numeric feature, and its indicator into the row behind it."""
-    stored, there = _values([columns.floats(array) for array in arrays])
-    values = stored
-    if feature.transform != "none" or values.dtype != np.float32:
-        with np.errstate(all="ignore"):  # what lies under nulls is arbitrary, and NaN is looked for below
-            values = transform(feature, stored).astype(np.float32)
-    if there is not None:
-        values = columns.filled(values, there, feature.missing)
-    fine = np.abs(values) <= LARGEST
-    if not fine.all():
-        expected = f"a finite number, at most {LARGEST:.0e} either way"
-        if feature.transform != "none":
-            expected += f" after {feature.transform}"
-        chunk.mark(~fine, "numeric", feature.column, expected, _finder(stored))
-    chunk.deliver(values, "numeric", row)
+    decoded = single_values.numeric(feature, arrays)
+    if decoded.bad is not None:
+        expected = single_values.expected_number(feature)
+        chunk.mark(decoded.bad, "numeric", feature.column, expected, _finder(decoded.stored))
+    chunk.deliver(decoded.values, "numeric", row)
     if feature.indicator:
-        absent = np.zeros(len(values), np.float32) if there is None else (~there).astype(np.float32)
-        chunk.deliver(absent, "numeric", row + 1)
+        chunk.deliver(decoded.absent(), "numeric", row + 1)
 
 
 def _single(chunk: _Chunk, arrays: Arrays, row: int, feature: Feature) -> None:
     """Decode one id per row; `present` is False where it is null."""
-    values, there = (_buckets if feature.kind == "numeric" else _ids)(chunk, arrays, feature)
-    if there is not None and feature.missing_id is not None:
-        values = columns.filled(values.astype(np.int64), there, feature.missing_id)
-    elif there is not None:
+    decoded = single_values.single(feature, arrays)
+    if decoded.bad is not None:
+        reason = "numeric" if feature.kind == "numeric" else "id"
+        chunk.mark(decoded.bad, reason, feature.column, single_values.expected_id(feature), decoded.found)
+    if decoded.there is not None:
         for _, _, _, delivery in chunk.windows:
             if delivery.present is None:
                 delivery.present = np.ones(delivery.ids.shape, bool)
-        chunk.deliver(there, "present", row)
-    chunk.deliver(values, "ids", row)
-
-
-def _ids(chunk: _Chunk, arrays: Arrays, feature: Feature) -> tuple[np.ndarray, np.ndarray | None]:
-    parts = [columns.ids(array, feature.dtype) for array in arrays]
-    well_formed = columns.joined([part[2] for part in parts], [len(part[0]) for part in parts])
-    if well_formed is not None:
-        column = pa.chunked_array(arrays)
-        found = lambda row: repr(column[row].as_py())  # noqa: E731
-        expected = "an integer of 64 bits" if feature.dtype == "int" else "1 to 16 hexadecimal digits"
-        chunk.mark(~well_formed, "id", feature.column, expected, found)
-    return _values(parts)
-
-
-def _buckets(chunk: _Chunk, arrays: Arrays, feature: Feature) -> tuple[np.ndarray, np.ndarray | None]:
-    values, there = _values([columns.floats(array) for array in arrays])
-    finite = np.isfinite(values) if there is None else np.isfinite(values) | ~there
-    if not finite.all():
-        chunk.mark(~finite, "numeric", feature.column, "a finite number", _finder(values))
-    return bucket(feature, values), there
+        chunk.deliver(decoded.there, "present", row)
+    chunk.deliver(decoded.values, "ids", row)
 
 
 def _always(found: object) -> Callable[[int], object]:

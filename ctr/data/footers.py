@@ -78,7 +78,7 @@ def read_footers(files: list[DataFile], schema: Schema, *, drop_labels: bool = F
     Raises SchemaError for the first file that disagrees, DataError for one that is no parquet file or when
     there are no rows at all.
     """
-    wanted = _wanted(schema, drop_labels=drop_labels)
+    wanted = wanted_columns(schema, drop_labels=drop_labels)
     small_bytes = min(SMALL_BYTES, max(TAIL_BYTES, WHOLE_BYTES // len(files)))
     sealed_groups = min(4, LABEL_READS // len(files)) if files[0].remote else 4
     with ThreadPoolExecutor(min(THREADS, len(files)), "footer") as pool:
@@ -116,7 +116,7 @@ class _Footer:
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """A column that the schema reads: who reads it, which types do, and how to say so."""
 
     column: str
@@ -126,13 +126,13 @@ class _Wanted:
 
 
 def _read_footer(
-    file: DataFile, wanted: list[_Wanted], small_bytes: int, groups: int, times: TimeRule | None
+    file: DataFile, wanted: list[Wanted], small_bytes: int, groups: int, times: TimeRule | None
 ) -> _Footer:
     labels = {want.column for want in wanted if want.reader == "labels"}
     sealed = read_seal(file, small_bytes, labels, groups)
     metadata, arrow = sealed.metadata, sealed.schema
     for want in wanted:
-        _check_column(file, arrow, want)
+        check_column(file.path, arrow, want)
     columns = {want.column for want in wanted}
     leaves = [i for i in range(metadata.num_columns) if _top(metadata, i, columns)]
     row_groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
@@ -153,11 +153,15 @@ def _top(metadata: pq.FileMetaData, leaf: int, columns: set[str]) -> bool:
     return path in columns or path.split(".")[0] in columns
 
 
-def _check_column(file: DataFile, arrow: pa.Schema, want: _Wanted) -> None:
+def check_column(where: str, arrow: pa.Schema, want: Wanted) -> None:
+    """Compare a column with what reads it. where: the begin of a message, as the file's path.
+
+    Raises SchemaError: it is not there once, or has another type.
+    """
     places = arrow.get_all_field_indices(want.column)
     if len(places) != 1:
         found = f"{len(places)} times" if places else f"nowhere; {nearest(want.column, arrow.names)}"
-        raise SchemaError(f"{file.path}: column {want.column!r} (read by {want.reader}) found {found}")
+        raise SchemaError(f"{where}: column {want.column!r} (read by {want.reader}) found {found}")
     stored = arrow.field(places[0]).type
     found = plain_type(stored)
     if not want.accepts(found):
@@ -165,7 +169,7 @@ def _check_column(file: DataFile, arrow: pa.Schema, want: _Wanted) -> None:
         if types.is_floating(found) and want.reader.startswith("feature"):
             hint = "; integers with missing values must be stored as nullable integers, not as floats"
         raise SchemaError(
-            f"{file.path}: column {want.column!r} (read by {want.reader}) found {stored}, expected {want.expected}"
+            f"{where}: column {want.column!r} (read by {want.reader}) found {stored}, expected {want.expected}"
             f"{hint or advice(found)}"
         )
 
@@ -238,38 +242,39 @@ def _listed(accepts: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], b
     return _or_null(lambda found: is_list(found) and _or_null(accepts)(found.value_type))
 
 
-def _wanted(schema: Schema, *, drop_labels: bool) -> list[_Wanted]:
+def wanted_columns(schema: Schema, *, drop_labels: bool) -> list[Wanted]:
+    """Return the columns that a schema reads; one that two features read stands there twice."""
     wanted = []
     if not drop_labels:
-        wanted += [_Wanted(label, "labels", is_number, "a number, 0 or 1") for label in schema.labels]
+        wanted += [Wanted(label, "labels", is_number, "a number, 0 or 1") for label in schema.labels]
     if schema.weight:
-        wanted.append(_Wanted(schema.weight, "weight", is_number, "a number"))
+        wanted.append(Wanted(schema.weight, "weight", is_number, "a number"))
     if schema.group:
         accepts = lambda found: is_whole(value_type(found)) or is_text(value_type(found))  # noqa: E731
-        wanted.append(_Wanted(schema.group, "group", accepts, "an integer or a string"))
+        wanted.append(Wanted(schema.group, "group", accepts, "an integer or a string"))
     if schema.time:
         expected = "integers since 1970 (data.schema.time_unit), a timestamp or a date"
-        wanted.append(_Wanted(schema.time, "time", is_time, expected))
+        wanted.append(Wanted(schema.time, "time", is_time, expected))
     for feature in schema.numeric:
-        wanted.append(_Wanted(feature.column, f"feature {feature.name!r}", _or_null(is_number), "a number"))
+        wanted.append(Wanted(feature.column, f"feature {feature.name!r}", _or_null(is_number), "a number"))
     for feature in schema.categorical:
         wanted += _wanted_ids(feature)
     return wanted
 
 
-def _wanted_ids(feature: Feature) -> list[_Wanted]:
+def _wanted_ids(feature: Feature) -> list[Wanted]:
     reader = f"feature {feature.name!r}"
     if feature.kind == "numeric":
-        return [_Wanted(feature.column, reader, _or_null(is_number), "a number")]
+        return [Wanted(feature.column, reader, _or_null(is_number), "a number")]
     if feature.delimiter is not None:
         expected = f"a string of items between {feature.delimiter!r}"
-        return [_Wanted(feature.column, reader, _or_null(is_text), expected)]
+        return [Wanted(feature.column, reader, _or_null(is_text), expected)]
     accepts, item = (is_whole, "an integer") if feature.dtype == "int" else (is_text, "a string")
     expected = f"{item} (dtype: {feature.dtype})"
     if feature.kind == "id":
-        return [_Wanted(feature.column, reader, _or_null(accepts), expected)]
-    wanted = [_Wanted(feature.column, reader, _listed(accepts), f"a list, each item {expected}")]
+        return [Wanted(feature.column, reader, _or_null(accepts), expected)]
+    wanted = [Wanted(feature.column, reader, _listed(accepts), f"a list, each item {expected}")]
     if feature.weights:
         reader = f"{reader} as weights"
-        wanted.append(_Wanted(feature.weights, reader, _listed(is_number), "a list of numbers"))
+        wanted.append(Wanted(feature.weights, reader, _listed(is_number), "a list of numbers"))
     return wanted

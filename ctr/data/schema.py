@@ -12,14 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from tessera.ctr.data.errors import SchemaError
 from tessera.ctr.data.times import TimeRule
 from tessera.embedding.errors import did_you_mean
 from tessera.embedding.settings import setting
 
+MISSING: Any = "???"  # omegaconf's word for a value that must be given; serving reads schemas without omegaconf
 KINDS = ("numeric", "id", "ids", "sequence")
 DTYPES = ("int", "hex", "string")
 POOLINGS = ("mean", "sum")
@@ -137,6 +135,9 @@ class Schema:
     @classmethod
     def from_config(cls, config: Any) -> Schema:
         """Build a schema from a `SchemaConfig`, a mapping or an OmegaConf node. An unknown key is a SchemaError."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
         if isinstance(config, SchemaConfig):
             return cls(config)
         plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
