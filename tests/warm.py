@@ -1,16 +1,22 @@
 """Imported once by the process that ranks are forked from: all that a rank would otherwise do anew when it starts.
 
 Hydra's grammar is compiled while the first override is read. And what is frozen here is no garbage that a rank looks
-through when it ends, for which the system would copy every page of it.
+through when it ends, for which the system would copy every page of it. While it is imported nothing of it is garbage,
+which looking through it again and again would not find out.
 """
 
 import gc
+import importlib
 
-import tessera.ctr.daily.loop
-import tessera.ctr.models.deepfm
-import tessera.ctr.train.trainer  # noqa: F401
-from tessera.ctr.config import load_config
-
-load_config(["trainer.run_dir=/nowhere/a run"], "")
+gc.disable()
+for name in (
+    "tessera.ctr.daily.loop",
+    "tessera.ctr.models.deepfm",
+    "tessera.ctr.train.trainer",
+    "torch.distributed.run",
+):
+    importlib.import_module(name)
+importlib.import_module("tessera.ctr.config").load_config(["trainer.run_dir=/nowhere/a run"], "")
 gc.collect()
 gc.freeze()
+gc.enable()

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,7 +12,7 @@ from tessera.distributed import process as process_module
 from tessera.distributed.failure import explain
 from tessera.distributed.rank import Process
 from tessera.embedding.errors import ConfigError
-from tests.ranks import PYTHONPATH, ROOT, torchrun
+from tests.ranks import run_script, start_warm_torchrun, warm_torchrun
 
 JOB = "tests/distributed/failing_job.py"
 
@@ -24,7 +22,7 @@ def last_line(text: str) -> str:
 
 
 def test_success_is_status_0_and_quiet():
-    done = torchrun(2, JOB, "nothing")
+    done = warm_torchrun(2, JOB, "nothing")
     assert done.returncode == 0
     assert "rank 0 is done" in done.stdout and "rank 1 is done" in done.stdout
     assert "rror" not in done.stderr
@@ -40,7 +38,7 @@ def test_success_is_status_0_and_quiet():
     ],
 )
 def test_the_last_line_tells_what_happened_once(how, line):
-    done = torchrun(2, JOB, how, timeout=60)
+    done = warm_torchrun(2, JOB, how)
     assert done.returncode != 0
     assert last_line(done.stderr) == line
     own_lines = [text for text in done.stderr.splitlines() if text.startswith("error:")]
@@ -49,7 +47,7 @@ def test_the_last_line_tells_what_happened_once(how, line):
 
 @pytest.mark.slow
 def test_a_hung_rank_is_named_after_the_limit():
-    done = torchrun(2, JOB, "hung", timeout=90)
+    done = warm_torchrun(2, JOB, "hung", timeout=90)
     assert done.returncode != 0
     assert last_line(done.stderr).startswith("error: rank 1 did not answer; it has been at step 20: reading for ")
 
@@ -63,24 +61,14 @@ def test_a_hung_rank_is_named_after_the_limit():
 )
 def test_the_last_word_is_ours_where_the_launcher_is_told_to_end(tmp_path, number, line):
     """torchrun prints a trace of its own then."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        JOB,
-        "until_stopped",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
-    with open(tmp_path / "said", "w") as said:
-        launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+    launcher = start_warm_torchrun(2, JOB, "until_stopped", out=tmp_path / "said", err=tmp_path / "said")
     text, end = "", time.monotonic() + 60
     while text.count("ready") < 2 and time.monotonic() < end:
-        text = (tmp_path / "said").read_text()
+        text = (tmp_path / "said").read_text() if (tmp_path / "said").exists() else ""
         time.sleep(0.05)
-    launcher.send_signal(number)
-    assert launcher.wait(60) != 0
+    os.kill(launcher.pid, number)
+    launcher.join(60)
+    assert launcher.exitcode
     while last_line((tmp_path / "said").read_text()) != line and time.monotonic() < end:
         time.sleep(0.05)  # it is said when the launcher is gone
     text = (tmp_path / "said").read_text()
@@ -88,8 +76,7 @@ def test_the_last_word_is_ours_where_the_launcher_is_told_to_end(tmp_path, numbe
 
 
 def test_without_torchrun_a_mistake_is_one_line_and_status_2():
-    command = [sys.executable, JOB, "mistake_everywhere"]
-    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": PYTHONPATH}, capture_output=True, text=True, timeout=60)
+    done = run_script(JOB, "mistake_everywhere")
     assert done.returncode == 2
     assert done.stderr == "error: key x is 7; expected 1\n"
 

@@ -11,7 +11,7 @@ import pytest
 from tessera.ctr.config import load_config
 from tessera.ctr.runs.folder import nothing_trained
 from tessera.embedding.errors import ConfigError
-from tests.ranks import run_script, torchrun
+from tests.ranks import run_script, warm_torchrun
 
 ROWS = 64
 SCHEMA = "data.schema.features=[{name: x, kind: numeric}, {name: c}]"
@@ -135,7 +135,7 @@ def test_more_ranks_than_row_groups_works(tmp_path, run_dir):
 def test_under_torchrun_the_line_comes_once_and_last(tmp_path, run_dir):
     labels = np.zeros(ROWS, np.int8)
     labels[40] = 7
-    done = torchrun(2, *arguments(write(tmp_path, table(label=labels)), run_dir))
+    done = warm_torchrun(2, *arguments(write(tmp_path, table(label=labels)), run_dir))
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said == [done.stderr.strip().splitlines()[-1]]
