@@ -103,9 +103,12 @@ def draw_nothing() -> None:
     Figure.savefig, Figure.subplots = savefig, subplots
 
 
-def run_script(script: str, *arguments: str, world: int = 1, timeout: float = 120) -> subprocess.CompletedProcess:
-    """`python script arguments...` from the repository's root, in processes that have imported all.
+def run_script(
+    script: str, *arguments: str, world: int = 1, timeout: float = 120, place: Path = ROOT
+) -> subprocess.CompletedProcess:
+    """`python script arguments...` in processes that have imported all.
 
+    script: a file, or `-c` with code as the first argument. place: where it runs; the repository's root by default.
     world: how many ranks, as torchrun would start them, but for its own words. The status is the first that is not 0.
     What trains draws nothing (tests/ctr/train/test_training.py has a run that does); what reports draws.
     """
@@ -117,7 +120,7 @@ def run_script(script: str, *arguments: str, world: int = 1, timeout: float = 12
         environments = [{**os.environ, **numbers, **meeting, **rank} for rank in ranks]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        children = [_context().Process(target=_script, args=(command, one, out, err)) for one in environments]
+        children = [_context().Process(target=_script, args=(command, one, out, err, place)) for one in environments]
         for child in children:
             child.start()
         end = time.monotonic() + timeout
@@ -133,12 +136,17 @@ def run_script(script: str, *arguments: str, world: int = 1, timeout: float = 12
         return subprocess.CompletedProcess(command, status, *said)
 
 
-def _script(command: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+def _script(command: list[str], environment: dict[str, str], out: Path, err: Path, place: Path) -> None:
     _settle(environment, out, err)
+    os.chdir(place)
     if command[0] == "scripts/train.py":
         draw_nothing()
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
+    if command[0] == "-c":
+        sys.argv = ["-c", *command[2:]]
+        exec(compile(command[1], "-c", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def _settle(environment: dict[str, str], out: Path, err: Path) -> None:

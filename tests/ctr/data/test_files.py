@@ -15,6 +15,7 @@ from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.listing import list_files
 from tessera.ctr.data.reader import ParquetReader
 from tessera.embedding.errors import ConfigError
+from tests.ranks import run_script
 
 from .rows import features, taken_apart, write
 
@@ -114,10 +115,9 @@ print(reader.rows, hashlib.sha256(str(rows).encode()).hexdigest())
 def test_more_files_are_read_than_may_be_open(tmp_path, options):
     """Windows of some small files and of very many."""
     path = write(tmp_path / "many", *(table(first, 5) for first in range(0, 1250, 5)))
-    root, said = Path(__file__).resolve().parents[3], []
+    said = []
     for limit in (200, 900):
-        command = [sys.executable, "-c", OPENED, path, str(limit), json.dumps(options)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
+        done = run_script("-c", OPENED, path, str(limit), json.dumps(options))
         assert done.returncode == 0, done.stderr[-2000:]
         said.append(done.stdout)
     assert said[0] == said[1] and said[0].startswith("1250 ")
@@ -125,9 +125,7 @@ def test_more_files_are_read_than_may_be_open(tmp_path, options):
 
 def test_too_few_open_files_are_named_with_the_keys_that_need_them(tmp_path):
     path = write(tmp_path / "many", *(table(first, 5) for first in range(0, 300, 5)))
-    command = [sys.executable, "-c", OPENED, path, "20", '{"lanes": 1}']
-    root = Path(__file__).resolve().parents[3]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
+    done = run_script("-c", OPENED, path, "20", '{"lanes": 1}')
     line = done.stderr.splitlines()[-1]
     assert "this process may open no more files (ulimit -n 20); raise that, or lower data.threads" in line, done.stderr
 

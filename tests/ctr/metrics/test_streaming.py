@@ -1,18 +1,17 @@
 """The streaming metrics against the exact ones, over batches, padding and ranks."""
 
-import datetime
-
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.ctr.data.errors import DataError
 from tessera.ctr.metrics import exact
 from tessera.ctr.metrics.streaming import StreamingMetrics, logit_keys
+from tessera.distributed.rank import Process
+from tests.ranks import on_ranks
 
 
 def batches(seed, sizes=(1000, 0, 1, 777), weighted=True, loc=-2.0, scale=1.5):
@@ -233,25 +232,20 @@ def ranks_batches():
     return [one for scale in (1.5, 30.0, 0.01) for one in batches(6, sizes=(500, 0, 777), scale=scale)]
 
 
-def _rank(rank, world, store, out):
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+def _rank(process: Process) -> dict:
     # The second rank also sees an empty batch; the ranks need not take the same number of steps.
-    metrics = feed(StreamingMetrics(), ranks_batches()[rank::world])
+    metrics = feed(StreamingMetrics(), ranks_batches()[process.rank :: process.world_size])
     calls = []
     original = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
     metrics.all_reduce(dist.group.WORLD)
     dist.all_reduce = original
-    torch.save({"result": metrics.compute(), "collectives": len(calls)}, f"{out}/{rank}.pt")
-    dist.destroy_process_group()
+    return {"result": metrics.compute(), "collectives": len(calls)}
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_many_ranks_equal_one(tmp_path, world):
-    mp.spawn(_rank, args=(world, tmp_path / "store", tmp_path), nprocs=world, join=True)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
+def test_many_ranks_equal_one(world):
+    ranks = on_ranks(world, _rank)
     alone = feed(StreamingMetrics(), ranks_batches()).compute()
     assert all(one == ranks[0] for one in ranks) and ranks[0]["collectives"] == 2
     assert ranks[0]["result"] == pytest.approx(alone, rel=1e-12)

@@ -2,9 +2,8 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +16,7 @@ from tessera.ctr.report.comparison import compare_runs
 from tests.ctr.report.daily_folder import HELD, day_columns, make_daily_run
 from tests.ctr.report.html_page import check_page
 from tests.ctr.report.run_folder import write_predictions
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.ranks import ROOT, run_script
 
 
 def write_run(folder: Path, values: dict, files: int = 1, seed: int | None = None, split: str = "test") -> Path:
@@ -158,11 +156,14 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def compared(*arguments: Path | str) -> CompletedProcess:
+    return run_script(str(ROOT / "scripts" / "compare.py"), *map(str, arguments), place=Path("/"))
+
+
 def test_daily_runs_are_compared_over_all_days_in_common_by_the_command(tmp_path):
     first = make_daily_run(tmp_path / "a" / "daily", days=10, rows=300)
     second = make_daily_run(tmp_path / "b" / "daily", days=11, rows=300, noise=0.4)
-    command = [sys.executable, str(ROOT / "scripts" / "compare.py"), str(first), str(second), "--replicates", "100"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd="/")
+    done = compared(first, second, "--replicates", "100")
     assert done.returncode == 0, done.stderr
     assert (
         done.stdout.startswith("b/daily against a/daily on 3,000 rows of 10 days: AUC") and done.stdout.count("\n") == 1
@@ -183,7 +184,6 @@ def test_daily_runs_are_compared_over_all_days_in_common_by_the_command(tmp_path
 
 def test_the_command_says_what_is_wrong_in_a_line(tmp_path):
     first, second = runs(tmp_path, label=_label([3]))
-    command = [sys.executable, str(ROOT / "scripts" / "compare.py"), str(first), str(second)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd="/")
+    done = compared(first, second)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1 and "label of row 3" in done.stderr
