@@ -40,8 +40,8 @@ def check(config: Config) -> None:
         if value is not None and config.data.valid is None:
             raise ConfigError(f"{key} is {value}, but data.valid is null: nothing is evaluated; expected {key}=null")
     check_unused(config)
-    if len(config.data.schema.labels) > 1:
-        names = ", ".join(config.data.schema.labels)
+    if len(config.data.schema.labels) > 1 or any(not isinstance(one, str) for one in config.data.schema.labels):
+        names = ", ".join(map(str, config.data.schema.labels))
         raise ConfigError(f"data.schema.labels is [{names}]; expected one label, as one is trained: name it alone")
 
 

@@ -230,6 +230,12 @@ class TrainerConfig:
         ReplayConfig, "earlier rows, trained on as more rows of the training split (docs/incremental.md)"
     )
     distil: DistilConfig = section(DistilConfig, "learn from a teacher beside the labels (docs/incremental.md)")
+    loss_divisor: str = setting(
+        "batch",
+        "divides the loss of a label: batch: the weight of all rows, the same for every label | "
+        "task: that of the rows in which it counts (docs/labels.md)",
+        choices=("batch", "task"),
+    )
     timeout_seconds: float = setting(300.0, "longest wait for another rank", above=0)
 
 

@@ -28,6 +28,16 @@ def is_own(target: Any) -> bool:
     return isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(f"tessera.{BEFORE}")
 
 
+def class_of(config: Mapping[str, Any]) -> type | None:
+    """Return the class that `config["target"]` names; None where there is none, which `instantiate` tells."""
+    module_name, _, class_name = current_name(str(config.get("target"))).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except (ImportError, ValueError):
+        return None
+    return found if isinstance(found, type) else None
+
+
 def current_name(target: str) -> str:
     """Return the present path of a class: version 0.1 had no `tessera.` in front."""
     return f"tessera.{target}" if target.startswith(BEFORE) else target

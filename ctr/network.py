@@ -24,7 +24,7 @@ from tessera.embedding.errors import ConfigError
 
 
 class Network(nn.Module):
-    """Tables -> tower -> logit. With `amp` the tower runs in bfloat16; tables and logits stay float32.
+    """Tables -> tower -> logits. With `amp` the tower runs in bfloat16; tables and logits stay float32.
 
     Attributes:
         step: number of the training step, by which dropout draws its masks; set before the forward pass.
@@ -41,7 +41,8 @@ class Network(nn.Module):
         self._batch_norm = [module for module in tower.modules() if isinstance(module, BatchNorm)]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return logits [B] float32 and the looked-up embeddings, group -> [B, id fields, dim] float32."""
+        """Return logits, [B] or of several labels [B, T], and the looked-up embeddings, group -> [B, id fields, dim];
+        all float32."""
         if self.training:
             self._tell(batch)
         embeddings = self.tables(batch.ids)
@@ -86,14 +87,21 @@ def build_tower(config: Config, schema: Schema) -> Tower:
     """Return the tower that `model` describes, over the schema's fields, with numeric ones embedded as `numeric` says.
 
     Raises:
-        ConfigError: no such class, or a key that its constructor does not take, or one that it misses.
+        ConfigError: no such class, or a key that its constructor does not take, or one that it misses, or a model of
+            one label for several.
     """
 
     def embed_numeric(fields: int, dim: int) -> nn.Module:
         return instantiate(config.numeric, "numeric", fields, dim)
 
-    fields = Fields(tuple(schema.numeric_names), tuple(schema.id_names), embed_numeric)
+    labels = schema.tasks
+    fields = Fields(tuple(schema.numeric_names), tuple(schema.id_names), embed_numeric, labels, len(labels))
     tower = instantiate(config.model, "model", fields)
+    if len(labels) > 1 and not tower.has_heads:
+        raise ConfigError(
+            f"model.target is {config.model['target']}, which answers one label, and data.schema.labels has "
+            f"{', '.join(label.name for label in labels)}; expected one label, or a model such as shared_bottom or mmoe"
+        )
     if fields.numeric and isinstance(embed_numeric(len(fields.numeric), 1), Raw):
         _check_raw(tower, fields, config)
     return tower

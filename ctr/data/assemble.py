@@ -36,6 +36,7 @@ class Assembler:
         time = np.zeros(size, np.int64) if schema.time else None
         number = np.full(size, -1) if self.numbered else None
         place = np.zeros(size, np.int64)
+        known = self._known(slices, rows, size)
         if slices:
             np.concatenate([one.places for one in slices], out=place[:rows])
             # Side by side first and transposed as a whole: lane by lane the transposed pieces are small.
@@ -65,7 +66,21 @@ class Assembler:
             position=position,
             number=None if number is None else torch.from_numpy(number),
             place=torch.from_numpy(place),
+            known=None if known is None else torch.from_numpy(known),
         )
+
+    def _known(self, slices: list[Slice], rows: int, size: int) -> np.ndarray | None:
+        """Return which labels are known, bool [size, T]; None if no label may be null. Those of padding are."""
+        if all(task.nulls == "bad" for task in self.schema.tasks):
+            return None
+        known = np.ones((size, len(self.schema.tasks)), bool)
+        start = 0
+        for window, first, stop, _ in slices:
+            if window.known is not None:
+                known[start : start + stop - first] = window.known[:, first:stop].T
+            start += stop - first
+        assert start == rows
+        return known
 
     def _parts(self) -> list[tuple[slice, slice | int]]:
         """Return slices of keys with the place of their values: rows of the matrix of single ids, which are copied at

@@ -21,7 +21,7 @@ class Batch(Pipelineable):
 
     numeric: Tensor  # [B, n] float32
     ids: KeyedJaggedTensor  # keys Schema.id_names, int64 values, int32 lengths, weights if Schema.weighted
-    labels: Tensor  # [B, L] float32, 0 or 1
+    labels: Tensor  # [B, T] float32, 0 or 1 (any number where the loss is mse); 0 where it is not known
     weight: Tensor  # [B] float32 sample weight
     group: Tensor | None  # [B] int64
     time: Tensor | None  # [B] int64, seconds
@@ -34,6 +34,7 @@ class Batch(Pipelineable):
     number: Tensor | None = None
     # [B] int64: where each row stands in the epoch's order, the same on any number of ranks (padding: 0).
     place: Tensor | None = None
+    known: Tensor | None = None  # [B, T] bool: which labels are; None: all of them
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device=device, non_blocking=non_blocking))
@@ -42,7 +43,7 @@ class Batch(Pipelineable):
         return self._map(lambda t: t.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
-        for tensor in (self.numeric, self.ids, self.labels, self.weight, self.group, self.time, self.place):
+        for tensor in (self.numeric, self.ids, self.labels, self.weight, self.group, self.time, self.place, self.known):
             if tensor is not None:
                 tensor.record_stream(stream)
 
@@ -58,4 +59,5 @@ class Batch(Pipelineable):
             position=self.position,
             number=self.number,
             place=None if self.place is None else move(self.place),
+            known=None if self.known is None else move(self.known),
         )

@@ -5,6 +5,8 @@ Nothing here knows features or files. Values under nulls are arbitrary; the mask
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,6 +16,7 @@ from tessera.ctr.data import arrow_types
 from tessera.ctr.data.footers import is_text
 from tessera.ctr.data.times import TICKS_PER_SECOND
 
+Arrays = list[pa.Array]
 NULL_GROUP = -(2**63)  # the group of rows whose group column is null
 # Nearly all columns are of these; a set is quicker than a chain of questions asked a thousand times a second.
 PLAIN = {pa.int64(), pa.int32(), pa.float32(), pa.float64()}
@@ -200,3 +203,8 @@ def _dense(array: pa.Array, when_null: pa.DataType) -> pa.Array:
     if types.is_null(array.type):
         return pa.nulls(len(array), when_null)
     return array.cast(pa.uint8()) if types.is_boolean(array.type) else array
+
+
+def finder(values: np.ndarray, there: np.ndarray | None = None) -> Callable[[int], object]:
+    """Return what says of a row what stands there, for messages. there: bool, of all rows; None: all are there."""
+    return lambda row: "null" if there is not None and not there[row] else values[row]

@@ -6,19 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from tessera.ctr.data import columns, single_values
 from tessera.ctr.data.bags import Bags, decode_bags
+from tessera.ctr.data.columns import Arrays, finder
+from tessera.ctr.data.decode_rows import decode_group, decode_label, decode_nested, decode_time, decode_weight
 from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.footers import RowGroups
 from tessera.ctr.data.lanes import Span
 from tessera.ctr.data.row_groups import RowGroup, Unreadable
-from tessera.ctr.data.schema import LARGEST, Feature, Schema
-from tessera.ctr.data.times import DAY, advice, described, far_future, refuse_unit, unit_of
+from tessera.ctr.data.schema import Feature, Schema
 from tessera.ctr.data.window import GOOD, REASONS, Buffers, Window
-
-Arrays = list[pa.Array]
 
 
 def is_bag(feature: Feature) -> bool:
@@ -37,13 +35,22 @@ class WindowDecoder:
     """Turns spans into windows. It holds settings only, so threads share one."""
 
     def __init__(
-        self, schema: Schema, groups: RowGroups, *, skip_bad_rows: bool, drop_labels: bool, numbered: bool = False
+        self,
+        schema: Schema,
+        groups: RowGroups,
+        *,
+        skip_bad_rows: bool,
+        drop_labels: bool,
+        numbered: bool = False,
+        nested: bool = False,
     ):
+        """nested: a label of 1 where the label that its space is (`where`) is 0 makes a row a bad one."""
         self.schema = schema
         self.first_numbers = groups.first if numbered else None
         self.groups = groups
         self.skip_bad_rows = skip_bad_rows
-        self.labels = [] if drop_labels else schema.labels
+        self.tasks = () if drop_labels else schema.tasks
+        self.nested = nested
         self.singles = [feature for feature in schema.categorical if not is_bag(feature)]
         self.steps = self._steps()
         self.columns = sorted({name for names, _ in self.steps for name in names})
@@ -58,7 +65,7 @@ class WindowDecoder:
         bad row unless they are to be skipped.
         """
         while True:
-            chunk = _Chunk(self, sources, windows, buffers)
+            chunk = Chunk(self, sources, windows, buffers)
             try:
                 for names, steps in self.steps:
                     arrays = chunk.read(names)
@@ -78,14 +85,17 @@ class WindowDecoder:
         def add(names: tuple[str, ...], step: Callable) -> None:
             steps.setdefault(names, []).append(step)
 
-        for i, name in enumerate(self.labels):
-            add((name,), lambda chunk, arrays, i=i, name=name: _label(chunk, arrays, i, name))
+        for i, task in enumerate(self.tasks):
+            add((task.column,), lambda chunk, arrays, i=i, task=task: decode_label(chunk, arrays, i, task))
+            if task.parent is not None and self.nested:
+                parent = schema.tasks[task.parent].column
+                add((task.column, parent), lambda chunk, *arrays, task=task: decode_nested(chunk, arrays, task))
         if schema.weight:
-            add((schema.weight,), _weight)
+            add((schema.weight,), decode_weight)
         if schema.group:
-            add((schema.group,), _group)
+            add((schema.group,), decode_group)
         if schema.time:
-            add((schema.time,), _time)
+            add((schema.time,), decode_time)
         row = 0
         for feature in schema.numeric:
             add((feature.column,), lambda chunk, arrays, row=row, f=feature: _numeric(chunk, arrays, row, f))
@@ -110,7 +120,8 @@ class _Delivery:
         self.buffers = (numeric_buffer, ids_buffer)
         self.present: np.ndarray | None = None
         self.bags = [_no_bags(rows) for feature in schema.categorical if is_bag(feature)]
-        self.labels = np.empty((len(decoder.labels), rows), np.float32)
+        self.labels = np.empty((len(decoder.tasks), rows), np.float32)
+        self.known: np.ndarray | None = None
         weighted = schema.weight or decoder.groups.weight is not None
         self.weight = np.empty(rows, np.float32) if weighted else None
         self.group = np.empty(rows, np.int64) if schema.group else None
@@ -120,11 +131,12 @@ class _Delivery:
     def window(self) -> Window:
         fields = (self.numeric, self.ids, self.present, self.bags, self.labels)
         window = Window(*fields, self.weight, self.group, self.time, self.number)
+        window.known = self.known
         window.buffers = self.buffers
         return window
 
 
-class _Chunk:
+class Chunk:
     """The rows of some windows while they are decoded: their origin, and which are bad.
 
     Rows are numbered as scheduled (as the sources list them) or as decoded (without row groups that cannot be
@@ -174,6 +186,15 @@ class _Chunk:
                 values[here].take(delivery.order, out=out, mode="clip")
             else:
                 out[:] = values[here][delivery.order]
+
+    def deliver_known(self, there: np.ndarray, row: int) -> None:
+        """Write which labels of one task are known, bool [decoded], where some are not."""
+        for _, _, here, delivery in self.windows:
+            if not there[here].all():
+                if delivery.known is None:
+                    delivery.known = np.ones(delivery.labels.shape, bool)
+                found = there[here]
+                delivery.known[row] = found if delivery.order is None else found[delivery.order]
 
     def deliver_places(self) -> None:
         """Deliver what follows from the position of rows: their numbers, and weights given per row group."""
@@ -247,78 +268,18 @@ class _Chunk:
         raise AssertionError("row is past the chunk")
 
 
-def _finder(values: np.ndarray, there: np.ndarray | None = None) -> Callable[[int], object]:
-    return lambda row: "null" if there is not None and not there[row] else values[row]
-
-
-def _label(chunk: _Chunk, arrays: Arrays, i: int, name: str) -> None:
-    values, there = single_values.joined([columns.floats(array) for array in arrays])
-    fine = (values == 0) | (values == 1)
-    fine = fine if there is None else fine & there
-    if not fine.all():
-        chunk.mark(~fine, "label", name, "0 or 1", _finder(values, there))
-    chunk.deliver(values, "labels", i)
-
-
-def _weight(chunk: _Chunk, arrays: Arrays) -> None:
-    values, there = single_values.joined([columns.floats(array) for array in arrays])
-    fine = (values <= LARGEST) & (values >= 0)
-    fine = fine if there is None else fine & there
-    if not fine.all():
-        expected, column = f"a finite number of at least 0 and at most {LARGEST:.0e}", chunk.decoder.schema.weight
-        assert column is not None  # or it is not read
-        chunk.mark(~fine, "weight", column, expected, _finder(values, there))
-    if chunk.decoder.groups.weight is not None:
-        values = values * chunk.group_weights()
-    chunk.deliver(values, "weight")
-
-
-def _group(chunk: _Chunk, arrays: Arrays) -> None:
-    values, there = single_values.joined([columns.ids(array, "string") for array in arrays])
-    if there is not None:
-        values = columns.filled(values.astype(np.int64), there, columns.NULL_GROUP)
-    chunk.deliver(values, "group")
-
-
-def _time(chunk: _Chunk, arrays: Arrays) -> None:
-    if not arrays:
-        return
-    rule, stored = chunk.decoder.schema.times, arrays[0].type
-    assert rule is not None  # or no time is read
-    values, there = single_values.joined([columns.seconds(array, rule.unit) for array in arrays])
-    if there is not None:
-        chunk.mark(~there, "time", rule.column, "a time", lambda row: "null")
-    outside, found = rule.outside(values), described(values, unit_of(rule, stored))
-    fine = ~outside if there is None else ~outside & there
-    if not fine.all():
-        outside = outside if there is None else outside & there
-        known = values if there is None else values[there]
-        refuse_unit(rule, stored, known, lambda: chunk.where(int(outside.argmax())))
-        if outside.any():
-            expected = rule.expected + advice(rule, stored, int(values[outside.argmax()]))
-            chunk.mark(outside, "time", rule.column, expected, found)
-    for _, _, here, _ in chunk.windows:
-        in_future = far_future(rule, values[here], fine[here])
-        if in_future is not None:
-            late = np.zeros(len(values), bool)
-            late[here] = in_future
-            expected = f"a time within {rule.jump / DAY:g} days of another row (data.schema.time_jump_days)"
-            chunk.mark(late, "time", rule.column, expected, found)
-    chunk.deliver(values, "time")
-
-
-def _numeric(chunk: _Chunk, arrays: Arrays, row: int, feature: Feature) -> None:
+def _numeric(chunk: Chunk, arrays: Arrays, row: int, feature: Feature) -> None:
     """Decode one numeric feature, and its indicator into the row behind it."""
     decoded = single_values.numeric(feature, arrays)
     if decoded.bad is not None:
         expected = single_values.expected_number(feature)
-        chunk.mark(decoded.bad, "numeric", feature.column, expected, _finder(decoded.stored))
+        chunk.mark(decoded.bad, "numeric", feature.column, expected, finder(decoded.stored))
     chunk.deliver(decoded.values, "numeric", row)
     if feature.indicator:
         chunk.deliver(decoded.absent(), "numeric", row + 1)
 
 
-def _single(chunk: _Chunk, arrays: Arrays, row: int, feature: Feature) -> None:
+def _single(chunk: Chunk, arrays: Arrays, row: int, feature: Feature) -> None:
     """Decode one id per row; `present` is False where it is null."""
     decoded = single_values.single(feature, arrays)
     if decoded.bad is not None:
@@ -340,7 +301,7 @@ def _no_bags(rows: int) -> Bags:
     return Bags(np.zeros(0, np.int64), np.zeros(rows + 1, np.int64), None)
 
 
-def _bags(chunk: _Chunk, arrays: tuple[Arrays, ...], i: int, feature: Feature) -> None:
+def _bags(chunk: Chunk, arrays: tuple[Arrays, ...], i: int, feature: Feature) -> None:
     if not arrays[0]:
         return
     bags, problems = decode_bags(feature, arrays[0], arrays[1] if feature.weights else None)

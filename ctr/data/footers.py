@@ -246,7 +246,9 @@ def wanted_columns(schema: Schema, *, drop_labels: bool) -> list[Wanted]:
     """Return the columns that a schema reads; one that two features read stands there twice."""
     wanted = []
     if not drop_labels:
-        wanted += [Wanted(label, "labels", is_number, "a number, 0 or 1") for label in schema.labels]
+        for task in schema.tasks:
+            accepts = _or_null(is_number) if task.nulls == "unknown" else is_number
+            wanted.append(Wanted(task.column, "labels", accepts, "a number" + ", 0 or 1" * (not task.is_number)))
     if schema.weight:
         wanted.append(Wanted(schema.weight, "weight", is_number, "a number"))
     if schema.group:

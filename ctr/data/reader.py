@@ -58,6 +58,7 @@ class ParquetReader:
         replay: str | None = None,
         replay_weight: float = 1.0,
         numbered: bool = False,
+        nested: bool = False,
         folders: DayFolders = DayFolders(),  # noqa: B008
         marker: str | None = MARKER,
         order: str = "mixed",
@@ -70,7 +71,8 @@ class ParquetReader:
         folders, marker: as those of `list_files`. drop_labels: for data without labels, which are then 0 in the
         batches. replay: more rows of the same data set, whatever their days, with `replay_weight` on their weights.
         numbered: batches have the numbers of their rows, those of `path` in the order of files and row groups first,
-        then `replay`'s. order: mixed | time: period after period of so many days (`periods.py`).
+        then `replay`'s. nested: as that of `WindowDecoder`. order: mixed | time: period after period of so many days
+        (`periods.py`).
 
         Raises ConfigError, SchemaError or DataError, one line each.
         """
@@ -97,7 +99,12 @@ class ParquetReader:
         self.bad_row_counts: dict[str, int] = {}
         self.numbered = numbered
         self.decoder = WindowDecoder(
-            schema, self.groups, skip_bad_rows=bad_rows == "skip", drop_labels=drop_labels, numbered=numbered
+            schema,
+            self.groups,
+            skip_bad_rows=bad_rows == "skip",
+            drop_labels=drop_labels,
+            numbered=numbered,
+            nested=nested,
         )
         self.buffers = Buffers(window_rows)
         self._fingerprint, self._contents = self.groups.fingerprint, self.groups.contents

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tessera.ctr.data.errors import SchemaError
+from tessera.ctr.data.labels import labels_of
 from tessera.ctr.data.times import TimeRule
 from tessera.embedding.errors import did_you_mean
 from tessera.embedding.settings import setting
@@ -65,7 +66,7 @@ class Feature(FeatureConfig):
 class SchemaConfig:
     """The columns of a data set."""
 
-    labels: list[str] = setting(["label"], "each 0 or 1 in every row")
+    labels: list[Any] = setting(["label"], "columns of 0 and 1, or mappings with the keys below; one is one task")
     weight: str | None = setting(None, "sample weight")
     group: str | None = setting(None, "group of GAUC, an integer or a string")
     time: str | None = setting(None, "event time: an integer in time_unit, a timestamp or a date")
@@ -89,7 +90,8 @@ class Schema:
     """A validated schema.
 
     Attributes:
-        labels, weight, group, time: column names (labels a list, the others None where absent)
+        tasks: the labels, in order (`labels.py`); labels: the columns that hold them
+        weight, group, time: column names, None where absent
         times: what is known of the column of times, and which ones are plausible; None without one
         numeric: the numeric features in order, without bucketised ones
         categorical: the features that give ids, in order, bucketised numerics among them
@@ -102,7 +104,8 @@ class Schema:
 
     def __init__(self, config: SchemaConfig):
         """Raise SchemaError, one line, for a schema that contradicts itself."""
-        self.labels = list(config.labels)
+        self.tasks = labels_of(config.labels)
+        self.labels = [task.column for task in self.tasks]
         self.weight, self.group, self.time = config.weight, config.group, config.time
         rule = (config.time_unit, config.time_from, config.time_to, config.time_jump_days)
         self.times = None if config.time is None else TimeRule.of(config.time, *rule)
@@ -122,7 +125,11 @@ class Schema:
             self.tables.setdefault(feature.table or feature.name, []).append(feature.name)
         self.pooling = {f.name: f.pooling for f in self.categorical}
         self.weighted = any(f.weights for f in self.categorical)
-        _refuse_duplicates("labels", self.labels)
+        if not self.group and (ranked := next((task for task in self.tasks if task.loss in ("pairwise", "jrc")), None)):
+            raise SchemaError(
+                f"schema.labels: the loss of {ranked.name!r} is {ranked.loss}, which compares rows of a group; "
+                "expected schema.group, the column that names it"
+            )
         _refuse_duplicates("features", self.numeric_names + self.id_names)
         for feature in features:
             for column in (feature.column, feature.weights):

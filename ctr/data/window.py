@@ -22,11 +22,12 @@ class Window:
     ids: np.ndarray  # int64 [single-valued features, m]
     present: np.ndarray | None  # bool, as ids; None when all are
     bags: list[Bags]  # one per multi-valued feature
-    labels: np.ndarray  # float32 [L, m]
+    labels: np.ndarray  # float32 [T, m], 0 where not known
     weight: np.ndarray | None  # float32 [m]
     group: np.ndarray | None  # int64 [m]
     time: np.ndarray | None  # int64 [m]
     number: np.ndarray | None = None  # int64 [m], of the row in the data set
+    known: np.ndarray | None = None  # bool, as labels; None when all are
     reasons: np.ndarray | None = None  # uint8 [n], index into REASONS; None when all rows are good
     good_before: np.ndarray | None = None  # int64 [n + 1], good rows before each scheduled row
     buffers: tuple[np.ndarray, ...] = ()  # what the matrices lie in, to be used again
@@ -62,6 +63,7 @@ class Window:
             group=_taken(self.group, rows),
             time=_taken(self.time, rows),
             number=_taken(self.number, rows),
+            known=None if self.known is None else self.known[:, rows],
         )
 
 

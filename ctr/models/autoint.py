@@ -22,6 +22,8 @@ class AutoInt(Tower):
     AutoInt+ adds the logit of an MLP on the concatenated embeddings: `hidden` not empty.
     """
 
+    has_heads = True
+
     def __init__(
         self,
         fields: Fields,
@@ -53,8 +55,10 @@ class AutoInt(Tower):
             for width in widths
         )
         raw = self.embed.inputs - self.embed.count * embedding_dim
-        self.output = linear(self.embed.count * attention_dim + raw, 1)
-        self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm=batch_norm) if hidden else None
+        self.output = linear(self.embed.count * attention_dim + raw, fields.outputs)
+        self.mlp = (
+            MLP(self.embed.inputs, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs) if hidden else None
+        )
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

@@ -20,6 +20,8 @@ class DCNV2(Tower):
     parallel: y = sigmoid(w^T [x_L, h(x_0)]);  stacked: y = sigmoid(w^T h(x_L))   (section 3.3)
     """
 
+    has_heads = True
+
     def __init__(
         self,
         fields: Fields,
@@ -44,7 +46,7 @@ class DCNV2(Tower):
         self.parallel = structure == "parallel"
         self.cross = nn.ModuleList(_cross(inputs, low_rank) for _ in range(cross_layers))
         self.mlp = MLP(inputs, hidden, dropout, batch_norm=batch_norm, outputs=None)
-        self.output = linear(self.mlp.width + (inputs if self.parallel else 0), 1)
+        self.output = linear(self.mlp.width + (inputs if self.parallel else 0), fields.outputs)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         first = self.embed.flat(numeric_bn, self.embed(numeric_bn, embeddings["v"]))

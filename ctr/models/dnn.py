@@ -13,13 +13,15 @@ from tessera.ctr.models.tower import Fields, Tower
 class DNN(Tower):
     """y = sigmoid(MLP(concat_i e_i))"""
 
+    has_heads = True
+
     def __init__(
         self, fields: Fields, embedding_dim: int, hidden: Sequence[int], dropout: float, *, batch_norm: bool
     ) -> None:
         super().__init__()
         self.embedding_dims = {"v": embedding_dim}
         self.embed = FieldEmbedding(fields, embedding_dim)
-        self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm=batch_norm)
+        self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

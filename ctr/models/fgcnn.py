@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,12 +49,13 @@ class FGCNN(Tower):
             self.embed.count, embedding_dim, channels, kernel, pool, recombined, batch_norm=conv_batch_norm
         )
         generated = tuple(f"generated_{number}" for number in range(self.generate.count))
-        everything = Fields(fields.numeric, fields.ids + generated, fields.embed_numeric)
+        everything = replace(fields, ids=fields.ids + generated)
         self.classifier = instantiate(classifier, "model.classifier", everything, embedding_dim=embedding_dim)
         if self.classifier.embedding_dims.get("v") != embedding_dim or "generation" in self.classifier.embedding_dims:
             raise ConfigError(
                 f"model.classifier.target is {classifier['target']}; expected a model that reads one group of vectors"
             )
+        self.has_heads = self.classifier.has_heads
         self.embedding_dims = {**self.classifier.embedding_dims, "generation": embedding_dim}
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:

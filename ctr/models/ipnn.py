@@ -17,6 +17,8 @@ class IPNN(Tower):
     The form of the later paper and of the authors' code, without the first one's low-rank approximation.
     """
 
+    has_heads = True
+
     def __init__(
         self, fields: Fields, embedding_dim: int, hidden: Sequence[int], dropout: float, *, batch_norm: bool
     ) -> None:
@@ -25,7 +27,9 @@ class IPNN(Tower):
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("IPNN", self.embed.count)
         self.products = InnerProducts(self.embed.count)
-        self.mlp = MLP(self.embed.inputs + self.products.count, hidden, dropout, batch_norm=batch_norm)
+        self.mlp = MLP(
+            self.embed.inputs + self.products.count, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs
+        )
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

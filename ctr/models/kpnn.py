@@ -20,6 +20,8 @@ class KPNN(Tower):
     K_ij is a matrix (mat), a diagonal (vec) or a multiple of the identity (num); it begins as the identity.
     """
 
+    has_heads = True
+
     def __init__(
         self,
         fields: Fields,
@@ -37,7 +39,9 @@ class KPNN(Tower):
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("KPNN", self.embed.count)
         self.products = KernelProducts(self.embed.count, embedding_dim, kernel)
-        self.mlp = MLP(self.embed.inputs + self.products.count, hidden, dropout, batch_norm=batch_norm)
+        self.mlp = MLP(
+            self.embed.inputs + self.products.count, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs
+        )
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

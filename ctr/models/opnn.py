@@ -17,6 +17,8 @@ class OPNN(Tower):
     f f^T is the sum of the outer products of all pairs. A kernel of its own per pair instead of the sum is KPNN.
     """
 
+    has_heads = True
+
     def __init__(
         self, fields: Fields, embedding_dim: int, hidden: Sequence[int], dropout: float, *, batch_norm: bool
     ) -> None:
@@ -24,7 +26,9 @@ class OPNN(Tower):
         self.embedding_dims = {"v": embedding_dim}
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("OPNN", self.embed.count)
-        self.mlp = MLP(self.embed.inputs + embedding_dim**2, hidden, dropout, batch_norm=batch_norm)
+        self.mlp = MLP(
+            self.embed.inputs + embedding_dim**2, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs
+        )
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

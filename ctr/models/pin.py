@@ -21,6 +21,8 @@ class PIN(Tower):
     A small net of its own per pair; each of its layers is linear and layer norm, with ReLU between layers.
     """
 
+    has_heads = True
+
     def __init__(
         self,
         fields: Fields,
@@ -39,7 +41,7 @@ class PIN(Tower):
         need_pairs("PIN", self.embed.count)
         self.subnets = PairNets(self.embed.count, embedding_dim, subnet)
         raw = self.embed.inputs - self.embed.count * embedding_dim
-        self.mlp = MLP(self.subnets.outputs + raw, hidden, dropout, batch_norm=batch_norm)
+        self.mlp = MLP(self.subnets.outputs + raw, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         pairs_bs = self.subnets(self.embed(numeric_bn, embeddings["v"]))

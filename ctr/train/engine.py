@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.ctr.config import Config
@@ -18,6 +17,7 @@ from tessera.ctr.train.optimizers import Optimizers
 from tessera.ctr.train.progress import Progress
 from tessera.ctr.train.state_parts import ModelState, Stateful
 from tessera.ctr.train.step_pipeline import StepPipeline
+from tessera.ctr.train.task_loss import TaskLoss
 from tessera.distributed.rank import Process
 from tessera.distributed.tables import Tables, as_dynamic, as_sharded
 from tessera.embedding.errors import ConfigError
@@ -30,7 +30,7 @@ class Engine:
     Attributes:
         model: the sharded `network`; plan: how its tables are sharded, as text.
         dynamic: the tables once more if they are dynamic ones, which have steps, expiry and scales; else None.
-        distil: the teacher's part of the loss, if there is one.
+        loss: that to the labels; distil: the teacher's part of it, if there is one.
         progress: where training stands; its step and clock move with each step.
         pipeline: gets batches ready for their steps.
 
@@ -46,6 +46,7 @@ class Engine:
         self.tables: Tables = self.network.tables
         self.sharded, self.dynamic = as_sharded(self.tables), as_dynamic(self.tables)
         self.optimizers = Optimizers(config.optimizer, self.model)
+        self.loss = TaskLoss(schema.tasks, self.network.tower, process, config.trainer.loss_divisor)
         distil = config.trainer.distil
         self.distil = None if distil.kind == "none" else Distillation(distil, process.device)
         self.progress = Progress()
@@ -76,7 +77,7 @@ class Engine:
         self.network.step = self.step  # of which dropout draws its masks
         with self.pipeline.next_begun():
             logits, embeddings = self.model(batch)
-        loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
+        loss_sum = self.loss(logits, batch, ready.weight)
         teacher_loss = self.distil.loss(logits, batch) if self.distil else 0.0
         check_loss(loss_sum + teacher_loss, self.network, batch, embeddings, self.step)
         watch_gradients(self.network, embeddings)
@@ -91,7 +92,7 @@ class Engine:
         check_gradients(self.network.dense_parameters(), self.step)
         self.optimizers.step()
         if learn_scales:
-            self._learn_scales(batch, loss_scale)
+            self._learn_scales(batch, ready.weight, loss_scale)
         self.progress.step += 1
         return loss_sum.detach(), batch.weight.sum()
 
@@ -115,14 +116,14 @@ class Engine:
         assert every is not None  # without it no table has a scale to learn
         return self.step % every == 0
 
-    def _learn_scales(self, batch: Batch, loss_scale: float) -> None:
+    def _learn_scales(self, batch: Batch, weight: float, loss_scale: float) -> None:
         """Run ALPT's second pass over the batch: the gradient of the loss to the updated rows as they would be rounded,
         and from it the scales with which they are stored. The tower has been updated and takes no part."""
         assert self.dynamic is not None  # no others learn scales
         self.process.stage = f"step {self.step}: scales"
         with self.dynamic.second_pass():
             logits, embeddings = self.network(batch)
-            loss_sum = F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
+            loss_sum = self.loss(logits, batch, weight)
             loss_sum = loss_sum + (self.distil.loss(logits, batch, count=False) if self.distil else 0.0)
             check_loss(loss_sum, self.network, batch, embeddings, self.step)
             watch_gradients(self.network, embeddings)

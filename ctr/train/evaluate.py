@@ -21,7 +21,8 @@ from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.listing import Listing
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.metrics.streaming import StreamingMetrics
+from tessera.ctr.instantiate import class_of
+from tessera.ctr.metrics.tasks import TaskMetrics
 from tessera.ctr.report.predictions import REQUIRED, SPLIT_OF_FILE
 from tessera.ctr.runs.slice_columns import SliceColumn
 from tessera.ctr.train.step_pipeline import to_device
@@ -79,6 +80,7 @@ def open_reader(
         replay_weight=trainer.replay.weight,
         # Numbers of rows tell two runs' predictions apart, and the teacher's.
         numbered=not training or trainer.distil.kind != "none",
+        nested=bool(getattr(class_of(config.model), "is_nested", False)),
         folders=DayFolders.of(data.partition),
         marker=config.daily.marker,
     )
@@ -127,14 +129,14 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    metrics = StreamingMetrics().to(process.device)
+    metrics = TaskMetrics(reader.schema.tasks, process.device)
     columns = [SliceColumn(reader.schema, name, reader.groups.unsigned) for name in slices]
     writer = _PredictionWriter(predictions, split, process.rank, columns) if predictions else None
     for number, batch in enumerate(reader.epoch(0)):
         process.stage = f"evaluation of {split}, batch {number}"
         batch = to_device(batch, process.device)
         logits, _ = model(batch)
-        metrics.update(logits, batch.labels[:, 0], batch.weight)
+        metrics.update(logits, batch.labels, batch.known, batch.weight)
         if writer:
             writer.write(logits, batch, rows_with_new_ids(model.module.tables, batch.ids) if mark_new_ids else None)
     if writer:

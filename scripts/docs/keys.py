@@ -21,6 +21,8 @@ from omegaconf import MISSING, OmegaConf
 from tessera.ctr.config import Config, load_config
 from tessera.ctr.config_help import text_of
 from tessera.ctr.data.convert.csv import CsvConfig
+from tessera.ctr.data.labels import LabelConfig
+from tessera.ctr.data.schema import SchemaConfig
 from tessera.ctr.table_settings import TableSettings
 from tessera.embedding.settings import comment_of, default_of
 from tessera.scripts.docs.comments import of_dataclass, of_yaml
@@ -131,6 +133,8 @@ def _of_dataclass(
         anchor = f"{prefix or 'prepare.'}{field.name}"
         keys.append(Key(prefix + field.name, _type_name(hints[field.name]), default, comment, anchor))
     yield Section(title, level, heading, keys)
+    if kind is SchemaConfig:  # a label is its name alone, or a mapping
+        inner.insert(0, (f"{prefix}labels[]", LabelConfig, _docstring(LabelConfig)))
     for name, part, said in inner:
         yield from _of_dataclass(name, part, said or _docstring(part), composed, 3)
 

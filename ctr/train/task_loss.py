@@ -1,0 +1,91 @@
+"""The loss of a step: each label's over the rows in which it counts, summed.
+
+    L = sum_t w_t sum_b s_b m_bt loss_t(z_bt, y_bt) / sum_b s_b      s: sample weight, m: the label counts in the row
+
+The divisor is the weight of all rows of the global batch, the same for every label: with one for each label, their
+weights against each other would change from batch to batch as conversions come and go. `trainer.loss_divisor: task`
+has it so nevertheless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.label_spaces import joint_label, joint_logit, known_in_space
+from tessera.ctr.data.labels import Label
+from tessera.ctr.models.tower import Tower
+from tessera.ctr.train.losses import RANKED, loss_of_rows, ranking_loss
+from tessera.distributed.collectives import gather, sum_over_ranks
+from tessera.distributed.rank import Process
+
+
+class TaskLoss:
+    """The loss of a batch to its labels, as this rank's part of a sum over all ranks."""
+
+    def __init__(self, labels: Sequence[Label], tower: Tower, process: Process, divisor: str = "batch") -> None:
+        """divisor: batch | task, see `trainer.loss_divisor`."""
+        self._labels, self._joint, self._process = tuple(labels), tower.trains_joint, process
+        self._by_task = divisor == "task"
+        of_tower = tower.loss_weights or (1.0,) * len(self._labels)
+        self._weights = [label.weight * factor for label, factor in zip(self._labels, of_tower, strict=True)]
+        one = len(self._labels) == 1 and self._weights == [1]
+        self._plain = one and self._labels[0].is_plain and not self._by_task
+
+    def __call__(self, logits: Tensor, batch: Batch, weight: float) -> Tensor:
+        """Return the loss of this rank's rows, summed by their weights. Collective where rows of a group are compared,
+        and with divisor task.
+
+        logits: [B], or [B, T]. weight: of the global batch, by which the caller divides.
+        """
+        if self._plain and batch.known is None:
+            return F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
+        logits_bt = logits.unsqueeze(1) if logits.dim() == 1 else logits
+        parts = [self._masked(number, logits_bt, batch) for number in range(len(self._labels))]
+        losses = torch.stack([self._of(number, *part, batch) for number, part in enumerate(parts)])
+        factors = losses.new_tensor(self._weights)
+        if self._by_task:
+            sums = torch.stack([mask_weight.sum() for _, _, mask_weight in parts]).detach()
+            sum_over_ranks(sums)
+            factors = factors * torch.where(sums > 0, weight / sums, 0.0)
+        return (factors * losses).sum()
+
+    def _masked(self, number: int, logits_bt: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logit, label and weight of a label, [B] each; the weight is 0 where it does not count."""
+        if self._joint and self._labels[number].parent is not None:
+            value, mask = joint_label(self._labels, number, batch.labels, batch.known)
+            logit = joint_logit(self._labels, number, logits_bt)
+        else:
+            value, logit = batch.labels[:, number], logits_bt[:, number]
+            mask = known_in_space(self._labels, number, batch.labels, batch.known)
+        return logit, value, batch.weight if mask is None else batch.weight * mask
+
+    def _of(self, number: int, logit: Tensor, value: Tensor, weight: Tensor, batch: Batch) -> Tensor:
+        label = self._labels[number]
+        loss = (weight * loss_of_rows(label, logit, value)).sum()
+        if label.loss not in RANKED:
+            return loss
+        assert batch.group is not None  # the schema asks for it
+        return label.mix * loss + (1 - label.mix) * self._ranked(label, logit, value, weight, batch.group)
+
+    def _ranked(self, label: Label, logit: Tensor, value: Tensor, weight: Tensor, group: Tensor) -> Tensor:
+        """Return the ranking loss of this rank's rows, among the rows of all ranks.
+
+        Its value is that of own rows, so that ranks add up to the whole; its gradient is that of the whole, as an own
+        logit stands in the losses of other ranks' rows, too. So every rank computes the whole, and none has to wait for
+        another in the backward pass.
+        """
+        rank, rows = self._process.rank, len(logit)
+        everyone = gather(torch.cat([logit.detach(), value, weight])).unflatten(1, (3, rows))
+        logits = everyone[:, 0].clone()
+        logits[rank] = logit
+        groups = gather(group)
+        losses = ranking_loss(
+            label, logits.flatten(), everyone[:, 1].flatten(), everyone[:, 2].flatten(), groups.flatten()
+        )
+        total, own = losses.sum(), losses.view(-1, rows)[rank].sum()
+        return total + (own - total).detach()
