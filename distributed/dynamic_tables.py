@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
-from tessera.distributed.ages import ages_at, ages_of_ranks, unpacked
-from tessera.distributed.distinct_ids import ALL_TABLES, DistinctIds, distinct_ids
+from tessera.distributed.collectives import ranks
+from tessera.distributed.distinct_ids import ALL_TABLES, distinct_ids
+from tessera.distributed.event_times import times_of_ranks
 from tessera.distributed.fields import OnDevice, chosen, mixed, scale_to_mean
 from tessera.distributed.host_manager import CacheStats, HostManager
 from tessera.distributed.module_names import module_name
@@ -33,7 +34,7 @@ from tessera.distributed.torchrec.bag_sharding import DynamicBagKernel, DynamicB
 from tessera.distributed.torchrec.codecs import codecs
 from tessera.distributed.torchrec.ids_prefetch import IdsPrefetch, PrefetchedBatch
 from tessera.distributed.torchrec.kernel import Counted, DynamicTableKernel, Pass
-from tessera.distributed.torchrec.row_sharding import DYNAMIC, DynamicSharder
+from tessera.distributed.torchrec.row_sharding import DYNAMIC, AskedRows, DynamicSharder
 from tessera.embedding.cached_table import CachedTable
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.table import DynamicTable
@@ -84,9 +85,9 @@ class DynamicTables(nn.Module):
         self._manager: HostManager | None = None
         self._prefetched: deque[PrefetchedBatch] = deque()
         self._transport = transport
-        self._asked: DistinctIds | None = None  # by the pass before, for the second one
+        self._first: PrefetchedBatch | None = None  # of the pass before, for the second one
         self._second = False
-        self._ages: Tensor | None = None  # of the coming step's rows, where it is not prepared
+        self._times: Tensor | None = None  # of the coming step's rows, where it is not prepared
         self._keeps_squares = squares
         self._squares: list[Tensor] = []  # of each path, in the last forward pass in training
         self.tables, self.expected_rows = list(tables), expected_rows
@@ -145,11 +146,8 @@ class DynamicTables(nn.Module):
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Return group -> [B, fields, dim] float32, zeros for empty bags. ids: raw int64 ids, stride B."""
         first = self.training and not self._second
-        prefetched = (
-            self._prefetched.popleft()
-            if first and self._prefetched
-            else self._begun(ids, self._ages if first else None)
-        )
+        begun = first and self._prefetched
+        prefetched = self._prefetched.popleft() if begun else self._begun(ids, self._times if first else None)
         assert prefetched.ids is ids, "another batch was prepared for this step"
         paths = []
         self._squares = []
@@ -167,48 +165,54 @@ class DynamicTables(nn.Module):
         return embeddings if self.projections is None else self.projections(embeddings, frozen=self._second)
 
     @torch.no_grad()
-    def prepare(self, ids: KeyedJaggedTensor, now: int, times: Tensor | None = None) -> Any:
-        """Merge the ids of a coming training batch and begin to send them to their owners; with `prefetches` send
-        them, and let a thread of each owner bring the rows to the device. Collective: on all ranks in the same place.
+    def begin(self, ids: KeyedJaggedTensor, times: Tensor | None = None, told: Tensor | None = None) -> PrefetchedBatch:
+        """Merge the ids of a coming training batch and begin to send them to their owners. Collective: on all ranks in
+        the same place; `bring` follows.
 
-        now, times: as for `begin_step`. Batches are prepared in the order of their steps, whose forward pass takes
-        the same `ids`; that of the next step at the earliest when this step begins. With `prefetches` nothing may be
-        asked of the tables from then on, evaluation and saving included, until that step has begun. Returns what holds
-        the memory that the step will use.
+        times: int64 [B] of the events in its rows; told: float64 [n], what this rank tells all others, where `tells`.
+        Batches are begun in the order of their steps, whose forward pass takes the same `ids`; that of the next step at
+        the earliest when this step begins. With `prefetches` nothing may be asked of the tables from then on,
+        evaluation and saving included, until that step has begun. Returns what holds the memory that the step will use.
         """
         assert self.training
-        prefetched = self._begun(ids, None if times is None else ages_at(now, times))
+        begun = self._begun(ids, times)
         if self.collection is not None:
-            prefetched.asked = self._distinct(self._on_row_path(ids), prefetched.ages)
-            prefetched.rows = IdsPrefetch(self.collection, prefetched.asked.ids)
+            self._ask(begun, told)
         if self.bags is not None:
-            prefetched.bags = IdsPrefetch(self.bags, mixed(self._pools_before_exchange(ids)))
-        if self.prefetches:
-            self._bring(prefetched, now)
-        self._prefetched.append(prefetched)
-        return prefetched
+            begun.bags = IdsPrefetch(self.bags, mixed(self._pools_before_exchange(ids)))
+        self._prefetched.append(begun)
+        return begun
 
-    def _begun(self, ids: KeyedJaggedTensor, ages: Tensor | None) -> PrefetchedBatch:
-        """Return a batch of which nothing is sent yet except, for the pooled output dist, the ages of its rows."""
-        return PrefetchedBatch(ids, ages, None if ages is None or self.bags is None else ages_of_ranks(ages))
+    @property
+    def tells(self) -> bool:
+        """Whether what a rank tells the others travels with its ids: among several, where tables answer with rows."""
+        return self.collection is not None and ranks() > 1
+
+    def bring(self, now: int) -> None:
+        """With `prefetches` send the ids of the batch that was begun last, and let a thread of each owner bring their
+        rows to the device. now: as for `begin_step`. Collective."""
+        if not self.prefetches:
+            return
+        batch = self._prefetched[-1]
+        if self._manager is None:
+            self._manager = HostManager(batch.ids.values().device, self._timeout_seconds)
+        for kernel, features in [one for sent in batch.sent() for one in sent.received()]:
+            kernel.prefetch_rows(features, now, self._manager, batch.times_of_ranks)
 
     def send_prepared(self) -> None:
-        """Go on with what `prepare` has begun, as long as the device is busy. Collective."""
-        for prefetched in self._prefetched:
-            for _, sent in self._paths(prefetched):
+        """Go on with what `begin` has begun, as long as the device is busy. Collective."""
+        for batch in self._prefetched:
+            for sent in batch.sent():
                 sent.send()
 
-    def _bring(self, prefetched: PrefetchedBatch, now: int) -> None:
-        if self._manager is None:
-            self._manager = HostManager(prefetched.ids.values().device, self._timeout_seconds)
-        for module, received in [(module, sent.send()) for module, sent in self._paths(prefetched)]:
-            for kernel, features in module.received(received):
-                kernel.prefetch_rows(features, now, self._manager, prefetched.ages_of_ranks)
+    def _begun(self, ids: KeyedJaggedTensor, times: Tensor | None) -> PrefetchedBatch:
+        """Return a batch of which nothing is sent yet except, for the pooled output dist, the times of its rows."""
+        return PrefetchedBatch(ids, times, None if times is None or self.bags is None else times_of_ranks(times))
 
-    def _paths(self, prefetched: PrefetchedBatch) -> list[tuple[Any, IdsPrefetch]]:
-        """Return the sharded collections that the batch was sent to, each with its pending ids."""
-        paths = [(self.collection, prefetched.rows), (self.bags, prefetched.bags)]
-        return [(module, sent) for module, sent in paths if sent is not None]
+    def _ask(self, batch: PrefetchedBatch, told: Tensor | None = None) -> None:
+        """Begin to send what the batch asks of the owners of rows."""
+        batch.asked = distinct_ids(self._on_row_path(batch.ids), batch.times, self._fields_of_tables)
+        batch.rows = IdsPrefetch(self.collection, AskedRows(batch.asked, told))
 
     def _on_row_path(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return chosen(ids, self._rows_of_all) if self._bag_fields else ids
@@ -218,22 +222,26 @@ class DynamicTables(nn.Module):
 
     def _sums_of_rows(self, ids: KeyedJaggedTensor, prefetched: PrefetchedBatch) -> Sequence[Tensor]:
         """Return [B, fields, dim] by group, for fields whose tables answer with rows."""
-        if not self._second:
-            self._asked = prefetched.asked or self._distinct(ids, prefetched.ages)
-        assert self._asked is not None, "no first pass"
-        asked = self._asked
-        rows = (self.collection(asked.ids) if prefetched.rows is None else prefetched.rows.answer()).wait()
+        if self._second:
+            assert self._first is not None, "no first pass"
+            prefetched = self._first  # the owners have its ids
+        elif prefetched.rows is None:
+            self._ask(prefetched)
+        asked, sent = prefetched.asked, prefetched.rows
+        assert asked is not None and sent is not None
+        self._first = prefetched if self.learns_scales and self.training else None
+        rows: Tensor = sent.answer().wait()
         if self.oov is not None:
             of_tables = zip(rows.split(asked.of_tables), self._row_tables, strict=True)
             rows = torch.cat([self._with_oov(answered, table) for answered, table in of_tables])
         if self._keeps_squares and self.training:
-            self._squares.append((rows.square().sum(1) * unpacked(asked.ids.weights())[0].to(rows)).sum())
+            self._squares.append((rows.square().sum(1) * asked.counts.to(rows)).sum())
         return self._pool(rows, asked.index, ids)
 
     def _sums_of_owners(self, ids: KeyedJaggedTensor, prefetched: PrefetchedBatch) -> Sequence[Tensor]:
         """Return [B, fields, dim] by group, for fields with a pooled output dist."""
         for kernel in self.bags.kernels():
-            kernel.ages = prefetched.ages_of_ranks
+            kernel.times = prefetched.times_of_ranks
         answered = self.bags(mixed(ids)) if prefetched.bags is None else prefetched.bags.answer()
         if self._keeps_squares and self.training:
             self._squares += [self._squares_of_owner(kernel) for kernel in self.bags.kernels()]
@@ -242,11 +250,10 @@ class DynamicTables(nn.Module):
 
     def _squares_of_owner(self, kernel: DynamicBagKernel) -> Tensor:
         squares, missing = kernel.squares()
-        if self.oov is not None:
-            oov = self.oov[self._bag_tables]
-            oov = oov.detach() if self._second else oov
-            squares = squares + (oov.square().sum(1) * missing).sum()
-        return squares
+        if self.oov is None:
+            return squares
+        oov = self.oov[self._bag_tables]
+        return squares + ((oov.detach() if self._second else oov).square().sum(1) * missing).sum()
 
     def squares_looked_up(self, embeddings: dict[str, Tensor]) -> Tensor:
         """Return the sum of squares of all rows, each as often as the batch looked it up: float32 [], differentiable,
@@ -305,7 +312,7 @@ class DynamicTables(nn.Module):
         learn_scales: the step has a second pass (`second_pass`) in which scales are learned. Rows are stored
         at its end; what the first pass leaves between the two is kept in float32 for the rows of the batch.
         """
-        self._ages = None if times is None or self._prefetched else ages_at(now, times)
+        self._times = None if self._prefetched else times
         for kernel in self._kernels():
             kernel.now = now
             kernel.phase = Pass.FIRST if learn_scales else Pass.ONLY
@@ -385,10 +392,6 @@ class DynamicTables(nn.Module):
             self.oov.zero_()
         if self.projections is not None:
             self.projections.restart()
-
-    def _distinct(self, ids: KeyedJaggedTensor, ages: Tensor | None) -> DistinctIds:
-        """Return what the owners of rows are asked for, and the place of each value of `ids` in it."""
-        return distinct_ids(ids, ages, self._fields_of_tables)
 
     def _pool(self, rows: Tensor, index: Tensor, ids: KeyedJaggedTensor) -> Sequence[Tensor]:
         """Return weighted sums over bags by group, [B, fields, dim]. rows: [distinct, width]; index: [values]."""

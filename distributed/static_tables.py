@@ -118,8 +118,12 @@ class StaticTables(nn.Module):
         scale_bf1 = scale_to_mean(ids, self._averaged).t().unsqueeze(2)
         return {group: emb_bfd * scale_bf1 for group, emb_bfd in embeddings.items()}
 
+    @property
+    def tells(self) -> bool:
+        return False
+
     @torch.no_grad()
-    def prepare(self, ids: KeyedJaggedTensor, now: int, times: Tensor | None = None) -> Any:
+    def begin(self, ids: KeyedJaggedTensor, times: Tensor | None = None, told: Tensor | None = None) -> Any:
         """Begin to send the ids of a coming training batch to the owners of their rows. Collective; as that of
         `DynamicTables`."""
         assert self.training

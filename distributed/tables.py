@@ -51,11 +51,18 @@ class ShardedTables(Tables, Protocol):
         """Return torchrec's sharders for the modules inside."""
         ...
 
-    def prepare(self, ids: KeyedJaggedTensor, now: int, times: Tensor | None = None) -> Any:
-        """Begin to send the ids of a coming training batch to the owners of their rows. Collective. Batches are
-        prepared in the order of their steps. times: int64 [B] of the rows' events, at most `now`, in seconds.
+    @property
+    def tells(self) -> bool:
+        """Whether what a rank tells all others travels with its ids."""
+        ...
 
-        Returns what holds the memory that the step will use.
+    def begin(self, ids: KeyedJaggedTensor, times: Tensor | None = None, told: Tensor | None = None) -> Any:
+        """Begin to send the ids of a coming training batch to the owners of their rows. Collective. Batches are begun
+        in the order of their steps. times: int64 [B] of the rows' events, in seconds; told: float64 [n], what this rank
+        tells all others, where `tells`.
+
+        Returns what holds the memory that the step will use and, where `tells`, has what all ranks told as `told`:
+        float64 [ranks, n], on the host.
         """
         ...
 
@@ -91,6 +98,10 @@ class DynamicTablesProtocol(ShardedTables, Protocol):
 
     def begin_step(self, now: int, *, learn_scales: bool = False, times: Tensor | None = None) -> None:
         """Set the time of the coming training step, in seconds, with which its rows are touched. times: int64 [B]."""
+        ...
+
+    def bring(self, now: int) -> None:
+        """With `prefetches` begin to bring the rows of the batch that was begun last. now: its time, in seconds."""
         ...
 
     def begin_period(self) -> None:

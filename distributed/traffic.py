@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tessera.distributed.message_layout import message_bytes
 from tessera.distributed.torchrec.codecs import bytes_of_number
 
+ONCE = ("ids", "times of rows", "agree")
 KINDS = ("all_to_all", "all_gather", "all_reduce")
 INT32, INT64, FLOAT32, FLOAT64 = 4, 8, 4, 8
 BUCKET, FIRST_BUCKET = 25 << 20, 1 << 20  # of torch's DistributedDataParallel
@@ -50,14 +52,16 @@ class TableLoad:
 class Exchange:
     """What is sent is the same for all tables: ranks, precision, and what travels with ids.
 
-    rows: of one rank's batch, padding included. ages: rows have event times. weights: ids of bags have weights.
+    rows: of one rank's batch, padding included. times: of rows' events travel. weights: ids of bags have weights. told:
+    numbers that a rank tells all others, with its ids where tables answer with rows.
     """
 
     ranks: int
     rows: int
     transport: str = "fp32"
-    ages: bool = False
+    times: bool = False
     weights: bool = False
+    told: int = 0
 
     @property
     def others(self) -> int:
@@ -75,18 +79,25 @@ def of_tables(exchange: Exchange, tables: Sequence[TableLoad]) -> list[Collectiv
         return []
     rows = [table for table in tables if not table.pooled]
     pooled = [table for table in tables if table.pooled]
-    return [*(_of_rows(exchange, rows) if rows else []), *(_of_pooled(exchange, pooled) if pooled else [])]
+    found = [*(_of_rows(exchange, rows) if rows else []), *(_of_pooled(exchange, pooled) if pooled else [])]
+    if exchange.told and not rows:
+        found.append(of_told(exchange))
+    return found
+
+
+def of_told(exchange: Exchange) -> Collective:
+    """Return what ranks tell each other where no ids carry it."""
+    return Collective("agree", "all_gather", 1, exchange.others * exchange.told * FLOAT64, on_host=True)
 
 
 def _of_rows(exchange: Exchange, tables: Sequence[TableLoad]) -> list[Collective]:
     distinct = exchange.share(sum(table.distinct for table in tables))
     values = exchange.share(sum(table.distinct * table.columns for table in tables))
     of_row, of_gradient = bytes_of_number(exchange.transport)
-    count = FLOAT64 if exchange.ages else FLOAT32  # the age is packed with the count
+    count = INT64 if exchange.times else INT32  # the time is packed with the count
+    message = message_bytes(distinct / exchange.others, len(tables), exchange.told, [count])
     return [
-        Collective("sizes", "all_to_all", 2, exchange.others * (4 * INT64 + len(tables) * INT32)),
-        Collective("ids", "all_to_all", 1, distinct * INT64),
-        Collective("counts", "all_to_all", 1, distinct * count),
+        Collective("ids", "all_to_all", 1, exchange.others * message),
         Collective("rows", "all_to_all", 1, values * of_row),
         Collective("gradients", "all_to_all", 1, values * of_gradient),
     ]
@@ -106,15 +117,15 @@ def _of_pooled(exchange: Exchange, tables: Sequence[TableLoad]) -> list[Collecti
     ]
     if exchange.weights:
         found.append(Collective("weights of bags", "all_to_all", 1, ids * FLOAT32))
-    if exchange.ages:
-        found.append(Collective("ages of rows", "all_gather", 1, exchange.others * exchange.rows * INT64))
+    if exchange.times:
+        found.append(Collective("times of rows", "all_gather", 1, exchange.others * exchange.rows * INT64))
     return found
 
 
 def repeated(collectives: Sequence[Collective], share: float) -> list[Collective]:
-    """Return the same messages for steps of which a share has a second pass. Ages are known from the first one."""
+    """Return the same messages for steps of which a share has a second pass. Some are known from the first one."""
     return [
-        one if one.name == "ages of rows" else replace(one, calls=one.calls * (1 + share), sent=one.sent * (1 + share))
+        one if one.name in ONCE else replace(one, calls=one.calls * (1 + share), sent=one.sent * (1 + share))
         for one in collectives
     ]
 

@@ -21,7 +21,6 @@ from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.plan import TableSize
 from tessera.distributed.traffic import (
     FLOAT32,
-    FLOAT64,
     Collective,
     Exchange,
     TableLoad,
@@ -166,10 +165,10 @@ class Planner:
         """Return all messages of a step, the tables' first."""
         if ranks == 1:
             return []
-        exchange = Exchange(ranks, rows, self.config.embedding.transport, self.of_events, self.schema.weighted)
-        numbers = 3 + (sent_times(batch, ranks) if self.of_events else 0)
+        told = 3 + (sent_times(batch, ranks) if self.of_events else 0)
+        transport = self.config.embedding.transport
+        exchange = Exchange(ranks, rows, transport, self.of_events, self.schema.weighted, told)
         found = repeated(of_tables(exchange, loads), second)
-        found.append(Collective("agree", "all_gather", 1, (ranks - 1) * numbers * FLOAT64, on_host=True))
         found += of_dense(ranks, self.cost.parameters + learned)
         if self.cost.norms:
             calls, channels = len(self.cost.norms), sum(self.cost.norms)

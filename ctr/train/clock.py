@@ -1,4 +1,4 @@
-"""Agree between ranks, before a step begins, on the weight of its rows, whether to stop, and the time.
+"""Agree between ranks, before a step's look-ups, on the weight of its rows, whether to stop, and the time.
 
 Rows expire by the clock of the tables. With `embedding.clock: wall` it is the wall clock. By default it follows the
 events of the data, and no single row can move it:
@@ -51,18 +51,18 @@ class Clock:
         self._newest = left_out(config.trainer.batch_size) + 1
         self._sent = sent_times(config.trainer.batch_size, process.world_size)
 
-    def agree(self, batch: Batch, before: int) -> Agreed:
-        """Collective. before: the clock of the step before this one in this epoch, 0 if this is its first."""
+    def tell(self, batch: Batch) -> Tensor:
+        """Return what this rank tells all ranks of its batch: float64 [n], n the same for all."""
         mine = [float(batch.weight.sum()), float(self._process.stop_asked)]
         if not self.of_events:
-            weights, stops, clocks = gather(torch.tensor([*mine, time.time()], dtype=torch.float64)).unbind(1)
-            return Agreed(weights.sum().item(), int(clocks.max()), bool(stops.any()))
-        assert batch.time is not None  # the schema has a time
-        times = batch.time[: batch.rows]
-        of_rank = torch.tensor([*mine, batch.rows], dtype=torch.float64)
-        everyone = gather(torch.cat([of_rank, _newest(times, self._sent)]))
-        weights, stops, rows = everyone[:, :3].unbind(1)
-        now = self._follow(everyone[:, 3:], rows, times, before)
+            return torch.tensor([*mine, time.time()], dtype=torch.float64)
+        return torch.cat([torch.tensor([*mine, batch.rows], dtype=torch.float64), _newest(_times(batch), self._sent)])
+
+    def agree(self, batch: Batch, told: Tensor, before: int) -> Agreed:
+        """Collective, though seldom more is exchanged. told: what all ranks `tell` of a step, [ranks, n]; batch: this
+        rank's; before: the clock of the step before this one in this epoch, 0 if this is its first."""
+        weights, stops, third = told[:, :3].unbind(1)
+        now = self._follow(told[:, 3:], third, _times(batch), before) if self.of_events else int(third.max())
         return Agreed(weights.sum().item(), now, bool(stops.any()))
 
     def _follow(self, newest: Tensor, rows_of_ranks: Tensor, times: Tensor, before: int) -> int:
@@ -88,6 +88,11 @@ class Clock:
         everyone = gather(mine)
         known = torch.cat([one[:count] for one, count in zip(everyone, counts, strict=True)])
         return int(known.kthvalue((rows + 1) // 2).values)
+
+
+def _times(batch: Batch) -> Tensor:
+    assert batch.time is not None  # the schema has a time
+    return batch.time[: batch.rows]
 
 
 def _newest(times: Tensor, count: int) -> Tensor:

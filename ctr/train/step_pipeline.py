@@ -1,8 +1,8 @@
 """The way of a batch into its step, and how the next step's batch goes it while a step is trained.
 
-A batch is agreed on by all ranks, brought to the device, and its ids are sent to the ranks that own their rows. On a
-GPU, or where tables have a cache, that is begun one step before, unless something looks at the tables or the reader
-between the two steps. `Engine.train_step` sees none of it: the result is the same.
+A batch is brought to the device, its ids are sent to the ranks that own their rows, and with them goes what all ranks
+must agree on. On a GPU, or where tables have a cache, that is begun one step before, unless something looks at the
+tables or the reader between the two steps. `Engine.train_step` sees none of it: the result is the same.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.table_settings import shortest_ttl_days
-from tessera.ctr.train.clock import Clock
+from tessera.ctr.train.clock import Agreed, Clock
 from tessera.ctr.train.progress import Progress
+from tessera.distributed.collectives import gather
 from tessera.distributed.rank import Process
 from tessera.distributed.side_stream import SideStream
 from tessera.distributed.tables import Tables, as_dynamic, as_sharded
@@ -48,18 +49,29 @@ class LookAhead:
 class ReadyBatch:
     """A batch on its device, and what all ranks know of its step.
 
-    batch: as it was read; sent: what of it is on its way to other ranks, if anything; times: int64 [B] of its events on
-    the device, if rows are touched with them; weight: summed over the global batch; now: what time it is for the
-    tables, in seconds; stop: whether to leave after its step.
+    batch: as it was read; told: what this rank says of it; sent: what of it is on its way to other ranks, if anything;
+    times: int64 [B] of its events on the device, if rows are touched with them; agreed: by all ranks, once that is
+    known.
     """
 
     batch: Batch
     on_device: Batch
+    told: Tensor
     sent: Any
     times: Tensor | None
-    weight: float
-    now: int
-    stop: bool
+    agreed: Agreed | None = None
+
+    @property
+    def weight(self) -> float:
+        """Summed over the global batch."""
+        assert self.agreed is not None
+        return self.agreed.weight
+
+    @property
+    def now(self) -> int:
+        """What time it is for the tables, in seconds."""
+        assert self.agreed is not None
+        return self.agreed.now
 
 
 class StepPipeline:
@@ -72,8 +84,9 @@ class StepPipeline:
 
     def __init__(self, config: Config, tables: Tables, process: Process, progress: Progress) -> None:
         self._config, self._process, self._progress = config, process, progress
-        self._tables, rows = as_sharded(tables), as_dynamic(tables)
-        self.overlaps = process.device.type == "cuda" or (rows is not None and rows.prefetches)
+        self._tables, self._rows = as_sharded(tables), as_dynamic(tables)
+        self._brings = self._rows is not None and self._rows.prefetches
+        self.overlaps = process.device.type == "cuda" or self._brings
         self.stopping = False
         self._expires = shortest_ttl_days(config) is not None
         self._clock = Clock(config, process)
@@ -100,30 +113,43 @@ class StepPipeline:
         ready, self._next = self._next, None
         if ready is None:
             ready = self._begin(batch)
-        assert ready.batch is batch
+            self._agree(ready)
+        assert ready.batch is batch and ready.agreed is not None
         self._side.begin_step(ready)
-        self._progress.now, self.stopping = ready.now, ready.stop
+        self._progress.now, self.stopping = ready.agreed.now, ready.agreed.stop
         return ready
 
     @contextmanager
     def next_begun(self) -> Iterator[None]:
         """Wrap the forward pass of a step: begin with the next step's batch before it. After it, with the device busy,
-        send that batch's ids, of which their owners know the number now."""
+        the host takes what came with that batch's ids."""
         self._next = self._begin_next()
         yield
+        if self._next is not None and self._next.agreed is None:
+            self._agree(self._next)
         if self._tables:
             with self._side.queued():
                 self._tables.send_prepared()
 
     def _begin(self, batch: Batch) -> ReadyBatch:
-        """Agree on a batch, bring it to the device and, where steps overlap, begin to send its ids to their owners."""
-        agreed = self._clock.agree(batch, self._progress.now)  # before the copy: these are numbers for the host
+        """Bring a batch to the device; where steps overlap, or ranks agree by it, begin to send its ids to their
+        owners."""
+        told = self._clock.tell(batch)  # before the copy: these are numbers for the host
         with self._side.queued():
             on_device = to_device(batch, self._process.device)
             times = on_device.time if self._clock.of_events else None
-            tables = self._tables if self.overlaps else None
-            sent = None if tables is None else tables.prepare(on_device.ids, agreed.now, times)
-        return ReadyBatch(batch, on_device, sent, times, *agreed)
+            sent = None
+            if self._tables and (self.overlaps or self._tables.tells):
+                sent = self._tables.begin(on_device.ids, times, told)
+        return ReadyBatch(batch, on_device, told, sent, times)
+
+    def _agree(self, ready: ReadyBatch) -> None:
+        """Let all ranks agree on a batch, and bring its rows to the caches of tables."""
+        with self._side.queued():
+            told = ready.sent.told if self._tables and self._tables.tells else gather(ready.told)
+            ready.agreed = self._clock.agree(ready.batch, told, self._progress.now)
+            if self._rows is not None and ready.sent is not None:
+                self._rows.bring(ready.agreed.now)
 
     def _begin_next(self) -> ReadyBatch | None:
         """Begin with the next step's batch, if there is one and nothing must happen before it."""
@@ -131,7 +157,12 @@ class StepPipeline:
             return None
         coming = self._coming.peek()
         self._process.stage = f"step {self._progress.step}: forward"
-        return None if coming is None else self._begin(coming)
+        if coming is None:
+            return None
+        ready = self._begin(coming)
+        if self._brings:  # while this step is computed
+            self._agree(ready)
+        return ready
 
     def _pauses_after(self, step: int) -> bool:
         """Return whether rows may expire, or there is an evaluation, a saved state or the end, between a step and the

@@ -30,7 +30,7 @@ from torchrec.distributed.types import (
 )
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tessera.distributed.ages import ages_of_values, least
+from tessera.distributed.event_times import latest, times_of_values
 from tessera.distributed.torchrec.kernel import DynamicTableKernel, Request
 from tessera.distributed.torchrec.row_sharding import DYNAMIC, HasKernels, RawIdsDist, RowWiseDynamic, raw_ids_dist
 from tessera.kernels.unique import unique_inverse
@@ -80,23 +80,23 @@ class DynamicBagKernel(DynamicTableKernel):
         missing = (rows[:, -1].detach() * counts).split([b - a for a, b in pairwise(request.bounds)])
         return squares, torch.stack([one.sum() for one in missing])
 
-    def request(self, features: KeyedJaggedTensor, ages: Tensor | None) -> Request:
+    def request(self, features: KeyedJaggedTensor, times: Tensor | None) -> Request:
         values, ends, key = features.values(), features.offset_per_key(), 0
         places, bounds = torch.empty_like(values), [0]
         distinct, counts = [], []
-        if ages is not None:
-            ages = ages_of_values(features, ages)
+        if times is not None:
+            times = times_of_values(features, times)
         for count in self._features:
             span = slice(ends[key], ends[key + count])
-            unique, inverse, times = unique_inverse(values[span])
+            unique, inverse, occurrences = unique_inverse(values[span])
             places[span] = inverse + bounds[-1]
             bounds.append(bounds[-1] + unique.numel())
             distinct.append(unique)
-            counts.append(times)
+            counts.append(occurrences)
             key += count
-        if ages is not None:
-            ages = least(ages, places, bounds[-1])
-        return Request(torch.cat(distinct), torch.cat(counts), ages, bounds, places)
+        if times is not None:
+            times = latest(times, places, bounds[-1])
+        return Request(torch.cat(distinct), torch.cat(counts), times, bounds, places)
 
 
 class DynamicBagLookup(GroupedPooledEmbeddingsLookup):

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tessera.distributed.ages import least, unpacked
+from tessera.distributed.event_times import ages_at, latest, unpacked
 from tessera.distributed.host_manager import HostManager
+from tessera.distributed.id_exchange import ReceivedIds
 from tessera.distributed.module_names import module_name
 from tessera.distributed.projections import columns_in
 from tessera.embedding.alpt import TwoPassUpdate
@@ -74,14 +74,14 @@ class Counted(NamedTuple):
 @dataclass
 class Request:
     """Look-ups of one batch in all tables of a kernel. mixed: int64 [n], those of table t from bounds[t] on; counts:
-    [n]; ages: int64 [n], seconds before the batch's time at which each id was last seen, None: all at that time.
+    [n]; times: int64 [n], of the latest event of each id, None: that of the batch.
     places: int64, for each id of a bag its place in mixed, with the pooled output dist. order: int64 [n], where each
     look-up stood among those that came, None: there. found: by table, once the ids
     are looked up; counted: by table at that moment, for a batch that is prefetched."""
 
     mixed: Tensor
     counts: Tensor
-    ages: Tensor | None
+    times: Tensor | None
     bounds: list[int]
     places: Tensor | None = None
     order: Tensor | None = None
@@ -113,7 +113,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     Attributes:
         tables: in the order of torchrec's grouped config.
         now: time of the batch in seconds, set by the caller before each training step, as phase is.
-        ages: with the pooled output dist, of the rows of all ranks' batches: int64 [stride], or None. Set as now is.
+        times: with the pooled output dist, of the rows of all ranks' batches: int64 [stride], or None. Set as now is.
     """
 
     def __init__(self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None):
@@ -134,7 +134,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         self._prefetched: deque[Callable[[], Request]] = deque()
         self._counted: list[Counted] = []
         self.now = 0
-        self.ages: Tensor | None = None
+        self.times: Tensor | None = None
         self.phase = Pass.ONLY
         # Per table, between the two passes: the rows, their numbers and the inverse.
         self._updates: list[tuple[TwoPassUpdate, Tensor, Tensor | None]] = []
@@ -151,19 +151,17 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         assert config.fused_params is not None
         return list(config.fused_params["row_tables"])
 
-    def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        """Return the rows asked for, [n, width]. features: one key, of each rank the ids of one table after the other;
-        stride = ranks x tables, values mixed ids, weights their counts."""
+    def forward(self, features: Any) -> Tensor:
+        """Return the rows asked for, [n, width], in the order in which ids came. features: `ReceivedIds`, whose kinds
+        are the tables, with counts and times `packed`."""
         return self.rows(self.next_request(features))
 
-    def prefetch_rows(
-        self, features: KeyedJaggedTensor, now: int, manager: HostManager, ages: Tensor | None = None
-    ) -> None:
+    def prefetch_rows(self, features: Any, now: int, manager: HostManager, times: Tensor | None = None) -> None:
         """Let the thread look up the ids of a coming training batch and bring its rows. Steps take what was brought in
-        the order of these calls, each with the features that it has been given. ages: as the attribute."""
+        the order of these calls, each with the features that it has been given. times: as the attribute."""
 
         def work() -> Request:
-            request = self.request(features, ages)
+            request = self.request(features, times)
             request.found = self.find(request, now)
             request.counted = [Counted.of(table) for table in self.tables]
             return request
@@ -173,10 +171,10 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         future = manager.submit(work)
         self._prefetched.append(lambda: manager.result(future))
 
-    def next_request(self, features: KeyedJaggedTensor) -> Request:
+    def next_request(self, features: Any) -> Request:
         """Return the request of a batch: the prefetched one, if there is one and it is for this step."""
         if not (self._prefetched and self.training) or self.phase is Pass.SECOND:
-            return self.request(features, self.ages)
+            return self.request(features, self.times)
         request = self._prefetched.popleft()()
         for table in self._cached():
             table.prefetched -= 1
@@ -192,17 +190,12 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         yet."""
         return self._counted if self._prefetched else [Counted.of(table) for table in self.tables]
 
-    def request(self, features: KeyedJaggedTensor, ages: Tensor | None) -> Request:
-        """Return the look-ups of a batch. ages: of rows, with the pooled output dist; here ages travel with the ids
+    def request(self, features: Any, times: Tensor | None) -> Request:
+        """Return the look-ups of a batch. times: of rows, with the pooled output dist; here they travel with the ids
         instead."""
-        counts, ages = unpacked(features.weights())
-        lengths_rt = features.lengths().view(-1, len(self.tables)).long()
-        if lengths_rt.shape[0] == 1:
-            return Request(features.values(), counts, ages, features.offsets().tolist())
-        order = by_table(lengths_rt, features.values().numel())
-        bounds = [0, *lengths_rt.sum(0).cumsum(0).tolist()]
-        ages = None if ages is None else ages[order]
-        return Request(features.values()[order], counts[order], ages, bounds, order=order)
+        assert isinstance(features, ReceivedIds)
+        counts, times = unpacked(features.columns[0])
+        return Request(features.ids, counts, times, features.bounds, order=features.order)
 
     def rows(self, request: Request) -> Tensor:
         """Return the rows asked for, [n, width], differentiable."""
@@ -213,14 +206,14 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         """Look the ids of a batch up in all tables, in training with all that this changes."""
         found, bounds = [], request.bounds
         ids_of_all, counts_of_all = unmix64(request.mixed), request.counts
+        seen_of_all = None if request.times is None else now - ages_at(now, request.times)
         for table, begin, end in zip(self.tables, bounds, bounds[1:], strict=False):
             ids, counts, inverse = ids_of_all[begin:end], counts_of_all[begin:end], None
-            ages = None if request.ages is None else request.ages[begin:end]
+            seen = now if seen_of_all is None else seen_of_all[begin:end]
             if self.repeats:
                 ids, inverse, _ = unique_inverse(ids)
                 counts = torch.zeros_like(ids).index_add_(0, inverse, counts)
-                ages = None if ages is None else least(ages, inverse, ids.numel())
-            seen = now if ages is None else now - ages
+                seen = latest(seen, inverse, ids.numel()) if isinstance(seen, Tensor) else seen
             found.append(FoundRows(*self._rows_of(table, ids, counts, seen), ids, inverse))
         return found
 
@@ -336,18 +329,6 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
 def _cut(grads: Tensor, columns: Tensor | None) -> Tensor:
     """Return the gradients of the columns that a table has."""
     return grads if columns is None else grads.index_select(1, columns)
-
-
-def by_table(lengths_rt: Tensor, count: int) -> Tensor:
-    """Return the places of `count` look-ups in the order of tables, and of ranks in each: int64 [count].
-
-    lengths_rt: int64 [ranks, tables], of what stands one behind the other, of each rank table after table.
-    """
-    lengths = lengths_rt.flatten()
-    begins_tr = (lengths.cumsum(0) - lengths).view_as(lengths_rt).t().flatten()
-    lengths_tr = lengths_rt.t().flatten()
-    shift = begins_tr - (lengths_tr.cumsum(0) - lengths_tr)
-    return torch.arange(count, device=lengths.device) + shift.repeat_interleave(lengths_tr, output_size=count)
 
 
 class _LookUp(torch.autograd.Function):

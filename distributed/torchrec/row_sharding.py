@@ -1,14 +1,18 @@
 """Dynamic tables under torchrec's row-wise sharding: the few places where its classes let a kernel of one's own in.
 
-torchrec moves raw 64-bit ids unchanged when each table claims as many rows as there are ranks (block size 1): the
-owner of a value is then the value modulo the ranks. We send mixed ids, so owners are balanced whatever the ids are.
+torchrec plans, shards and holds the tables. Where tables answer with rows, ids, rows and gradients travel in messages
+of our own, one each (`id_exchange.py`), instead of torchrec's input and output dist.
+Bags go torchrec's way: it moves raw 64-bit ids unchanged when each table claims as many rows as there are ranks (block
+size 1): the owner of a value is then the value modulo the ranks. We send mixed ids, so owners are balanced whatever the
+ids are.
 `tests/distributed/test_torchrec_contract.py` fails when a torchrec release moves one of these places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -25,14 +29,25 @@ from torchrec.distributed.embedding_types import (
     BaseGroupedFeatureProcessor,
     EmbeddingComputeKernel,
     GroupedEmbeddingConfig,
-    KJTList,
 )
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import BaseRwEmbeddingSharding, RwSparseFeaturesDist
-from torchrec.distributed.types import Awaitable, ParameterSharding, QuantizedCommCodecs, ShardingEnv, ShardingType
+from torchrec.distributed.types import (
+    Awaitable,
+    CommOp,
+    NoWait,
+    ParameterSharding,
+    QuantizedCommCodecs,
+    ShardingEnv,
+    ShardingType,
+)
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from tessera.distributed.distinct_ids import DistinctIds
+from tessera.distributed.event_times import packed
+from tessera.distributed.id_exchange import IdExchange, OutgoingIds, ReceivedIds, SentIds
 from tessera.distributed.ownership import owner_of
+from tessera.distributed.torchrec.answers import answer
 from tessera.distributed.torchrec.kernel import DynamicTableKernel
 
 DYNAMIC = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
@@ -152,13 +167,36 @@ class HasKernels:
 
     _lookups: list[Any]  # torchrec's
 
-    def received(self, features: KJTList) -> Iterator[tuple[DynamicTableKernel, KeyedJaggedTensor]]:
+    def received(self, features: Any) -> Iterator[tuple[DynamicTableKernel, Any]]:
         """Yield each kernel with the features that it will be asked for."""
         for lookup, one in zip(self._lookups, features, strict=True):
             yield from zip(lookup._emb_modules, one.split(lookup._feature_splits), strict=True)
 
     def kernels(self) -> list[DynamicTableKernel]:
         return [kernel for lookup in self._lookups for kernel in lookup._emb_modules]
+
+
+@dataclass(frozen=True)
+class AskedRows:
+    """What a rank asks for, and what it tells all others with it, float64 [n]."""
+
+    ids: DistinctIds
+    told: Tensor | None = None
+
+
+class SentRows(Awaitable[Awaitable[ReceivedIds]]):
+    """torchrec's form of `SentIds`."""
+
+    def __init__(self, sent: SentIds) -> None:
+        super().__init__()
+        self._sent = sent
+
+    @property
+    def told(self) -> Tensor:
+        return self._sent.told
+
+    def _wait_impl(self) -> Awaitable[ReceivedIds]:
+        return NoWait(self._sent.received())
 
 
 class DynamicSharding(RwSequenceEmbeddingSharding):
@@ -175,13 +213,34 @@ class DynamicSharding(RwSequenceEmbeddingSharding):
 
 
 class ShardedDynamicCollection(HasKernels, ShardedEmbeddingCollection):
-    def compute_and_output_dist(self, ctx: EmbeddingCollectionContext, input: KJTList) -> Awaitable[Tensor]:
-        """Return the rows of all features, one feature's behind the other's, float32 [n, dim]: torchrec's answer before
-        it is cut into features."""
-        (sent,) = (sharding.features_before_input_dist.keys() for sharding in ctx.sharding_contexts)
-        assert sent == [name for config in self._embedding_configs for name in config.feature_names], sent
-        (rows,) = super().compute_and_output_dist(ctx, input)._awaitables_per_sharding
-        return rows
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        group = self._env.process_group
+        self._exchange = IdExchange(group) if group is not None and group.size() > 1 else None
+
+    def received(self, features: Any) -> Iterator[tuple[DynamicTableKernel, Any]]:
+        (kernel,) = self.kernels()
+        yield kernel, features
+
+    def input_dist(self, ctx: EmbeddingCollectionContext, features: Any) -> Awaitable[Awaitable[ReceivedIds]]:
+        """Begin to send ids to their owners. features: `AskedRows`."""
+        assert isinstance(features, AskedRows)
+        ids, told = features.ids, features.told
+        column = packed(ids.counts, ids.times)
+        if self._exchange is None:
+            bounds = [0, *accumulate(ids.of_tables)]
+            return NoWait(NoWait(ReceivedIds(ids.mixed, (column,), bounds)))
+        told = torch.empty(0, dtype=torch.float64) if told is None else told
+        return SentRows(self._exchange.send(OutgoingIds(ids.mixed, ids.bounds, (column,), told)))
+
+    def compute_and_output_dist(self, ctx: EmbeddingCollectionContext, input: Any) -> Awaitable[Tensor]:
+        """Return the rows of all ids in the order of `DistinctIds`, float32 [n, dim]."""
+        (kernel,) = self.kernels()
+        rows = kernel(input)
+        if self._exchange is None:
+            return NoWait(rows)
+        both = (self.qcomm_codecs_registry or {}).get(CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name)
+        return NoWait(answer(rows, input.route, self._exchange.group, both))
 
     @classmethod
     def create_embedding_sharding(

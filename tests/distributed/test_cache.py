@@ -112,11 +112,13 @@ def train(process, cache_rows, ahead, **case):
     prepared = -1
     for step, ids in enumerate(batches):
         if ahead and prepared < step:
-            tables.prepare(ids, 100 + step)
+            tables.begin(ids)
+            tables.bring(100 + step)
         tables.begin_step(100 + step, learn_scales=tables.learns_scales)
         if ahead and step not in PAUSES and step + 1 < STEPS:
             prepared = step + 1
-            tables.prepare(batches[prepared], 100 + prepared)
+            tables.begin(batches[prepared])
+            tables.bring(100 + prepared)
         out = sharded(ids)
         tables.send_prepared()
         out.sum().backward()
@@ -172,12 +174,14 @@ def test_what_the_thread_raises_reaches_the_step(process):
     tables, sharded = started(process, cache_rows=30)
     batches = [batch_of(process, step) for step in range(2)]
     for now, ids in enumerate(batches):
-        tables.prepare(ids, now)
+        tables.begin(ids)
+        tables.bring(now)
     with pytest.raises(CacheFull, match=r"table bc: two batches in a row need \d+ rows in the cache, which has 30; "):
         for ids in batches:
             sharded(ids).sum().backward()
     tables, sharded = started(process, max_rows=5)
-    tables.prepare(batches[0], 0)
+    tables.begin(batches[0])
+    tables.bring(0)
     with pytest.raises(TableFull, match="table a: limit of 5 rows"):
         sharded(batches[0])
 
@@ -187,7 +191,8 @@ def test_a_step_does_not_wait_for_ever(process, monkeypatch):
     monkeypatch.setattr(CachedTable, "bring", lambda *_: go_on.wait(60))
     tables, sharded = started(process, timeout_seconds=0.2)
     ids = batch_of(process, 0)
-    tables.prepare(ids, 0)
+    tables.begin(ids)
+    tables.bring(0)
     with pytest.raises(TesseraError) as error:
         sharded(ids)
     go_on.set()
@@ -200,7 +205,8 @@ def test_a_step_does_not_wait_for_ever(process, monkeypatch):
 def test_misuse_is_an_assertion(process):
     tables, sharded = started(process)
     first, second = (batch_of(process, step) for step in range(2))
-    tables.prepare(first, 0)
+    tables.begin(first)
+    tables.bring(0)
     with pytest.raises(AssertionError, match="table a: asked while the batch of a later step is prefetched"):
         tables.expire(10)
     sharded.eval()

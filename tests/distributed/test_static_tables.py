@@ -60,13 +60,13 @@ def train(process, steps: int, *, ahead: bool = False):
     outputs, batches = [], [batch_of(process, step) for step in range(steps)]
     for step, ids in enumerate(batches):
         if ahead and not step:
-            model.tables.prepare(ids, 0)
+            model.tables.begin(ids)
         if ahead and step:
             sharded.eval()
             sharded(batches[0])
             sharded.train()
         if ahead and step + 1 < steps:
-            model.tables.prepare(batches[step + 1], 0)
+            model.tables.begin(batches[step + 1])
         out = sharded(ids)
         model.tables.send_prepared()
         (out.sum() * process.world_size / BATCH).backward()

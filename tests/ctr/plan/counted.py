@@ -21,7 +21,7 @@ class CountedBytes(TorchDispatchMode):
     """Sees every collective of this thread, those that DDP starts from C++ too.
 
     sent, calls: what this rank has sent to others, and how often, by what it was: sizes, ids, with ids, rows,
-    gradients, agree, ages of rows, dense gradients, and batch norm forward and backward.
+    gradients, agree, times of rows, dense gradients, and batch norm forward and backward.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class CountedBytes(TorchDispatchMode):
             share = (sum(parts) - parts[rank]) / max(1, sum(parts)) if parts else (ranks - 1) / ranks
             return self._all_to_all(sent, bool(parts)), round(sent.nbytes * share)
         if name == "_allgather_base_":
-            what = {torch.float64: "agree", torch.int64: "ages of rows", torch.float32: "batch norm, forward"}
+            what = {torch.float64: "agree", torch.int64: "times of rows", torch.float32: "batch norm, forward"}
             return what[args[1].dtype], args[1].nbytes * (ranks - 1)
         assert name == "allreduce_", name
         ((sent,),) = (args[0],)
@@ -56,7 +56,8 @@ class CountedBytes(TorchDispatchMode):
         """Return what is sent. Behind ids comes what travels with them: counts, or weights."""
         if not sent.is_floating_point():
             self._ids_last = of_parts and sent.dtype == torch.int64
-            return "ids" if self._ids_last else "sizes"
+            of_rows = not of_parts and sent.numel() > 4 * dist.get_world_size()  # torchrec's sizes are 3 or 4 numbers
+            return "ids" if self._ids_last or of_rows else "sizes"
         with_ids, self._ids_last = self._ids_last, False
         if with_ids:
             return "with ids"

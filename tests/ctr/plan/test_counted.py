@@ -43,7 +43,6 @@ JOBS = {
 SAME = {
     "sizes of bags": "sizes",
     "ids of bags": "ids",
-    "counts": "with ids",
     "weights of bags": "with ids",
     "sums of bags": "rows",
     "gradients of bags": "gradients",

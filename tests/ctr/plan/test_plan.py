@@ -105,7 +105,7 @@ def test_it_prints_tables_collectives_and_ranks_and_draws(data, tmp_path, capsys
         int(one.replace(",", "")) for one in re.findall(r"^ *([\d,]+) +[\d,]+ +[\d,]+ +[\d.]+ [KMG]?i?B", out, re.M)
     ]
     assert ranks == sorted([*(2**power for power in range(11)), 12])
-    assert all(f"\n{name}" in out for name in ("user", "tags", "ids", "rows", "gradients", "agree", "dense gradients"))
+    assert all(f"\n{name}" in out for name in ("user", "tags", "ids", "rows", "gradients", "dense gradients"))
     assert all(name in out for name in BOUNDS) and "not measured" in out
     assert picture.read_text().startswith("<?xml") and file.stat().st_size < 20_000
     again = run(capsys, *data, "data.path=/nowhere", *options, "--statistics", str(file))

@@ -28,11 +28,15 @@ def batch_of(times) -> SimpleNamespace:
     return SimpleNamespace(weight=weight, time=padded, rows=len(times))
 
 
+def agree(clock, batch, before):
+    return clock.agree(batch, gather(clock.tell(batch)), before)
+
+
 def after(process, *batches) -> list[int]:
     """The clock behind each of the batches."""
     clock, now, found = clock_of(process), 0, []
     for times in batches:
-        now = clock.agree(batch_of(times), now).now
+        now = agree(clock, batch_of(times), now).now
         found.append(now)
     return found
 
@@ -97,7 +101,7 @@ def agreed(process) -> list[tuple[float, int, bool]]:
         bounds = np.sort(generator.integers(0, len(times) + 1, 2))
         cuts = {1: [], 2: bounds[:1], 3: bounds}[process.world_size]
         clock._process.stop_asked = step == 7 and process.rank == process.world_size - 1
-        found.append(clock.agree(batch_of(np.split(times, cuts)[process.rank]), now))
+        found.append(agree(clock, batch_of(np.split(times, cuts)[process.rank]), now))
         now = found[-1].now
     return [tuple(one) for one in found]
 
@@ -128,7 +132,7 @@ def of_large_batches(process, dealt: str) -> tuple[list[int], int]:
             patch.setattr(
                 "tessera.ctr.train.clock.gather", lambda mine, calls=calls: (calls.append(len(mine)), gather(mine))[1]
             )
-            found.append(clock.agree(batch_of(parts[process.rank]), now).now)
+            found.append(agree(clock, batch_of(parts[process.rank]), now).now)
         exact += clock._newest in calls
         now = found[-1]
     return found, exact
@@ -152,4 +156,4 @@ def test_the_number_of_times_that_a_rank_sends():
 def test_the_wall_clock(process, monkeypatch):
     monkeypatch.setattr("time.time", lambda: 1_800_000_000.7)
     clock = clock_of(process, "embedding.clock=wall")
-    assert not clock.of_events and clock.agree(batch_of(HERE), 5) == (BATCH, 1_800_000_000, False)
+    assert not clock.of_events and agree(clock, batch_of(HERE), 5) == (BATCH, 1_800_000_000, False)

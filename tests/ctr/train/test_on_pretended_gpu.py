@@ -14,6 +14,7 @@ from tessera.ctr.distil.config import DistilConfig
 from tessera.ctr.distil.distillation import Distillation
 from tessera.ctr.metrics.streaming import StreamingMetrics
 from tessera.ctr.train.step_pipeline import to_device
+from tessera.distributed.distinct_ids import distinct_ids
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.fields import OnDevice, scale_to_mean
 from tessera.distributed.projections import Projections
@@ -70,19 +71,19 @@ def test_ids_are_merged_with_one_wait_for_each_table(monkeypatch):
     ]
     tables, batch = DynamicTables(configs, FIELDS, 100, ["b"]), batch_of()
     with on_gpu(monkeypatch, batch) as (there, pretended):
-        asked, index = tables._distinct(there.ids, None)
-        assert pretended.waits == len(configs)
-        rows = torch.rand(asked.values().numel(), 5, device=GPU)
-        sums, _ = tables._pool(rows, index, there.ids)  # here the interpreter looks for faults
+        asked = distinct_ids(there.ids, None, tables._fields_of_tables)
+        assert pretended.waits <= len(configs)
+        rows = torch.rand(asked.mixed.numel(), 5, device=GPU)
+        sums, _ = tables._pool(rows, asked.index, there.ids)  # here the interpreter looks for faults
         pretended.waits = 0
         scaled = sums * scale_to_mean(there.ids, tables._averaged).t().unsqueeze(2)
         assert pretended.waits == 0
-        found = [asked.values().cpu(), asked.lengths().cpu(), index.cpu(), scaled.cpu()]
+        found = [asked.mixed.cpu(), asked.bounds.cpu(), asked.index.cpu(), scaled.cpu()]
         rows = rows.cpu()
-    asked, index = tables._distinct(batch.ids, None)
-    sums, _ = tables._pool(rows, index, batch.ids)
+    asked = distinct_ids(batch.ids, None, tables._fields_of_tables)
+    sums, _ = tables._pool(rows, asked.index, batch.ids)
     scale = scale_to_mean(batch.ids, OnDevice([False, True, False])).t().unsqueeze(2)
-    assert all(map(torch.equal, found[:3], (asked.values(), asked.lengths(), index)))
+    assert all(map(torch.equal, found[:3], (asked.mixed, asked.bounds, asked.index)))
     torch.testing.assert_close(found[3], sums * scale)
 
 

@@ -8,8 +8,18 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from tessera.distributed.ages import MAX_AGE, MAX_COUNT, ages_at, ages_of_values, least, packed, unpacked
 from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.event_times import (
+    MAX_AGE,
+    MAX_COUNT,
+    MAX_TIME,
+    MIN_TIME,
+    ages_at,
+    latest,
+    packed,
+    times_of_values,
+    unpacked,
+)
 from tessera.distributed.sharding import shard
 from tessera.distributed.torchrec.row_sharding import RawIdsDist
 from tessera.embedding.config import Admission, DynamicTableConfig, Group
@@ -62,7 +72,8 @@ def last_seen(process, weighted=False, ahead=False, by_sort=False, cache_rows=No
         for step in range(STEPS):
             ids, times = batch_of(step, mine, weighted=weighted)
             if ahead:
-                tables.prepare(ids, NOW + step, times)
+                tables.begin(ids, times)
+                tables.bring(NOW + step)
             tables.begin_step(NOW + step, times=times)
             model.forward(ids).sum().backward()
     return {
@@ -121,20 +132,20 @@ def test_without_times_rows_have_the_time_of_the_batch(process):
     assert dict(zip(rows.ids.tolist(), rows.last_seen.tolist(), strict=True)) == {5: NOW - 1, 6: NOW - 1}
 
 
-def test_counts_and_ages_come_back_from_their_weights():
+def test_counts_and_times_come_back_from_what_travels():
     counts = torch.tensor([1, 2, MAX_COUNT, MAX_COUNT + 5, 7])
-    ages = torch.tensor([0, MAX_AGE, MAX_AGE, 1, 86_400])
-    again, aged = unpacked(packed(counts, ages))
-    assert again.tolist() == [1, 2, MAX_COUNT, MAX_COUNT, 7] and torch.equal(aged, ages)
-    again, aged = unpacked(packed(counts, None))
-    assert aged is None and again.tolist()[:3] == [1, 2, MAX_COUNT]
+    times = torch.tensor([0, MAX_TIME, MIN_TIME, -1, 2**62])
+    again, timed = unpacked(packed(counts, times))
+    assert again.tolist() == [1, 2, MAX_COUNT, MAX_COUNT, 7] and timed.tolist() == [0, MAX_TIME, MIN_TIME, -1, MAX_TIME]
+    again, timed = unpacked(packed(counts, None))
+    assert timed is None and again.tolist()[:3] == [1, 2, MAX_COUNT]
     assert ages_at(100, torch.tensor([100, 40, 130, -(2**40)])).tolist() == [0, 60, 0, MAX_AGE]
 
 
-def test_the_age_of_a_value_is_that_of_its_row():
-    ages = torch.tensor([10, 20, 30])
+def test_the_time_of_a_value_is_that_of_its_row():
+    times = torch.tensor([10, 20, 30])
     ids = KeyedJaggedTensor(["a", "b"], torch.arange(4), lengths=torch.tensor([1, 0, 1, 0, 2, 0], dtype=torch.int32))
-    assert ages_of_values(ids, ages).tolist() == [10, 30, 20, 20]
+    assert times_of_values(ids, times).tolist() == [10, 30, 20, 20]
     one_each = KeyedJaggedTensor(["a", "b"], torch.arange(6), lengths=torch.ones(6, dtype=torch.int32))
-    assert ages_of_values(one_each, ages).tolist() == [10, 20, 30, 10, 20, 30]
-    assert least(torch.tensor([5, 3, 9]), torch.tensor([1, 1, 0]), 3).tolist() == [9, 3, MAX_AGE]
+    assert times_of_values(one_each, times).tolist() == [10, 20, 30, 10, 20, 30]
+    assert latest(torch.tensor([5, 3, 9]), torch.tensor([1, 1, 0]), 3).tolist() == [9, 5, MIN_TIME]

@@ -1,0 +1,212 @@
+"""Send each id to the rank that owns it, with what goes with it and what ranks tell each other, in one message.
+
+An answer, such as rows, goes back in the same order (`Route`). Ids are of several kinds, tables for example, and arrive
+kind by kind, of each in the order of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tessera.distributed.message_layout import FIXED, LARGEST, PART, TOTAL, MessageLayout, RecentSizes
+from tessera.distributed.ownership import owner_of
+from tessera.kernels.unique import positions_of
+
+_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_layout = lru_cache(maxsize=64)(MessageLayout)
+
+
+@dataclass(frozen=True)
+class Route:
+    """How what is sent for ids and what is answered go between ranks. asked, owned: how many ids went to and came from
+    each rank; order: int64, the places of this rank's ids in the order in which they went."""
+
+    asked: list[int]
+    owned: list[int]
+    order: Tensor
+
+
+@dataclass(frozen=True)
+class ReceivedIds:
+    """Ids that this rank owns. ids: int64 [n], those of kind k at bounds[k] to bounds[k + 1] - 1; columns: what goes
+    with each; order: int64 [n], where each stood among those that came, None: there. route: None on one rank."""
+
+    ids: Tensor
+    columns: tuple[Tensor, ...]
+    bounds: list[int]
+    order: Tensor | None = None
+    route: Route | None = None
+
+
+@dataclass(frozen=True)
+class OutgoingIds:
+    """ids: int64 [n], mixed, those of kind k from bounds[k] on, int64 [kinds + 1]. columns: [n] each, those of larger
+    numbers first. told: float64, as many numbers on every rank."""
+
+    ids: Tensor
+    bounds: Tensor
+    columns: tuple[Tensor, ...]
+    told: Tensor
+
+
+class IdExchange:
+    """The exchanges of one collection; all ranks make the same ones in the same order, with columns of one type."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.ranks = group, group.size()
+        self.recent = RecentSizes()
+
+    def send(self, outgoing: OutgoingIds) -> SentIds:
+        """Begin to send ids to their owners. Collective."""
+        ids, kinds = outgoing.ids, outgoing.bounds.numel() - 1
+        sizes = tuple(column.element_size() for column in outgoing.columns)
+        layout = _layout(self.recent.room(), kinds, outgoing.told.numel(), sizes)
+        owners = owner_of(ids, self.ranks)
+        ones = torch.ones_like(owners)
+        parts = torch.zeros(self.ranks, dtype=torch.int64, device=ids.device).index_add_(0, owners, ones)
+        order, begins = positions_of(owners, parts)
+        kind = torch.repeat_interleave(outgoing.bounds.diff(), output_size=ids.numel())
+        columns = (ids, *outgoing.columns)
+        if layout.numbered:
+            columns += (kind.to(_WHOLE[layout.number_bytes]),)
+        message = ids.new_zeros(self.ranks * layout.words + 1)  # the last word takes what has no room
+        header = message[:-1].view(self.ranks, layout.words)[:, : layout.header]
+        header[:, TOTAL], header[:, LARGEST], header[:, PART] = ids.numel(), parts.max(), parts
+        header[:, FIXED : FIXED + layout.told] = outgoing.told.view(torch.int64)
+        if not layout.numbered:
+            of_kinds = torch.zeros(self.ranks * kinds, dtype=torch.int32, device=ids.device)
+            of_kinds.index_add_(0, owners * kinds + kind, ones.int())
+            _counts(header, layout).copy_(of_kinds.view(self.ranks, kinds))
+        owners = owners[order]
+        places = torch.arange(order.numel(), device=ids.device) - begins[owners]
+        columns = tuple(column[order] for column in columns)
+        if layout.room:
+            for column, begin in zip(columns, layout.begins, strict=True):
+                flat, each = message.view(_WHOLE[column.element_size()]), 8 // column.element_size()
+                at = (owners * layout.words + begin) * each + places
+                at = torch.where(places < layout.room, at, flat.numel() - 1)
+                flat[at] = column.view(flat.dtype)
+        return SentIds(self, layout, message[:-1], columns, _Order(order, parts, places))
+
+
+@dataclass(frozen=True)
+class _Order:
+    """order: the ids' places in the order of ranks; parts: how many each rank gets; places: of ids in their part."""
+
+    order: Tensor
+    parts: Tensor
+    places: Tensor
+
+
+class SentIds:
+    """Ids on their way. told: what each rank has told, float64 [ranks, n] on the host; `received` waits for all."""
+
+    def __init__(
+        self, exchange: IdExchange, layout: MessageLayout, message: Tensor, columns: tuple[Tensor, ...], order: _Order
+    ) -> None:
+        self._exchange, self._layout, self._columns, self._order = exchange, layout, columns, order
+        self._message, self._came = message, torch.empty_like(message)
+        self._work = dist.all_to_all_single(self._came, message, group=exchange.group, async_op=True)
+        self._headers: Tensor | None = None  # on the host
+        self._rest: tuple[dist.Work | None, Tensor] | None = None
+        self._received: ReceivedIds | None = None
+
+    @property
+    def told(self) -> Tensor:
+        headers = self._arrived()
+        return headers[:, FIXED : FIXED + self._layout.told].contiguous().view(torch.float64)
+
+    def _arrived(self) -> Tensor:
+        """Return the headers that came, on the host, which waits for them; send what had no room."""
+        if self._headers is not None:
+            return self._headers
+        self._work.wait()
+        self._message = self._came = self._came.view(self._exchange.ranks, self._layout.words)
+        self._headers = self._came[:, : self._layout.header].cpu()
+        self._asked, self._owned = self._order.parts.tolist(), self._headers[:, PART].tolist()
+        largest = int(self._headers[:, LARGEST].max())
+        ranks, room = self._exchange.ranks, self._layout.room
+        self._exchange.recent.note(int(self._headers[:, TOTAL].sum()) / ranks**2, largest)
+        if largest > room:  # the same on all ranks
+            self._send_rest(room)
+        return self._headers
+
+    def _send_rest(self, room: int) -> None:
+        late = (self._order.places >= room).nonzero().squeeze(1)
+        sent = torch.stack([column[late].view(_WHOLE[column.element_size()]).long() for column in self._columns], 1)
+        owned, asked = ([max(0, count - room) for count in counts] for counts in (self._owned, self._asked))
+        came = sent.new_empty(sum(owned), sent.shape[1])
+        work = dist.all_to_all_single(came, sent, owned, asked, group=self._exchange.group, async_op=True)
+        self._rest = work, came
+
+    def received(self) -> ReceivedIds:
+        """Return the ids that came. On a GPU the host waits for their numbers alone."""
+        if self._received is None:
+            self._received = self._read(self._arrived())
+            del self._message, self._came, self._columns, self._rest
+        return self._received
+
+    def _read(self, headers: Tensor) -> ReceivedIds:
+        layout, count, device = self._layout, sum(self._owned), self._came.device
+        if self._rest is not None and self._rest[0] is not None:
+            self._rest[0].wait()
+        parts = self._came[:, PART].contiguous()
+        ranks = torch.repeat_interleave(parts, output_size=count)
+        places = torch.arange(count, device=device) - (parts.cumsum(0) - parts)[ranks]
+        if layout.numbered:
+            kinds = self._column(len(layout.columns) - 1, _WHOLE[layout.number_bytes], ranks, places).long()
+            counts = kinds.new_zeros(layout.kinds).index_add_(0, kinds, torch.ones_like(kinds))
+            order, begins = positions_of(kinds, counts)
+            bounds = begins.tolist()
+        else:
+            order = in_order_of_kinds(_counts(self._came, layout).long(), count)
+            bounds = [0, *accumulate(_counts(headers, layout).sum(0).tolist())]
+        ranks, places = ranks[order], places[order]
+        types = [torch.int64, *(column.dtype for column in self._columns[1:])]
+        columns = [self._column(i, types[i], ranks, places) for i in range(1 + len(layout.sizes))]
+        route = Route(self._asked, self._owned, self._order.order)
+        return ReceivedIds(columns[0], tuple(columns[1:]), bounds, order, route)
+
+    def _column(self, number: int, dtype: torch.dtype, ranks: Tensor, places: Tensor) -> Tensor:
+        """Return what came in a column from `ranks` at their `places`."""
+        layout = self._layout
+        whole = _WHOLE[layout.columns[number]]
+        flat, each = self._came.view(-1).view(whole), 8 // layout.columns[number]
+        at = (ranks * layout.words + layout.begins[number]) * each + places
+        if self._rest is None:
+            return flat[at].view(dtype)
+        late = [max(0, count - layout.room) for count in self._owned]
+        shift = torch.tensor([0, *accumulate(late)][:-1], device=flat.device) - layout.room + flat.numel()
+        both = torch.cat([flat, self._rest[1][:, number].to(whole)])
+        return both[torch.where(places < layout.room, at, places + shift[ranks])].view(dtype)
+
+
+def _counts(header: Tensor, layout: MessageLayout) -> Tensor:
+    """Return the part of headers (int64 [ranks, words]) that says how many ids are of each kind: int32 [ranks, kinds],
+    not copied."""
+    begin = 2 * (FIXED + layout.told)
+    return header.view(torch.int32)[:, begin : begin + layout.kinds]
+
+
+def in_order_of_kinds(lengths_rk: Tensor, count: int) -> Tensor:
+    """Return the places of `count` ids in the order of kinds, and of ranks in each: int64 [count].
+
+    lengths_rk: int64 [ranks, kinds], of what stands one behind the other, of each rank kind after kind.
+    """
+    lengths = lengths_rk.flatten()
+    begins_kr = (lengths.cumsum(0) - lengths).view_as(lengths_rk).t().flatten()
+    lengths_kr = lengths_rk.t().flatten()
+    shift = begins_kr - (lengths_kr.cumsum(0) - lengths_kr)
+    return torch.arange(count, device=lengths.device) + shift.repeat_interleave(lengths_kr, output_size=count)
+
+
+def alone(ids: Tensor, columns: Sequence[Tensor], bounds: list[int]) -> ReceivedIds:
+    """Return what a single rank receives of its ids."""
+    return ReceivedIds(ids, tuple(columns), bounds)

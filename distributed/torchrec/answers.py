@@ -1,0 +1,44 @@
+"""Bring what owners answer for ids to the ranks that asked, and gradients back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torchrec.distributed.comm_ops import get_gradient_division
+from torchrec.distributed.types import QuantizedCommCodecs
+
+from tessera.distributed.id_exchange import Route
+
+
+def answer(rows: Tensor, route: Route, group: dist.ProcessGroup, codecs: QuantizedCommCodecs | None) -> Tensor:
+    """Map the rows that this rank owns, float32 [owned, dim] in the order in which ids came, to those that it asked
+    for, [asked, dim] in the order of its ids. Differentiable. Collective."""
+    answered: Tensor = _Answer.apply(rows, route, group, codecs)  # type: ignore[no-untyped-call]
+    return answered
+
+
+class _Answer(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, route: Route, group: dist.ProcessGroup, codecs: QuantizedCommCodecs | None
+    ) -> Tensor:
+        ctx.route, ctx.group, ctx.codecs = route, group, codecs
+        sent = rows.contiguous() if codecs is None else codecs.forward.encode(rows).contiguous()
+        came = sent.new_empty(sum(route.asked), sent.shape[1])
+        dist.all_to_all_single(came, sent, route.asked, route.owned, group=group)
+        answered = came.new_empty(came.shape).index_copy_(0, route.order, came)
+        return answered if codecs is None else codecs.forward.decode(answered)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        route, codecs = ctx.route, ctx.codecs
+        grad = grad if codecs is None else codecs.backward.encode(grad)
+        sent = grad.index_select(0, route.order)
+        came = sent.new_empty(sum(route.owned), sent.shape[1])
+        dist.all_to_all_single(came, sent, route.owned, route.asked, group=ctx.group)
+        grads = came if codecs is None else codecs.backward.decode(came)
+        # As in torchrec: gradients are averaged over ranks, like those of data parallel weights.
+        return grads.div_(len(route.asked)) if get_gradient_division() else grads, None, None, None
