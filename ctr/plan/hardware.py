@@ -59,7 +59,7 @@ _H100 = Hardware(
     step_us=1500,  # launches of torch and Triton, counted without a GPU and multiplied by what one takes
     table_us=400,
     table_many_us=850,
-    rank_us=3,
+    rank_us=0.5,
 )
 PRESETS = {
     # One rank on 8 cores of a host with a network of 25 Gbit/s, shared by four ranks.
@@ -78,7 +78,7 @@ PRESETS = {
         step_us=3000,  # measured with small batches of 2 and 26 tables on one core
         table_us=230,
         table_many_us=350,
-        rank_us=3,
+        rank_us=0.5,
         overlaps=False,
     ),
     "a100": replace(

@@ -68,7 +68,7 @@ class PrefetchedBatch:
     def told(self) -> Tensor:
         """What all ranks told with their ids: float64 [ranks, n], on the host, which waits for it."""
         assert self.rows is not None
-        told: Tensor = self.rows.sent.told  # type: ignore[attr-defined]
+        told: Tensor = self.rows.sent.told
         return told
 
     def sent(self) -> list[IdsPrefetch]:

@@ -200,9 +200,6 @@ class SentRows(Awaitable[Awaitable[ReceivedIds]]):
 
 
 class DynamicSharding(RwSequenceEmbeddingSharding):
-    def create_input_dist(self, device: torch.device | None = None) -> RawIdsDist:
-        return raw_ids_dist(self, is_sequence=True, device=device)
-
     def create_lookup(
         self,
         device: torch.device | None = None,

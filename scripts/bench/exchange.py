@@ -2,7 +2,8 @@
 
 The process group is torch's fake one: nothing is sent, and every other rank is taken to ask and to answer as this one
 does. So ids, rows and gradients have the sizes that they would have, and what is measured is work that each rank does
-for itself: torchrec's and ours, look-up and update of rows included. `--tables 1` shows what does not depend on tables.
+for itself: of the whole pass, look-up and update of rows included; of all but those, `exchange`; and of that with one
+id for each table, `python`, which is what hardly depends on ids.
 
     python scripts/bench/exchange.py --ranks 1 2 8 64 1024 --tables 26 200
 """
@@ -22,7 +23,10 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed.types import ShardingEnv
 
 from tessera.distributed.dynamic_tables import DynamicTables
+from tessera.distributed.torchrec.kernel import DynamicTableKernel
 from tessera.embedding.config import DynamicTableConfig, Group
+
+GROUPS = (Group("v", 16, 0.01), Group("w", 1, 0.01))
 
 
 class Done:
@@ -42,8 +46,7 @@ def echo(output: Tensor, input: Tensor, *_: Any, async_op: bool = False, **__: A
 
 
 def sharded(tables: int, ids_per_table: int) -> DynamicTables:
-    groups = (Group("v", 16, 0.01), Group("w", 1, 0.01))
-    configs = [DynamicTableConfig(f"t{i}", (f"f{i}",), groups, chunk_rows=1 << 12) for i in range(tables)]
+    configs = [DynamicTableConfig(f"t{i}", (f"f{i}",), GROUPS, chunk_rows=1 << 12) for i in range(tables)]
     model = DynamicTables(configs, [f"f{i}" for i in range(tables)], 10 * ids_per_table)
     (sharder, _) = model.sharders()
     env = ShardingEnv.from_process_group(dist.group.WORLD)
@@ -67,12 +70,22 @@ def plan_of(model: DynamicTables, ranks: int) -> dict[str, Any]:
     return found
 
 
-def step_seconds(ranks: int, tables: int, ids: int, steps: int) -> float:
-    """Return the median seconds of a forward and backward pass in steady state."""
+def without_tables(kernel: DynamicTableKernel) -> None:
+    """Let a kernel answer with zeros and forget gradients."""
+    width = sum(group.dim for group in GROUPS)
+    kernel.look_up = lambda request: torch.zeros(request.mixed.numel(), width)  # type: ignore[method-assign]
+    kernel.update = lambda grads, request: None  # type: ignore[method-assign]
+
+
+def step_seconds(ranks: int, tables: int, ids: int, steps: int, *, whole: bool) -> float:
+    """Return the median seconds of a forward and backward pass in steady state. whole: with look-up and update."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         model, generator = sharded(tables, ids), torch.Generator().manual_seed(0)
         model.train()
+        if not whole:
+            for kernel in model._kernels():
+                without_tables(kernel)
         batches = [torch.randint(0, 10 * ids, (tables * ids,), generator=generator) for _ in range(4)]
         lengths = torch.ones(tables * ids, dtype=torch.int32)
         times = []
@@ -94,14 +107,21 @@ def main() -> None:
     parser.add_argument("--tables", type=int, nargs="+", default=[1, 26, 200])
     parser.add_argument("--ids", type=int, default=4096, help="of one rank's step, over all tables")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--whole", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.all_to_all_single = echo
     print(f"milliseconds of a step, {options.ids} ids over all tables, median of {options.steps}; {torch.__version__}")
-    print(f"{'ranks':>8}" + "".join(f"{tables:>6} tables" for tables in options.tables))
+    print(f"{'ranks':>8}{'tables':>8}{'whole':>10}{'exchange':>10}{'python':>10}")
     for ranks in options.ranks:
-        cells = [step_seconds(ranks, t, max(1, options.ids // t), options.steps) for t in options.tables]
-        print(f"{ranks:>8}" + "".join(f"{1e3 * cell:>13.2f}" for cell in cells), flush=True)
+        for tables in options.tables:
+            ids = max(1, options.ids // tables)
+            whole = step_seconds(ranks, tables, ids, options.steps, whole=True) if options.whole else float("nan")
+            exchange = step_seconds(ranks, tables, ids, options.steps, whole=False)
+            python = step_seconds(ranks, tables, 1, options.steps, whole=False)
+            print(
+                f"{ranks:>8}{tables:>8}" + "".join(f"{1e3 * x:>10.2f}" for x in (whole, exchange, python)), flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ def test_the_pinned_release():
     ("function", "parameters"),
     [
         (embedding_lookup.GroupedEmbeddingsLookup._create_embedding_kernel, ["self", "config", "pg", "device", "env"]),
-        (RwSequenceEmbeddingSharding.create_input_dist, ["self", "device"]),
         (RwSequenceEmbeddingSharding.create_lookup, ["self", "device", "fused_params", "feature_processor"]),
         (BaseBatchedEmbedding.__init__, ["self", "config", "pg", "device"]),
         (embedding.ShardedEmbeddingCollection.create_embedding_sharding,
@@ -108,14 +107,12 @@ def test_a_forward_pass_is_the_two_halves_that_are_called_apart():
         assert module.forward is types.ShardedModule.forward
 
 
-def test_rows_are_read_before_they_are_cut_into_features():
-    source = inspect.getsource(embedding.ShardedEmbeddingCollection)
-    assert "self._embedding_configs: List[EmbeddingConfig] = module.embedding_configs()" in source
-    assert "features_before_input_dist=features" in source
-    assert "awaitables_per_sharding" in inspect.signature(embedding.EmbeddingCollectionAwaitable.__init__).parameters
-    assert "self._awaitables_per_sharding = awaitables_per_sharding" in inspect.getsource(
-        embedding.EmbeddingCollectionAwaitable.__init__
-    )
+def test_what_brings_rows_in_its_own_messages_finds_ranks_and_codecs():
+    assert "self._env = env" in inspect.getsource(embedding.ShardedEmbeddingCollection.__init__)
+    assert isinstance(embedding.ShardedEmbeddingCollection.qcomm_codecs_registry, property)
+    assert types.NoWait(5).wait() == 5
+    source = inspect.getsource(comm_ops.All2All_Seq_Req.backward)  # as `answers.py`: first decoded, then divided
+    assert source.index(".decode(") < source.index("div_(dist.get_world_size(ctx.pg))")
 
 
 def test_owners_of_bags_know_the_rows_of_each_rank():
