@@ -77,7 +77,7 @@ def typed(composed: DictConfig) -> Config:
     """
     try:
         refuse_all_renamed(composed)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+        config = OmegaConf.to_object(OmegaConf.unsafe_merge(OmegaConf.structured(Config), composed))  # not used again
     except OmegaConfBaseException as error:
         raise ConfigError(_explain_type(error, composed)) from None
     assert isinstance(config, Config)
