@@ -96,6 +96,12 @@ def ops_for(tensor: torch.Tensor) -> torch._ops._OpNamespace | ModuleType | None
     return None if where == "reference" else torch.ops.tessera
 
 
+def triton_for(tensor: torch.Tensor) -> ModuleType | None:
+    """Return the Triton kernels if this tensor goes to them: for what only they can do, which is no op."""
+    ops = ops_for(tensor)
+    return None if isinstance(ops, torch._ops._OpNamespace) else ops
+
+
 def check(device: torch.device | str) -> None:
     """Raise what kernels on a GPU noted since the last check: IndexError for a row or position out of range, ValueError
     for an id that was inserted twice.

@@ -13,6 +13,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -58,7 +59,8 @@ def touch_pages(fresh: Sequence[Tensor]) -> None:
 
 def first_rows(chunks: Sequence[Tensor], rows: int) -> list[Tensor]:
     """Return the parts of chunks that hold rows [0, rows)."""
-    return [part for i, chunk in enumerate(chunks) if len(part := chunk[: max(0, rows - i * len(chunk))])]
+    begins = accumulate((len(chunk) for chunk in chunks), initial=0)
+    return [chunk[: rows - begin] for chunk, begin in zip(chunks, begins, strict=False) if begin < rows]
 
 
 def check_chunks(chunks: Sequence[Tensor], columns: int, dtype: torch.dtype | None = None) -> None:

@@ -26,6 +26,7 @@ from tessera.kernels.reference import id_map as reference
 from tessera.kernels.reference.id_map import LIMIT, SEGMENTS_PER_CHUNK, SLOTS, split_limit
 
 _DIRECTORY_PER_SEGMENT = 64  # a directory much larger than its segments means ids made to collide
+_FIRST_SEGMENTS = 4  # of the first chunk on a GPU: 256 KiB
 _SURELY_SPLIT = int(1.15 * LIMIT * SLOTS)  # of as many expected ids the limit is eight standard deviations away
 
 
@@ -41,7 +42,7 @@ class IdMap:
         device = self.device
         #: int32 [2^g]: the segment of every combination of the g upper bits.
         self._directory = torch.zeros(1, dtype=torch.int32, device=device)
-        #: int64 [SEGMENTS_PER_CHUNK, SLOTS, 2]; only segments in use have been written.
+        #: int64 [segments, SLOTS, 2] (`_add_chunk`); only segments in use have been written.
         self._chunks: list[Tensor] = []
         #: int32 [segments, 3]: number of upper bits that all ids of the segment share, ids, limit.
         self._segments = torch.zeros((0, 3), dtype=torch.int32, device=device)
@@ -64,7 +65,7 @@ class IdMap:
         segments = 1 << depth
         if segments <= int(self._counters[0]):
             return
-        while len(self._chunks) * SEGMENTS_PER_CHUNK < segments:
+        while self._segments.shape[0] < segments:
             self._add_chunk()
         used = first_rows(self._chunks, segments)
         touch_pages(used)
@@ -82,6 +83,11 @@ class IdMap:
     def nbytes(self) -> int:
         """Bytes in use; the rest of the last chunk is reserved but has not been touched."""
         return int(self._counters[0]) * SLOTS * 16 + self._segments.numel() * 4 + self._directory.numel() * 4
+
+    @property
+    def segments(self) -> Tensor:
+        """Of each segment, int32 [segments, 3]: number of upper bits that all its ids share, ids, limit."""
+        return self._segments
 
     @property
     def places(self) -> tuple[Tensor, list[Tensor]]:
@@ -115,6 +121,15 @@ class IdMap:
             if done < ids.numel():
                 self._grow()
 
+    def place(self, ids: Tensor, rows: Tensor, tables: Tensor, segments: Tensor) -> None:
+        """Add what `insert` takes, on a GPU and without waiting: of ids that `records.find_unknown` listed, with the
+        `segments` that it gave. Nothing may have been added since."""
+        ops = backend.triton_for(ids)
+        assert ops is not None, backend.backend(ids.device.type)
+        ops.id_map_place(self._directory, self._chunks, ids, rows, tables)
+        self._segments[:, 1] = segments
+        self._counters[1] += ids.numel()
+
     def find_or_insert(self, ids: Tensor, new_rows: Tensor) -> tuple[Tensor, Tensor]:
         """Find ids and insert unknown ones. ids: int64 [n], distinct; new_rows: int64 [m], one for each unknown id or
         more.
@@ -147,8 +162,7 @@ class IdMap:
         """
         in_use = int(self._counters[0])
         step = max(1, min(batch // SLOTS, SEGMENTS_PER_CHUNK))
-        for begin in range(0, in_use, SEGMENTS_PER_CHUNK):
-            chunk = self._chunks[begin // SEGMENTS_PER_CHUNK][: in_use - begin]
+        for chunk in first_rows(self._chunks, in_use):
             for block in chunk.split(step):
                 slots = block.reshape(-1, 2)
                 slots = slots[slots[:, 1] >= 0]
@@ -168,9 +182,13 @@ class IdMap:
         self._directory = self._directory.repeat_interleave(2)
 
     def _add_chunk(self) -> None:
-        shape = (SEGMENTS_PER_CHUNK, SLOTS, 2)
-        self._chunks.append(allocate_chunk(shape, torch.int64, self.device))
-        more = self._segments.new_zeros((SEGMENTS_PER_CHUNK, 3))
+        """Add SEGMENTS_PER_CHUNK segments. On a GPU, which has no memory that costs nothing before it is written, the
+        first chunk is small and each further one as large as all before it, up to that many."""
+        size, reserved = SEGMENTS_PER_CHUNK, self._segments.shape[0]
+        if self.device.type != "cpu":
+            size = min(max(reserved, _FIRST_SEGMENTS), SEGMENTS_PER_CHUNK)
+        self._chunks.append(allocate_chunk((size, SLOTS, 2), torch.int64, self.device))
+        more = self._segments.new_zeros((size, 3))
         self._segments = torch.cat([self._segments, more])
 
 

@@ -44,6 +44,16 @@ class Positions(NamedTuple):
     begins: Tensor
 
 
+class Unknown(NamedTuple):
+    """Ids of a batch that have no row. positions, tables: int64 [k], ascending; of_tables: how many of each table.
+    segments: what `IdMap.place` needs to take them all without waiting; None: `IdMap.insert` has to take them."""
+
+    positions: Tensor
+    tables: Tensor
+    of_tables: list[int]
+    segments: Tensor | None
+
+
 class FirstValues(NamedTuple):
     """Of new records: first value of all state of values, and each group's scale (0 where it has none)."""
 
@@ -85,6 +95,37 @@ def find(
     _check_counts(counts, ids)
     ops = backend.ops_for(ids) or reference
     return ops.records_find(*id_map.places, chunks, ids, bounds, times, counts, layout.numbers)
+
+
+def find_unknown(
+    id_map: IdMap,
+    chunks: Sequence[Tensor],
+    ids: Tensor,
+    bounds: Tensor,
+    layout: RecordLayout,
+    now: int | Tensor,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Unknown | None]:
+    """Return rows as `find` does, and those of the ids that have none (None: there are none).
+
+    On a GPU the host waits once, to know how many these are; ids from bounds[-1] on, of which
+    `unique_tables(..., padded=True)` makes some there, belong to no table: their rows are -1. Raises as `find`.
+    """
+    ops = backend.triton_for(ids)
+    if ops is None:
+        rows = find(id_map, chunks, ids, bounds, layout, now, counts)
+        positions = (rows < 0).nonzero().flatten()
+        if not positions.numel():
+            return rows, None
+        tables = torch.bucketize(positions, bounds[1:], right=True)
+        of_tables = torch.bincount(tables, minlength=bounds.numel() - 1).tolist()
+        return rows, Unknown(positions, tables, of_tables, None)
+    check_index("ids", ids)
+    _check_bounds(bounds)
+    _check_counts(counts, ids)
+    places = *id_map.places, id_map.segments
+    rows, found = ops.find_and_list(places, chunks, ids, bounds, _times(now, ids), counts, layout.numbers)
+    return rows, None if found is None else Unknown(*found)
 
 
 def add(

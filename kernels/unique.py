@@ -22,17 +22,24 @@ def unique_inverse(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ops.unique_inverse(ids)
 
 
-def unique_tables(ids: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def unique_tables(ids: Tensor, bounds: Tensor, *, padded: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Merge duplicates within each of many tables; equal ids of two tables are two.
 
     ids: int64 [n]; those of table t are at bounds[t] to bounds[t + 1] - 1, bounds int64 [tables + 1]. Returns (unique
     int64 [u], tables in order, each in order of first occurrence; inverse int64 [n] with unique[inverse] == ids;
     counts int64 [u]; bounds of `unique`, int64 [tables + 1]). O(n). Raises ValueError for wrong arguments.
+
+    padded: on a GPU the host does not wait to learn u: unique and counts are int64 [n], zeros from bounds[-1] on.
+    Elsewhere nothing is padded.
     """
     check_index("ids", ids)
     check_index("bounds", bounds)
     if bounds.numel() < 2:
         raise ValueError(f"bounds: expected 2 or more, found {bounds.numel()}")
+    waiting = backend.triton_for(ids) if padded else None
+    if waiting is not None:
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = waiting.unique_padded(ids, bounds)
+        return found
     ops = backend.ops_for(ids) or reference
     return ops.unique_tables(ids, bounds)
 

@@ -140,10 +140,12 @@ def _segment_of(directory: Tensor, hashes: Tensor) -> Tensor:
 
 def _by_chunk(chunks: Sequence[Tensor], segment: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield (slots [k, 2] of a chunk, positions in `segment`, first slot of each one's segment)."""
-    number = segment // SEGMENTS_PER_CHUNK
+    ends = torch.tensor([chunk.shape[0] for chunk in chunks], device=segment.device).cumsum(0)
+    number = torch.bucketize(segment, ends, right=True)
     for chunk in number.unique().tolist():
         positions = (number == chunk).nonzero().flatten()
-        yield chunks[chunk].view(-1, 2), positions, (segment[positions] % SEGMENTS_PER_CHUNK) * SLOTS
+        first = int(ends[chunk]) - chunks[chunk].shape[0]
+        yield chunks[chunk].view(-1, 2), positions, (segment[positions] - first) * SLOTS
 
 
 def _home(start: Tensor, hashes: Tensor) -> Tensor:

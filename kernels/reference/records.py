@@ -241,6 +241,8 @@ def _step(optimizer: str, values: Tensor, state: Tensor, batch: Batch, settings:
 
 
 def _floats(block: Tensor, begin: int, count: int) -> Tensor:
+    if not count:  # a tensor without elements has strides that no other type fits
+        return torch.empty((block.shape[0], 0), device=block.device)
     part = _copied(block[:, begin : begin + 4 * count])
     return part.view(torch.float32).reshape(block.shape[0], count)
 

@@ -2,19 +2,16 @@
 
 The functions take what the ops of `torch.ops.tessera` take (`kernels/schemas.py`). What no
 training step calls on a GPU is the definition in torch: the reader's string ops, `coldest`, and
-`copy_rows` and `take_places`, of saved states. So are, for now, the ops on records and those for many tables at
-once, which nothing calls on a GPU yet.
+`copy_rows` and `take_places`, of saved states.
 """
 
 from tessera.kernels.reference.copy_rows import copy_rows
-from tessera.kernels.reference.records import records_add, records_find, records_gather, records_update
 from tessera.kernels.reference.string_hash import hex_to_int64, xxh64
 from tessera.kernels.reference.take_places import take_places
 from tessera.kernels.reference.touch import coldest
-from tessera.kernels.reference.unique import positions_of, unique_tables
 from tessera.kernels.triton_ops.faults import check
 from tessera.kernels.triton_ops.gather import gather
-from tessera.kernels.triton_ops.id_map import id_map_erase, id_map_find, id_map_insert
+from tessera.kernels.triton_ops.id_map import id_map_erase, id_map_find, id_map_insert, id_map_place
 from tessera.kernels.triton_ops.initialise import init_rows
 from tessera.kernels.triton_ops.learned import packed_learn_scales
 from tessera.kernels.triton_ops.mix import mix64, unmix64
@@ -22,9 +19,13 @@ from tessera.kernels.triton_ops.packed import packed_fake_quantise, packed_gathe
 from tessera.kernels.triton_ops.pool import pool, pool_backward
 from tessera.kernels.triton_ops.quantise import dequantise, quantise
 from tessera.kernels.triton_ops.random import normal, uniform
+from tessera.kernels.triton_ops.records import records_gather, records_update
+from tessera.kernels.triton_ops.records_add import records_add
+from tessera.kernels.triton_ops.records_find import find_and_list, records_find
 from tessera.kernels.triton_ops.scatter import scatter, scatter_columns
 from tessera.kernels.triton_ops.touch import expired, touch
 from tessera.kernels.triton_ops.unique import unique_inverse
+from tessera.kernels.triton_ops.unique_tables import positions_of, unique_padded, unique_tables
 
 __all__ = [
     "check",
@@ -32,11 +33,13 @@ __all__ = [
     "copy_rows",
     "dequantise",
     "expired",
+    "find_and_list",
     "gather",
     "hex_to_int64",
     "id_map_erase",
     "id_map_find",
     "id_map_insert",
+    "id_map_place",
     "init_rows",
     "mix64",
     "normal",
@@ -58,6 +61,7 @@ __all__ = [
     "touch",
     "uniform",
     "unique_inverse",
+    "unique_padded",
     "unique_tables",
     "unmix64",
     "update",

@@ -133,17 +133,28 @@ def to_grid(x, draws, NEAREST: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def load_values(address, column, mask, scale, FORMAT: tl.constexpr, BITS: tl.constexpr):
-    """Load values (float32) of rows from the bytes at `address` on; all arguments broadcast to one tile."""
+def aligned(address, ALIGN: tl.constexpr, TYPE: tl.constexpr):
+    """Return pointers [ROWS, 1] to addresses that are multiples of ALIGN: a hint on the address itself is lost where it
+    becomes a pointer, and without one nothing is loaded in vectors."""
+    pointer = address.to(tl.pointer_type(TYPE))
+    if ALIGN > 1:
+        pointer = tl.multiple_of(pointer, (ALIGN, ALIGN))
+    return pointer
+
+
+@triton.jit
+def load_values(address, column, mask, scale, FORMAT: tl.constexpr, BITS: tl.constexpr, ALIGN: tl.constexpr = 1):
+    """Load values (float32) of rows from the bytes at `address` [ROWS, 1] on, multiples of ALIGN; all arguments
+    broadcast to one tile."""
     if FORMAT == FP32:
-        return tl.load((address + column * 4).to(tl.pointer_type(tl.float32)), mask=mask, other=0.0)
+        return tl.load(aligned(address, ALIGN, tl.float32) + column, mask=mask, other=0.0)
     elif FORMAT == FP16:
-        return tl.load((address + column * 2).to(tl.pointer_type(tl.float16)), mask=mask, other=0.0).to(tl.float32)
+        return tl.load(aligned(address, ALIGN, tl.float16) + column, mask=mask, other=0.0).to(tl.float32)
     elif FORMAT == BF16:
-        upper = tl.load((address + column * 2).to(tl.pointer_type(tl.uint16)), mask=mask, other=0)
+        upper = tl.load(aligned(address, ALIGN, tl.uint16) + column, mask=mask, other=0)
         return (upper.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif FORMAT == INT8:
-        code = tl.load((address + column).to(tl.pointer_type(tl.int8)), mask=mask, other=0)
+        code = tl.load(aligned(address, ALIGN, tl.int8) + column, mask=mask, other=0)
         return scale * code.to(tl.float32)
     else:
         per_byte: tl.constexpr = 8 // BITS
@@ -154,26 +165,26 @@ def load_values(address, column, mask, scale, FORMAT: tl.constexpr, BITS: tl.con
 
 
 @triton.jit
-def store_values(address, cells, x, scale, key, first_draw, STORED: tl.constexpr):
-    """Write a tile x [ROWS, COLUMNS] of float32 into rows at addresses [ROWS, 1].
+def store_values(address, cells, x, scale, key, first_draw, STORED: tl.constexpr, ALIGN: tl.constexpr = 1):
+    """Write a tile x [ROWS, COLUMNS] of float32 into rows at addresses [ROWS, 1], multiples of ALIGN.
 
     key uint64 [ROWS, 1] and columns counted from first_draw give the random draws.
     """
     column, mask = cells.column, cells.mask
     if STORED.format == FP32:
-        tl.store((address + column * 4).to(tl.pointer_type(tl.float32)), x, mask=mask)
+        tl.store(aligned(address, ALIGN, tl.float32) + column, x, mask=mask)
     else:
         draws = x if STORED.nearest else draw(key, column + first_draw)
         if STORED.format == FP16:
             half = to_grid(x, draws, STORED.nearest, STORED.format).to(tl.float16)
-            tl.store((address + column * 2).to(tl.pointer_type(tl.float16)), half, mask=mask)
+            tl.store(aligned(address, ALIGN, tl.float16) + column, half, mask=mask)
         elif STORED.format == BF16:
             half = (to_grid(x, draws, STORED.nearest, STORED.format).to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
-            tl.store((address + column * 2).to(tl.pointer_type(tl.uint16)), half, mask=mask)
+            tl.store(aligned(address, ALIGN, tl.uint16) + column, half, mask=mask)
         else:
             code = to_code(tl.div_rn(x, scale + tl.zeros_like(x)), draws, STORED.nearest, STORED.bits).to(tl.int32)
             if STORED.format == INT8:
-                tl.store((address + column).to(tl.pointer_type(tl.int8)), code.to(tl.int8), mask=mask)
+                tl.store(aligned(address, ALIGN, tl.int8) + column, code.to(tl.int8), mask=mask)
             else:
                 store_codes(address, mask, code, STORED.bits)
 

@@ -51,6 +51,11 @@ def note_of(device: torch.device, rows: int, positions: int = 0) -> Tensor:
     return _note(device)
 
 
+def plain_note(device: torch.device) -> Tensor:
+    """Return the note for a kernel that has neither rows nor an inverse to note."""
+    return _note(device)
+
+
 def _note(device: torch.device) -> Tensor:
     if device not in _notes:
         _notes[device] = torch.tensor(CLEAN, device=device)

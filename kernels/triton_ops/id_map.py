@@ -16,23 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.kernels.reference.id_map import LINE, SEGMENTS_PER_CHUNK, SLOTS, TABLE_SHIFT, split_limit
+from tessera.kernels.reference.id_map import LINE, SLOTS, TABLE_SHIFT, split_limit
 from tessera.kernels.triton_ops.arithmetic import hash_of, mix64
 from tessera.kernels.triton_ops.faults import note_duplicates
 from tessera.kernels.triton_ops.launch import block, kernel, launch
-from tessera.kernels.triton_ops.rows import bases_of
+from tessera.kernels.triton_ops.rows import blocks_of
 
+_KEPT = "_tessera_segments"  # an attribute of the first chunk
 _TAKEN_OUT = 1024  # segments whose pairs are in temporary memory at once: 64 MiB
 
 _SLOTS, _LINE = tl.constexpr(SLOTS), tl.constexpr(LINE)
-_SEGMENT_SHIFT = tl.constexpr(SEGMENTS_PER_CHUNK.bit_length() - 1)
-_SEGMENT_MASK = tl.constexpr(SEGMENTS_PER_CHUNK - 1)
 _TABLE_SHIFT, _ROW_MASK = tl.constexpr(TABLE_SHIFT), tl.constexpr((1 << TABLE_SHIFT) - 1)
 _KNOWN, _NEGATIVE, _OVER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # places of what an insertion met
 
 
 @triton.jit
-def _segment_of(directory, hashes, inside, bits):
+def segment_of(directory, hashes, inside, bits):
     """Return int64 numbers of the segments of uint64 hashes; the directory has 2^bits entries, so a shift may be by
     64."""
     entry = ((hashes >> 1) >> (63 - bits).to(tl.uint64)).to(tl.int64)
@@ -40,15 +39,15 @@ def _segment_of(directory, hashes, inside, bits):
 
 
 @triton.jit
-def _slots_of(bases, segment, inside):
-    """Return pointers to the first words of segments."""
-    base = tl.load(bases + (segment >> _SEGMENT_SHIFT), mask=inside, other=0)
-    address = tl.multiple_of(base, 16) + (segment & _SEGMENT_MASK) * (_SLOTS * 16)
+def slots_of(bases, segment, inside, SHIFT: tl.constexpr):
+    """Return pointers to the first words of segments; bases: addresses of blocks of 2^SHIFT segments."""
+    base = tl.load(bases + (segment >> SHIFT), mask=inside, other=0)
+    address = base + (segment & ((1 << SHIFT) - 1)) * (_SLOTS * 16)
     return address.to(tl.pointer_type(tl.int64))
 
 
 @triton.jit
-def _home_of(hashes):
+def home_of(hashes):
     return (hashes & (_SLOTS - _LINE)).to(tl.int64)
 
 
@@ -68,7 +67,7 @@ def _find(slots, hashes, table, inside):
     """Return (row, slot) of keys, -1 where unknown. A line is filled from its beginning: an empty slot ends the
     search."""
     wanted = hashes.to(tl.int64, bitcast=True)
-    at = _home_of(hashes)
+    at = home_of(hashes)
     row = tl.full(at.shape, -1, tl.int64)
     slot = tl.full(at.shape, -1, tl.int64)
     active = inside
@@ -100,13 +99,14 @@ def _find_kernel(
     bits,
     WITH_TABLES: tl.constexpr,
     WITH_PLACES: tl.constexpr,
+    SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     hashes, table = _keys(ids, tables, at, inside, WITH_TABLES)
-    segment = _segment_of(directory, hashes, inside, bits)
-    row, slot = _find(_slots_of(bases, segment, inside), hashes, table, inside)
+    segment = segment_of(directory, hashes, inside, bits)
+    row, slot = _find(slots_of(bases, segment, inside, SHIFT), hashes, table, inside)
     tl.store(rows + at, row, mask=inside)
     if WITH_PLACES:
         tl.store(places + at, tl.where(slot < 0, -1, segment * _SLOTS + slot), mask=inside)
@@ -114,16 +114,27 @@ def _find_kernel(
 
 @kernel
 def _count_kernel(
-    ids, tables, rows, directory, bases, wanted, met, count, bits, WITH_TABLES: tl.constexpr, BLOCK: tl.constexpr
+    ids,
+    tables,
+    rows,
+    directory,
+    bases,
+    wanted,
+    met,
+    count,
+    bits,
+    WITH_TABLES: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Add the ids to those wanted of their segments; note ids that are known and rows out of range."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     hashes, table = _keys(ids, tables, at, inside, WITH_TABLES)
-    segment = _segment_of(directory, hashes, inside, bits)
+    segment = segment_of(directory, hashes, inside, bits)
     one = tl.full([BLOCK], 1, tl.int32)
     tl.atomic_add(wanted + segment, one, mask=inside, sem="relaxed")
-    found, slot = _find(_slots_of(bases, segment, inside), hashes, table, inside)
+    found, slot = _find(slots_of(bases, segment, inside, SHIFT), hashes, table, inside)
     row = tl.load(rows + at, mask=inside, other=0)
     zeros = tl.zeros([BLOCK], tl.int32)
     tl.atomic_max(met + _KNOWN + zeros, one, mask=inside & (found >= 0), sem="relaxed")
@@ -141,6 +152,7 @@ def _place_kernel(
     bits,
     HASHED: tl.constexpr,
     WITH_TABLES: tl.constexpr,
+    SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Put pairs into the first empty slots from their homes on; a row below 0 is skipped. HASHED: rows have the bits of
@@ -154,11 +166,11 @@ def _place_kernel(
         hash, table = _keys(hashes, tables, at, inside, WITH_TABLES)
         row = tl.where(row < 0, row, row | table << _TABLE_SHIFT)
     active = inside & (row >= 0)
-    segment = _segment_of(directory, hash, inside, bits)
+    segment = segment_of(directory, hash, inside, bits)
     # Every lane takes part in a compare-and-swap. One that wants no slot needs an address that it may touch, and
     # compares with -2, which no slot holds.
-    slots = _slots_of(bases, segment, at >= 0)
-    slot = _home_of(hash)
+    slots = slots_of(bases, segment, at >= 0, SHIFT)
+    slot = home_of(hash)
     turns = 0
     while (turns < _SLOTS) & (tl.max(active.to(tl.int32), axis=0) > 0):
         pair = slots + slot * 2
@@ -174,11 +186,11 @@ def _place_kernel(
 
 
 @kernel
-def _take_out_kernel(segments, bases, hashes, rows, BLOCK: tl.constexpr):
+def _take_out_kernel(segments, bases, hashes, rows, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
     """Copy the pairs of a segment and empty it; programs are blocks of the segments' slots."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     segment = tl.load(segments + at // _SLOTS)
-    pair = _slots_of(bases, segment, at >= 0) + (at % _SLOTS) * 2
+    pair = slots_of(bases, segment, at >= 0, SHIFT) + (at % _SLOTS) * 2
     tl.store(hashes + at, tl.load(pair))
     tl.store(rows + at, tl.load(pair + 1))
     tl.debug_barrier()  # nothing of the block is emptied before all of it has been read
@@ -186,11 +198,11 @@ def _take_out_kernel(segments, bases, hashes, rows, BLOCK: tl.constexpr):
 
 
 @kernel
-def _clear_kernel(places, bases, count, BLOCK: tl.constexpr):
+def _clear_kernel(places, bases, count, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
     """Empty slots, whatever is left of lines' order; -1 is skipped."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     place = tl.load(places + at, mask=at < count, other=-1)
-    pair = _slots_of(bases, place // _SLOTS, place >= 0) + (place % _SLOTS) * 2
+    pair = slots_of(bases, place // _SLOTS, place >= 0, SHIFT) + (place % _SLOTS) * 2
     tl.store(pair + 1, tl.full([BLOCK], -1, tl.int64), mask=place >= 0)
 
 
@@ -199,7 +211,7 @@ class _Map:
 
     def __init__(self, directory: Tensor, chunks: Sequence[Tensor]) -> None:
         self.directory = directory
-        self.bases = bases_of(chunks, directory.device)
+        self.bases, self.shift = segments_of(chunks, directory.device)
         self.bits = directory.numel().bit_length() - 1
 
     def find(self, ids: Tensor, tables: Tensor | None, *, with_places: bool = False) -> tuple[Tensor, Tensor]:
@@ -208,29 +220,50 @@ class _Map:
         places = torch.empty_like(ids) if with_places else rows
         arguments = (ids, _or(tables, ids), self.directory, self.bases, rows, places, ids.numel(), self.bits)
         known = {"WITH_TABLES": tables is not None, "WITH_PLACES": with_places}
-        launch(_find_kernel, _programs(ids.numel()), *arguments, **known, BLOCK=block())
+        launch(_find_kernel, _programs(ids.numel()), *arguments, **known, SHIFT=self.shift, BLOCK=block())
         return rows, places
 
     def count(self, ids: Tensor, tables: Tensor | None, rows: Tensor, wanted: Tensor, met: Tensor) -> None:
         arguments = (ids, _or(tables, ids), rows, self.directory, self.bases, wanted, met, ids.numel(), self.bits)
-        launch(_count_kernel, _programs(ids.numel()), *arguments, WITH_TABLES=tables is not None, BLOCK=block())
+        launch(
+            _count_kernel,
+            _programs(ids.numel()),
+            *arguments,
+            WITH_TABLES=tables is not None,
+            SHIFT=self.shift,
+            BLOCK=block(),
+        )
 
     def place(self, hashes: Tensor, tables: Tensor | None, rows: Tensor, *, hashed: bool) -> None:
         arguments = (hashes, _or(tables, hashes), rows, self.directory, self.bases, rows.numel(), self.bits)
         known = {"HASHED": hashed, "WITH_TABLES": tables is not None}
-        launch(_place_kernel, _programs(rows.numel()), *arguments, **known, BLOCK=block())
+        launch(_place_kernel, _programs(rows.numel()), *arguments, **known, SHIFT=self.shift, BLOCK=block())
 
     def take_out(self, segments: Tensor) -> tuple[Tensor, Tensor]:
         """Empty segments int64 [k]. Returns what their slots held: hashes and rows, -1 for none, int64 [k * SLOTS]."""
         hashes = torch.empty(segments.numel() * SLOTS, dtype=torch.int64, device=segments.device)
         rows = torch.empty_like(hashes)
         size = min(block(), SLOTS)
-        launch(_take_out_kernel, hashes.numel() // size, segments, self.bases, hashes, rows, BLOCK=size)
+        launch(
+            _take_out_kernel, hashes.numel() // size, segments, self.bases, hashes, rows, SHIFT=self.shift, BLOCK=size
+        )
         return hashes, rows
 
     def clear(self, places: Tensor) -> None:
         arguments = (places, self.bases, places.numel())
-        launch(_clear_kernel, _programs(places.numel()), *arguments, BLOCK=block())
+        launch(_clear_kernel, _programs(places.numel()), *arguments, SHIFT=self.shift, BLOCK=block())
+
+
+def segments_of(chunks: Sequence[Tensor], device: torch.device) -> tuple[Tensor, int]:
+    """Return addresses of blocks of segments as large as the first chunk, int64 on the device, and its size as a
+    shift. They are sent once per growth and kept with the first chunk."""
+    first, last = chunks[0], chunks[-1]
+    kept = getattr(first, _KEPT, None)
+    if kept is None or kept[0] != len(chunks) or kept[1] != last.data_ptr():
+        blocks = blocks_of(chunks, first.shape[0])
+        kept = len(chunks), last.data_ptr(), torch.tensor(blocks, dtype=torch.int64, device=device)
+        setattr(first, _KEPT, kept)
+    return kept[2], first.shape[0].bit_length() - 1
 
 
 def _programs(count: int) -> int:
@@ -289,6 +322,12 @@ def id_map_insert(
     segments[:, 1] = wanted
     counters[1] += ids.numel()
     counters[2] = ids.numel()
+
+
+def id_map_place(directory: Tensor, chunks: Sequence[Tensor], ids: Tensor, rows: Tensor, tables: Tensor) -> None:
+    """Put distinct, unknown ids into segments that have room for them."""
+    found = _Map(directory, chunks)
+    found.place(ids.contiguous(), tables.contiguous(), rows.contiguous(), hashed=False)
 
 
 def _split(found: _Map, segments: Tensor, counters: Tensor, full: Tensor) -> None:

@@ -41,13 +41,13 @@ def _init_kernel(
     known = known_rows(row, inside, total, given.note)
     address = arithmetic.address_of(given.bases, row, known, CHUNK)[:, None]
     first = address.to(tl.pointer_type(tl.float32))
-    value = tl.zeros([TILE.rows, TILE.columns], tl.float32) + given.offset
+    value = tl.full([TILE.rows, TILE.columns], 0.0, tl.float32) + given.offset
     if DRAW > 0:
         key = arithmetic.row_key(stream, tl.load(given.ids + at, mask=inside, other=0))[:, None]
         drawn = arithmetic.normal(key, column) if DRAW == 2 else arithmetic.uniform(key, column)
         value = given.offset + given.scale * drawn
     tl.store(first + column, value, mask=known[:, None] & (column < TILE.dim))
-    start = tl.zeros([TILE.rows, TILE.columns], tl.float32) + given.state
+    start = tl.full([TILE.rows, TILE.columns], 0.0, tl.float32) + given.state
     WIDTH: tl.constexpr = CHUNK.bytes // 4
     for begin in range(TILE.dim, WIDTH, TILE.columns):
         tl.store(first + begin + column, start, mask=known[:, None] & (begin + column < WIDTH))

@@ -27,7 +27,10 @@ _SPREAD = 1 << 13 if INTERPRETED else 256  # elements of a tile; the interpreter
 #: Declares a kernel that is launched. Its sizes change with every batch: Triton would compile again for each kind of
 #: number (1, a multiple of 16, another).
 kernel = triton.jit(
-    do_not_specialize=["bags", "begin", "bits", "count", "limit", "pieces", "positions", "stream", "total"]
+    do_not_specialize=[
+        *("bags", "begin", "bits", "count", "limit", "mark", "pieces", "positions", "segments", "stream", "tables"),
+        "total",
+    ]
 )
 
 #: Instead of a launch, call this with (kernel, arguments, constants): for a test that compiles without a GPU.

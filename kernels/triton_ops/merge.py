@@ -73,7 +73,7 @@ def _summed(
 ):
     """Sum rows of `source`: [begin, begin + length), or what `order` has there; begin and length int64 [ROWS]."""
     column = tl.arange(0, TILE.columns)[None, :]
-    total = tl.zeros([TILE.rows, TILE.columns], tl.float32)
+    total = tl.full([TILE.rows, TILE.columns], 0.0, tl.float32)
     for j in range(0, tl.max(length, axis=0), TURN):
         for k in tl.static_range(TURN):
             # Beyond the end the last one is read again and not added: a load without a mask. So begin must be a
@@ -111,6 +111,11 @@ def _check_kernel(ordered, note, positions, count):
     known_positions(tl.load(ordered + at).to(tl.int64), at >= 0, count, note)
 
 
+def note_range(ordered: Tensor, count: int, note: Tensor) -> None:
+    """Note sorted positions (int32 [n], n > 0) that are not in [0, count)."""
+    launch(_check_kernel, 1, ordered, note, ordered.numel(), count, warps=1)
+
+
 def merge(grads: Tensor, inverse: Tensor | None, count: int, note: Tensor) -> Merge:
     """Prepare the sums of gradients float32 [n, dim] for `count` rows; `merged` takes the result."""
     grads = grads.contiguous()
@@ -121,7 +126,7 @@ def merge(grads: Tensor, inverse: Tensor | None, count: int, note: Tensor) -> Me
     # Half the bytes of int64 are half the passes of the sort; what is out of range stays so.
     ordered, order = torch.sort(inverse.clamp(-1, count).to(torch.int32), stable=True)
     begins = torch.searchsorted(ordered, torch.arange(count + 1, dtype=torch.int32, device=grads.device))
-    launch(_check_kernel, 1, ordered, note, n, count, warps=1)
+    note_range(ordered, count, note)
     if n <= PIECE:
         return Merge(Gradients(grads, order, begins, begins, grads), Summing(direct=False, long=False))
     lengths = begins.diff()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from tessera.kernels.triton_ops.arithmetic import BF16, Stored, load_values, store_values
+from tessera.kernels.triton_ops.arithmetic import BF16, Stored, aligned, load_values, store_values
 
 # Places in OPTIMIZERS of `kernels/optimizers.py`.
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, FTRL = (tl.constexpr(number) for number in range(5))
@@ -76,13 +76,15 @@ def _pair(number: float) -> tuple[float, float]:
 
 class Step(NamedTuple):
     """How rows are stepped, as a constant of kernels: a place in OPTIMIZERS, values of a row, bytes from its begin at
-    which its state and its moments in bfloat16 are, if it has such."""
+    which its state and its moments in bfloat16 are, if it has such, and what the address of its state is a multiple
+    of."""
 
     optimizer: int
     dim: int
     state_at: int
     moments_at: int
     half_moments: bool
+    align: int = 4
 
 
 @triton.jit
@@ -93,15 +95,15 @@ def step(w, g, address, cells, draw_key, n, STEP: tl.constexpr):
     if STEP.optimizer == SGD:
         return w - n.rate * g
     elif STEP.optimizer == ADAGRAD:
-        return adagrad(w, g, state, cells, n)
+        return adagrad(w, g, state, cells, n, STEP.align)
     elif STEP.optimizer == ROWWISE_ADAGRAD:
         return rowwise_adagrad(w, g, state, cells.known, n, STEP.dim)
     elif STEP.optimizer == ADAM:
         if STEP.half_moments:
             return adam_half(w, g, address, cells, draw_key, n, STEP)
-        return adam(w, g, state, cells, n, STEP.dim)
+        return adam(w, g, state, cells, n, STEP.dim, STEP.align)
     else:
-        return ftrl(w, g, state, cells, n, STEP.dim)
+        return ftrl(w, g, state, cells, n, STEP.dim, STEP.align)
 
 
 @triton.jit
@@ -115,9 +117,9 @@ def root(x):
 
 
 @triton.jit
-def adagrad(w, g, state, cells, n):
+def adagrad(w, g, state, cells, n, ALIGN: tl.constexpr):
     column, mask = cells.column, cells.mask
-    at = floats(state + column * 4)
+    at = aligned(state, ALIGN, tl.float32) + column
     s = tl.load(at, mask=mask, other=0.0) + g * g
     tl.store(at, s, mask=mask)
     return w - tl.div_rn(n.rate * g, root(s) + n.eps)
@@ -155,9 +157,10 @@ def adam_values(w, g, m, v, t, n):
 
 
 @triton.jit
-def adam(w, g, state, cells, n, DIM: tl.constexpr):
+def adam(w, g, state, cells, n, DIM: tl.constexpr, ALIGN: tl.constexpr):
     column, mask = cells.column, cells.mask
-    at_m, at_v, at_t = floats(state + column * 4), floats(state + (column + DIM) * 4), floats(state + 8 * DIM)
+    first = aligned(state, ALIGN, tl.float32)
+    at_m, at_v, at_t = first + column, first + DIM + column, first + 2 * DIM
     t = tl.load(at_t, mask=cells.known, other=0.0) + 1.0
     m, v = tl.load(at_m, mask=mask, other=0.0), tl.load(at_v, mask=mask, other=0.0)
     w, m, v = adam_values(w, g, m, v, t, n)
@@ -184,9 +187,10 @@ def adam_half(w, g, address, cells, key, n, STEP: tl.constexpr):
 
 
 @triton.jit
-def ftrl(w, g, state, cells, n, DIM: tl.constexpr):
+def ftrl(w, g, state, cells, n, DIM: tl.constexpr, ALIGN: tl.constexpr):
     column, mask = cells.column, cells.mask
-    at_z, at_n = floats(state + column * 4), floats(state + (column + DIM) * 4)
+    first = aligned(state, ALIGN, tl.float32)
+    at_z, at_n = first + column, first + DIM + column
     z, squares = tl.load(at_z, mask=mask, other=0.0), tl.load(at_n, mask=mask, other=0.0)
     sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))
     z = tl.where(squares == 0, -w * n.start - sign * n.l1, z)

@@ -42,7 +42,7 @@ def _pool_kernel(
     one = tl.full([TILE.rows], 1, tl.int64)
     tl.atomic_max(given.note + OFFSETS + tl.zeros_like(bag), one, mask=inside & ~good, sem="relaxed")
     length = tl.where(good, end - begin, 0)
-    sums = tl.zeros([TILE.rows, TILE.columns], tl.float32)
+    sums = tl.full([TILE.rows, TILE.columns], 0.0, tl.float32)
     for j in range(0, tl.max(length, axis=0)):
         within = j < length
         row = tl.load(given.places + begin + j, mask=within, other=0)

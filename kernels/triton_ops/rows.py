@@ -54,3 +54,14 @@ def bases_of(chunks: Sequence[Tensor], device: torch.device) -> Tensor:
     bases = torch.tensor([chunk.data_ptr() for chunk in chunks], dtype=torch.int64, device=device)
     setattr(first, _KEPT, (bases, last.data_ptr()))
     return bases
+
+
+def blocks_of(chunks: Sequence[Tensor], size: int) -> list[int]:
+    """Return the addresses of blocks of `size` rows, a power of two, of which chunks consist."""
+    found: list[int] = []
+    for chunk in chunks:
+        if not chunk.is_contiguous() or size & (size - 1) or chunk.shape[0] % size:
+            raise ValueError(f"chunks: expected contiguous, of {size} rows or multiples, found {list(chunk.shape)}")
+        step = size * chunk.stride(0) * chunk.element_size()
+        found += range(chunk.data_ptr(), chunk.data_ptr() + chunk.shape[0] // size * step, step)
+    return found

@@ -7,7 +7,9 @@ does not is found so. Prints one line per kernel and target: variants, lines of 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import re
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,8 @@ from tessera.kernels import triton_ops
 from tessera.kernels.formats import FORMATS
 from tessera.kernels.layout import RowLayout, packed_layout, plain_layout
 from tessera.kernels.optimizers import OPTIMIZERS, OptimizerSettings
+from tessera.kernels.record_layout import record_layout
+from tessera.kernels.records import keys_of
 from tessera.kernels.reference.id_map import SEGMENTS_PER_CHUNK, SLOTS
 from tessera.kernels.triton_ops import launch
 
@@ -39,7 +43,7 @@ SETTINGS = OptimizerSettings(0.1, l1=0.1, l2=0.2, gradient_scale=0.5)
 def type_of(argument: object, specialised: bool) -> object:
     """What Triton takes an argument for; None: a constant."""
     if isinstance(argument, torch.Tensor):
-        return DTYPES[argument.dtype]
+        return "*fp64" if argument.dtype == torch.float64 else DTYPES[argument.dtype]
     if isinstance(argument, tuple):
         found = [type_of(one, specialised=True) for one in argument]
         assert None not in found and "i32" not in found, "Triton would compile anew for some integers"
@@ -141,6 +145,34 @@ def call_id_map(n: int) -> None:
     found.place(hashes, None, words, hashed=True)
 
 
+def call_records(n: int, groups: list[RowLayout], *, whole: bool) -> None:
+    """Ops on records and those of many tables at once."""
+    tables = 3
+    layout = record_layout(groups)
+    chunks = [torch.zeros((rows, layout.bytes), dtype=torch.uint8) for rows in (8, 8, 16)]
+    directory = torch.zeros(4, dtype=torch.int32)
+    places = directory, [torch.zeros((4, SLOTS, 2), dtype=torch.int64)], torch.full((4, 3), 1000, dtype=torch.int32)
+    rows, bounds, numbers = ids(n), torch.arange(tables + 1) * (n // tables), layout.numbers
+    for now, counts in ((None, None), (rows[:1], rows), (rows, None)) if whole else ():
+        triton_ops.records_find(*places[:2], chunks, rows, bounds, now, counts, numbers)
+    with contextlib.suppress(IndexError):  # nothing is computed here: it finds as many as memory happens to say
+        triton_ops.find_and_list(places, chunks, rows, bounds, rows, rows, numbers)
+    with contextlib.suppress(IndexError):
+        triton_ops.unique_padded(rows, bounds)
+    triton_ops.positions_of(rows, rows)
+    keys = keys_of(0, [[(1, 2, 0.1) for _ in groups]] * tables)
+    first = (0.5, *(0.1 for _ in groups))
+    for now, counts in ((rows[:1], rows), (rows, None)) if whole else ((rows[:1], rows),):
+        triton_ops.records_add(chunks, rows, rows, rows, now, counts, *keys, numbers, first, 1)
+    rates = torch.full((tables,), 0.1, dtype=torch.float64)
+    for inverse in (None, rows):
+        triton_ops.records_gather(chunks, rows, numbers, inverse)
+    for order in (None, rows):
+        begins = None if order is None else torch.arange(n + 1)
+        grads = torch.zeros((n, layout.width))
+        triton_ops.records_update(chunks, rows, grads, order, begins, keys.numbers, rates, numbers, SETTINGS, 1, 0)
+
+
 def record(whole: bool) -> Recorder:
     """whole: every combination, else each kernel and each format and optimizer once."""
     launch.recorder = recorder = Recorder()
@@ -153,29 +185,40 @@ def record(whole: bool) -> Recorder:
     layouts.append(packed_layout("int8", 16, "adam", learned=True, state_format="bf16"))
     for layout in layouts:
         call_packed(200, layout)
+    call_records(200, [plain_layout(16, "rowwise_adagrad"), plain_layout(1, "rowwise_adagrad")], whole=whole)
+    for optimizer in OPTIMIZERS if whole else ():
+        call_records(3, [plain_layout(45, optimizer), plain_layout(1, optimizer)], whole=True)
+        call_records(200, [packed_layout(format, 16, optimizer) for format in FORMATS], whole=True)
+    if whole:
+        moments = packed_layout("bf16", 16, "adam", state_format="bf16")
+        call_records(200, [moments, plain_layout(1, "adam")], whole=True)
     return recorder
 
 
-def compile_one(entry: tuple, capability: int) -> tuple[str, int]:
-    """(name of the kernel, lines of PTX)."""
+def compile_one(entry: tuple, capability: int) -> tuple[str, int, int]:
+    """(name of the kernel, lines of PTX, loads of 128 bits)."""
     kernel, signature, values, hints, warps = entry
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
     options = {"num_warps": warps, "enable_fp_fusion": False}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(built.asm["cubin"]) > 0
-    return kernel.fn.__name__, built.asm["ptx"].count("\n")
+    ptx = built.asm["ptx"]
+    wide = re.findall(r"ld\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64)", ptx)
+    return kernel.fn.__name__, ptx.count("\n"), len(wide)
 
 
 def main() -> None:
     capabilities = [int(text) for text in sys.argv[1:] if text.isdigit()] or [90]
     entries = list(record("--whole" in sys.argv).found.values())
     for capability in capabilities:
-        counts: dict[str, list[int]] = defaultdict(list)
+        counts: dict[str, list[tuple[int, int]]] = defaultdict(list)
         with ThreadPoolExecutor(2) as pool:
-            for name, lines in pool.map(compile_one, entries, itertools.repeat(capability)):
-                counts[name].append(lines)
+            for name, lines, wide in pool.map(compile_one, entries, itertools.repeat(capability)):
+                counts[name].append((lines, wide))
         for name, found in sorted(counts.items()):
-            print(f"sm_{capability} {name}: {len(found)} variants, up to {max(found)} lines of PTX", flush=True)
+            lines, wide = map(max, zip(*found, strict=True))
+            about = f"{len(found)} variants, up to {lines} lines of PTX, {wide} loads of 128 bits"
+            print(f"sm_{capability} {name}: {about}", flush=True)
 
 
 if __name__ == "__main__":

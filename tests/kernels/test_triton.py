@@ -200,12 +200,22 @@ def compiled(*arguments):
     return done.stdout.splitlines()
 
 
-def test_every_kernel_compiles_for_a_gpu():
-    """Once for each kernel, format and optimizer; about 20 s."""
+@pytest.fixture(scope="module")
+def compiled_once():
+    """Kernel -> what `compile_kernels.py` says of it, of each kernel, format and optimizer once; about 30 s."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    kernels = {line.split()[1].rstrip(":") for line in compiled("90")}
+    return {line.split()[1].rstrip(":"): line for line in compiled("90")}
+
+
+def test_every_kernel_compiles_for_a_gpu(compiled_once):
     sources = "".join(path.read_text() for path in (ROOT / "kernels" / "triton_ops").glob("*.py"))
-    assert kernels == set(re.findall(r"def (\w+_kernel)\(", sources))
+    assert set(compiled_once) == set(re.findall(r"def (\w+_kernel)\(", sources))
+
+
+@pytest.mark.parametrize("kernel", ["_records_find_kernel", "_records_gather_kernel", "_records_update_kernel"])
+def test_records_and_lines_of_the_map_are_loaded_in_vectors(compiled_once, kernel):
+    """In the PTX for sm_90: loads of 128 bits."""
+    assert int(re.search(r"(\d+) loads of 128 bits", compiled_once[kernel])[1]) > 0
 
 
 @pytest.mark.slow

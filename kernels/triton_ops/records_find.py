@@ -1,0 +1,231 @@
+"""Find the records of ids of many tables, note that they were seen, and list the ids that have none; one wait at most.
+
+Which ids are new, how many of each table, and whether the id map takes them without a split, the host learns by one
+read. Rows that it then gives to them go into the map by one more kernel, for which it need not wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tessera.kernels.record_layout import LAST_SEEN, layout_of
+from tessera.kernels.reference.id_map import LINE, SLOTS, TABLE_SHIFT
+from tessera.kernels.triton_ops.arithmetic import address_of, hash_of, mix64
+from tessera.kernels.triton_ops.faults import check_interpreted, known_rows, note_of
+from tessera.kernels.triton_ops.id_map import home_of, segment_of, segments_of, slots_of
+from tessera.kernels.triton_ops.launch import INTERPRETED, kernel, launch
+from tessera.kernels.triton_ops.record_plan import bits_of, place_of_records, table_of
+from tessera.kernels.triton_ops.rows import Chunk
+
+_BLOCK = 1 << 12 if INTERPRETED else 128  # ids of a program: a line of the map is eight words of each
+_SLOTS, _LINE = tl.constexpr(SLOTS), tl.constexpr(LINE)
+_TABLE_SHIFT, _ROW_MASK = tl.constexpr(TABLE_SHIFT), tl.constexpr((1 << TABLE_SHIFT) - 1)
+_LAST_SEEN = tl.constexpr(LAST_SEEN)
+# Places of what the host reads: how many ids are new, whether a segment of the map would be too full, how many are new
+# of each table.
+_NEW, _OVER, _OF_TABLES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _find_in_lines(slots, hashes, table, inside):
+    """Return rows int64 [BLOCK] of keys, -1 where unknown. A line of slots is loaded as a whole, in vectors of 16
+    bytes; it is filled from its beginning, so an empty slot ends the search."""
+    wanted = hashes.to(tl.int64, bitcast=True)
+    at = home_of(hashes)
+    row = tl.full(at.shape, -1, tl.int64)
+    active, turns = inside, 0
+    word_of = tl.arange(0, 2 * _LINE)[None, :]
+    while (turns < _SLOTS // _LINE) & (tl.max(active.to(tl.int32), axis=0) > 0):
+        first = tl.multiple_of((slots + at * 2)[:, None], (16, 16))
+        line = tl.load(first + word_of, mask=active[:, None], other=-1)
+        held, word = tl.split(tl.reshape(line, [at.shape[0], _LINE, 2]))
+        hit = (held == wanted[:, None]) & (word >= 0) & (word >> _TABLE_SHIFT == table[:, None])
+        row = tl.maximum(row, tl.max(tl.where(hit & active[:, None], word & _ROW_MASK, -1), axis=1))
+        active = active & (row < 0) & (tl.min(word, axis=1) >= 0)
+        at = (at + _LINE) & (_SLOTS - 1)
+        turns += 1
+    return row
+
+
+class _Asked(NamedTuple):
+    ids: Tensor
+    bounds: Tensor
+    directory: Tensor
+    map_bases: Tensor
+    bases: Tensor
+    now: Tensor
+    counts: Tensor
+    rows: Tensor
+    fresh: Tensor
+    note: Tensor
+
+
+class _Plan(NamedTuple):
+    touch: bool
+    one_time: bool
+    has_counts: bool
+    list_new: bool
+    meta_at: int
+    chunk: Chunk
+    bits: int
+    block: int
+    segments: int  # of the smallest chunk of the map, as a shift
+
+
+@kernel
+def _records_find_kernel(given, count, total, tables, bits, PLAN: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * PLAN.block + tl.arange(0, PLAN.block)
+    table, _, _, inside = table_of(given, at, at < count, tables, PLAN.bits)
+    hashes = hash_of(tl.load(given.ids + at, mask=inside, other=0)) ^ mix64(table.to(tl.uint64, bitcast=True))
+    segment = segment_of(given.directory, hashes, inside, bits)
+    row = _find_in_lines(slots_of(given.map_bases, segment, inside, PLAN.segments), hashes, table, inside)
+    tl.store(given.rows + at, row, mask=at < count)
+    if PLAN.list_new:
+        tl.store(given.fresh + at, (inside & (row < 0)).to(tl.int32), mask=at < count)
+    if PLAN.touch:
+        known = known_rows(row, inside, total, given.note)
+        meta = (address_of(given.bases, row, known, PLAN.chunk) + PLAN.meta_at).to(tl.pointer_type(tl.int64))
+        seen = tl.load(meta + _LAST_SEEN, mask=known, other=0)
+        often = tl.load(meta + _LAST_SEEN + 1, mask=known, other=0)
+        time = tl.load(given.now + (at * 0 if PLAN.one_time else at), mask=known, other=0)
+        more = tl.full([PLAN.block], 1, tl.int64)
+        if PLAN.has_counts:
+            more = tl.load(given.counts + at, mask=known, other=0)
+        tl.store(meta + _LAST_SEEN, tl.where(often == 0, time, tl.maximum(seen, time)), mask=known)
+        tl.store(meta + _LAST_SEEN + 1, often + more, mask=known)
+
+
+def records_find(
+    directory: Tensor,
+    map_chunks: Sequence[Tensor],
+    chunks: Sequence[Tensor],
+    ids: Tensor,
+    bounds: Tensor,
+    now: Tensor | None,
+    counts: Tensor | None,
+    layout: Sequence[int],
+) -> Tensor:
+    rows = torch.empty(ids.numel(), dtype=torch.int64, device=ids.device)
+    _find((directory, map_chunks), chunks, _Batch(ids, bounds, now, counts), layout, (rows, None))
+    return rows
+
+
+class _Batch(NamedTuple):
+    ids: Tensor
+    bounds: Tensor
+    now: Tensor | None
+    counts: Tensor | None
+
+
+def _find(
+    places: tuple[Tensor, Sequence[Tensor]],
+    chunks: Sequence[Tensor],
+    batch: _Batch,
+    layout: Sequence[int],
+    out: tuple[Tensor, Tensor | None],
+) -> None:
+    """Write rows int64 [n] and, if asked for, whether each id is new, int32 [n]."""
+    where, (rows, fresh), (directory, map_chunks) = layout_of(layout), out, places
+    ids, bounds, now = batch.ids.contiguous(), batch.bounds.contiguous(), batch.now
+    place, n, tables = place_of_records(chunks, where, ids.device), ids.numel(), bounds.numel() - 1
+    map_bases, segments = segments_of(map_chunks, ids.device)
+    given = _Asked(
+        ids,
+        bounds,
+        directory,
+        map_bases,
+        place.bases,
+        rows if now is None else now.contiguous(),
+        rows if batch.counts is None else batch.counts.contiguous(),
+        rows,
+        rows if fresh is None else fresh,
+        note_of(ids.device, place.total),
+    )
+    plan = _Plan(
+        touch=now is not None,
+        one_time=now is not None and now.numel() == 1,
+        has_counts=batch.counts is not None,
+        list_new=fresh is not None,
+        meta_at=where.meta_at,
+        chunk=place.chunk,
+        bits=bits_of(tables),
+        block=_BLOCK,
+        segments=segments,
+    )
+    bits = directory.numel().bit_length() - 1
+    launch(_records_find_kernel, -(-n // _BLOCK), given, n, place.total, tables, bits, PLAN=plan)
+    check_interpreted(ids.device)
+
+
+class _Listed(NamedTuple):
+    ids: Tensor
+    bounds: Tensor
+    directory: Tensor
+    ranks: Tensor
+    wanted: Tensor
+    limits: Tensor
+    positions: Tensor
+    of: Tensor
+    numbers: Tensor
+    note: Tensor
+
+
+@kernel
+def _records_new_kernel(given, count, tables, bits, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """List new ids in order of position, and count them by table and by segment of the map."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    table, _, _, inside = table_of(given, at, at < count, tables, BITS)
+    rank = tl.load(given.ranks + at, mask=at < count, other=0)
+    before = tl.load(given.ranks + at - 1, mask=(at < count) & (at > 0), other=0)
+    fresh = inside & (rank > before)
+    place = before.to(tl.int64)
+    tl.store(given.positions + place, at, mask=fresh)
+    tl.store(given.of + place, table, mask=fresh)
+    one = tl.full([BLOCK], 1, tl.int64)
+    tl.atomic_add(given.numbers + _OF_TABLES + table, one, mask=fresh, sem="relaxed")
+    tl.store(given.numbers + _NEW + at * 0, rank.to(tl.int64), mask=at == count - 1)
+    hashes = hash_of(tl.load(given.ids + at, mask=fresh, other=0)) ^ mix64(table.to(tl.uint64, bitcast=True))
+    segment = segment_of(given.directory, hashes, fresh, bits)
+    held = tl.atomic_add(given.wanted + segment, tl.full([BLOCK], 1, tl.int32), mask=fresh, sem="relaxed")
+    full = fresh & (held >= tl.load(given.limits + segment * 3 + 2, mask=fresh, other=0))
+    tl.atomic_max(given.numbers + _OVER + at * 0, one, mask=full, sem="relaxed")
+
+
+def find_and_list(
+    places: tuple[Tensor, Sequence[Tensor], Tensor],
+    chunks: Sequence[Tensor],
+    ids: Tensor,
+    bounds: Tensor,
+    now: Tensor | None,
+    counts: Tensor | None,
+    layout: Sequence[int],
+) -> tuple[Tensor, tuple[Tensor, Tensor, list[int], Tensor | None] | None]:
+    """Return rows as `records_find` does and, if there are some, the ids that have none, as `records.Unknown` has them.
+
+    places: the map's directory, chunks and segments. The host waits once.
+    """
+    directory, map_chunks, segments = places
+    n, device, tables = ids.numel(), ids.device, bounds.numel() - 1
+    rows = torch.empty(n, dtype=torch.int64, device=device)
+    if n == 0:
+        return rows, None
+    ids, bounds = ids.contiguous(), bounds.contiguous()
+    fresh = torch.empty(n, dtype=torch.int32, device=device)
+    _find((directory, map_chunks), chunks, _Batch(ids, bounds, now, counts), layout, (rows, fresh))
+    ranks = fresh.cumsum(0, dtype=torch.int32)
+    numbers = torch.zeros(2 + tables, dtype=torch.int64, device=device)
+    positions, of, wanted = torch.empty_like(rows), torch.empty_like(rows), segments[:, 1].clone()
+    note = note_of(device, place_of_records(chunks, layout_of(layout), device).total)
+    given = _Listed(ids, bounds, directory, ranks, wanted, segments, positions, of, numbers, note)
+    bits = directory.numel().bit_length() - 1
+    launch(_records_new_kernel, -(-n // _BLOCK), given, n, tables, bits, BITS=bits_of(tables), BLOCK=_BLOCK)
+    new, over, *of_tables = numbers.tolist()  # the host waits here
+    if not new:
+        return rows, None
+    return rows, (positions[:new], of[:new], of_tables, None if over else wanted)
