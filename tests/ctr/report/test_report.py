@@ -15,8 +15,8 @@ from tessera.ctr.report.definitions import DEFINITIONS
 from tessera.ctr.report.report import write_report
 from tests.ctr.report.html_page import Page, check_page
 from tests.ctr.report.run_folder import columns, make_run, metrics_lines, write_predictions
+from tests.ranks import ROOT, run_script
 
-ROOT = Path(__file__).resolve().parents[3]
 METRICS = (
     "auc",
     "logloss",
@@ -233,8 +233,7 @@ def test_a_failure_while_writing_leaves_the_old_report(tmp_path, monkeypatch):
 
 
 def script(*arguments):
-    command = [sys.executable, str(ROOT / "scripts" / "report.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
+    return run_script(str(ROOT / "scripts" / "report.py"), *map(str, arguments), place=Path("/"))
 
 
 def test_the_script(tmp_path):
