@@ -25,6 +25,7 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 #: Folders of the checkout; `ctr` is imported as `tessera.ctr`. Names such as `distributed` belong to others.
 FOLDERS = ("kernels", "embedding", "distributed", "ctr", "conf", "scripts")
+SERVING = {"tessera.serving": "ctr/serving"}  # the short name of what serves; its modules go by the long one
 KERNELS = "tessera.kernels._C"
 
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "kernels" / "csrc").glob("*.cpp"))
@@ -101,8 +102,8 @@ class BuildKernels(build_ext if torch is None else BuildExtension):
 
 
 setup(
-    packages=[f"tessera.{name}" for name in find_packages(str(ROOT)) if name.split(".")[0] in FOLDERS],
-    package_dir={f"tessera.{name}": name for name in FOLDERS},
+    packages=[f"tessera.{name}" for name in find_packages(str(ROOT)) if name.split(".")[0] in FOLDERS] + list(SERVING),
+    package_dir={f"tessera.{name}": name for name in FOLDERS} | SERVING,
     ext_modules=[kernel_extension()],
     cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if torch is not None else {},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("kernels", "embedding", "distributed", "ctr", "scripts")  # each may import those before it
+#: Modules of ctr/data that turn columns of Arrow into numbers and ids, for training and serving alike.
+DECODING = ("arrow_types", "bags", "columns", "errors", "footers", "schema", "single_values", "transforms")
 WITHOUT_CIRCLES = ("kernels", "embedding", "distributed", "ctr")
 
 
@@ -88,3 +92,25 @@ def test_nothing_is_put_on_the_path_by_hand():
     for name, path in modules_of("conf", *LAYERS).items():
         text = path.read_text()
         assert "sys.path.insert" not in text and "sys.path.append" not in text and "E402" not in text, name
+
+
+def test_serving_needs_nothing_of_training():
+    """Only kernels, errors and settings, and the modules that decode rows: no torchrec, fbgemm, hydra, omegaconf."""
+    allowed = {"tessera.kernels", "tessera.embedding.errors", "tessera.embedding.settings", "tessera.ctr.serving"}
+    allowed |= {f"tessera.ctr.data.{name}" for name in DECODING}
+    modules = modules_of(*LAYERS)
+    for name, path in modules_of("ctr/serving").items():
+        for one in imported_by(path, modules):
+            if one.startswith("tessera."):
+                assert any(one == root or one.startswith(f"{root}.") for root in allowed), f"{name} imports {one}"
+            else:
+                roots = {"numpy", "pyarrow", "torch", "starlette", "uvicorn", "prometheus_client"}
+                assert one.split(".")[0] in roots | sys.stdlib_module_names, f"{name} imports {one}"
+
+
+def test_a_scorer_is_imported_without_what_training_needs():
+    code = "import sys, tessera.ctr.serving; print(*{name.partition('.')[0] for name in sys.modules})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not {"torchrec", "fbgemm_gpu", "hydra", "omegaconf", "pandas", "fsspec"} & set(done.stdout.split())

@@ -48,10 +48,10 @@ def save_model(model: DistributedModelParallel, folder: Path, process: Process, 
 
 def has_model(folder: Path) -> bool:
     """Return whether `load_model` would find a model there."""
-    return folder.exists() or _replaced(folder).exists()
+    return folder.exists() or replaced(folder).exists()
 
 
-def _replaced(folder: Path) -> Path:
+def replaced(folder: Path) -> Path:
     """Return the place where `save` keeps the earlier model while the new one replaces it."""
     return folder.with_name(f"{REPLACED}{folder.name}")
 
@@ -62,8 +62,8 @@ def load_model(model: DistributedModelParallel, folder: Path, process: Process) 
     Raises:
         TesseraError: no complete model there, or one of another shape.
     """
-    if not folder.exists() and _replaced(folder).exists():  # killed between two renames
-        folder = _replaced(folder)
+    if not folder.exists() and replaced(folder).exists():  # killed between two renames
+        folder = replaced(folder)
     if not folder.exists():
         raise TesseraError(f"{folder} holds no saved model; train the run first")
     process.stage = f"loading {folder.name}"

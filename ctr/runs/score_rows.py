@@ -106,7 +106,7 @@ def score_rows(
     paths = [str(data)] if isinstance(data, str | Path) else [str(one) for one in data]
     set_threads(config)
     set_tf32(config, process)
-    reader = _reader(config, paths)
+    reader = row_reader(config, paths)
     agree_on_files(reader, process)
     fields = _kept_fields(reader, keep)
     units = units_of(reader.groups, rows_of_unit)
@@ -138,7 +138,7 @@ def _check_names(keep: Sequence[str]) -> None:
         raise ConfigError(f"--keep names {twice} twice")
 
 
-def _reader(config: Config, data: Sequence[str]) -> ParquetReader:
+def row_reader(config: Config, data: Sequence[str]) -> ParquetReader:
     """Return a reader of all rows in their order, for one rank. Columns that only training needs are not asked for."""
     schema = Schema(replace(config.data.schema, weight=None, group=None, time=None))
     return ParquetReader(

@@ -1,0 +1,110 @@
+"""Golden rows of an export: rows of the data and awkward ones, with the scores of training's own evaluation."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from tessera.ctr.config import Config
+from tessera.ctr.data.config import SPLITS, paths_of
+from tessera.ctr.data.footers import value_type
+from tessera.ctr.data.schema import Feature, Schema
+from tessera.ctr.runs.score_rows import row_reader
+from tessera.ctr.serving.rows import RowDecoder
+from tessera.embedding.errors import TesseraError
+
+ROWS = 64  # of the data
+UNKNOWN = 0x7E55E4A0  # begins ids that no data have
+
+
+def golden_rows(config: Config, schema: Schema) -> pa.Table:
+    """Return the columns of features of some rows: the first of the data where they can be read, and rows with a null
+    in each column in turn and with ids that no table knows."""
+    decoder = RowDecoder(schema)
+    found = _of_data(config, decoder)
+    if found is None:
+        found = pa.table({name: _made_up(name, schema) for name in decoder.columns})
+    one = found.slice(0, 1)
+    together = [sorted(decoder.read_by(feature)) for feature in (*schema.numeric, *schema.categorical)]
+    awkward = [_with_nulls(one, names) for names in [*together, decoder.columns]]
+    return pa.concat_tables([found, *awkward, _unknown(one)]).combine_chunks()
+
+
+def _of_data(config: Config, decoder: RowDecoder) -> pa.Table | None:
+    for split in reversed(SPLITS):
+        try:
+            paths = paths_of(config.data, split)
+            if not paths:
+                continue
+            file = row_reader(config, paths).groups.files[0]
+            with file.open() as opened:
+                table = opened.read_row_group(0, decoder.columns).slice(0, ROWS)
+            decoder.decode(decoder.table(table))
+            if table.num_rows:
+                return table
+        except (TesseraError, OSError, pa.ArrowException):  # the data may be gone, or hold bad rows
+            continue
+    return None
+
+
+def _with_nulls(one: pa.Table, names: Sequence[str]) -> pa.Table:
+    columns = {
+        name: pa.chunked_array([pa.nulls(1, column.type)]) if name in names else column
+        for name, column in zip(one.column_names, one.columns, strict=True)
+    }
+    return pa.table(columns, schema=one.schema.remove_metadata()).cast(one.schema)
+
+
+def _unknown(one: pa.Table) -> pa.Table:
+    """Return a row whose ids no table knows, where the column's type can hold one."""
+    columns = {}
+    for name, column in zip(one.column_names, one.columns, strict=True):
+        kind = column.type
+        value = value_type(kind)
+        if pa.types.is_int64(value) or pa.types.is_uint64(value):
+            column = pa.chunked_array([pa.array([UNKNOWN], value).cast(kind)])
+        elif pa.types.is_string(kind):
+            column = pa.chunked_array([pa.array([str(UNKNOWN)])])
+        columns[name] = column
+    return pa.table(columns)
+
+
+def _made_up(name: str, schema: Schema) -> pa.Array:
+    """Return values of a column without data to take them from."""
+    numbers = np.arange(8)
+    readers = [f for f in (*schema.numeric, *schema.categorical) if name in (f.column, f.weights)]
+    if any(name == feature.weights for feature in readers):
+        return pa.array([[0.5] * (i % 3) for i in range(8)], pa.list_(pa.float32()))
+    ids = [feature for feature in readers if feature.kind != "numeric"]
+    if not ids:
+        return pa.array(numbers - 2.5)
+    feature: Feature = ids[0]
+    if feature.kind == "id":
+        return pa.array(numbers) if feature.dtype == "int" else pa.array([f"{i:x}" for i in range(8)])
+    items = [[i if feature.dtype == "int" else f"{i:x}"] * (i % 3) for i in range(8)]
+    if feature.delimiter is not None:
+        return pa.array([feature.delimiter.join(map(str, one)) for one in items])
+    return pa.array(items, pa.list_(pa.int64() if feature.dtype == "int" else pa.string()))
+
+
+@torch.no_grad()
+def scores_of(model: DistributedModelParallel, config: Config, rows: pa.Table) -> np.ndarray:
+    """Return what evaluation gives for rows, read by training's reader: float32 [n], or [n, labels]."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "golden.parquet"
+        pq.write_table(rows, path)
+        reader = row_reader(config, [str(path)])
+        model.eval()
+        found: dict[int, np.ndarray] = {}
+        for batch in reader.epoch(0):
+            logits = torch.sigmoid(model(batch)[0])
+            assert batch.number is not None
+            found |= dict(zip(batch.number[: batch.rows].tolist(), logits.numpy(), strict=False))
+    return np.array([found[number] for number in range(rows.num_rows)], np.float32)

@@ -1,0 +1,72 @@
+"""Further forms of an exported tower: compiled for this machine by AOTInductor, and ONNX."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tessera.ctr.export.tower import ServedTower, inputs_of
+from tessera.ctr.serving.errors import ExportError
+from tessera.embedding.errors import ConfigError
+
+COMPILED, ONNX = "tower.aoti.pt2", "tower.onnx"
+EQUAL = 1e-4  # of logits, beside the graph's: other kernels add in another order
+
+
+def write_compiled(program: torch.export.ExportedProgram, folder: Path) -> str:
+    """Write the tower as an AOTInductor package, which C++ runs without Python; return its name.
+
+    Raises ConfigError: torch cannot compile it here; it says why.
+    """
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / COMPILED))
+    except Exception as error:  # of a compiler, or from inside of torch
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"--compile: AOTInductor cannot compile the tower on this machine: {reason}") from None
+    return COMPILED
+
+
+@torch.no_grad()
+def write_onnx(served: ServedTower, folder: Path, numeric: int, ids: int) -> str:
+    """Write the tower as ONNX and compare it with the tower, by onnxruntime; return its name.
+
+    Raises ConfigError: the extra `onnx` is not installed, or torch cannot convert the tower. ExportError: onnxruntime
+    gives other logits.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"--onnx needs {missing[0]}: pip install tessera-ctr[onnx]")
+    import onnxruntime
+
+    groups = list(served.groups)
+    inputs = inputs_of(served.tower.embedding_dims, numeric, ids, 3)
+    rows = torch.export.Dim("rows", min=1, max=1 << 24)
+    try:
+        torch.onnx.export(
+            served.eval(),
+            inputs,
+            folder / ONNX,
+            input_names=["numeric", *groups],
+            output_names=["logits"],
+            dynamic_shapes=({0: rows}, tuple({0: rows} for _ in groups)),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    except Exception as error:  # of many kinds, from inside of torch
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"--onnx: torch.onnx cannot convert the tower: {reason}") from None
+    session = onnxruntime.InferenceSession(folder / ONNX, providers=["CPUExecutionProvider"])
+    names = {one.name for one in session.get_inputs()}
+    for count in (1, 300):
+        inputs = inputs_of(served.tower.embedding_dims, numeric, ids, count, seed=count)
+        fed = {n: one.numpy() for n, one in zip(["numeric", *groups], inputs, strict=True) if n in names}
+        difference = float(np.abs(session.run(None, fed)[0] - served(*inputs).numpy()).max())
+        if not difference <= EQUAL:
+            raise ExportError(
+                f"--onnx: onnxruntime's logits lie {difference:.1e} from the tower's, expected {EQUAL:.0e}"
+            )
+    return ONNX

@@ -1,0 +1,170 @@
+"""Turn rows of any common form into what a model reads, by the very code that decodes them for training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tessera.ctr.data import columns, single_values
+from tessera.ctr.data.bags import Bags, decode_bags
+from tessera.ctr.data.errors import SchemaError
+from tessera.ctr.data.footers import Wanted, check_column, wanted_columns
+from tessera.ctr.data.schema import Feature, Schema
+from tessera.ctr.serving.errors import RowError
+
+WHERE = "rows"  # so messages call them
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Decoded rows. numeric: float32 [n] by name of `Schema.numeric_names`; bags: of the id features by name."""
+
+    count: int
+    numeric: dict[str, np.ndarray]
+    bags: dict[str, Bags]
+
+
+class RowDecoder:
+    """Decodes rows for one schema. It holds settings only, so threads share one."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+        self._wanted = wanted_columns(schema, drop_labels=True)
+        self.columns = sorted({want.column for want in self._wanted})
+        self._lists = {f.column for f in schema.categorical if f.kind in ("ids", "sequence") and f.delimiter is None}
+
+    def read_by(self, feature: Feature) -> set[str]:
+        """Return the columns that a feature reads."""
+        return {feature.column} | ({feature.weights} if feature.weights else set())
+
+    def table(self, rows: Any, *, some: bool = False) -> pa.Table:
+        """Return rows as an Arrow table with the columns that the model reads.
+
+        rows: an Arrow table or batch, a pandas data frame, a list of dicts, or one dict. some: other rows have the
+        columns that lack here.
+
+        Raises RowError: a column is missing, there twice, or of a type that training would not read.
+        """
+        table = self._as_table(rows, some=some)
+        wanted = [want for want in self._wanted if not some or want.column in table.column_names]
+        _check(table.schema, wanted)
+        return table.select(sorted({want.column for want in wanted}))
+
+    def _as_table(self, rows: Any, *, some: bool) -> pa.Table:
+        if isinstance(rows, pa.Table):
+            return rows
+        if isinstance(rows, pa.RecordBatch):
+            return pa.Table.from_batches([rows])
+        if isinstance(rows, Mapping):
+            rows = [rows]
+        if isinstance(rows, Sequence) and not isinstance(rows, str | bytes):
+            return self._of_dicts(rows, some=some)
+        try:
+            return pa.Table.from_pandas(rows, preserve_index=False)
+        except (AttributeError, ImportError):
+            expected = "an Arrow table, a pandas data frame, a dict or a list of dicts"
+            raise RowError(f"{WHERE} are a {type(rows).__name__}; expected {expected}") from None
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise RowError(f"{WHERE} cannot be read as a table: {one_line(error)}") from None
+
+    def _of_dicts(self, rows: Sequence[Any], *, some: bool) -> pa.Table:
+        for number, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise RowError(f"row {number} is {_shown(row)}; expected an object with the columns by name")
+        arrays = {}
+        for name in self.columns:
+            there = [name in row for row in rows]
+            if some and not any(there):
+                continue
+            if not all(there):
+                number = there.index(False)
+                raise RowError(f"row {number} has no column {name!r}; expected a value, or null where it is missing")
+            arrays[name] = self._array(name, [row[name] for row in rows])
+        if not arrays:
+            return pa.table({"": pa.nulls(len(rows))}) if some else pa.table({})
+        return pa.table(arrays)
+
+    def _array(self, name: str, values: list[Any]) -> pa.Array:
+        """Return a column of Python values. Integers may be of 64 bits with or without sign."""
+        if not values and name in self._lists:
+            return pa.array([], pa.list_(pa.null()))
+        problem = ""
+        for kind in (None, pa.uint64(), pa.list_(pa.uint64())):
+            try:
+                return pa.array(values, kind)
+            except (OverflowError, pa.ArrowException, TypeError, ValueError) as error:
+                problem = problem or one_line(error) or type(error).__name__
+        raise RowError(f"column {name!r} cannot be read: {problem}")
+
+    def decode(self, table: pa.Table) -> Rows:
+        """Decode the features whose columns are there; `table` made that.
+
+        Raises RowError: a value is none that training would take; it names the row, the column and what was expected.
+        """
+        there = set(table.column_names)
+        chunks = {name: [columns.plain(chunk) for chunk in table[name].chunks] for name in there}
+        for name, parts in chunks.items():
+            if not parts:
+                chunks[name] = [columns.plain(pa.array([], table.schema.field(name).type))]
+        numeric: dict[str, np.ndarray] = {}
+        for feature in self.schema.numeric:
+            if self.read_by(feature) <= there:
+                numeric |= _numeric(feature, chunks[feature.column])
+        bags = {
+            feature.name: _bags(feature, chunks)
+            for feature in self.schema.categorical
+            if self.read_by(feature) <= there
+        }
+        return Rows(table.num_rows, numeric, bags)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _check(arrow: pa.Schema, wanted: Sequence[Wanted]) -> None:
+    try:
+        for want in wanted:
+            check_column(WHERE, arrow, want)
+    except SchemaError as error:
+        raise RowError(str(error)) from None
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _fail(bad: np.ndarray, column: str, found: object, expected: str) -> None:
+    row = int(np.flatnonzero(bad)[0])
+    raise RowError(f"row {row}: column {column!r} found {_shown(found)}, expected {expected}")
+
+
+def _numeric(feature: Feature, arrays: list[pa.Array]) -> dict[str, np.ndarray]:
+    decoded = single_values.numeric(feature, arrays)
+    if decoded.bad is not None:
+        found = decoded.stored[int(np.flatnonzero(decoded.bad)[0])].item()
+        _fail(decoded.bad, feature.column, found, single_values.expected_number(feature))
+    found = {feature.name: decoded.values}
+    return found | ({f"{feature.name}_missing": decoded.absent()} if feature.indicator else {})
+
+
+def _bags(feature: Feature, chunks: Mapping[str, list[pa.Array]]) -> Bags:
+    arrays = chunks[feature.column]
+    if feature.kind in ("ids", "sequence"):
+        bags, problems = decode_bags(feature, arrays, chunks[feature.weights] if feature.weights else None)
+        for problem in problems:
+            _fail(problem.rows, problem.column, problem.found, problem.expected)
+        return bags
+    decoded = single_values.single(feature, arrays)
+    if decoded.bad is not None:
+        row = int(np.flatnonzero(decoded.bad)[0])
+        _fail(decoded.bad, feature.column, decoded.found(row), single_values.expected_id(feature))
+    values = decoded.values.astype(np.int64, copy=False)
+    if decoded.there is None:
+        return Bags(values, np.arange(len(values) + 1), None)
+    return Bags(values[decoded.there], np.concatenate([[0], np.cumsum(decoded.there)]).astype(np.int64), None)

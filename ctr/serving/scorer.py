@@ -1,0 +1,160 @@
+"""Score rows with an export: `Scorer.load("exports/mine")(rows)`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tessera.ctr.serving.description import FORMAT, TOWER, read_description
+from tessera.ctr.serving.embeddings import Embeddings
+from tessera.ctr.serving.errors import ExportError, RowError
+from tessera.ctr.serving.files import Place, read_manifest
+from tessera.ctr.serving.rows import RowDecoder, Rows
+
+BATCH_ROWS = 8192  # rows that are scored at once: what they look up is held in memory
+GOLDEN, PREDICTION = "golden.parquet", "golden_prediction"
+
+
+class Scorer:
+    """An export that is open. Any number of threads may score at the same time.
+
+    Attributes:
+        labels: what is predicted, in the order of the columns of a result.
+        version: name and checksum of the model; the same in every answer of one model.
+        manifest: what the export says of itself.
+    """
+
+    def __init__(self, folder: str | Path, *, check: bool = False) -> None:
+        """Open the export in a folder. Tables are mapped into memory and not read.
+
+        check: read every file and compare its checksum first; without it the small ones alone are.
+
+        Raises ExportError: it is no export of this version, or a file is missing or was changed.
+        """
+        self.folder = Path(os.path.abspath(os.path.expanduser(folder)))
+        place = Place(self.folder)
+        self.manifest = read_manifest(place, FORMAT)
+        for path, sealed in self.manifest["files"].items():
+            problem = place.problem(path, sealed) if check or not path.startswith("tables/") else None
+            if problem:
+                raise ExportError(f"{self.folder} is damaged: {problem}")
+        self.version = f"{self.manifest['name']}-{self.manifest['checksum']}"
+        description = read_description(place)
+        self.description = description
+        self.labels = description.labels
+        schema = description.schema()
+        self._decoder = RowDecoder(schema)
+        self._numeric, self._ids = list(schema.numeric_names), list(schema.id_names)
+        self._embeddings = Embeddings(str(self.folder), description, self._ids, weighted=schema.weighted)
+        self._tower = load_tower(self.folder / TOWER)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, check: bool = False) -> Scorer:
+        """Open the export in a folder; as the constructor."""
+        return cls(folder, check=check)
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that rows must have."""
+        return list(self._decoder.columns)
+
+    def __call__(self, rows: Any) -> np.ndarray:
+        """Return the probability of each row, float32 [n], or [n, labels] where the model predicts several labels.
+
+        rows: an Arrow table or batch, a pandas data frame, a list of dicts, or one dict. Columns that the model does
+            not read may be there.
+
+        Raises RowError: a column is missing, or a value is none that training would take.
+        """
+        table = self._decoder.table(rows)
+        parts = [
+            self._probabilities(self._decoder.decode(table.slice(begin, BATCH_ROWS)))
+            for begin in range(0, max(1, table.num_rows), BATCH_ROWS)
+        ]
+        return np.concatenate(parts)
+
+    def rank(self, user: Any, candidates: Any) -> np.ndarray:
+        """Return the probability of each candidate for one user, as `__call__` does for rows of both.
+
+        user: one row with the columns of its features, which are looked up once. candidates: rows with all others;
+            where both have a column, the candidates' counts.
+
+        Raises RowError: as `__call__`, or there is not one user.
+        """
+        theirs = self._decoder.table(candidates, some=True)
+        mine = self._decoder.table(user, some=True)
+        if mine.num_rows != 1:
+            raise RowError(f"found {mine.num_rows} rows of users; expected one")
+        mine = mine.drop_columns([name for name in mine.column_names if name in theirs.column_names])
+        missing = [name for name in self._decoder.columns if name not in {*mine.column_names, *theirs.column_names}]
+        if missing:
+            raise RowError(f"column {missing[0]!r} is neither the user's nor the candidates'")
+        for feature in self._decoder.schema.categorical:
+            for side in (mine, theirs):
+                if (
+                    0
+                    < len(self._decoder.read_by(feature) & set(side.column_names))
+                    < len(self._decoder.read_by(feature))
+                ):
+                    raise RowError(f"columns {feature.column!r} and {feature.weights!r} must be on the same side")
+        user_rows = self._decoder.decode(mine)
+        with torch.no_grad():
+            once = self._embeddings.pooled(user_rows.bags, 1)
+            parts = [
+                self._answer(self._decoder.decode(theirs.slice(begin, BATCH_ROWS)), user_rows, once)
+                for begin in range(0, max(1, theirs.num_rows), BATCH_ROWS)
+            ]
+        return np.concatenate(parts)
+
+    def check_golden(self) -> float:
+        """Return the largest difference between the scores of the export's golden rows and those that training's own
+        evaluation gave; 0 where it has none.
+
+        Raises ExportError: the rows cannot be read.
+        """
+        import pyarrow.parquet as pq
+
+        if GOLDEN not in self.manifest["files"]:
+            return 0.0
+        table = pq.read_table(self.folder / GOLDEN, partitioning=None)
+        expected = np.array(table[PREDICTION].to_pylist(), np.float32)
+        return float(np.abs(self(table) - expected).max(initial=0.0))
+
+    def _probabilities(self, rows: Rows) -> np.ndarray:
+        with torch.no_grad():
+            return self._answer(rows, None, {})
+
+    def _answer(self, rows: Rows, user: Rows | None, once: dict[str, Tensor]) -> np.ndarray:
+        numeric = torch.empty(rows.count, len(self._numeric))
+        for place, name in enumerate(self._numeric):
+            side = rows if name in rows.numeric else user
+            assert side is not None
+            numeric[:, place] = torch.from_numpy(side.numeric[name])
+        groups = self._embeddings.pooled(rows.bags, rows.count)
+        if user is not None and user.bags:
+            groups = {name: self._beside(group, rows, user, once[name]) for name, group in groups.items()}
+        logits = self._tower(numeric, *groups.values())
+        return torch.sigmoid(logits).numpy()
+
+    def _beside(self, group: Tensor, rows: Rows, user: Rows, once: Tensor) -> Tensor:
+        """Put the user's fields, looked up once, beside those of the candidates, in the order of the model."""
+        both = torch.empty(rows.count, len(self._ids), group.shape[2])
+        both[:, [i for i, name in enumerate(self._ids) if name in rows.bags]] = group
+        both[:, [i for i, name in enumerate(self._ids) if name not in rows.bags]] = once
+        return both
+
+
+def load_tower(path: Path) -> Any:
+    """Return the tower of an export, a module. Raises ExportError: the file cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's loader, about memory that it maps
+            return torch.export.load(path).module()
+    except Exception as error:  # torch raises what its parsers do
+        raise ExportError(f"{path} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
