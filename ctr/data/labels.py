@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from tessera.ctr.data.errors import SchemaError
 from tessera.embedding import settings
 from tessera.embedding.errors import ConfigError, did_you_mean
 from tessera.embedding.settings import setting
 
+MISSING: Any = "???"  # omegaconf's word for a value that must be given; serving reads schemas without omegaconf
 LOSSES = ("cross_entropy", "focal", "pairwise", "jrc", "mse")
 NULLS = ("bad", "unknown")
 ALL = "all"
@@ -131,6 +129,9 @@ def _config(one: Any, where: str) -> LabelConfig:
                 )
         if not one.get("name"):
             raise SchemaError(f"{where}: name is missing")
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
         try:
             made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LabelConfig), dict(one)))
         except OmegaConfBaseException as error:

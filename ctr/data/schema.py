@@ -13,12 +13,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tessera.ctr.data.errors import SchemaError
-from tessera.ctr.data.labels import labels_of
+from tessera.ctr.data.labels import MISSING, labels_of
 from tessera.ctr.data.times import TimeRule
 from tessera.embedding.errors import did_you_mean
 from tessera.embedding.settings import setting
 
-MISSING: Any = "???"  # omegaconf's word for a value that must be given; serving reads schemas without omegaconf
 KINDS = ("numeric", "id", "ids", "sequence")
 DTYPES = ("int", "hex", "string")
 POOLINGS = ("mean", "sum")

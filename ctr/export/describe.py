@@ -11,7 +11,7 @@ import numpy as np
 from tessera.ctr.config import Config
 from tessera.ctr.data.schema import FeatureConfig, Schema
 from tessera.ctr.serving.conversion import Conversion, Note, chosen_format
-from tessera.ctr.serving.description import Description, StoredGroup, StoredProjection, StoredTable
+from tessera.ctr.serving.description import Description, StoredGroup, StoredLabel, StoredProjection, StoredTable
 from tessera.ctr.serving.files import SealedWriter
 from tessera.ctr.serving.saved_models import SavedModel
 from tessera.ctr.serving.table_writer import folder_of, groups_of, write_array, write_header
@@ -69,7 +69,13 @@ def describe(
     averaged = [one.name for one in schema.categorical if one.kind in BAGS and one.pooling == "mean"]
     has_oov, projections = dense
     return Description(
-        list(schema.labels), features, dict(dims), averaged, tables, OOV if has_oov else None, projections
+        [StoredLabel(task.name, task.is_number) for task in schema.tasks],
+        features,
+        dict(dims),
+        averaged,
+        tables,
+        OOV if has_oov else None,
+        projections,
     )
 
 

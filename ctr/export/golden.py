@@ -18,6 +18,7 @@ from tessera.ctr.data.footers import value_type
 from tessera.ctr.data.schema import Feature, Schema
 from tessera.ctr.runs.score_rows import row_reader
 from tessera.ctr.serving.rows import RowDecoder
+from tessera.ctr.serving.scorer import answers_of
 from tessera.embedding.errors import TesseraError
 
 ROWS = 64  # of the data
@@ -102,9 +103,10 @@ def scores_of(model: DistributedModelParallel, config: Config, rows: pa.Table) -
         pq.write_table(rows, path)
         reader = row_reader(config, [str(path)])
         model.eval()
+        numbers = [place for place, task in enumerate(Schema(config.data.schema).tasks) if task.is_number]
         found: dict[int, np.ndarray] = {}
         for batch in reader.epoch(0):
-            logits = torch.sigmoid(model(batch)[0])
+            found_here = answers_of(model(batch)[0], numbers)
             assert batch.number is not None
-            found |= dict(zip(batch.number[: batch.rows].tolist(), logits.numpy(), strict=False))
+            found |= dict(zip(batch.number[: batch.rows].tolist(), found_here.numpy(), strict=False))
     return np.array([found[number] for number in range(rows.num_rows)], np.float32)

@@ -58,10 +58,18 @@ class StoredProjection:
 
 
 @dataclass(frozen=True)
+class StoredLabel:
+    """A label. is_number: the model answers any number, as it is; else a probability."""
+
+    name: str
+    is_number: bool = False
+
+
+@dataclass(frozen=True)
 class Description:
     """What `features.json` says."""
 
-    labels: list[str]
+    labels: list[StoredLabel]
     features: list[FeatureConfig]
     groups: dict[str, int]
     averaged: list[str]
@@ -71,7 +79,7 @@ class Description:
 
     def schema(self) -> Schema:
         """Return the schema that decodes rows, as the reader of training has it."""
-        return Schema(SchemaConfig(labels=list(self.labels), features=list(self.features)))
+        return Schema(SchemaConfig(labels=[label.name for label in self.labels], features=list(self.features)))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,7 +91,7 @@ def read_description(place: Place) -> Description:
     try:
         tables = [_table(one) for one in found["tables"]]
         described = Description(
-            labels=[str(label) for label in found["labels"]],
+            labels=[StoredLabel(**label) for label in found["labels"]],
             features=[FeatureConfig(**_known(FeatureConfig, one)) for one in found["features"]],
             groups={str(name): int(dim) for name, dim in found["groups"].items()},
             averaged=[str(name) for name in found["averaged"]],

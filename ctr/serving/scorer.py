@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ class Scorer:
         self.version = f"{self.manifest['name']}-{self.manifest['checksum']}"
         description = read_description(place)
         self.description = description
-        self.labels = description.labels
+        self.labels = [label.name for label in description.labels]
+        self._numbers = [place for place, label in enumerate(description.labels) if label.is_number]
         schema = description.schema()
         self._decoder = RowDecoder(schema)
         self._numeric, self._ids = list(schema.numeric_names), list(schema.id_names)
@@ -139,8 +141,7 @@ class Scorer:
         groups = self._embeddings.pooled(rows.bags, rows.count)
         if user is not None and user.bags:
             groups = {name: self._beside(group, rows, user, once[name]) for name, group in groups.items()}
-        logits = self._tower(numeric, *groups.values())
-        return torch.sigmoid(logits).numpy()
+        return answers_of(self._tower(numeric, *groups.values()), self._numbers).numpy()
 
     def _beside(self, group: Tensor, rows: Rows, user: Rows, once: Tensor) -> Tensor:
         """Put the user's fields, looked up once, beside those of the candidates, in the order of the model."""
@@ -148,6 +149,17 @@ class Scorer:
         both[:, [i for i, name in enumerate(self._ids) if name in rows.bags]] = group
         both[:, [i for i, name in enumerate(self._ids) if name not in rows.bags]] = once
         return both
+
+
+def answers_of(logits: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Return probabilities of logits [n] or [n, labels]; labels that are numbers, by their places, stay as they are."""
+    answers = torch.sigmoid(logits)
+    if not numbers:
+        return answers
+    if logits.dim() == 1:
+        return logits
+    answers[:, list(numbers)] = logits[:, list(numbers)]
+    return answers
 
 
 def load_tower(path: Path) -> Any:
