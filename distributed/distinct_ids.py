@@ -35,24 +35,32 @@ class DistinctIds:
     of_tables: list[int]
 
 
-@torch.no_grad()
-def distinct_ids(ids: KeyedJaggedTensor, times: Tensor | None, tables: Sequence[Sequence[int]]) -> DistinctIds:
-    """Return the distinct ids of each table with their counts and times.
+class FieldsOfTables:
+    """The places of the fields of each table, of all fields of a batch."""
 
-    times: int64 [B] of the rows, or None. tables: the places of the fields of each, of all fields of `ids`.
-    """
-    values, ends = ids.values(), ids.offset_per_key()
-    spans = [slice(ends[field], ends[field + 1]) for fields in tables for field in fields]
-    in_order = [span.start for span in spans] == [0, *(span.stop for span in spans[:-1])]
-    sizes = [sum([ends[field + 1] - ends[field] for field in fields]) for fields in tables]
-    bounds = torch.tensor([0, *accumulate(sizes)]).to(values.device, non_blocking=True)
-    flat = values if in_order else torch.cat([values[span] for span in spans])
-    unique, index, counts, found = unique_tables(flat, bounds)
-    if not in_order:
-        of_fields = index.split([span.stop - span.start for span in spans])
-        index = torch.empty_like(values)
-        for span, places in zip(spans, of_fields, strict=True):
-            index[span] = places
+    def __init__(self, tables: Sequence[Sequence[int]]) -> None:
+        self.flat = [field for fields in tables for field in fields]
+        self.ends = [0, *accumulate(len(fields) for fields in tables)]
+        self.in_order = self.flat == list(range(len(self.flat)))
+
+
+@torch.no_grad()
+def distinct_ids(ids: KeyedJaggedTensor, times: Tensor | None, tables: FieldsOfTables) -> DistinctIds:
+    """Return the distinct ids of each table with their counts and times. times: int64 [B] of the rows, or None."""
+    flat, ends = ids.values(), ids.offset_per_key()
+    if tables.in_order:
+        bounds = [ends[end] for end in tables.ends]
+    else:
+        sizes = [ends[field + 1] - ends[field] for field in tables.flat]
+        begins = [0, *accumulate(sizes)]
+        bounds = [begins[end] for end in tables.ends]
+        flat = torch.cat([flat[ends[field] : ends[field + 1]] for field in tables.flat])
+    unique, index, counts, found = unique_tables(flat, torch.tensor(bounds).to(flat.device, non_blocking=True))
+    if not tables.in_order:
+        of_fields = index.split(sizes)
+        index = torch.empty_like(index)
+        for field, places in zip(tables.flat, of_fields, strict=True):
+            index[ends[field] : ends[field + 1]] = places
     if times is not None:
         times = latest(times_of_values(ids, times), index, unique.numel())
     return DistinctIds(mix64(unique), found, counts, times, index, found.diff().tolist())

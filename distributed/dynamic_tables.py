@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
 from tessera.distributed.collectives import ranks
-from tessera.distributed.distinct_ids import ALL_TABLES, distinct_ids
+from tessera.distributed.distinct_ids import ALL_TABLES, FieldsOfTables, distinct_ids
 from tessera.distributed.event_times import times_of_ranks
 from tessera.distributed.fields import OnDevice, chosen, mixed, scale_to_mean
 from tessera.distributed.host_manager import CacheStats, HostManager
@@ -123,7 +123,7 @@ class DynamicTables(nn.Module):
             for path in (self._row_tables, self._bag_tables)
         )
         place = {self._id_names[field]: place for place, field in enumerate(self._row_fields)}
-        self._fields_of_tables = [[place[name] for name in tables[i].features] for i in self._row_tables]
+        self._fields_of_tables = FieldsOfTables([[place[n] for n in tables[i].features] for i in self._row_tables])
         table_of = {name: i for i in self._bag_tables for name in tables[i].features}
         self._bags_of = [(self._id_names[field], table_of[self._id_names[field]]) for field in self._bag_fields]
         both = self._row_fields + self._bag_fields

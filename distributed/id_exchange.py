@@ -6,7 +6,6 @@ kind by kind, of each in the order of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -69,8 +68,7 @@ class IdExchange:
         sizes = tuple(column.element_size() for column in outgoing.columns)
         layout = _layout(self.recent.room(), kinds, outgoing.told.numel(), sizes)
         owners = owner_of(ids, self.ranks)
-        ones = torch.ones_like(owners)
-        parts = torch.zeros(self.ranks, dtype=torch.int64, device=ids.device).index_add_(0, owners, ones)
+        parts = _occurrences(owners, self.ranks)
         order, begins = positions_of(owners, parts)
         kind = torch.repeat_interleave(outgoing.bounds.diff(), output_size=ids.numel())
         columns = (ids, *outgoing.columns)
@@ -78,21 +76,24 @@ class IdExchange:
             columns += (kind.to(_WHOLE[layout.number_bytes]),)
         message = ids.new_zeros(self.ranks * layout.words + 1)  # the last word takes what has no room
         header = message[:-1].view(self.ranks, layout.words)[:, : layout.header]
-        header[:, TOTAL], header[:, LARGEST], header[:, PART] = ids.numel(), parts.max(), parts
-        header[:, FIXED : FIXED + layout.told] = outgoing.told.view(torch.int64)
+        largest = parts.max()
+        header[:, TOTAL], header[:, LARGEST], header[:, PART] = ids.numel(), largest, parts
+        if layout.told:
+            header[:, FIXED : FIXED + layout.told] = outgoing.told.view(torch.int64)
         if not layout.numbered:
-            of_kinds = torch.zeros(self.ranks * kinds, dtype=torch.int32, device=ids.device)
-            of_kinds.index_add_(0, owners * kinds + kind, ones.int())
+            of_kinds = _occurrences(owners * kinds + kind, self.ranks * kinds)
             _counts(header, layout).copy_(of_kinds.view(self.ranks, kinds))
         owners = owners[order]
         places = torch.arange(order.numel(), device=ids.device) - begins[owners]
-        columns = tuple(column[order] for column in columns)
-        if layout.room:
-            for column, begin in zip(columns, layout.begins, strict=True):
-                flat, each = message.view(_WHOLE[column.element_size()]), 8 // column.element_size()
-                at = (owners * layout.words + begin) * each + places
+        columns = tuple([column[order] for column in columns])
+        fits = ids.device.type == "cpu" and int(largest) <= layout.room
+        begins_of_rows = owners * layout.words
+        for column, begin in zip(columns, layout.begins if layout.room else (), strict=layout.room > 0):
+            flat, each = message.view(_WHOLE[column.element_size()]), 8 // column.element_size()
+            at = torch.add(places + begin * each, begins_of_rows, alpha=each)
+            if not fits:
                 at = torch.where(places < layout.room, at, flat.numel() - 1)
-                flat[at] = column.view(flat.dtype)
+            flat[at] = column.view(flat.dtype)
         return SentIds(self, layout, message[:-1], columns, _Order(order, parts, places))
 
 
@@ -162,8 +163,7 @@ class SentIds:
         places = torch.arange(count, device=device) - (parts.cumsum(0) - parts)[ranks]
         if layout.numbered:
             kinds = self._column(len(layout.columns) - 1, _WHOLE[layout.number_bytes], ranks, places).long()
-            counts = kinds.new_zeros(layout.kinds).index_add_(0, kinds, torch.ones_like(kinds))
-            order, begins = positions_of(kinds, counts)
+            order, begins = positions_of(kinds, _occurrences(kinds, layout.kinds))
             bounds = begins.tolist()
         else:
             order = in_order_of_kinds(_counts(self._came, layout).long(), count)
@@ -188,6 +188,14 @@ class SentIds:
         return both[torch.where(places < layout.room, at, places + shift[ranks])].view(dtype)
 
 
+def _occurrences(numbers: Tensor, kinds: int) -> Tensor:
+    """Return how often each number below `kinds` occurs: int64 [kinds], without waiting for a GPU as bincount does."""
+    if numbers.device.type == "cpu":
+        return torch.bincount(numbers, minlength=kinds)
+    counts = torch.zeros(kinds, dtype=torch.int64, device=numbers.device)
+    return counts.index_add_(0, numbers, torch.ones_like(numbers))
+
+
 def _counts(header: Tensor, layout: MessageLayout) -> Tensor:
     """Return the part of headers (int64 [ranks, words]) that says how many ids are of each kind: int32 [ranks, kinds],
     not copied."""
@@ -205,8 +213,3 @@ def in_order_of_kinds(lengths_rk: Tensor, count: int) -> Tensor:
     lengths_kr = lengths_rk.t().flatten()
     shift = begins_kr - (lengths_kr.cumsum(0) - lengths_kr)
     return torch.arange(count, device=lengths.device) + shift.repeat_interleave(lengths_kr, output_size=count)
-
-
-def alone(ids: Tensor, columns: Sequence[Tensor], bounds: list[int]) -> ReceivedIds:
-    """Return what a single rank receives of its ids."""
-    return ReceivedIds(ids, tuple(columns), bounds)

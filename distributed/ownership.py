@@ -11,6 +11,8 @@ def owner_of(mixed: Tensor, world_size: int) -> Tensor:
 
     mixed: int64 [n], `mix64` of raw ids. torchrec's input dist computes the same on what is sent through it.
     """
+    if world_size & (world_size - 1) == 0:
+        return mixed & (world_size - 1)
     # 2^64 = 2 * 2^63, so for a negative number the unsigned value is (x + 2^63) + 2^63.
     half = 2**63 % world_size
     low = torch.remainder(mixed & (2**63 - 1), world_size)

@@ -110,7 +110,6 @@ def test_a_forward_pass_is_the_two_halves_that_are_called_apart():
 def test_what_brings_rows_in_its_own_messages_finds_ranks_and_codecs():
     assert "self._env = env" in inspect.getsource(embedding.ShardedEmbeddingCollection.__init__)
     assert isinstance(embedding.ShardedEmbeddingCollection.qcomm_codecs_registry, property)
-    assert types.NoWait(5).wait() == 5
     source = inspect.getsource(comm_ops.All2All_Seq_Req.backward)  # as `answers.py`: first decoded, then divided
     assert source.index(".decode(") < source.index("div_(dist.get_world_size(ctx.pg))")
 
