@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -15,9 +13,10 @@ from tessera.ctr.instantiate import instantiate
 from tessera.ctr.models.batch_norm import BatchNorm
 from tessera.ctr.models.dropout import draw_masks, dropout_layers
 from tessera.ctr.models.numeric import Raw
-from tessera.ctr.models.tower import Fields, Tower
+from tessera.ctr.models.tower import Events, Fields, SequenceGroup, Tower, drawn_inputs, logits_of
 from tessera.ctr.tables import build_tables
 from tessera.distributed.rank import Process
+from tessera.distributed.sequences import events_key
 from tessera.distributed.sharding import shard
 from tessera.distributed.tables import Tables, as_dynamic
 from tessera.embedding.errors import ConfigError
@@ -30,31 +29,45 @@ class Network(nn.Module):
         step: number of the training step, by which dropout draws its masks; set before the forward pass.
     """
 
-    def __init__(self, tables: Tables, tower: Tower, id_names: Sequence[str], *, amp: bool, seed: int = 0) -> None:
+    def __init__(self, tables: Tables, tower: Tower, fields: Fields, *, amp: bool, seed: int = 0) -> None:
         super().__init__()
         self.tables = tables
         self.tower = tower
-        self.id_names = tuple(id_names)
+        self.id_names, self._sequences = fields.ids, fields.sequences
         self.amp = amp
         self.seed, self.step = seed, 0
         self._dropout = dropout_layers(tower)
         self._batch_norm = [module for module in tower.modules() if isinstance(module, BatchNorm)]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return logits, [B] or of several labels [B, T], and the looked-up embeddings, group -> [B, id fields, dim];
-        all float32."""
+        """Return logits, [B] or of several labels [B, T], and what was looked up: group -> [B, pooled id fields, dim],
+        and the rows of sequences by `events_key`, [events, dim]; all float32."""
         if self.training:
             self._tell(batch)
         embeddings = self.tables(batch.ids)
         with torch.autocast(batch.numeric.device.type, torch.bfloat16, enabled=self.amp):
-            logits = self.tower(batch.numeric, embeddings)
+            logits = self.of_tower(batch, embeddings)
         return logits.float(), embeddings
+
+    def of_tower(self, batch: Batch, embeddings: dict[str, Tensor]) -> Tensor:
+        """Return the tower's logits, of what was looked up for the batch."""
+        if not self._sequences:
+            return self.tower(batch.numeric, embeddings)
+        groups = self.tower.embedding_dims
+        pooled = {group: embeddings[group] for group in groups}
+        events = {}
+        for one in self._sequences:
+            of = {group: {name: embeddings[events_key(group, name)] for name in one.ids} for group in groups}
+            lengths = batch.ids[one.ids[0]].lengths().long()
+            offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+            events[one.name] = Events(offsets, of, {name: batch.numbers[name] for name in one.numbers})
+        return self.tower(batch.numeric, pooled, events)
 
     def _tell(self, batch: Batch) -> None:
         """Tell layers that treat rows differently which rows these are."""
         draw_masks(self._dropout, self.seed, self.step, batch.place)
         for norm in self._batch_norm:
-            norm.real_rows = batch.rows
+            norm.real_rows = None if norm.of_events else batch.rows
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Return all that the dense optimizer trains: the tower's parameters and, by `embedding.oov`, the tables'
@@ -73,7 +86,7 @@ def build_model(config: Config, schema: Schema, process: Process) -> tuple[Distr
     if trainer.compile:
         tower.compile(mode=compiler_mode(config, process.device))
     tables = build_tables(config, schema, tower, process.world_size)
-    network = Network(tables, tower, schema.id_names, amp=trainer.amp, seed=trainer.seed)
+    network = Network(tables, tower, fields_of(config, schema), amp=trainer.amp, seed=trainer.seed)
     return shard(network, network.tables, process, -(-trainer.batch_size // process.world_size))
 
 
@@ -90,28 +103,52 @@ def build_tower(config: Config, schema: Schema) -> Tower:
         ConfigError: no such class, or a key that its constructor does not take, or one that it misses, or a model of
             one label for several.
     """
-
-    def embed_numeric(fields: int, dim: int) -> nn.Module:
-        return instantiate(config.numeric, "numeric", fields, dim)
-
-    labels = schema.tasks
-    fields = Fields(tuple(schema.numeric_names), tuple(schema.id_names), embed_numeric, labels, len(labels))
+    fields = fields_of(config, schema)
     tower = instantiate(config.model, "model", fields)
-    if len(labels) > 1 and not tower.has_heads:
+    if len(fields.labels) > 1 and not tower.has_heads:
         raise ConfigError(
             f"model.target is {config.model['target']}, which answers one label, and data.schema.labels has "
-            f"{', '.join(label.name for label in labels)}; expected one label, or a model such as shared_bottom or mmoe"
+            f"{', '.join(one.name for one in fields.labels)}; expected one label, or a model such as shared_bottom"
         )
-    if fields.numeric and isinstance(embed_numeric(len(fields.numeric), 1), Raw):
+    if fields.sequences and not tower.reads_sequences:
+        raise ConfigError(
+            f"model.target is {config.model['target']}, which reads no sequence event by event (feature "
+            f"{fields.sequences[0].ids[0]!r} has pooling: none); set a model that does, as din, or pooling: mean"
+        )
+    if fields.numeric and isinstance(fields.embed_numeric(len(fields.numeric), 1), Raw):
         _check_raw(tower, fields, config)
     return tower
 
 
+def fields_of(config: Config, schema: Schema) -> Fields:
+    """Return the fields that a tower sees."""
+
+    def embed_numeric(fields: int, dim: int) -> nn.Module:
+        return instantiate(config.numeric, "numeric", fields, dim)
+
+    sequences = tuple(_sequence_group(schema, name) for name in schema.sequences)
+    labels, numeric = schema.tasks, tuple(schema.numeric_names)
+    return Fields(numeric, tuple(schema.pooled_names), embed_numeric, labels, len(labels), sequences)
+
+
+def _sequence_group(schema: Schema, name: str) -> SequenceGroup:
+    group = schema.sequences[name]
+    ids = tuple(feature.name for feature in group if feature.name in schema.id_names)
+    numbers = tuple(feature.name for feature in group if feature.name not in schema.id_names)
+    of_table = {feature: table for table, features in schema.tables.items() for feature in features}
+    targets = [
+        next((place for place, own in enumerate(schema.pooled_names) if of_table[own] == of_table[one]), None)
+        for one in ids
+    ]
+    length = group[0].max_length
+    assert length is not None  # the schema refuses sequences without
+    return SequenceGroup(name, ids, numbers, tuple(targets), length)
+
+
 def _check_raw(tower: Tower, fields: Fields, config: Config) -> None:
     """Raise ConfigError where a tower has no use for values that are no vectors."""
-    numeric = torch.ones(4, len(fields.numeric), requires_grad=True)
-    embeddings = {group: torch.ones(4, len(fields.ids), dim) for group, dim in tower.embedding_dims.items()}
-    logits = tower.eval()(numeric, embeddings)
+    numeric, embeddings, events = drawn_inputs(tower, fields, 4, length=1)
+    logits = logits_of(tower.eval(), numeric, embeddings, events)
     tower.train()
     if not logits.requires_grad or torch.autograd.grad(logits.sum(), numeric, allow_unused=True)[0] is None:
         raise ConfigError(

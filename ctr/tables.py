@@ -39,6 +39,7 @@ def build_tables(config: Config, schema: Schema, tower: Tower, ranks: int) -> Ta
     check_named(config, schema.tables)
     if not schema.id_names:
         return NoTables(tower.embedding_dims)
+    _check_sequences(config, schema, tower)
     if kind == "static":
         return _static_tables(config, schema, tower)
     return _dynamic_tables(config, schema, tower, ranks)
@@ -88,8 +89,26 @@ def _dynamic_tables(config: Config, schema: Schema, tower: Tower, ranks: int) ->
         init=embedding.init,
         timeout_seconds=config.trainer.timeout_seconds,
         dims=tower.embedding_dims,
+        sequences=[name for name in schema.id_names if name not in schema.pooled_names],
         squares=embedding.l2 > 0,
     )
+
+
+def _check_sequences(config: Config, schema: Schema, tower: Tower) -> None:
+    """Raise ConfigError for tables that cannot answer with the row of each event."""
+    for table, features in schema.tables.items():
+        name = next((one for one in features if one not in schema.pooled_names), None)
+        if name is None:
+            continue
+        why = f"the rows of feature {name!r} reach the tower event by event (pooling: none)"
+        if config.embedding.kind == "static":
+            raise ConfigError(f"embedding.kind is static, and {why}; set embedding=dynamic or pooling: mean")
+        if settings_of(config, table)[0].pooled_output_dist == "always":
+            raise ConfigError(
+                f"embedding.pooled_output_dist is always for table {table!r}, and {why}; set auto or never"
+            )
+        if dims_of(config, table, tower.embedding_dims) != dict(tower.embedding_dims):
+            raise ConfigError(f"embedding.tables.{table}.dim is below the tower's, and {why}; leave dim out")
 
 
 def _averaged(schema: Schema) -> list[str]:
@@ -135,6 +154,8 @@ def _pools_before_exchange(config: Config, schema: Schema, width: int, ranks: in
     `auto` estimates with the longest bags that the schema allows, and answers no if they have no limit.
     """
     chosen = settings_of(config, table.name)[0].pooled_output_dist
+    if any(name not in schema.pooled_names for name in table.features):
+        return False
     if chosen != "auto":
         return chosen == "always"
     features = [f for f in schema.categorical if f.name in table.features]

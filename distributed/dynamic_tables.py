@@ -30,6 +30,7 @@ from tessera.distributed.host_manager import CacheStats, HostManager
 from tessera.distributed.module_names import module_name
 from tessera.distributed.plan import TableSize
 from tessera.distributed.projections import Projections, columns_in
+from tessera.distributed.sequences import PooledAndKept, pool_or_keep
 from tessera.distributed.torchrec.bag_sharding import DynamicBagKernel, DynamicBagSharder
 from tessera.distributed.torchrec.codecs import codecs
 from tessera.distributed.torchrec.ids_prefetch import IdsPrefetch, PrefetchedBatch
@@ -38,7 +39,6 @@ from tessera.distributed.torchrec.row_sharding import DYNAMIC, AskedRows, Dynami
 from tessera.embedding.cached_table import CachedTable
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.table import DynamicTable
-from tessera.kernels.pool import pool
 
 EXPIRE_ROWS = 1 << 18  # rows of each table that one call of `expire` looks at: about a millisecond
 
@@ -51,6 +51,7 @@ class DynamicTables(nn.Module):
         id_names: the id features, in the order in which a group's output lists the fields.
         expected_rows: rows per table that the planner counts with; tables grow beyond it.
         averaged: the features whose bags are averaged over their ids; the others are summed.
+        sequences: the features whose rows are not pooled: the tower gets the row of each id.
         transport: precision in which rows travel between ranks, see `torchrec/codecs.py`.
         oov: the OOV row that ids without a row read, zeros or learned per table (`oov` [tables, width], first 0).
         init: values of new rows: random, or oov, the learned OOV row as it is when they are added.
@@ -58,7 +59,7 @@ class DynamicTables(nn.Module):
         timeout_seconds: longest wait of a step for rows that are brought to the caches of tables on the host.
         dims: group -> columns that the tower wants, those of the first table if not given. Tables whose groups have
             fewer are projected, see `projections.py`.
-        squares: whether `squares_looked_up` will be asked for after forward passes in training.
+        squares: whether `squares_looked_up` is asked for after forward passes in training.
     """
 
     compute_kernel = DYNAMIC.value
@@ -76,6 +77,7 @@ class DynamicTables(nn.Module):
         timeout_seconds: float = 300.0,
         *,
         dims: Mapping[str, int] | None = None,
+        sequences: Collection[str] = (),
         squares: bool = False,
     ) -> None:
         super().__init__()
@@ -95,7 +97,9 @@ class DynamicTables(nn.Module):
         self.width = sum(self.groups.values())  # of the rows that owners answer with
         self._columns = [columns_in(table, self.groups) for table in tables]
         is_mixed = any(columns is not None for columns in self._columns)
-        self.projections = Projections(tables, id_names, self.groups) if is_mixed else None
+        pooled = [name for name in id_names if name not in sequences]
+        self._pooled = OnDevice([place for place, name in enumerate(id_names) if name in pooled])
+        self.projections = Projections(tables, pooled, self.groups) if is_mixed else None
         self.learns_scales = any(table.learns_scales for table in tables)
         self._init_from_oov = init == "oov"
         # New rows that begin as the learned row cannot be added before the step before has changed it.
@@ -122,11 +126,13 @@ class DynamicTables(nn.Module):
             sorted(self._id_names.index(name) for i in path for name in tables[i].features)
             for path in (self._row_tables, self._bag_tables)
         )
+        self._row_sequences = [self._id_names[field] in sequences for field in self._row_fields]
         place = {self._id_names[field]: place for place, field in enumerate(self._row_fields)}
         self._fields_of_tables = FieldsOfTables([[place[n] for n in tables[i].features] for i in self._row_tables])
         table_of = {name: i for i in self._bag_tables for name in tables[i].features}
         self._bags_of = [(self._id_names[field], table_of[self._id_names[field]]) for field in self._bag_fields]
-        both = self._row_fields + self._bag_fields
+        places = self._pooled.values
+        both = [places.index(field) for field in self._row_fields + self._bag_fields if field in places]
         self._order = None if both == sorted(both) else OnDevice([both.index(field) for field in range(len(both))])
         self._rows_of_all, self._bags_of_all = OnDevice(self._row_fields), OnDevice(self._bag_fields)
 
@@ -144,25 +150,25 @@ class DynamicTables(nn.Module):
         return kind(name=name, embedding_dim=width, num_embeddings=rows, feature_names=features)
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
-        """Return group -> [B, fields, dim] float32, zeros for empty bags. ids: raw int64 ids, stride B."""
-        first = self.training and not self._second
-        begun = first and self._prefetched
+        """Return group -> [B, pooled fields, dim] float32, zeros for empty bags, and for each sequence
+        `events_key(group, name)` -> [its ids, dim]. ids: raw int64 ids, stride B."""
+        begun = (first := self.training and not self._second) and self._prefetched
         prefetched = self._prefetched.popleft() if begun else self._begun(ids, self._times if first else None)
         assert prefetched.ids is ids, "another batch was prepared for this step"
-        paths = []
-        self._squares = []
+        paths, events, self._squares = [], dict[str, Tensor](), []
         if self.collection is not None:
-            paths.append(self._sums_of_rows(self._on_row_path(ids), prefetched))
+            sums, events = self._sums_of_rows(self._on_row_path(ids), prefetched)
+            paths.append(sums)
         if self.bags is not None:
             paths.append(self._sums_of_owners(self._pools_before_exchange(ids), prefetched))
         sums = [parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*paths, strict=True)]
         if self._order is not None:
             sums = [sums_bfd[:, self._order.on(sums_bfd.device)] for sums_bfd in sums]
         if self._averaged is not None:
-            scale_bf1 = scale_to_mean(ids, self._averaged).t().unsqueeze(2)
-            sums = [sums_bfd * scale_bf1 for sums_bfd in sums]
+            scale_fb = self._pooled.of(scale_to_mean(ids, self._averaged))
+            sums = [sums_bfd * scale_fb.t().unsqueeze(2) for sums_bfd in sums]
         embeddings = dict(zip(self.groups, sums, strict=True))
-        return embeddings if self.projections is None else self.projections(embeddings, frozen=self._second)
+        return events | (self.projections(embeddings, frozen=self._second) if self.projections else embeddings)
 
     @torch.no_grad()
     def begin(self, ids: KeyedJaggedTensor, times: Tensor | None = None, told: Tensor | None = None) -> PrefetchedBatch:
@@ -220,8 +226,7 @@ class DynamicTables(nn.Module):
     def _pools_before_exchange(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return chosen(ids, self._bags_of_all) if self._row_fields else ids
 
-    def _sums_of_rows(self, ids: KeyedJaggedTensor, prefetched: PrefetchedBatch) -> Sequence[Tensor]:
-        """Return [B, fields, dim] by group, for fields whose tables answer with rows."""
+    def _sums_of_rows(self, ids: KeyedJaggedTensor, prefetched: PrefetchedBatch) -> PooledAndKept:
         if self._second:
             assert self._first is not None, "no first pass"
             prefetched = self._first  # the owners have its ids
@@ -236,7 +241,7 @@ class DynamicTables(nn.Module):
             rows = torch.cat([self._with_oov(answered, table) for answered, table in of_tables])
         if self._keeps_squares and self.training:
             self._squares.append((rows.square().sum(1) * asked.counts.to(rows)).sum())
-        return self._pool(rows, asked.index, ids)
+        return pool_or_keep(rows, asked.index, ids, self._row_sequences, self.groups)
 
     def _sums_of_owners(self, ids: KeyedJaggedTensor, prefetched: PrefetchedBatch) -> Sequence[Tensor]:
         """Return [B, fields, dim] by group, for fields with a pooled output dist."""
@@ -392,8 +397,3 @@ class DynamicTables(nn.Module):
             self.oov.zero_()
         if self.projections is not None:
             self.projections.restart()
-
-    def _pool(self, rows: Tensor, index: Tensor, ids: KeyedJaggedTensor) -> Sequence[Tensor]:
-        """Return weighted sums over bags by group, [B, fields, dim]. rows: [distinct, width]; index: [values]."""
-        widths = list(self.groups.values())
-        return pool(rows, index, ids.offsets().long(), ids.weights_or_none(), len(ids.keys()), widths)

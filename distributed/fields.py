@@ -25,6 +25,10 @@ class OnDevice:
             self._tensor = self._tensor.to(device)
         return self._tensor
 
+    def of(self, values: Tensor) -> Tensor:
+        """Return values[these places]; `values` [n, ...] itself if they are all of it, in order."""
+        return values if self.values == list(range(len(values))) else values[self.on(values.device)]
+
 
 def chosen(ids: KeyedJaggedTensor, fields: OnDevice) -> KeyedJaggedTensor:
     """Return the bags of some fields (given by their places), in this order."""

@@ -24,7 +24,8 @@ class Tables(Protocol):
     """An nn.Module that turns the ids of a batch into embeddings."""
 
     def __call__(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
-        """Return group -> [B, fields, dim] float32, zeros for empty bags. ids: raw int64 ids, stride B."""
+        """Return group -> [B, pooled fields, dim] float32, zeros for empty bags, and the rows of sequences by
+        `sequences.events_key`. ids: raw int64 ids, stride B."""
         ...
 
     def squares_looked_up(self, embeddings: dict[str, Tensor]) -> Tensor:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from tessera.ctr.data.bags import is_bag
 from tessera.ctr.data.batch import Batch
-from tessera.ctr.data.decode import is_bag
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.data.window import Slice, Window
 
@@ -67,6 +67,7 @@ class Assembler:
             number=None if number is None else torch.from_numpy(number),
             place=torch.from_numpy(place),
             known=None if known is None else torch.from_numpy(known),
+            numbers=self._numbers(slices, size),
         )
 
     def _known(self, slices: list[Slice], rows: int, size: int) -> np.ndarray | None:
@@ -81,6 +82,16 @@ class Assembler:
             start += stop - first
         assert start == rows
         return known
+
+    def _numbers(self, slices: list[Slice], size: int) -> dict[str, torch.Tensor]:
+        """Return the values of each sequence of numbers."""
+        scratch = np.zeros(size, np.int32)
+        first = sum(is_bag(feature) for feature in self.schema.categorical)
+        found = {}
+        for bag, feature in enumerate(self.schema.number_sequences, first):
+            values, _ = _bag(slices, bag, scratch)
+            found[feature.name] = torch.from_numpy(values.astype(np.float32, copy=False))
+        return found
 
     def _parts(self) -> list[tuple[slice, slice | int]]:
         """Return slices of keys with the place of their values: rows of the matrix of single ids, which are copied at

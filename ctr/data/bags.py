@@ -11,20 +11,21 @@ import pyarrow.compute as pc
 from pyarrow import types
 
 from tessera.ctr.data import columns
-from tessera.ctr.data.schema import LARGEST, Feature
+from tessera.ctr.data.schema import LARGEST, Feature, Schema, gives_ids
+from tessera.ctr.data.transforms import bucket
 
 
 @dataclass
 class Bags:
     """One multi-valued feature of n rows: row i holds values[offsets[i]:offsets[i + 1]]."""
 
-    values: np.ndarray  # int64 [v]
+    values: np.ndarray  # int64 [v]; float32 of a sequence of numbers
     offsets: np.ndarray  # int64 [n + 1]
     weights: np.ndarray | None  # float32 [v]
 
     def take(self, rows: np.ndarray) -> Bags:
         """Return the bags of the given rows, in their order."""
-        return _gather(self.values, self.weights, self.offsets[rows], np.diff(self.offsets)[rows])
+        return gathered(self.values, self.weights, self.offsets[rows], np.diff(self.offsets)[rows])
 
 
 @dataclass
@@ -37,13 +38,28 @@ class BagProblem:
     column: str
 
 
+def is_bag(feature: Feature) -> bool:
+    """Return whether a row holds any number of the feature's ids."""
+    return feature.kind in ("ids", "sequence")
+
+
+def bags_of(schema: Schema) -> list[Feature]:
+    """Return the features of which a window holds bags, in the order of `Window.bags`: those of ids, then numbers."""
+    return [feature for feature in schema.categorical if is_bag(feature)] + schema.number_sequences
+
+
+def no_bags(rows: int, feature: Feature) -> Bags:
+    """Return empty bags."""
+    return Bags(np.zeros(0, np.int64 if gives_ids(feature) else np.float32), np.zeros(rows + 1, np.int64), None)
+
+
 def decode_bags(
     feature: Feature, arrays: list[pa.Array], weights: list[pa.Array] | None
 ) -> tuple[Bags, list[BagProblem]]:
     """Decode one feature. A row with a problem gets an empty bag."""
     lists = [as_lists(feature, array) for array in arrays]
-    lengths = np.concatenate([_lengths(array) for array in lists])
-    decoded = [columns.ids(_items(array), feature.dtype) for array in lists]
+    lengths = np.concatenate([lengths_of(array) for array in lists])
+    decoded = [item_values(feature, items_of(array)) for array in lists]
     values = np.concatenate([part[0] for part in decoded]).astype(np.int64, copy=False)
     sizes = [len(part[0]) for part in decoded]
     keep = columns.joined([part[1] for part in decoded], sizes)
@@ -52,9 +68,10 @@ def decode_bags(
     bad_rows = np.zeros(len(lengths), bool)
     if well_formed is not None:
         item = int(np.flatnonzero(~well_formed)[0])
-        bad_rows[_row_of(lengths, ~well_formed)] = True
-        found = repr(_items_of(lists, item))
+        bad_rows[row_of(lengths, ~well_formed)] = True
+        found = repr(_item(lists, item))
         expected = "decimal integers" if feature.dtype == "int" else "1 to 16 hexadecimal digits"
+        expected = "finite numbers" if feature.dtype == "float" else expected
         problems.append(BagProblem(bad_rows.copy(), found, expected, feature.column))
     item_weights = None
     if weights is not None:
@@ -67,7 +84,7 @@ def decode_bags(
     if dropped is not None:
         values = values[~dropped]
         item_weights = None if item_weights is None else item_weights[~dropped]
-        lengths = lengths - np.bincount(_row_of_all(lengths)[dropped], minlength=len(lengths))
+        lengths = lengths - np.bincount(rows_of_items(lengths)[dropped], minlength=len(lengths))
     there = columns.joined([columns.present(array) for array in lists], [len(array) for array in lists])
     if feature.missing_id is not None and there is not None:
         absent = ~there & ~bad_rows
@@ -79,10 +96,21 @@ def decode_bags(
         return Bags(values, _offsets(lengths), item_weights), problems
     kept = np.minimum(lengths, feature.max_length)
     starts = np.cumsum(lengths) - (kept if feature.kind == "sequence" else lengths)
-    return _gather(values, item_weights, starts, kept), problems
+    return gathered(values, item_weights, starts, kept), problems
 
 
-def _gather(values: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, lengths: np.ndarray) -> Bags:
+def item_values(feature: Feature, items: pa.Array) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Return the ids of items [v], integers to be widened to int64; bool [v] present and well-formed, None if all are.
+    Numbers of a bucketised sequence give their buckets."""
+    if feature.dtype != "float":
+        return columns.ids(items, feature.dtype)
+    values, there = columns.floats(items)
+    finite = np.isfinite(values) if there is None else np.isfinite(values) | ~there
+    return bucket(feature, values), there, None if finite.all() else finite
+
+
+def gathered(values: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, lengths: np.ndarray) -> Bags:
+    """Return bags of the `lengths` items from `starts` on, int64 [n] each."""
     offsets = _offsets(lengths)
     items = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
     return Bags(values[items], offsets, None if weights is None else weights[items])
@@ -108,18 +136,20 @@ def as_lists(feature: Feature, array: pa.Array) -> pa.Array:
     return rebuilt.from_arrays(split.offsets, items, mask=mask)
 
 
-def _lengths(array: pa.Array) -> np.ndarray:
+def lengths_of(array: pa.Array) -> np.ndarray:
+    """Return the length of each list, int64 [n]; 0 for null."""
     return pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _items(array: pa.Array) -> pa.Array:
+def items_of(array: pa.Array) -> pa.Array:
+    """Return the items of all lists, one after the other."""
     # flatten and not values: it leaves out what lies under null lists and outside of a slice.
     return array.flatten()
 
 
-def _items_of(lists: list[pa.Array], item: int) -> Any:
+def _item(lists: list[pa.Array], item: int) -> Any:
     for array in lists:
-        items = _items(array)
+        items = items_of(array)
         if item < len(items):
             return items[item].as_py()
         item -= len(items)
@@ -133,10 +163,10 @@ def _item_weights(
     column = feature.weights
     assert column is not None  # `weights` is of it
     arrays = [pa.nulls(len(w), pa.list_(pa.float32())) if types.is_null(w.type) else w for w in weights]
-    found = np.concatenate([_lengths(array) for array in arrays])
+    found = np.concatenate([lengths_of(array) for array in arrays])
     parts, finite = [], []
     for array in arrays:
-        items = _items(array)
+        items = items_of(array)
         values, there = columns.floats(items)
         values = values.astype(np.float32)
         parts.append(values)
@@ -151,7 +181,7 @@ def _item_weights(
     bad = uneven.copy()
     if not finite.all():
         rows = np.zeros(len(lengths), bool)
-        rows[_row_of(found, ~finite)] = True
+        rows[row_of(found, ~finite)] = True
         value = parts[np.flatnonzero(~finite)[0]]
         problems.append(
             BagProblem(rows, f"{value} or null", f"finite weights, at most {LARGEST:.0e} either way", column)
@@ -162,9 +192,11 @@ def _item_weights(
     return out, bad
 
 
-def _row_of_all(lengths: np.ndarray) -> np.ndarray:
+def rows_of_items(lengths: np.ndarray) -> np.ndarray:
+    """Return the row of each item, int64 [v]."""
     return np.repeat(np.arange(len(lengths)), lengths)
 
 
-def _row_of(lengths: np.ndarray, items: np.ndarray) -> np.ndarray:
-    return _row_of_all(lengths)[items]
+def row_of(lengths: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Return the rows of chosen items, of bags of these lengths. items: bool or places of items."""
+    return rows_of_items(lengths)[items]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Batch(Pipelineable):
     # [B] int64: where each row stands in the epoch's order, the same on any number of ranks (padding: 0).
     place: Tensor | None = None
     known: Tensor | None = None  # [B, T] bool: which labels are; None: all of them
+    # Sequences of numbers by name, float32 [events]: their lengths are those of the ids that they are aligned with.
+    numbers: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device=device, non_blocking=non_blocking))
@@ -43,7 +45,8 @@ class Batch(Pipelineable):
         return self._map(lambda t: t.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
-        for tensor in (self.numeric, self.ids, self.labels, self.weight, self.group, self.time, self.place, self.known):
+        own = (self.numeric, self.ids, self.labels, self.weight, self.group, self.time, self.place, self.known)
+        for tensor in (*own, *self.numbers.values()):
             if tensor is not None:
                 tensor.record_stream(stream)
 
@@ -60,4 +63,5 @@ class Batch(Pipelineable):
             number=self.number,
             place=None if self.place is None else move(self.place),
             known=None if self.known is None else move(self.known),
+            numbers={name: move(values) for name, values in self.numbers.items()},
         )

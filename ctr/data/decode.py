@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tessera.ctr.data import columns, single_values
-from tessera.ctr.data.bags import Bags, decode_bags
+from tessera.ctr.data.aligned import AlignedStep
+from tessera.ctr.data.bags import Bags, bags_of, decode_bags, is_bag, no_bags
 from tessera.ctr.data.columns import Arrays, finder
 from tessera.ctr.data.decode_rows import decode_group, decode_label, decode_nested, decode_time, decode_weight
 from tessera.ctr.data.errors import DataError
@@ -17,10 +18,6 @@ from tessera.ctr.data.lanes import Span
 from tessera.ctr.data.row_groups import RowGroup, Unreadable
 from tessera.ctr.data.schema import Feature, Schema
 from tessera.ctr.data.window import GOOD, REASONS, Buffers, Window
-
-
-def is_bag(feature: Feature) -> bool:
-    return feature.kind in ("ids", "sequence")
 
 
 @dataclass(frozen=True)
@@ -102,10 +99,16 @@ class WindowDecoder:
             row += 1 + feature.indicator
         for row, feature in enumerate(self.singles):
             add((feature.column,), lambda chunk, arrays, row=row, f=feature: _single(chunk, arrays, row, f))
-        bags = [feature for feature in schema.categorical if is_bag(feature)]
-        for i, feature in enumerate(bags):
+        for i, feature in enumerate(bags_of(schema)):
+            if feature.pooling == "none":
+                continue
             own = (feature.column, feature.weights) if feature.weights else (feature.column,)
             add(own, lambda chunk, *arrays, i=i, f=feature: _bags(chunk, arrays, i, f))
+        places = {feature.name: i for i, feature in enumerate(bags_of(schema))}
+        for group in schema.sequences.values():
+            names = tuple(dict.fromkeys(feature.column for feature in group))
+            step = AlignedStep(group, names, [places[feature.name] for feature in group])
+            add(names, step)
         return list(steps.items())
 
 
@@ -119,7 +122,7 @@ class _Delivery:
         self.ids, ids_buffer = buffers.take(len(decoder.singles), rows, np.int64)
         self.buffers = (numeric_buffer, ids_buffer)
         self.present: np.ndarray | None = None
-        self.bags = [_no_bags(rows) for feature in schema.categorical if is_bag(feature)]
+        self.bags = [no_bags(rows, feature) for feature in bags_of(schema)]
         self.labels = np.empty((len(decoder.tasks), rows), np.float32)
         self.known: np.ndarray | None = None
         weighted = schema.weight or decoder.groups.weight is not None
@@ -195,6 +198,12 @@ class Chunk:
                     delivery.known = np.ones(delivery.labels.shape, bool)
                 found = there[here]
                 delivery.known[row] = found if delivery.order is None else found[delivery.order]
+
+    def deliver_bags(self, i: int, bags: Bags) -> None:
+        """Write decoded bags to the windows, as number `i` of theirs."""
+        for _, _, here, delivery in self.windows:
+            rows = np.arange(here.stop - here.start) if delivery.order is None else delivery.order
+            delivery.bags[i] = bags.take(here.start + rows)
 
     def deliver_places(self) -> None:
         """Deliver what follows from the position of rows: their numbers, and weights given per row group."""
@@ -297,10 +306,6 @@ def _always(found: object) -> Callable[[int], object]:
     return lambda row: found
 
 
-def _no_bags(rows: int) -> Bags:
-    return Bags(np.zeros(0, np.int64), np.zeros(rows + 1, np.int64), None)
-
-
 def _bags(chunk: Chunk, arrays: tuple[Arrays, ...], i: int, feature: Feature) -> None:
     if not arrays[0]:
         return
@@ -308,6 +313,4 @@ def _bags(chunk: Chunk, arrays: tuple[Arrays, ...], i: int, feature: Feature) ->
     for problem in problems:
         reason = "item_weight" if problem.column == feature.weights else "id"
         chunk.mark(problem.rows, reason, problem.column, problem.expected, _always(problem.found))
-    for _, _, here, delivery in chunk.windows:
-        rows = np.arange(here.stop - here.start) if delivery.order is None else delivery.order
-        delivery.bags[i] = bags.take(here.start + rows)
+    chunk.deliver_bags(i, bags)

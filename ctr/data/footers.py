@@ -261,6 +261,8 @@ def wanted_columns(schema: Schema, *, drop_labels: bool) -> list[Wanted]:
         wanted.append(Wanted(feature.column, f"feature {feature.name!r}", _or_null(is_number), "a number"))
     for feature in schema.categorical:
         wanted += _wanted_ids(feature)
+    for feature in schema.number_sequences:
+        wanted += _wanted_ids(feature)
     return wanted
 
 
@@ -268,6 +270,8 @@ def _wanted_ids(feature: Feature) -> list[Wanted]:
     reader = f"feature {feature.name!r}"
     if feature.kind == "numeric":
         return [Wanted(feature.column, reader, _or_null(is_number), "a number")]
+    if feature.dtype == "float":
+        return [Wanted(feature.column, reader, _listed(is_number), "a list of numbers (dtype: float)")]
     if feature.delimiter is not None:
         expected = f"a string of items between {feature.delimiter!r}"
         return [Wanted(feature.column, reader, _or_null(is_text), expected)]

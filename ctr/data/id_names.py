@@ -7,8 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tessera.ctr.data import columns
-from tessera.ctr.data.bags import as_lists
-from tessera.ctr.data.decode import is_bag
+from tessera.ctr.data.bags import as_lists, is_bag
 from tessera.ctr.data.footers import RowGroups
 from tessera.ctr.data.schema import Feature
 

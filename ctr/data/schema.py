@@ -19,8 +19,8 @@ from tessera.embedding.errors import did_you_mean
 from tessera.embedding.settings import setting
 
 KINDS = ("numeric", "id", "ids", "sequence")
-DTYPES = ("int", "hex", "string")
-POOLINGS = ("mean", "sum")
+DTYPES = ("int", "hex", "string", "float")
+POOLINGS = ("mean", "sum", "none")
 LARGEST = 1e18  # of numbers that models read and of weights; the square of a larger one overflows float32
 TRANSFORMS = ("none", "log1p", "log2_square", "standardise", "min_max", "bucketise")
 
@@ -34,14 +34,17 @@ class FeatureConfig:
     kind: str = "id"
     column: str | None = None  # default: the name
     # How ids are stored. int: integers of any width, the 64 bits are kept; hex: at most 16 hex digits;
-    # string: XXH64 with seed 0 of the bytes.
+    # string: XXH64 with seed 0 of the bytes; float: a sequence of numbers, such as prices or seconds since.
     dtype: str = "int"
     delimiter: str | None = None  # ids and sequence stored as one string: what stands between the items
     weights: str | None = None  # ids: a list column of as many weights
     max_length: int | None = None  # ids: the first so many are kept; sequence: the last so many
-    pooling: str = "mean"  # mean | sum, for the model; the reader does not pool
+    # mean | sum: of a bag's rows, for the model | none: a sequence reaches a model that reads sequences event by event
+    pooling: str = "mean"
+    align: str | None = None  # pooling none: sequences of one name here have the same events; default: the name
     missing: float = 0.0  # numeric null: the value the model sees, after the transform
-    missing_id: int | None = None  # categorical null: this id; None gives an empty bag
+    # categorical null: this id; None gives an empty bag, and takes an event out of all aligned sequences
+    missing_id: int | None = None
     indicator: bool = False  # numeric: one more numeric column <name>_missing, 1 where the value was null
     # none | log1p: sign(x) ln(1+|x|) | log2_square: ln(x)^2 where x > 2 (natural) | standardise: (x-mean)/std
     # | min_max: (x-min)/(max-min) | bucketise: the number of boundaries <= x, as a categorical id
@@ -94,6 +97,9 @@ class Schema:
         times: what is known of the column of times, and which ones are plausible; None without one
         numeric: the numeric features in order, without bucketised ones
         categorical: the features that give ids, in order, bucketised numerics among them
+        sequences: group -> its aligned sequences with pooling none, in order; cut to the same length
+        number_sequences: those of them that are numbers, keys of `Batch.numbers`, in order
+        pooled_names: keys of `Batch.ids` whose rows are pooled, in order
         numeric_names: columns of `Batch.numeric`; an indicator follows its feature
         id_names: keys of `Batch.ids`
         tables: embedding table -> names of the categorical features that look into it
@@ -113,12 +119,15 @@ class Schema:
             raise SchemaError("schema.labels: found an empty list, expected at least one label column")
         if not features:
             raise SchemaError("schema.features: found none, expected at least one feature")
-        self.numeric = [f for f in features if f.kind == "numeric" and f.transform != "bucketise"]
-        self.categorical = [f for f in features if f.kind != "numeric" or f.transform == "bucketise"]
+        self.numeric = [f for f in features if f.kind == "numeric" and not gives_ids(f)]
+        self.categorical = [f for f in features if gives_ids(f)]
+        self.number_sequences = [f for f in features if f.kind != "numeric" and not gives_ids(f)]
+        self.sequences = _aligned(features)
         self.numeric_names: list[str] = []
         for feature in self.numeric:
             self.numeric_names += [feature.name] + [f"{feature.name}_missing"] * feature.indicator
         self.id_names = [f.name for f in self.categorical]
+        self.pooled_names = [f.name for f in self.categorical if f.pooling != "none"]
         self.tables: dict[str, list[str]] = {}
         for feature in self.categorical:
             self.tables.setdefault(feature.table or feature.name, []).append(feature.name)
@@ -129,7 +138,8 @@ class Schema:
                 f"schema.labels: the loss of {ranked.name!r} is {ranked.loss}, which compares rows of a group; "
                 "expected schema.group, the column that names it"
             )
-        _refuse_duplicates("features", self.numeric_names + self.id_names)
+        of_numbers = [f.name for f in self.number_sequences]
+        _refuse_duplicates("features", self.numeric_names + self.id_names + of_numbers)
         for feature in features:
             for column in (feature.column, feature.weights):
                 if column in self.labels:
@@ -156,6 +166,33 @@ class Schema:
         except OmegaConfBaseException as error:
             where = error.full_key or "schema"
             raise SchemaError(f"schema key {where}: {str(error).splitlines()[0]}") from None
+
+
+def gives_ids(feature: FeatureConfig) -> bool:
+    """Return whether a feature gives ids, which have a table; others give numbers."""
+    return feature.transform == "bucketise" or (feature.kind != "numeric" and feature.dtype != "float")
+
+
+def _aligned(features: list[Feature]) -> dict[str, list[Feature]]:
+    """Return the sequences with pooling none by group. Raises SchemaError: groups that do not hold together."""
+    groups: dict[str, list[Feature]] = {}
+    for feature in features:
+        if feature.pooling == "none":
+            groups.setdefault(feature.align or feature.name, []).append(feature)
+    for name, group in groups.items():
+        first = group[0]
+        for other in group[1:]:
+            if other.max_length != first.max_length:
+                raise SchemaError(
+                    f"schema.features: {other.name!r}: max_length {other.max_length}, expected {first.max_length} as "
+                    f"{first.name!r}, with which it is aligned ({name!r})"
+                )
+        if not any(gives_ids(one) for one in group):
+            raise SchemaError(
+                f"schema.features: {first.name!r}: a sequence of numbers stands alone, expected one of ids with the "
+                "same align, whose events it describes"
+            )
+    return groups
 
 
 def _refuse_unknown_keys(plain: Any) -> None:
@@ -196,11 +233,14 @@ def _resolved(feature: FeatureConfig) -> Feature:
             raise SchemaError(f"{where}: unknown {key} {value!r}; {nearest(str(value), known)}")
     if feature.kind == "numeric":
         _check_numeric(where, feature)
+    elif feature.dtype == "float":
+        _check_numbers(where, feature)
     else:
         _check_categorical(where, feature)
     if feature.table == "":
         raise SchemaError(f"{where}: table is empty, expected a name, or null for that of the feature")
-    categorical = feature.kind != "numeric" or feature.transform == "bucketise"
+    _check_pooling(where, feature)
+    categorical = gives_ids(feature)
     missing_id = feature.missing_id
     if missing_id is not None:
         if not -(2**63) <= missing_id < 2**64:
@@ -224,7 +264,34 @@ def _refuse_set_keys(where: str, feature: FeatureConfig, keys: str, why: str) ->
 
 
 def _check_numeric(where: str, feature: FeatureConfig) -> None:
-    _refuse_set_keys(where, feature, "dtype delimiter weights max_length", "a numeric feature has none")
+    _refuse_set_keys(where, feature, "dtype delimiter weights max_length align", "a numeric feature has none")
+    _check_transform(where, feature, "table missing_id pooling")
+
+
+def _check_numbers(where: str, feature: FeatureConfig) -> None:
+    """Check a sequence of numbers, bucketised ones among them."""
+    if feature.kind != "sequence":
+        raise SchemaError(f"{where}: dtype float, expected kind: sequence; kind is {feature.kind}")
+    _refuse_set_keys(where, feature, "weights indicator delimiter", "a sequence of numbers has none")
+    if feature.pooling != "none" and feature.transform != "bucketise":
+        raise SchemaError(f"{where}: a sequence of numbers has pooling {feature.pooling}, expected pooling: none")
+    _check_transform(where, feature, "table missing_id")
+
+
+def _check_pooling(where: str, feature: FeatureConfig) -> None:
+    if feature.pooling != "none":
+        _refuse_set_keys(where, feature, "align", "only a sequence with pooling: none is aligned with others")
+        return
+    if feature.kind != "sequence":
+        raise SchemaError(f"{where}: pooling none, expected mean or sum: only kind sequence is read event by event")
+    if feature.max_length is None:
+        raise SchemaError(f"{where}: pooling none and no max_length, expected the events that a model reads at most")
+
+
+def _check_transform(where: str, feature: FeatureConfig, only_ids: str) -> None:
+    """Check what is done to numbers. only_ids: keys that have no effect unless they are bucketised."""
+    if feature.max_length is not None and feature.max_length < 1:
+        raise SchemaError(f"{where}: max_length {feature.max_length}, expected at least 1")
     if feature.transform == "bucketise":
         why = "a bucketised null takes missing_id or an empty bag"
         _refuse_set_keys(where, feature, "indicator missing", why)
@@ -233,7 +300,7 @@ def _check_numeric(where: str, feature: FeatureConfig) -> None:
             raise SchemaError(f"{where}: boundaries {feature.boundaries}, expected finite rising numbers")
     else:
         why = "only categorical features and bucketised ones have a table"
-        _refuse_set_keys(where, feature, "table missing_id pooling", why)
+        _refuse_set_keys(where, feature, only_ids, why)
         _refuse_set_keys(where, feature, "boundaries", "only transform: bucketise reads it")
     if feature.transform != "standardise":
         _refuse_set_keys(where, feature, "mean std", "only transform: standardise reads it")

@@ -46,7 +46,7 @@ def write_synthetic(
     """
     if threads < 1:
         raise ConfigError(f"threads: found {threads}, expected at least 1")
-    parts = _parts(config)
+    parts = parts_of(config)
     writing = writing or Writing(row_group_rows=row_group_rows_of(config))
     population = Population(config)
     truth = Truth(config, population)
@@ -57,7 +57,7 @@ def write_synthetic(
     ):
         writer = PartsWriter(folder, writing, _dictionary_columns(config, population))
         for name, day, first, last in parts:
-            start = _midnight(config) + day * SECONDS_PER_DAY
+            start = midnight(config) + day * SECONDS_PER_DAY
             day_rows = sum(end - begin for _, other, begin, end in parts if other == day)
             statistics = _SplitStatistics(population, day)
             distinct.open_day(day)
@@ -205,7 +205,7 @@ def best_possible(histogram: np.ndarray) -> dict:
     }
 
 
-def _parts(config: SyntheticConfig) -> list[tuple[str, int, int, int]]:
+def parts_of(config: SyntheticConfig) -> list[tuple[str, int, int, int]]:
     """Return (folder, day, first row of the day, last row of the day + 1) of everything that is written."""
     if config.days:
         first_day = _start_date(config)
@@ -226,7 +226,7 @@ def _start_date(config: SyntheticConfig) -> datetime.date:
         raise ConfigError(f"start_date: found {config.start_date!r}, expected a date as 2026-01-01") from None
 
 
-def _midnight(config: SyntheticConfig) -> int:
+def midnight(config: SyntheticConfig) -> int:
     return (_start_date(config) - datetime.date(1970, 1, 1)).days * SECONDS_PER_DAY
 
 

@@ -11,7 +11,7 @@ from tessera.ctr.data.bags import Bags
 
 # Why a row is dropped. A row with several faults counts for the first one found.
 GOOD = 0
-REASONS = ("", "corrupt_row_group", "label", "weight", "time", "numeric", "id", "item_weight")
+REASONS = ("", "corrupt_row_group", "label", "weight", "time", "numeric", "id", "item_weight", "sequence")
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Window:
     numeric: np.ndarray  # float32 [columns, m]
     ids: np.ndarray  # int64 [single-valued features, m]
     present: np.ndarray | None  # bool, as ids; None when all are
-    bags: list[Bags]  # one per multi-valued feature
+    bags: list[Bags]  # one per multi-valued feature, `bags.bags_of`
     labels: np.ndarray  # float32 [T, m], 0 where not known
     weight: np.ndarray | None  # float32 [m]
     group: np.ndarray | None  # int64 [m]

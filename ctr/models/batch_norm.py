@@ -20,10 +20,12 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     Attributes:
         real_rows: the first so many rows are real, the others pad; `Network` sets it before a step. None: all.
         alone: take this rank's rows alone, without asking the others.
+        of_events: it normalises events, all of which are real.
     """
 
     real_rows: int | None = None
     alone = False
+    of_events = False
 
     def forward(self, rows: Tensor) -> Tensor:
         return self._normalise(rows) if self.training else self._by_running_statistics(rows)

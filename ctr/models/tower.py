@@ -1,4 +1,4 @@
-"""Define the interface of a model: embedded fields in, one logit per label out."""
+"""Define the interface of a model: embedded fields and, if it reads them, sequences in, one logit per label out."""
 
 from __future__ import annotations
 
@@ -6,10 +6,40 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tessera.ctr.data.labels import Label
 from tessera.ctr.models.numeric import ScaledVectors
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """Aligned sequences, which hold the same events of a row, oldest first.
+
+    ids: names of those that have embeddings; numbers: of those of numbers; targets: for each of ids the place among
+    `Fields.ids` of the row's own field with the same table (the item whose history this is), None if there is none;
+    length: events of a row at most.
+    """
+
+    name: str
+    ids: tuple[str, ...]
+    numbers: tuple[str, ...]
+    targets: tuple[int | None, ...]
+    length: int
+
+
+@dataclass(frozen=True)
+class Events:
+    """The events of a group in a batch of B rows, N in all, row after row.
+
+    offsets: int64 [B + 1]; embeddings: group of embeddings -> sequence -> [N, dim] float32; numbers: sequence -> [N]
+    float32.
+    """
+
+    offsets: Tensor
+    embeddings: dict[str, dict[str, Tensor]]
+    numbers: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,6 +56,7 @@ class Fields:
     embed_numeric: Callable[[int, int], nn.Module] = ScaledVectors
     labels: tuple[Label, ...] = (Label(),)
     outputs: int = 1
+    sequences: tuple[SequenceGroup, ...] = ()
 
     def __len__(self) -> int:
         return len(self.numeric) + len(self.ids)
@@ -36,6 +67,7 @@ class Tower(nn.Module):
 
     Attributes:
         embedding_dims: the groups of embeddings that it wants for each id field, with their dims.
+        reads_sequences: it reads sequences with pooling none: a `SequenceTower`.
         has_heads: it answers as many logits as `Fields.outputs` says; others are refused where there is more than one.
         trains_joint: labels with a space (`where`) are trained by their joint probability, over all rows.
         is_nested: a row where a label is 1 and its space is 0 is a bad one.
@@ -43,6 +75,7 @@ class Tower(nn.Module):
     """
 
     embedding_dims: dict[str, int]
+    reads_sequences: bool = False
     has_heads: bool = False
     trains_joint: ClassVar[bool] = False
     is_nested: ClassVar[bool] = False
@@ -58,3 +91,41 @@ class Tower(nn.Module):
     def gates(self) -> dict[str, Tensor]:
         """Return the mean gate of each mixture of experts over the last batch, float [experts] by name, for the log."""
         return {}
+
+
+class SequenceTower(Tower):
+    """Base of models that see the events of sequences."""
+
+    reads_sequences = True
+
+    def forward(  # type: ignore[override]
+        self, numeric_bn: Tensor, embeddings: dict[str, Tensor], events: dict[str, Events]
+    ) -> Tensor:
+        """Return logits as `Tower` does. events: name of a SequenceGroup -> its events."""
+        raise NotImplementedError
+
+
+def drawn_inputs(
+    tower: Tower, fields: Fields, rows: int, *, length: int | None = None
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Events]]:
+    """Return inputs of a tower with random values that ask for gradients, to try it or to count what it does.
+
+    length: events of each row and group; None: as many as they may have.
+    """
+    numeric = torch.rand(rows, len(fields.numeric), requires_grad=True)
+    dims = tower.embedding_dims
+    embeddings = {group: torch.rand(rows, len(fields.ids), dim, requires_grad=True) for group, dim in dims.items()}
+    events = {}
+    for group in fields.sequences:
+        count = rows * (group.length if length is None else length)
+        of = {
+            name: {one: torch.rand(count, dim, requires_grad=True) for one in group.ids} for name, dim in dims.items()
+        }
+        numbers = {one: torch.rand(count) for one in group.numbers}
+        events[group.name] = Events(torch.arange(rows + 1) * (count // rows), of, numbers)
+    return numeric, embeddings, events
+
+
+def logits_of(tower: Tower, numeric_bn: Tensor, embeddings: dict[str, Tensor], events: dict[str, Events]) -> Tensor:
+    """Return what the tower says of a batch."""
+    return tower(numeric_bn, embeddings, events) if tower.reads_sequences else tower(numeric_bn, embeddings)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from tessera.ctr.config import Config
 from tessera.ctr.data.lanes import scheduled_rows
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.network import build_tower
+from tessera.ctr.network import build_tower, fields_of
 from tessera.ctr.plan.hardware import Hardware
 from tessera.ctr.plan.statistics import Statistics
 from tessera.ctr.plan.tower_cost import TowerCost, cost_of
@@ -109,7 +109,7 @@ class Planner:
         self.hardware, self.ranks_per_host, self.rows_per_rank = hardware, ranks_per_host, rows_per_rank
         self.samples = statistics.rows if samples is None else samples
         self.tower = build_tower(config, schema)
-        self.cost: TowerCost = cost_of(self.tower, len(schema.numeric_names), len(schema.id_names))
+        self.cost: TowerCost = cost_of(self.tower, fields_of(config, schema))
         self.of_events = config.embedding.clock == "event" and config.data.schema.time is not None
 
     def batch(self, ranks: int) -> int:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tessera.ctr.models.batch_norm import BatchNorm
-from tessera.ctr.models.tower import Tower
+from tessera.ctr.models.tower import Fields, Tower, drawn_inputs, logits_of
 
 ROWS = 16
 
@@ -25,8 +24,8 @@ class TowerCost:
     norms: tuple[int, ...]
 
 
-def cost_of(tower: Tower, numeric: int, ids: int) -> TowerCost:
-    """Return the cost of a tower. numeric, ids: its fields."""
+def cost_of(tower: Tower, fields: Fields) -> TowerCost:
+    """Return the cost of a tower over these fields, with histories as long as they may be."""
     norms: list[int] = []
 
     def note(norm: nn.Module, _inputs: Any, _output: Any) -> None:
@@ -34,7 +33,7 @@ def cost_of(tower: Tower, numeric: int, ids: int) -> TowerCost:
         norms.append(norm.num_features)
 
     hooks = [one.register_forward_hook(note) for one in tower.modules() if isinstance(one, BatchNorm)]
-    flops = [_flops(tower, rows, numeric, ids) for rows in (ROWS, 2 * ROWS)]
+    flops = [_flops(tower, rows, fields) for rows in (ROWS, 2 * ROWS)]
     for hook in hooks:
         hook.remove()
     tower.zero_grad(set_to_none=True)
@@ -42,8 +41,8 @@ def cost_of(tower: Tower, numeric: int, ids: int) -> TowerCost:
     return TowerCost((flops[1] - flops[0]) / ROWS, parameters, tuple(norms[: len(norms) // 2]))
 
 
-def _flops(tower: Tower, rows: int, numeric: int, ids: int) -> int:
-    embeddings = {group: torch.rand(rows, ids, dim, requires_grad=True) for group, dim in tower.embedding_dims.items()}
+def _flops(tower: Tower, rows: int, fields: Fields) -> int:
+    numeric, embeddings, events = drawn_inputs(tower.train(), fields, rows)
     with FlopCounterMode(display=False) as counter:
-        tower.train()(torch.rand(rows, numeric), embeddings).sum().backward()
+        logits_of(tower, numeric.detach(), embeddings, events).sum().backward()
     return counter.get_total_flops()

@@ -7,8 +7,8 @@ from collections.abc import Collection
 
 import pyarrow as pa
 
+from tessera.ctr.data.bags import is_bag
 from tessera.ctr.data.batch import Batch
-from tessera.ctr.data.decode import is_bag
 from tessera.ctr.data.schema import Schema, nearest
 from tessera.ctr.report.predictions import SLICE
 from tessera.embedding.errors import ConfigError

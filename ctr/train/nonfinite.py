@@ -22,7 +22,7 @@ def check_loss(loss: Tensor, network: Network, batch: Batch, embeddings: dict[st
     if loss.is_cuda:
         _queue(torch.isfinite(loss), f"the loss of step {step} is not finite")
     elif not torch.isfinite(loss):
-        culprit = _first_culprit(network, batch.numeric, embeddings)
+        culprit = _first_culprit(network, batch, embeddings)
         raise NonFiniteError(f"the loss of step {step} is {loss.item()}: {culprit}")
 
 
@@ -36,7 +36,7 @@ def _queue(finite: Tensor, message: str) -> None:
 
 
 @torch.no_grad()
-def _first_culprit(network: Network, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> str:
+def _first_culprit(network: Network, batch: Batch, embeddings: dict[str, Tensor]) -> str:
     """Run the tower once more on the inputs that it had and name the first module that made a non-finite value.
 
     The tower alone, with this rank's rows alone: looking rows up again, or taking the statistics of batch norm over
@@ -44,8 +44,8 @@ def _first_culprit(network: Network, numeric_bn: Tensor, embeddings: dict[str, T
     """
     for group, emb_bfd in embeddings.items():
         if not emb_bfd.isfinite().all():
-            field = int((~emb_bfd.isfinite()).any(2).any(0).nonzero()[0])
-            return f"rows of id field {network.id_names[field]!r}, group {group!r}, are not finite"
+            group, field = _field_of(~emb_bfd.isfinite(), group, network)
+            return f"rows of id field {field!r}, group {group!r}, are not finite"
     culprits: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
@@ -61,7 +61,7 @@ def _first_culprit(network: Network, numeric_bn: Tensor, embeddings: dict[str, T
         norm.alone = True
     try:
         with torch.compiler.set_stance("force_eager"):  # a compiled tower calls no hooks of its modules
-            network.tower(numeric_bn, embeddings)
+            network.of_tower(batch, embeddings)
     finally:
         for handle in handles:
             handle.remove()
@@ -88,9 +88,18 @@ def _check_rows(grad_bfd: Tensor, group: str, network: Network) -> None:
     if grad_bfd.is_cuda:
         _queue(finite, f"the gradient of the id fields, group {group}, is not finite")
     elif not finite:
-        bad = (~grad_bfd.isfinite()).any(2).any(0).nonzero()
-        field = network.id_names[int(bad[0])] if len(bad) else "?"
+        group, field = _field_of(~grad_bfd.isfinite(), group, network)
         raise NonFiniteError(f"the gradient of id field {field!r}, group {group!r}, is not finite")
+
+
+def _field_of(bad: Tensor, group: str, network: Network) -> tuple[str, str]:
+    """Return group and id field of the first bad value. bad: bool [B, fields, dim], or [events, dim] of a sequence,
+    whose `group` is `events_key`."""
+    if bad.dim() == 2:
+        group, _, name = group.partition("/")
+        return group, name
+    found = bad.any(2).any(0).nonzero()
+    return group, network.id_names[int(found[0])] if len(found) else "?"
 
 
 def check_gradients(parameters: dict[str, nn.Parameter], step: int) -> None:

@@ -9,11 +9,14 @@ from pathlib import Path
 from tessera.ctr.data.convert.avazu import convert_avazu
 from tessera.ctr.data.convert.criteo import convert_criteo, one_day_per_file
 from tessera.ctr.data.convert.csv import convert_csv
+from tessera.ctr.data.convert.histories import HistoryRule
+from tessera.ctr.data.convert.logs import convert_log
 from tessera.ctr.data.convert.movielens import convert_movielens
 from tessera.ctr.data.convert.output import COMPRESSIONS, Writing
 from tessera.ctr.data.convert.pipeline import Input, Options
 from tessera.ctr.data.convert.split import seconds_of
 from tessera.ctr.data.synthetic import row_group_rows_of, write_synthetic
+from tessera.ctr.data.synthetic_histories import HistoriesConfig, write_histories
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.embedding.errors import ConfigError
 
@@ -33,19 +36,43 @@ SYNTHETIC = {
     "signal": "standard deviation of the true logit",
 }
 
+HISTORIES = {name: SYNTHETIC[name] for name in ("rows", "days", "start_date", "seed", "valid", "test")} | {
+    "length": "of the longest history",
+    "recent": "newest events that the label depends on",
+    "categories": "of items",
+    "items": "of a category",
+    "users": "of the log",
+    "signal": "what a recent event of the item's category adds to the true logit",
+}
+
 
 def add_kinds(parser: ArgumentParser) -> None:
     """Add one subcommand per kind of input."""
     files, split, text, written = _shared_options()
+    history = _history_options()
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     criteo = kinds.add_parser("criteo", parents=[files, split, text, written], help="Criteo's tab separated logs")
     criteo.add_argument("--first-day", help="each --input file is one day, the first of this date (Terabyte log)")
     kinds.add_parser("avazu", parents=[files, split, text, written], help="Avazu's click log")
-    movielens = kinds.add_parser("movielens", parents=[split, text, written], help="GroupLens or RecBole files")
+    movielens = kinds.add_parser(
+        "movielens", parents=[split, text, written, history], help="GroupLens or RecBole files"
+    )
     movielens.add_argument("--input", type=Path, required=True, help="folder of the files")
     movielens.add_argument("--threshold", type=float, default=3.0, help="above: 1, below: 0, equal: dropped")
+    log = kinds.add_parser("parquet", parents=[written, history], help="any log in parquet: gives its rows histories")
+    log.add_argument("--input", type=Path, nargs="+", required=True, help="files, or folders of them")
+    log.add_argument("--time", required=True, help="column of the events' times")
+    log.add_argument("--time-unit", choices=("s", "ms", "us", "ns"), default="s", help="of integer times")
+    log.add_argument("--label", default="label", help="column of labels, where no schema.yaml lies beside the input")
+    log.add_argument("--split", choices=("time", "day", "kept"), default="time", help="kept: the folders of the input")
+    log.add_argument("--valid-fraction", type=float, default=Input.valid)
+    log.add_argument("--test-fraction", type=float, default=Input.test)
     csv = kinds.add_parser("csv", parents=[text, written], help="any delimited text, described by a yaml")
     csv.add_argument("--config", type=Path, required=True, help="the yaml")
+    histories = kinds.add_parser("synthetic-histories", parents=[written], help="labels that depend on recent events")
+    for field in fields(HistoriesConfig):
+        option, default = f"--{field.name.replace('_', '-')}", field.default
+        histories.add_argument(option, type=type(default), default=default, help=HISTORIES[field.name])
     synthetic = kinds.add_parser("synthetic", parents=[written], help="Criteo-shaped, with a known ceiling")
     for field in fields(SyntheticConfig):
         if field.name in SYNTHETIC:
@@ -77,6 +104,16 @@ def _shared_options() -> tuple[ArgumentParser, ArgumentParser, ArgumentParser, A
     return files, split, text, written
 
 
+def _history_options() -> ArgumentParser:
+    history = ArgumentParser(add_help=False)
+    history.add_argument("--history", nargs="+", metavar="COLUMN", default=[], help="what rows keep of earlier events")
+    history.add_argument("--by", help="column whose rows of one value are one history: the user")
+    history.add_argument("--length", type=int, default=50, help="events in a history at most, the newest")
+    history.add_argument("--events-where", metavar="COLUMN", help="only rows with 1 in it become events; default: all")
+    history.add_argument("--memory-mb", type=int, default=1024, help="about what grouping by user may take")
+    return history
+
+
 def prepare(options: Namespace) -> str:
     """Do what a parser with `add_kinds` parsed; returns what was done, for people. Raises a TesseraError for
     mistakes."""
@@ -84,16 +121,46 @@ def prepare(options: Namespace) -> str:
         raise ConfigError("--output: found none, expected the folder to make")
     if options.kind == "synthetic":
         return _synthetic(options)
+    if options.kind == "parquet":
+        return _log(options)
+    if options.kind == "synthetic-histories":
+        config = HistoriesConfig(**{name: getattr(options, name) for name in HISTORIES})
+        writing = _writing(options, min(max(config.rows // 64, 1024), 16384))
+        ceilings = write_histories(config, options.output, writing, overwrite=options.overwrite)
+        return "\n".join([f"synthetic-histories: {config.rows:,} rows", *_ceilings(ceilings)])
     how = Options(options.overwrite, options.bad_rows, options.block_bytes, _writing(options, 16384))
     if options.kind == "csv":
         return _described(convert_csv(options.config, options.output, how))
     if options.kind == "movielens":
         fractions = (options.valid_fraction, options.test_fraction, options.seed)
-        return _described(
-            convert_movielens(options.input, options.output, how, options.split, *fractions, options.threshold)
-        )
+        history = _history(options, "timestamp", "user_id") if options.history else None
+        where = (options.input, options.output, how, options.split)
+        return _described(convert_movielens(*where, *fractions, options.threshold, history))
     convert = convert_criteo if options.kind == "criteo" else convert_avazu
     return _described(convert(_source(options), options.output, how))
+
+
+def _log(options: Namespace) -> str:
+    summary = convert_log(
+        options.input,
+        options.output,
+        _history(options, options.time, options.by),
+        options.split,
+        options.valid_fraction,
+        options.test_fraction,
+        _writing(options, 16384),
+        overwrite=options.overwrite,
+        label=options.label,
+    )
+    return _described({"kind": "parquet"} | summary)
+
+
+def _history(options: Namespace, time: str, by: str | None) -> HistoryRule:
+    by = options.by or by
+    if by is None:
+        raise ConfigError("--by: found none, expected the column whose rows of one value are one history, as user_id")
+    unit, memory = getattr(options, "time_unit", "s"), options.memory_mb << 20
+    return HistoryRule(by, tuple(options.history), options.length, time, options.events_where, unit, memory)
 
 
 def _writing(options: Namespace, row_group_rows: int) -> Writing:
@@ -121,6 +188,10 @@ def _described(summary: dict) -> str:
     rows = ", ".join(f"{name} {count:,}" for name, count in summary["rows"].items())
     dropped = f"; dropped {summary['dropped']:,}" if summary["dropped"] else ""
     lines = [f"{summary['kind']}: rows written: {rows}{dropped}"]
+    if summary.get("ties"):
+        lines.append(
+            f"{summary['ties']:,} rows share user and second with another: none of them is in another's history"
+        )
     lines += [f"skipped {count:,} bad rows of {path}" for path, count in summary["bad_rows"].items()]
     return "\n".join(lines)
 
@@ -129,11 +200,16 @@ def _synthetic(options: Namespace) -> str:
     config = SyntheticConfig(**{name: getattr(options, name) for name in [*SYNTHETIC, "string_ids"]})
     writing = _writing(options, row_group_rows_of(config))
     result = write_synthetic(config, options.output, writing, options.threads, overwrite=options.overwrite)
-    lines = [f"synthetic: {config.rows:,} rows, {sum(result['distinct_ids'].values()):,} distinct ids"]
+    first = f"synthetic: {config.rows:,} rows, {sum(result['distinct_ids'].values()):,} distinct ids"
+    return "\n".join([first, *_ceilings(result)])
+
+
+def _ceilings(result: dict) -> list[str]:
+    lines = []
     for name, split in result["splits"].items():
         auc = "undefined" if split["auc"] is None else f"{split['auc']:.4f}"
         lines.append(
             f"{name}: {split['rows']:,} rows, base rate {split['base_rate']:.4f}; "
             f"no model can do better than AUC {auc}, logloss {split['logloss']:.4f}"
         )
-    return "\n".join(lines)
+    return lines

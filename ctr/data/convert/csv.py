@@ -178,7 +178,7 @@ def _check_schema(raw: dict, columns: list[Column], path: Path) -> TimeRule | No
     except SchemaError as error:
         raise SchemaError(f"{path}: {error}") from error
     read = [*schema.labels, schema.weight, schema.group, schema.time]
-    for feature in schema.numeric + schema.categorical:
+    for feature in schema.numeric + schema.categorical + schema.number_sequences:
         read += [feature.column, feature.weights]
     written = [column.name for column in columns]
     for name in read:

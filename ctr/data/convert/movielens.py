@@ -9,19 +9,25 @@ release_year, genre (list), timestamp (seconds).
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from tessera.ctr.data.convert.columns import Column, make_columns, text_types
 from tessera.ctr.data.convert.delimited import BadRows, TextFormat, TextTable, read_tables
+from tessera.ctr.data.convert.histories import HistoryRule
+from tessera.ctr.data.convert.logs import add_histories, log_of, with_features
+from tessera.ctr.data.convert.output import complete_folder, write_description
 from tessera.ctr.data.convert.pipeline import Conversion, Input, Options, convert, schema_from_conf
 from tessera.ctr.data.errors import DataError
 from tessera.embedding.errors import ConfigError
 
+ALL = "all_rows"  # of a conversion that comes before the histories
 USER_TYPES = {"age": pa.int64(), "gender": pa.string(), "occupation": pa.string(), "zip_code": pa.string()}
 ML_100K_FLAGS = [
     "unknown",
@@ -154,16 +160,24 @@ def convert_movielens(
     test: float = 0.1,
     seed: int = 2026,
     threshold: float = 3.0,
+    history: HistoryRule | None = None,
 ) -> dict:
     """Convert the ratings in `folder`, split "random" (by seed) or by "time" (the latest are the test).
 
+    history: what of the ratings before it each row gets as lists, by time; the column `rating` may be among them.
     Returns and raises as `pipeline.convert`, and DataError when the folder holds no known layout.
     """
+    if history is not None:
+        return _with_histories(folder, output, options, (valid, test), threshold, history, how)
     if how not in ("random", "time"):
         raise ConfigError(f"split: found {how!r}, expected random or time (MovieLens is not in order of time)")
     layout = _detect(folder)
     bad_rows = BadRows(options.bad_rows)
-    join = _Join(layout, folder, threshold, bad_rows)
+    return _convert(folder, output, options, (how, valid, test, seed), _Join(layout, folder, threshold, bad_rows))
+
+
+def _convert(folder: Path, output: Path, options: Options, split: tuple[str, float, float, int], join: _Join) -> dict:
+    layout, bad_rows = join.layout, join.bad_rows
     user, item, rating, time = layout.names
     columns = [
         Column("user_id", user, required=True),
@@ -172,8 +186,30 @@ def convert_movielens(
         Column("timestamp", time, "time"),
     ]
     conversion = Conversion("movielens", layout.text, columns, schema_from_conf("movielens"), join, "timestamp")
-    source = Input({"": [_one(folder, layout.ratings)]}, how, valid, test, seed)
+    source = Input({"": [_one(folder, layout.ratings)]}, *split)
     return convert(conversion, source, output, options, bad_rows, [folder])
+
+
+def _with_histories(
+    folder: Path, output: Path, options: Options, fractions: tuple[float, float], threshold: float, rule: HistoryRule,
+    how: str,
+) -> dict:  # fmt: skip
+    if how != "time":
+        raise ConfigError(
+            f"--split: found {how}, expected time: rows split at random would show the events and labels of test rows "
+            "in the histories of training rows"
+        )
+    bad_rows = BadRows(options.bad_rows)
+    join = _Join(_detect(folder), folder, threshold, bad_rows, with_rating=True)
+    with complete_folder(output, [folder], overwrite=options.overwrite) as made:
+        first = _convert(folder, made / ALL, options, ("random", 0.0, 0.0, 0), join)
+        log = log_of([made / ALL], kept=False)
+        stored = pq.read_schema(log.files[0][1])
+        summary = add_histories(log, made, rule, how, fractions, options.writing)
+        shutil.rmtree(made / ALL)
+        summary = {"kind": "movielens"} | summary | {key: first[key] for key in ("files", "dropped", "bad_rows")}
+        write_description(made, with_features(schema_from_conf("movielens"), rule, stored), summary)
+    return summary
 
 
 def _detect(folder: Path) -> Layout:
@@ -209,8 +245,10 @@ class _Join:
     """Turns rows of ratings into rows of the click task: label, and the columns of the user and of the
     movie."""
 
-    def __init__(self, layout: Layout, folder: Path, threshold: float, bad_rows: BadRows) -> None:
-        self.threshold = threshold
+    def __init__(
+        self, layout: Layout, folder: Path, threshold: float, bad_rows: BadRows, *, with_rating: bool = False
+    ) -> None:
+        self.layout, self.threshold, self.bad_rows, self.with_rating = layout, threshold, bad_rows, with_rating
         users = _read_side(folder, layout.users, bad_rows) if layout.users else None
         movies = _read_side(folder, layout.movies, bad_rows)
         self.user_ids = users.column("id") if users else pa.chunked_array([], pa.int64())
@@ -233,6 +271,8 @@ class _Join:
         movie = pc.index_in(table.column("item_id"), self.movie_ids)
         columns |= {name: column.take(movie) for name, column in self.of_movie.items()}
         columns["timestamp"] = table.column("timestamp")
+        if self.with_rating:
+            columns["rating"] = table.column("rating").cast(pa.float32())
         return TextTable(rows.path, pa.table(columns), rows.lines[kept.to_numpy()])
 
 

@@ -17,9 +17,9 @@ from tessera.ctr.network import build_tower
 from tessera.ctr.train.evaluate import evaluate
 from tessera.ctr.train.trainer import Trainer
 from tessera.embedding.errors import ConfigError, TesseraError
+from tests.ctr.models.names import MODELS
 from tests.ranks import on_ranks
 
-MODELS = sorted(path.stem for path in (Path(__file__).resolve().parents[3] / "conf/model").glob("*.yaml"))
 CROSSES_NOTHING = ("dnn", "final_mlp", "lr", "wide_deep")
 NUMERIC = [f"{{name: x{i}, kind: numeric}}" for i in range(3)]
 IDS = [f"{{name: c{i}}}" for i in range(3)]

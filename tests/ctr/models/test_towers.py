@@ -11,10 +11,10 @@ from tessera.ctr.config import load_config
 from tessera.ctr.instantiate import instantiate
 from tessera.ctr.models.numeric import AutoDis, Bucketised, Raw, ScaledVectors
 from tessera.ctr.models.tower import Fields
+from tests.ctr.models.names import MODELS
 from tests.ctr.models.reference import BY_CLASS
 
 ROOT = Path(__file__).resolve().parents[3]
-MODELS = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
 ROWS, DIM = 5, 4
 NUMERIC = {
     "scaled": partial(ScaledVectors, init_std=0.5),

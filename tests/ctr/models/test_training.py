@@ -10,9 +10,9 @@ from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.rank import Process
-from tests.ranks import ROOT, on_ranks
+from tests.ctr.models.names import MODELS
+from tests.ranks import on_ranks
 
-MODELS = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
 QUICK = ["autoint_plus", "fgcnn"]  # the others by -m slow
 HIDDEN = {"lr": [], "fm": [], "autoint": [], "final_mlp": ["hidden1", "hidden2"], "fgcnn": ["classifier.hidden"]}
 

@@ -9,7 +9,7 @@ import pytest
 
 from tessera.ctr.config import load_config
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.network import build_tower
+from tessera.ctr.network import build_tower, fields_of
 from tessera.ctr.plan.estimate import BOUNDS, Planner
 from tessera.ctr.plan.hardware import NUMBERS, PRESETS, hardware
 from tessera.ctr.plan.statistics import from_file
@@ -86,7 +86,7 @@ def test_a_tower_costs_three_passes_of_its_matrices():
         ["data=criteo", "data.path=/x", "model=dnn", "model.hidden=[32,8]", "model.embedding_dim=4"], ""
     )
     schema = Schema(config.data.schema)
-    cost = cost_of(build_tower(config, schema), len(schema.numeric_names), len(schema.id_names))
+    cost = cost_of(build_tower(config, schema), fields_of(config, schema))
     inputs = 4 * (len(schema.numeric_names) + len(schema.id_names))
     assert cost.flops == pytest.approx(3 * 2 * (inputs * 32 + 32 * 8 + 8))
     assert cost.norms == ()

@@ -1,0 +1,93 @@
+"""DARE, decoupled attention and representation embeddings (Feng et al., ICLR 2025, arXiv 2410.02604)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tessera.ctr.models.layers import MLP, FieldEmbedding
+from tessera.ctr.models.sequences import EventVectors, mean_of_events, one_group, padded, row_of_events, sum_of_events
+from tessera.ctr.models.tower import Events, Fields, SequenceTower
+from tessera.embedding.errors import ConfigError
+
+
+class DARE(SequenceTower):
+    """Scores and values of events come from two vectors per id, a and r, whose gradients do not meet   (section 4)
+
+    s_l = sum over aligned ids f of <a_t^f, a_l^f> / sqrt(dim),  the `top_k` events with the largest s are kept
+    h   = sum_l softmax(s)_l r_l        (over the kept events)
+    y   = MLP([r of all fields, h, r_t * h, mean_l r_l])
+
+    One softmax over the kept events follows the search, with the vectors of this step: nothing is stale. An aligned id
+    without a field of the row (a bucket of the event's age, an action) has a learned vector as its target: what counts
+    of an event besides its likeness. Numbers of events are in r alone, as they are.
+    """
+
+    has_heads = True
+
+    def __init__(
+        self,
+        fields: Fields,
+        embedding_dim: int,
+        attention_dim: int,
+        hidden: Sequence[int],
+        top_k: int,
+        dropout: float,
+        *,
+        batch_norm: bool,
+    ) -> None:
+        super().__init__()
+        for key, value in (("attention_dim", attention_dim), ("top_k", top_k)):
+            if value < 1:
+                raise ConfigError(f"model.{key} is {value}; expected at least 1")
+        self.embedding_dims = {"r": embedding_dim, "a": attention_dim}
+        self.group, self.top_k, self.attention_dim = one_group("DARE", fields), top_k, attention_dim
+        self.embed = FieldEmbedding(fields, embedding_dim)
+        self.values = EventVectors(self.group, embedding_dim)
+        self.scores = EventVectors(self.group, attention_dim)
+        unknown = sum(target is None for target in self.group.targets)
+        self.wanted = torch.nn.Parameter(torch.randn(unknown, attention_dim) * 0.1) if unknown else None
+        self.mlp = MLP(
+            self.embed.inputs + 3 * self.values.width, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs
+        )
+
+    def forward(  # type: ignore[override]
+        self, numeric_bn: Tensor, embeddings: dict[str, Tensor], events: dict[str, Events]
+    ) -> Tensor:
+        """Return logits, [B] or of several labels [B, outputs]."""
+        of = events[self.group.name]
+        r_nd, r_bfd = self.values.events(of, "r"), embeddings["r"]
+        weight_n = self._weights(embeddings["a"], of)
+        h_bd = sum_of_events(weight_n.unsqueeze(1).to(r_nd.dtype) * r_nd, of.offsets)
+        target_bd = self.values.target(r_bfd)
+        flat = self.embed.flat(numeric_bn, self.embed(numeric_bn, r_bfd))
+        inputs = [flat, h_bd, target_bd * h_bd, mean_of_events(r_nd, of.offsets)]
+        return self.mlp(torch.cat(inputs, 1)).squeeze(1)
+
+    def _weights(self, a_bfd: Tensor, events: Events) -> Tensor:
+        """Return the weight of each event, [N]; 0 for those that the search leaves out."""
+        parts, unknown = [], 0
+        for place in self.group.targets:
+            if place is None:
+                assert self.wanted is not None
+                parts.append(self.wanted[unknown].expand(len(a_bfd), -1).to(a_bfd.dtype))
+                unknown += 1
+            else:
+                parts.append(a_bfd[:, place])
+        target_bd = torch.cat(parts, 1)
+        of = events.embeddings["a"]
+        events_nd = torch.cat([of[name] for name in self.group.ids], 1)
+        rows = row_of_events(events.offsets, len(events_nd))
+        score_n = (target_bd[rows] * events_nd).sum(1) / math.sqrt(self.attention_dim)
+        places = padded(events.offsets, self.group.length)
+        # Not -inf: the softmax of a row without events would be NaN. What is left out or absent gets weight 0 below.
+        score_bl = places.of(score_n, torch.finfo(score_n.dtype).min)
+        kept = places.mask
+        if score_bl.shape[1] > self.top_k:
+            best = score_bl.topk(self.top_k, 1).indices
+            kept = torch.zeros_like(kept).scatter(1, best, value=True) & kept
+            score_bl = score_bl.masked_fill(~kept, torch.finfo(score_n.dtype).min)
+        return places.back(torch.softmax(score_bl, 1) * kept, len(score_n))

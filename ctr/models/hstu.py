@@ -1,0 +1,185 @@
+"""HSTU as a ranking model, in the shape of MLPerf training v6.1's recommendation benchmark (Zhai et al., ICML 2024,
+arXiv 2402.17152; its DLRM form is that of the authors' code for ranking)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessera.ctr.models.dropout import Dropout
+from tessera.ctr.models.hstu_attention import HSTUAttention
+from tessera.ctr.models.layers import FieldEmbedding, linear
+from tessera.ctr.models.sequences import EventVectors, one_group, row_of_events
+from tessera.ctr.models.tower import Events, Fields, SequenceTower
+from tessera.embedding.errors import ConfigError
+from tessera.kernels.mix import mix64
+
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+FORMS = ("dlrm", "research")
+
+
+class HSTU(SequenceTower):
+    """The tokens of a row are its contextual fields (all but the target's), its events, oldest first, and its target:
+
+    x     = sqrt(d) * MLP(embeddings of the token side by side) + position     (position: counted from the newest event)
+    x     = layer_n(.. layer_1(dropout(x)))     (`HSTULayer`)
+    y     = Linear(swish_norm(Linear(LN(x_target) * MLP(target))))
+
+    Every layer divides by the configured number of tokens, never by that of the batch. The target's action and age are
+    unknown: zeros in their place.
+    """
+
+    has_heads = True
+
+    def __init__(
+        self,
+        fields: Fields,
+        embedding_dim: int,
+        width: int,
+        layers: int,
+        heads: int,
+        qk_dim: int,
+        v_dim: int,
+        preprocessor: int,
+        head_hidden: int,
+        input_dropout: float,
+        dropout: float,
+        form: str,
+    ) -> None:
+        super().__init__()
+        sizes = {"width": width, "layers": layers, "heads": heads, "qk_dim": qk_dim, "v_dim": v_dim}
+        for key, value in (sizes | {"preprocessor": preprocessor, "head_hidden": head_hidden}).items():
+            if value < 1:
+                raise ConfigError(f"model.{key} is {value}; expected at least 1")
+        if form not in FORMS:
+            raise ConfigError(f"model.form is {form!r}; expected one of {', '.join(FORMS)}")
+        self.embedding_dims = {"v": embedding_dim}
+        self.group, self.width = one_group("HSTU", fields), width
+        self.embed = FieldEmbedding(fields, embedding_dim)
+        self.vectors = EventVectors(self.group, embedding_dim)
+        first = self.embed.count - len(fields.ids)  # numeric fields stand before the ids
+        own = {first + place for place in self.vectors.fields}
+        self.contextual = [place for place in range(self.embed.count) if place not in own]
+        self.longest = len(self.contextual) + self.group.length + 1
+        self.of_event = Preprocessor(self.vectors.width, preprocessor, width)
+        self.of_field = Preprocessor(embedding_dim, preprocessor, width) if self.contextual else None
+        self.position = nn.Parameter(torch.randn(self.longest, width) * 0.02)
+        self.dropout = Dropout(input_dropout, "model.input_dropout")
+        self.layers = nn.ModuleList(HSTULayer(width, heads, qk_dim, v_dim, dropout, form) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        raw = len(fields.numeric) if self.embed.raw else 0
+        self.head = nn.Sequential(
+            linear(width + raw, head_hidden), SwishNorm(head_hidden), linear(head_hidden, fields.outputs)
+        )
+
+    def forward(  # type: ignore[override]
+        self, numeric_bn: Tensor, embeddings: dict[str, Tensor], events: dict[str, Events]
+    ) -> Tensor:
+        """Return logits, [B] or of several labels [B, outputs]."""
+        of, emb_bfd = events[self.group.name], embeddings["v"]
+        target_bd = self.of_event(self.vectors.target(emb_bfd))
+        events_nd = self.of_event(self.vectors.events(of))
+        fields_bpd = self.embed(numeric_bn, emb_bfd)[:, self.contextual]
+        context = (
+            fields_bpd.new_zeros(0, self.width) if self.of_field is None else self.of_field(fields_bpd.flatten(0, 1))
+        )
+        tokens = Tokens(of.offsets, len(self.contextual), self.group.length, len(events_nd))
+        x_td = tokens.in_order(context.to(target_bd.dtype), events_nd, target_bd) * math.sqrt(self.width)
+        x_td = dropped(self.dropout, x_td + self.position[tokens.position], tokens)
+        attend = HSTUAttention(tokens.offsets, len(self.contextual), 1, self.longest, float(self.longest))
+        for layer in self.layers:
+            x_td = layer(x_td, attend, tokens)
+        merged = self.norm(x_td[tokens.offsets[1:] - 1]) * target_bd
+        return self.head(torch.cat([merged, numeric_bn], 1) if self.embed.raw else merged).squeeze(1)
+
+
+class Tokens:
+    """The tokens of a batch, T in all, row after row: `prefix` contextual ones, the row's events, its target.
+
+    Attributes:
+        offsets: int64 [B + 1] of each row's tokens.
+        row: int64 [T], the row of each token.
+        position: int64 [T], which does not depend on the length of the row: 0 for the target, 1 for the newest event
+            and so on to `length` for the oldest that may be, then those of the prefix.
+    """
+
+    def __init__(self, of_events: Tensor, prefix: int, length: int, events: int) -> None:
+        rows, device = len(of_events) - 1, of_events.device
+        each = torch.arange(rows + 1, device=device)
+        self.offsets = of_events + each * (prefix + 1)
+        count = events + rows * (prefix + 1)
+        self.row = row_of_events(self.offsets, count)
+        behind = self.offsets[self.row + 1] - 1 - torch.arange(count, device=device)  # tokens behind this one
+        at = torch.arange(count, device=device) - self.offsets[self.row]
+        self.position = torch.where(at < prefix, length + 1 + at, behind)
+        # Where each token stands in (prefixes, events, targets), laid one behind the other.
+        of_prefix = self.row * prefix + at
+        of_event = rows * prefix + of_events[self.row] + at - prefix
+        of_target = rows * prefix + events + self.row
+        self._source = torch.where(at < prefix, of_prefix, torch.where(behind == 0, of_target, of_event))
+
+    def in_order(self, prefix: Tensor, events: Tensor, targets: Tensor) -> Tensor:
+        """Return [T, d] of prefixes [B * prefix, d], events [N, d] and targets [B, d]."""
+        return torch.cat([prefix, events, targets])[self._source]
+
+
+class HSTULayer(nn.Module):
+    """[U, V, Q, K] = LN(x) W (+ b),  A = SiLU(alpha Q K^T) / divisor * mask,  Y = LN(A V)
+
+    dlrm:      bias, SiLU on U alone, alpha = 1 / sqrt(d_qk);   x + W_o dropout([U, A V, U * Y])
+    research:  no bias, SiLU on all four, alpha = 1;            x + W_o dropout(U * Y)
+    """
+
+    def __init__(self, width: int, heads: int, qk_dim: int, v_dim: int, dropout: float, form: str) -> None:
+        super().__init__()
+        self.heads, self.sizes = heads, [heads * v_dim, heads * v_dim, heads * qk_dim, heads * qk_dim]
+        self.is_dlrm = form == "dlrm"
+        self.alpha = qk_dim**-0.5 if self.is_dlrm else 1.0
+        self.before, self.after = nn.LayerNorm(width), nn.LayerNorm(heads * v_dim)
+        self.uvqk = linear(width, sum(self.sizes), bias=self.is_dlrm)
+        self.output = linear(heads * v_dim * (3 if self.is_dlrm else 1), width, bias=self.is_dlrm)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x_td: Tensor, attend: HSTUAttention, tokens: Tokens) -> Tensor:
+        """Map the batch's tokens [T, width] to the same."""
+        mixed = self.uvqk(self.before(x_td))
+        if self.is_dlrm:
+            u, v, q, k = mixed.split(self.sizes, 1)
+            u = F.silu(u)
+        else:
+            u, v, q, k = F.silu(mixed).split(self.sizes, 1)
+        q, k, v = (one.unflatten(1, (self.heads, -1)) for one in (q, k, v))
+        seen = attend(q, k, v, self.alpha).flatten(1)
+        gated = u * self.after(seen).to(u.dtype)
+        gated = torch.cat([u, seen, gated], 1) if self.is_dlrm else gated
+        return x_td + self.output(dropped(self.dropout, gated, tokens))
+
+
+class SwishNorm(nn.Module):
+    """x * sigmoid(LN(x)), "Swish-LayerNorm"."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [n, width] to the same."""
+        return x * torch.sigmoid(self.norm(x))
+
+
+class Preprocessor(nn.Sequential):
+    """Linear, Swish-LayerNorm, linear: what a token's embeddings go through."""
+
+    def __init__(self, inputs: int, hidden: int, width: int) -> None:
+        super().__init__(linear(inputs, hidden), SwishNorm(hidden), linear(hidden, width))
+
+
+def dropped(dropout: Dropout, x_td: Tensor, tokens: Tokens) -> Tensor:
+    """Return tokens with units dropped; masks are drawn by the token's row and its position in it."""
+    keys = dropout.keys
+    if keys is None or not dropout.training or not dropout.p:
+        return dropout(x_td)
+    return dropout(x_td, mix64(keys[tokens.row] + tokens.position * GOLDEN))

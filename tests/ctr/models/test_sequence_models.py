@@ -1,0 +1,293 @@
+"""Models of sequences against slow float64 versions, row by row, and what must not change their logits."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tessera.ctr.config import load_config
+from tessera.ctr.instantiate import instantiate
+from tessera.ctr.models.hstu_attention import HSTUAttention, hstu_mask
+from tessera.ctr.models.numeric import ScaledVectors
+from tessera.ctr.models.sequences import Dice, mean_of_events, sum_of_events
+from tessera.ctr.models.tower import Events, Fields, SequenceGroup
+from tessera.embedding.errors import ConfigError
+
+LENGTH = 6
+GROUP = SequenceGroup("h", ("items", "ages"), ("prices",), (1, None), LENGTH)
+FIELDS = Fields(("x",), ("user", "item"), ScaledVectors, sequences=(GROUP,))
+LENGTHS = [0, 1, 2, LENGTH, 3]
+SMALL = {
+    "din": {"embedding_dim": 3, "hidden": [5], "attention_hidden": [4]},
+    "dare": {"embedding_dim": 3, "attention_dim": 2, "hidden": [5], "top_k": 20},
+    "hstu": {"embedding_dim": 3, "width": 6, "heads": 2, "qk_dim": 2, "v_dim": 3, "preprocessor": 4, "head_hidden": 4},
+}
+
+
+def tower_of(model: str, **changes):
+    torch.manual_seed(3)
+    config = dict(load_config([f"model={model}"], "").model) | SMALL[model] | changes
+    tower = instantiate(config, "model", FIELDS).double()
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return tower
+
+
+def inputs(tower, lengths=tuple(LENGTHS), seed=4):
+    torch.manual_seed(seed)
+    rows, count, dims = len(lengths), sum(lengths), tower.embedding_dims
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    embeddings = {group: draw(rows, 2, dim) for group, dim in dims.items()}
+    of = {group: {name: draw(count, dim) for name in GROUP.ids} for group, dim in dims.items()}
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return draw(rows, 1), embeddings, {"h": Events(offsets, of, {"prices": draw(count).detach()})}
+
+
+def leaves(numeric, embeddings, events):
+    return [numeric, *embeddings.values(), *(rows for of in events["h"].embeddings.values() for rows in of.values())]
+
+
+def row_of(numeric, embeddings, events, b):
+    """Return x, emb and the events of one row, by group and by number."""
+    one = events["h"]
+    here = slice(int(one.offsets[b]), int(one.offsets[b + 1]))
+    of = {group: {name: rows[here] for name, rows in found.items()} for group, found in one.embeddings.items()}
+    return numeric[b], {group: rows[b] for group, rows in embeddings.items()}, of, one.numbers["prices"][here]
+
+
+def vectors(emb, of, prices):
+    """Return the events' vectors, and the target's: items and ages side by side, then the price."""
+    k = torch.cat([of["items"], of["ages"], prices[:, None]], 1)
+    return k, torch.cat([emb[1], torch.zeros_like(emb[1]), emb.new_zeros(1)])
+
+
+def flat(tower, x, emb):
+    return torch.cat([x[0] * tower.embed.numeric.weight[0], emb[0], emb[1]])
+
+
+def din(tower, numeric, embeddings, events):
+    dice = [layer for layer in tower.attention[0].score if isinstance(layer, Dice)][0]
+    first, last = tower.attention[0].score[0], tower.attention[0].score[2]
+    rows = [row_of(numeric, embeddings, events, b) for b in range(len(numeric))]
+    hidden = []
+    for _, emb, of, prices in rows:
+        k, q = vectors(emb["v"], of["v"], prices)
+        hidden += [first(torch.cat([q, one, q - one, q * one])) for one in k]
+    s = torch.stack(hidden)
+    p = torch.sigmoid((s - s.mean(0)) / torch.sqrt(s.var(0, unbiased=False) + 1e-8))
+    weights = last(p * s + (1 - p) * dice.alpha * s)[:, 0]
+    logits, first_event = [], 0
+    for x, emb, of, prices in rows:
+        k, _ = vectors(emb["v"], of["v"], prices)
+        w = weights[first_event : first_event + len(k)]
+        first_event += len(k)
+        if tower.attention[0].softmax:
+            w = torch.softmax(w, 0)
+        o = sum((w[i] * k[i] for i in range(len(k))), torch.zeros_like(vectors(emb["v"], of["v"], prices)[1]))
+        logits.append(tower.mlp(torch.cat([flat(tower, x, emb["v"]), o])))
+    return torch.cat(logits)
+
+
+def dare(tower, numeric, embeddings, events):
+    logits = []
+    for b in range(len(numeric)):
+        x, emb, of, prices = row_of(numeric, embeddings, events, b)
+        r, target = vectors(emb["r"], of["r"], prices)
+        wanted = [emb["a"][1], tower.wanted[0]]
+        score = [
+            sum(w @ of["a"][name][i] for w, name in zip(wanted, GROUP.ids, strict=True)) / math.sqrt(2)
+            for i in range(len(r))
+        ]
+        kept = sorted(range(len(r)), key=lambda i: -float(score[i].detach()))[: tower.top_k]
+        total = sum(torch.exp(score[i]) for i in kept)
+        h = sum((torch.exp(score[i]) / total * r[i] for i in kept), torch.zeros_like(target))
+        mean = sum((one for one in r), torch.zeros_like(target)) / max(1, len(r))
+        logits.append(tower.mlp(torch.cat([flat(tower, x, emb["r"]), h, target * h, mean])))
+    return torch.cat(logits)
+
+
+def hstu(tower, numeric, embeddings, events):
+    logits = []
+    for b in range(len(numeric)):
+        x, emb, of, prices = row_of(numeric, embeddings, events, b)
+        k, q = vectors(emb["v"], of["v"], prices)
+        context = [tower.of_field(x[0] * tower.embed.numeric.weight[0]), tower.of_field(emb["v"][0])]
+        target = tower.of_event(q)
+        tokens = torch.stack([*context, *(tower.of_event(one) for one in k), target]) * math.sqrt(tower.width)
+        n = len(tokens)
+        position = [LENGTH + 1, LENGTH + 2, *range(len(k), 0, -1), 0]
+        tokens = tokens + tower.position[position]
+        for layer in tower.layers:
+            tokens = hstu_layer(layer, tokens, 2, tower.longest)
+        logits.append(tower.head(tower.norm(tokens[n - 1]) * target))
+    return torch.cat(logits)
+
+
+def hstu_layer(layer, x, prefix, divisor):
+    u, v, q, k = layer.uvqk(layer.before(x)).split(layer.sizes, 1)
+    u = F.silu(u)
+    if not layer.is_dlrm:
+        v, q, k = F.silu(v), F.silu(q), F.silu(k)
+    out = []
+    for i in range(len(x)):
+        heads = []
+        for h in range(layer.heads):
+            qk, of_v = q.shape[1] // layer.heads, v.shape[1] // layer.heads
+            seen = torch.zeros_like(v[0, :of_v])
+            for j in range(len(x)):
+                if j <= i or (i < prefix and j < prefix):
+                    a = F.silu(layer.alpha * (q[i, h * qk : (h + 1) * qk] @ k[j, h * qk : (h + 1) * qk])) / divisor
+                    seen = seen + a * v[j, h * of_v : (h + 1) * of_v]
+            heads.append(seen)
+        out.append(torch.cat(heads))
+    av = torch.stack(out)
+    y = u * layer.after(av)
+    return x + layer.output(torch.cat([u, av, y], 1) if layer.is_dlrm else y)
+
+
+REFERENCE = {"din": din, "dare": dare, "hstu": hstu}
+CASES = [("din", {}), ("din", {"softmax": True}), ("dare", {}), ("dare", {"top_k": 2}), ("hstu", {})]
+
+
+@pytest.mark.parametrize(("model", "changes"), [*CASES, ("hstu", {"form": "research", "layers": 1})])
+def test_logits_and_gradients_are_those_of_the_formulas(model, changes):
+    tower = tower_of(model, **changes)
+    given = inputs(tower)
+    logits, expected = tower(*given), REFERENCE[model](tower, *given)
+    torch.testing.assert_close(logits, expected)
+    of = [*leaves(*given), *tower.parameters()]
+    found, wanted = (torch.autograd.grad((one * torch.arange(1.0, 6)).sum(), of) for one in (logits, expected))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("model", REFERENCE)
+def test_a_row_does_not_depend_on_the_others_nor_on_their_padding(model):
+    tower = tower_of(model).eval()
+    whole = inputs(tower)
+    logits = tower(*whole)
+    for b, length in enumerate(LENGTHS):
+        numeric, emb, of, prices = row_of(*whole, b)
+        alone = Events(torch.tensor([0, length]), of, {"prices": prices})
+        one = tower(numeric[None], {group: rows[None] for group, rows in emb.items()}, {"h": alone})
+        torch.testing.assert_close(one[0], logits[b])
+    nothing = inputs(tower, (0, 0))
+    assert torch.isfinite(tower(*nothing)).all()
+    torch.autograd.grad(tower(*nothing).sum(), [*tower.parameters()], allow_unused=True)
+    none = inputs(tower, ())
+    assert tower.train()(*none).shape == (0,) if model != "din" else True
+
+
+@pytest.mark.parametrize("model", ["din", "dare"])
+def test_the_order_of_events_does_not_matter(model):
+    tower = tower_of(model).eval()
+    numeric, embeddings, events = inputs(tower)
+    order = torch.cat([a + torch.randperm(n) for a, n in zip(events["h"].offsets.tolist(), LENGTHS, strict=False)])
+    of = {g: {name: rows[order] for name, rows in found.items()} for g, found in events["h"].embeddings.items()}
+    turned = Events(events["h"].offsets, of, {"prices": events["h"].numbers["prices"][order]})
+    torch.testing.assert_close(tower(numeric, embeddings, {"h": turned}), tower(numeric, embeddings, events))
+
+
+def test_din_whose_weights_are_one_sums_its_events():
+    tower = tower_of("din")
+    with torch.no_grad():
+        tower.attention[0].score[-1].weight.zero_()
+        tower.attention[0].score[-1].bias.fill_(1.0)
+    numeric, embeddings, events = inputs(tower)
+    k = tower.attention[0].vectors.events(events["h"])
+    expected = torch.stack([part.sum(0) for part in k.split(LENGTHS)])
+    torch.testing.assert_close(tower.attention[0](embeddings["v"], events["h"]), expected)
+
+
+def test_dare_is_scaled_dot_product_attention_and_drops_by_score():
+    tower = tower_of("dare", attention_dim=3)
+    _, embeddings, events = inputs(tower)
+    weights = tower._weights(embeddings["a"], events["h"])
+    of = events["h"].embeddings["a"]
+    for b, (first, length) in enumerate(zip(events["h"].offsets.tolist(), LENGTHS, strict=False)):
+        here = slice(first, first + length)
+        q = torch.cat([embeddings["a"][b, 1], tower.wanted[0]])[None]
+        k = torch.cat([of["items"][here], of["ages"][here]], 1)
+        value = torch.eye(length, dtype=torch.float64)
+        expected = F.scaled_dot_product_attention(q[None], k[None], value[None], scale=3**-0.5)
+        torch.testing.assert_close(weights[here], expected[0, 0])
+    tower.top_k = 2
+    weights = tower._weights(embeddings["a"], events["h"])
+    assert [int((part > 0).sum()) for part in weights.split(LENGTHS)] == [min(2, n) for n in LENGTHS]
+    grads = torch.autograd.grad((weights * torch.randn_like(weights)).sum(), [of["items"]])[0]
+    assert torch.equal(grads.abs().sum(1) > 0, (weights > 0) & (weights < 1))
+
+
+def dense(q, k, v, mask, alpha, divisor):
+    a = F.silu(torch.einsum("ihd,jhd->hij", q, k) * alpha) / divisor * mask
+    return torch.einsum("hij,jhd->ihd", a, v)
+
+
+def test_hstu_attention_with_several_targets_is_the_dense_one():
+    """Lengths 0 to the longest, three targets each, which do not see each other; logits and gradients."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([5, 6, 5 + 30, 9, 5])  # prefix 2 and targets 3 among them
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    q, k, v = (torch.randn(int(offsets[-1]), 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out = HSTUAttention(offsets, 2, 3, 40, 40.0)(q, k, v, 0.7)
+    expected = []
+    for first, n in zip(offsets.tolist(), lengths.tolist(), strict=False):
+        mask = torch.zeros(n, n, dtype=torch.float64)
+        for i in range(n):
+            for j in range(n):
+                targets = i >= n - 3 and j >= n - 3
+                mask[i, j] = (j <= i and not (targets and i != j)) or (i < 2 and j < 2)
+        assert torch.equal(hstu_mask(torch.tensor([n]), 2, 3, n)[0], mask.bool())
+        here = slice(first, first + n)
+        expected.append(dense(q[here], k[here], v[here], mask, 0.7, 40.0))
+    torch.testing.assert_close(out, torch.cat(expected))
+    weight = torch.randn_like(out)
+    for one, other in zip(
+        torch.autograd.grad((out * weight).sum(), [q, k, v]),
+        torch.autograd.grad((torch.cat(expected) * weight).sum(), [q, k, v]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+    # A target more, or one less, changes nothing of the others.
+    few = [i for i in range(int(offsets[-1])) if i + 1 not in offsets]
+    fewer = HSTUAttention(offsets - torch.arange(6), 2, 2, 40, 40.0)(q[few], k[few], v[few], 0.7)
+    torch.testing.assert_close(fewer, out[few])
+
+
+def test_dice_normalises_over_all_events_and_by_running_statistics_in_evaluation():
+    torch.manual_seed(0)
+    dice, s = Dice(3), torch.randn(50, 3)
+    dice.alpha.data.fill_(0.25)
+    p = torch.sigmoid((s - s.mean(0)) / torch.sqrt(s.var(0, unbiased=False) + 1e-8))
+    torch.testing.assert_close(dice(s), p * s + (1 - p) * 0.25 * s)
+    kept = torch.sigmoid((s - 0.1 * s.mean(0)) / torch.sqrt(0.9 + 0.1 * s.var(0)))
+    torch.testing.assert_close(dice.eval()(s), kept * s + (1 - kept) * 0.25 * s)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_sums_and_means_of_events(kind):
+    values, offsets = torch.randn(sum(LENGTHS), 3, dtype=kind), torch.tensor([0, *LENGTHS]).cumsum(0)
+    parts = values.split(LENGTHS)
+    torch.testing.assert_close(sum_of_events(values, offsets), torch.stack([part.sum(0) for part in parts]))
+    means = torch.stack([part.sum(0) / max(1, len(part)) for part in parts])
+    torch.testing.assert_close(mean_of_events(values, offsets), means)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "sequences", "line"),
+    [
+        ("din", {}, (), "no feature is a sequence with pooling: none"),
+        ("dare", {}, (), "the schema has none; give its features pooling: none"),
+        ("hstu", {}, (GROUP, GROUP), r"the schema has 2 \(h, h, ..\)"),
+        ("din", {}, (SequenceGroup("h", ("items",), (), (None,), 3),), "no field has the table of a sequence of 'h'"),
+        ("dare", {"top_k": 0}, (GROUP,), "model.top_k is 0"),
+        ("hstu", {"form": "other"}, (GROUP,), "model.form is 'other'; expected one of dlrm, research"),
+        ("hstu", {"heads": 0}, (GROUP,), "model.heads is 0"),
+    ],
+)
+def test_models_that_cannot_be_are_refused(model, changes, sequences, line):
+    config = dict(load_config([f"model={model}"], "").model) | SMALL[model] | changes
+    with pytest.raises(ConfigError, match=line):
+        instantiate(config, "model", Fields((), ("user", "item"), ScaledVectors, sequences=sequences))

@@ -1,0 +1,188 @@
+"""Training on sequences: rows of events are trained, kept, saved and removed as those of pooled ids are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tessera.ctr.config import load_config
+from tessera.ctr.models.layers import MLP, FieldEmbedding
+from tessera.ctr.models.sequences import mean_of_events
+from tessera.ctr.models.tower import SequenceTower
+from tessera.ctr.train.trainer import Trainer
+from tessera.embedding.errors import ConfigError
+from tests.ranks import on_ranks
+
+ROWS, BATCH, DAY, NOW = 321, 32, 86_400, 20_454 * 86_400
+SEQUENCE = "kind: sequence, pooling: POOLING, align: h, max_length: 5"
+FEATURES = (
+    "data.schema.features=[{name: x, kind: numeric}, {name: user}, {name: item}, {name: shop}, "
+    f"{{name: seen, table: item, {SEQUENCE}}}, {{name: shops, table: shop, {SEQUENCE}}}, "
+    f"{{name: age, dtype: float, transform: bucketise, boundaries: [10, 20], {SEQUENCE}}}"
+)
+PRICE = f", {{name: price, dtype: float, {SEQUENCE}}}"
+MODELS = {
+    "din": ["model=din", "model.hidden=[8]", "model.attention_hidden=[4]", "model.dropout=0.3"],
+    "dare": ["model=dare", "model.hidden=[8]", "model.attention_dim=3", "model.top_k=3", "model.batch_norm=true"],
+    "hstu": ["model=hstu", "model.width=8", "model.heads=2", "model.qk_dim=3", "model.v_dim=3", "model.preprocessor=4"]
+    + ["model.head_hidden=4", "model.input_dropout=0.2", "model.dropout=0.1"],
+}
+
+
+class Averages(SequenceTower):
+    """What a model of pooled fields does, with sequences averaged by the tower."""
+
+    def __init__(self, fields, embedding_dim, hidden, dropout, *, batch_norm):
+        super().__init__()
+        self.embedding_dims = {"v": embedding_dim, "w": 1}
+        self.embed = FieldEmbedding(fields, embedding_dim)
+        vectors = self.embed.count + sum(len(group.ids) for group in fields.sequences)
+        self.mlp = MLP(vectors * embedding_dim, [6], outputs=1)
+        self.of_w = MLP(len(fields.ids) + sum(len(group.ids) for group in fields.sequences), [3], outputs=1)
+
+    def forward(self, numeric_bn, embeddings, events):
+        emb = embeddings["v"]
+        means = {group: [embeddings[group].flatten(1)] for group in ("v", "w")}
+        for one in events.values():
+            for group, found in means.items():
+                found += [mean_of_events(rows, one.offsets) for rows in one.embeddings[group].values()]
+        numeric = self.embed(numeric_bn, emb)[:, : -emb.shape[1]].flatten(1)
+        return (self.mlp(torch.cat([numeric, *means["v"]], 1)) + self.of_w(torch.cat(means["w"], 1))).squeeze(1)
+
+
+class Pooled(Averages):
+    reads_sequences = False
+
+    def forward(self, numeric_bn, embeddings):
+        return super().forward(numeric_bn, embeddings, {})
+
+
+def write(folder: Path, rows: int = ROWS, seed: int = 1) -> Path:
+    """Items 1000 and on occur in histories alone, of the first day's rows."""
+    draw = np.random.default_rng(seed)
+    sizes = draw.integers(0, 8, rows)
+    day = np.sort(draw.integers(0, 5, rows))
+
+    def lists(low, high, type_):
+        return pa.array([list(draw.integers(low, high, n)) for n in sizes], type_)
+
+    of_day = [(1000, 1020) if one == 0 else (0, 30) for one in day]
+    seen = [list(draw.integers(*of, n)) for n, of in zip(sizes, of_day, strict=True)]
+    table = {
+        "label": draw.integers(0, 2, rows).astype(np.int8),
+        "time": NOW + day * DAY,
+        "x": draw.normal(size=rows).astype(np.float32),
+        **{name: draw.integers(0, 30, rows) for name in ("user", "item", "shop")},
+        "seen": pa.array(seen, pa.list_(pa.int64())),
+        "shops": lists(0, 30, pa.list_(pa.int64())),
+        "age": lists(0, 30, pa.list_(pa.int64())),
+        "price": lists(0, 3, pa.list_(pa.float32())),
+    }
+    for split in ("train", "valid"):
+        (folder / split).mkdir(parents=True)
+        pq.write_table(pa.table(table), folder / split / "part-0.parquet", row_group_size=40, write_page_checksum=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("sequences"))
+
+
+def config_of(data: Path, run_dir: Path, *more: str, pooling: str = "none"):
+    features = FEATURES + PRICE + "]" if pooling == "none" else (FEATURES + "]").replace(", align: h", "")
+    fixed = [features.replace("POOLING", pooling), f"data.path={data}", "data.test=null", "data.schema.time=time"]
+    small = ["trainer.device=cpu", "trainer.threads=1", "embedding.rows=100", "model.embedding_dim=4"]
+    return load_config([*fixed, *small, f"trainer.run_dir={run_dir}", f"trainer.batch_size={BATCH}", *more], "")
+
+
+def trained(process, data: Path, run_dir: Path, *more: str, pooling: str = "none", epochs: int = 1):
+    """Losses, the dense weights, and (table, id) -> bits of the rows of this rank."""
+    trainer = Trainer(config_of(data, run_dir, *more, pooling=pooling), process)
+    losses = []
+    for epoch in range(epochs):
+        for batch in trainer.readers["train"].epoch(epoch):
+            losses.append(torch.stack(trainer.engine.train_step(batch)))
+    trainer.log.close()
+    rows = {
+        (name, int(one)): torch.cat([values, state])
+        for name, table in trainer.engine.tables.owned().items()
+        for found in table.export_rows()
+        for one, values, state in zip(found.ids, found.values, found.state, strict=True)
+    }
+    return torch.stack(losses), trainer.engine.model.module.dense_parameters(), rows
+
+
+@pytest.mark.parametrize("more", [[], ["embedding.oov=learned", "embedding.admission.kind=exact", "embedding.l2=0.01"]])
+def test_a_tower_that_averages_its_events_is_one_of_pooled_features_bit_for_bit(process, data, tmp_path, more):
+    threshold = ["embedding.admission.threshold=2"] if more else []
+    setting = [*more, *threshold, "optimizer.sparse.name=adam"]
+    here = "model.target=tests.ctr.train.test_sequences.NAME"
+    of_events = trained(process, data, tmp_path / "a", here.replace("NAME", "Averages"), *setting, epochs=2)
+    torch.manual_seed(0)
+    pooled = trained(process, data, tmp_path / "b", here.replace("NAME", "Pooled"), *setting, pooling="mean", epochs=2)
+    assert torch.equal(of_events[0], pooled[0])
+    for name, weight in of_events[1].items():
+        assert torch.equal(weight, pooled[1][name]), name
+    assert of_events[2].keys() == pooled[2].keys() and ("item", 1005) in pooled[2]
+    assert all(torch.equal(row, pooled[2][key]) for key, row in of_events[2].items())
+
+
+def train_all(process, data: Path, run_dir: Path, models: list[str]):
+    found = {}
+    for name in models:
+        more = [*MODELS[name], "optimizer.sparse.name=sgd"]
+        losses, dense, rows = trained(process, data, run_dir / f"{name}-{process.world_size}", *more)
+        found[name] = losses, [one.detach() for one in dense.values()], rows
+    return found
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_agree_on_sequences(process, data, tmp_path, world):
+    results = on_ranks(world, train_all, data, tmp_path, list(MODELS))
+    for name, (losses, weights, rows) in train_all(process, data, tmp_path, list(MODELS)).items():
+        torch.testing.assert_close(sum(one[name][0] for one in results), losses, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(results[0][name][1], weights, rtol=1e-3, atol=2e-5)
+        of_ranks = {key: row for one in results for key, row in one[name][2].items()}
+        assert of_ranks.keys() == rows.keys()
+        for key, row in rows.items():
+            torch.testing.assert_close(of_ranks[key], row, rtol=1e-3, atol=2e-5)
+
+
+def test_rows_that_only_events_have_are_saved_and_expire(process, data, tmp_path):
+    """Deltas hold them as any row; they expire by the time of the row whose history they were in."""
+    more = ["data.order=time", "embedding.ttl_days=2", "embedding.expire_every=1", "trainer.checkpoint.every=4"]
+    more += ["trainer.checkpoint.full_every=3", "trainer.checkpoint.overlap=false", "trainer.epochs=1"]
+    trainer = Trainer(config_of(data, tmp_path, *MODELS["din"], *more), process)
+    alone = set(range(1000, 1020))
+    table = trainer.engine.tables.owned()["item"]
+
+    def ids():
+        return {int(one) for rows in table.export_rows() for one in rows.ids} & alone
+
+    found = []
+    for batch in trainer.readers.train_batches(trainer.engine, trainer.log):
+        trainer.engine.train_step(batch)
+        trainer.engine.expire_if_due()
+        found.append(len(ids()))
+    trainer.log.close()
+    assert max(found) == 20 and found[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["model=deepfm"], r"DeepFM, which reads no sequence event by event \(feature 'seen' has pooling: none\)"),
+        (["model=din", "embedding=static"], "embedding.kind is static, and the rows of feature 'seen' reach the tower"),
+        (["model=din", "embedding.pooled_output_dist=always"], "pooled_output_dist is always for table 'item'"),
+        (["model=din", "embedding.tables.item.dim=2"], "embedding.tables.item.dim is below the tower's"),
+    ],
+)
+def test_what_cannot_serve_events_is_refused(process, data, tmp_path, more, line):
+    with pytest.raises(ConfigError, match=line):
+        Trainer(config_of(data, tmp_path, *more), process)
