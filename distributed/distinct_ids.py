@@ -55,7 +55,10 @@ def distinct_ids(ids: KeyedJaggedTensor, times: Tensor | None, tables: FieldsOfT
         begins = [0, *accumulate(sizes)]
         bounds = [begins[end] for end in tables.ends]
         flat = torch.cat([flat[ends[field] : ends[field + 1]] for field in tables.flat])
-    unique, index, counts, found = unique_tables(flat, torch.tensor(bounds).to(flat.device, non_blocking=True))
+    given = torch.tensor(bounds).to(flat.device, non_blocking=True)
+    unique, index, counts, found = unique_tables(flat, given, padded=True)
+    of_tables = found.diff().tolist()  # on a GPU the host waits here, and nowhere else
+    unique, counts = unique[: sum(of_tables)], counts[: sum(of_tables)]
     if not tables.in_order:
         of_fields = index.split(sizes)
         index = torch.empty_like(index)
@@ -63,4 +66,4 @@ def distinct_ids(ids: KeyedJaggedTensor, times: Tensor | None, tables: FieldsOfT
             index[ends[field] : ends[field + 1]] = places
     if times is not None:
         times = latest(times_of_values(ids, times), index, unique.numel())
-    return DistinctIds(mix64(unique), found, counts, times, index, found.diff().tolist())
+    return DistinctIds(mix64(unique), found, counts, times, index, of_tables)

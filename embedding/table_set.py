@@ -32,7 +32,7 @@ from tessera.kernels.record_layout import (
     is_plain,
     record_layout,
 )
-from tessera.kernels.records import FirstValues, Keys, Positions, keys_of
+from tessera.kernels.records import FirstValues, Keys, Positions, Unknown, keys_of
 
 UNLIMITED = torch.iinfo(torch.int64).max
 _TABLE_BITS = (1 << 32) - 1
@@ -115,29 +115,29 @@ class TableSet:
 
         Raises TableFull if a table would have more rows than its limit.
         """
-        rows = records.find(self.map, self._chunks, ids, bounds, self.layout, now, counts)
+        rows, unknown = records.find_unknown(self.map, self._chunks, ids, bounds, self.layout, now, counts)
         self._step += 1
-        unknown = (rows < 0).nonzero().flatten()
-        if unknown.numel():
-            rows[unknown] = self._add(unknown, ids, bounds, now, counts)
+        if unknown is not None:
+            rows[unknown.positions] = self._add(unknown, ids, now, counts)
         return rows
 
-    def _add(self, unknown: Tensor, ids: Tensor, bounds: Tensor, now: int | Tensor, counts: Tensor | None) -> Tensor:
-        """Add rows for the ids at positions `unknown` (int64 [k]); return them: int64 [k]."""
-        fresh = ids[unknown]
-        tables = torch.bucketize(unknown, bounds[1:], right=True)
-        of_table = torch.bincount(tables, minlength=len(self.tables))
+    def _add(self, unknown: Unknown, ids: Tensor, now: int | Tensor, counts: Tensor | None) -> Tensor:
+        """Add rows for the ids of a batch that have none; return them: int64 [k]."""
+        fresh, tables, of_table = ids[unknown.positions], unknown.tables, unknown.counted
         self._check_limits(of_table)
-        often = None if counts is None else counts[unknown]
+        often = None if counts is None else counts[unknown.positions]
         if often is not None and often.device.type == "cpu" and int(often.min()) < 1:
             raise ValueError("counts must be 1 or more")
-        times = now[unknown] if isinstance(now, Tensor) and now.numel() > 1 else now
+        times = now[unknown.positions] if isinstance(now, Tensor) and now.numel() > 1 else now
         rows = self._take_rows(fresh.numel())
-        self.map.insert(fresh, rows, tables)
+        if unknown.segments is None:
+            self.map.insert(fresh, rows, tables)
+        else:
+            self.map.place(fresh, rows, tables, unknown.segments)
         records.add(self._chunks, rows, fresh, tables, self.layout, self._keys, self._first, times, often)
         self.rows_of += of_table
-        self.counters[COUNTERS.index("new")] += of_table
-        self.counters[COUNTERS.index("admitted")] += of_table
+        for counter in ("new", "admitted"):
+            self.counters[COUNTERS.index(counter)].add_(of_table)
         return rows
 
     def _check_limits(self, wanted: Tensor) -> None:

@@ -82,7 +82,7 @@ class IdMap:
     @property
     def nbytes(self) -> int:
         """Bytes in use; the rest of the last chunk is reserved but has not been touched."""
-        return int(self._counters[0]) * SLOTS * 16 + self._segments.numel() * 4 + self._directory.numel() * 4
+        return int(self._counters[0]) * (SLOTS * 16 + 12) + self._directory.numel() * 4
 
     @property
     def segments(self) -> Tensor:

@@ -45,12 +45,14 @@ class Positions(NamedTuple):
 
 
 class Unknown(NamedTuple):
-    """Ids of a batch that have no row. positions, tables: int64 [k], ascending; of_tables: how many of each table.
-    segments: what `IdMap.place` needs to take them all without waiting; None: `IdMap.insert` has to take them."""
+    """Ids of a batch that have no row. positions, tables: int64 [k], ascending; of_tables: how many of each table, and
+    counted: the same int64 [tables] where the ids are. segments: what `IdMap.place` needs to take them all without
+    waiting; None: `IdMap.insert` has to take them."""
 
     positions: Tensor
     tables: Tensor
     of_tables: list[int]
+    counted: Tensor
     segments: Tensor | None
 
 
@@ -118,8 +120,8 @@ def find_unknown(
         if not positions.numel():
             return rows, None
         tables = torch.bucketize(positions, bounds[1:], right=True)
-        of_tables = torch.bincount(tables, minlength=bounds.numel() - 1).tolist()
-        return rows, Unknown(positions, tables, of_tables, None)
+        counted = torch.bincount(tables, minlength=bounds.numel() - 1)
+        return rows, Unknown(positions, tables, counted.tolist(), counted, None)
     check_index("ids", ids)
     _check_bounds(bounds)
     _check_counts(counts, ids)

@@ -304,7 +304,8 @@ def id_map_insert(
         wanted = segments[:, 1].clone()
         met = torch.zeros(3, dtype=torch.int32, device=ids.device)
         found.count(ids, tables, rows, wanted, met)
-        over = (wanted > segments[:, 2]) & (wanted > segments[:, 1])
+        # Those that `id_map_place` filled beyond their limits too, though none of these ids may belong there.
+        over = wanted > segments[:, 2]
         met[_OVER.value : _OVER.value + 1] = over.any()
         known, negative, some_over = met.tolist()  # the host waits here
         if known:

@@ -27,6 +27,9 @@ _BLOCK = 1 << 12 if INTERPRETED else 128  # ids of a program: a line of the map 
 _SLOTS, _LINE = tl.constexpr(SLOTS), tl.constexpr(LINE)
 _TABLE_SHIFT, _ROW_MASK = tl.constexpr(TABLE_SHIFT), tl.constexpr((1 << TABLE_SHIFT) - 1)
 _LAST_SEEN = tl.constexpr(LAST_SEEN)
+# A segment may have this many ids before it is split, more than its limit (`id_map.split_limit`): then all segments
+# that are over theirs are split at once, so that of many steps with new ids few have to wait for splits.
+_MOST = tl.constexpr(int(0.9 * SLOTS))
 # Places of what the host reads: how many ids are new, whether a segment of the map would be too full, how many are new
 # of each table.
 _NEW, _OVER, _OF_TABLES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -169,7 +172,6 @@ class _Listed(NamedTuple):
     directory: Tensor
     ranks: Tensor
     wanted: Tensor
-    limits: Tensor
     positions: Tensor
     of: Tensor
     numbers: Tensor
@@ -193,8 +195,7 @@ def _records_new_kernel(given, count, tables, bits, BITS: tl.constexpr, BLOCK: t
     hashes = hash_of(tl.load(given.ids + at, mask=fresh, other=0)) ^ mix64(table.to(tl.uint64, bitcast=True))
     segment = segment_of(given.directory, hashes, fresh, bits)
     held = tl.atomic_add(given.wanted + segment, tl.full([BLOCK], 1, tl.int32), mask=fresh, sem="relaxed")
-    full = fresh & (held >= tl.load(given.limits + segment * 3 + 2, mask=fresh, other=0))
-    tl.atomic_max(given.numbers + _OVER + at * 0, one, mask=full, sem="relaxed")
+    tl.atomic_max(given.numbers + _OVER + at * 0, one, mask=fresh & (held >= _MOST), sem="relaxed")
 
 
 def find_and_list(
@@ -205,7 +206,7 @@ def find_and_list(
     now: Tensor | None,
     counts: Tensor | None,
     layout: Sequence[int],
-) -> tuple[Tensor, tuple[Tensor, Tensor, list[int], Tensor | None] | None]:
+) -> tuple[Tensor, tuple[Tensor, Tensor, list[int], Tensor, Tensor | None] | None]:
     """Return rows as `records_find` does and, if there are some, the ids that have none, as `records.Unknown` has them.
 
     places: the map's directory, chunks and segments. The host waits once.
@@ -222,10 +223,11 @@ def find_and_list(
     numbers = torch.zeros(2 + tables, dtype=torch.int64, device=device)
     positions, of, wanted = torch.empty_like(rows), torch.empty_like(rows), segments[:, 1].clone()
     note = note_of(device, place_of_records(chunks, layout_of(layout), device).total)
-    given = _Listed(ids, bounds, directory, ranks, wanted, segments, positions, of, numbers, note)
+    given = _Listed(ids, bounds, directory, ranks, wanted, positions, of, numbers, note)
     bits = directory.numel().bit_length() - 1
     launch(_records_new_kernel, -(-n // _BLOCK), given, n, tables, bits, BITS=bits_of(tables), BLOCK=_BLOCK)
     new, over, *of_tables = numbers.tolist()  # the host waits here
     if not new:
         return rows, None
-    return rows, (positions[:new], of[:new], of_tables, None if over else wanted)
+    counted = numbers[_OF_TABLES.value :]
+    return rows, (positions[:new], of[:new], of_tables, counted, None if over else wanted)
