@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "score a data set with a trained run"),
     "score": ("score", "predict for rows without labels"),
     "export": ("export", "make one folder that serves a model without the system that trained it"),
+    "serve": ("serve", "serve an export over HTTP, up to date with what is published"),
     "plan": ("plan", "bytes, traffic and time of a job on 1 to 1,024 ranks, before it runs"),
     "prepare": ("prepare", "make a data set from Criteo, Avazu, MovieLens, any CSV, or synthetic"),
     "report": ("report", "write the report of a run again"),

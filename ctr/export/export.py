@@ -20,16 +20,17 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from tessera.ctr.config import Config
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.export.describe import TablePlan, describe, plans_of, write_dense, write_static
+from tessera.ctr.export.describe import describe, plans_of
 from tessera.ctr.export.golden import golden_rows, scores_of
 from tessera.ctr.export.source import Source
-from tessera.ctr.export.tower import ServedTower, graph_of, save_graph
+from tessera.ctr.export.tower import ServedTower, graph_of
 from tessera.ctr.network import build_model
 from tessera.ctr.output_folders import replacing_on_ranks
 from tessera.ctr.serving.conversion import Conversion
 from tessera.ctr.serving.description import FEATURES, FORMAT, TOWER, StoredTable
 from tessera.ctr.serving.errors import ExportError
 from tessera.ctr.serving.files import SealedWriter
+from tessera.ctr.serving.model_files import TablePlan, model_of, save_graph, write_dense, write_static
 from tessera.ctr.serving.rows import RowDecoder
 from tessera.ctr.serving.saved_models import RowPart, SavedModel, is_in, newest_rows
 from tessera.ctr.serving.scorer import GOLDEN, PREDICTION, Scorer
@@ -216,13 +217,6 @@ class _Job:
         if self.options.onnx:
             served = ServedTower(self.network.tower, amp=self.config.trainer.amp)
             self.writer.seal_file(write_onnx(served, self.writer.folder, numeric, ids))
-
-
-def model_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Return of a configuration what decides which graph and which columns a model has: what exports and publications
-    must have in common."""
-    schema = config["schema"] if "schema" in config else config["data"]["schema"]
-    return json.loads(json.dumps({"model": config["model"], "numeric": config["numeric"], "schema": schema}))
 
 
 def _ids_by_table(golden: pa.Table, schema: Schema) -> dict[str, np.ndarray]:

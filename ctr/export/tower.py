@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,12 +56,6 @@ def graph_of(served: ServedTower, numeric: int, ids: int) -> torch.export.Export
         kind = type(served.tower).__name__
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"model {kind} cannot be exported: torch.export says: {reason[:300]}") from None
-
-
-def save_graph(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Write torch.export's archive: a zip of JSON and raw tensors, nothing of it pickled."""
-    program.example_inputs = None  # would be pickled
-    torch.export.save(program, path)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -65,7 +65,7 @@ class RowDecoder:
             return self._of_dicts(rows, some=some)
         try:
             return pa.Table.from_pandas(rows, preserve_index=False)
-        except (AttributeError, ImportError):
+        except (AttributeError, ImportError):  # it has not what a data frame has
             expected = "an Arrow table, a pandas data frame, a dict or a list of dicts"
             raise RowError(f"{WHERE} are a {type(rows).__name__}; expected {expected}") from None
         except (pa.ArrowException, TypeError, ValueError) as error:
@@ -100,8 +100,8 @@ class RowDecoder:
                 problem = problem or one_line(error) or type(error).__name__
         raise RowError(f"column {name!r} cannot be read: {problem}")
 
-    def decode(self, table: pa.Table) -> Rows:
-        """Decode the features whose columns are there; `table` made that.
+    def decode(self, table: pa.Table, first: int = 0) -> Rows:
+        """Decode the features whose columns are there; `table` made that. first: number of its first row, for messages.
 
         Raises RowError: a value is none that training would take; it names the row, the column and what was expected.
         """
@@ -113,9 +113,9 @@ class RowDecoder:
         numeric: dict[str, np.ndarray] = {}
         for feature in self.schema.numeric:
             if self.read_by(feature) <= there:
-                numeric |= _numeric(feature, chunks[feature.column])
+                numeric |= _numeric(feature, chunks[feature.column], first)
         bags = {
-            feature.name: _bags(feature, chunks)
+            feature.name: _bags(feature, chunks, first)
             for feature in self.schema.categorical
             if self.read_by(feature) <= there
         }
@@ -139,31 +139,31 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _fail(bad: np.ndarray, column: str, found: object, expected: str) -> None:
-    row = int(np.flatnonzero(bad)[0])
+def _fail(bad: np.ndarray, first: int, column: str, found: object, expected: str) -> NoReturn:
+    row = first + int(np.flatnonzero(bad)[0])
     raise RowError(f"row {row}: column {column!r} found {_shown(found)}, expected {expected}")
 
 
-def _numeric(feature: Feature, arrays: list[pa.Array]) -> dict[str, np.ndarray]:
+def _numeric(feature: Feature, arrays: list[pa.Array], first: int) -> dict[str, np.ndarray]:
     decoded = single_values.numeric(feature, arrays)
     if decoded.bad is not None:
         found = decoded.stored[int(np.flatnonzero(decoded.bad)[0])].item()
-        _fail(decoded.bad, feature.column, found, single_values.expected_number(feature))
+        _fail(decoded.bad, first, feature.column, found, single_values.expected_number(feature))
     found = {feature.name: decoded.values}
     return found | ({f"{feature.name}_missing": decoded.absent()} if feature.indicator else {})
 
 
-def _bags(feature: Feature, chunks: Mapping[str, list[pa.Array]]) -> Bags:
+def _bags(feature: Feature, chunks: Mapping[str, list[pa.Array]], first: int) -> Bags:
     arrays = chunks[feature.column]
     if feature.kind in ("ids", "sequence"):
         bags, problems = decode_bags(feature, arrays, chunks[feature.weights] if feature.weights else None)
         for problem in problems:
-            _fail(problem.rows, problem.column, problem.found, problem.expected)
+            _fail(problem.rows, first, problem.column, problem.found, problem.expected)
         return bags
     decoded = single_values.single(feature, arrays)
     if decoded.bad is not None:
         row = int(np.flatnonzero(decoded.bad)[0])
-        _fail(decoded.bad, feature.column, decoded.found(row), single_values.expected_id(feature))
+        _fail(decoded.bad, first, feature.column, decoded.found(row), single_values.expected_id(feature))
     values = decoded.values.astype(np.int64, copy=False)
     if decoded.there is None:
         return Bags(values, np.arange(len(values) + 1), None)

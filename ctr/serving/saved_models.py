@@ -188,7 +188,9 @@ def newest_rows(models: Sequence[SavedModel], table: str, hidden: list[np.ndarra
         seen = [known, model.gone(table)]
         for part in model.rows(table):
             seen.append(part.ids)
-            yield part.take(~is_in(part.ids, known)) if len(known) else part
+            kept = part.take(~is_in(part.ids, known)) if len(known) else part
+            if len(kept.ids):
+                yield kept
         if number + 1 < len(models) or hidden is not None:
             known = np.unique(np.concatenate(seen))
     if hidden is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,18 @@ from tessera.ctr.serving.embeddings import Embeddings
 from tessera.ctr.serving.errors import ExportError, RowError
 from tessera.ctr.serving.files import Place, read_manifest
 from tessera.ctr.serving.rows import RowDecoder, Rows
+from tessera.ctr.serving.table_files import TableFiles
 
 BATCH_ROWS = 8192  # rows that are scored at once: what they look up is held in memory
 GOLDEN, PREDICTION = "golden.parquet", "golden_prediction"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the tower reads of some rows: numeric float32 [n, numeric fields], groups float32 [n, id fields, dim]."""
+
+    numeric: Tensor
+    groups: list[Tensor]
 
 
 class Scorer:
@@ -67,7 +77,8 @@ class Scorer:
         return list(self._decoder.columns)
 
     def __call__(self, rows: Any) -> np.ndarray:
-        """Return the probability of each row, float32 [n], or [n, labels] where the model predicts several labels.
+        """Return the probability of each row, float32 [n], or [n, labels] where the model answers several labels; of a
+        label that is a number, the number.
 
         rows: an Arrow table or batch, a pandas data frame, a list of dicts, or one dict. Columns that the model does
             not read may be there.
@@ -75,11 +86,9 @@ class Scorer:
         Raises RowError: a column is missing, or a value is none that training would take.
         """
         table = self._decoder.table(rows)
-        parts = [
-            self._probabilities(self._decoder.decode(table.slice(begin, BATCH_ROWS)))
-            for begin in range(0, max(1, table.num_rows), BATCH_ROWS)
-        ]
-        return np.concatenate(parts)
+        begins = range(0, max(1, table.num_rows), BATCH_ROWS)
+        parts = (self._inputs(self._decoder.decode(table.slice(begin, BATCH_ROWS), begin)) for begin in begins)
+        return np.concatenate([self.predict([part])[0] for part in parts])
 
     def rank(self, user: Any, candidates: Any) -> np.ndarray:
         """Return the probability of each candidate for one user, as `__call__` does for rows of both.
@@ -89,30 +98,41 @@ class Scorer:
 
         Raises RowError: as `__call__`, or there is not one user.
         """
+        return self.predict([self.prepare_ranked(user, candidates)])[0]
+
+    def prepare(self, rows: Any) -> Inputs:
+        """Decode rows and look up their ids: what `predict` takes. Raises RowError."""
+        return self._inputs(self._decoder.decode(self._decoder.table(rows)))
+
+    def prepare_ranked(self, user: Any, candidates: Any) -> Inputs:
+        """Do the same for candidates of one user. Raises RowError."""
         theirs = self._decoder.table(candidates, some=True)
         mine = self._decoder.table(user, some=True)
         if mine.num_rows != 1:
             raise RowError(f"found {mine.num_rows} rows of users; expected one")
         mine = mine.drop_columns([name for name in mine.column_names if name in theirs.column_names])
-        missing = [name for name in self._decoder.columns if name not in {*mine.column_names, *theirs.column_names}]
+        sides = [set(mine.column_names), set(theirs.column_names)]
+        missing = [name for name in self._decoder.columns if name not in sides[0] | sides[1]]
         if missing:
             raise RowError(f"column {missing[0]!r} is neither the user's nor the candidates'")
         for feature in self._decoder.schema.categorical:
-            for side in (mine, theirs):
-                if (
-                    0
-                    < len(self._decoder.read_by(feature) & set(side.column_names))
-                    < len(self._decoder.read_by(feature))
-                ):
-                    raise RowError(f"columns {feature.column!r} and {feature.weights!r} must be on the same side")
+            if not any(self._decoder.read_by(feature) <= side for side in sides):
+                raise RowError(f"columns {feature.column!r} and {feature.weights!r} must be on the same side")
         user_rows = self._decoder.decode(mine)
+        once = self._embeddings.pooled(user_rows.bags, 1)
+        return self._inputs(self._decoder.decode(theirs), user_rows, once)
+
+    def predict(self, inputs: Sequence[Inputs]) -> list[np.ndarray]:
+        """Return the answers for each of some inputs, in one pass of the model."""
+        rows = [one.numeric.shape[0] for one in inputs]
+        if not sum(rows):
+            shape = (0,) if len(self.labels) == 1 else (0, len(self.labels))
+            return [np.zeros(shape, np.float32) for _ in inputs]
         with torch.no_grad():
-            once = self._embeddings.pooled(user_rows.bags, 1)
-            parts = [
-                self._answer(self._decoder.decode(theirs.slice(begin, BATCH_ROWS)), user_rows, once)
-                for begin in range(0, max(1, theirs.num_rows), BATCH_ROWS)
-            ]
-        return np.concatenate(parts)
+            numeric = _joined([one.numeric for one in inputs])
+            groups = [_joined(list(group)) for group in zip(*(one.groups for one in inputs), strict=True)]
+            answers = answers_of(self._tower(numeric, *groups), self._numbers).numpy()
+        return np.split(answers, np.cumsum(rows)[:-1])
 
     def check_golden(self) -> float:
         """Return the largest difference between the scores of the export's golden rows and those that training's own
@@ -128,27 +148,32 @@ class Scorer:
         expected = np.array(table[PREDICTION].to_pylist(), np.float32)
         return float(np.abs(self(table) - expected).max(initial=0.0))
 
-    def _probabilities(self, rows: Rows) -> np.ndarray:
-        with torch.no_grad():
-            return self._answer(rows, None, {})
+    def table(self, name: str) -> TableFiles:
+        """Return a table, open."""
+        return next(table for table in self._embeddings.tables if table.table.name == name)
 
-    def _answer(self, rows: Rows, user: Rows | None, once: dict[str, Tensor]) -> np.ndarray:
+    def _inputs(self, rows: Rows, user: Rows | None = None, once: dict[str, Tensor] | None = None) -> Inputs:
         numeric = torch.empty(rows.count, len(self._numeric))
         for place, name in enumerate(self._numeric):
             side = rows if name in rows.numeric else user
             assert side is not None
             numeric[:, place] = torch.from_numpy(side.numeric[name])
-        groups = self._embeddings.pooled(rows.bags, rows.count)
-        if user is not None and user.bags:
-            groups = {name: self._beside(group, rows, user, once[name]) for name, group in groups.items()}
-        return answers_of(self._tower(numeric, *groups.values()), self._numbers).numpy()
+        with torch.no_grad():
+            groups = self._embeddings.pooled(rows.bags, rows.count)
+        if user is not None and once is not None and user.bags:
+            groups = {name: self._beside(group, rows, once[name]) for name, group in groups.items()}
+        return Inputs(numeric, list(groups.values()))
 
-    def _beside(self, group: Tensor, rows: Rows, user: Rows, once: Tensor) -> Tensor:
+    def _beside(self, group: Tensor, rows: Rows, once: Tensor) -> Tensor:
         """Put the user's fields, looked up once, beside those of the candidates, in the order of the model."""
         both = torch.empty(rows.count, len(self._ids), group.shape[2])
         both[:, [i for i, name in enumerate(self._ids) if name in rows.bags]] = group
         both[:, [i for i, name in enumerate(self._ids) if name not in rows.bags]] = once
         return both
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def answers_of(logits: Tensor, numbers: Sequence[int]) -> Tensor:

@@ -88,14 +88,14 @@ def make_run(process: Process, folder: Path, overrides: list[str]) -> Config:
     return config
 
 
-def touch(process: Process, config: Config, model, path: Path, seed: int = 0) -> None:
-    """Give the ids of a file rows, and all dense weights random values."""
+def touch(process: Process, config: Config, model, path: Path, seed: int = 0, now: int = 1) -> None:
+    """Give the ids of a file rows, seen at `now` (seconds), and all dense weights other values."""
     config.trainer.batch_size //= process.world_size
     model.train()
     dynamic = as_dynamic(model.module.tables)
-    for number, batch in enumerate(row_reader(config, [str(path)]).epoch(0)):
+    for batch in row_reader(config, [str(path)]).epoch(0):
         if dynamic:
-            dynamic.begin_step(number + 1)
+            dynamic.begin_step(now)
         batch.place = torch.arange(batch.numeric.shape[0])
         model(batch)
     config.trainer.batch_size *= process.world_size

@@ -1,0 +1,87 @@
+"""Serve an export over HTTP: `tessera serve exports/mine --port 8000`, and follow what a run over days publishes:
+`tessera serve exports/mine --follow runs/mine/published`. docs/serve.md has bodies, answers and limits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+NEEDED = ("starlette", "uvicorn", "prometheus_client")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("export", type=Path, help="a folder that `tessera export` wrote")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument("--follow", metavar="PUBLISHED", help="`published` of a run over days, a folder or URI")
+    parser.add_argument(
+        "--versions", type=Path, help="folder for the models that are followed (default: beside the export)"
+    )
+    parser.add_argument("--poll-seconds", type=float, default=5.0, help="between looks at it (default: %(default)s)")
+    parser.add_argument("--batch-ms", type=float, default=2.0, help="longest wait for others (default: %(default)s)")
+    parser.add_argument("--batch-rows", type=int, default=4096, help="rows of a full pass (default: %(default)s)")
+    parser.add_argument("--timeout-seconds", type=float, default=5.0, help="for an answer (default: %(default)s)")
+    parser.add_argument("--body-mb", type=float, default=16.0, help="of a request, at most (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=10_000, help="of a request, at most (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of one pass (default: %(default)s)")
+    parser.add_argument("--passes", type=int, default=1, help="at the same time (default: %(default)s)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"error: tessera serve needs {missing[0]}: pip install tessera-ctr[serve]", file=sys.stderr)
+        return 2
+    from tessera.embedding.errors import TesseraError
+
+    try:
+        return _serve(options)
+    except (TesseraError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _serve(options: argparse.Namespace) -> int:
+    import torch
+    import uvicorn
+
+    from tessera.ctr.serving.app import Server, Settings
+    from tessera.ctr.serving.batches import Limits
+    from tessera.ctr.serving.scorer import Scorer
+    from tessera.ctr.serving.versions import Versions
+
+    torch.set_num_threads(options.threads)
+    folder = options.export
+    versions = None
+    if options.follow:
+        beside = folder.resolve().with_name(f"{folder.resolve().name}.versions")
+        versions = Versions(folder, options.follow, options.versions or beside)
+    scorer = versions.begin() if versions else Scorer.load(folder)
+    limits = Limits(
+        wait_seconds=options.batch_ms / 1000,
+        batch_rows=options.batch_rows,
+        timeout_seconds=options.timeout_seconds,
+        body_bytes=int(options.body_mb * (1 << 20)),
+        rows=options.rows,
+    )
+    server = Server(scorer, Settings(limits, versions, options.poll_seconds, options.passes))
+    print(f"serving {scorer.version} on http://{options.host}:{options.port}", file=sys.stderr, flush=True)
+    uvicorn.run(
+        server.app(),
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        timeout_graceful_shutdown=int(options.timeout_seconds) + 1,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

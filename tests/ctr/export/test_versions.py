@@ -1,0 +1,241 @@
+"""An export that follows a run over days scores as the live model did on each day, whatever happened on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch.distributed as dist
+
+from tessera.ctr.config import Config
+from tessera.ctr.daily.day_record import DayRecord, Stage
+from tessera.ctr.daily.publish import Publisher, point
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.export.golden import scores_of
+from tessera.ctr.network import build_model
+from tessera.ctr.serving import ExportError, Scorer
+from tessera.ctr.serving.versions import Versions
+from tessera.distributed.tables import as_dynamic
+from tests.ctr.export.models import awkward_rows, export, make_run, overrides_of, touch
+from tests.ctr.export.test_parity import digest
+from tests.distributed.saved_tables import alone
+from tests.ranks import PYTHONPATH
+
+ROWS = awkward_rows(60, seed=77)
+LIFE = ("embedding.ttl_days=2", "embedding.clock=wall")
+
+
+@pytest.fixture(scope="module")
+def process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield alone()
+    dist.destroy_process_group()
+
+
+class Days:
+    """A model that changes from day to day, published as a run over days does."""
+
+    def __init__(self, process, folder: Path, *overrides: str, model: str = "deepfm") -> None:
+        self.process, self.folder = process, folder
+        self.config: Config = make_run(
+            process,
+            folder,
+            overrides_of(folder, *overrides, model=model),
+        )
+        self.model, _ = build_model(self.config, Schema(self.config.data.schema), process)
+        self.publisher = Publisher(folder / "run", self.config, self.model.module, process)
+        self.records: list[DayRecord] = []
+        self.scores: list[np.ndarray] = []
+
+    def publish(self, kind: str) -> None:
+        number = len(self.records) + 1
+        path = self.folder / "day.parquet"
+        pq.write_table(awkward_rows(40, seed=number), path)
+        touch(self.process, self.config, self.model, path, seed=number, now=86400 * number)
+        if dynamic := as_dynamic(self.model.module.tables):
+            dynamic.expire(86400 * number, everywhere=True)
+        self.scores.append(scores_of(self.model, self.config, ROWS))
+        self.records.append(DayRecord(f"2026-01-{number:02d}", None, Stage.TRAINED, published=kind, step=number))
+        self.publisher.publish(self.records)
+        self.point()
+
+    def point(self) -> None:
+        point(self.publisher.root, self.records, keep_days=20)
+
+    def versions(self) -> Versions:
+        return Versions(self.folder / "export", str(self.folder / "run" / "published"), self.folder / "versions")
+
+
+@pytest.mark.parametrize("changes", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_changes_give_the_scores_of_each_day_and_the_tables_of_an_export_made_anew(process, tmp_path, changes):
+    days = Days(process, tmp_path, "embedding.oov=learned", "embedding.format=bf16", *LIFE, model="fm")
+    days.publish("full")
+    assert export(process, tmp_path).name == "2026-01-01"
+    versions = days.versions()
+    scorer = versions.begin()
+    assert versions.update(scorer) is None
+    for _ in range(changes):
+        days.publish("delta")
+        scorer = versions.update(scorer)
+        assert scorer is not None and versions.update(scorer) is None
+        np.testing.assert_allclose(scorer(ROWS), days.scores[-1], rtol=0, atol=1e-6)
+    assert np.abs(days.scores[-1] - days.scores[0]).max() > 0.01  # or nothing has been shown
+    export(process, tmp_path, "anew")
+    assert digest(scorer.folder) == digest(tmp_path / "anew") != digest(tmp_path / "export")
+    assert Scorer.load(scorer.folder, check=True)(ROWS).tolist() == Scorer.load(tmp_path / "anew")(ROWS).tolist()
+    assert len(list((tmp_path / "versions").iterdir())) <= 3
+    went_back_and_on_again(days, versions, scorer)
+
+
+def went_back_and_on_again(days: Days, versions: Versions, scorer: Scorer) -> None:
+    days.records = days.records[:-2]
+    days.point()
+    back = versions.update(scorer)
+    assert back is not None and back.version.startswith(days.records[-1].partition)
+    np.testing.assert_allclose(back(ROWS), days.scores[len(days.records) - 1], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(scorer(ROWS), days.scores[-1], rtol=0, atol=1e-6)  # an answer that was begun before
+    assert days.versions().begin().version == back.version  # a server that starts now
+    days.publisher.forget()
+    days.publish("full")
+    whole = versions.update(back)
+    assert whole is not None
+    np.testing.assert_allclose(whole(ROWS), days.scores[-1], rtol=0, atol=1e-6)
+
+
+def test_static_tables_and_other_formats_are_followed_too(process, tmp_path):
+    days = Days(process, tmp_path, "embedding=static", "model.embedding_dim=16")
+    days.publish("full")
+    export(process, tmp_path, format="int8")
+    versions = days.versions()
+    scorer = versions.begin()
+    days.publish("full")
+    scorer = versions.update(scorer)
+    assert scorer is not None and {group.format for t in scorer.description.tables for group in t.groups} == {
+        "int8",
+        "fp32",
+    }
+    np.testing.assert_allclose(scorer(ROWS), days.scores[-1], rtol=0, atol=2e-2)
+
+
+@pytest.fixture
+def two_days(process, tmp_path) -> Days:
+    days = Days(process, tmp_path, model="lr")
+    days.publish("full")
+    export(process, tmp_path)
+    days.publish("delta")
+    return days
+
+
+def test_what_is_damaged_or_of_another_model_is_refused_and_leaves_what_is_served(two_days):
+    versions = two_days.versions()
+    scorer = versions.begin()
+    published = two_days.folder / "run" / "published"
+    rows = next((published / "2026-01-02" / "rows").glob("*/*.parquet"))
+    content = rows.read_bytes()
+    rows.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ExportError, match="2026-01-02 is damaged: .* has another checksum"):
+        versions.update(scorer)
+    rows.unlink()
+    with pytest.raises(ExportError, match="is missing"):
+        versions.update(scorer)
+    rows.write_bytes(content)
+    latest = (published / "latest").read_text()
+    (published / "latest").write_text(latest.replace("2026-01-02", "2026-01-03"))
+    with pytest.raises(ExportError, match="latest is damaged"):
+        versions.update(scorer)
+    (published / "latest").write_text(latest)
+    manifest = two_days.folder / "export" / "manifest.json"
+    said = json.loads(manifest.read_text())
+    scorer.manifest["model"] = {**said["model"], "numeric": {}}
+    with pytest.raises(ExportError, match="was trained with another model or schema than the export; export the run"):
+        versions.update(scorer)
+    assert list((two_days.folder / "versions").iterdir()) == []
+    scorer.manifest["model"] = said["model"]
+    assert versions.update(scorer) is not None
+
+
+def test_half_a_version_is_removed_by_the_next_start(two_days):
+    versions = two_days.versions()
+    half = two_days.folder / "versions" / ".partial-2026-01-02-abc"
+    half.mkdir(parents=True)
+    (half / "tower.pt2").write_bytes(b"half")
+    scorer = versions.begin()
+    assert not half.exists() and scorer.version.startswith("2026-01-01")
+    newer = versions.update(scorer)
+    assert newer is not None
+    table = next(newer.folder.glob("tables/*/*.values.npy"))
+    table.write_bytes(table.read_bytes()[:-1])
+    assert two_days.versions().begin().version == scorer.version  # the damaged one is made again
+    again = versions.update(scorer)
+    assert again is not None and again.version == newer.version
+
+
+def test_a_server_changes_its_model_between_answers(two_days):
+    pytest.importorskip("starlette", reason="the extra serve is not installed")
+    from tessera.ctr.serving.app import Server, Settings
+    from tests.ctr.export.asgi import running
+
+    versions, said = two_days.versions(), []
+    first = versions.begin()
+    server = Server(first, Settings(versions=versions, poll_seconds=60), say=said.append)
+    rows = ROWS.drop_columns(["label"]).to_pylist()
+
+    async def run() -> None:
+        async with running(server.app()) as client:
+            replies, versions_seen = [], set()
+            for _ in range(200):
+                replies = await asyncio.gather(*(client.post("/score", {"rows": rows}) for _ in range(5)))
+                for reply in replies:
+                    assert reply.status == 200
+                    version = reply.json()["version"]
+                    versions_seen.add(version)
+                    day = 0 if version == first.version else 1
+                    np.testing.assert_allclose(reply.json()["scores"], two_days.scores[day], rtol=0, atol=1e-6)
+                if len(versions_seen) == 2:
+                    break
+            assert len(versions_seen) == 2
+            assert b'tessera_model_updates_total{result="done"} 1.0' in (await client.send("GET", "/metrics")).body
+
+    asyncio.run(run())
+    assert said == [f"serving {server.settings.versions.begin().version}"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import tessera.ctr.serving.versions as versions
+folder, moment = Path(sys.argv[1]), int(sys.argv[2])
+seen = 0
+def kill(event, arguments):
+    global seen
+    if event in ("open", "os.rename") and ".partial-" in str(arguments[0]):
+        seen += 1
+        if seen == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+follower = versions.Versions(folder / "export", str(folder / "run" / "published"), folder / "versions")
+scorer = follower.begin()
+sys.addaudithook(kill)
+follower.update(scorer)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kill_9_while_changes_are_applied_leaves_a_whole_model(two_days):
+    for moment in (1, 2, 4, 9, 15, 25, 40):
+        environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+        command = [sys.executable, "-c", KILLED, str(two_days.folder), str(moment)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode in (-signal.SIGKILL, 0), done.stderr
+        scorer = two_days.versions().begin()
+        day = 0 if scorer.version.startswith("2026-01-01") else 1
+        assert day == (done.returncode == 0)
+        np.testing.assert_allclose(scorer(ROWS), two_days.scores[day], rtol=0, atol=1e-6)
