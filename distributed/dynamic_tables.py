@@ -24,14 +24,14 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollec
 
 from tessera.distributed.collectives import ranks
 from tessera.distributed.distinct_ids import ALL_TABLES, FieldsOfTables, distinct_ids
-from tessera.distributed.event_times import times_of_ranks
-from tessera.distributed.fields import OnDevice, chosen, mixed, scale_to_mean
+from tessera.distributed.fields import OnDevice, chosen, scale_to_mean
 from tessera.distributed.host_manager import CacheStats, HostManager
 from tessera.distributed.module_names import module_name
 from tessera.distributed.plan import TableSize
 from tessera.distributed.projections import Projections, columns_in
 from tessera.distributed.sequences import PooledAndKept, pool_or_keep
 from tessera.distributed.torchrec.bag_sharding import DynamicBagKernel, DynamicBagSharder
+from tessera.distributed.torchrec.bags_exchange import AskedBags
 from tessera.distributed.torchrec.codecs import codecs
 from tessera.distributed.torchrec.ids_prefetch import IdsPrefetch, PrefetchedBatch
 from tessera.distributed.torchrec.kernel import Counted, DynamicTableKernel, Pass
@@ -152,15 +152,22 @@ class DynamicTables(nn.Module):
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Return group -> [B, pooled fields, dim] float32, zeros for empty bags, and for each sequence
         `events_key(group, name)` -> [its ids, dim]. ids: raw int64 ids, stride B."""
-        begun = (first := self.training and not self._second) and self._prefetched
-        prefetched = self._prefetched.popleft() if begun else self._begun(ids, self._times if first else None)
-        assert prefetched.ids is ids, "another batch was prepared for this step"
+        if self._second:
+            assert self._first is not None, "no first pass"
+            batch = self._first  # the owners have its ids
+        elif self.training and self._prefetched:
+            batch = self._prefetched.popleft()
+            assert batch.ids is ids, "another batch was prepared for this step"
+        else:
+            batch = PrefetchedBatch(ids, self._times if self.training else None)
+            self._ask(batch)
+        self._first = batch if self.learns_scales and self.training else None
         paths, events, self._squares = [], dict[str, Tensor](), []
         if self.collection is not None:
-            sums, events = self._sums_of_rows(self._on_row_path(ids), prefetched)
+            sums, events = self._sums_of_rows(self._on_row_path(ids), batch)
             paths.append(sums)
         if self.bags is not None:
-            paths.append(self._sums_of_owners(self._pools_before_exchange(ids), prefetched))
+            paths.append(self._sums_of_owners(batch))
         sums = [parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*paths, strict=True)]
         if self._order is not None:
             sums = [sums_bfd[:, self._order.on(sums_bfd.device)] for sums_bfd in sums]
@@ -181,18 +188,15 @@ class DynamicTables(nn.Module):
         evaluation and saving included, until that step has begun. Returns what holds the memory that the step will use.
         """
         assert self.training
-        begun = self._begun(ids, times)
-        if self.collection is not None:
-            self._ask(begun, told)
-        if self.bags is not None:
-            begun.bags = IdsPrefetch(self.bags, mixed(self._pools_before_exchange(ids)))
+        begun = PrefetchedBatch(ids, times)
+        self._ask(begun, told)
         self._prefetched.append(begun)
         return begun
 
     @property
     def tells(self) -> bool:
-        """Whether what a rank tells the others travels with its ids: among several, where tables answer with rows."""
-        return self.collection is not None and ranks() > 1
+        """Whether what a rank tells the others travels with its ids: where there are several."""
+        return ranks() > 1
 
     def bring(self, now: int) -> None:
         """With `prefetches` send the ids of the batch that was begun last, and let a thread of each owner bring their
@@ -203,7 +207,7 @@ class DynamicTables(nn.Module):
         if self._manager is None:
             self._manager = HostManager(batch.ids.values().device, self._timeout_seconds)
         for kernel, features in [one for sent in batch.sent() for one in sent.received()]:
-            kernel.prefetch_rows(features, now, self._manager, batch.times_of_ranks)
+            kernel.prefetch_rows(features, now, self._manager)
 
     def send_prepared(self) -> None:
         """Go on with what `begin` has begun, as long as the device is busy. Collective."""
@@ -211,14 +215,14 @@ class DynamicTables(nn.Module):
             for sent in batch.sent():
                 sent.send()
 
-    def _begun(self, ids: KeyedJaggedTensor, times: Tensor | None) -> PrefetchedBatch:
-        """Return a batch of which nothing is sent yet except, for the pooled output dist, the times of its rows."""
-        return PrefetchedBatch(ids, times, None if times is None or self.bags is None else times_of_ranks(times))
-
     def _ask(self, batch: PrefetchedBatch, told: Tensor | None = None) -> None:
         """Begin to send what the batch asks of the owners of rows."""
-        batch.asked = distinct_ids(self._on_row_path(batch.ids), batch.times, self._fields_of_tables)
-        batch.rows = IdsPrefetch(self.collection, AskedRows(batch.asked, told))
+        if self.collection is not None:
+            batch.asked = distinct_ids(self._on_row_path(batch.ids), batch.times, self._fields_of_tables)
+            batch.rows, told = IdsPrefetch(self.collection, AskedRows(batch.asked, told)), None
+        if self.bags is not None:
+            bags = self._pools_before_exchange(batch.ids)
+            batch.bags = IdsPrefetch(self.bags, AskedBags(bags, batch.times, told))
 
     def _on_row_path(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return chosen(ids, self._rows_of_all) if self._bag_fields else ids
@@ -227,14 +231,8 @@ class DynamicTables(nn.Module):
         return chosen(ids, self._bags_of_all) if self._row_fields else ids
 
     def _sums_of_rows(self, ids: KeyedJaggedTensor, prefetched: PrefetchedBatch) -> PooledAndKept:
-        if self._second:
-            assert self._first is not None, "no first pass"
-            prefetched = self._first  # the owners have its ids
-        elif prefetched.rows is None:
-            self._ask(prefetched)
         asked, sent = prefetched.asked, prefetched.rows
         assert asked is not None and sent is not None
-        self._first = prefetched if self.learns_scales and self.training else None
         rows: Tensor = sent.answer().wait()
         if self.oov is not None:
             of_tables = zip(rows.split(asked.of_tables), self._row_tables, strict=True)
@@ -243,11 +241,10 @@ class DynamicTables(nn.Module):
             self._squares.append((rows.square().sum(1) * asked.counts.to(rows)).sum())
         return pool_or_keep(rows, asked.index, ids, self._row_sequences, self.groups)
 
-    def _sums_of_owners(self, ids: KeyedJaggedTensor, prefetched: PrefetchedBatch) -> Sequence[Tensor]:
+    def _sums_of_owners(self, prefetched: PrefetchedBatch) -> Sequence[Tensor]:
         """Return [B, fields, dim] by group, for fields with a pooled output dist."""
-        for kernel in self.bags.kernels():
-            kernel.times = prefetched.times_of_ranks
-        answered = self.bags(mixed(ids)) if prefetched.bags is None else prefetched.bags.answer()
+        assert prefetched.bags is not None
+        answered: Any = prefetched.bags.answer()
         if self._keeps_squares and self.training:
             self._squares += [self._squares_of_owner(kernel) for kernel in self.bags.kernels()]
         sums = [self._with_oov(answered[name], table) for name, table in self._bags_of]

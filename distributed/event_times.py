@@ -3,8 +3,7 @@
 A batch may hold events of many days, and a row is touched with the time of its own: the latest event of the batch that
 has the row's id. The owner limits it by the time of the batch, which it knows only when the ids of all ranks are there.
 On the row path an id travels once, and its time travels with its count as one int64; without times only the count does,
-as int32. With the pooled output dist ids travel as often as they occur and have no count; there ranks tell each other
-the times of their rows.
+as int32. With the pooled output dist ids travel as often as they occur, each with the time of its row.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
-
-from tessera.distributed.collectives import gather
 
 COUNT_BITS, TIME_BITS = 24, 40
 MAX_COUNT = (1 << COUNT_BITS) - 1
@@ -52,9 +49,3 @@ def unpacked(words: Tensor) -> tuple[Tensor, Tensor | None]:
     if words.dtype != torch.int64:
         return words.long(), None
     return words & MAX_COUNT, words >> COUNT_BITS
-
-
-def times_of_ranks(times: Tensor) -> Tensor:
-    """Return the times of all ranks' rows in the order of ranks: int64 [ranks * B]. Collective; every rank must have
-    the same number of rows."""
-    return gather(times).flatten()

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
-from tessera.kernels.mix import mix64
-
 
 class OnDevice:
     """A small constant that is sent to a device once, not in every step: the host would wait for a GPU each time."""
@@ -33,18 +31,6 @@ class OnDevice:
 def chosen(ids: KeyedJaggedTensor, fields: OnDevice) -> KeyedJaggedTensor:
     """Return the bags of some fields (given by their places), in this order."""
     return ids.permute(fields.values, fields.on(ids.values().device))
-
-
-def mixed(ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """Return the same bags with mixed ids, as they travel: this balances owners for any distribution of ids."""
-    return KeyedJaggedTensor(
-        keys=ids.keys(),
-        values=mix64(ids.values()),
-        weights=ids.weights_or_none(),
-        lengths=ids.lengths(),
-        offsets=ids.offsets(),
-        stride=ids.stride(),
-    )
 
 
 def scale_to_mean(ids: KeyedJaggedTensor, averaged: OnDevice) -> Tensor:

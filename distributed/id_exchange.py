@@ -35,12 +35,14 @@ class Route:
 @dataclass(frozen=True)
 class ReceivedIds:
     """Ids that this rank owns. ids: int64 [n], those of kind k at bounds[k] to bounds[k + 1] - 1; columns: what goes
-    with each; order: int64 [n], where each stood among those that came, None: there. route: None on one rank."""
+    with each; order: int64 [n], where each stood among those that came, None: there. ranks: int64 [n], which rank sent
+    each; route: both None on one rank."""
 
     ids: Tensor
     columns: tuple[Tensor, ...]
     bounds: list[int]
     order: Tensor | None = None
+    ranks: Tensor | None = None
     route: Route | None = None
 
 
@@ -56,19 +58,21 @@ class OutgoingIds:
 
 
 class IdExchange:
-    """The exchanges of one collection; all ranks make the same ones in the same order, with columns of one type."""
+    """The exchanges of one collection; all ranks make the same ones in the same order, with columns of one type.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.ranks = group, group.size()
+    has_room: messages have room for ids; otherwise all ids go in a second exchange, which is exact."""
+
+    def __init__(self, group: dist.ProcessGroup, *, has_room: bool = True) -> None:
+        self.group, self.ranks, self.has_room = group, group.size(), has_room
         self.recent = RecentSizes()
 
     def send(self, outgoing: OutgoingIds) -> SentIds:
         """Begin to send ids to their owners. Collective."""
         ids, kinds = outgoing.ids, outgoing.bounds.numel() - 1
         sizes = tuple(column.element_size() for column in outgoing.columns)
-        layout = _layout(self.recent.room(), kinds, outgoing.told.numel(), sizes)
+        layout = _layout(self.recent.room() if self.has_room else 0, kinds, outgoing.told.numel(), sizes)
         owners = owner_of(ids, self.ranks)
-        parts = _occurrences(owners, self.ranks)
+        parts = occurrences(owners, self.ranks)
         order, begins = positions_of(owners, parts)
         kind = torch.repeat_interleave(outgoing.bounds.diff(), output_size=ids.numel())
         columns = (ids, *outgoing.columns)
@@ -81,7 +85,7 @@ class IdExchange:
         if layout.told:
             header[:, FIXED : FIXED + layout.told] = outgoing.told.view(torch.int64)
         if not layout.numbered:
-            of_kinds = _occurrences(owners * kinds + kind, self.ranks * kinds)
+            of_kinds = occurrences(owners * kinds + kind, self.ranks * kinds)
             _counts(header, layout).copy_(of_kinds.view(self.ranks, kinds))
         owners = owners[order]
         places = torch.arange(order.numel(), device=ids.device) - begins[owners]
@@ -141,7 +145,7 @@ class SentIds:
 
     def _send_rest(self, room: int) -> None:
         late = (self._order.places >= room).nonzero().squeeze(1)
-        sent = torch.stack([column[late].view(_WHOLE[column.element_size()]).long() for column in self._columns], 1)
+        sent = torch.cat([_units(column[late]) for column in self._columns], 1)
         owned, asked = ([max(0, count - room) for count in counts] for counts in (self._owned, self._asked))
         came = sent.new_empty(sum(owned), sent.shape[1])
         work = dist.all_to_all_single(came, sent, owned, asked, group=self._exchange.group, async_op=True)
@@ -163,7 +167,7 @@ class SentIds:
         places = torch.arange(count, device=device) - (parts.cumsum(0) - parts)[ranks]
         if layout.numbered:
             kinds = self._column(len(layout.columns) - 1, _WHOLE[layout.number_bytes], ranks, places).long()
-            order, begins = positions_of(kinds, _occurrences(kinds, layout.kinds))
+            order, begins = positions_of(kinds, occurrences(kinds, layout.kinds))
             bounds = begins.tolist()
         else:
             order = in_order_of_kinds(_counts(self._came, layout).long(), count)
@@ -172,7 +176,7 @@ class SentIds:
         types = [torch.int64, *(column.dtype for column in self._columns[1:])]
         columns = [self._column(i, types[i], ranks, places) for i in range(1 + len(layout.sizes))]
         route = Route(self._asked, self._owned, self._order.order)
-        return ReceivedIds(columns[0], tuple(columns[1:]), bounds, order, route)
+        return ReceivedIds(columns[0], tuple(columns[1:]), bounds, order, ranks, route)
 
     def _column(self, number: int, dtype: torch.dtype, ranks: Tensor, places: Tensor) -> Tensor:
         """Return what came in a column from `ranks` at their `places`."""
@@ -184,11 +188,19 @@ class SentIds:
             return flat[at].view(dtype)
         late = [max(0, count - layout.room) for count in self._owned]
         shift = torch.tensor([0, *accumulate(late)][:-1], device=flat.device) - layout.room + flat.numel()
-        both = torch.cat([flat, self._rest[1][:, number].to(whole)])
+        units = [max(1, size // 4) for size in layout.columns[: number + 1]]
+        rest = self._rest[1][:, sum(units[:-1]) : sum(units)].contiguous().view(-1)
+        both = torch.cat([flat, rest.view(whole) if whole.itemsize >= 4 else rest.to(whole)])
         return both[torch.where(places < layout.room, at, places + shift[ranks])].view(dtype)
 
 
-def _occurrences(numbers: Tensor, kinds: int) -> Tensor:
+def _units(column: Tensor) -> Tensor:
+    """Return numbers of 2, 4 or 8 bytes as int32 [n, 1 or 2]."""
+    size = column.element_size()
+    return (column.int() if size == 2 else column.view(torch.int32)).view(len(column), max(1, size // 4))
+
+
+def occurrences(numbers: Tensor, kinds: int) -> Tensor:
     """Return how often each number below `kinds` occurs: int64 [kinds], without waiting for a GPU as bincount does."""
     if numbers.device.type == "cpu":
         return torch.bincount(numbers, minlength=kinds)

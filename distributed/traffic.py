@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tessera.distributed.message_layout import message_bytes
+from tessera.distributed.message_layout import MessageLayout, message_bytes
 from tessera.distributed.torchrec.codecs import bytes_of_number
 
-ONCE = ("ids", "times of rows", "agree")
+ONCE = ("ids", "ids of bags", "agree")
 KINDS = ("all_to_all", "all_gather", "all_reduce")
 INT32, INT64, FLOAT32, FLOAT64 = 4, 8, 4, 8
 BUCKET, FIRST_BUCKET = 25 << 20, 1 << 20  # of torch's DistributedDataParallel
@@ -53,7 +53,7 @@ class Exchange:
     """What is sent is the same for all tables: ranks, precision, and what travels with ids.
 
     rows: of one rank's batch, padding included. times: of rows' events travel. weights: ids of bags have weights. told:
-    numbers that a rank tells all others, with its ids where tables answer with rows.
+    numbers that a rank tells all others, with its ids if there are tables.
     """
 
     ranks: int
@@ -79,8 +79,9 @@ def of_tables(exchange: Exchange, tables: Sequence[TableLoad]) -> list[Collectiv
         return []
     rows = [table for table in tables if not table.pooled]
     pooled = [table for table in tables if table.pooled]
-    found = [*(_of_rows(exchange, rows) if rows else []), *(_of_pooled(exchange, pooled) if pooled else [])]
-    if exchange.told and not rows:
+    found = _of_rows(exchange, rows) if rows else []
+    found += _of_pooled(exchange, pooled, is_first=not rows) if pooled else []
+    if exchange.told and not found:
         found.append(of_told(exchange))
     return found
 
@@ -103,23 +104,18 @@ def _of_rows(exchange: Exchange, tables: Sequence[TableLoad]) -> list[Collective
     ]
 
 
-def _of_pooled(exchange: Exchange, tables: Sequence[TableLoad]) -> list[Collective]:
+def _of_pooled(exchange: Exchange, tables: Sequence[TableLoad], *, is_first: bool) -> list[Collective]:
     ids = exchange.share(sum(table.ids for table in tables))
-    bags = exchange.rows * sum(table.features for table in tables)
     values = exchange.others * exchange.rows * sum(table.features * table.columns for table in tables)
     of_sum, of_gradient = bytes_of_number(exchange.transport)
-    sizes = exchange.others * ((3 + exchange.weights) * INT64 + bags * INT32)
-    found = [
-        Collective("sizes of bags", "all_to_all", 2, sizes),
-        Collective("ids of bags", "all_to_all", 1, ids * INT64),
+    told = 1 + (exchange.told if is_first else 0)  # the rows of a batch
+    beside = INT32 + exchange.times * INT64 + exchange.weights * FLOAT32  # an id: its row, time, weight
+    headers = exchange.others * MessageLayout(0, sum(table.features for table in tables), told, ()).words * INT64
+    return [
+        Collective("ids of bags", "all_to_all", 2, headers + ids * (INT64 + beside)),
         Collective("sums of bags", "all_to_all", 1, values * of_sum),
         Collective("gradients of bags", "all_to_all", 1, values * of_gradient),
     ]
-    if exchange.weights:
-        found.append(Collective("weights of bags", "all_to_all", 1, ids * FLOAT32))
-    if exchange.times:
-        found.append(Collective("times of rows", "all_gather", 1, exchange.others * exchange.rows * INT64))
-    return found
 
 
 def repeated(collectives: Sequence[Collective], share: float) -> list[Collective]:

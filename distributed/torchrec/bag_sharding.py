@@ -1,13 +1,14 @@
 """Dynamic tables whose bags are summed by the owners of their rows, under torchrec's row-wise pooled sharding.
 
 A rank sends each id of a bag to its owner, an owner answers with one sum per bag over the ids that it owns, and the
-asking rank adds the sums of all owners. As in `row_sharding.py` ids travel mixed and raw, and the places where
-torchrec lets this in are held by `tests/distributed/test_torchrec_contract.py`. torchrec's own way back, a
+asking rank adds the sums of all owners. As in `row_sharding.py` ids travel mixed in messages of our own, and the places
+where torchrec lets this in are held by `tests/distributed/test_torchrec_contract.py`. torchrec's own way back, a
 reduce-scatter, wants equally many rows on all ranks under gloo and adds in the precision that it sends in.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,21 +19,35 @@ from torch import Tensor
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_sharding import BaseEmbeddingDist, EmbeddingShardingContext, EmbeddingShardingInfo
-from torchrec.distributed.embedding_types import BaseGroupedFeatureProcessor, GroupedEmbeddingConfig, ShardingType
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.embedding_types import (
+    BaseGroupedFeatureProcessor,
+    GroupedEmbeddingConfig,
+    KJTList,
+    ShardingType,
+)
+from torchrec.distributed.embeddingbag import (
+    EmbeddingBagCollectionContext,
+    EmbeddingBagCollectionSharder,
+    ShardedEmbeddingBagCollection,
+)
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.types import (
     Awaitable,
     CommOp,
+    LazyAwaitable,
     NoWait,
     QuantizedCommCodecs,
     ShardingEnv,
 )
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from tessera.distributed.event_times import latest, times_of_values
+from tessera.distributed.event_times import latest
+from tessera.distributed.fields import OnDevice, chosen
+from tessera.distributed.id_exchange import IdExchange
+from tessera.distributed.torchrec.bags_exchange import AskedBags, OwnedBags, owned_alone, send_bags
 from tessera.distributed.torchrec.kernel import DynamicTableKernel, Request
-from tessera.distributed.torchrec.row_sharding import DYNAMIC, HasKernels, RawIdsDist, RowWiseDynamic, raw_ids_dist
+from tessera.distributed.torchrec.ready import Ready
+from tessera.distributed.torchrec.row_sharding import DYNAMIC, HasKernels, RowWiseDynamic
 from tessera.kernels.unique import unique_inverse
 
 
@@ -50,7 +65,7 @@ class DynamicBagKernel(DynamicTableKernel):
     def _names_of_tables(self, config: GroupedEmbeddingConfig) -> list[str]:
         return [table.name for table in config.embedding_tables]
 
-    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+    def forward(self, features: OwnedBags) -> Tensor:
         """Return weighted sums over bags, [stride, features * n], zeros for an empty bag. features: one key per
         feature, values mixed ids, stride = rows of all ranks; n: the columns of one answer."""
         request = self.next_request(features)
@@ -80,12 +95,11 @@ class DynamicBagKernel(DynamicTableKernel):
         missing = (rows[:, -1].detach() * counts).split([b - a for a, b in pairwise(request.bounds)])
         return squares, torch.stack([one.sum() for one in missing])
 
-    def request(self, features: KeyedJaggedTensor, times: Tensor | None) -> Request:
+    def request(self, features: OwnedBags) -> Request:
+        times = features.times
         values, ends, key = features.values(), features.offset_per_key(), 0
         places, bounds = torch.empty_like(values), [0]
         distinct, counts = [], []
-        if times is not None:
-            times = times_of_values(features, times)
         for count in self._features:
             span = slice(ends[key], ends[key + count])
             unique, inverse, occurrences = unique_inverse(values[span])
@@ -152,9 +166,6 @@ class _SumOfOwners(torch.autograd.Function):
 
 
 class DynamicBagSharding(RwPooledEmbeddingSharding):
-    def create_input_dist(self, device: torch.device | None = None) -> RawIdsDist:
-        return raw_ids_dist(self, is_sequence=False, device=device)
-
     def create_lookup(
         self,
         device: torch.device | None = None,
@@ -175,6 +186,31 @@ class DynamicBagSharding(RwPooledEmbeddingSharding):
 
 
 class ShardedDynamicBags(HasKernels, ShardedEmbeddingBagCollection):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        group = self._env.process_group
+        self._exchange = IdExchange(group, has_room=False) if group is not None and group.size() > 1 else None
+        (sharding,) = self._embedding_shardings
+        self._features: list[str] = sharding.feature_names()
+        self._places: OnDevice | None = None  # of them among those of a batch
+
+    def input_dist(self, ctx: EmbeddingBagCollectionContext, features: Any) -> Awaitable[Awaitable[KJTList]]:
+        """Begin to send bags to the owners of their ids. features: `AskedBags`."""
+        assert isinstance(features, AskedBags)
+        if self._places is None:
+            self._places = OnDevice([features.bags.keys().index(name) for name in self._features])
+        if self._features != features.bags.keys():
+            features = replace(features, bags=chosen(features.bags, self._places))
+        ctx.sharding_contexts.append(EmbeddingShardingContext())
+        if self._exchange is None:
+            return Ready(Ready(KJTList([owned_alone(features)])))
+        return send_bags(self._exchange, features)
+
+    def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
+        """Return the sums of the bags, by feature."""
+        ctx.sharding_contexts[0].batch_size_per_rank = input[0].rows_of_ranks
+        return super().compute_and_output_dist(ctx, input)
+
     @classmethod
     def create_embedding_bag_sharding(
         cls,

@@ -53,13 +53,11 @@ class IdsPrefetch:
 class PrefetchedBatch:
     """The ids of a pending batch, and what has been sent of them ahead of its step, if anything.
 
-    times: int64 [B] of the batch's rows, None where they have none; times_of_ranks: of all ranks', for the pooled
-    output dist.
+    times: int64 [B] of the batch's rows, None where they have none.
     """
 
     ids: KeyedJaggedTensor
     times: Tensor | None = None
-    times_of_ranks: Tensor | None = None
     asked: DistinctIds | None = None
     rows: IdsPrefetch | None = None  # of the row path and of the pooled output dist
     bags: IdsPrefetch | None = None
@@ -67,8 +65,7 @@ class PrefetchedBatch:
     @property
     def told(self) -> Tensor:
         """What all ranks told with their ids: float64 [ranks, n], on the host, which waits for it."""
-        assert self.rows is not None
-        told: Tensor = self.rows.sent.told
+        told: Tensor = self.sent()[0].sent.told
         return told
 
     def sent(self) -> list[IdsPrefetch]:

@@ -113,7 +113,6 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     Attributes:
         tables: in the order of torchrec's grouped config.
         now: time of the batch in seconds, set by the caller before each training step, as phase is.
-        times: with the pooled output dist, of the rows of all ranks' batches: int64 [stride], or None. Set as now is.
     """
 
     def __init__(self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None):
@@ -134,7 +133,6 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         self._prefetched: deque[Callable[[], Request]] = deque()
         self._counted: list[Counted] = []
         self.now = 0
-        self.times: Tensor | None = None
         self.phase = Pass.ONLY
         # Per table, between the two passes: the rows, their numbers and the inverse.
         self._updates: list[tuple[TwoPassUpdate, Tensor, Tensor | None]] = []
@@ -156,12 +154,12 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         are the tables, with counts and times `packed`."""
         return self.rows(self.next_request(features))
 
-    def prefetch_rows(self, features: Any, now: int, manager: HostManager, times: Tensor | None = None) -> None:
+    def prefetch_rows(self, features: Any, now: int, manager: HostManager) -> None:
         """Let the thread look up the ids of a coming training batch and bring its rows. Steps take what was brought in
-        the order of these calls, each with the features that it has been given. times: as the attribute."""
+        the order of these calls, each with the features that it has been given."""
 
         def work() -> Request:
-            request = self.request(features, times)
+            request = self.request(features)
             request.found = self.find(request, now)
             request.counted = [Counted.of(table) for table in self.tables]
             return request
@@ -174,7 +172,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     def next_request(self, features: Any) -> Request:
         """Return the request of a batch: the prefetched one, if there is one and it is for this step."""
         if not (self._prefetched and self.training) or self.phase is Pass.SECOND:
-            return self.request(features, self.times)
+            return self.request(features)
         request = self._prefetched.popleft()()
         for table in self._cached():
             table.prefetched -= 1
@@ -190,9 +188,8 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         yet."""
         return self._counted if self._prefetched else [Counted.of(table) for table in self.tables]
 
-    def request(self, features: Any, times: Tensor | None) -> Request:
-        """Return the look-ups of a batch. times: of rows, with the pooled output dist; here they travel with the ids
-        instead."""
+    def request(self, features: Any) -> Request:
+        """Return the look-ups of a batch."""
         assert isinstance(features, ReceivedIds)
         counts, times = unpacked(features.columns[0])
         return Request(features.ids, counts, times, features.bounds, order=features.order)

@@ -1,10 +1,8 @@
 """Dynamic tables under torchrec's row-wise sharding: the few places where its classes let a kernel of one's own in.
 
-torchrec plans, shards and holds the tables. Where tables answer with rows, ids, rows and gradients travel in messages
-of our own, one each (`id_exchange.py`), instead of torchrec's input and output dist.
-Bags go torchrec's way: it moves raw 64-bit ids unchanged when each table claims as many rows as there are ranks (block
-size 1): the owner of a value is then the value modulo the ranks. We send mixed ids, so owners are balanced whatever the
-ids are.
+torchrec plans, shards and holds the tables. Ids, rows and gradients travel in messages of our own, one each
+(`id_exchange.py`), instead of torchrec's input and output dist. The owner of an id is its mixed number modulo the
+ranks, so owners are balanced whatever the ids are.
 `tests/distributed/test_torchrec_contract.py` fails when a torchrec release moves one of these places.
 """
 
@@ -12,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, islice
-from typing import Any, TypeVar
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +29,6 @@ from torchrec.distributed.embedding_types import (
     GroupedEmbeddingConfig,
 )
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
-from torchrec.distributed.sharding.rw_sharding import BaseRwEmbeddingSharding, RwSparseFeaturesDist
 from torchrec.distributed.types import (
     Awaitable,
     CommOp,
@@ -40,16 +37,13 @@ from torchrec.distributed.types import (
     ShardingEnv,
     ShardingType,
 )
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tessera.distributed.distinct_ids import DistinctIds
 from tessera.distributed.event_times import packed
 from tessera.distributed.id_exchange import IdExchange, OutgoingIds, ReceivedIds, SentIds
-from tessera.distributed.ownership import owner_of
 from tessera.distributed.torchrec.answers import answer
 from tessera.distributed.torchrec.kernel import DynamicTableKernel
-
-T = TypeVar("T")
+from tessera.distributed.torchrec.ready import Ready
 
 DYNAMIC = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
 
@@ -64,103 +58,6 @@ class DynamicLookup(GroupedEmbeddingsLookup):
     ) -> DynamicTableKernel:
         assert config.compute_kernel is DYNAMIC, config.compute_kernel
         return DynamicTableKernel(config, pg, device)
-
-
-class ByOwner(KeyedJaggedTensor):
-    """Features grouped by the rank that owns their values. What goes to each rank is counted in one pass over the keys;
-    torchrec's own way sums them up anew for each rank, which takes 13 ms for 1,024 ranks."""
-
-    @classmethod
-    def of(cls, features: KeyedJaggedTensor) -> ByOwner:
-        return cls(
-            keys=features.keys(),
-            values=features.values(),
-            weights=features.weights_or_none(),
-            lengths=features.lengths(),
-            stride=features.stride(),
-        )
-
-    def dist_splits(self, key_splits: list[int]) -> list[list[int]]:
-        lengths = _sums(self.length_per_key(), key_splits)
-        weights = [] if self.weights_or_none() is None else [lengths]
-        return [_sums(self.stride_per_key(), key_splits), lengths, *weights]
-
-
-def _sums(numbers: list[int], counts: list[int]) -> list[int]:
-    """Return the sums of so many numbers each, one part behind the other."""
-    rest = iter(numbers)
-    return [sum(islice(rest, count)) for count in counts]
-
-
-class SendByOwner(nn.Module):
-    """torchrec's exchange of features, `dist`, of which all have one stride."""
-
-    def __init__(self, dist: nn.Module) -> None:
-        super().__init__()
-        self._inner = dist
-
-    def forward(self, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
-        return self._inner(ByOwner.of(features))
-
-
-class RawIdsDist(RwSparseFeaturesDist):
-    """Sends each value, unchanged, to the rank that is the value modulo the ranks."""
-
-    unbucketize_permute_tensor: Tensor | None
-
-    def forward(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
-        if self._world_size == 1:  # all ids are this rank's, in the order that they have
-            self.unbucketize_permute_tensor = None
-            return self._dist(sparse_features)
-        if sparse_features.values().device.type == "cpu":
-            return super().forward(sparse_features)
-        return self.by_sort(sparse_features)
-
-    def by_sort(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
-        """Do the same by a stable sort. On a GPU fbgemm groups the values of a sequence by rank with one thread per
-        bag, and all distinct ids of a table are one bag here; and it leaves the order in bags that are summed to a
-        race."""
-        grouped, places = by_owner(sparse_features, self._world_size)
-        self.unbucketize_permute_tensor = places if self._is_sequence else None
-        return self._dist(grouped)
-
-
-def by_owner(features: KeyedJaggedTensor, ranks: int) -> tuple[KeyedJaggedTensor, Tensor]:
-    """Group features by the rank that owns each value, one rank after the other, in the order that they had; also
-    return the place that each value has taken, int64 [n]. Equivalent to fbgemm's `block_bucketize_sparse_features`."""
-    values, lengths, weights = features.values(), features.lengths(), features.weights_or_none()
-    owner, bags = owner_of(values, ranks), lengths.numel()
-    bag = torch.repeat_interleave(lengths, output_size=values.numel())
-    counts = torch.zeros(ranks * bags, dtype=lengths.dtype, device=lengths.device)
-    counts.index_add_(0, owner * bags + bag, torch.ones_like(bag, dtype=lengths.dtype))
-    order = owner.short().argsort(stable=True)  # 16 bits are sorted in a quarter of the passes
-    places = torch.empty_like(order)
-    places[order] = torch.arange(order.numel(), device=order.device)
-    grouped = KeyedJaggedTensor(
-        keys=features.keys() * ranks,
-        values=values[order],
-        weights=None if weights is None else weights[order],
-        lengths=counts,
-        stride=features.stride(),
-    )
-    return grouped, places
-
-
-def raw_ids_dist(sharding: BaseRwEmbeddingSharding, is_sequence: bool, device: torch.device | None) -> RawIdsDist:
-    """Return the input dist of dynamic tables."""
-    features = sharding._get_num_features()
-    found = RawIdsDist(
-        pg=sharding._pg,
-        num_features=features,
-        feature_hash_sizes=[sharding._pg.size()] * features,
-        device=device or sharding._device,
-        is_sequence=is_sequence,
-        has_feature_processor=sharding._has_feature_processor,
-        need_pos=False,
-        keep_original_indices=True,
-    )
-    found._dist = SendByOwner(found._dist)
-    return found
 
 
 class HasKernels:
@@ -183,19 +80,6 @@ class AskedRows:
 
     ids: DistinctIds
     told: Tensor | None = None
-
-
-class Ready(Awaitable[T]):
-    """What need not be waited for; unlike torchrec's `NoWait` without a mark in a profile, which takes time."""
-
-    def __init__(self, value: T) -> None:
-        self._value = value
-
-    def wait(self) -> T:
-        return self._value
-
-    def _wait_impl(self) -> T:
-        return self._value
 
 
 class SentRows(Awaitable[Awaitable[ReceivedIds]]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torchrec import KeyedJaggedTensor
 
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.sharding import shard
-from tessera.distributed.torchrec.row_sharding import RawIdsDist
 from tessera.embedding.cached_table import CachedTable
 from tessera.embedding.config import Admission, DynamicTableConfig, Group
 from tessera.embedding.errors import CacheFull, TableFull, TesseraError
@@ -145,10 +143,7 @@ def same_with_and_without(process):
         plain, none = train(process, None, ahead=False, **case)
         assert none is None
         for rows, ahead in ((None, True), (cache_rows, False), (cache_rows, True)):
-            # One of them groups ids by their owners as on a GPU.
-            forward = RawIdsDist.by_sort if rows is None else RawIdsDist.forward
-            with mock.patch.object(RawIdsDist, "forward", forward):
-                found, stats = train(process, rows, ahead, **case)
+            found, stats = train(process, rows, ahead, **case)
             assert len(found) == len(plain), name
             for one, other in zip(found, plain, strict=True):
                 assert one.dtype == other.dtype and torch.equal(one, other), (name, rows, ahead)

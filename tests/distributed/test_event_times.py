@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 from torchrec import KeyedJaggedTensor
@@ -21,17 +19,15 @@ from tessera.distributed.event_times import (
     unpacked,
 )
 from tessera.distributed.sharding import shard
-from tessera.distributed.torchrec.row_sharding import RawIdsDist
 from tessera.embedding.config import Admission, DynamicTableConfig, Group
 from tessera.embedding.optim import RowOptimizer
 from tests.ranks import on_ranks
 
 IDS, ROWS, STEPS, NOW = ["a", "b", "c"], 12, 5, 1_800_000_000
 GROUPS = (Group("v", 4, 0.5),)
-#: How ids reach their owners: as rows, as bags (some with weights), before the step, on a GPU's way.
+#: How ids reach their owners: as rows, as bags (some with weights), before the step.
 PATHS = {
     "rows": {},
-    "rows by sort": {"by_sort": True},
     "bags": {"bag_tables": ("bc",), "weighted": True},
     "bags ahead": {"bag_tables": ("a", "bc"), "ahead": True},
     "cache": {"cache_rows": 60, "ahead": True, "bag_tables": ("a",)},
@@ -57,7 +53,7 @@ def batch_of(step: int, rows: slice, *, weighted: bool) -> tuple[KeyedJaggedTens
     return ids, times[rows]
 
 
-def last_seen(process, weighted=False, ahead=False, by_sort=False, cache_rows=None, bag_tables=()):
+def last_seen(process, weighted=False, ahead=False, cache_rows=None, bag_tables=()):
     """(table, id) -> time and count of this rank's rows after some steps."""
     common = {"seed": 3, "admission": Admission("exact", 2), "cache_rows": cache_rows, "chunk_rows": 64}
     optimizer = RowOptimizer("sgd", lr=0.1)
@@ -68,14 +64,13 @@ def last_seen(process, weighted=False, ahead=False, by_sort=False, cache_rows=No
     shard(model, tables, process, ROWS)
     share = ROWS // process.world_size
     mine = slice(process.rank * share, (process.rank + 1) * share)
-    with mock.patch.object(RawIdsDist, "forward", RawIdsDist.by_sort if by_sort else RawIdsDist.forward):
-        for step in range(STEPS):
-            ids, times = batch_of(step, mine, weighted=weighted)
-            if ahead:
-                tables.begin(ids, times)
-                tables.bring(NOW + step)
-            tables.begin_step(NOW + step, times=times)
-            model.forward(ids).sum().backward()
+    for step in range(STEPS):
+        ids, times = batch_of(step, mine, weighted=weighted)
+        if ahead:
+            tables.begin(ids, times)
+            tables.bring(NOW + step)
+        tables.begin_step(NOW + step, times=times)
+        model.forward(ids).sum().backward()
     return {
         (name, int(i)): (int(seen), int(count))
         for name, table in tables.owned().items()

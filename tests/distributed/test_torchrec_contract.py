@@ -4,15 +4,11 @@ import inspect
 from importlib import metadata
 
 import pytest
-import torch
-from torchrec import KeyedJaggedTensor
 from torchrec.distributed import comm_ops, embedding, embedding_lookup, embedding_sharding, embeddingbag, types
 from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
-from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding, RwSparseFeaturesDist
-
-from tessera.distributed.torchrec.row_sharding import ByOwner, by_owner
+from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 
 
 def test_the_pinned_release():
@@ -31,7 +27,6 @@ def test_the_pinned_release():
         (embedding_lookup.GroupedPooledEmbeddingsLookup._create_embedding_kernel,
          ["self", "config", "device", "pg", "sharding_type", "env"]),
         (RwPooledEmbeddingSharding.__init__, ["self", "sharding_infos", "env", "device"]),
-        (RwPooledEmbeddingSharding.create_input_dist, ["self", "device"]),
         (RwPooledEmbeddingSharding.create_lookup, ["self", "device", "fused_params", "feature_processor"]),
         (RwPooledEmbeddingSharding.create_output_dist, ["self", "device"]),
         (embedding_sharding.BaseEmbeddingDist.forward, ["self", "local_embs", "sharding_ctx"]),
@@ -50,35 +45,6 @@ def test_the_pinned_release():
 )  # fmt: skip
 def test_signatures(function, parameters):
     assert list(inspect.signature(function).parameters)[: len(parameters)] == parameters
-
-
-def test_the_input_dist_takes_what_moves_raw_ids():
-    needed = {"pg", "num_features", "feature_hash_sizes", "is_sequence", "need_pos", "keep_original_indices"}
-    assert needed <= set(inspect.signature(RwSparseFeaturesDist.__init__).parameters)
-    source = inspect.getsource(RwSparseFeaturesDist)
-    for name in ("self._world_size", "self._is_sequence", "self.unbucketize_permute_tensor", "self._dist("):
-        assert name in source
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-@pytest.mark.parametrize("stride", [1, 5])
-def test_grouping_by_owner_is_fbgemms(ranks, stride):
-    """What groups ids on a GPU, on the CPU beside what groups them there."""
-    generator = torch.Generator().manual_seed(ranks)
-    for longest in (0, 1, 40):
-        lengths = torch.randint(0, longest + 1, (3 * stride,), generator=generator, dtype=torch.int32)
-        ids = torch.randint(-(2**63), 2**63 - 1, (int(lengths.sum()),), generator=generator)
-        ids[: len(ids) // 4] %= 2 * ranks
-        for weights in (None, torch.rand(len(ids), generator=generator)):
-            features = KeyedJaggedTensor(["a", "b", "c"], ids, weights, lengths=lengths, stride=stride)
-            expected, places = embedding_sharding.bucketize_kjt_before_all2all(
-                features, ranks, torch.ones(3, dtype=torch.int64), output_permute=True, keep_original_indices=True
-            )
-            grouped, found_places = by_owner(features, ranks)
-            assert grouped.keys() == expected.keys() and grouped.stride() == expected.stride()
-            assert grouped.values().equal(expected.values()) and grouped.lengths().equal(expected.lengths())
-            assert found_places.equal(places)
-            assert weights is None or grouped.weights().equal(expected.weights())
 
 
 def test_attributes_that_subclasses_read():
@@ -116,28 +82,10 @@ def test_what_brings_rows_in_its_own_messages_finds_ranks_and_codecs():
 
 def test_owners_of_bags_know_the_rows_of_each_rank():
     assert embedding_sharding.EmbeddingShardingContext().batch_size_per_rank == []
-    assert "batch_size_per_rank = awaitable._stride_per_rank" in inspect.getsource(embedding_sharding)
+    source = inspect.getsource(embeddingbag.ShardedEmbeddingBagCollection)
+    assert "dist(embs, sharding_context)" in source and "sharding_context = ctx.sharding_contexts[i]" in source
+    assert "self._embedding_shardings" in source
 
 
 def test_gradients_that_come_back_are_averaged_over_ranks():
     assert comm_ops.get_gradient_division() is True
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_what_goes_to_each_rank_is_counted_as_torchrec_does(weighted):
-    generator = torch.Generator().manual_seed(1)
-    for ranks, features, stride in ((1, 1, 3), (4, 1, 5), (3, 2, 4), (5, 3, 1)):
-        lengths = torch.randint(0, 4, (ranks * features * stride,), generator=generator, dtype=torch.int32)
-        values = torch.arange(int(lengths.sum()))
-        ids = KeyedJaggedTensor(
-            keys=[f"k{i}" for i in range(features)] * ranks,
-            values=values,
-            weights=values.float() if weighted else None,
-            lengths=lengths,
-            stride=stride,
-        )
-        splits = [features] * ranks
-        assert ByOwner.of(ids).dist_splits(splits) == ids.dist_splits(splits)
-        assert ByOwner.of(ids).dist_labels() == ids.dist_labels()
-        for mine, theirs in zip(ByOwner.of(ids).dist_tensors(), ids.dist_tensors(), strict=True):
-            assert torch.equal(mine, theirs)

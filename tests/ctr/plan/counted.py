@@ -20,15 +20,14 @@ from tessera.distributed.rank import Process
 class CountedBytes(TorchDispatchMode):
     """Sees every collective of this thread, those that DDP starts from C++ too.
 
-    sent, calls: what this rank has sent to others, and how often, by what it was: sizes, ids, with ids, rows,
-    gradients, agree, times of rows, dense gradients, and batch norm forward and backward.
+    sent, calls: what this rank has sent to others, and how often, by what it was: ids, rows, gradients, agree, dense
+    gradients, and batch norm forward and backward.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.sent: dict[str, int] = defaultdict(int)
         self.calls: dict[str, int] = defaultdict(int)
-        self._ids_last = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -42,9 +41,9 @@ class CountedBytes(TorchDispatchMode):
         if name == "alltoall_base_":
             sent, parts = args[1], args[4]
             share = (sum(parts) - parts[rank]) / max(1, sum(parts)) if parts else (ranks - 1) / ranks
-            return self._all_to_all(sent, bool(parts)), round(sent.nbytes * share)
+            return self._all_to_all(sent), round(sent.nbytes * share)
         if name == "_allgather_base_":
-            what = {torch.float64: "agree", torch.int64: "times of rows", torch.float32: "batch norm, forward"}
+            what = {torch.float64: "agree", torch.float32: "batch norm, forward"}
             return what[args[1].dtype], args[1].nbytes * (ranks - 1)
         assert name == "allreduce_", name
         ((sent,),) = (args[0],)
@@ -52,15 +51,9 @@ class CountedBytes(TorchDispatchMode):
         what = "dense gradients" if sent.dim() == 1 else "batch norm, backward"
         return what, sent.nbytes * 2 * (ranks - 1) // ranks
 
-    def _all_to_all(self, sent: Tensor, of_parts: bool) -> str:
-        """Return what is sent. Behind ids comes what travels with them: counts, or weights."""
+    def _all_to_all(self, sent: Tensor) -> str:
         if not sent.is_floating_point():
-            self._ids_last = of_parts and sent.dtype == torch.int64
-            of_rows = not of_parts and sent.numel() > 4 * dist.get_world_size()  # torchrec's sizes are 3 or 4 numbers
-            return "ids" if self._ids_last or of_rows else "sizes"
-        with_ids, self._ids_last = self._ids_last, False
-        if with_ids:
-            return "with ids"
+            return "ids"
         return "gradients" if torch._C._current_graph_task_id() != -1 else "rows"
 
 

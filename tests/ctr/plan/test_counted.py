@@ -41,9 +41,7 @@ JOBS = {
 }
 #: What a plan calls apart and the counter cannot tell apart.
 SAME = {
-    "sizes of bags": "sizes",
     "ids of bags": "ids",
-    "weights of bags": "with ids",
     "sums of bags": "rows",
     "gradients of bags": "gradients",
 }

@@ -18,7 +18,6 @@ from tessera.distributed.distinct_ids import distinct_ids
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.fields import OnDevice, scale_to_mean
 from tessera.distributed.projections import Projections
-from tessera.distributed.torchrec.row_sharding import by_owner
 from tessera.embedding.config import DynamicTableConfig, Group
 from tessera.embedding.optim import RowOptimizer
 from tessera.kernels import backend
@@ -51,17 +50,6 @@ def on_gpu(monkeypatch, batch: Batch):
         assert there.ids.values().device == there.labels.device == GPU and there.number.device.type == "cpu"
         pretended.waits = 0
         yield there, pretended
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_ids_are_grouped_without_waiting(monkeypatch, weighted):
-    batch = batch_of(weighted)
-    with on_gpu(monkeypatch, batch) as (there, pretended):
-        grouped, places = by_owner(there.ids, 3)
-        assert pretended.waits == 0
-        found = [grouped.values().cpu(), grouped.lengths().cpu(), places.cpu()]
-    expected, expected_places = by_owner(batch.ids, 3)
-    assert all(map(torch.equal, found, (expected.values(), expected.lengths(), expected_places)))
 
 
 def test_ids_of_all_tables_are_merged_with_one_wait(monkeypatch):
