@@ -117,6 +117,7 @@ def _unique(ids: Tensor, bounds: Tensor, *, padded: bool) -> tuple[Tensor, Tenso
     ids, bounds, n = ids.contiguous(), bounds.contiguous(), ids.numel()
     if n == 0:
         return ids.clone(), torch.empty_like(ids), torch.empty_like(ids), torch.zeros_like(bounds)
+    assert n < 1 << 30, n  # positions and slots are numbers of 32 bits
     size, tables = triton.next_power_of_2(2 * n), bounds.numel() - 1
     slots = torch.full((3, size), -1, dtype=torch.int32, device=ids.device)
     slot_of, firsts = torch.empty((2, n), dtype=torch.int32, device=ids.device)

@@ -18,6 +18,7 @@ from tessera.distributed.distinct_ids import distinct_ids
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.fields import OnDevice, scale_to_mean
 from tessera.distributed.projections import Projections
+from tessera.distributed.sequences import pool_or_keep
 from tessera.embedding.config import DynamicTableConfig, Group
 from tessera.embedding.optim import RowOptimizer
 from tessera.kernels import backend
@@ -65,14 +66,16 @@ def test_ids_of_all_tables_are_merged_with_one_wait(monkeypatch):
             asked = distinct_ids(there.ids, None, tables._fields_of_tables)
         assert pretended.waits == 1
         rows = torch.rand(asked.mixed.numel(), 5, device=GPU)
-        sums, _ = tables._pool(rows, asked.index, there.ids)  # here the interpreter looks for faults
+        (sums, _), _ = pool_or_keep(
+            rows, asked.index, there.ids, [False] * 3, tables.groups
+        )  # here the interpreter looks for faults
         pretended.waits = 0
         scaled = sums * scale_to_mean(there.ids, tables._averaged).t().unsqueeze(2)
         assert pretended.waits == 0
         found = [asked.mixed.cpu(), asked.bounds.cpu(), asked.index.cpu(), scaled.cpu()]
         rows = rows.cpu()
     asked = distinct_ids(batch.ids, None, tables._fields_of_tables)
-    sums, _ = tables._pool(rows, asked.index, batch.ids)
+    (sums, _), _ = pool_or_keep(rows, asked.index, batch.ids, [False] * 3, tables.groups)
     scale = scale_to_mean(batch.ids, OnDevice([False, True, False])).t().unsqueeze(2)
     assert all(map(torch.equal, found[:3], (asked.mixed, asked.bounds, asked.index)))
     torch.testing.assert_close(found[3], sums * scale)
