@@ -240,6 +240,18 @@ class TrainerConfig:
 
 
 @dataclass
+class ExportConfig:
+    """What training promises of an export (docs/export.md)."""
+
+    check: str = setting(
+        "auto",
+        "export the untrained model before the first step, and end where it cannot leave: always | never | "
+        "auto: models that are not Tessera's own",
+        choices=("auto", "always", "never"),
+    )
+
+
+@dataclass
 class Config:
     """Everything a run depends on; saved resolved as `config.yaml` in the run folder."""
 
@@ -250,3 +262,4 @@ class Config:
     optimizer: OptimizerConfig = section(OptimizerConfig, "how dense weights and rows are updated")
     trainer: TrainerConfig = section(TrainerConfig, "the loop")
     daily: DailyConfig = section(DailyConfig, "the loop over days (tessera daily)")
+    export: ExportConfig = section(ExportConfig, "what training promises of an export")

@@ -59,9 +59,10 @@ def graph_of(served: ServedTower, numeric: int, ids: int) -> torch.export.Export
 
 
 @torch.no_grad()
-def largest_difference(served: ServedTower, program: Any, numeric: int, ids: int) -> float:
-    """Return how far the logits of a graph lie from those of its tower, at most, on random rows: 1, 2 and 300."""
-    module, largest = program.module(), 0.0
+def largest_difference(served: ServedTower, module: Any, numeric: int, ids: int) -> float:
+    """Return how far the logits of a graph, as a module, lie from those of its tower, at most, on random rows: 1, 2 and
+    300."""
+    largest = 0.0
     for rows in (1, 2, 300):
         inputs = inputs_of(served.tower.embedding_dims, numeric, ids, rows, seed=rows)
         largest = max(largest, float((module(*inputs) - served(*inputs)).abs().max()))

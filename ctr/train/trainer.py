@@ -8,6 +8,7 @@ from pathlib import Path
 from tessera.ctr.config import Config
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.distil.teacher_logits import prepare
+from tessera.ctr.export.dry_run import check_export
 from tessera.ctr.metrics.streaming import rows_of
 from tessera.ctr.report.report import write_report
 from tessera.ctr.report.result import PREDICTIONS, begin_result, commit_result
@@ -39,6 +40,7 @@ class Trainer:
         prepare_device(config, process)
         schema = Schema(config.data.schema)
         self.readers = open_splits(config, schema, process)
+        check_export(config, process)
         self.engine = Engine(config, schema, process)
         self.progress = self.engine.progress
         self.log = RunLog(config, process, self.engine.plan)

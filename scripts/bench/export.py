@@ -1,0 +1,196 @@
+"""Measure exports: seconds and bytes of one, opening it, the memory of a scorer, rows/s beside evaluation, a server.
+
+python -m tessera.scripts.bench.export --rows 1000000
+python -m tessera.scripts.bench.export --rows 10000000 --serve-seconds 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from tessera.ctr.config import Config, load_config
+from tessera.ctr.data.schema import Schema
+from tessera.ctr.export.export import Options, export_model
+from tessera.ctr.export.source import source_of_run
+from tessera.ctr.network import build_model
+from tessera.ctr.runs.saved_model import save_model
+from tessera.ctr.runs.score import run_config
+from tessera.ctr.runs.score_rows import row_reader
+from tessera.distributed.process import start
+from tessera.distributed.rank import Process
+from tessera.distributed.tables import as_dynamic
+
+IDS, NUMBERS, BATCH = 8, 5, 65536
+PORT = 18473
+
+
+def rows_of(count: int, first: int, known: int) -> pa.Table:
+    """Return rows with ids below `known` in each column; those of neighbouring rows differ."""
+    numbers = (np.arange(first, first + count) * 7919) % max(1, known)
+    draw = np.random.default_rng(first)
+    columns = {f"c{i}": pa.array((numbers + i) % known) for i in range(IDS)}
+    return pa.table({**{f"x{i}": pa.array(draw.random(count, np.float32)) for i in range(NUMBERS)}, **columns})
+
+
+def make_run(folder: Path, rows: int, process: Process) -> Config:
+    """Save a DeepFM of `rows` rows in all its tables as the best model of a run."""
+    known = rows // IDS
+    features = [f"{{name: x{i}, kind: numeric}}" for i in range(NUMBERS)] + [f"{{name: c{i}}}" for i in range(IDS)]
+    (folder / "data").mkdir(parents=True)
+    pq.write_table(rows_of(known, 0, known), folder / "data" / "valid.parquet", row_group_size=BATCH)
+    overrides = [f"data.schema.features=[{', '.join(features)}]", "data.schema.time=null", "model=deepfm"]
+    overrides += [f"data.path={folder}/data", f"trainer.run_dir={folder}/run", f"trainer.batch_size={BATCH}"]
+    overrides += ["data=synthetic", "trainer.device=cpu", "embedding.init_std=0.1"]
+    config = load_config(overrides, "")
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+    model, _ = build_model(config, Schema(config.data.schema), process)
+    dynamic = as_dynamic(model.module.tables)
+    assert dynamic is not None
+    model.train()
+    with torch.no_grad():
+        for batch in row_reader(config, [f"{folder}/data/valid.parquet"]).epoch(0):
+            dynamic.begin_step(1)
+            model.module.tables(batch.ids)
+    save_model(model, folder / "run" / "best", process, step=1)
+    model.eval()
+    batches = list(row_reader(config, [f"{folder}/data/valid.parquet"]).epoch(0))[:4]
+    begun = time.perf_counter()
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    seconds = time.perf_counter() - begun
+    say(f"evaluation, its forward pass: {sum(batch.rows for batch in batches) / seconds:,.0f} rows/s")
+    return config
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def resident() -> float:
+    """MB of this process in memory, with what it shares."""
+    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+
+SCORER = """
+import json, sys, time
+from pathlib import Path
+from tessera.scripts.bench.export import resident, rows_of
+from tessera.ctr.serving import Scorer
+from tessera.ctr.serving.embeddings import Embeddings
+import torch
+torch.set_num_threads(2)
+folder, known = Path(sys.argv[1]), int(sys.argv[2])
+begun = time.perf_counter(); scorer = Scorer.load(folder); load = time.perf_counter() - begun
+begun = time.perf_counter()
+Embeddings(str(folder), scorer.description, scorer._ids, weighted=False)
+tables = time.perf_counter() - begun
+before = resident()
+scorer(rows_of(known // 100, 0, known))
+touched = resident()
+table = rows_of(min(known, 200_000), 0, known)
+begun = time.perf_counter(); scorer(table); seconds = time.perf_counter() - begun
+print(f"opening: tables {tables * 1e3:.1f} ms, all with the graph {load * 1e3:.0f} ms")
+print(f"resident: {before:.0f} MB before, {touched:.0f} MB when 1 % of the rows were looked up")
+print(f"scorer: {table.num_rows / seconds:,.0f} rows/s, Arrow to probabilities, 2 threads")
+"""
+
+
+def measure_server(folder: Path, known: int, seconds: float, clients: int = 4) -> None:
+    """Ask a server for 200 candidates of one user again and again, and print how long its answers took."""
+    words = [sys.executable, "-m", "tessera.scripts.serve", str(folder), "--port", str(PORT)]
+    server = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    try:
+        rows = rows_of(200, 0, known).to_pylist()
+        user = {name: rows[0][name] for name in ("x0", "x1", "x2", "c0", "c1", "c2", "c3")}
+        candidates = [{k: v for k, v in row.items() if k not in user} for row in rows]
+        body = json.dumps({"user": user, "candidates": candidates})
+        _wait_until_ready()
+        took: list[float] = []
+        end = time.monotonic() + seconds
+
+        def ask() -> None:
+            connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=30)
+            while time.monotonic() < end:
+                begun = time.perf_counter()
+                connection.request("POST", "/rank", body, {"content-type": "application/json"})
+                answer = connection.getresponse()
+                assert answer.status == 200, answer.read()
+                answer.read()
+                took.append(time.perf_counter() - begun)
+
+        threads = [threading.Thread(target=ask) for _ in range(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        p50, p99 = np.percentile(took, [50, 99]) * 1e3
+        speed = f"{len(took) / seconds:.0f} requests/s, p50 {p50:.1f} ms, p99 {p99:.1f} ms"
+        say(f"server, {clients} clients, 1 user x 200 candidates: {speed}")
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def _wait_until_ready() -> None:
+    for _ in range(300):
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=5)
+            connection.request("GET", "/ready")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise SystemExit("the server did not start")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of all tables together")
+    parser.add_argument("--format", help="of the export's rows")
+    parser.add_argument("--serve-seconds", type=float, default=10.0)
+    options: Any = parser.parse_args()
+    torch.set_num_threads(2)
+    process = start("cpu")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        make_run(folder, options.rows, process)
+        config = run_config(folder / "run", [])
+        source = source_of_run(config, folder / "run", process)
+        chosen = Options(options.format)
+        exported = export_model(config, process, source, folder / "export", [folder / "run"], chosen)
+        best = bytes_of(folder / "run" / "best")
+        sizes = f"{exported.bytes / 1e6:,.0f} MB, the run's best/ {best / 1e6:,.0f} MB"
+        say(f"export: {exported.rows:,} rows in {exported.seconds:.1f} s, {sizes}")
+        say(f"golden rows: {exported.difference:.1e} from evaluation")
+        known = options.rows // IDS
+        subprocess.run([sys.executable, "-c", SCORER, str(folder / "export"), str(known)], check=True)
+        if options.serve_seconds:
+            measure_server(folder / "export", known, options.serve_seconds)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
