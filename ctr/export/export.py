@@ -95,6 +95,11 @@ def export_model(
     begun = time.monotonic()
     config = prepared(config)
     schema = Schema(config.data.schema)
+    for group in schema.sequences.values():
+        raise ConfigError(
+            f"{COMMAND} exports models of pooled features alone, and feature {group[0].name!r} has pooling: none; "
+            "score with tessera score"
+        )
     model, _ = build_model(config, schema, process)
     exported = Exported(output, f"{source.name}")
     with replacing_on_ranks(process, output, "--output", COMMAND, sources, []) as folder:

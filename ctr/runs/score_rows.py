@@ -390,4 +390,5 @@ def _empty(schema: Schema, size: int) -> Batch:
         group=None,
         time=None,
         rows=0,
+        numbers={feature.name: torch.zeros(0) for feature in schema.number_sequences},
     )

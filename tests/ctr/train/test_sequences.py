@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tessera.ctr import api
 from tessera.ctr.config import load_config
+from tessera.ctr.export.export import Options, export_model
 from tessera.ctr.models.layers import MLP, FieldEmbedding
 from tessera.ctr.models.sequences import mean_of_events
 from tessera.ctr.models.tower import SequenceTower
 from tessera.ctr.train.trainer import Trainer
 from tessera.embedding.errors import ConfigError
+from tests.ctr.train.states import assert_same_end, metrics_of, newest, rows_of_state
+from tests.ctr.train.test_resume import trained as run
 from tests.ranks import on_ranks
 
 ROWS, BATCH, DAY, NOW = 321, 32, 86_400, 20_454 * 86_400
@@ -94,11 +99,15 @@ def data(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("sequences"))
 
 
-def config_of(data: Path, run_dir: Path, *more: str, pooling: str = "none"):
+def arguments(data: Path, run_dir: Path, *more: str, pooling: str = "none") -> list[str]:
     features = FEATURES + PRICE + "]" if pooling == "none" else (FEATURES + "]").replace(", align: h", "")
     fixed = [features.replace("POOLING", pooling), f"data.path={data}", "data.test=null", "data.schema.time=time"]
     small = ["trainer.device=cpu", "trainer.threads=1", "embedding.rows=100", "model.embedding_dim=4"]
-    return load_config([*fixed, *small, f"trainer.run_dir={run_dir}", f"trainer.batch_size={BATCH}", *more], "")
+    return [*fixed, *small, f"trainer.run_dir={run_dir}", f"trainer.batch_size={BATCH}", *more]
+
+
+def config_of(data: Path, run_dir: Path, *more: str, pooling: str = "none"):
+    return load_config(arguments(data, run_dir, *more, pooling=pooling), "")
 
 
 def trained(process, data: Path, run_dir: Path, *more: str, pooling: str = "none", epochs: int = 1):
@@ -174,6 +183,54 @@ def test_rows_that_only_events_have_are_saved_and_expire(process, data, tmp_path
     assert max(found) == 20 and found[-1] == 0
 
 
+def job(data: Path, run_dir: Path) -> list[str]:
+    """Two epochs of 11 steps of HSTU with dropout; states are deltas but for each third."""
+    states = [
+        "trainer.checkpoint.every=3",
+        "trainer.checkpoint.full_every=3",
+        "trainer.resume=auto",
+        "trainer.epochs=2",
+    ]
+    return arguments(data, run_dir, *MODELS["hstu"], *states, "optimizer.sparse.name=sgd", "trainer.log_every=1")
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_another_number_of_ranks(ranks, data, tmp_path):
+    run(ranks, 1, job(data, tmp_path / "whole"), tmp_path)
+    command = job(data, tmp_path / "parts")
+    run(ranks, 1, command, tmp_path, -signal.SIGKILL, (8, signal.SIGKILL, [0]))
+    assert "goes on from" in run(ranks, 2, command, tmp_path)
+    found, expected = (rows_of_state(newest(tmp_path / name), numbers=False) for name in ("parts", "whole"))
+    assert found.keys() == expected.keys() and set(range(1000, 1020)) <= found["item"].keys()
+    for name, rows in expected.items():
+        assert {one: row["count"] for one, row in found[name].items()} == {
+            one: row["count"] for one, row in rows.items()
+        }
+    mine, other = (metrics_of(tmp_path / name) for name in ("parts", "whole"))
+    losses = [[line["loss"] for line in lines if line["kind"] == "train"] for lines in (mine, other)]
+    assert len(losses[0]) == 22 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_one_that_was_not_bit_for_bit(ranks, data, tmp_path):
+    run(ranks, 2, job(data, tmp_path / "whole"), tmp_path)
+    command = job(data, tmp_path / "parts")
+    run(ranks, 2, command, tmp_path, -signal.SIGKILL, (8, signal.SIGKILL, [0, 1]))
+    run(ranks, 2, command, tmp_path)
+    assert_same_end(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_scores_of_new_rows_are_those_of_the_report(data, tmp_path):
+    """Scoring looks rows up as evaluation does, in batches of other sizes, with and without rows of each rank."""
+    trained_config = api.load_config(*arguments(data, tmp_path / "run", *MODELS["dare"]))
+    trained_config.data.test = "valid"
+    done = api.train(trained_config)
+    table = pq.read_table(data / "valid" / "part-0.parquet")
+    scored = api.score(done, table)
+    expected = done.predictions("test").column("prediction").to_numpy()
+    np.testing.assert_allclose(np.sort(scored.column("prediction").to_numpy()), np.sort(expected), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("more", "line"),
     [
@@ -186,3 +243,9 @@ def test_rows_that_only_events_have_are_saved_and_expire(process, data, tmp_path
 def test_what_cannot_serve_events_is_refused(process, data, tmp_path, more, line):
     with pytest.raises(ConfigError, match=line):
         Trainer(config_of(data, tmp_path, *more), process)
+
+
+def test_a_model_that_sees_events_is_not_exported(process, data, tmp_path):
+    config = config_of(data, tmp_path / "run", *MODELS["din"])
+    with pytest.raises(ConfigError, match="pooled features alone, and feature 'seen' has"):
+        export_model(config, process, None, tmp_path / "out", [], Options())
