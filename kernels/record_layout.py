@@ -3,7 +3,7 @@
     values of all groups in plain float32, one group after the other
     their states, float32
     groups of low precision, each as its packed row (`kernels/layout.py`)
-    zeros up to a multiple of 8 bytes
+    zeros up to a multiple of 8 bytes, and what `before_meta` keeps free
     time last seen, count, id       int64 [3]
     table, mark                     int32 [2]
     zeros up to a multiple of 16 bytes, or of 64 where these are few
@@ -83,8 +83,12 @@ def is_plain(group: RowLayout) -> bool:
     return group.format == "fp32" and not group.moments
 
 
-def record_layout(groups: Sequence[RowLayout]) -> RecordLayout:
-    """Return the layout of a record of these groups, each as `plain_layout` or `packed_layout` gives it."""
+def record_layout(groups: Sequence[RowLayout], before_meta: int = 0) -> RecordLayout:
+    """Return the layout of a record of these groups, each as `plain_layout` or `packed_layout` gives it.
+
+    before_meta: bytes, a multiple of 8, that the caller uses as it likes; ops leave them alone, `records_add` apart,
+    which begins them at zero.
+    """
     plain = [group for group in groups if is_plain(group)]
     values_at, state_at = 0, 4 * sum(group.dim for group in plain)
     packed_at = state_at + 4 * sum(group.state_floats for group in plain)
@@ -99,7 +103,7 @@ def record_layout(groups: Sequence[RowLayout]) -> RecordLayout:
             placed.append(group)
             begins.append(packed_at)
             packed_at += group.bytes
-    meta_at = _up(packed_at, 8)
+    meta_at = _up(packed_at, 8) + before_meta
     size = _up(meta_at + META_BYTES, 16)
     if _up(size, _LINE) - size <= _MOST_FOR_LINES * size:
         size = _up(size, _LINE)

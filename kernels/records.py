@@ -1,4 +1,4 @@
-"""Find, add, read and update the records of many tables at once.
+"""Find, add, read, write and update the records of many tables at once.
 
 A record is one row of one table with all that belongs to it (`record_layout.py`). Records lie in chunks of uint8
 [rows, layout.bytes]: the first is small, each further one has as many rows as all before it, up to a largest size
@@ -116,18 +116,25 @@ def find_unknown(
     ops = backend.triton_for(ids)
     if ops is None:
         rows = find(id_map, chunks, ids, bounds, layout, now, counts)
-        positions = (rows < 0).nonzero().flatten()
-        if not positions.numel():
-            return rows, None
-        tables = torch.bucketize(positions, bounds[1:], right=True)
-        counted = torch.bincount(tables, minlength=bounds.numel() - 1)
-        return rows, Unknown(positions, tables, counted.tolist(), counted, None)
+        return rows, unknown_of(rows, bounds)
     check_index("ids", ids)
     _check_bounds(bounds)
     _check_counts(counts, ids)
     places = *id_map.places, id_map.segments
     rows, found = ops.find_and_list(places, chunks, ids, bounds, _times(now, ids), counts, layout.numbers)
     return rows, None if found is None else Unknown(*found)
+
+
+def unknown_of(rows: Tensor, bounds: Tensor) -> Unknown | None:
+    """Return those of a batch's ids that have no row, from what `find` gave; None if there are none. The host waits."""
+    positions = (rows < 0).nonzero().flatten()
+    if rows.device.type != "cpu":  # where there may be more ids than bounds say
+        positions = positions[positions < bounds[-1]]
+    if not positions.numel():
+        return None
+    tables = torch.bucketize(positions, bounds[1:], right=True)
+    counted = torch.bincount(tables, minlength=bounds.numel() - 1)
+    return Unknown(positions, tables, counted.tolist(), counted, None)
 
 
 def add(
@@ -168,6 +175,32 @@ def gather(chunks: Sequence[Tensor], rows: Tensor, layout: RecordLayout, inverse
         check_index("inverse", inverse)
     ops = backend.ops_for(rows) or reference
     return ops.records_gather(chunks, rows, layout.numbers, inverse)
+
+
+def read(chunks: Sequence[Tensor], rows: Tensor, layout: RecordLayout, begin: int = 0, size: int = 0) -> Tensor:
+    """Return bytes [begin, begin + size) of records as they lie in memory, size 0: up to the end: uint8 [n, size].
+
+    rows: int64 [n], -1 gives zeros. Raises ValueError for wrong arguments, IndexError for a row out of range.
+    """
+    check_index("rows", rows)
+    size = size or layout.bytes - begin
+    _check_bytes(begin, size, layout)
+    ops = backend.ops_for(rows) or reference
+    return ops.records_read(chunks, rows, layout.numbers, begin, size)
+
+
+def write(chunks: Sequence[Tensor], rows: Tensor, stored: Tensor, layout: RecordLayout, begin: int = 0) -> None:
+    """Overwrite bytes of records from `begin` on with what `read` gave: uint8 [n, size], or [1, size] for all alike.
+
+    rows: int64 [n], distinct, -1 is skipped. Raises ValueError for wrong arguments, IndexError for a row out of range.
+    """
+    check_index("rows", rows)
+    if stored.dtype != torch.uint8 or stored.dim() != 2 or stored.shape[0] not in (1, rows.numel()):
+        found = f"{stored.dtype} {list(stored.shape)}"
+        raise ValueError(f"stored: expected uint8 [{rows.numel()} or 1, bytes], found {found}")
+    _check_bytes(begin, stored.shape[1], layout)
+    ops = backend.ops_for(rows) or reference
+    ops.records_write(chunks, rows, stored, layout.numbers, begin)
 
 
 def update(
@@ -213,6 +246,11 @@ def _times(now: int | Tensor | None, ids: Tensor) -> Tensor | None:
     return times
 
 
+def _check_bytes(begin: int, size: int, layout: RecordLayout) -> None:
+    if begin < 0 or size < 1 or begin + size > layout.bytes:
+        raise ValueError(f"bytes: expected 1 or more inside [0, {layout.bytes}), found [{begin}, {begin + size})")
+
+
 def _check_counts(counts: Tensor | None, ids: Tensor) -> None:
     if counts is None:
         return
@@ -245,3 +283,8 @@ def _find_fake(
 def _gather_fake(chunks: list[Tensor], rows: Tensor, layout: Sequence[int], inverse: Tensor | None) -> Tensor:
     count = (rows if inverse is None else inverse).shape[0]
     return rows.new_empty((count, layout_of(layout).width), dtype=torch.float32)
+
+
+@torch.library.register_fake("tessera::records_read")
+def _read_fake(chunks: list[Tensor], rows: Tensor, layout: Sequence[int], begin: int, size: int) -> Tensor:
+    return rows.new_empty((rows.shape[0], size), dtype=torch.uint8)

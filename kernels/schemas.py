@@ -63,6 +63,8 @@ _DEFINITIONS: tuple[tuple[Callable[..., Any], tuple[str, ...]], ...] = (
     (records.records_find, ("chunks",)),
     (records.records_add, ("chunks",)),
     (records.records_gather, ()),
+    (records.records_read, ()),
+    (records.records_write, ("chunks",)),
     (records.records_update, ("chunks",)),
     (take_places.take_places, ("places",)),
     (touch.touch, ("chunks",)),

@@ -146,6 +146,18 @@ def _codes(values: Tensor, parts: Parts, group: RowLayout, streams: Tensor, ids:
     return rounded(values, parts.scales, group.format, draws)
 
 
+def records_read(chunks: Sequence[Tensor], rows: Tensor, layout: Sequence[int], begin: int, size: int) -> Tensor:
+    result = torch.zeros((rows.numel(), size), dtype=torch.uint8, device=rows.device)
+    for chunk, positions, local in by_chunk(chunks, rows):
+        result[positions] = chunk[local, begin : begin + size]
+    return result
+
+
+def records_write(chunks: Sequence[Tensor], rows: Tensor, stored: Tensor, layout: Sequence[int], begin: int) -> None:
+    for chunk, positions, local in by_chunk(chunks, rows):
+        chunk[local, begin : begin + stored.shape[1]] = stored if len(stored) == 1 else stored[positions]
+
+
 def records_gather(chunks: Sequence[Tensor], rows: Tensor, layout: Sequence[int], inverse: Tensor | None) -> Tensor:
     where = layout_of(layout)
     result = torch.zeros((rows.numel(), where.width), device=rows.device)

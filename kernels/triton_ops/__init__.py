@@ -2,10 +2,11 @@
 
 The functions take what the ops of `torch.ops.tessera` take (`kernels/schemas.py`). What no
 training step calls on a GPU is the definition in torch: the reader's string ops, `coldest`, and
-`copy_rows` and `take_places`, of saved states.
+`copy_rows`, `take_places`, `records_read` and `records_write`, of saved states and eviction.
 """
 
 from tessera.kernels.reference.copy_rows import copy_rows
+from tessera.kernels.reference.records import records_read, records_write
 from tessera.kernels.reference.string_hash import hex_to_int64, xxh64
 from tessera.kernels.reference.take_places import take_places
 from tessera.kernels.reference.touch import coldest
@@ -54,7 +55,9 @@ __all__ = [
     "records_add",
     "records_find",
     "records_gather",
+    "records_read",
     "records_update",
+    "records_write",
     "scatter",
     "scatter_columns",
     "take_places",

@@ -121,6 +121,33 @@ def test_gradients_of_a_row_are_summed_in_order(backend):
 
 
 @pytest.mark.parametrize("layout", [PLAIN, MIXED])
+def test_bytes_are_read_and_written_as_they_are(backend, layout):
+    chunks, _ = filled(layout)
+    whole = torch.cat(chunks).clone()
+    rows = tensor([5, -1, 0, 12])
+    read = records.read(chunks, rows, layout)
+    assert read.equal(torch.where(rows[:, None] < 0, 0, whole[rows]))
+    assert records.read(chunks, rows, layout, 4, 12).equal(read[:, 4:16])
+    assert records.read(chunks, rows[:0], layout, 4, 12).shape == (0, 12)
+    records.write(chunks, rows, read[:, 4:16] + 1, layout, 4)
+    expected = whole.clone()
+    expected[rows[rows >= 0], 4:16] += 1
+    assert torch.cat(chunks).equal(expected)
+    records.write(chunks, rows, torch.full((1, layout.bytes), 7, dtype=torch.uint8), layout)
+    expected[rows[rows >= 0]] = 7
+    assert torch.cat(chunks).equal(expected)
+
+
+def test_bytes_before_the_meta_data_are_the_caller_s(backend):
+    layout = record_layout([plain_layout(16, "sgd")], before_meta=8)
+    chunks, keys = filled(layout)
+    assert layout.meta_at == 72 and records.read(chunks, torch.arange(6), layout, 64, 8).eq(0).all()
+    records.write(chunks, torch.arange(6), torch.full((1, 8), 9, dtype=torch.uint8), layout, 64)
+    records.update(chunks, torch.arange(6), torch.ones(6, 16), layout, SETTINGS, RATES, keys, 1)
+    assert records.read(chunks, torch.arange(6), layout, 64, 8).eq(9).all()
+
+
+@pytest.mark.parametrize("layout", [PLAIN, MIXED])
 def test_what_is_out_of_range_is_refused(backend, layout):
     chunks, keys = filled(layout)
     first, one = FirstValues(0.0, (0.0, 0.0)), tensor([1])
@@ -130,6 +157,10 @@ def test_what_is_out_of_range_is_refused(backend, layout):
         records.gather(chunks, one, layout, tensor([1]))
     with pytest.raises(IndexError, match="rows: expected below 16, found 16"):
         records.update(chunks, tensor([16]), torch.zeros(1, layout.width), layout, SETTINGS, RATES, keys, 1)
+    with pytest.raises(IndexError, match="rows: expected below 16, found 16"):
+        records.read(chunks, tensor([16]), layout)
+    with pytest.raises(IndexError, match="rows: expected below 16, found 16"):
+        records.write(chunks, tensor([16]), torch.zeros(1, 4, dtype=torch.uint8), layout)
     wrong = Positions(tensor([1]), tensor([0, 1]))
     with pytest.raises(IndexError, match="(order|inverse): expected below 1"):
         records.update(chunks, one, torch.zeros(1, layout.width), layout, SETTINGS, RATES, keys, 1, wrong)
@@ -163,6 +194,10 @@ def test_wrong_arguments_are_refused(backend):
         records.update(
             chunks, one, torch.zeros(1, 17), PLAIN, SETTINGS, RATES, keys, 1, Positions(one, tensor([0, 1, 1]))
         )
+    with pytest.raises(ValueError, match=r"bytes: expected 1 or more inside \[0, 128\), found \[120, 136\)"):
+        records.read(chunks, one, PLAIN, 120, 16)
+    with pytest.raises(ValueError, match=r"stored: expected uint8 \[1 or 1, bytes\], found torch.float32 \[1, 4\]"):
+        records.write(chunks, one, torch.zeros(1, 4), PLAIN)
     with pytest.raises(ValueError, match="tables: expected 1 as there are rows, found 2"):
         records.add(chunks, one, one, tensor([0, 1]), PLAIN, keys, FirstValues(0.0, (0.0, 0.0)), 1)
 
@@ -283,6 +318,8 @@ def test_schemas_and_fake_kernels(layout):
     torch.library.opcheck(ops.positions_of.default, (tensor([1, 0, 1]), tensor([1, 2])))
     torch.library.opcheck(ops.records_find.default, (*id_map.places, chunks, ids, bounds, now, ids, numbers))
     torch.library.opcheck(ops.records_gather.default, (chunks, rows, numbers, tensor([2, 0])))
+    torch.library.opcheck(ops.records_read.default, (chunks, rows, numbers, 4, 8))
+    torch.library.opcheck(ops.records_write.default, (chunks, rows, torch.zeros(3, 8, dtype=torch.uint8), numbers, 4))
     arguments = (chunks, rows, ids, tensor([0, 1, 1]), now, None, *keys, numbers, first, 0)
     torch.library.opcheck(ops.records_add.default, arguments)
     grads = torch.ones(3, layout.width)
