@@ -12,12 +12,12 @@ The queue holds 1/QUEUE_SHARE of the table: a pass (about 20 ns per row of the t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tessera.embedding.row_index import RowIndex
 from tessera.kernels.touch import COUNT, LAST_SEEN
 
 COLUMN = {"lru": LAST_SEEN, "lfu": COUNT}
@@ -27,10 +27,33 @@ SAMPLE = 1 << 14  # rows by which a pass guesses how cold is cold enough
 HOTTEST = (2**63 - 1,) * 3
 
 
+class Index(Protocol):
+    """What is asked of the rows: those of a table of its own (`RowIndex`), or of one of a set (`RowsOfTable`)."""
+
+    device: torch.device
+
+    @property
+    def end(self) -> int:
+        """Rows ever taken."""
+        ...
+
+    def numbers(self, places: Tensor) -> Tensor:
+        """Return the numbers of the rows taken as the n-th (int64 [k], below `end`); they ascend as the places do."""
+        ...
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Return int64 [n, 2 or more]: time and count of rows."""
+        ...
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first row, `read` of it and those after it) for all rows ever taken."""
+        ...
+
+
 class ColdRows:
     """policy: lru or lfu. Tell it of every row that is given to an id (`add`); the rest it reads from the index."""
 
-    def __init__(self, index: RowIndex, policy: str) -> None:
+    def __init__(self, index: Index, policy: str) -> None:
         self._index = index
         self._column = COLUMN[policy]
         self.passes = 0
@@ -102,7 +125,7 @@ class ColdRows:
         self.passes += 1
         end, self._bound = self._index.end, HOTTEST
         self._size = max(end // QUEUE_SHARE, 4 * least, QUEUE_LEAST)
-        sample = torch.arange(0, end, max(1, end // SAMPLE), device=self._index.device)
+        sample = self._index.numbers(torch.arange(0, end, max(1, end // SAMPLE), device=self._index.device))
         heat = self._below(sample, HOTTEST)[1]
         heat = heat[_order(heat)]
         share = 1.25 * self._size / end

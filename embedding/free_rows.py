@@ -35,6 +35,11 @@ class FreeRows:
         self._count -= taken
         return self._stack[self._count : self._count + taken].flip(0)
 
+    def untake(self, count: int) -> None:
+        """Undo `take`s since there were `count` rows, if none was given back meanwhile."""
+        assert self._count <= count <= self._stack.numel(), (self._count, count)
+        self._count = count
+
     def give_back(self, rows: Tensor) -> None:
         """Put rows (int64 [n]) on the stack."""
         count = self._count + rows.numel()

@@ -30,11 +30,11 @@ def take_rows(
     end = index.end_with(ids.numel())
     try:
         if config.row_limit is None:
-            _check_room(index.device, store.bytes_to_grow(end))
+            check_room(index.device, store.bytes_to_grow(end))
         store.grow_to(end)
         return index.add(ids, mark, period)
     except torch.OutOfMemoryError as error:
-        raise _full(config, len(index), ids.numel(), error) from error
+        raise full(config, len(index), ids.numel(), error) from error
 
 
 def reserve(config: DynamicTableConfig, index: RowIndex, store: RowStore, rows: int) -> None:
@@ -43,7 +43,7 @@ def reserve(config: DynamicTableConfig, index: RowIndex, store: RowStore, rows: 
         index.reserve(rows)
         store.reserve(rows)
     except torch.OutOfMemoryError as error:
-        raise _full(config, 0, rows, error) from error
+        raise full(config, 0, rows, error) from error
 
 
 def room_for_tables(device: torch.device) -> int | None:
@@ -55,13 +55,14 @@ def room_for_tables(device: torch.device) -> int | None:
     return int(max(0, free - max(RESERVE_LEAST, int(total * RESERVE_SHARE))))
 
 
-def _check_room(device: torch.device, wanted: int) -> None:
+def check_room(device: torch.device, wanted: int) -> None:
+    """Raise torch.OutOfMemoryError where tables have not so many bytes left."""
     room = room_for_tables(device) if wanted else None
     if room is not None and wanted > room:
         raise torch.OutOfMemoryError(f"{wanted:,} bytes wanted, {room:,} left for tables")
 
 
-def _full(config: DynamicTableConfig, rows: int, wanted: int, error: torch.OutOfMemoryError) -> TableFull:
+def full(config: DynamicTableConfig, rows: int, wanted: int, error: torch.OutOfMemoryError) -> TableFull:
     why = (str(error).splitlines() or [""])[0].rstrip(".")
     return TableFull(
         f"table {config.name}: {rows:,} rows in use, {wanted:,} more wanted, and the GPU's memory is full ({why}); "

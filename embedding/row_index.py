@@ -30,8 +30,7 @@ class RowIndex:
         self.device = torch.device(device)
         self.map = IdMap(device)
         self.meta: list[Tensor] = []
-        #: Rows ever taken: all rows in use are below.
-        self.end = 0
+        self.end = 0  # rows ever taken: all rows in use are below
         self._chunk_rows = chunk_rows
         self._columns = COLUMNS + with_periods
         self._free = FreeRows(device)
@@ -124,6 +123,10 @@ class RowIndex:
     def free(self) -> Tensor:
         """Rows below `end` that are not in use: int64 [k]."""
         return self._free.rows
+
+    def numbers(self, places: Tensor) -> Tensor:
+        """Return the numbers of the rows taken as the n-th: the same."""
+        return places
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, `read` of it and those after it: int64 [k, 4 or 5]) for all rows ever taken."""

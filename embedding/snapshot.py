@@ -31,8 +31,8 @@ class Snapshot:
     """Made by `DynamicTable.snapshot`. One thread changes the table, one reads here, each row once.
 
     chunks: of the rows' times, counts and ids, then of each group of columns. free: rows below `end` not in use.
-    batch_of: what `RowBatch` is made of rows as they lie in chunks. copies: what a snapshot before left behind. What is
-    read is in host memory.
+    batch_of: what `RowBatch` is made of rows as they lie in chunks. copies: what a snapshot before left behind.
+    released: called by `release`. What is read is in host memory.
     """
 
     def __init__(
@@ -42,7 +42,9 @@ class Snapshot:
         free: Tensor,
         batch_of: Callable[[Tensor, list[Tensor]], RowBatch],
         copies: list[list[Tensor]],
+        released: Callable[[Snapshot], None],
     ) -> None:
+        self._released = released
         self._end, self._batch_of = end, batch_of
         self._chunks = [list(group) for group in chunks]
         #: Memory for rows that are kept, from a snapshot before: new memory costs several times the copy of a row.
@@ -52,6 +54,10 @@ class Snapshot:
         self._places[end] = PASSED  # stands for rows from `end` on and for row -1
         self._kept = 0
         self._lock = threading.Lock()
+
+    def release(self) -> None:
+        """Say that nobody reads here any more."""
+        self._released(self)
 
     def save_old(self, rows: Tensor) -> None:
         """Copy rows (int64 [n], distinct, -1 skipped) that are about to change."""

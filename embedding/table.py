@@ -277,7 +277,7 @@ class DynamicTable:
         )
 
     def snapshot(self) -> Snapshot:
-        """Return all rows as they are now, for another thread to read while this one goes on, until `release`."""
+        """Return all rows as they are now, for another thread to read while this one goes on, until it is released."""
         self._store.grow_to(1)  # as in `read_rows`
         none = [torch.empty((0, COLUMNS + self.config.knows_periods), dtype=torch.int64, device=self.device)]
         chunks = [self._index.meta or none, *(group.chunks for group in self._store.groups)]
@@ -287,12 +287,12 @@ class DynamicTable:
 
         with self._snapshots_change:
             copies, self._spare_copies = self._spare_copies, []
-            snapshot = Snapshot(chunks, self._index.end, self._index.free, batch_of, copies)
+            snapshot = Snapshot(chunks, self._index.end, self._index.free, batch_of, copies, self._release)
             self._snapshots = [*self._snapshots, snapshot]
         return snapshot
 
-    def release(self, snapshot: Snapshot) -> None:
-        """Release a snapshot that nobody reads any more. Its memory is reused by the next one."""
+    def _release(self, snapshot: Snapshot) -> None:
+        """Forget a snapshot that nobody reads any more. Its memory is reused by the next one."""
         with self._snapshots_change:
             if any(other is snapshot for other in self._snapshots):
                 self._snapshots = [other for other in self._snapshots if other is not snapshot]

@@ -1,92 +1,103 @@
 """All tables of one layout on one rank as one: one id map, one store of records, one call for all of them.
 
-What `DynamicTable` does for one table this does for any number, in as many operations. It shall take its place; still
-missing are admission, eviction at a limit, snapshots, learned scales, the cache, and saved states (docs/decisions.md).
+What `DynamicTable` does for one table this does for any number, in as many operations; `SetTable` (`parts`) is one
+table of a set.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from tessera.embedding import growth
+from tessera.embedding.cold_rows import ColdRows
 from tessera.embedding.config import DynamicTableConfig, key_of
 from tessera.embedding.errors import ConfigError, TableFull
-from tessera.embedding.free_rows import FreeRows
-from tessera.embedding.row_batch import RowBatch
-from tessera.embedding.row_store import RowStore
+from tessera.embedding.evicted import EvictedIds
+from tessera.embedding.record_store import RecordStore
+from tessera.embedding.rows_of_tables import RowsOfTable, RowsOfTables
+from tessera.embedding.set_admission import SetAdmission
+from tessera.embedding.set_snapshot import KeptRows, TableSnapshot
 from tessera.embedding.table import COUNTERS
 from tessera.kernels import records
-from tessera.kernels.chunks import allocate_chunk
 from tessera.kernels.id_map import IdMap
-from tessera.kernels.layout import plain_layout
-from tessera.kernels.record_layout import (
-    COUNT,
-    ID,
-    LAST_SEEN,
-    META_BYTES,
-    TABLE,
-    RecordLayout,
-    is_plain,
-    record_layout,
-)
+from tessera.kernels.record_layout import RecordLayout
 from tessera.kernels.records import FirstValues, Keys, Positions, Unknown, keys_of
 
-UNLIMITED = torch.iinfo(torch.int64).max
-_TABLE_BITS = (1 << 32) - 1
-_SCAN_ROWS = 1 << 18  # records read in one piece, which bounds the temporary memory of a walk
+T = TypeVar("T")
+
+
+class NewIds(NamedTuple):
+    """Ids of a batch that get a row, as `Unknown` names them, with times and counts as `TableSet.lookup` takes them."""
+
+    positions: Tensor
+    tables: Tensor
+    of_tables: list[int]
+    segments: Tensor | None
+    times: int | Tensor
+    counts: Tensor | None
 
 
 class TableSet:
     """Tables that have the same groups, but for the first values' spread, the same optimizer, but for its learning
-    rate, and the same seed. Each has its own limit and TTL.
+    rate, and the same seed. Each has its own admission, limit, eviction and TTL.
 
     Ids are flat: those of table t (its place in `tables`) are at bounds[t] to bounds[t + 1] - 1, bounds int64 [T + 1].
-    All tensors that go in and out live on `device`. Row numbers are those of all tables together, and good until rows
-    are removed.
+    All tensors that go in and out live on `device`. Row numbers are those of all tables together, and good until the
+    next call that may free rows: `lookup` in training at a limit, expiry and import of a table.
 
     Attributes:
         tables: the configs, in order. layout: of a record.
-        rows_of: rows in use, int64 [T]. counters: what happened since the beginning, int64 [len(COUNTERS), T].
-        limits: most rows, int64 [T], UNLIMITED where there is none. ttls: seconds, int64 [T], likewise.
+        rows_in_use: of each table. counters: what happened since the beginning, int64 [len(COUNTERS), T], on the CPU.
         rates: learning rates, float64 [T].
+        init_values: of each table, first values of new rows, float32 [width], on the device; None: drawn from (seed,
+        table, group, id).
 
     Raises ConfigError, one line, for tables that are not alike.
     """
 
     def __init__(self, tables: Sequence[DynamicTableConfig], device: torch.device | str = "cpu") -> None:
-        self.tables = tuple(tables)
-        self.device = torch.device(device)
+        self.tables, self.device = tuple(tables), torch.device(device)
         _check(self.tables)
         first = self.tables[0]
-        self.layout = _layout(first)
         self.map = IdMap(device)
-        self.rows_of = torch.zeros(len(tables), dtype=torch.int64, device=device)
-        self.counters = torch.zeros((len(COUNTERS), len(tables)), dtype=torch.int64, device=device)
-        self.limits = self._of_tables([table.row_limit for table in self.tables])
-        self.ttls = self._of_tables([table.ttl_seconds for table in self.tables])
+        self.store = RecordStore(first, device)
+        self.rows_in_use = [0] * len(tables)
+        self.counters = torch.zeros((len(COUNTERS), len(tables)), dtype=torch.int64)
         self.rates = torch.tensor([table.optimizer.lr for table in tables], dtype=torch.float64, device=device)
-        self._limited = any(table.row_limit is not None for table in self.tables)
+        self.init_values: list[Tensor | None] = [None] * len(tables)
+        self.periods = torch.zeros(len(tables), dtype=torch.int64, device=device)
+        self.admission = SetAdmission(self.tables, self.device)
+        self.evicted = [EvictedIds(table.evicted_kept, device) for table in tables]
+        self.step = self.mark = 0
+        self._rows = RowsOfTables(len(tables), self.store)
+        self.rows_of = [RowsOfTable(self._rows, self.store, number) for number in range(len(tables))]
+        self.cold = [
+            None if table.eviction == "raise" else ColdRows(rows, table.eviction)
+            for table, rows in zip(self.tables, self.rows_of, strict=True)
+        ]
+        self._limits = {number: limit for number, table in enumerate(tables) if (limit := table.row_limit) is not None}
         self._optimizer = first.optimizer
         self._keys = _keys(self.tables, device)
         scales = tuple(group.scale for group in first.groups)
         self._first = FirstValues(self._optimizer.initial_accumulator, scales)
-        self._codec = RowStore(first, device)  # holds no rows: it knows what a group's bytes mean
-        self._chunks: list[Tensor] = []
-        self._reserved = 0
-        self._end = 0  # all rows ever taken are below
-        self._free = FreeRows(device)
-        self._step = 0
-
-    def _of_tables(self, numbers: Sequence[int | None]) -> Tensor:
-        known = [UNLIMITED if number is None else number for number in numbers]
-        return torch.tensor(known, dtype=torch.int64, device=self.device)
+        self._kept: list[KeptRows] = []
+        self._kept_change = threading.Lock()  # they are released by the threads that read them
+        self._spare_copies: list[Tensor] = []
+        self._unchanged = False  # since the last of `_kept` was made
 
     def __len__(self) -> int:
         """Return the number of rows in use, of all tables."""
         return len(self.map)
+
+    @property
+    def layout(self) -> RecordLayout:
+        return self.store.layout
 
     @property
     def width(self) -> int:
@@ -94,165 +105,221 @@ class TableSet:
         return self.layout.width
 
     @property
-    def nbytes(self) -> int:
-        """Bytes in use; what is reserved beyond has not been touched on a CPU."""
-        return self.map.nbytes + self._end * self.layout.bytes + self._free.nbytes
-
-    @property
     def reserved_bytes(self) -> int:
         """Bytes of records that are reserved, in use or not."""
-        return self._reserved * self.layout.bytes
+        return self.store.reserved * self.layout.bytes
 
     def find(self, ids: Tensor, bounds: Tensor) -> Tensor:
         """Return the rows of ids: int64 [n], -1 for an id that has none. Nothing changes."""
-        return records.find(self.map, self._chunks, ids, bounds, self.layout)
+        return records.find(self.map, self.store.chunks, ids, bounds, self.layout)
 
     def lookup(self, ids: Tensor, bounds: Tensor, now: int | Tensor, counts: Tensor | None = None) -> Tensor:
-        """Return the rows of a batch's ids in training: int64 [u]; an unknown id gets one. All rows are touched.
+        """Return the rows of a batch's ids in training: int64 [u], -1 for an id that is not admitted.
 
         ids: int64 [u], distinct within a table; now: seconds, one number or int64 [u]; counts: int64 [u], how often
-        each id is in the batch, 1 or more (None: once). Call it on every step, without ids too.
+        each id is in the batch, 1 or more (None: once). An unknown id is counted by its table's admission filter and
+        gets a row if it passes. All rows are touched. Call it on every step, without ids too.
 
-        Raises TableFull if a table would have more rows than its limit.
+        Raises TableFull at a table's limit if its policy is to raise, if the batch alone needs more rows, or where a
+        GPU has no memory for more; ids then have the rows that they had.
         """
-        rows, unknown = records.find_unknown(self.map, self._chunks, ids, bounds, self.layout, now, counts)
-        self._step += 1
-        if unknown is not None:
-            rows[unknown.positions] = self._add(unknown, ids, now, counts)
+        if self._kept:
+            self._save_old(self.find(ids, bounds))
+        seen, careful = (ids, bounds, self.layout, now, counts), self._may_be_full(bounds)
+        if careful:
+            rows = self.find(ids, bounds)
+            unknown = records.unknown_of(rows, bounds)
+        else:
+            rows, unknown = records.find_unknown(self.map, self.store.chunks, *seen)
+        new = None if unknown is None else self._admit(unknown, ids, now, counts)
+        if new is not None and self._limits and self.make_room(new.of_tables, rows, bounds):
+            new = new._replace(segments=None)  # ids have left them
+        if careful:
+            records.find(self.map, self.store.chunks, *seen)
+        if new is not None and new.positions.numel():
+            rows[new.positions] = self._add(ids[new.positions], new)
+        self.step += 1
+        self._unchanged = False
         return rows
 
-    def _add(self, unknown: Unknown, ids: Tensor, now: int | Tensor, counts: Tensor | None) -> Tensor:
-        """Add rows for the ids of a batch that have none; return them: int64 [k]."""
-        fresh, tables, of_table = ids[unknown.positions], unknown.tables, unknown.counted
-        self._check_limits(of_table)
-        often = None if counts is None else counts[unknown.positions]
+    def _may_be_full(self, bounds: Tensor) -> bool:
+        """Return whether `make_room` could raise, so that nothing must be noted before."""
+        if not self._limits:
+            return False
+        sizes = bounds.diff().tolist()
+        least = {table: 0 if self.cold[table] is not None else self.rows_in_use[table] for table in self._limits}
+        return any(least[table] + sizes[table] > limit for table, limit in self._limits.items())
+
+    def _admit(self, unknown: Unknown, ids: Tensor, now: int | Tensor, counts: Tensor | None) -> NewIds:
+        """Count unknown ids; return those that get a row now."""
+        positions, tables, seen, _, segments = unknown
+        often = None if counts is None else counts[positions]
         if often is not None and often.device.type == "cpu" and int(often.min()) < 1:
             raise ValueError("counts must be 1 or more")
-        times = now[unknown.positions] if isinstance(now, Tensor) and now.numel() > 1 else now
-        rows = self._take_rows(fresh.numel())
-        if unknown.segments is None:
-            self.map.insert(fresh, rows, tables)
-        else:
-            self.map.place(fresh, rows, tables, unknown.segments)
-        records.add(self._chunks, rows, fresh, tables, self.layout, self._keys, self._first, times, often)
-        self.rows_of += of_table
-        for counter in ("new", "admitted"):
-            self.counters[COUNTERS.index(counter)].add_(of_table)
+        times = now[positions] if isinstance(now, Tensor) and now.numel() > 1 else now
+        wanted, passed = seen, self.admission.admit(ids[positions], seen, often, times, self.step)
+        if passed is not None:
+            chosen = passed.nonzero().flatten()
+            positions, tables, segments = positions[chosen], tables[chosen], None
+            often = None if often is None else often[chosen]
+            times = times[chosen] if isinstance(times, Tensor) and times.numel() > 1 else times
+            wanted = torch.bincount(tables, minlength=len(self.tables)).tolist()
+        new, admitted = torch.tensor([seen, wanted])
+        self.counters[:3] += torch.stack([new, admitted, new - admitted])
+        return NewIds(positions, tables, wanted, segments, times, often)
+
+    def make_room(self, wanted: Sequence[int], spare: Tensor, bounds: Tensor) -> bool:
+        """Evict the coldest rows of tables at their limit, none of `spare` (those of table t between its bounds), until
+        so many more fit. Returns whether any was evicted. Raises TableFull."""
+        missing = {table: self.rows_in_use[table] + wanted[table] - limit for table, limit in self._limits.items()}
+        over = [table for table, rows in missing.items() if rows > 0]
+        ends = bounds.tolist() if over else []
+        for table in over:
+            self._evict(table, missing[table], wanted[table], spare[ends[table] : ends[table + 1]])
+        return bool(over)
+
+    def _evict(self, table: int, missing: int, wanted: int, spare: Tensor) -> None:
+        config, used, cold = self.tables[table], self.rows_in_use[table], self.cold[table]
+        limit = self._limits[table]
+        full = f"table {config.name}: limit of {limit:,} rows, {used:,} in use, {wanted:,} more wanted"
+        if cold is None:
+            raise TableFull(f"{full}; raise max_rows or max_bytes, set ttl_seconds, or choose eviction lru or lfu")
+        rows = cold.take(missing, spare) if missing <= used else None
+        if rows is None:
+            raise TableFull(f"{full} by one batch; raise max_rows or max_bytes, or make the batch smaller")
+        self.free(table, rows)
+        self.counters[COUNTERS.index("evicted"), table] += rows.numel()
+
+    def _add(self, ids: Tensor, new: NewIds) -> Tensor:
+        """Add rows for new ids, with their first values; return them: int64 [k]."""
+        tables, wanted = new.tables, new.of_tables
+        rows = self.take_rows(ids, tables, wanted, new.segments)
+        how = (self.layout, self._keys, self._first, new.times, new.counts, self.mark)
+        records.add(self.store.chunks, rows, ids, tables, *how)
+        if self.store.with_periods:
+            self.store.set_periods(rows, self.periods[tables])
+        for _, cold, own in _each(rows, wanted, self.cold):
+            cold.add(own)
+        for table, given, own in _each(rows, wanted, self.init_values):
+            self._start_at(given, own, table)
         return rows
 
-    def _check_limits(self, wanted: Tensor) -> None:
-        if not self._limited:
-            return
-        over = (self.rows_of + wanted > self.limits).nonzero().flatten()
-        if over.numel():
-            table = int(over[0])
-            raise TableFull(
-                f"table {self.tables[table].name}: limit of {int(self.limits[table]):,} rows, "
-                f"{int(self.rows_of[table]):,} in use, {int(wanted[table]):,} more wanted; raise max_rows or "
-                "max_bytes, or set ttl_seconds"
-            )
+    def _start_at(self, given: Tensor, rows: Tensor, table: int) -> None:
+        """Let new rows of a table begin at values, float32 [width], instead of random ones."""
+        store = self.store.store_for(rows.numel(), self.tables[table])
+        places = torch.arange(rows.numel(), device=self.device)
+        store.initialise(places, self.store.ids_of(rows), given)
+        self.store.write_groups(rows, store.stored(places))
 
-    def _take_rows(self, wanted: int) -> Tensor:
-        self._grow_to(self._end + max(0, wanted - len(self._free)))  # where memory ends, nothing has changed yet
-        rows = self._free.take(wanted)
-        if rows.numel() < wanted:
-            begin, self._end = self._end, self._end + wanted - rows.numel()
-            rows = torch.cat([rows, torch.arange(begin, self._end, device=self.device)])
+    def take_rows(self, ids: Tensor, tables: Tensor, wanted: Sequence[int], segments: Tensor | None = None) -> Tensor:
+        """Give rows to distinct, unknown ids (int64 [k]) of tables (int64 [k], ascending, so many of each). segments:
+        as `Unknown` has them.
+
+        Raises TableFull where a GPU has no memory for them or, for tables without a limit, only that of the reserve.
+        Rows and ids are then as they were.
+        """
+        before, limited = self._rows.state(), len(self._limits) < len(self.tables)
+        try:
+            rows = self._rows.take(tables, wanted, limited=limited)
+            try:
+                if segments is None:
+                    self.map.insert(ids, rows, tables)
+                else:
+                    self.map.place(ids, rows, tables, segments)
+            except torch.OutOfMemoryError:
+                self.map.erase(ids, tables)
+                raise
+        except torch.OutOfMemoryError as error:
+            self._rows.restore(before)
+            table = max(range(len(wanted)), key=wanted.__getitem__)
+            raise growth.full(self.tables[table], self.rows_in_use[table], wanted[table], error) from error
+        self.rows_in_use = [used + more for used, more in zip(self.rows_in_use, wanted, strict=True)]
         return rows
-
-    def _grow_to(self, end: int) -> None:
-        while self._reserved < end:
-            rows = records.chunk_rows(self._reserved)
-            self._chunks.append(allocate_chunk((rows, self.layout.bytes), torch.uint8, self.device))
-            self._reserved += rows
 
     def gather(self, rows: Tensor, inverse: Tensor | None = None) -> Tensor:
         """Return values of rows, all groups side by side: float32 [u, width], or [n, width] with inverse int64 [n].
 
         Row -1 gives zeros.
         """
-        return records.gather(self._chunks, rows, self.layout, inverse)
+        return records.gather(self.store.chunks, rows, self.layout, inverse)
 
     def update(
-        self,
-        rows: Tensor,
-        grads: Tensor,
-        positions: Positions | None = None,
-        rates: Tensor | None = None,
-        mark: int = 0,
+        self, rows: Tensor, grads: Tensor, positions: Positions | None = None, rates: Tensor | None = None
     ) -> None:
         """Apply one optimizer step to the rows of a batch, after their `lookup`.
 
         rows: int64 [u], distinct but for -1, which is skipped; grads: float32 [n, width], where n == u, or
         positions says which of them belong to each row (they are summed in order); rates: float64 [T],
-        learning rates instead of `rates`; mark: noted in the rows if above 0.
+        learning rates instead of `rates`.
         """
-        settings, rates = self._optimizer.settings(self._optimizer.lr), self.rates if rates is None else rates
-        records.update(self._chunks, rows, grads, self.layout, settings, rates, self._keys, self._step, positions, mark)
+        rates = self.rates if rates is None else rates
+        self._save_old(rows)
+        self._unchanged = False
+        parts = [(rows, rates)]
+        if self.store.with_periods and self.store.chunks:
+            old = self.old(rows)
+            slower = rates * self._optimizer.old_rows_factor
+            parts = [(rows.masked_fill(~old, -1), slower), (rows.masked_fill(old, -1), rates)]
+        settings = self._optimizer.settings(self._optimizer.lr)
+        for part, speeds in parts:
+            how = (self.layout, settings, speeds, self._keys, self.step, positions, self.mark)
+            records.update(self.store.chunks, part, grads, *how)
 
-    def expire(self, now: int) -> int:
-        """Remove rows with now - last seen >= the ttl of their table. Returns how many."""
-        removed = 0
-        for rows, meta in self._walk():
-            ttls = self.ttls[meta[:, TABLE]]
-            old = (ttls < UNLIMITED) & (now - meta[:, LAST_SEEN] >= ttls)
-            if bool(old.any()):
-                removed += self._remove(rows[old], meta[old], "expired")
-        return removed
+    def old(self, rows: Tensor) -> Tensor:
+        """Return bool [n], True for rows that were added before the period of their table began."""
+        periods = self.periods[self.store.tables_of(rows).clamp(max=len(self.tables) - 1)]
+        return self.store.periods_of(rows) < periods
 
-    def _remove(self, rows: Tensor, meta: Tensor, counter: str) -> int:
-        """Free rows in use, of which `meta` is time, count, id and table."""
-        self.map.erase(meta[:, ID].contiguous(), meta[:, TABLE].contiguous())
-        for chunk, begin, inside in self._by_chunk(rows):
-            chunk[rows[inside] - begin] = 0
-        self._free.give_back(rows)
-        of_table = torch.bincount(meta[:, TABLE], minlength=len(self.tables))
-        self.rows_of -= of_table
-        self.counters[COUNTERS.index(counter)] += of_table
-        return rows.numel()
+    def free(self, table: int, rows: Tensor) -> None:
+        """Clear rows in use of a table, so that its other ids may take them."""
+        self._save_old(rows)
+        self._unchanged = False
+        ids = self.store.ids_of(rows)
+        self.map.erase(ids, torch.full_like(ids, table))
+        self.store.clear(rows)
+        self.rows_of[table].free.give_back(rows)
+        self.rows_in_use[table] -= rows.numel()
+        self.evicted[table].add(ids)
 
-    def export_rows(self, table: int) -> Iterator[RowBatch]:
-        """Yield the rows of one table in order of their numbers. The set must not change meanwhile."""
-        for rows, meta in self._walk():
-            own = meta[:, TABLE] == table
-            if bool(own.any()):
-                yield self._read(rows[own], meta[own])
+    def changing(self, rows: Tensor) -> None:
+        """Prepare for a change of rows by the caller."""
+        self._save_old(rows)
+        self._unchanged = False
 
-    def _read(self, rows: Tensor, meta: Tensor) -> RowBatch:
-        block = torch.empty((rows.numel(), self.layout.bytes), dtype=torch.uint8, device=self.device)
-        for chunk, begin, inside in self._by_chunk(rows):
-            block[inside] = chunk[rows[inside] - begin]
-        values, state, scales = self._codec.decode(_groups_of(block, self.layout))
-        columns = (meta[:, column].contiguous() for column in (ID, LAST_SEEN, COUNT))
-        ids, last_seen, count = columns
-        return RowBatch(ids=ids, values=values, state=state, last_seen=last_seen, count=count, rows=rows, scale=scales)
+    def _save_old(self, rows: Tensor) -> None:
+        """Copy rows that are about to change into the snapshots."""
+        for kept in self._kept:
+            kept.save_old(rows)
 
-    def _walk(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (rows int64 [k], time, count, id and table int64 [k, 4]) of rows in use, ascending."""
-        begin = 0
-        for chunk in self._chunks:
-            words = chunk.view(torch.int64)[: max(0, self._end - begin)]
-            at = self.layout.meta_at // 8
-            for first, part in zip(range(0, len(words), _SCAN_ROWS), words.split(_SCAN_ROWS), strict=True):
-                inside = (part[:, at + COUNT] > 0).nonzero().flatten()
-                meta = part[inside, at : at + META_BYTES // 8]
-                meta[:, TABLE] &= _TABLE_BITS
-                yield inside + (begin + first), meta
-            begin += len(chunk)
+    def snapshot(self, table: int) -> TableSnapshot:
+        """Return the rows of a table as they are now, for another thread to read, until it is released."""
+        self.store.grow_to(1, limited=False)  # a store without a chunk has nothing to read
+        with self._kept_change:
+            if not (self._kept and self._unchanged and table not in self._kept[-1].tables):
+                free = [rows.free.rows for rows in self.rows_of]
+                spans = [span for rows in self.rows_of for span in rows.unused_spans()]
+                copies, self._spare_copies = self._spare_copies, []
+                kept = KeptRows(self.store, self._rows.extents.end, free, spans, copies)
+                self._kept, self._unchanged = [*self._kept, kept], True
+            self._kept[-1].tables.add(table)
+            return TableSnapshot(self._kept[-1], self.rows_of[table], self._release)
 
-    def _by_chunk(self, rows: Tensor) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """Yield (chunk, its first row, positions of the rows in it) for every chunk that has some."""
-        begin = 0
-        for chunk in self._chunks:
-            inside = ((rows >= begin) & (rows < begin + len(chunk))).nonzero().flatten()
-            if inside.numel():
-                yield chunk, begin, inside
-            begin += len(chunk)
+    def _release(self, kept: KeptRows) -> None:
+        """Forget what no snapshot reads any more. Its memory is reused by the next one."""
+        with self._kept_change:
+            kept.users -= 1
+            if not kept.users:
+                self._kept = [other for other in self._kept if other is not kept]
+                self._spare_copies = kept.copies
 
 
-def _layout(config: DynamicTableConfig) -> RecordLayout:
-    packed = [(group, config.layout(group)) for group in config.groups]
-    return record_layout([at or plain_layout(group.dim, config.optimizer.name) for group, at in packed])
+def _each(rows: Tensor, counts: Sequence[int], what: Sequence[T | None]) -> Iterator[tuple[int, T, Tensor]]:
+    """Yield (table, what it has, its rows) for tables that have it and rows; those of tables lie one behind the
+    other."""
+    if any(one is not None for one in what):
+        for table, (one, own) in enumerate(zip(what, rows.split(list(counts)), strict=True)):
+            if one is not None and own.numel():
+                yield table, one, own
 
 
 def _keys(tables: Sequence[DynamicTableConfig], device: torch.device | str) -> Keys:
@@ -263,39 +330,20 @@ def _keys(tables: Sequence[DynamicTableConfig], device: torch.device | str) -> K
     return keys_of(tables[0].seed, of_tables, device)
 
 
-def _groups_of(block: Tensor, layout: RecordLayout) -> list[Tensor]:
-    """Return what the store of each group would hold, from records uint8 [n, bytes]."""
-    found = []
-    for group, begin in zip(layout.groups, layout.begins, strict=True):
-        if not is_plain(group):
-            found.append(block[:, begin : begin + group.bytes])
-            continue
-        values = block[:, group.values_at : group.values_at + 4 * group.dim]
-        state = block[:, group.state_at : group.state_at + 4 * group.state_floats]
-        both = torch.cat([values, state], dim=1).view(torch.float32)
-        found.append(both.reshape(len(block), group.dim + group.state_floats))
-    return found
+def layout_key(table: DynamicTableConfig) -> tuple[object, ...]:
+    """Return what tables of one set have in common."""
+    kinds = [
+        (group.name, group.dim, group.format, group.rounding, group.scale, group.learned) for group in table.groups
+    ]
+    return tuple(kinds), replace(table.optimizer, lr=1.0), table.seed
 
 
 def _check(tables: Sequence[DynamicTableConfig]) -> None:
     assert tables, "a set without tables"
-    first = tables[0]
-    of_first, in_a_set = f"that of table {first.name}, ", "in a set of tables"
+    first, keys = tables[0], ("groups", "optimizer", "seed")
+    expected = dict(zip(keys, layout_key(first), strict=True))
     for table in tables:
-        _expect(table, "groups", _kinds(table), _kinds(first), of_first)
-        _expect(table, "optimizer", replace(table.optimizer, lr=first.optimizer.lr), first.optimizer, of_first)
-        _expect(table, "seed", table.seed, first.seed, of_first)
-        _expect(table, "admission.kind", table.admission.kind, "none", f"{in_a_set} ")
-        _expect(table, "optimizer.old_rows_factor", table.optimizer.old_rows_factor, 1, f"{in_a_set} ")
-        _expect(table, "groups.learned", [group.learned for group in table.groups if group.learned], [], f"{in_a_set} ")
-        if table.row_limit is not None:
-            _expect(table, "eviction", table.eviction, "raise", f"{in_a_set} ")
-
-
-def _expect(table: DynamicTableConfig, key: str, found: object, expected: object, which: str) -> None:
-    if found != expected:
-        raise ConfigError(f"table {table.name}: {key} is {found}; expected {which}{expected}")
-
-
-def _kinds(table: DynamicTableConfig) -> list[tuple[object, ...]]:
-    return [(group.name, group.dim, group.format, group.rounding, group.scale) for group in table.groups]
+        for key, found in zip(keys, layout_key(table), strict=True):
+            if found != expected[key]:
+                of_first = f"that of table {first.name}, {expected[key]}"
+                raise ConfigError(f"table {table.name}: {key} is {found}; expected {of_first}")

@@ -1,5 +1,9 @@
 import pytest
+import torch
 
+from tessera.embedding.config import DynamicTableConfig
+from tessera.embedding.set_table import SetTable
+from tessera.embedding.table_set import TableSet
 from tessera.kernels.backend import available_backends, use_backend
 
 # Triton's interpreter is slow: test_gpu_tables.py is what runs on it by default.
@@ -11,3 +15,46 @@ def backend(request):
     """Run the test once for every implementation that this machine has."""
     with use_backend(request.param):
         yield request.param
+
+
+class AmongOthers(SetTable):
+    """A table of a set, with a table before it and one behind it, whose rows lie between its own."""
+
+    def __init__(self, config: DynamicTableConfig, device: torch.device | str = "cpu") -> None:
+        names = ("before", config.name, "behind")
+        kept = {"groups": config.groups, "optimizer": config.optimizer, "seed": config.seed}
+        tables = [config if name == config.name else DynamicTableConfig(name, (name,), **kept) for name in names]
+        super().__init__(TableSet(tables, device), 1)
+        self._neighbours_have = 0
+
+    def lookup(self, ids, now, counts=None, *, training=True):
+        if training:
+            self._let_neighbours_grow(ids)
+        return super().lookup(ids, now, counts, training=training)
+
+    def import_rows(self, batch):
+        self._let_neighbours_grow(batch.ids)
+        super().import_rows(batch)
+
+    def _let_neighbours_grow(self, ids):
+        """Each takes an extent more; they have the ids of the table, too."""
+        step, self.set.step = self.set.step, 0
+        more = torch.arange(self._neighbours_have, self._neighbours_have + 40).to(self.device)
+        theirs = torch.cat([more, ids[~torch.isin(ids, more)]])
+        new = theirs[self.set.find(theirs, torch.tensor([0, len(theirs), len(theirs), len(theirs)])) < 0]
+        bounds = torch.tensor([0, len(new), len(new), 2 * len(new)])
+        self.set.lookup(torch.cat([new, new]).to(self.device), bounds.to(self.device), 10**9)
+        self._neighbours_have += 40
+        self.set.step = step
+
+
+@pytest.fixture
+def of_table(request, monkeypatch):
+    """Let what the test's module calls DynamicTable be that, or a table of a set."""
+    if request.param == "set":
+        monkeypatch.setattr(request.module, "DynamicTable", AmongOthers)
+    return request.param
+
+
+#: Marks of a module whose tests are of a table by itself as of one of a set.
+both_kinds = pytest.mark.parametrize("of_table", ["table", "set"], indirect=True)

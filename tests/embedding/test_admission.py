@@ -12,6 +12,7 @@ from tessera.embedding.config import Admission, DynamicTableConfig, Group
 from tessera.embedding.sliding import SlidingHashFilter
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.reference.mix import mix64_number
+from tests.embedding.conftest import both_kinds
 
 
 class SlowSliding:
@@ -183,6 +184,8 @@ def test_probabilistic_filter_depends_on_seed_id_and_step_alone(backend):
     assert not torch.equal(draws(4, ids, 1), draws(4, ids, 1, seed=2))
 
 
+@both_kinds
+@pytest.mark.usefixtures("of_table")
 @pytest.mark.parametrize("kind", ["exact", "sliding", "probabilistic"])
 def test_table_rejects_counts_and_goes_on_from_its_state(backend, kind):
     config = DynamicTableConfig("t", ("f",), (Group("v", 2, 1.0),), admission=Admission(kind, 3, capacity=1000))

@@ -166,7 +166,7 @@ def check(life):
         if coming is None and what == "snapshot":
             for one, other in moments:
                 same(of_snapshot(one), of_snapshot(other))
-                plain.release(one), cached.release(other)
+                one.release(), other.release()
             moments = [(plain.snapshot(), cached.snapshot())]
         elif coming is None:
             plain, said = pause(plain, what, batch)

@@ -4,29 +4,39 @@ import pytest
 import torch
 
 from tessera.distributed.failure import explain
-from tessera.embedding import growth, row_index, row_store
+from tessera.embedding import growth, record_store, row_index, row_store
 from tessera.embedding.config import DynamicTableConfig, Group
 from tessera.embedding.errors import TableFull
 from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.row_batch import RowBatch
+from tessera.embedding.set_table import OwnedTable, SetTable
 from tessera.embedding.table import DynamicTable
+from tessera.embedding.table_set import TableSet
+from tessera.kernels import records
 from tessera.kernels.chunks import allocate_chunk
 from tessera.kernels.id_map import IdMap
 
 KNOWN, MANY = torch.arange(100) * 7919, torch.arange(1, 6001) * 2**40 + 1
 CHUNK = 64
+OF_A_TABLE = {"store": (0, 1, 7), "index": (0, 5), "map": (0, 1)}
+OF_A_SET = {"records": (0, 3), "map": (0, 1)}
 
 
-def table_of(**more) -> DynamicTable:
+def alone(config: DynamicTableConfig) -> SetTable:
+    """A set of one table."""
+    return SetTable(TableSet([config]), 0)
+
+
+def table_of(kind=DynamicTable, **more) -> OwnedTable:
     groups = (Group("v", 4, 0.5), Group("w", 1, 0.5))
     config = DynamicTableConfig("user", ("f",), groups, RowOptimizer("adam"), seed=3, chunk_rows=CHUNK, **more)
-    table = DynamicTable(config)
+    table = kind(config)
     table.lookup(KNOWN, 1)
     table.expire(1)
     return table
 
 
-def content(table: DynamicTable) -> dict[str, torch.Tensor]:
+def content(table: OwnedTable) -> dict[str, torch.Tensor]:
     rows = vars(table.read_rows(table.rows_in_use()))
     return {name: value for name, value in rows.items() if value is not None}
 
@@ -36,7 +46,8 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 class Memory:
-    """Lets so many chunks more be had, of one kind: of `store` (both groups), `index` or `map`."""
+    """Lets so many chunks more be had, of one kind: of `store` (both groups), `index` or `map`; or of a set's
+    `records`."""
 
     def __init__(self, monkeypatch, kind: str, chunks: int) -> None:
         self.left = chunks
@@ -44,7 +55,7 @@ class Memory:
         if kind == "map":
             monkeypatch.setattr(IdMap, "_grow", lambda ids: self.take(grow, ids))
         else:
-            module = {"store": row_store, "index": row_index}[kind]
+            module = {"store": row_store, "index": row_index, "records": record_store}[kind]
             monkeypatch.setattr(module, "allocate_chunk", lambda *shape: self.take(allocate_chunk, *shape))
 
     def take(self, give, *arguments):
@@ -55,11 +66,14 @@ class Memory:
 
 
 @pytest.mark.parametrize(
-    ("kind", "chunks"), [("store", 0), ("store", 1), ("store", 7), ("index", 0), ("index", 5), ("map", 0), ("map", 1)]
+    ("make", "kind", "chunks"),
+    [(DynamicTable, kind, chunks) for kind, some in OF_A_TABLE.items() for chunks in some]
+    + [(alone, kind, chunks) for kind, some in OF_A_SET.items() for chunks in some],
 )
-def test_a_table_without_memory_is_named_and_is_as_it_was(monkeypatch, kind, chunks):
+def test_a_table_without_memory_is_named_and_is_as_it_was(monkeypatch, make, kind, chunks):
     """Wherever it fails: between two groups, between two chunks, or when a part of the ids has its places already."""
-    table, other = table_of(ttl_seconds=50), table_of(ttl_seconds=50)
+    monkeypatch.setattr(records, "chunk_rows", lambda reserved: max(128, min(reserved, 512)))
+    table, other = table_of(make, ttl_seconds=50), table_of(make, ttl_seconds=50)
     for one in (table, other):
         one.lookup(KNOWN[:60], 40)
         assert one.expire(60) == 40  # so some rows are taken again
@@ -84,11 +98,23 @@ def test_the_line_says_what_to_do(monkeypatch):
     assert "Tried to allocate 20.00 MiB)" in line and "embedding.cache_rows" in line
 
 
+def test_a_set_names_the_table_that_wants_most(monkeypatch):
+    groups = (Group("v", 4, 0.5),)
+    tables = TableSet([DynamicTableConfig(name, (name,), groups) for name in ("user", "item")])
+    tables.lookup(KNOWN, torch.tensor([0, 30, 100]), 1)
+    Memory(monkeypatch, "records", 0)
+    with pytest.raises(TableFull, match="^table item: 70 rows in use, 5,000 more wanted, and the GPU's memory is full"):
+        tables.lookup(MANY, torch.tensor([0, 1000, 6000]), 2)
+    assert tables.rows_in_use == [30, 70] and tables.find(MANY, torch.tensor([0, 1000, 6000])).eq(-1).all()
+    assert tables.lookup(KNOWN, torch.tensor([0, 30, 100]), 3).ge(0).all()
+
+
+@pytest.mark.parametrize(("make", "memory"), [(DynamicTable, ("store", 1)), (alone, ("records", 0))])
 @pytest.mark.parametrize("reserved", [True, False])
-def test_a_state_that_does_not_fit_is_told_alike(monkeypatch, reserved):
-    table, source = DynamicTable(table_of().config), table_of()
+def test_a_state_that_does_not_fit_is_told_alike(monkeypatch, make, memory, reserved):
+    table, source = make(table_of().config), table_of()
     batch = source.read_rows(source.rows_in_use())
-    Memory(monkeypatch, "store", 1)
+    Memory(monkeypatch, *memory)
     with pytest.raises(TableFull, match="^table user: 0 rows in use, 100 more wanted"):
         if reserved:
             table.reserve(100)
@@ -112,6 +138,16 @@ def test_tables_without_a_limit_share_what_the_tower_leaves(monkeypatch):
     left[0] = 0
     second.lookup(ids[: 2 * CHUNK], 3)  # what is there asks for nothing
     limited.lookup(ids, 2)
+
+
+def test_sets_share_what_the_tower_leaves(monkeypatch):
+    monkeypatch.setattr(records, "chunk_rows", lambda reserved: 128)
+    free, limited = table_of(alone), table_of(alone, max_rows=4000)
+    monkeypatch.setattr(growth, "room_for_tables", lambda device: 128 * free.set.layout.bytes)
+    with pytest.raises(TableFull, match=r"user: 100 .* 200 more .*bytes wanted"):
+        free.lookup(MANY[:200], 2)
+    free.lookup(MANY[:100], 2)
+    limited.lookup(MANY[:1000], 2)
 
 
 @pytest.mark.parametrize(("total", "kept"), [(8 << 30, 1 << 30), (80 << 30, 4 << 30)])

@@ -20,8 +20,10 @@ from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.backend import available_backends, use_backend
 from tessera.kernels.unique import unique_inverse
-from tests.embedding.conftest import MARKS
+from tests.embedding.conftest import MARKS, both_kinds
 from tests.embedding.model import Full, ModelTable
+
+pytestmark = [both_kinds, pytest.mark.usefixtures("of_table")]
 
 POOL = [0, 1, -1, 2**63 - 1, -(2**63), *range(1000, 1012), -7, -1000]
 GROUPS = (Group("v", 3, 0.5), Group("w", 1, 0.0))

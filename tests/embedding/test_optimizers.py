@@ -7,6 +7,9 @@ import torch
 from tessera.embedding.config import DynamicTableConfig, Group
 from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.table import DynamicTable
+from tests.embedding.conftest import both_kinds
+
+pytestmark = [both_kinds, pytest.mark.usefixtures("of_table")]
 
 N, STEPS = 40, 12
 GROUPS = (Group("v", 5, 0.3), Group("w", 1, 0.1))

@@ -10,6 +10,9 @@ from tessera.embedding.errors import ConfigError
 from tessera.embedding.optim import RowOptimizer, ScaleOptimizer
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.table import DynamicTable
+from tests.embedding.conftest import both_kinds
+
+pytestmark = [both_kinds, pytest.mark.usefixtures("of_table")]
 
 LR, FACTOR, TTL = 0.1, 0.3, 3
 STEPS_OF_PERIOD, STEPS = 4, 14

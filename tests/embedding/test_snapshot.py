@@ -7,10 +7,15 @@ import threading
 import pytest
 import torch
 
+from tessera.embedding import set_snapshot
 from tessera.embedding import snapshot as snapshot_module
+from tessera.embedding import table as dynamic_table
 from tessera.embedding.config import DynamicTableConfig, Group
 from tessera.embedding.optim import RowOptimizer, ScaleOptimizer
 from tessera.embedding.table import DynamicTable
+from tests.embedding.conftest import both_kinds
+
+pytestmark = [both_kinds, pytest.mark.usefixtures("of_table")]
 
 FLOATS = (Group("v", 4, 0.5), Group("w", 1, 0.5))
 INT8 = (Group("v", 4, 0.5, format="int8", scale=0.01, learned=ScaleOptimizer(lr=1e-3)), Group("w", 1, 0.5))
@@ -33,6 +38,11 @@ def step(table: DynamicTable, number: int) -> None:
     else:
         table.begin_update(rows, grads).learn(grads)
     table.expire(100 + number)
+
+
+def held(table: DynamicTable) -> list:
+    """What rows are kept for."""
+    return table._snapshots if isinstance(table, dynamic_table.DynamicTable) else table.set._kept
 
 
 def content(batch) -> dict[int, tuple]:
@@ -66,11 +76,12 @@ def test_rows_are_those_of_the_moment(groups, steps_before, late):
         found |= content(snapshot.read(some))
         step(table, 15 + number)
     assert found == expected
-    table.release(snapshot)
-    table.release(snapshot)
-    assert not table._snapshots
+    snapshot.release()
+    snapshot.release()
+    assert not held(table)
     again, third = table.snapshot(), table.snapshot()
-    assert again.copies is snapshot.copies is not third.copies
+    copies = [getattr(one, "kept", one).copies for one in (again, snapshot, third)]
+    assert copies[0] is copies[1] is not copies[2]
 
 
 def test_one_is_released_while_another_is_taken():
@@ -81,7 +92,7 @@ def test_one_is_released_while_another_is_taken():
 
     def release() -> None:
         while (snapshot := released.get()) is not None:
-            table.release(snapshot)
+            snapshot.release()
 
     thread = threading.Thread(target=release)
     thread.start()
@@ -90,13 +101,13 @@ def test_one_is_released_while_another_is_taken():
     try:
         for _ in range(2000):
             snapshot = table.snapshot()
-            assert any(known is snapshot for known in table._snapshots)
+            assert any(known is getattr(snapshot, "kept", snapshot) for known in held(table))
             released.put(snapshot)
     finally:
         sys.setswitchinterval(switch_interval)
         released.put(None)
         thread.join()
-    assert not table._snapshots
+    assert not held(table)
 
 
 def test_rows_touched_since_a_mark():
@@ -128,7 +139,8 @@ def test_rows_that_are_imported_over():
 
 def test_a_thread_reads_while_training_goes_on(monkeypatch):
     """Two snapshots at once, each read by a thread of its own, in small pieces."""
-    monkeypatch.setattr(snapshot_module, "SCAN_ROWS", 16)
+    for module in (snapshot_module, set_snapshot):
+        monkeypatch.setattr(module, "SCAN_ROWS", 16)
     table, found, threads, expected = make(), {}, [], {}
     for number in range(12):
         step(table, number)

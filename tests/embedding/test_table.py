@@ -11,6 +11,9 @@ from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.random import normal
+from tests.embedding.conftest import both_kinds
+
+pytestmark = [both_kinds, pytest.mark.usefixtures("of_table")]
 
 GROUPS = (Group("v", 4, 0.1), Group("w", 1, 0.01))
 

@@ -1,0 +1,168 @@
+"""Keep which rows of a set each of its tables has: in use, free again, or not taken yet.
+
+A table's freed rows are taken again, by itself, before new ones, the last freed first. So the same calls always give
+the same rows, and a table has the places that it would have alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from tessera.embedding.extents import Extents
+from tessera.embedding.free_rows import FreeRows
+from tessera.embedding.record_store import MARK, RecordStore
+from tessera.kernels.touch import COUNT, LAST_SEEN
+
+SCAN_ROWS = 1 << 18  # rows looked at in one piece, which bounds the temporary memory of a walk
+
+
+class RowsOfTables:
+    """ends: rows ever taken, of each table. free: those of them that are free. extents: what places are which rows."""
+
+    def __init__(self, tables: int, store: RecordStore) -> None:
+        self.extents = Extents(tables, store.device)
+        self.ends = [0] * tables
+        self.free = [FreeRows(store.device) for _ in range(tables)]
+        self._store = store
+
+    def provide(self, ends: dict[int, int], *, limited: bool) -> None:
+        """Provide memory for the tables' places below these ends. limited: as `RecordStore.grow_to`.
+
+        Raises torch.OutOfMemoryError as it does; then nothing has changed.
+        """
+        end = self.extents.end
+        for table, rows in ends.items():
+            end += self.extents.end_with(table, rows) - self.extents.end
+        self._store.grow_to(end, limited=limited)
+        for table, rows in ends.items():
+            self.extents.grow(table, rows)
+
+    def take(self, tables: Tensor, wanted: Sequence[int], *, limited: bool) -> Tensor:
+        """Return rows int64 [k] for tables int64 [k], ascending, so many of each. Raises as `provide`."""
+        reused = [min(want, len(free)) for want, free in zip(wanted, self.free, strict=True)]
+        ends = [end + want - again for end, want, again in zip(self.ends, wanted, reused, strict=True)]
+        short = {t: end for t, (end, has) in enumerate(zip(ends, self.extents.capacity, strict=True)) if end > has}
+        if short:
+            self.provide(short, limited=limited)
+        firsts = [0, *accumulate(wanted)]
+        # A new row's place is end + (rank - reused), the rank being that among the rows of its table.
+        shifts = [end - again - first for end, again, first in zip(self.ends, reused, firsts, strict=False)]
+        shift = torch.tensor(shifts, device=tables.device)[tables]
+        places = shift + torch.arange(tables.numel(), device=tables.device)
+        rows = self.extents.rows(tables, places.clamp_(min=0))
+        for table, again in enumerate(reused):
+            if again:
+                rows[firsts[table] : firsts[table] + again] = self.free[table].take(again)
+        self.ends = ends
+        return rows
+
+    def state(self) -> tuple[list[int], list[int]]:
+        """Return what `restore` takes to undo `take`s."""
+        return list(self.ends), [len(free) for free in self.free]
+
+    def restore(self, state: tuple[list[int], list[int]]) -> None:
+        """Undo all `take`s since `state`, if nothing was freed meanwhile."""
+        self.ends = state[0]
+        for free, count in zip(self.free, state[1], strict=True):
+            free.untake(count)
+
+
+class RowsOfTable:
+    """The rows of one table of a set: `RowIndex` without the ids' places."""
+
+    def __init__(self, rows: RowsOfTables, store: RecordStore, table: int) -> None:
+        self._rows, self._store, self._table = rows, store, table
+        self.device = store.device
+        self.cursor = 0  # the place at which expiry goes on
+
+    @property
+    def end(self) -> int:
+        return self._rows.ends[self._table]
+
+    @end.setter
+    def end(self, end: int) -> None:
+        self._rows.ends[self._table] = end
+
+    @property
+    def free(self) -> FreeRows:
+        return self._rows.free[self._table]
+
+    def numbers(self, places: Tensor) -> Tensor:
+        """Return the rows at places: int64 [n]. -1 stays."""
+        rows = self._rows.extents.rows(self._table, places.clamp(min=0))
+        return torch.where(places < 0, -1, rows)
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Return the places of rows: int64 [n]. -1 stays."""
+        known = rows >= 0
+        if bool(known.all()):
+            return self._rows.extents.places(self._table, rows)
+        places = rows.clone()
+        places[known] = self._rows.extents.places(self._table, rows[known])
+        return places
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Return int64 [n, 4]: time, count, id, mark of rows; [n, 5] with the period."""
+        return self._store.meta(rows)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first row, time, count and id of it and those after it: int64 [k, 3 or more]) for all rows ever
+        taken."""
+        for _, row, count in self._rows.extents.spans(self._table, 0, self.end):
+            yield from self._store.meta_of(row, row + count)
+
+    def walk(self, batch_rows: int, since: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (rows int64 [k], what `read` gives of them) of rows in use, in order, at most `batch_rows` at once.
+
+        since: only rows that changed under this mark or a later one.
+        """
+        for begin in range(0, self.end, batch_rows):
+            rows = self.numbers(torch.arange(begin, min(begin + batch_rows, self.end), device=self.device))
+            meta = self.read(rows)
+            chosen = meta[:, COUNT] > 0
+            if since is not None:
+                chosen &= meta[:, MARK] >= since
+            chosen = chosen.nonzero().flatten()
+            if chosen.numel():
+                yield rows[chosen], meta[chosen]
+
+    def expired(self, now: int, ttl: int, budget_rows: int | None = None) -> Iterator[Tensor]:
+        """Yield rows with now - last seen >= ttl, piece by piece, from where the last walk stopped.
+
+        Looks at `budget_rows` rows (None: at all). The caller may remove what it is given before it goes on.
+        """
+        left = self.end if budget_rows is None else min(budget_rows, self.end)
+        while left > 0:
+            if self.cursor >= self.end:
+                self.cursor = 0
+            begin = self.cursor
+            self.cursor = min(begin + min(left, SCAN_ROWS), self.end)
+            left -= self.cursor - begin
+            yield self._expired(now - ttl, begin, self.cursor)
+
+    def _expired(self, limit: int, begin: int, end: int) -> Tensor:
+        found = [torch.empty(0, dtype=torch.int64, device=self.device)]
+        for _, first, count in self._rows.extents.spans(self._table, begin, end):
+            for row, meta in self._store.meta_of(first, first + count):
+                old = (meta[:, COUNT] > 0) & (meta[:, LAST_SEEN] <= limit)
+                found.append(old.nonzero().flatten() + row)
+        return torch.cat(found)
+
+    def unused_spans(self) -> Iterator[tuple[int, int]]:
+        """Yield (begin, end) of rows that were given to the table and never taken."""
+        capacity = self._rows.extents.capacity[self._table]
+        for _, row, count in self._rows.extents.spans(self._table, self.end, capacity):
+            yield row, row + count
+
+    def provide(self, end: int, *, limited: bool) -> None:
+        """Provide memory for places [0, end). Raises torch.OutOfMemoryError."""
+        if end > self._rows.extents.capacity[self._table]:
+            self._rows.provide({self._table: end}, limited=limited)
+
+    def spans(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """Return (begin, end) of the rows at places [begin, end)."""
+        return [(row, row + count) for _, row, count in self._rows.extents.spans(self._table, begin, end)]
