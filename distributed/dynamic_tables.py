@@ -38,7 +38,7 @@ from tessera.distributed.torchrec.kernel import Counted, DynamicTableKernel, Pas
 from tessera.distributed.torchrec.row_sharding import DYNAMIC, AskedRows, DynamicSharder
 from tessera.embedding.cached_table import CachedTable
 from tessera.embedding.config import DynamicTableConfig
-from tessera.embedding.table import DynamicTable
+from tessera.embedding.set_table import OwnedTable
 
 EXPIRE_ROWS = 1 << 18  # rows of each table that one call of `expire` looks at: about a millisecond
 
@@ -301,7 +301,7 @@ class DynamicTables(nn.Module):
     def _kernels(self) -> list[DynamicTableKernel]:
         return [k for module in (self.collection, self.bags) if module is not None for k in module.kernels()]
 
-    def owned(self) -> dict[str, DynamicTable]:
+    def owned(self) -> dict[str, OwnedTable]:
         """Return this rank's part of each table, after sharding."""
         return self._by_table([kernel.tables for kernel in self._kernels()])
 

@@ -9,7 +9,7 @@ from torchrec import KeyedJaggedTensor
 
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.ownership import owner_of
-from tessera.embedding.table import DynamicTable
+from tessera.embedding.set_table import OwnedTable
 from tessera.kernels.mix import mix64
 from tessera.kernels.unique import unique_inverse
 
@@ -67,6 +67,6 @@ def _without_row(tables: DynamicTables, asked: list[Tensor]) -> list[Tensor]:
     return [part[inverse] for part, inverse in zip(new.split([d.numel() for d in distinct]), inverses, strict=True)]
 
 
-def _unknown(table: DynamicTable, ids: Tensor) -> Tensor:
+def _unknown(table: OwnedTable, ids: Tensor) -> Tensor:
     """Return bool [n], True where an id has no row. Tables with a cache are on the host, whatever device asks."""
     return (table.lookup(ids.to(table.device), 0, training=False) < 0).to(ids.device)

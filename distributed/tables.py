@@ -16,7 +16,7 @@ from torchrec import KeyedJaggedTensor
 
 from tessera.distributed.host_manager import CacheStats
 from tessera.distributed.plan import TableSize
-from tessera.embedding.table import DynamicTable
+from tessera.embedding.set_table import OwnedTable
 
 
 @runtime_checkable
@@ -93,7 +93,7 @@ class DynamicTablesProtocol(ShardedTables, Protocol):
     prefetches: bool
     learns_scales: bool
 
-    def owned(self) -> dict[str, DynamicTable]:
+    def owned(self) -> dict[str, OwnedTable]:
         """Return this rank's part of each table, after sharding."""
         ...
 
@@ -144,6 +144,6 @@ def as_dynamic(tables: Tables) -> DynamicTablesProtocol | None:
     return tables if isinstance(tables, DynamicTablesProtocol) else None
 
 
-def owned_tables(tables: Tables) -> dict[str, DynamicTable]:
+def owned_tables(tables: Tables) -> dict[str, OwnedTable]:
     """Return this rank's part of each dynamic table by name; nothing if the tables are of another kind."""
     return tables.owned() if isinstance(tables, DynamicTablesProtocol) else {}

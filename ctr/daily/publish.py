@@ -35,7 +35,7 @@ from tessera.distributed.saved.storage import Storage
 from tessera.distributed.saved.tables import TableParts, describe_tables
 from tessera.distributed.tables import owned_tables
 from tessera.embedding.errors import ConfigError
-from tessera.embedding.table import DynamicTable
+from tessera.embedding.set_table import OwnedTable
 
 FOLDER = "published"
 READER = "published"  # of ids that tables gave up
@@ -200,7 +200,7 @@ class Publisher:
         return sum(file["bytes"] for file in manifest["files"].values())
 
 
-def _evicted(table: DynamicTable) -> Tensor:
+def _evicted(table: OwnedTable) -> Tensor:
     """Return the ids, int64 [n] on the host, that a table has evicted since the last publication."""
     ids = table.evicted(READER)
     assert ids is not None  # or the publication would be a whole one

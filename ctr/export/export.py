@@ -40,7 +40,7 @@ from tessera.distributed.tables import owned_tables
 from tessera.embedding.convert import ConversionError
 from tessera.embedding.errors import ConfigError
 from tessera.embedding.row_batch import RowBatch
-from tessera.embedding.table import DynamicTable
+from tessera.embedding.set_table import OwnedTable
 
 COMMAND = "export.py"
 EQUAL, EQUAL_AMP = 1e-6, 2e-2  # how far a score may lie from evaluation's where no row is rounded anew
@@ -233,7 +233,7 @@ def _ids_by_table(golden: pa.Table, schema: Schema) -> dict[str, np.ndarray]:
     }
 
 
-def _import(table: DynamicTable, part: RowPart) -> None:
+def _import(table: OwnedTable, part: RowPart) -> None:
     count = len(part.ids)
     if not count:
         return

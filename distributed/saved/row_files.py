@@ -30,7 +30,7 @@ from tessera.distributed.saved.manifest import CheckpointError
 from tessera.distributed.saved.storage import Storage
 from tessera.embedding.errors import TesseraError
 from tessera.embedding.row_batch import RowBatch
-from tessera.embedding.table import DynamicTable
+from tessera.embedding.set_table import OwnedTable
 from tessera.kernels.mix import mix64
 
 Columns = dict[str, Tensor]
@@ -61,7 +61,7 @@ def columns_of(batch: RowBatch) -> Columns:
     return {name: tensor.cpu() for name, tensor in named.items() if tensor is not None}
 
 
-def rows_of(table: DynamicTable, leave_out: tuple[str, ...] = (), since: int | None = None) -> ColumnSource:
+def rows_of(table: OwnedTable, leave_out: tuple[str, ...] = (), since: int | None = None) -> ColumnSource:
     """Return a source of all rows of a table as they are now, or of those touched since a mark. Another thread may
     write them while the table changes."""
     snapshot, rows = table.snapshot(), torch.empty(0, dtype=torch.int64)
@@ -75,7 +75,7 @@ def rows_of(table: DynamicTable, leave_out: tuple[str, ...] = (), since: int | N
         columns = columns_of(snapshot.read(rows[positions]))
         return {name: column for name, column in columns.items() if name not in leave_out}
 
-    return ColumnSource(ids, read, lambda: table.release(snapshot))
+    return ColumnSource(ids, read, snapshot.release)
 
 
 def copied(columns: Columns) -> ColumnSource:
@@ -240,7 +240,7 @@ def files_of(storage: Storage, kind: str, table: str, process: Process) -> list[
     return [f"{folder}/{name}" for rank, name in enumerate(names) if rank % common == process.rank % common]
 
 
-def empty_columns(table: DynamicTable) -> Columns:
+def empty_columns(table: OwnedTable) -> Columns:
     """Return the columns of the table without any rows."""
     return columns_of(table.read_rows(torch.empty(0, dtype=torch.int64, device=table.device)))
 
@@ -248,7 +248,7 @@ def empty_columns(table: DynamicTable) -> Columns:
 def to_batch(
     columns: Columns,
     expected: Columns,
-    table: DynamicTable,
+    table: OwnedTable,
     path: str,
     *,
     with_state: bool,

@@ -37,9 +37,9 @@ from tessera.distributed.saved.states import DamagedState, Saved, first_problem
 from tessera.distributed.saved.storage import Storage
 from tessera.embedding.errors import TesseraError
 from tessera.embedding.row_batch import RowBatch
-from tessera.embedding.table import DynamicTable
+from tessera.embedding.set_table import OwnedTable
 
-Tables = dict[str, DynamicTable]
+Tables = dict[str, OwnedTable]
 READER = "states"  # of evicted ids
 ADMISSION_COLUMNS = {"admission/ids": "id", "admission/counts": "count", "admission/last_seen": "last_seen"}
 
@@ -103,7 +103,7 @@ class TableSaver:
             self._evicted_count[name] = _evicted_count(table)
 
 
-def _evicted_count(table: DynamicTable) -> float:
+def _evicted_count(table: OwnedTable) -> float:
     stats = table.stats()
     return stats["expired"] + stats["evicted"]
 
@@ -205,7 +205,7 @@ def _rows_to_reserve(folder: Storage, there: str, process: Process) -> int:
 
 
 def _batches(
-    table: DynamicTable, folder: Storage, there: str, process: Process, hidden: Tensor | None, kinds: dict[str, bool]
+    table: OwnedTable, folder: Storage, there: str, process: Process, hidden: Tensor | None, kinds: dict[str, bool]
 ) -> Iterator[RowBatch]:
     """Yield the table's rows in a folder as batches to import. hidden: evicted ids of newer folders; None if the folder
     is the only one. kinds: the last arguments of `to_batch`."""
@@ -217,7 +217,7 @@ def _batches(
             yield to_batch(columns, expected, table, f"{folder.name}/{path}", **kinds)
 
 
-def _without(columns: Columns, table: DynamicTable, hidden: Tensor) -> Columns:
+def _without(columns: Columns, table: OwnedTable, hidden: Tensor) -> Columns:
     """Leave out rows that the table has already from a newer state, and those evicted since."""
     ids = columns["id"]
     known = table.lookup(ids.to(table.device), 0, training=False).cpu() >= 0

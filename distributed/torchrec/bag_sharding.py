@@ -9,7 +9,7 @@ reduce-scatter, wants equally many rows on all ranks under gloo and adds in the 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ from tessera.distributed.torchrec.bags_exchange import AskedBags, OwnedBags, own
 from tessera.distributed.torchrec.kernel import DynamicTableKernel, Request
 from tessera.distributed.torchrec.ready import Ready
 from tessera.distributed.torchrec.row_sharding import DYNAMIC, HasKernels, RowWiseDynamic
-from tessera.kernels.unique import unique_inverse
+from tessera.kernels.unique import unique_tables
 
 
 class DynamicBagKernel(DynamicTableKernel):
@@ -92,25 +92,15 @@ class DynamicBagKernel(DynamicTableKernel):
         squares = (values.square().sum(1) * counts).sum() / (self._ranks if get_gradient_division() else 1)
         if not self.tells_missing:
             return squares, counts.new_zeros(len(self.tables))
-        missing = (rows[:, -1].detach() * counts).split([b - a for a, b in pairwise(request.bounds)])
+        missing = (rows[:, -1].detach() * counts).split(request.bounds.diff().tolist())
         return squares, torch.stack([one.sum() for one in missing])
 
     def request(self, features: OwnedBags) -> Request:
-        times = features.times
-        values, ends, key = features.values(), features.offset_per_key(), 0
-        places, bounds = torch.empty_like(values), [0]
-        distinct, counts = [], []
-        for count in self._features:
-            span = slice(ends[key], ends[key + count])
-            unique, inverse, occurrences = unique_inverse(values[span])
-            places[span] = inverse + bounds[-1]
-            bounds.append(bounds[-1] + unique.numel())
-            distinct.append(unique)
-            counts.append(occurrences)
-            key += count
-        if times is not None:
-            times = latest(times, places, bounds[-1])
-        return Request(torch.cat(distinct), torch.cat(counts), times, bounds, places)
+        counts = torch.tensor([0, *accumulate(self._features)])
+        ends = torch.tensor(features.offset_per_key())[counts].to(features.values().device)
+        distinct, places, occurrences, bounds = unique_tables(features.values(), ends)
+        times = None if features.times is None else latest(features.times, places, distinct.numel())
+        return Request(distinct, occurrences, times, bounds, places)
 
 
 class DynamicBagLookup(GroupedPooledEmbeddingsLookup):

@@ -1,7 +1,8 @@
 """The compute kernel that torchrec runs on the owner of rows: dynamic tables instead of fbgemm's static ones.
 
 It receives, per table, the ids that every rank asks for with their counts, and gives their rows; in the backward pass
-it receives the rows' gradients and updates the tables at once, so that no gradient leaves it.
+it receives the rows' gradients and updates the tables at once, so that no gradient leaves it. Tables of one layout are
+one set, looked up and updated by one call each, whatever their number (`parts.py`).
 
 A step that learns scales (ALPT) has two such passes over one batch. The first updates the optimizer's state and
 keeps the new rows of the batch in float32; the second gives them as they would be stored, and its gradients update
@@ -17,7 +18,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -27,18 +27,25 @@ from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 
-from tessera.distributed.event_times import ages_at, latest, unpacked
+from tessera.distributed.event_times import ages_at, unpacked
 from tessera.distributed.host_manager import HostManager
 from tessera.distributed.id_exchange import ReceivedIds
 from tessera.distributed.module_names import module_name
 from tessera.distributed.projections import columns_in
-from tessera.embedding.alpt import TwoPassUpdate
-from tessera.embedding.cached_table import CachedTable, make_table
+from tessera.distributed.torchrec.parts import (
+    Answers,
+    CachedPart,
+    Found,
+    LookUps,
+    Part,
+    SetPart,
+    numbers_of_sets,
+)
+from tessera.embedding.cached_table import CachedTable
+from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.errors import CacheFull, TableFull
-from tessera.embedding.row_cache import CachedRows
-from tessera.embedding.table import DynamicTable
+from tessera.embedding.set_table import SetTable
 from tessera.kernels.mix import unmix64
-from tessera.kernels.unique import unique_inverse
 
 
 class Pass(Enum):
@@ -49,17 +56,6 @@ class Pass(Enum):
     SECOND = auto()
 
 
-@dataclass
-class FoundRows:
-    """A table's rows of one batch. rows: int64 [u], their numbers in `where`, which the step reads and updates; ids:
-    int64 [u]; inverse: int64 [n], None if no id was asked for twice."""
-
-    where: DynamicTable | CachedRows
-    rows: Tensor
-    ids: Tensor
-    inverse: Tensor | None
-
-
 class Counted(NamedTuple):
     """Counts of a table at some moment: its `stats`, and the totals of its cache if it has one."""
 
@@ -67,25 +63,27 @@ class Counted(NamedTuple):
     cache: dict[str, int] | None
 
     @classmethod
-    def of(cls, table: DynamicTable) -> Counted:
+    def of(cls, table: SetTable | CachedTable) -> Counted:
         return cls(table.stats(), dict(table.cache.total) if isinstance(table, CachedTable) else None)
 
 
 @dataclass
 class Request:
     """Look-ups of one batch in all tables of a kernel. mixed: int64 [n], those of table t from bounds[t] on; counts:
-    [n]; times: int64 [n], of the latest event of each id, None: that of the batch.
-    places: int64, for each id of a bag its place in mixed, with the pooled output dist. order: int64 [n], where each
-    look-up stood among those that came, None: there. found: by table, once the ids
-    are looked up; counted: by table at that moment, for a batch that is prefetched."""
+    [n]; times: int64 [n], of the latest event of each id, None: that of the batch;
+    bounds: int64 [T + 1]. places: int64, for each id of a bag its place in mixed, with the pooled output dist. order:
+    int64 [n], where each look-up stood among those that came, None: there. found: by part of the kernel, once the ids
+    are looked up; at: for each part, where its look-ups stood; counted: by table at that moment, for a batch that is
+    prefetched."""
 
     mixed: Tensor
     counts: Tensor
     times: Tensor | None
-    bounds: list[int]
+    bounds: Tensor
     places: Tensor | None = None
     order: Tensor | None = None
-    found: list[FoundRows] | None = None
+    found: list[Found] | None = None
+    at: list[Tensor] | None = None
     counted: list[Counted] | None = None
 
 
@@ -111,7 +109,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     """The parts of all dynamic tables of one model that this rank owns.
 
     Attributes:
-        tables: in the order of torchrec's grouped config.
+        tables: in the order of torchrec's grouped config, each as one that can be asked by itself.
         now: time of the batch in seconds, set by the caller before each training step, as phase is.
     """
 
@@ -121,22 +119,18 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         configs = {module_name(table.name): table for table in fused["table_configs"]}
         self.names = self._names_of_tables(config)
         self._device_of_rows = torch.device("cpu") if device is None else device
-        self.tables = [make_table(configs[name], self._device_of_rows) for name in self.names]
+        self._configs = [configs[name] for name in self.names]
         self.repeats = pg is not None and pg.size() > 1  # each rank sends an id once; two ranks may send the same one
         self._rank = pg.rank() if pg is not None and pg.size() > 1 else None
         self.tells_missing = fused["tells_missing"]
-        #: Of each table: where its columns lie in an answer, None if it has all of them.
-        dims = dict(fused["dims"])
-        places = [columns_in(table.config, dims) for table in self.tables]
-        self._columns = [None if one is None else one.to(self._device_of_rows) for one in places]
-        self._width = sum(dims.values())
+        self._dims = dict(fused["dims"])
+        self.clear()
         self._prefetched: deque[Callable[[], Request]] = deque()
         self._counted: list[Counted] = []
         self.now = 0
         self.phase = Pass.ONLY
-        # Per table, between the two passes: the rows, their numbers and the inverse.
-        self._updates: list[tuple[TwoPassUpdate, Tensor, Tensor | None]] = []
-        self._optim = RowLearningRates([table.config.optimizer.lr for table in self.tables])
+        self._first: Request | None = None  # between the two passes
+        self._optim = RowLearningRates([table.optimizer.lr for table in self._configs])
         # Autograd runs a function's backward only if some input wants a gradient, and it does not track rows.
         self._handle = torch.zeros((), requires_grad=True)
         for table in config.embedding_tables:
@@ -192,37 +186,27 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         """Return the look-ups of a batch."""
         assert isinstance(features, ReceivedIds)
         counts, times = unpacked(features.columns[0])
-        return Request(features.ids, counts, times, features.bounds, order=features.order)
+        return Request(
+            features.ids, counts, times, torch.tensor(features.bounds).to(counts.device), order=features.order
+        )
 
     def rows(self, request: Request) -> Tensor:
         """Return the rows asked for, [n, width], differentiable."""
         rows: Tensor = _LookUp.apply(self._handle, self, request)  # type: ignore[no-untyped-call]
         return rows
 
-    def find(self, request: Request, now: int) -> list[FoundRows]:
+    def find(self, request: Request, now: int) -> list[Found]:
         """Look the ids of a batch up in all tables, in training with all that this changes."""
-        found, bounds = [], request.bounds
-        ids_of_all, counts_of_all = unmix64(request.mixed), request.counts
-        seen_of_all = None if request.times is None else now - ages_at(now, request.times)
-        for table, begin, end in zip(self.tables, bounds, bounds[1:], strict=False):
-            ids, counts, inverse = ids_of_all[begin:end], counts_of_all[begin:end], None
-            seen = now if seen_of_all is None else seen_of_all[begin:end]
-            if self.repeats:
-                ids, inverse, _ = unique_inverse(ids)
-                counts = torch.zeros_like(ids).index_add_(0, inverse, counts)
-                seen = latest(seen, inverse, ids.numel()) if isinstance(seen, Tensor) else seen
-            found.append(FoundRows(*self._rows_of(table, ids, counts, seen), ids, inverse))
-        return found
-
-    def _rows_of(
-        self, table: DynamicTable, ids: Tensor, counts: Tensor, now: int | Tensor
-    ) -> tuple[DynamicTable | CachedRows, Tensor]:
+        ids, counts = unmix64(request.mixed), request.counts
+        seen = now if request.times is None else now - ages_at(now, request.times)
+        whole = LookUps(ids, counts, seen, request.bounds, request.order, self.repeats)
         try:
-            if not isinstance(table, CachedTable):
-                return table, table.lookup(ids, now, counts, training=self.training)
-            if self.training:
-                return table.bring(ids, now, counts)
-            return table, table.lookup(ids.to(table.device), 0, training=False)
+            if self._is_one_set:
+                return [self.parts[0].find(whole, training=self.training)]
+            spans = [span_of(request.bounds, part.numbers) for part in self.parts]
+            request.at = [at if request.order is None else request.order[at] for at, _ in spans]
+            parts = zip(self.parts, spans, strict=True)
+            return [part.find(whole.of(at, bounds), training=self.training) for part, (at, bounds) in parts]
         except (TableFull, CacheFull) as error:
             if self._rank is None:
                 raise
@@ -232,65 +216,62 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     def look_up(self, request: Request) -> Tensor:
         """Return the rows of all tables in the order in which they were asked for: those of the request, or in a second
         pass those of the first."""
-        if self.phase is Pass.SECOND and self.training:
-            updates = zip(self._updates, self._columns, strict=True)
-            parts = [self._answer(u.gather(inv), rows, inv, columns) for (u, rows, inv), columns in updates]
-        else:
-            if request.found is None:
-                request.found = self.find(request, self.now)
-            found = zip(request.found, self._columns, strict=True)
-            parts = [self._answer(self._values(f), f.rows, f.inverse, columns) for f, columns in found]
-        if request.order is None:
-            return torch.cat(parts)
-        answer = parts[0].new_empty((request.order.numel(), parts[0].shape[1]))
-        spans = pairwise(request.bounds)
-        for part, (begin, end) in zip(parts, spans, strict=True):
-            answer.index_copy_(0, request.order[begin:end], part)
-        return answer
-
-    def _values(self, found: FoundRows) -> Tensor:
-        if found.rows.device == found.ids.device:
-            return found.where.gather(found.rows, found.inverse)
-        # The table is on the host, and outside of training nothing is brought to its cache.
-        values = found.where.gather(found.rows).to(found.ids.device)
-        return values if found.inverse is None else values[found.inverse]
-
-    def _answer(self, values: Tensor, rows: Tensor, inverse: Tensor | None, columns: Tensor | None) -> Tensor:
-        if columns is not None:
-            # torchrec sends rows of one width alone. Zeros stand where a narrow table has no columns.
-            values = values.new_zeros((values.shape[0], self._width)).index_copy_(1, columns, values)
-        if not self.tells_missing:
-            return values
-        missing = (rows < 0).unsqueeze(1).to(values)
-        return torch.cat([values, missing if inverse is None else missing[inverse]], 1)
+        second = self.phase is Pass.SECOND and self.training
+        if second:
+            assert self._first is not None, "no first pass"
+            request = self._first
+        if request.found is None:
+            request.found = self.find(request, self.now)
+        parts: list[tuple[Any, Any]] = list(zip(self.parts, request.found, strict=True))
+        answers: list[Tensor] = [part.second_answers(found) if second else part.answers(found) for part, found in parts]
+        if request.at is None:
+            return answers[0]
+        whole = answers[0].new_empty((request.mixed.numel(), answers[0].shape[1]))
+        for at, answer in zip(request.at, answers, strict=True):
+            whole.index_copy_(0, at, answer)
+        return whole
 
     def update(self, grads: Tensor, request: Request) -> None:
-        if self.tells_missing:
-            grads = grads[:, :-1]
-        grads = grads.contiguous() if request.order is None else grads[request.order]
-        spans = zip(request.bounds, request.bounds[1:], self._columns, strict=False)
-        parts = [_cut(grads[begin:end], columns) for begin, end, columns in spans]
-        if self.phase is Pass.SECOND:
-            for (update, _, inverse), part in zip(self._updates, parts, strict=True):
-                update.learn(part, inverse)
-            self._updates = []
-            return
+        """Train rows by the gradients of what `look_up` gave, in this pass or the first."""
+        second = self.phase is Pass.SECOND
+        request = self._first if second and self._first is not None else request
+        self._first = request if self.phase is Pass.FIRST else None
         assert request.found is not None
-        for found, part, lr in zip(request.found, parts, self._optim.rates, strict=True):
-            rows, inverse = found.rows, found.inverse
+        pieces = [grads] if request.at is None else [grads[at] for at in request.at]
+        parts: list[tuple[Any, Any, Tensor]] = list(zip(self.parts, request.found, pieces, strict=True))
+        for part, found, piece in parts:
+            if second:
+                part.learn(piece, found)
+                continue
+            rates = [self._optim.rates[number] for number in part.numbers]
             if self.phase is Pass.FIRST:
-                self._updates.append((found.where.begin_update(rows, part, inverse, lr, found.ids), rows, inverse))
-            elif part.numel():
-                found.where.update(rows, part, inverse, lr, found.ids)
+                part.begin_update(piece, found, rates)
+            else:
+                part.update(piece, found, rates)
 
     def end_second_pass(self) -> None:
         """Go back to steps of one pass. Rows that a failed pass has not stored keep the values that they had."""
-        self.phase = Pass.ONLY
-        self._updates = []
+        self.phase, self._first = Pass.ONLY, None
+        for part in self.parts:
+            part.end_second_pass()
 
     def clear(self) -> None:
         """Forget all rows."""
-        self.tables = [make_table(table.config, self._device_of_rows) for table in self.tables]
+        device, self.parts = self._device_of_rows, list[Part]()
+        for numbers in numbers_of_sets(self._configs):
+            of_set = [self._configs[number] for number in numbers]
+            self.parts.append(SetPart(of_set, numbers, self._answers_of(of_set[0]), device))
+        for number, config in enumerate(self._configs):
+            if config.cache_limit is not None:
+                self.parts.append(CachedPart(CachedTable(config, device), number, self._answers_of(config)))
+        of_number = {n: table for part in self.parts for n, table in zip(part.numbers, part.tables, strict=True)}
+        self.tables = [of_number[number] for number in range(len(self._configs))]
+        self._is_one_set = len(self.parts) == 1 and isinstance(self.parts[0], SetPart)
+
+    def _answers_of(self, config: DynamicTableConfig) -> Answers:
+        columns = columns_in(config, self._dims)
+        columns = None if columns is None else columns.to(self._device_of_rows)
+        return Answers(columns, sum(self._dims.values()), tells_missing=self.tells_missing)
 
     # The methods that torchrec requires of a kernel.
 
@@ -323,9 +304,12 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         return destination if destination is not None else {}
 
 
-def _cut(grads: Tensor, columns: Tensor | None) -> Tensor:
-    """Return the gradients of the columns that a table has."""
-    return grads if columns is None else grads.index_select(1, columns)
+def span_of(bounds: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the places of the look-ups of some tables, one table's behind the other's: int64 [k]; and their bounds."""
+    ends = bounds.tolist()
+    spans = [torch.arange(ends[number], ends[number + 1], device=bounds.device) for number in numbers]
+    lengths = torch.tensor([0, *(span.numel() for span in spans)], device=bounds.device)
+    return torch.cat(spans), lengths.cumsum(0)
 
 
 class _LookUp(torch.autograd.Function):
