@@ -46,7 +46,7 @@ class Engine:
         self.tables: Tables = self.network.tables
         self.sharded, self.dynamic = as_sharded(self.tables), as_dynamic(self.tables)
         self.optimizers = Optimizers(config.optimizer, self.model)
-        self.loss = TaskLoss(schema.tasks, self.network.tower, process, config.trainer.loss_divisor)
+        self.loss = TaskLoss(schema.tasks, self.network.tower, process.rank, config.trainer.loss_divisor)
         distil = config.trainer.distil
         self.distil = None if distil.kind == "none" else Distillation(distil, process.device)
         self.progress = Progress()

@@ -21,15 +21,14 @@ from tessera.ctr.data.labels import Label
 from tessera.ctr.models.tower import Tower
 from tessera.ctr.train.losses import RANKED, loss_of_rows, ranking_loss
 from tessera.distributed.collectives import gather, sum_over_ranks
-from tessera.distributed.rank import Process
 
 
 class TaskLoss:
     """The loss of a batch to its labels, as this rank's part of a sum over all ranks."""
 
-    def __init__(self, labels: Sequence[Label], tower: Tower, process: Process, divisor: str = "batch") -> None:
+    def __init__(self, labels: Sequence[Label], tower: Tower, rank: int = 0, divisor: str = "batch") -> None:
         """divisor: batch | task, see `trainer.loss_divisor`."""
-        self._labels, self._joint, self._process = tuple(labels), tower.trains_joint, process
+        self._labels, self._joint, self._rank = tuple(labels), tower.trains_joint, rank
         self._by_task = divisor == "task"
         of_tower = tower.loss_weights or (1.0,) * len(self._labels)
         self._weights = [label.weight * factor for label, factor in zip(self._labels, of_tower, strict=True)]
@@ -79,7 +78,7 @@ class TaskLoss:
         logit stands in the losses of other ranks' rows, too. So every rank computes the whole, and none has to wait for
         another in the backward pass.
         """
-        rank, rows = self._process.rank, len(logit)
+        rank, rows = self._rank, len(logit)
         everyone = gather(torch.cat([logit.detach(), value, weight])).unflatten(1, (3, rows))
         logits = everyone[:, 0].clone()
         logits[rank] = logit

@@ -17,7 +17,7 @@ from tessera.ctr.network import build_tower
 from tessera.ctr.train.evaluate import evaluate
 from tessera.ctr.train.trainer import Trainer
 from tessera.embedding.errors import ConfigError, TesseraError
-from tests.ctr.models.names import MODELS
+from tests.ctr.models.names import OF_ONE_LABEL as MODELS
 from tests.ranks import on_ranks
 
 CROSSES_NOTHING = ("dnn", "final_mlp", "lr", "wide_deep")

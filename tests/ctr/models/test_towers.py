@@ -1,7 +1,6 @@
 """Each model against its slow version: logits and all gradients, in float64."""
 
 from functools import cache, partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +10,9 @@ from tessera.ctr.config import load_config
 from tessera.ctr.instantiate import instantiate
 from tessera.ctr.models.numeric import AutoDis, Bucketised, Raw, ScaledVectors
 from tessera.ctr.models.tower import Fields
-from tests.ctr.models.names import MODELS
+from tests.ctr.models.names import OF_ONE_LABEL as MODELS
 from tests.ctr.models.reference import BY_CLASS
 
-ROOT = Path(__file__).resolve().parents[3]
 ROWS, DIM = 5, 4
 NUMERIC = {
     "scaled": partial(ScaledVectors, init_std=0.5),

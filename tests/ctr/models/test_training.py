@@ -10,7 +10,7 @@ from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.rank import Process
-from tests.ctr.models.names import MODELS
+from tests.ctr.models.names import OF_ONE_LABEL as MODELS
 from tests.ranks import on_ranks
 
 QUICK = ["autoint_plus", "fgcnn"]  # the others by -m slow

@@ -1,0 +1,173 @@
+"""Models over several labels against their slow versions, in float64; what they are equal to, and what they refuse."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from tessera.ctr.config import load_config
+from tessera.ctr.data.labels import labels_of
+from tessera.ctr.instantiate import instantiate
+from tessera.ctr.models.numeric import ScaledVectors
+from tessera.ctr.models.tower import Fields
+from tessera.embedding.errors import ConfigError
+from tests.ctr.models.names import MODELS, OVER_LABELS
+from tests.ctr.models.reference_labels import OVER_LABELS as SLOW
+
+FUNNEL = ["click", {"name": "cart", "where": "click"}, {"name": "buy", "where": "cart"}]
+APART = ["click", "like", "share"]
+SMALL = {"bottom": [6, 5], "expert": [6, 5], "hidden": [6, 5], "head": [4], "gate": [3], "relation": [3]}
+OWN = {"gnolr": {"user": ["I0", "C0", "C2"], "shares": [0.3, 0.1, 0.02], "slopes": [1.0, 1.2, 1.5]}}
+DNN = {"target": "tessera.ctr.models.dnn.DNN", "hidden": [7], "dropout": 0.0, "batch_norm": False}
+VARIANTS = [
+    ("mmoe", {"experts": 1, "gate": []}),
+    ("mmoe", {"body": DNN}),
+    ("shared_bottom", {"body": DNN}),
+    ("ple", {"layers": 3, "own": 2, "shared": 2}),
+    ("ple", {"layers": 2, "shared_gate": "shared"}),
+    ("ple", {"own": 0, "shared": 3}),
+]
+
+
+def fields_of(labels, numeric: int = 2, ids: int = 4) -> Fields:
+    names = tuple(f"I{i}" for i in range(numeric)), tuple(f"C{i}" for i in range(ids))
+    return Fields(*names, ScaledVectors, labels_of(labels), len(labels))
+
+
+def make(model: str, fields: Fields, **changes):
+    torch.manual_seed(5)
+    config = OmegaConf.to_container(OmegaConf.create(load_config([f"model={model}"], "").model))
+    config |= {key: value for key, value in SMALL.items() if key in config} | OWN.get(model, {}) | changes
+    tower = instantiate({**config, "embedding_dim": 4}, "model", fields).double()
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return tower
+
+
+def inputs(tower, fields: Fields, rows: int = 5):
+    torch.manual_seed(6)
+    numeric = torch.randn(rows, len(fields.numeric), dtype=torch.float64)
+    shapes = {group: (rows, len(fields.ids), dim) for group, dim in tower.embedding_dims.items()}
+    return numeric, {g: torch.randn(s, dtype=torch.float64, requires_grad=True) for g, s in shapes.items()}
+
+
+@pytest.mark.parametrize(("model", "changes"), [(model, {}) for model in OVER_LABELS] + VARIANTS)
+def test_logits_and_gradients(model, changes):
+    fields = fields_of(FUNNEL if model in ("esmm", "gnolr") else APART)
+    tower = make(model, fields, **changes)
+    numeric, embeddings = inputs(tower, fields)
+    fast, slow = tower(numeric, embeddings), SLOW[type(tower).__name__](tower, numeric, embeddings)
+    assert fast.shape == (5, 3)
+    torch.testing.assert_close(fast, slow, rtol=1e-6 if model == "gnolr" else 1e-9, atol=1e-9)
+    wanted, pull = [*embeddings.values(), *tower.parameters()], torch.randn(5, 3, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad(out, wanted, pull, allow_unused=True) for out in (fast, slow))
+    # Of one expert the softmax is 1 whatever its gate says.
+    assert all(one is not None for one in ours), "data parallel refuses parameters without a gradient"
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("model", [name for name in OVER_LABELS if name not in ("esmm", "gnolr")])
+def test_one_label_gives_a_vector(model):
+    fields = fields_of(["click"])
+    tower = make(model, fields)
+    assert tower(*inputs(tower, fields)).shape == (5,)
+
+
+def test_one_expert_is_a_shared_bottom_and_ple_without_own_experts_is_mmoe():
+    fields = fields_of(APART)
+    one, bottom = make("mmoe", fields, experts=1), make("shared_bottom", fields)
+    bottom.bottom.load_state_dict(one.experts.state_dict())
+    bottom.heads.load_state_dict(one.heads.state_dict())
+    x = inputs(one, fields)
+    torch.testing.assert_close(one(*x), bottom(*x), rtol=0, atol=1e-14)
+    mmoe, ple = make("mmoe", fields, experts=3), make("ple", fields, own=0, shared=3)
+    ple.embed.load_state_dict(mmoe.experts.embed.state_dict())
+    ple.extraction[0].shared.load_state_dict(mmoe.experts.nets.state_dict())
+    ple.extraction[0].gates.load_state_dict(mmoe.gate.state_dict())
+    ple.heads.load_state_dict(mmoe.heads.state_dict())
+    torch.testing.assert_close(mmoe(*x), ple(*x), rtol=0, atol=1e-14)
+
+
+def test_gates_of_the_last_batch_are_known_by_label():
+    fields = fields_of(APART)
+    mmoe, ple = make("mmoe", fields), make("ple", fields, layers=2)
+    numeric, embeddings = inputs(mmoe, fields)
+    mmoe(numeric, embeddings)
+    flat = mmoe.experts(numeric, embeddings)[1]
+    share = torch.softmax(mmoe.gate[1].mlp(flat), 1).mean(0)
+    assert list(mmoe.gates()) == APART and torch.allclose(mmoe.gates()["like"].double(), share.double(), atol=1e-6)
+    ple(numeric, embeddings)
+    assert list(ple.gates()) == [*(f"0.{name}" for name in APART), "0.shared", *(f"1.{name}" for name in APART)]
+    assert all(abs(float(one.sum()) - 1) < 1e-6 for one in ple.gates().values())
+
+
+def test_levels_of_gnolr_stay_apart_where_they_nearly_meet():
+    """With slopes just below what is allowed and cosines of 1, q_1 - q_2 is about 1e-7, and gradients stay finite."""
+    fields = fields_of(FUNNEL[:2])
+    gap = torch.logit(torch.tensor(0.3)) - torch.logit(torch.tensor(0.1))
+    tower = make("gnolr", fields, shares=[0.3, 0.1], slopes=[1.0, float(gap) - 1e-6])
+    numeric, embeddings = inputs(tower, fields)
+    with torch.no_grad():
+        for nets in tower.nets:
+            nets[1][-1].weight.zero_()  # both sides answer their bias: equal ones have a cosine of 1
+            nets[1][-1].bias.fill_(1.0)
+    logits = tower(numeric, embeddings)
+    logits.sum().backward()
+    assert logits.isfinite().all() and (logits[:, 1] > 10).all()
+    assert embeddings["v"].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("model", ["esmm", "gnolr"])
+@pytest.mark.parametrize(
+    "labels", [["click"], ["click", "buy"], APART, [FUNNEL[0], FUNNEL[1], {"name": "buy", "where": "click"}]]
+)
+def test_labels_that_are_no_funnel_are_refused(model, labels):
+    with pytest.raises(ConfigError, match=r"whose labels are a funnel, .*has click.*; expected labels of 0 and 1"):
+        make(model, fields_of(labels))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"slopes": [1.0, 1.35, 1.0]}, r"model.slopes\[1\] is 1.35; .*less than 1.35, .*a probability can be negative"),
+        ({"slopes": [0.0, 1.0, 1.0]}, r"model.slopes\[0\] is 0; expected more than 0$"),
+        ({"slopes": [1.0, 1.0]}, "model.slopes has 2 numbers; expected one for each of 3 labels"),
+        (
+            {"shares": [0.1, 0.3, 0.02]},
+            "model.shares is .*; expected the shares of rows that reach each level",
+        ),
+        ({"user": ["I0", "C9"]}, "model.user names 'C9', which is no feature"),
+        ({"user": []}, "model.user has 0 of 6 features; expected"),
+    ],
+)
+def test_settings_of_gnolr_that_cannot_be_are_refused(changes, line):
+    with pytest.raises(ConfigError, match=line):
+        make("gnolr", fields_of(FUNNEL), **changes)
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if name not in OVER_LABELS])
+def test_models_of_one_label_have_heads_or_say_that_they_have_none(model):
+    from tessera.ctr.data.schema import Schema
+    from tessera.ctr.network import build_tower
+
+    features = "[{name: x, kind: numeric}, {name: a}, {name: b}, {name: c}]"
+    small = ["model.kernel=3"] if model == "fgcnn" else []
+    config = load_config([f"model={model}", f"data.schema.features={features}", "data.schema.time=null", *small], "")
+    config.data.schema.labels = APART
+    schema = Schema(config.data.schema)
+    if model in ("autoint", "autoint_plus", "dcn_v2", "dnn", "fgcnn", "ipnn", "kpnn", "opnn", "pin"):
+        tower = build_tower(config, schema)
+        embeddings = {group: torch.randn(3, 3, dim) for group, dim in tower.embedding_dims.items()}
+        assert tower(torch.randn(3, 1), embeddings).shape == (3, 3)
+    else:
+        with pytest.raises(ConfigError, match="answers one label, and data.schema.labels has click, like, share; exp"):
+            build_tower(config, schema)
+
+
+def test_a_body_of_one_logit_is_refused():
+    deepfm = {**DNN, "target": "tessera.ctr.models.deepfm.DeepFM"}
+    with pytest.raises(ConfigError, match="model.body.target is .*DeepFM, which answers one logit and cannot"):
+        make("mmoe", replace(fields_of(APART)), body=deepfm)
