@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tessera.ctr.report.result import PREDICTIONS, settle_result
+from tessera.ctr.report.result import PREDICTIONS, TASKS, answer_folder, settle_result
 from tessera.distributed.threads import let_idle_threads_sleep
 from tessera.embedding.errors import ConfigError, TesseraError, did_you_mean
 
@@ -65,14 +65,24 @@ class Run:
             raise ConfigError(f"{self.folder} holds no report.json; expected the folder of a finished run")
         return json.loads(path.read_text())
 
-    def predictions(self, split: str = "test") -> pa.Table:
+    def predictions(self, split: str = "test", label: str = "") -> pa.Table:
         """Return the predictions for each row of a split: prediction float32, label, weight, and the other stored
         columns.
 
-        Raises ConfigError: the split was not scored.
+        label: which of several; also click_and_buy, of a funnel. Rows in which it does not count have weight 0.
+
+        Raises ConfigError: the split was not scored, or there is no such label.
         """
         settle_result(self.folder)
-        files = sorted((self.folder / PREDICTIONS).glob(f"{split}-*.parquet"))
+        tasks = self.folder / TASKS
+        if tasks.is_dir():
+            names = sorted(one.name for one in tasks.iterdir())
+            if label not in names:
+                found = f"label {label!r}" if label else "no label"
+                raise ConfigError(f"{self.folder} has several labels: {', '.join(names)}; found {found}")
+        elif label:
+            raise ConfigError(f"{self.folder} has a single label; expected no name of one, found {label!r}")
+        files = sorted(answer_folder(self.folder / PREDICTIONS, label).glob(f"{split}-*.parquet"))
         if not files:
             raise ConfigError(f"{self.folder} holds no predictions of split {split!r}")
         return pa.concat_tables([pq.read_table(path) for path in files])
@@ -158,7 +168,7 @@ def score(
     Raises TesseraError: what the command would print as its error.
     """
     let_idle_threads_sleep()
-    from tessera.ctr.runs.score_rows import config_to_score, score_rows
+    from tessera.ctr.runs.score_rows import columns_of, config_to_score, score_rows
     from tessera.distributed.collectives import from_first_rank, on_first_rank, wait_for_all
 
     folder = run.folder if isinstance(run, Run) else Path(run)
@@ -166,7 +176,7 @@ def score(
     config = config_to_score(folder, list(overrides))
     table = None if isinstance(data, str | list | tuple | os.PathLike) else _table(data)
     if table is not None and not table.num_rows:
-        return _no_predictions(table, keep)
+        return _no_predictions(table, keep, columns_of(config))
     with _process(config) as process, tempfile.TemporaryDirectory() as mine:
         place = Path(from_first_rank(mine))
         paths = data
@@ -195,12 +205,15 @@ def _table(data: Any) -> pa.Table:
         raise ConfigError(f"data cannot be read as a table: {' '.join(str(error).split())}") from None
 
 
-def _no_predictions(table: pa.Table, keep: Sequence[str]) -> pa.Table:
+def _no_predictions(table: pa.Table, keep: Sequence[str], columns: Sequence[str]) -> pa.Table:
     """Return what `score` does for a table without rows, which has no parquet file to read."""
     unknown = next((name for name in keep if name not in table.column_names), None)
     if unknown is not None:
         raise ConfigError(f"data has no column {unknown!r} to keep{did_you_mean(unknown, table.column_names)}")
-    return table.select(list(keep)).append_column("prediction", pa.array([], pa.float32()))
+    found = table.select(list(keep))
+    for name in columns:
+        found = found.append_column(name, pa.array([], pa.float32()))
+    return found
 
 
 def _write(table: pa.Table, path: Path) -> None:

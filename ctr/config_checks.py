@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from tessera.ctr.config_types import Config, EmbeddingConfig
 from tessera.ctr.data.config import check_splits
+from tessera.ctr.data.errors import SchemaError
+from tessera.ctr.data.labels import labels_of
+from tessera.ctr.metrics.tasks import is_single, names_of_metrics
 from tessera.ctr.table_settings import shortest_ttl_days
 from tessera.ctr.unused_keys import check_unused
 from tessera.embedding import settings
-from tessera.embedding.errors import ConfigError
+from tessera.embedding.errors import ConfigError, did_you_mean
 
 
 def check(config: Config) -> None:
@@ -40,9 +43,33 @@ def check(config: Config) -> None:
         if value is not None and config.data.valid is None:
             raise ConfigError(f"{key} is {value}, but data.valid is null: nothing is evaluated; expected {key}=null")
     check_unused(config)
-    if len(config.data.schema.labels) > 1 or any(not isinstance(one, str) for one in config.data.schema.labels):
-        names = ", ".join(map(str, config.data.schema.labels))
-        raise ConfigError(f"data.schema.labels is [{names}]; expected one label, as one is trained: name it alone")
+    _check_labels(config)
+
+
+def _check_labels(config: Config) -> None:
+    try:
+        labels = labels_of(config.data.schema.labels)
+    except SchemaError as error:
+        raise ConfigError(f"data.{error}") from None
+    ranked = next((label for label in labels if label.loss in ("pairwise", "jrc")), None)
+    if ranked is not None and config.data.schema.group is None:
+        raise ConfigError(
+            f"data.schema.labels: the loss of {ranked.name!r} is {ranked.loss}, which compares rows of a group; "
+            "expected data.schema.group, the column that names it"
+        )
+    metric, known = config.trainer.early_stop.metric, list(names_of_metrics(labels))
+    if labels and metric not in known:
+        *most, last = known
+        listed = f"{', '.join(most)} or {last}" if most else last
+        raise ConfigError(
+            f"trainer.early_stop.metric is {metric!r}; expected {listed}{did_you_mean(metric, known, form='{}')}"
+        )
+    if config.trainer.distil.kind != "none" and not is_single(labels):
+        names = ", ".join(label.name for label in labels)
+        raise ConfigError(
+            f"trainer.distil.kind is {config.trainer.distil.kind}, and data.schema.labels has {names}; expected one "
+            "label of 0 and 1, as a teacher tells one logit for each row"
+        )
 
 
 def _check_incremental(config: Config) -> None:

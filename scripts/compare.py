@@ -18,6 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("first", type=Path, help="a run folder, or one that `tessera evaluate` wrote")
     parser.add_argument("second", type=Path, help="another")
     parser.add_argument("--split", help="default: test, valid or train, the first that both have")
+    parser.add_argument("--label", default="", help="which of several labels; of a funnel also click_and_buy")
     parser.add_argument("--output", type=Path, help="default: comparisons/<name of the first> in the second")
     parser.add_argument("--replicates", type=int, default=1000, help="of the bootstrap; 0: closed forms only")
     parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.confidence,
             by_group=options.by_group,
             seed=options.seed,
+            label=options.label,
         )
         print(found.summary())
 

@@ -21,11 +21,11 @@ from pathlib import Path
 from tessera.ctr.config import load_config
 from tessera.ctr.output_folders import claim
 from tessera.ctr.report.result import settle_result
-from tessera.ctr.train.trainer import HIGHER_IS_BETTER
 from tessera.distributed.process import run_alone
 from tessera.embedding.errors import ConfigError, TesseraError
 
 SCORES = ("auc", "logloss")
+HIGHER_IS_BETTER = {"auc": True, "logloss": False}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

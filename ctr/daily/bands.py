@@ -17,8 +17,20 @@ def out_of_band(config: DailyBandsConfig, metrics: Mapping, before: Sequence[Map
     it is defined; only the worse side counts for all but calibration. With fewer than `min_days` such days there is no
     band. An undefined metric is out of its band.
 
+    With several labels each has its bands.
+
     metrics: of the day. before: those of the trained days before it, in order.
     """
+    if "tasks" not in metrics:
+        return _out_of_band(config, metrics, before, "")
+    problems = []
+    for task, of_task in metrics["tasks"].items():
+        earlier = [one["tasks"][task] for one in before if task in one.get("tasks", {})]
+        problems.append(_out_of_band(config, of_task, earlier, f"{task}."))
+    return "; ".join(filter(None, problems)) or None
+
+
+def _out_of_band(config: DailyBandsConfig, metrics: Mapping, before: Sequence[Mapping], prefix: str) -> str | None:
     problems = []
     for name, sides in WORSE.items():
         allowed = getattr(config, name)
@@ -34,5 +46,5 @@ def out_of_band(config: DailyBandsConfig, metrics: Mapping, before: Sequence[Map
                 f"{'at least' if side < 0 else 'at most'} {bound:.4f}"
                 for bound, side in zip(bounds, sides, strict=True)
             )
-            problems.append(f"{name} is {shown}, expected {words} (mean {mean:.4f} of {len(known)} days)")
+            problems.append(f"{prefix}{name} is {shown}, expected {words} (mean {mean:.4f} of {len(known)} days)")
     return "; ".join(problems) or None

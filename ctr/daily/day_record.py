@@ -51,7 +51,8 @@ class DayRecord:
     Attributes:
         fingerprint: of its files; None where it was passed over.
         reason: why it was held or skipped, or what was accepted.
-        metrics: exact ones of all its rows, by the model of the days before it, COUNTS and METRICS by name.
+        metrics: exact ones of all its rows, by the model of the days before it, COUNTS and METRICS by name; with
+            several labels their means, and those of each in `tasks`.
         known, new: of its rows without and with ids that had no row in the tables; None where there are none.
         tables: when it is done, with rows added and lost since its evaluation; before, with those since there are
             tables.
@@ -110,6 +111,9 @@ class DayRecord:
         if "/" in found["partition"] or not is_inside(found["partition"]):
             raise CheckpointError(f"{where} names the partition {shown(found['partition'])}; expected a day or an hour")
         metrics = {name: found.get(name) for name in COUNTS + METRICS}
+        if found.get("tasks"):
+            check(found["tasks"], {str: {str: (float, None)}}, f"{where}.tasks")
+            metrics["tasks"] = found["tasks"]
         names = vars(cls("", "")).keys() - {"stage", "metrics", "tables"}
         as_found: dict[str, Any] = {name: found.get(name) for name in names}
         return cls(

@@ -145,6 +145,8 @@ class Daily:
         record.evaluate_seconds = time.perf_counter() - began
         record.tables = count_tables(self.engine.dynamic)
         shown = {name: measured[name] for name in COUNTS + METRICS}
+        for task, one in measured.get("tasks", {}).items():
+            shown |= {f"{task}.{name}": one[name] for name in COUNTS + METRICS}
         self.log.evaluation(self.progress.step, "progressive", shown, is_best=False)
         if record.new:
             rows = measured["rows"]

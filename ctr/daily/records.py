@@ -14,15 +14,44 @@ import pyarrow.parquet as pq
 
 from tessera.ctr.daily.day_record import COUNTS, METRICS, DayRecord
 from tessera.ctr.metrics.exact import evaluate_predictions
+from tessera.ctr.metrics.tasks import mean_of
 from tessera.ctr.report.report import write_report
+from tessera.ctr.report.result import PREDICTIONS, TASKS
+from tessera.ctr.report.task_reports import kind_of
 from tessera.distributed.atomic import write_text
 
 DAYS, FOLDER = "days.jsonl", "days"
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """Exact metrics of the predictions in a folder, of all rows and of those without (`known`) and with (`new`) ids
-    that had no row; these are None where no rows are, or where it is not known which."""
+def measure(predictions: Path) -> dict[str, Any]:
+    """Exact metrics of the predictions of a day, of all rows and of those without (`known`) and with (`new`) ids that
+    had no row; these are None where no rows are, or where it is not known which.
+
+    With several labels those of each answer are in `tasks`, and the day's own are means over the labels.
+    """
+    tasks = predictions.parent / TASKS
+    if not tasks.is_dir():
+        return _measured(predictions)
+    kinds = {one.name: kind_of(one / PREDICTIONS) for one in sorted(tasks.iterdir())}
+    probable = [name for name, kind in kinds.items() if kind != "number"]
+    found = {name: _measured(tasks / name / PREDICTIONS) for name in probable}
+    labels = [found[name] for name in probable if kinds[name] == "label"]
+    whole = _means(labels)
+    for part in ("known", "new"):
+        parts = [one[part] for one in labels if one[part] is not None]
+        whole[part] = _means(parts) if parts else None
+    whole["rows"] = max(one["rows"] for one in found.values()) if found else 0
+    whole["tasks"] = {name: {key: one[key] for key in COUNTS + METRICS} for name, one in found.items()}
+    return whole
+
+
+def _means(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean of each metric, None where one is undefined; and the most rows and positives."""
+    means: dict[str, Any] = {name: max((one[name] for one in found), default=0) for name in COUNTS}
+    return means | {name: mean_of([one[name] for one in found]) for name in METRICS}
+
+
+def _measured(folder: Path) -> dict[str, Any]:
     columns: dict[str, list[np.ndarray]] = {}
     for path in sorted(folder.glob("*.parquet")):
         table = pq.read_table(path)
@@ -66,7 +95,8 @@ def write_day_report(run_dir: Path, record: DayRecord, steps_before: int) -> Non
     """report.json and report.html of one day, if not there, in its folder, which becomes a run's folder in small: the
     steps of that day, what it was trained with, and how good a model can be where the data tell."""
     folder = day_dir(run_dir, record.partition)
-    if (folder / "report.html").exists() or not (folder / "predictions").exists():
+    scored = (folder / PREDICTIONS).exists() or (folder / TASKS).exists()
+    if (folder / "report.html").exists() or not scored:
         return
     for name in ("config.yaml", "plan.txt", "versions.json"):
         if (run_dir / name).exists():

@@ -133,11 +133,6 @@ class Schema:
             self.tables.setdefault(feature.table or feature.name, []).append(feature.name)
         self.pooling = {f.name: f.pooling for f in self.categorical}
         self.weighted = any(f.weights for f in self.categorical)
-        if not self.group and (ranked := next((task for task in self.tasks if task.loss in ("pairwise", "jrc")), None)):
-            raise SchemaError(
-                f"schema.labels: the loss of {ranked.name!r} is {ranked.loss}, which compares rows of a group; "
-                "expected schema.group, the column that names it"
-            )
         of_numbers = [f.name for f in self.number_sequences]
         _refuse_duplicates("features", self.numeric_names + self.id_names + of_numbers)
         for feature in features:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.label_spaces import joint_label, joint_logit, known_in_space
 from tessera.ctr.data.labels import Label, joint_name
-from tessera.ctr.metrics.streaming import StreamingMetrics
+from tessera.ctr.metrics.streaming import StreamingMetrics, rows_of
 from tessera.distributed.collectives import sum_over_ranks
 
 MEANS = ("auc", "logloss")
@@ -35,9 +35,14 @@ class Answer:
         return f"{self.name}.{metric}" if self.name else metric
 
 
+def is_single(labels: Sequence[Label]) -> bool:
+    """Return whether there is one label, of 0 and 1: then metrics, predictions and reports have no name of a label."""
+    return len(labels) == 1 and not labels[0].is_number
+
+
 def answers_of(labels: Sequence[Label]) -> list[Answer]:
     """Return the answers of a model over these labels: each label, then the joint probabilities of funnels."""
-    if len(labels) == 1:
+    if is_single(labels):
         return [Answer("", 0, labels[0])]
     own = [Answer(label.name, i, label) for i, label in enumerate(labels)]
     chained = [i for i, label in enumerate(labels) if label.parent is not None and not label.is_number]
@@ -147,7 +152,7 @@ class TaskMetrics:
         Raises DataError: as `StreamingMetrics.compute`.
         """
         found = [metrics.compute() for metrics in self._of]
-        if len(self.labels) == 1:
+        if is_single(self.labels):
             return found[0]
         own = [one for answer, one in zip(self.answers, found, strict=True) if not answer.joint and "auc" in one]
         whole: dict[str, float | None] = {name: mean_of([one[name] for one in own]) for name in MEANS}
@@ -173,9 +178,33 @@ def names_of_metrics(labels: Sequence[Label]) -> dict[str, bool]:
 
 
 def by_answer(labels: Sequence[Label], metrics: Mapping[str, float | None]) -> dict[str, dict[str, float | None]]:
-    """Return the metrics of each answer by its name, of what `TaskMetrics.compute` gives for several labels."""
-    names = [answer.name for answer in answers_of(labels)]
+    """Return the metrics of each answer by its name, of what `TaskMetrics.compute` gives; empty for a single label."""
+    names = [] if is_single(labels) else [answer.name for answer in answers_of(labels)]
     return {
         name: {key.removeprefix(f"{name}."): value for key, value in metrics.items() if key.startswith(f"{name}.")}
         for name in names
     }
+
+
+def scored_rows(labels: Sequence[Label], metrics: Mapping[str, float | None]) -> dict[str, int]:
+    """Return how many rows of positive weight each answer has by its name, "" of a single label."""
+    named: dict[str, Mapping[str, float | None]] = {**by_answer(labels, metrics)} or {"": metrics}
+    return {name: rows_of(one) for name, one in named.items()}
+
+
+def in_words(labels: Sequence[Label], metrics: Mapping[str, float | None]) -> str:
+    """Return the metrics in one line for a log, label by label where there are several."""
+    if is_single(labels):
+        return _line(metrics)
+    return " · ".join(f"{name} {_line(one)}" for name, one in by_answer(labels, metrics).items())
+
+
+def _line(metrics: Mapping[str, float | None]) -> str:
+    names = ("auc", "logloss", "normalized_entropy", "calibration", "mse", "mae")
+    parts = [f"{name} {shown(metrics[name])}" for name in names if name in metrics]
+    return " · ".join(parts)
+
+
+def shown(value: float | None) -> str:
+    """Return a metric as a log line has it."""
+    return "undefined" if value is None else f"{value:.4f}"

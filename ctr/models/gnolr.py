@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +59,8 @@ class GNOLR(Tower):
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         user, item = (side(numeric_bn, embeddings["v"]) for side in self.sides)
         level, logits = numeric_bn.new_zeros(()), []
-        users, items = self.nets
-        for i, (net_u, net_i) in enumerate(zip(users, items, strict=True)):  # type: ignore[arg-type]
+        users, items = (cast(nn.ModuleList, nets) for nets in self.nets)
+        for i, (net_u, net_i) in enumerate(zip(users, items, strict=True)):
             part = self.slopes[i] * F.cosine_similarity(_wide(net_u(user)), _wide(net_i(item)), dim=1)
             if i == 0:
                 level = part - self.offsets[0]

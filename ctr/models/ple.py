@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +111,7 @@ class Extraction(nn.Module):
         *of_labels, common = states
         shared = [net(common) for net in self.shared]
         own = [
-            [net(state) for net in nets]  # type: ignore[union-attr]
-            for nets, state in zip(self.own, of_labels, strict=True)
+            [net(state) for net in cast(nn.ModuleList, nets)] for nets, state in zip(self.own, of_labels, strict=True)
         ]
         mixed = [
             gate.mixed(state, torch.stack(experts + shared, 1))  # type: ignore[operator]

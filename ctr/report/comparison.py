@@ -68,6 +68,7 @@ def compare_runs(
     *,
     by_group: bool = False,
     seed: int = 0,
+    label: str = "",
 ) -> Comparison:
     """Write how the second run differs from the first into the folder `output`.
 
@@ -75,6 +76,7 @@ def compare_runs(
         split: None takes test, valid or train, the first that both have. Two folders of daily retraining are compared
             over all days that both scored.
         replicates: of the bootstrap; 0 leaves the closed forms alone.
+        label: which of several; of a funnel also click_and_buy.
         by_group: draw groups (schema.group) instead of rows, where rows of a group are alike.
 
     Raises:
@@ -84,7 +86,7 @@ def compare_runs(
     for folder in (first, second):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; expected a run folder with predictions")
-    parts, remarks = read_pairs(first, second, split)
+    parts, remarks = read_pairs(first, second, split, label)
     names = _names(first, second)
     rows = pooled(parts, by_group=by_group)
     curves = [_curves(name, scores, rows) for name, scores in zip(names, (rows.first, rows.second), strict=True)]
@@ -101,6 +103,7 @@ def compare_runs(
         "differences": {one.metric: _json(one) for one in intervals},
         "settings": {
             "split": None if days else parts[0].name,
+            **({"label": label} if label else {}),
             "replicates": replicates,
             "confidence": confidence,
             "resampled": "groups" if by_group else "rows",

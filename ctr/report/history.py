@@ -43,8 +43,9 @@ class History:
     scored_step: int | None = None
 
 
-def read_history(path: Path) -> History:
-    """Read the log; no file is an empty history. A last line without its end (a crash) is passed over.
+def read_history(path: Path, task: str = "") -> History:
+    """Read the log, with the evaluations of one of several labels (`task`), or those of all. No file is an empty
+    history. A last line without its end (a crash) is passed over.
 
     A run that went back to a checkpoint has logged some steps twice: the later line of training counts. Of
     evaluations the first counts: the run's end scores the best model again, which stands at its own step. Of
@@ -69,7 +70,8 @@ def read_history(path: Path) -> History:
         if line["kind"] == "train":
             train[line["step"]] = line
         elif line["kind"] == "eval":
-            evaluations.setdefault(str(line.get("split", "valid")), {}).setdefault(line["step"], line)
+            of_task = line | {name: line.get(f"{task}.{name}") for name in EVALUATION[1:]} if task else line
+            evaluations.setdefault(str(line.get("split", "valid")), {}).setdefault(line["step"], of_task)
             history.scored_step = line["step"] if "model" in line else history.scored_step
         elif line["kind"] == "tables":
             while tables and next(reversed(tables)) >= line["step"]:

@@ -38,7 +38,7 @@ class Card:
 @dataclass(frozen=True)
 class Page:
     """All that the template shows. `splits`: metrics of each split, the first is the one of the cards; none where
-    nothing was scored."""
+    nothing was scored. `tasks`: of several labels, and `said` the result in one sentence."""
 
     title: str
     subtitle: str
@@ -51,6 +51,8 @@ class Page:
     history: History
     texts: list[Text]
     versions: dict[str, str]
+    tasks: Table | None = None
+    said: str | None = None
 
     @property
     def plots(self) -> list[Plot]:
@@ -63,7 +65,8 @@ class Page:
             "run.html",
             title=self.title,
             subtitle=self.subtitle,
-            lead=lead(split, metrics | {"step": self.history.scored_step}, self.ceiling),
+            lead=self.said or lead(split, metrics | {"step": self.history.scored_step}, self.ceiling),
+            tasks=self.tasks,
             remarks=course(self.history) + _left_out(self.history),
             numbers="report.json",
             split=split,

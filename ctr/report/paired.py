@@ -12,7 +12,7 @@ from tessera.ctr.data.errors import DataError
 from tessera.ctr.metrics.compare import PairedRows
 from tessera.ctr.metrics.score_table import Rows
 from tessera.ctr.report.predictions import PREFERRED_SPLITS, read_column, split_names
-from tessera.ctr.report.result import settle_result
+from tessera.ctr.report.result import PREDICTIONS, TASKS, answer_folder, settle_result
 
 ROW = "row"
 
@@ -26,11 +26,11 @@ class Scored:
     group: np.ndarray | None
 
 
-def read_pairs(first: Path, second: Path, split: str | None) -> tuple[list[Scored], list[str]]:
+def read_pairs(first: Path, second: Path, split: str | None, label: str = "") -> tuple[list[Scored], list[str]]:
     """Return the rows that two run folders both scored: of one split, or (daily retraining) of all days in common.
 
-    split: None takes test, valid or train, the first that both have. Returns the parts, and a sentence for each
-    reason for which something was left out.
+    split: None takes test, valid or train, the first that both have. label: which of several. Returns the parts, and a
+    sentence for each reason for which something was left out.
 
     Raises:
         DataError: one folder is of daily retraining and the other is not, there is nothing in common, or the rows are
@@ -43,16 +43,29 @@ def read_pairs(first: Path, second: Path, split: str | None) -> tuple[list[Score
         having, lacking = (first, second) if daily[0] else (second, first)
         raise DataError(f"{having} is a folder of daily retraining and {lacking} is not; expected two of a kind")
     if not daily[0]:
-        return [_pair(first / "predictions", second / "predictions", split, None)], []
-    days = [{path.parent.name for path in folder.glob("days/*/predictions")} for folder in (first, second)]
+        return [_pair(_place(first, label), _place(second, label), split, None)], []
+    inside = _place(Path(), label).as_posix()
+    days = [
+        {path.relative_to(folder).parts[1] for path in folder.glob(f"days/*/{inside}")} for folder in (first, second)
+    ]
     common = sorted(days[0] & days[1])
     if not common:
         counts = [f"{folder} has {len(one)} scored days" for folder, one in zip((first, second), days, strict=True)]
         raise DataError(f"{' and '.join(counts)}, none of them in common")
     ours, theirs = first / "days", second / "days"
-    parts = [_pair(ours / day / "predictions", theirs / day / "predictions", split, day) for day in common]
+    parts = [_pair(_place(ours / day, label), _place(theirs / day, label), split, day) for day in common]
     alone = [(folder, sorted(one.difference(common))) for folder, one in zip((first, second), days, strict=True)]
     return parts, [f"Left out, because only {folder} has them: {', '.join(some)}." for folder, some in alone if some]
+
+
+def _place(folder: Path, label: str) -> Path:
+    """Return where the predictions of a run lie. Raises DataError: it has several labels and another one, or none, is
+    named."""
+    tasks = folder / TASKS
+    names = sorted(one.name for one in tasks.iterdir()) if tasks.is_dir() else []
+    if names and label not in names:
+        raise DataError(f"{folder} has several labels; expected --label {' or '.join(names)}, found {label or 'none'}")
+    return answer_folder(folder / PREDICTIONS, label)
 
 
 def pooled(parts: list[Scored], *, by_group: bool) -> PairedRows:

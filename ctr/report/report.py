@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ from typing import Any
 from tessera.ctr.data.errors import DataError
 from tessera.ctr.metrics.exact import group_auc, summarise
 from tessera.ctr.metrics.score_table import Rows, score_table
-from tessera.ctr.report import about
+from tessera.ctr.report import about, task_reports
 from tessera.ctr.report.files import json_text, read_text
 from tessera.ctr.report.history import History, read_history
 from tessera.ctr.report.page import Page, lead
 from tessera.ctr.report.plot import Plot, json_points
 from tessera.ctr.report.predictions import PREFERRED_SPLITS, SLICE, read_predictions, slice_names
 from tessera.ctr.report.quality import SplitCurves, calibration_plot, pr_plot, prediction_plot, roc_plot, split_curves
-from tessera.ctr.report.result import PREDICTIONS, settle_result
+from tessera.ctr.report.result import PREDICTIONS, TASKS, settle_result
 from tessera.ctr.report.slices import SLICE_NAMES, Slices, measure_slices
 from tessera.ctr.report.tables import json_values, table_plots
 from tessera.ctr.report.training import training_plots
@@ -33,7 +34,10 @@ class Report:
 
     def summary(self) -> str:
         """Return the result and the place of the page, in one line."""
-        sentence = lead(self.values["split"], self.values, self.values.get("ceiling"))
+        if "tasks" in self.values:
+            sentence = task_reports.lead(self.values)
+        else:
+            sentence = lead(self.values["split"], self.values, self.values.get("ceiling"))
         return f"{sentence} Report: {self.folder / 'report.html'}"
 
 
@@ -41,7 +45,8 @@ def write_report(
     run_dir: str | Path,
     teacher: dict[str, Any] | None = None,
     result: Path | None = None,
-    scored: dict[str, int] | None = None,
+    scored: Mapping[str, Mapping[str, int]] | None = None,
+    task: str = "",
 ) -> Report:
     """Measure a run's predictions and write report.json and report.html into its folder, each whole or not.
 
@@ -53,7 +58,10 @@ def write_report(
             {"splits": {"test": {"auc": .., "logloss": ..}}}. None: teacher.json, of the same form.
         result: the folder where the predictions are and the report goes, for a result that is not yet that of the run
             (ctr/report/result.py). None: the run's folder.
-        scored: how many rows of positive weight each split must have. None: as many as there are.
+        scored: how many rows of positive weight each split must have, by answer ("" of a single label). None: as many
+            as there are.
+        task: of several labels, the answer that `result` is of; "": the run. Where its predictions lie by answer
+            (`predictions.answer_folder`), each has a report in its folder, and the run's tells of all.
 
     Raises:
         DataError: the predictions or one of the other files cannot be used; one line that names the file.
@@ -64,14 +72,18 @@ def write_report(
     if result is None:
         settle_result(folder)
     result = result or folder
-    history = read_history(folder / "metrics.jsonl")
+    if not task and (result / TASKS).is_dir():
+        values = task_reports.write(folder, result, teacher, scored, write_report)
+        return Report(folder, values)
+    history = read_history(folder / "metrics.jsonl", task)
     nothing_scored = not (result / PREDICTIONS).exists() and len(history.train.get("step", ()))
     rows_by_split = {} if nothing_scored else read_predictions(result / PREDICTIONS)
     if scored is not None:
-        _check_scored(result / PREDICTIONS, scored, rows_by_split)
+        rows = {split: of_split[task] for split, of_split in scored.items()}
+        _check_scored(result / PREDICTIONS, rows, rows_by_split)
     names = [name for name in PREFERRED_SPLITS if name in rows_by_split]
     names += [name for name in rows_by_split if name not in names]
-    ceilings = _ceilings(folder / "teacher.json", teacher, [*names, *history.evaluations])
+    ceilings = ceilings_of(folder / "teacher.json", teacher, [*names, *history.evaluations], task)
     # Rows are let go split by split: only the curves stay.
     measured = [_measure(name, rows_by_split.pop(name)) for name in names]
     ceiling = ceilings.get(names[0]) if names else None
@@ -79,7 +91,7 @@ def write_report(
     watched = max(history.evaluations, key=lambda split: len(history.evaluations[split]["step"]), default="valid")
     slices = _slices(folder, result / PREDICTIONS, names[0]) if names else []
     page = Page(
-        title=folder.resolve().name,
+        title=folder.resolve().name + (f" · {task}" if task else ""),
         subtitle=about.subtitle(folder),
         splits={one.split: one.metrics for one in measured},
         ceiling=ceiling,
@@ -146,8 +158,11 @@ def _measure(split: str, rows: Rows) -> SplitCurves:
     return split_curves(split, table, summarise(table, groups))
 
 
-def _ceilings(path: Path, teacher: dict[str, Any] | None, splits: list[str]) -> dict[str, dict[str, float]]:
-    """Return AUC and logloss of the best possible predictions, for each split with known ones."""
+def ceilings_of(
+    path: Path, teacher: dict[str, Any] | None, splits: list[str], task: str = ""
+) -> dict[str, dict[str, float]]:
+    """Return AUC and logloss of the best possible predictions, for each split with known ones; of one of several labels
+    under "tasks" in the entry of a split, if it is there."""
     if teacher is None:
         text = read_text(path)
         if not text:
@@ -158,6 +173,9 @@ def _ceilings(path: Path, teacher: dict[str, Any] | None, splits: list[str]) -> 
             raise DataError(f"{path}: not JSON: {error}") from None
     try:
         entries = teacher["splits"] if "splits" in teacher else dict.fromkeys(splits, teacher)
+        if task:
+            of_task = {split: entry.get("tasks", {}).get(task) for split, entry in entries.items()}
+            entries = {split: entry for split, entry in of_task.items() if entry is not None}
         known = {split: entry for split, entry in entries.items() if entry["auc"] is not None}
         return {split: {name: float(one[name]) for name in ("auc", "logloss")} for split, one in known.items()}
     except (KeyError, TypeError, ValueError, AttributeError):

@@ -14,10 +14,17 @@ from pathlib import Path
 from tessera.distributed.atomic import sync_folder
 
 PREDICTIONS = "predictions"
-PIECES = (PREDICTIONS, "report.json", "report.html")
+TASKS = "tasks"  # in place of them where there are several labels: a folder for each answer
+PIECES = (PREDICTIONS, TASKS, "report.json", "report.html")
 # The stages of a new result, in order: being written, complete, and the old one out of its way.
 PARTIAL, COMPLETE, PLACING = ".partial-result", ".complete-result", ".placing-result"
 REPLACED = ".replaced-result"
+
+
+def answer_folder(predictions: Path, name: str) -> Path:
+    """Return where the predictions of one answer of several lie: in a folder beside, which is a run's folder in small.
+    name: of the answer; "" of a single label, whose predictions lie in `predictions` itself."""
+    return predictions.parent / TASKS / name / predictions.name if name else predictions
 
 
 def begin_result(run_dir: Path) -> Path:

@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.labels import labels_of
 from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.metrics.tasks import in_words, shown
 from tessera.ctr.report.about import installed_versions
 from tessera.ctr.runs.folder import RunFolder
 from tessera.ctr.train.engine import Engine
@@ -41,6 +43,7 @@ class RunLog:
 
     def __init__(self, config: Config, process: Process, plan: str) -> None:
         self._config, self._process, self._plan = config, process, plan
+        self._labels = labels_of(config.data.schema.labels)
         model = config.model["target"].rpartition(".")[2].lower()
         default = f"runs/{config.data.name}-{model}-{datetime.now():%Y%m%d-%H%M%S}"
         run = RunFolder(config, default, process)
@@ -184,9 +187,25 @@ class RunLog:
             f"step {engine.step} · loss {shown(line['loss'])} · {line['samples_per_second']:,.0f} samples/s · "
             f"reader {line['reader_wait']:.0%}"
         )
+        self.gates(engine.step, engine.network.tower.gates())
         if engine.dynamic:
             self.tables(engine.step, engine.dynamic.stats())
             self.cache(engine.step, engine.dynamic.cache_stats())
+
+    def gates(self, step: int, gates: dict[str, Tensor]) -> None:
+        """Write the mean share of each expert over the last batch, by gate: an expert that none uses is seen."""
+        if not gates:
+            return
+        sums = [mean.double() / self._process.world_size for mean in gates.values()]
+        sum_over_ranks(*sums)
+        shares = {name: one.tolist() for name, one in zip(gates, sums, strict=True)}
+        self.write({"kind": "gates", "step": step, "gates": shares})
+        if self._tensorboard:
+            for name, of_gate in shares.items():
+                for expert, share in enumerate(of_gate):
+                    self._tensorboard.add_scalar(f"gates/{name}/{expert}", share, step)
+        parts = [f"{name} {' '.join(f'{share:.2f}' for share in one)}" for name, one in shares.items()]
+        self.say(f"step {step} · gates · {' · '.join(parts)}")
 
     def not_training(self, seconds: float) -> None:
         """Leave time that an evaluation took out of the speed of training."""
@@ -252,24 +271,21 @@ class RunLog:
     def evaluation(self, step: int, split: str, metrics: dict, *, is_best: bool) -> None:
         """Log an evaluation, during training, of the model as it was behind `step`."""
         self.write({"kind": "eval", "split": split, "step": step, **metrics})
-        self.say(f"step {step} · {split} · {_in_words(metrics)}" + (" · best so far" if is_best else ""))
+        self.say(f"step {step} · {split} · {in_words(self._labels, metrics)}" + (" · best so far" if is_best else ""))
 
     def final_evaluation(self, step: int, model: str, split: str, metrics: dict) -> None:
         """Log the evaluation at the end of a run, of its `model` ("best" or "last"), which is that of `step`."""
         watched = split == "valid" and model == "best"  # its numbers of that step are in TensorBoard already
         self.write({"kind": "eval", "split": split, "step": step, "model": model, **metrics}, scalars=not watched)
-        self.say(f"{model} model, of step {step} · {split} · {_in_words(metrics)}")
+        self.say(f"{model} model, of step {step} · {split} · {in_words(self._labels, metrics)}")
 
     def day(self, number: int, step: int, record: dict) -> None:
         """One partition of a run over days (`DayRecord.to_json`), the `number`-th: that is the step in TensorBoard."""
         self.write({**record, "kind": "day", "step": step, "number": number}, scalars=False)
         if not self._tensorboard:
             return
-        for name, value in record.items():
-            parts = value if isinstance(value, dict) else {"": value}
-            for part, one in parts.items():
-                if isinstance(one, int | float):
-                    self._tensorboard.add_scalar("/".join(filter(None, ("day", name, part))), one, number)
+        for name, value in _numbers_in(record, "day"):
+            self._tensorboard.add_scalar(name, value, number)
 
     def published(self, number: int, size: int | None) -> None:
         """Bytes of what the `number`-th partition published, which are known after the rest of its record."""
@@ -286,7 +302,7 @@ class RunLog:
         for name, value in line.items() if scalars else ():
             if isinstance(value, int | float) and name not in ("step", "epoch"):
                 assert self._tensorboard is not None  # from the beginning of the run to its end
-                self._tensorboard.add_scalar(f"{prefix}/{name}", value, line["step"])
+                self._tensorboard.add_scalar(f"{prefix}/{name.replace('.', '/')}", value, line["step"])
 
     def bad_rows(self, readers: dict[str, ParquetReader | None]) -> None:
         """Sum over ranks the rows that each split left out, and say how many for which reason."""
@@ -314,15 +330,6 @@ class RunLog:
             self._lock = None
 
 
-def shown(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
-
-
-def _in_words(metrics: dict) -> str:
-    names = ("auc", "logloss", "normalized_entropy", "calibration")
-    return " · ".join(f"{name} {shown(metrics[name])}" for name in names)
-
-
 class _EndsTheRun(logging.Handler):
     """Raises where a line cannot be written; logging would print a trace and go on."""
 
@@ -336,6 +343,15 @@ class _Printed(_EndsTheRun, logging.StreamHandler):
 
 class _Written(_EndsTheRun, logging.FileHandler):
     """Lines in a file."""
+
+
+def _numbers_in(record: dict, where: str) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a record and of the mappings in it, with the way to them as name."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from _numbers_in(value, f"{where}/{name}")
+        elif isinstance(value, int | float):
+            yield f"{where}/{name}", value
 
 
 def _hit_rate(counts: dict[str, int]) -> float:

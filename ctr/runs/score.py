@@ -17,12 +17,13 @@ from tessera.ctr.config import Config, typed
 from tessera.ctr.data.id_names import names_of_ids
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.metrics.streaming import rows_of
+from tessera.ctr.metrics.tasks import answers_of, scored_rows
 from tessera.ctr.network import build_model
 from tessera.ctr.output_folders import replacing_on_ranks
 from tessera.ctr.report.files import json_text
 from tessera.ctr.report.predictions import NEW_IDS, SLICE
 from tessera.ctr.report.report import Report, write_report
+from tessera.ctr.report.result import answer_folder
 from tessera.ctr.report.slices import SLICE_NAMES, largest_ids
 from tessera.ctr.runs.log import copy_teacher
 from tessera.ctr.runs.saved_model import fill_model, has_model, load_model
@@ -112,7 +113,7 @@ def score_run(
             with open(folder / "metrics.jsonl", "w") as file:
                 line = {"kind": "eval", "split": split, "step": step, "model": which, **metrics}
                 file.write(json.dumps(line) + "\n")
-            report = write_report(folder, scored={split: rows_of(metrics)})
+            report = write_report(folder, scored={split: scored_rows(schema.tasks, metrics)})
     return replace(report, folder=output) if process.is_main else None
 
 
@@ -145,9 +146,10 @@ def load_model_of_run(
 def _write_slice_names(folder: Path, reader: ParquetReader, split: str, slices: Sequence[str]) -> None:
     """The strings of the ids that the report will show, where ids are hashes of strings."""
     names = {}
+    first = answer_folder(folder / "predictions", answers_of(reader.schema.tasks)[0].name)
     for feature in reader.schema.categorical:
         if feature.name in slices and feature.dtype == "string":
-            ids = largest_ids(folder / "predictions", split, SLICE + feature.name)
+            ids = largest_ids(first, split, SLICE + feature.name)
             found = names_of_ids(reader.groups, feature, ids)
             names[feature.name] = {f"{hashed % 2**64:x}": name for hashed, name in found.items()}
     if names:

@@ -18,18 +18,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch.nn import functional as F
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.day_folders import DayFolders
 from tessera.ctr.data.errors import DataError, SchemaError
 from tessera.ctr.data.files import one_line
+from tessera.ctr.data.labels import labels_of
+from tessera.ctr.data.padding import empty, padded
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.data.units import Unit, dealt, units_of
+from tessera.ctr.metrics.tasks import answers_of, logit_of, prediction_of
 from tessera.ctr.network import build_model
 from tessera.ctr.output_folders import check_place, claim
 from tessera.ctr.runs.score import load_model_of_run, run_config
@@ -92,16 +93,17 @@ def score_rows(
     Args:
         config: the run's, from `config_to_score`.
         data: folders, files, patterns or URIs; columns of features are those that training read, no others are needed.
-        keep: columns of the data that are copied beside the predictions, as they are.
+        keep: columns of the data that are copied beside the predictions (`columns_of`), as they are.
         rows_of_unit: rows that one file of the result has at most, but for a larger row group.
 
     Raises:
         ConfigError: `output` holds something else than the beginning of the same result, or `keep` names a column
-            twice, or `prediction`.
+            twice, or one of predictions.
         SchemaError, DataError: the data lack a column, or hold a bad row, unless `data.bad_rows` is skip; then such a
             row has a null.
     """
-    _check_names(keep)
+    columns = columns_of(config)
+    _check_names(keep, columns)
     process.folder = str(output)
     paths = [str(data)] if isinstance(data, str | Path) else [str(one) for one in data]
     set_threads(config)
@@ -119,7 +121,7 @@ def score_rows(
         on_first_rank(process, lambda: locks.append(_begin(output, plan, sources)))
         missing = on_first_rank(process, lambda: _missing(output, units))
         most = max((unit.rows for unit in missing), default=0)
-        scorer = _Scorer(model, reader, process, output, fields, most)
+        scorer = _Scorer(model, reader, process, output, fields, columns, most)
         scorer.run(dealt(missing, process.world_size))
         wait_for_all()
         names = [unit.name for unit in units]
@@ -130,9 +132,17 @@ def score_rows(
     return Scored(output, reader.rows - bad, bad, names, len(units) - len(missing))
 
 
-def _check_names(keep: Sequence[str]) -> None:
-    if PREDICTION in keep:
-        raise ConfigError(f"--keep {PREDICTION}: the predictions have this name; rename the column in the data")
+def columns_of(config: Config) -> list[str]:
+    """Return the columns of predictions that a model gives: `prediction` or, of several labels, `prediction_buy`, and
+    of a funnel `prediction_click_and_buy`."""
+    answers = answers_of(labels_of(config.data.schema.labels))
+    return [f"{PREDICTION}_{answer.name}" if answer.name else PREDICTION for answer in answers]
+
+
+def _check_names(keep: Sequence[str], columns: Sequence[str]) -> None:
+    for column in columns:
+        if column in keep:
+            raise ConfigError(f"--keep {column}: the predictions have this name; rename the column in the data")
     twice = next((name for name in keep if list(keep).count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"--keep names {twice} twice")
@@ -279,12 +289,15 @@ class _Scorer:
         process: Process,
         output: Path,
         fields: Sequence[pa.Field],
+        columns: Sequence[str],
         most_rows: int,
     ) -> None:
-        """most_rows: of a unit; batches are no larger, as they are filled up to one size."""
+        """columns: of predictions. most_rows: of a unit; batches are no larger, as they are filled up to one size."""
         self._model, self._reader, self._process = model, reader, process
         self._output, self._fields = output, list(fields)
-        self._schema = pa.schema([*fields, pa.field(PREDICTION, pa.float32())])
+        self._labels = reader.schema.tasks
+        self._answers = answers_of(self._labels)
+        self._schema = pa.schema([*fields, *(pa.field(name, pa.float32()) for name in columns)])
         self._rows = max(1, min(most_rows, reader.batch_size // process.world_size))
         self._reader.batch_size = self._rows
 
@@ -299,7 +312,7 @@ class _Scorer:
             done += self._write(unit)
         for _ in range(done, max(steps)):  # other ranks still look up ids of which this one owns a part
             self._process.stage = "scored; other ranks go on"
-            self._scores(_empty(self._reader.schema, self._rows))
+            self._scores(empty(self._reader.schema, self._rows))
 
     def _write(self, unit: Unit) -> int:
         """Write one file; return the number of batches."""
@@ -307,12 +320,12 @@ class _Scorer:
         path.parent.mkdir(parents=True, exist_ok=True)
         groups = self._reader.groups
         first = int(groups.first[unit.first]) if unit.rows else 0
-        values, known = np.zeros(unit.rows, np.float32), np.zeros(unit.rows, bool)
+        values, known = np.zeros((len(self._answers), unit.rows), np.float32), np.zeros(unit.rows, bool)
         for batch in self._reader.part(unit.first, unit.stop).epoch(0) if unit.rows else ():
             self._process.stage = f"scoring {unit.name}, batch {steps}"
             assert batch.number is not None
             places = batch.number[: batch.rows].numpy() - first
-            values[places], known[places] = self._scores(_padded(batch, self._rows))[: batch.rows], True
+            values[:, places], known[places] = self._scores(padded(batch, self._rows))[:, : batch.rows], True
             steps += 1
         backend.check(self._process.device)
         with replacing_file(path) as partial, pq.ParquetWriter(partial, self._schema) as writer:
@@ -320,14 +333,16 @@ class _Scorer:
             for group in range(unit.first, unit.stop):
                 rows = int(groups.rows[group])
                 part = slice(begin, begin + rows)
-                predictions = pa.array(values[part], mask=~known[part])
-                writer.write_table(pa.table([*self._kept(group, rows), predictions], schema=self._schema))
+                predictions = [pa.array(one[part], mask=~known[part]) for one in values]
+                writer.write_table(pa.table([*self._kept(group, rows), *predictions], schema=self._schema))
                 begin += rows
         return steps
 
     def _scores(self, batch: Batch) -> np.ndarray:
+        """Return what is said of each row, float32 [answers, B]."""
         logits, _ = self._model(to_device(batch, self._process.device))
-        return torch.sigmoid(logits).cpu().numpy()
+        found = [prediction_of(one, logit_of(one, self._labels, logits)) for one in self._answers]
+        return torch.stack(found).cpu().numpy()
 
     def _kept(self, group: int, rows: int) -> Iterator[pa.Array | pa.ChunkedArray]:
         """Yield the columns to copy of one row group; nulls where it cannot be read and bad rows are skipped."""
@@ -346,49 +361,3 @@ class _Scorer:
         for field in self._fields:
             column = table[field.name]
             yield column if column.type == field.type else pa.nulls(rows, field.type)
-
-
-def _padded(batch: Batch, size: int) -> Batch:
-    """Return the batch with so many rows, those added without ids: ranks look up batches of one size."""
-    more = size - batch.numeric.shape[0]
-    if not more:
-        return batch
-    ids = batch.ids
-    lengths = ids.lengths().view(len(ids.keys()), -1)
-    padded = KeyedJaggedTensor(
-        keys=ids.keys(),
-        values=ids.values(),
-        weights=ids.weights_or_none(),
-        lengths=F.pad(lengths, (0, more)).flatten(),
-        stride=size,
-    )
-    return replace(
-        batch,
-        numeric=F.pad(batch.numeric, (0, 0, 0, more)),
-        ids=padded,
-        labels=F.pad(batch.labels, (0, 0, 0, more)),
-        weight=F.pad(batch.weight, (0, more)),
-        place=None,
-        number=None,
-    )
-
-
-def _empty(schema: Schema, size: int) -> Batch:
-    """Return a batch without rows or ids."""
-    keys = schema.id_names
-    return Batch(
-        numeric=torch.zeros(size, len(schema.numeric_names)),
-        ids=KeyedJaggedTensor(
-            keys=keys,
-            values=torch.zeros(0, dtype=torch.int64),
-            weights=torch.zeros(0) if schema.weighted else None,
-            lengths=torch.zeros(len(keys) * size, dtype=torch.int32),
-            stride=size,
-        ),
-        labels=torch.zeros(size, len(schema.labels)),
-        weight=torch.zeros(size),
-        group=None,
-        time=None,
-        rows=0,
-        numbers={feature.name: torch.zeros(0) for feature in schema.number_sequences},
-    )

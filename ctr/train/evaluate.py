@@ -18,12 +18,14 @@ from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.config import paths_of, split_days
 from tessera.ctr.data.day_folders import DayFolders
 from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.labels import Label
 from tessera.ctr.data.listing import Listing
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.instantiate import class_of
-from tessera.ctr.metrics.tasks import TaskMetrics
-from tessera.ctr.report.predictions import REQUIRED, SPLIT_OF_FILE
+from tessera.ctr.metrics.tasks import Answer, TaskMetrics, label_of, logit_of, prediction_of
+from tessera.ctr.report.predictions import ANSWER, REQUIRED, SPLIT_OF_FILE
+from tessera.ctr.report.result import answer_folder
 from tessera.ctr.runs.slice_columns import SliceColumn
 from tessera.ctr.train.step_pipeline import to_device
 from tessera.distributed.atomic import partial_of, put_in_place
@@ -121,7 +123,8 @@ def evaluate(
     Args:
         model: a `Network`, sharded.
         predictions: a folder; this rank's rows go to `<split>-<rank>.parquet` in it (written under another name
-            and renamed when complete). Where the reader numbers rows, row and logit are among the columns.
+            and renamed when complete). Where the reader numbers rows, row and logit are among the columns. With
+            several labels there is a folder for each answer, `answer_folder`.
         slices: features of the schema whose values are written beside each prediction, for the report's tables by
             value.
         mark_new_ids: tell in a column `new_ids` of the predictions whether a row has ids without a row of their own in
@@ -131,15 +134,19 @@ def evaluate(
     model.eval()
     metrics = TaskMetrics(reader.schema.tasks, process.device)
     columns = [SliceColumn(reader.schema, name, reader.groups.unsigned) for name in slices]
-    writer = _PredictionWriter(predictions, split, process.rank, columns) if predictions else None
+    answers = metrics.answers if predictions else []
+    writers = []
+    if predictions:
+        writers = [_PredictionWriter(predictions, split, process.rank, columns, answer) for answer in answers]
     for number, batch in enumerate(reader.epoch(0)):
         process.stage = f"evaluation of {split}, batch {number}"
         batch = to_device(batch, process.device)
         logits, _ = model(batch)
         metrics.update(logits, batch.labels, batch.known, batch.weight)
-        if writer:
-            writer.write(logits, batch, rows_with_new_ids(model.module.tables, batch.ids) if mark_new_ids else None)
-    if writer:
+        new_ids = rows_with_new_ids(model.module.tables, batch.ids) if mark_new_ids and writers else None
+        for answer, writer in zip(answers, writers, strict=True):
+            writer.write(_scores_of(answer, metrics.labels, logits, batch), batch, new_ids)
+    for writer in writers:
         writer.close()
     backend.check(process.device)  # rows that a kernel on a GPU skipped were scored as zeros
     metrics.all_reduce(dist.group.WORLD)
@@ -147,32 +154,38 @@ def evaluate(
     return metrics.compute()
 
 
+def _scores_of(answer: Answer, labels: Sequence[Label], logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Return prediction, label, weight (0 where the label does not count) and logit of an answer, [B] each."""
+    logit = logit_of(answer, labels, logits)
+    label, weight = label_of(answer, labels, batch.labels, batch.known, batch.weight)
+    return {"prediction": prediction_of(answer, logit), "label": label, "weight": weight, "logit": logit}
+
+
 class _PredictionWriter:
     """Appends rows to one parquet file that appears under its name only when complete."""
 
-    def __init__(self, folder: Path, split: str, rank: int, slices: Sequence[SliceColumn]) -> None:
-        self._slices = slices
+    def __init__(self, predictions: Path, split: str, rank: int, slices: Sequence[SliceColumn], answer: Answer) -> None:
+        self._slices, folder = slices, answer_folder(predictions, answer.name)
+        kind = "number" if answer.label.is_number else "joint" if answer.joint else "label"
+        self._metadata: dict[bytes | str, bytes | str] = {SPLIT_OF_FILE: split}
+        self._metadata |= {ANSWER: kind} if answer.name else {}
         folder.mkdir(parents=True, exist_ok=True)
         self._split = split
         self._final = folder / f"{split}-{rank:05d}.parquet"
         self._partial = partial_of(self._final)
         self._writer: pq.ParquetWriter | None = None
 
-    def write(self, logits: Tensor, batch: Batch, new_ids: Tensor | None) -> None:
-        columns = {
-            "prediction": torch.sigmoid(logits),
-            "label": batch.labels[:, 0],
-            "weight": batch.weight,
-        }
+    def write(self, scores: dict[str, Tensor], batch: Batch, new_ids: Tensor | None) -> None:
+        columns = {name: scores[name] for name in REQUIRED}
         if batch.group is not None:
             columns["group"] = batch.group
         if new_ids is not None:
             columns["new_ids"] = new_ids
         if batch.number is not None:
-            columns |= {"row": batch.number, "logit": logits}
+            columns |= {"row": batch.number, "logit": scores["logit"]}
         arrays = {name: pa.array(values[: batch.rows].cpu().numpy()) for name, values in columns.items()}
         arrays["split"] = pa.DictionaryArray.from_arrays(pa.array([0] * batch.rows, pa.int8()), pa.array([self._split]))
-        table = pa.table(arrays, metadata={SPLIT_OF_FILE: self._split})
+        table = pa.table(arrays, metadata=self._metadata)
         for column in self._slices:
             table = table.append_column(column.field, column.values(batch))
         if self._writer is None:
@@ -182,6 +195,6 @@ class _PredictionWriter:
     def close(self) -> None:
         if self._writer is None:  # this rank has no rows; the file tells that the split was scored
             fields = [(name, pa.float32()) for name in REQUIRED]
-            self._writer = pq.ParquetWriter(self._partial, pa.schema(fields, {SPLIT_OF_FILE: self._split}))
+            self._writer = pq.ParquetWriter(self._partial, pa.schema(fields, self._metadata))
         self._writer.close()
         put_in_place(self._partial, self._final)

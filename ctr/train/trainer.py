@@ -9,7 +9,7 @@ from tessera.ctr.config import Config
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.distil.teacher_logits import prepare
 from tessera.ctr.export.dry_run import check_export
-from tessera.ctr.metrics.streaming import rows_of
+from tessera.ctr.metrics.tasks import names_of_metrics, scored_rows
 from tessera.ctr.report.report import write_report
 from tessera.ctr.report.result import PREDICTIONS, begin_result, commit_result
 from tessera.ctr.runs.log import RunLog
@@ -24,8 +24,6 @@ from tessera.distributed.collectives import on_first_rank, wait_for_all
 from tessera.distributed.rank import Process
 from tessera.kernels import backend
 
-HIGHER_IS_BETTER = {"auc": True, "logloss": False}
-
 
 class Trainer:
     """One run of scripts/train.py: an engine, the readers of the splits, a folder and its saved states. It goes on from
@@ -39,6 +37,7 @@ class Trainer:
         self.config, self.process = config, process
         prepare_device(config, process)
         schema = Schema(config.data.schema)
+        self.higher_is_better = names_of_metrics(schema.tasks)[config.trainer.early_stop.metric]
         self.readers = open_splits(config, schema, process)
         check_export(config, process)
         self.engine = Engine(config, schema, process)
@@ -115,7 +114,7 @@ class Trainer:
         metrics = evaluate(engine.model, valid, self.process)
         name = self.config.trainer.early_stop.metric
         value, best = metrics[name], progress.best
-        better = value is not None and (best is None or (value > best if HIGHER_IS_BETTER[name] else value < best))
+        better = value is not None and (best is None or (value > best if self.higher_is_better else value < best))
         self.log.evaluation(progress.step, "valid", metrics, is_best=better)
         if better:
             progress.best, progress.evaluations_since_best = value, 0
@@ -143,7 +142,7 @@ class Trainer:
             if reader is not None:
                 metrics = evaluate(self.engine.model, reader, process, new / PREDICTIONS, split)
                 self.log.final_evaluation(step, which, split, metrics)
-                scored[split] = rows_of(metrics)
+                scored[split] = scored_rows(self.engine.schema.tasks, metrics)
         process.stage = "writing the report"
         self.log.bad_rows(self.readers)
         wait_for_all()  # all predictions are written
@@ -153,7 +152,7 @@ class Trainer:
         self.log.say(report)
         self.log.close()
 
-    def _write_report(self, new: Path, scored: dict[str, int]) -> str:
+    def _write_report(self, new: Path, scored: dict[str, dict[str, int]]) -> str:
         """Write the report, on the first rank. Returns its summary."""
         folder = self.log.folder
         report = write_report(folder, result=new, scored=scored)

@@ -1,16 +1,18 @@
 """Models over several labels against their slow versions, in float64; what they are equal to, and what they refuse."""
 
-from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from tessera.ctr.config import load_config
 from tessera.ctr.data.labels import labels_of
+from tessera.ctr.data.schema import Schema
 from tessera.ctr.instantiate import instantiate
 from tessera.ctr.models.numeric import ScaledVectors
 from tessera.ctr.models.tower import Fields
+from tessera.ctr.network import build_tower
 from tessera.embedding.errors import ConfigError
 from tests.ctr.models.names import MODELS, OVER_LABELS
 from tests.ctr.models.reference_labels import OVER_LABELS as SLOW
@@ -35,9 +37,14 @@ def fields_of(labels, numeric: int = 2, ids: int = 4) -> Fields:
     return Fields(*names, ScaledVectors, labels_of(labels), len(labels))
 
 
+@cache
+def yaml_of(model: str) -> DictConfig:
+    return OmegaConf.create(load_config([f"model={model}"], "").model)
+
+
 def make(model: str, fields: Fields, **changes):
     torch.manual_seed(5)
-    config = OmegaConf.to_container(OmegaConf.create(load_config([f"model={model}"], "").model))
+    config = OmegaConf.to_container(yaml_of(model))
     config |= {key: value for key, value in SMALL.items() if key in config} | OWN.get(model, {}) | changes
     tower = instantiate({**config, "embedding_dim": 4}, "model", fields).double()
     with torch.no_grad():
@@ -148,11 +155,14 @@ def test_settings_of_gnolr_that_cannot_be_are_refused(changes, line):
         make("gnolr", fields_of(FUNNEL), **changes)
 
 
-@pytest.mark.parametrize("model", [name for name in MODELS if name not in OVER_LABELS])
-def test_models_of_one_label_have_heads_or_say_that_they_have_none(model):
-    from tessera.ctr.data.schema import Schema
-    from tessera.ctr.network import build_tower
+QUICK = ("dnn", "fgcnn", "deepfm")
 
+
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in MODELS if m not in OVER_LABELS],
+)
+def test_models_of_one_label_have_heads_or_say_that_they_have_none(model):
     features = "[{name: x, kind: numeric}, {name: a}, {name: b}, {name: c}]"
     small = ["model.kernel=3"] if model == "fgcnn" else []
     config = load_config([f"model={model}", f"data.schema.features={features}", "data.schema.time=null", *small], "")
@@ -170,4 +180,4 @@ def test_models_of_one_label_have_heads_or_say_that_they_have_none(model):
 def test_a_body_of_one_logit_is_refused():
     deepfm = {**DNN, "target": "tessera.ctr.models.deepfm.DeepFM"}
     with pytest.raises(ConfigError, match="model.body.target is .*DeepFM, which answers one logit and cannot"):
-        make("mmoe", replace(fields_of(APART)), body=deepfm)
+        make("mmoe", fields_of(APART), body=deepfm)

@@ -15,7 +15,7 @@ from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.module_names import module_name
 from tessera.distributed.saved.row_files import folder_name
 from tessera.distributed.tables import owned_tables
-from tessera.embedding.errors import ConfigError, TesseraError
+from tessera.embedding.errors import TesseraError
 from tests.ranks import on_ranks
 
 NAMES = [
@@ -120,9 +120,3 @@ def test_a_name_too_long_for_a_folder_is_found_at_start(data, tmp_path):
 def test_the_column_of_a_feature_keeps_its_long_name(data, tmp_path):
     config = load_config(settings(data, [{"name": "short", "column": "y" * 256}]), "")
     assert config.data.schema.features[0].column == "y" * 256
-
-
-@pytest.mark.parametrize("labels", ["[click, buy]", "[a, b, c]"])
-def test_several_labels_are_refused(labels):
-    with pytest.raises(ConfigError, match=r"data.schema.labels is \[.*\]; expected one label"):
-        load_config([f"data.schema.labels={labels}"], "")
