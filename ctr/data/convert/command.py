@@ -16,6 +16,7 @@ from tessera.ctr.data.convert.output import COMPRESSIONS, Writing
 from tessera.ctr.data.convert.pipeline import Input, Options
 from tessera.ctr.data.convert.split import seconds_of
 from tessera.ctr.data.synthetic import row_group_rows_of, write_synthetic
+from tessera.ctr.data.synthetic_funnel import FunnelConfig, write_funnel
 from tessera.ctr.data.synthetic_histories import HistoriesConfig, write_histories
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.embedding.errors import ConfigError
@@ -43,6 +44,14 @@ HISTORIES = {name: SYNTHETIC[name] for name in ("rows", "days", "start_date", "s
     "items": "of a category",
     "users": "of the log",
     "signal": "what a recent event of the item's category adds to the true logit",
+}
+FUNNEL = {name: SYNTHETIC[name] for name in ("rows", "days", "start_date", "seed", "valid", "test")} | {
+    "users": "of the log",
+    "items": "of the log",
+    "click_rate": "mean probability of a click",
+    "buy_rate": "mean probability of a purchase after a click, over all rows",
+    "signal": "standard deviation of both true logits, about",
+    "shared": "correlation of what ids do to clicks and to purchases",
 }
 
 
@@ -73,6 +82,10 @@ def add_kinds(parser: ArgumentParser) -> None:
     for field in fields(HistoriesConfig):
         option, default = f"--{field.name.replace('_', '-')}", field.default
         histories.add_argument(option, type=type(default), default=default, help=HISTORIES[field.name])
+    funnel = kinds.add_parser("synthetic-funnel", parents=[written], help="clicks, and purchases after clicks")
+    for field in fields(FunnelConfig):
+        option, default = f"--{field.name.replace('_', '-')}", field.default
+        funnel.add_argument(option, type=type(default), default=default, help=FUNNEL[field.name])
     synthetic = kinds.add_parser("synthetic", parents=[written], help="Criteo-shaped, with a known ceiling")
     for field in fields(SyntheticConfig):
         if field.name in SYNTHETIC:
@@ -123,6 +136,11 @@ def prepare(options: Namespace) -> str:
         return _synthetic(options)
     if options.kind == "parquet":
         return _log(options)
+    if options.kind == "synthetic-funnel":
+        shape = FunnelConfig(**{name: getattr(options, name) for name in FUNNEL})
+        writing = _writing(options, min(max(shape.rows // 64, 1024), 16384))
+        found = write_funnel(shape, options.output, writing, overwrite=options.overwrite)
+        return "\n".join([f"synthetic-funnel: {shape.rows:,} rows", *_ceilings_of_tasks(found)])
     if options.kind == "synthetic-histories":
         config = HistoriesConfig(**{name: getattr(options, name) for name in HISTORIES})
         writing = _writing(options, min(max(config.rows // 64, 1024), 16384))
@@ -202,6 +220,15 @@ def _synthetic(options: Namespace) -> str:
     result = write_synthetic(config, options.output, writing, options.threads, overwrite=options.overwrite)
     first = f"synthetic: {config.rows:,} rows, {sum(result['distinct_ids'].values()):,} distinct ids"
     return "\n".join([first, *_ceilings(result)])
+
+
+def _ceilings_of_tasks(result: dict) -> list[str]:
+    """Return the ceilings of each label, split by split."""
+    by_task: dict[str, dict] = {}
+    for split, found in result["splits"].items():
+        for task, one in found["tasks"].items():
+            by_task[f"{split}, {task}"] = one
+    return _ceilings({"splits": by_task})
 
 
 def _ceilings(result: dict) -> list[str]:
