@@ -45,13 +45,14 @@ class TaskLoss:
             return F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
         logits_bt = logits.unsqueeze(1) if logits.dim() == 1 else logits
         parts = [self._masked(number, logits_bt, batch) for number in range(len(self._labels))]
-        losses = torch.stack([self._of(number, *part, batch) for number, part in enumerate(parts)])
-        factors = losses.new_tensor(self._weights)
+        losses = torch.stack(
+            [self._weights[number] * self._of(number, *part, batch) for number, part in enumerate(parts)]
+        )
         if self._by_task:
             sums = torch.stack([mask_weight.sum() for _, _, mask_weight in parts]).detach()
             sum_over_ranks(sums)
-            factors = factors * torch.where(sums > 0, weight / sums, 0.0)
-        return (factors * losses).sum()
+            losses = losses * torch.where(sums > 0, weight / sums, 0.0)
+        return losses.sum()
 
     def _masked(self, number: int, logits_bt: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logit, label and weight of a label, [B] each; the weight is 0 where it does not count."""

@@ -77,7 +77,7 @@ def trained(name: str, data: Path, run_dir: Path, process: Process, seed: int, e
 def measured(data: Path, run_dir: Path, process: Process) -> dict[str, float]:
     """Return AUC on the test split by column; purchases on all rows are those that would be made after a click."""
     keep = ["click", "buy", "would_buy"]
-    scored = score_rows(config_to_score(run_dir, []), process, run_dir, data / "test", run_dir / "scores", keep)
+    scored = score_rows(config_to_score(run_dir, []), process, run_dir, data / "test", Path(f"{run_dir}-scores"), keep)
     table = pq.read_table([scored.folder / name for name in scored.names], partitioning=None)
     found = {name: table[name].to_numpy() for name in table.column_names}
     clicked = found["click"] == 1
