@@ -93,8 +93,10 @@ def measured(data: Path, run_dir: Path, process: Process) -> dict[str, float]:
 def table(results: dict[str, list[dict[str, float]]], ceilings: list[dict[str, float]]) -> str:
     """Return markdown: the mean of the seeds and their spread, the ceilings in the last row."""
     lines = [f"| model | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    hidden = {"clicks alone": ("buy", "buy_on_all_rows", "click_and_buy")}
-    hidden["purchases on clicked rows alone"] = ("click", "click_and_buy")
+    hidden: dict[str, tuple[str, ...]] = {
+        "clicks alone": ("buy", "buy_on_all_rows", "click_and_buy"),
+        "purchases on clicked rows alone": ("click", "click_and_buy"),
+    }
     for name, runs in {**results, "best possible": ceilings}.items():
         cells = []
         for column in COLUMNS:
