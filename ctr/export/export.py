@@ -43,6 +43,7 @@ from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.set_table import OwnedTable
 
 COMMAND = "export.py"
+EXAMPLE = "example.json"  # a body for `tessera serve`
 EQUAL, EQUAL_AMP = 1e-6, 2e-2  # how far a score may lie from evaluation's where no row is rounded anew
 GOLDEN_BATCH = 256
 
@@ -210,6 +211,8 @@ class _Job:
         golden = self.golden.append_column(PREDICTION, pa.array(list(scores)))
         pq.write_table(golden, self.writer.folder / GOLDEN)
         self.writer.seal_file(GOLDEN)
+        example = {"rows": self.golden.slice(0, 2).to_pylist()}
+        self.writer.write(EXAMPLE, (json.dumps(example, indent=1, default=str) + "\n").encode())
 
     def _write_more(self, program: torch.export.ExportedProgram) -> None:
         if not (self.options.compiled or self.options.onnx):

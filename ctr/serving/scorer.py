@@ -153,16 +153,16 @@ class Scorer:
         return next(table for table in self._embeddings.tables if table.table.name == name)
 
     def _inputs(self, rows: Rows, user: Rows | None = None, once: dict[str, Tensor] | None = None) -> Inputs:
-        numeric = torch.empty(rows.count, len(self._numeric))
+        numeric = np.empty((rows.count, len(self._numeric)), np.float32)
         for place, name in enumerate(self._numeric):
             side = rows if name in rows.numeric else user
             assert side is not None
-            numeric[:, place] = torch.from_numpy(side.numeric[name])
+            numeric[:, place] = side.numeric[name]
         with torch.no_grad():
             groups = self._embeddings.pooled(rows.bags, rows.count)
         if user is not None and once is not None and user.bags:
             groups = {name: self._beside(group, rows, once[name]) for name, group in groups.items()}
-        return Inputs(numeric, list(groups.values()))
+        return Inputs(torch.from_numpy(numeric), list(groups.values()))
 
     def _beside(self, group: Tensor, rows: Rows, once: Tensor) -> Tensor:
         """Put the user's fields, looked up once, beside those of the candidates, in the order of the model."""

@@ -42,7 +42,7 @@ def test_every_model_with_every_numeric_kind_leaves_and_answers_alike(tmp_path, 
         assert largest_difference(one, load_tower(tmp_path / "tower.pt2"), 3, 4) <= 1e-5
 
 
-@pytest.mark.parametrize(("numeric", "ids"), [(0, 3), (2, 0)])
+@pytest.mark.parametrize(("numeric", "ids"), [pytest.param(0, 3, marks=pytest.mark.slow), (2, 0)])
 def test_a_model_of_one_kind_of_fields_alone(tmp_path, numeric, ids):
     one = ServedTower(make("dnn", named(numeric, ids)).float().eval(), amp=False)
     program = graph_of(one, numeric, ids)
@@ -85,7 +85,7 @@ def process():
             Stubborn,
             "model Stubborn cannot be exported: torch.export says: .*; export.check=never trains it all the same",
         ),
-        (Counting, "answers otherwise when it is exported: logits differ by"),
+        pytest.param(Counting, "answers otherwise when it is exported: logits differ by", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_of_ones_own_that_cannot_leave_ends_before_training(process, tmp_path, kind: type[nn.Module], line):
