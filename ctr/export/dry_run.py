@@ -15,7 +15,7 @@ import torch
 
 from tessera.ctr.config import Config
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.export.tower import ServedTower, graph_of, largest_difference
+from tessera.ctr.export.tower import ServedTower, check_features, graph_of, largest_difference
 from tessera.ctr.instantiate import is_own
 from tessera.ctr.network import build_tower
 from tessera.ctr.serving.model_files import save_graph
@@ -33,6 +33,8 @@ def check_export(config: Config, process: Process) -> None:
     Raises ConfigError, on all ranks: why it cannot be exported, or that the graph answers differently.
     """
     chosen = config.export.check
+    if chosen == "auto" and Schema(config.data.schema).sequences:  # which no export has, whatever the model
+        return
     if chosen == "never" or (chosen == "auto" and all(map(is_own, _targets([config.model, config.numeric])))):
         return
     on_first_rank(process, lambda: _check(config))
@@ -51,6 +53,7 @@ def _check(config: Config) -> None:
     schema = Schema(config.data.schema)
     numeric, ids = len(schema.numeric_names), len(schema.id_names)
     try:
+        check_features(schema)
         with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(config.trainer.seed)
             served = ServedTower(build_tower(config, schema), amp=config.trainer.amp)

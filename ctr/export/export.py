@@ -23,7 +23,7 @@ from tessera.ctr.data.schema import Schema
 from tessera.ctr.export.describe import describe, plans_of
 from tessera.ctr.export.golden import golden_rows, scores_of
 from tessera.ctr.export.source import Source
-from tessera.ctr.export.tower import ServedTower, graph_of
+from tessera.ctr.export.tower import ServedTower, check_features, graph_of
 from tessera.ctr.network import build_model
 from tessera.ctr.output_folders import replacing_on_ranks
 from tessera.ctr.serving.conversion import Conversion
@@ -96,11 +96,7 @@ def export_model(
     begun = time.monotonic()
     config = prepared(config)
     schema = Schema(config.data.schema)
-    for group in schema.sequences.values():
-        raise ConfigError(
-            f"{COMMAND} exports models of pooled features alone, and feature {group[0].name!r} has pooling: none; "
-            "score with tessera score"
-        )
+    check_features(schema)
     model, _ = build_model(config, schema, process)
     exported = Exported(output, f"{source.name}")
     with replacing_on_ranks(process, output, "--output", COMMAND, sources, []) as folder:

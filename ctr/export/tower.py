@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tessera.ctr.data.schema import Schema
 from tessera.ctr.models.tower import Tower
 from tessera.embedding.errors import ConfigError
 
@@ -38,6 +39,15 @@ def inputs_of(dims: Mapping[str, int], numeric: int, ids: int, rows: int, seed: 
     draw = torch.Generator().manual_seed(seed)
     embeddings = [torch.randn(rows, ids, dim, generator=draw) for dim in dims.values()]
     return torch.randn(rows, numeric, generator=draw), *embeddings
+
+
+def check_features(schema: Schema) -> None:
+    """Raise ConfigError for features that exports do not have: sequences whose events the model sees one by one."""
+    for group in schema.sequences.values():
+        raise ConfigError(
+            f"an export has pooled features alone, and feature {group[0].name!r} has pooling: none; "
+            "score with tessera score"
+        )
 
 
 @torch.no_grad()

@@ -31,7 +31,16 @@ FEATURES = (
     "{name: words, kind: ids, dtype: string}, "
     "{name: last, kind: sequence, delimiter: '|', pooling: sum, max_length: 2, table: d}]"
 )
-HIDDEN = {"lr": [], "fm": [], "autoint": [], "final_mlp": ["hidden1", "hidden2"], "fgcnn": ["classifier.hidden"]}
+HIDDEN = {
+    "lr": [],
+    "fm": [],
+    "autoint": [],
+    "final_mlp": ["hidden1", "hidden2"],
+    "fgcnn": ["classifier.hidden"],
+    **dict.fromkeys(("mmoe", "ple"), ["expert"]),
+    **dict.fromkeys(("dbmtl", "shared_bottom"), ["bottom"]),
+}
+USER = {"gnolr": ["model.user=[x, s, h]"]}  # models that are told which fields are the user's
 
 
 def awkward_rows(count: int, seed: int = 0) -> pa.Table:
@@ -47,6 +56,8 @@ def awkward_rows(count: int, seed: int = 0) -> pa.Table:
     return pa.table(
         {
             "label": pa.array(draw.integers(0, 2, count)),
+            "buy": pa.array(draw.integers(0, 2, count)),
+            "price": pa.array(draw.normal(size=count)),
             "x": pa.array(draw.normal(size=count)),
             "y": pa.array(some((draw.normal(size=count) * 20).tolist()), pa.float32()),
             "c": pa.array(some(draw.integers(-30, 30, count).tolist()), pa.int32()),
@@ -64,6 +75,7 @@ def awkward_rows(count: int, seed: int = 0) -> pa.Table:
 
 def overrides_of(folder: Path, *more: str, model: str = "deepfm") -> list[str]:
     small = [f"model.{key}=[8]" for key in HIDDEN.get(model, ["hidden"])]
+    small += USER.get(model, [])
     if model != "lr":
         small.append("model.embedding_dim=4")
     return [

@@ -17,10 +17,10 @@ from tessera.ctr.runs.saved_model import load_model
 from tessera.ctr.runs.score import run_config
 from tessera.ctr.serving import Scorer
 from tests.ctr.export.models import awkward_rows, export, make_run, overrides_of
+from tests.ctr.models.names import OF_ONE_LABEL, OVER_LABELS
 from tests.distributed.saved_tables import alone
-from tests.ranks import ROOT, on_ranks
+from tests.ranks import on_ranks
 
-MODELS = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
 QUICK_CASES = ("oov, projections, pooled by owners",)  # the others, and every model, by -m slow
 CASES = {
     "oov, projections, pooled by owners": (
@@ -62,10 +62,20 @@ def check(process, folder: Path, bound: float = 1e-6, **options) -> Scorer:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", OF_ONE_LABEL)
 def test_every_model(process, tmp_path, model):
     make_run(process, tmp_path, overrides_of(tmp_path, model=model))
     check(process, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [*OVER_LABELS, "dnn"])
+def test_several_labels(process, tmp_path, model):
+    labels = "[label, {name: price, loss: mse}, buy]" if model == "dnn" else "[label, {name: buy, where: label}]"
+    make_run(process, tmp_path, overrides_of(tmp_path, f"data.schema.labels={labels}", model=model))
+    scorer = check(process, tmp_path)
+    found = scorer(awkward_rows(9))
+    assert found.shape == (9, len(scorer.labels)) and scorer([]).shape == (0, len(scorer.labels))
 
 
 @pytest.mark.parametrize("case", [c if c in QUICK_CASES else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
