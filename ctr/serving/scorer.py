@@ -106,8 +106,13 @@ class Scorer:
 
     def prepare_ranked(self, user: Any, candidates: Any) -> Inputs:
         """Do the same for candidates of one user. Raises RowError."""
+        if isinstance(candidates, Sequence) and not len(candidates):
+            empty = [torch.zeros(0, len(self._ids), dim) for dim in self.description.groups.values()]
+            return Inputs(torch.zeros(0, len(self._numeric)), empty)
         theirs = self._decoder.table(candidates, some=True)
         mine = self._decoder.table(user, some=True)
+        if not mine.column_names:
+            return self.prepare(candidates)
         if mine.num_rows != 1:
             raise RowError(f"found {mine.num_rows} rows of users; expected one")
         mine = mine.drop_columns([name for name in mine.column_names if name in theirs.column_names])

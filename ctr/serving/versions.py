@@ -7,27 +7,29 @@ one that is served. An export that is made of changes is, file by file of its ta
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 
 from tessera.ctr.serving.conversion import Conversion
-from tessera.ctr.serving.description import FEATURES, TOWER, StoredTable
+from tessera.ctr.serving.description import FEATURES, FORMAT, TOWER, StoredTable
 from tessera.ctr.serving.errors import ExportError
-from tessera.ctr.serving.files import MANIFEST, SealedWriter, sync_folder
+from tessera.ctr.serving.files import MANIFEST, Place, SealedWriter, read_manifest, sync_folder
 from tessera.ctr.serving.model_files import TablePlan, model_of, save_graph, write_dense, write_static
 from tessera.ctr.serving.saved_models import Publications, SavedModel, is_in, newest_rows
 from tessera.ctr.serving.scorer import GOLDEN, PREDICTION, Scorer
 from tessera.ctr.serving.table_writer import TableWriter
 
 PARTIAL = ".partial-"  # begins names of folders that nobody takes for an export
+LOCK = ".lock"
 KEPT = 2  # versions that stay on the disk, the served one among them
 RAW_ROWS = 1 << 16  # of the served tables that are copied at once
 
@@ -41,14 +43,17 @@ class Versions:
     def __init__(self, base: Path, published: str, folder: Path) -> None:
         self.base, self.folder = Path(os.path.abspath(base)), Path(os.path.abspath(folder))
         self.publications = Publications(published)
+        self._base = read_manifest(Place(self.base), FORMAT)
+        self._lock: IO[str] | None = None
 
     def begin(self) -> Scorer:
         """Remove what a killed server left half written, and open the version that is furthest along the chain that
         `latest` names; the base if there is none.
 
-        Raises ExportError: the base cannot be read. OSError: the folder cannot be written.
+        Raises ExportError: the base cannot be read, or another server uses the folder. OSError: it cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._hold()
         for path in self.folder.iterdir():
             if path.name.startswith(PARTIAL):
                 shutil.rmtree(path, ignore_errors=True)
@@ -57,6 +62,8 @@ class Versions:
         except ExportError:
             links = []
         for link in reversed(links):
+            if link == self._base["published"]:
+                break
             try:
                 if self._path(link).is_dir():
                     return Scorer(self._path(link), check=True)
@@ -65,7 +72,27 @@ class Versions:
         return Scorer(self.base)
 
     def _path(self, link: dict[str, str]) -> Path:
-        return self.folder / f"{link['name']}-{link['checksum']}"
+        """Return the folder of a version: of this publication, and of this base, whose graph and formats it has."""
+        return self.folder / f"{link['name']}-{link['checksum']}-{self._base['checksum']}"
+
+    def _hold(self) -> None:
+        """Keep the folder for this process, which may ask again. Raises ExportError: another one has it."""
+        if self._lock is None:
+            lock = open(self.folder / LOCK, "w")  # noqa: SIM115, it is held as long as the server lives
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.close()
+                raise ExportError(
+                    f"{self.folder} is in use by another server; expected a folder of its own for each (--versions)"
+                ) from None
+            self._lock = lock
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def update(self, current: Scorer) -> Scorer | None:
         """Return a scorer of what `latest` names; None if `current` is it.

@@ -72,6 +72,8 @@ def test_rows_of_every_form_score_alike_and_a_user_is_looked_up_once(scorer):
     candidates = [{k: v for k, v in row.items() if k not in USER} for row in rows_of(30, seed=4)]
     together = [{**candidate, **user} for candidate in candidates]
     np.testing.assert_allclose(scorer.rank(user, candidates), scorer(together), rtol=0, atol=1e-6)
+    assert scorer.rank(user, []).shape == (0,)
+    np.testing.assert_allclose(scorer.rank({}, together), scorer(together), rtol=0, atol=1e-6)
     np.testing.assert_allclose(scorer.rank(awkward_rows(1), candidates).shape, (30,))
 
 

@@ -56,6 +56,7 @@ class Days:
         self.publisher = Publisher(folder / "run", self.config, self.model.module, process)
         self.records: list[DayRecord] = []
         self.scores: list[np.ndarray] = []
+        self._last: Versions | None = None
 
     def publish(self, kind: str) -> None:
         number = len(self.records) + 1
@@ -73,7 +74,11 @@ class Days:
         point(self.publisher.root, self.records, keep_days=20)
 
     def versions(self) -> Versions:
-        return Versions(self.folder / "export", str(self.folder / "run" / "published"), self.folder / "versions")
+        """A server's, which has ended when the next one is made."""
+        if self._last is not None:
+            self._last.close()
+        self._last = Versions(self.folder / "export", f"{self.folder}/run/published", self.folder / "versions")
+        return self._last
 
 
 @pytest.mark.parametrize("changes", [2, pytest.param(10, marks=pytest.mark.slow)])
@@ -93,7 +98,7 @@ def test_changes_give_the_scores_of_each_day_and_the_tables_of_an_export_made_an
     export(process, tmp_path, "anew")
     assert digest(scorer.folder) == digest(tmp_path / "anew") != digest(tmp_path / "export")
     assert Scorer.load(scorer.folder, check=True)(ROWS).tolist() == Scorer.load(tmp_path / "anew")(ROWS).tolist()
-    assert len(list((tmp_path / "versions").iterdir())) <= 3
+    assert len(list((tmp_path / "versions").glob("2026*"))) <= 3
     went_back_and_on_again(days, versions, scorer)
 
 
@@ -169,7 +174,7 @@ def test_what_is_damaged_or_of_another_model_is_refused_and_leaves_what_is_serve
     scorer.manifest["model"] = {**said["model"], "numeric": {}}
     with pytest.raises(ExportError, match="was trained with another model or schema than the export; export the run"):
         versions.update(scorer)
-    assert list((two_days.folder / "versions").iterdir()) == []
+    assert [path.name for path in (two_days.folder / "versions").iterdir()] == [".lock"]
     scorer.manifest["model"] = said["model"]
     assert versions.update(scorer) is not None
 
@@ -188,6 +193,20 @@ def test_half_a_version_is_removed_by_the_next_start(two_days):
     assert two_days.versions().begin().version == scorer.version  # the damaged one is made again
     again = versions.update(scorer)
     assert again is not None and again.version == newer.version
+
+
+def test_a_folder_of_versions_is_one_servers_and_of_one_export(process, two_days):
+    versions = two_days.versions()
+    newer = versions.update(versions.begin())
+    assert newer is not None
+    other = Versions(two_days.folder / "export", f"{two_days.folder}/run/published", two_days.folder / "versions")
+    with pytest.raises(ExportError, match="is in use by another server; expected a folder of its own"):
+        other.begin()
+    export(process, two_days.folder, "other")  # of what is published now
+    versions.close()
+    other = Versions(two_days.folder / "other", f"{two_days.folder}/run/published", two_days.folder / "versions")
+    scorer = other.begin()
+    assert scorer.folder == two_days.folder / "other" and other.update(scorer) is None
 
 
 def test_a_server_changes_its_model_between_answers(two_days):
@@ -217,7 +236,7 @@ def test_a_server_changes_its_model_between_answers(two_days):
             assert b'tessera_model_updates_total{result="done"} 1.0' in (await client.send("GET", "/metrics")).body
 
     asyncio.run(run())
-    assert said == [f"serving {server.settings.versions.begin().version}"]
+    assert said == [f"serving {two_days.versions().begin().version}"]
 
 
 KILLED = """
