@@ -203,7 +203,7 @@ def malformed(count: int, seed: int = 0) -> list[tuple[str, bytes, str]]:
             found.append(("/score", b"[" * depth + b"]" * depth, "application/json"))
         else:
             user = draw.choice(values[:9])
-            body = {"user": user, "candidates": draw.choice(values)}
+            body = {"user": user, "candidates": draw.choice([value for value in values if value != []])}
             found.append(("/rank", json.dumps(body).encode(), draw.choice(["application/json", "text/csv", ARROW])))
     return found
 
