@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,6 @@ from tessera.ctr.runs.score_rows import config_to_score, score_rows
 from tessera.ctr.train.trainer import Trainer
 from tessera.embedding.errors import ConfigError
 from tests.ctr.train.funnel import funnel_table, options, write_funnel
-from tests.ctr.train.states import assert_same_end
-from tests.ctr.train.warm_ranks import WarmRanks
 from tests.ranks import on_ranks
 
 SEVERAL = (
@@ -173,31 +170,6 @@ def test_comparisons_name_their_label(run, tmp_path):
     assert found.values["settings"]["label"] == "buy"
     with pytest.raises(DataError, match="has several labels; expected --label buy or click or click_and_buy, found"):
         compare_runs(run, run, tmp_path / "other", replicates=0)
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_and_goes_on_has_the_same_curve(uneven, tmp_path):
-    ranks, output = WarmRanks(), tmp_path / "output"
-    loop = ["data.valid=null", "data.test=null", "trainer.batch_size=64", "trainer.resume=auto", *CURVES["mmoe"]]
-    loop += ["trainer.checkpoint.every=3", "data.lanes=6"]
-
-    def job(name: str) -> list[str]:
-        return options(uneven, tmp_path / name, "mmoe", *loop)
-
-    try:
-        assert ranks.run(2, job("whole"), output) == [0, 0], output.read_text()
-        assert ranks.run(2, job("killed"), output, end=(7, signal.SIGKILL, [0, 1])) == [-9, -9], output.read_text()
-        assert ranks.run(2, job("killed"), output) == [0, 0], output.read_text()
-        assert_same_end(tmp_path / "killed", tmp_path / "whole")
-        assert ranks.run(1, job("more"), output, end=(7, signal.SIGKILL, [0])) == [-9], output.read_text()
-        assert ranks.run(2, job("more"), output) == [0, 0], output.read_text()
-    finally:
-        ranks.close()
-    losses = {}
-    for name in ("whole", "more"):
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        losses[name] = [line["loss"] for line in lines if line["kind"] == "train"]
-    np.testing.assert_allclose(losses["more"], losses["whole"], rtol=2e-5)
 
 
 def test_each_label_has_its_bands():
