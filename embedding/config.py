@@ -107,8 +107,9 @@ class DynamicTableConfig:
     the group's name and the id it fixes a row's initial values. ttl_seconds: a row not seen for so long expires (None:
     never). max_rows, max_bytes: the limit of one rank's part of the table (None: memory). eviction: what a full table
     does: evict the least recently (lru) or least frequently (lfu) used rows, or raise TableFull. evicted_kept: evicted
-    ids that are kept for `take_evicted`. chunk_rows: rows by which memory is reserved, a power of two. cache_rows,
-    cache_bytes: the table is in host memory, and a device holds so many of its rows (None: all of them are there).
+    ids that are kept for `take_evicted`. chunk_rows: rows by which a table by itself reserves memory, a power of two.
+    cache_rows, cache_bytes: the table is in host memory, and a device holds so many of its rows (None: all of them
+    are there).
 
     Raises ConfigError, one line, for values that cannot work.
     """

@@ -87,7 +87,7 @@ class Engine:
         self.process.stage = f"step {self.step}: backward"
         self.optimizers.zero_grad()
         # This updates the rows of tables, too: kernels/pool.py, torchrec's exchange, `_LookUp.backward` in
-        # distributed/torchrec/kernel.py, `DynamicTable.update`, `RowStore.update`, kernels/update.py.
+        # distributed/torchrec/kernel.py, `TableSet.update`, kernels/records.py.
         ((loss_sum + teacher_loss + self._l2(embeddings)) * loss_scale).backward()
         check_gradients(self.network.dense_parameters(), self.step)
         self.optimizers.step()
