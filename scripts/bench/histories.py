@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,23 @@ import torch
 import torch.distributed as dist
 
 from tessera.ctr import api
+from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.convert.histories import HistoryRule
 from tessera.ctr.data.convert.movielens import convert_movielens
 from tessera.ctr.data.convert.output import Writing
 from tessera.ctr.data.convert.pipeline import Options, schema_from_conf
 from tessera.ctr.data.synthetic_histories import HistoriesConfig, write_histories
-from tessera.ctr.models.tower import Tower, drawn_inputs, logits_of
-from tessera.ctr.network import fields_of
+from tessera.ctr.network import Network
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.rank import Process
 
-COMMON = ["trainer.device=cpu", "embedding.rows=100000", "trainer.log_every=1000000", "model.embedding_dim=8"]
+COMMON = [
+    "trainer.device=cpu",
+    "trainer.threads=1",
+    "embedding.rows=100000",
+    "trainer.log_every=1000000",
+    "model.embedding_dim=8",
+]
 COMMON += ["trainer.early_stop.metric=auc", "trainer.early_stop.patience=2"]
 MODELS = {
     "deepfm": ["model=deepfm", "model.hidden=[64,64]"],
@@ -51,8 +58,9 @@ CHOSEN: dict[str, dict[str, dict[str, float]]] = {
     "synthetic": {name: {"lr": 0.05, "dropout": 0.0} for name in MODELS},
     "movielens": {name: {"lr": 0.05, "dropout": 0.3} for name in MODELS},
 }
-EPOCHS = {"synthetic": 5, "movielens": 4}
-BATCH = {"synthetic": 128, "movielens": 256}
+EPOCHS = {"synthetic": 2, "movielens": 4}
+SPEED_ROWS = 256
+BATCH = {"synthetic": 256, "movielens": 256}
 
 
 def main() -> int:
@@ -152,42 +160,65 @@ def trained(overrides: list[str], data: str, seed: int, folder: Path) -> dict[st
 
 
 def speed(options: argparse.Namespace, folder: Path) -> None:
-    """Print rows/s of training steps, the tower's share of them, and the memory of what it keeps for a batch."""
-    torch.set_num_threads(2)
+    """Print rows per second of one core's time in training steps, the tower's share of it, and what the tower keeps of
+    a batch for its backward pass. The processor's time and not the clock's: it does not depend on what else runs."""
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     process = Process(0, 0, 1, torch.device("cpu"), dist.HashStore())
-    features = make_data(
-        argparse.Namespace(data="synthetic", rows=options.rows, length=options.length), folder / "data"
-    )
+    options.data, options.rows = "synthetic", 4000
+    features = make_data(options, folder / "data")
     for model in options.models:
         overrides = [*MODELS[model], *data_of("synthetic", folder / "data", features, model)]
-        fixed = ["trainer.batch_size=512", "data.test=null", "data.valid=null", f"trainer.run_dir={folder / model}"]
-        config = api.load_config(*COMMON[:-2], *fixed, *overrides)
+        fixed = [f"trainer.batch_size={SPEED_ROWS}", "data.test=null", "data.valid=null", "trainer.threads=1"]
+        config = api.load_config(*COMMON[:-2], *fixed, *overrides, f"trainer.run_dir={folder / model}")
         trainer = Trainer(config, process)
         reader = trainer.readers["train"]
         assert reader is not None
-        batches = list(itertools.islice(reader.epoch(0), 12))
+        batches = list(itertools.islice(reader.epoch(0), 7))
         whole = seconds([partial(trainer.engine.train_step, batch) for batch in batches])
-        schema = trainer.engine.schema
-        tower, fields = trainer.engine.model.module.tower, fields_of(config, schema)
-        given = drawn_inputs(tower, fields, 512, length=options.length // 2)
-        alone = seconds([partial(step_of, tower, given)] * 6)
-        print(f"{model:8} {512 / whole:8,.0f} rows/s, tower {alone / whole:4.0%} of the step", flush=True)
+        network = trainer.engine.model.module
+        inputs = [(batch, looked_up(network, batch)) for batch in batches]
+        alone = seconds([partial(tower_step, network, *one) for one in inputs])
+        kept = bytes_kept(partial(tower_step, network, *inputs[-1]))
+        rate, share = SPEED_ROWS / whole, alone / whole
+        print(f"{model:8} {rate:8,.0f} rows/s, tower {share:4.0%}, keeps {kept / SPEED_ROWS / 1024:,.1f} KiB a row")
         trainer.log.close()
 
 
-def step_of(tower: Tower, given: tuple) -> None:
-    """Run a tower forward and backward."""
-    logits_of(tower, *given).sum().backward()
+def looked_up(network: Network, batch: Batch) -> dict[str, torch.Tensor]:
+    """Return what the tower reads of a batch, cut off from the tables."""
+    with torch.no_grad():
+        found = network.eval().tables(batch.ids)
+    network.train()
+    return {name: rows.detach().requires_grad_() for name, rows in found.items()}
 
 
-def seconds(calls: list[Any]) -> float:
-    """Return the median time of calls, without the first two."""
+def tower_step(network: Network, batch: Batch, embeddings: dict[str, torch.Tensor]) -> None:
+    """Run the tower forward and backward."""
+    network.of_tower(batch, embeddings).sum().backward()
+
+
+def bytes_kept(step: Callable[[], None]) -> int:
+    """Return the bytes of all memory that a step keeps for its backward pass."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    return sum(kept.values())
+
+
+def seconds(calls: list[Callable[[], Any]]) -> float:
+    """Return the median of the processor's time of calls, without the first two."""
     times = []
     for call in calls:
-        begin = time.perf_counter()
+        begin = time.process_time()
         call()
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     return statistics.median(times[2:])
 
 
