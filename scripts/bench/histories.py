@@ -69,6 +69,7 @@ def main() -> int:
     parser.add_argument("--input", type=Path, help="folder of MovieLens' files")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=100_000, help="of the synthetic data")
     parser.add_argument("--length", type=int, default=50, help="of histories")
     parser.add_argument("--tune", action="store_true", help="show valid for each setting of the grid, with one seed")
@@ -95,7 +96,8 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
                 )
             continue
         chosen = setting(model, **CHOSEN[options.data][model])
-        runs = [trained([*overrides, *chosen], options.data, seed, folder / "run") for seed in range(options.seeds)]
+        seeds = range(options.first_seed, options.first_seed + options.seeds)
+        runs = [trained([*overrides, *chosen], options.data, seed, folder / "run") for seed in seeds]
         shown = []
         for split, metric in itertools.product(("valid", "test"), ("auc", "logloss")):
             values = [run["splits"][split][metric] for run in runs]

@@ -72,7 +72,7 @@ def add_kinds(parser: ArgumentParser) -> None:
     log.add_argument("--input", type=Path, nargs="+", required=True, help="files, or folders of them")
     log.add_argument("--time", required=True, help="column of the events' times")
     log.add_argument("--time-unit", choices=("s", "ms", "us", "ns"), default="s", help="of integer times")
-    log.add_argument("--label", default="label", help="column of labels, where no schema.yaml lies beside the input")
+    log.add_argument("--label", nargs="+", default=["label"], help="columns of labels, where no schema.yaml is there")
     log.add_argument("--split", choices=("time", "day", "kept"), default="time", help="kept: the folders of the input")
     log.add_argument("--valid-fraction", type=float, default=Input.valid)
     log.add_argument("--test-fraction", type=float, default=Input.test)
@@ -168,7 +168,7 @@ def _log(options: Namespace) -> str:
         options.test_fraction,
         _writing(options, 16384),
         overwrite=options.overwrite,
-        label=options.label,
+        labels=options.label,
     )
     return _described({"kind": "parquet"} | summary)
 

@@ -66,7 +66,7 @@ def log_of(paths: Sequence[Path], *, kept: bool) -> Log:
 
 def convert_log(
     paths: Sequence[Path], output: Path, rule: HistoryRule, how: str, valid: float, test: float, writing: Writing,
-    *, overwrite: bool = False, label: str = "label",
+    *, overwrite: bool = False, labels: Sequence[str] = ("label",),
 ) -> dict:  # fmt: skip
     """Write the rows of parquet files with their histories; returns the summary written to prepare.json.
 
@@ -81,7 +81,7 @@ def convert_log(
     with complete_folder(output, list(paths), overwrite=overwrite) as folder:
         stored = pq.read_schema(log.files[0][1])
         summary = add_histories(log, folder, rule, how, (valid, test), writing)
-        write_description(folder, _schema(paths, stored, rule, label), {"kind": "parquet"} | summary)
+        write_description(folder, _schema(paths, stored, rule, labels), {"kind": "parquet"} | summary)
     return summary
 
 
@@ -215,16 +215,16 @@ def _check_columns(log: Log, stored: pa.Schema, rule: HistoryRule) -> None:
         raise SchemaError(f"{log.files[0][1]}: column {rule.time!r} is {time}, expected an integer, timestamp or date")
 
 
-def _schema(paths: Sequence[Path], stored: pa.Schema, rule: HistoryRule, label: str) -> dict:
+def _schema(paths: Sequence[Path], stored: pa.Schema, rule: HistoryRule, labels: Sequence[str]) -> dict:
     """Return the reader's block: that beside the input, or one by the types of the columns, and the histories."""
     beside = paths[0] / "schema.yaml"
     if beside.is_file():
         plain: Any = OmegaConf.to_container(OmegaConf.load(beside))
         schema: dict = plain["schema"]
     else:
-        schema = {"labels": [label], "time": rule.time, "time_unit": rule.time_unit, "features": []}
+        schema = {"labels": list(labels), "time": rule.time, "time_unit": rule.time_unit, "features": []}
         for field in stored:
-            if field.name not in (label, rule.time):
+            if field.name not in (*labels, rule.time):
                 schema["features"].append(_feature(field))
     return with_features(schema, rule, stored)
 

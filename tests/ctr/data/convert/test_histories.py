@@ -143,3 +143,12 @@ def test_movielens_histories_hold_ratings_before_the_row(tmp_path):
         assert [row["timestamp"] - ago for ago in row["history_seconds_ago"]] == newest
         assert set(row["history_item_id"]) <= {one["item_id"] for one in same}
         assert row["item_id"] not in row["history_item_id"]
+
+
+def test_labels_are_no_features_of_the_schema_that_is_made(tmp_path):
+    log(tmp_path / "log", 60)
+    rule = HistoryRule("user", ("item_id",), 5, "time")
+    convert_log([tmp_path / "log"], tmp_path / "out", rule, "day", 0, 0, Writing(), labels=("label", "line"))
+    schema = OmegaConf.load(tmp_path / "out" / "schema.yaml").schema
+    assert schema.labels == ["label", "line"]
+    assert [one.name for one in schema.features] == ["user", "item_id", "tags", "price", "history_item_id"]
