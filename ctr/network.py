@@ -83,6 +83,11 @@ def build_model(config: Config, schema: Schema, process: Process) -> tuple[Distr
         ConfigError: a key of model, numeric or embedding that cannot be, or tables that do not fit the memory.
     """
     tower, trainer = build_tower(config, schema), config.trainer
+    if trainer.compile and tower.reads_sequences:
+        raise ConfigError(
+            f"trainer.compile is true, and {config.model['target']} sees events, whose number differs from batch to "
+            "batch: each would be compiled anew; set trainer.compile=false"
+        )
     if trainer.compile:
         tower.compile(mode=compiler_mode(config, process.device))
     tables = build_tables(config, schema, tower, process.world_size)

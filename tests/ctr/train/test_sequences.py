@@ -237,6 +237,7 @@ def test_scores_of_new_rows_are_those_of_the_report(data, tmp_path):
         (["model=deepfm"], r"DeepFM, which reads no sequence event by event \(feature 'seen' has pooling: none\)"),
         (["model=din", "embedding=static"], "embedding.kind is static, and the rows of feature 'seen' reach the tower"),
         (["model=din", "embedding.pooled_output_dist=always"], "pooled_output_dist is always for table 'item'"),
+        (["model=din", "trainer.compile=true"], "trainer.compile is true, and .*DIN sees events, whose number differs"),
         (["model=din", "embedding.tables.item.dim=2"], "embedding.tables.item.dim is below the tower's"),
     ],
 )
