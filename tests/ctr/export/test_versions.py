@@ -266,7 +266,9 @@ def test_kill_9_while_changes_are_applied_leaves_a_whole_model(two_days):
         command = [sys.executable, "-c", KILLED, str(two_days.folder), str(moment)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode in (-signal.SIGKILL, 0), done.stderr
-        scorer = two_days.versions().begin()
+        versions = two_days.versions()
+        scorer = versions.begin()
+        versions.close()
         day = 0 if scorer.version.startswith("2026-01-01") else 1
         assert day == (done.returncode == 0)
         np.testing.assert_allclose(scorer(ROWS), two_days.scores[day], rtol=0, atol=1e-6)
