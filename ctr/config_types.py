@@ -104,6 +104,11 @@ class EmbeddingConfig:
         "rows on their way between ranks: fp32 | fp16 (gradients then as bf16) | bf16",
         choices=("fp32", "fp16", "bf16"),
     )
+    exchange: str = setting(
+        "flat",
+        "how ids and rows travel: flat: straight to owners | by_host: merged inside a host before they leave it",
+        choices=("flat", "by_host"),
+    )
 
 
 WARMUP = "the learning rate grows linearly over this many steps"

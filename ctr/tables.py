@@ -91,6 +91,7 @@ def _dynamic_tables(config: Config, schema: Schema, tower: Tower, ranks: int) ->
         dims=tower.embedding_dims,
         sequences=[name for name in schema.id_names if name not in schema.pooled_names],
         squares=embedding.l2 > 0,
+        by_host=embedding.exchange == "by_host",
     )
 
 

@@ -60,6 +60,7 @@ class DynamicTables(nn.Module):
         dims: group -> columns that the tower wants, those of the first table if not given. Tables whose groups have
             fewer are projected, see `projections.py`.
         squares: whether `squares_looked_up` is asked for after forward passes in training.
+        by_host: ids are merged inside a host before they leave it, but not those of bag_tables.
     """
 
     compute_kernel = DYNAMIC.value
@@ -79,11 +80,12 @@ class DynamicTables(nn.Module):
         dims: Mapping[str, int] | None = None,
         sequences: Collection[str] = (),
         squares: bool = False,
+        by_host: bool = False,
     ) -> None:
         super().__init__()
         self.cached = tables[0].cache_limit is not None
         assert all((table.cache_limit is not None) == self.cached for table in tables)
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds, self._by_host = timeout_seconds, by_host
         self._manager: HostManager | None = None
         self._prefetched: deque[PrefetchedBatch] = deque()
         self._transport = transport
@@ -287,6 +289,7 @@ class DynamicTables(nn.Module):
             "row_tables": tuple(module_name(self.tables[i].name) for i in self._row_tables),
             "dims": tuple(self.groups.items()),
             "tells_missing": self.oov is not None,
+            "by_host_seconds": self._timeout_seconds if self._by_host else None,
         }
         registry = codecs(self._transport)
         return [kind(fused, qcomm_codecs_registry=registry) for kind in (DynamicSharder, DynamicBagSharder)]

@@ -6,8 +6,9 @@ kind by kind, of each in the order of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 
 import torch
@@ -24,12 +25,23 @@ _layout = lru_cache(maxsize=64)(MessageLayout)
 
 @dataclass(frozen=True)
 class Route:
-    """How what is sent for ids and what is answered go between ranks. asked, owned: how many ids went to and came from
-    each rank; order: int64, the places of this rank's ids in the order in which they went."""
+    """How what is sent for ids and what is answered go between the ranks of a group. asked, owned: how many ids went to
+    and came from each rank; order: int64, the places of this rank's ids in the order in which they went."""
 
     asked: list[int]
     owned: list[int]
     order: Tensor
+    group: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class HostRoute:
+    """The same in two stages: between hosts for the ids of a host, each once, and inside it for those of its ranks.
+    index: int64, for each id that came inside the host, in the order in which they came, its place between hosts."""
+
+    between: Route
+    index: Tensor
+    inside: Route
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class ReceivedIds:
     bounds: list[int]
     order: Tensor | None = None
     ranks: Tensor | None = None
-    route: Route | None = None
+    route: Route | HostRoute | None = None
 
 
 @dataclass(frozen=True)
@@ -60,10 +72,14 @@ class OutgoingIds:
 class IdExchange:
     """The exchanges of one collection; all ranks make the same ones in the same order, with columns of one type.
 
-    has_room: messages have room for ids; otherwise all ids go in a second exchange, which is exact."""
+    has_room: messages have room for ids; otherwise all ids go in a second exchange, which is exact. receiver: mixed ids
+    [n] -> the rank of the group that each goes to, int64 [n]; their owner, if not given."""
 
-    def __init__(self, group: dist.ProcessGroup, *, has_room: bool = True) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, *, has_room: bool = True, receiver: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         self.group, self.ranks, self.has_room = group, group.size(), has_room
+        self.receiver = receiver or partial(owner_of, world_size=self.ranks)
         self.recent = RecentSizes()
 
     def send(self, outgoing: OutgoingIds) -> SentIds:
@@ -71,7 +87,7 @@ class IdExchange:
         ids, kinds = outgoing.ids, outgoing.bounds.numel() - 1
         sizes = tuple(column.element_size() for column in outgoing.columns)
         layout = _layout(self.recent.room() if self.has_room else 0, kinds, outgoing.told.numel(), sizes)
-        owners = owner_of(ids, self.ranks)
+        owners = self.receiver(ids)
         parts = occurrences(owners, self.ranks)
         order, begins = positions_of(owners, parts)
         kind = torch.repeat_interleave(outgoing.bounds.diff(), output_size=ids.numel())
@@ -175,7 +191,7 @@ class SentIds:
         ranks, places = ranks[order], places[order]
         types = [torch.int64, *(column.dtype for column in self._columns[1:])]
         columns = [self._column(i, types[i], ranks, places) for i in range(1 + len(layout.sizes))]
-        route = Route(self._asked, self._owned, self._order.order)
+        route = Route(self._asked, self._owned, self._order.order, self._exchange.group)
         return ReceivedIds(columns[0], tuple(columns[1:]), bounds, order, ranks, route)
 
     def _column(self, number: int, dtype: torch.dtype, ranks: Tensor, places: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from tessera.distributed.module_names import module_name
 from tessera.distributed.plan import describe, size
 from tessera.distributed.rank import Process
 from tessera.distributed.tables import PrefilledTables, ShardedTables, Tables
+from tessera.distributed.torchrec.row_sharding import ShardedDynamicCollection
 from tessera.embedding.errors import ConfigError
 
 RESERVED = 0.2  # share of memory left for the dense side, its optimizer and batches
@@ -65,7 +66,8 @@ def shard(
     )
     if isinstance(tables, PrefilledTables):
         tables.fill()
-    return sharded, describe(sizes, process.world_size, process.device.type, memory)
+    notes = [one.note for one in sharded.modules() if isinstance(one, ShardedDynamicCollection) and one.note]
+    return sharded, "\n".join([describe(sizes, process.world_size, process.device.type, memory), *notes])
 
 
 def _planner(tables: ShardedTables, process: Process, batch_size: int) -> EmbeddingShardingPlanner:

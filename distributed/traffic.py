@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from tessera.distributed.message_layout import MessageLayout, message_bytes
 from tessera.distributed.torchrec.codecs import bytes_of_number
 
-ONCE = ("ids", "ids of bags", "agree")
+ONCE = ("ids", "ids in the host", "ids between hosts", "ids of bags", "agree")
+HOST, HOSTS = "host", "hosts"
 KINDS = ("all_to_all", "all_gather", "all_reduce")
 INT32, INT64, FLOAT32, FLOAT64 = 4, 8, 4, 8
 BUCKET, FIRST_BUCKET = 25 << 20, 1 << 20  # of torch's DistributedDataParallel
@@ -23,7 +24,8 @@ BUCKET, FIRST_BUCKET = 25 << 20, 1 << 20  # of torch's DistributedDataParallel
 class Collective:
     """One kind of message of a step. kind: one of KINDS; calls: per step; sent: bytes of one rank to all others.
 
-    on_host: it goes through the host (gloo) on GPUs, too, and the step waits for it.
+    on_host: it goes through the host (gloo) on GPUs, too, and the step waits for it. among: which ranks take part:
+    all, those of a host, or one of each host (HOST, HOSTS).
     """
 
     name: str
@@ -31,13 +33,28 @@ class Collective:
     calls: float
     sent: float
     on_host: bool = False
+    among: str = "all"
+
+    def others(self, ranks: int, ranks_per_host: int) -> tuple[int, int]:
+        """Return how many other ranks take part on the same host, and on other hosts."""
+        each = min(ranks, ranks_per_host)
+        inside, outside = each - 1, ranks - each
+        if self.among == HOST:
+            return inside, 0
+        return (0, ranks // each - 1) if self.among == HOSTS else (inside, outside)
+
+    def sent_between(self, ranks: int, ranks_per_host: int) -> float:
+        """Return the bytes of `sent` that go to other hosts."""
+        inside, outside = self.others(ranks, ranks_per_host)
+        return self.sent * outside / max(1, inside + outside)
 
 
 @dataclass(frozen=True)
 class TableLoad:
     """What one rank asks of one table in a step. columns: of an answer; features: that are looked up in it.
 
-    ids: all of them; distinct: those that differ. pooled: its bags are summed by owners, so that all ids travel.
+    ids: all of them; distinct: those that differ, of_host: those of all ranks of a host. pooled: its bags are summed by
+    owners, so that all ids travel.
     """
 
     name: str
@@ -46,6 +63,7 @@ class TableLoad:
     ids: float
     distinct: float
     pooled: bool = False
+    of_host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,8 @@ class Exchange:
     """What is sent is the same for all tables: ranks, precision, and what travels with ids.
 
     rows: of one rank's batch, padding included. times: of rows' events travel. weights: ids of bags have weights. told:
-    numbers that a rank tells all others, with its ids if there are tables.
+    numbers that a rank tells all others, with its ids if there are tables. ranks_per_host: where ids are merged inside
+    hosts, 0: nowhere.
     """
 
     ranks: int
@@ -62,6 +81,7 @@ class Exchange:
     times: bool = False
     weights: bool = False
     told: int = 0
+    ranks_per_host: int = 0
 
     @property
     def others(self) -> int:
@@ -92,15 +112,30 @@ def of_told(exchange: Exchange) -> Collective:
 
 
 def _of_rows(exchange: Exchange, tables: Sequence[TableLoad]) -> list[Collective]:
-    distinct = exchange.share(sum(table.distinct for table in tables))
-    values = exchange.share(sum(table.distinct * table.columns for table in tables))
+    distinct = [(table.columns, table.distinct) for table in tables]
+    each = exchange.ranks_per_host
+    if each in (0, 1, exchange.ranks):
+        return _of_stage(exchange, distinct, "", "all")
+    of_host = [(table.columns, table.of_host / each) for table in tables]  # each rank brings its part of them
+    inside = replace(exchange, ranks=each)
+    between = replace(exchange, ranks=exchange.ranks // each, told=exchange.told * each)
+    return [
+        *_of_stage(inside, distinct, " in the host", HOST),
+        *_of_stage(between, of_host, " between hosts", HOSTS),
+    ]
+
+
+def _of_stage(exchange: Exchange, asked: Sequence[tuple[int, float]], where: str, among: str) -> list[Collective]:
+    """Return what goes among `exchange.ranks`. asked: of each table the columns of an answer and the ids of a rank."""
+    ids = sum(count for _, count in asked)
+    values = exchange.share(sum(columns * count for columns, count in asked))
     of_row, of_gradient = bytes_of_number(exchange.transport)
     count = INT64 if exchange.times else INT32  # the time is packed with the count
-    message = message_bytes(distinct / exchange.others, len(tables), exchange.told, [count])
+    message = message_bytes(ids / exchange.ranks, len(asked), exchange.told, [count])
     return [
-        Collective("ids", "all_to_all", 1, exchange.others * message),
-        Collective("rows", "all_to_all", 1, values * of_row),
-        Collective("gradients", "all_to_all", 1, values * of_gradient),
+        Collective("ids" + where, "all_to_all", 1, exchange.others * message, among=among),
+        Collective("rows" + where, "all_to_all", 1, values * of_row, among=among),
+        Collective("gradients" + where, "all_to_all", 1, values * of_gradient, among=among),
     ]
 
 

@@ -67,6 +67,11 @@ def _rank(rank: int, world: int, environment: dict[str, str], function: Callable
     return result
 
 
+def on_hosts_of(process: Any, each: int) -> None:
+    """Have this rank be on a host of `each` ranks, as a launcher would say."""
+    os.environ.update(LOCAL_WORLD_SIZE=str(each), LOCAL_RANK=str(process.rank % each))
+
+
 class _Undrawn:
     """Stands for axes: takes every call and has every attribute."""
 

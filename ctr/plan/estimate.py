@@ -43,7 +43,7 @@ class TablePlan:
 
     size: with expected rows. values, state, bookkeeping: bytes of a row. ids: that one rank looks up in a step;
     hottest: share of the rows that hold the most frequent one; distinct: ids that it asks for. owned: ids that one
-    owner looks up for all ranks.
+    owner looks up for all ranks; of_host: distinct ids of all ranks of a host.
     """
 
     size: TableSize
@@ -54,6 +54,7 @@ class TablePlan:
     hottest: float
     distinct: float
     owned: float
+    of_host: float
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,16 @@ class RanksPlan:
     """A job on `ranks` ranks. rows: of one rank's batch; ms: milliseconds of a step by what they go to (BOUNDS)."""
 
     ranks: int
-    hosts: int
+    ranks_per_host: int
     rows: int
     tables: list[TablePlan]
     collectives: list[Collective]
     ms: dict[str, float]
     step_ms: float
+
+    @property
+    def hosts(self) -> int:
+        return -(-self.ranks // self.ranks_per_host)
 
     @property
     def table_bytes(self) -> float:
@@ -77,6 +82,11 @@ class RanksPlan:
     def sent(self) -> float:
         """Bytes that one rank sends in a step."""
         return sum(one.sent for one in self.collectives)
+
+    @property
+    def sent_between(self) -> float:
+        """Bytes of `sent` that go to other hosts."""
+        return sum(one.sent_between(self.ranks, self.ranks_per_host) for one in self.collectives)
 
     @property
     def bound(self) -> str:
@@ -117,7 +127,12 @@ class Planner:
         return self.rows_per_rank * ranks if self.rows_per_rank else self.config.trainer.batch_size
 
     def plan(self, ranks: int) -> RanksPlan:
-        """Return the plan for a number of ranks. Raises ConfigError: limits of tables that a batch does not fit."""
+        """Return the plan for a number of ranks. Raises ConfigError: limits of tables that a batch does not fit, hosts
+        of different numbers of ranks that ids shall be merged in."""
+        if self._merges_in_hosts(ranks) and ranks % self.ranks_per_host:
+            raise ConfigError(
+                f"embedding.exchange is by_host; expected a multiple of --ranks-per-host {self.ranks_per_host}"
+            )
         batch = self.batch(ranks)
         config = replace(self.config, trainer=replace(self.config.trainer, batch_size=batch))
         tables = build_tables(config, self.schema, self.tower, ranks)
@@ -131,8 +146,10 @@ class Planner:
         learned = sum(one.numel() for one in dynamic.dense_parameters().values()) if dynamic is not None else 0
         collectives = self._collectives(loads, ranks, rows, batch, self._second_passes(dynamic), learned)
         ms = self._times(plans, collectives, ranks, batch / ranks)
-        hosts = -(-ranks // self.ranks_per_host)
-        return RanksPlan(ranks, hosts, rows, plans, collectives, ms, self._step(ms))
+        return RanksPlan(ranks, self.ranks_per_host, rows, plans, collectives, ms, self._step(ms))
+
+    def _merges_in_hosts(self, ranks: int) -> bool:
+        return self.config.embedding.exchange == "by_host" and ranks > self.ranks_per_host
 
     def _second_passes(self, tables: DynamicTables | None) -> float:
         every = self.config.embedding.alpt.every
@@ -155,9 +172,9 @@ class Planner:
         stored = table.stored_bytes
         asked, share = known.distinct(batch / ranks), known.distinct(batch) / ranks
         ids = known.ids * batch / ranks
-        return TablePlan(
-            whole, values, stored - values, size.row_bytes - stored, ids, known.in_batch.hottest, asked, share
-        )
+        of_host = known.distinct(batch * min(1.0, self.ranks_per_host / ranks))
+        other, hottest = size.row_bytes - stored, known.in_batch.hottest
+        return TablePlan(whole, values, stored - values, other, ids, hottest, asked, share, of_host)
 
     def _collectives(
         self, loads: Sequence[TableLoad], ranks: int, rows: int, batch: int, second: float, learned: int
@@ -167,7 +184,8 @@ class Planner:
             return []
         told = 3 + (sent_times(batch, ranks) if self.of_events else 0)
         transport = self.config.embedding.transport
-        exchange = Exchange(ranks, rows, transport, self.of_events, self.schema.weighted, told)
+        each = self.ranks_per_host if self._merges_in_hosts(ranks) else 0
+        exchange = Exchange(ranks, rows, transport, self.of_events, self.schema.weighted, told, each)
         found = repeated(of_tables(exchange, loads), second)
         found += of_dense(ranks, self.cost.parameters + learned)
         if self.cost.norms:
@@ -195,7 +213,7 @@ class Planner:
             "tower": 1e3 * self.cost.flops * rows / flops,
             "host": host / 1e3,
             "latency": sum(self._latency_us(one, ranks) for one in collectives) / 1e3,
-            "bandwidth": self._bandwidth_ms(sum(one.sent for one in collectives), ranks),
+            "bandwidth": self._bandwidth_ms(collectives, ranks),
         }
 
     def _step(self, ms: dict[str, float]) -> float:
@@ -207,8 +225,7 @@ class Planner:
         """Return what a collective takes beside its bytes: a message to each other rank, or around a ring or, of sums
         and gathers between GPUs, up and down a tree."""
         hardware = self.hardware
-        inside = min(ranks, self.ranks_per_host) - 1
-        outside = ranks - 1 - inside
+        inside, outside = one.others(ranks, self.ranks_per_host)
         hop = hardware.between_us if outside else hardware.inside_us
         if one.kind == "all_to_all":
             each = inside * hardware.inside_us + outside * hardware.between_us
@@ -218,19 +235,18 @@ class Planner:
             each = 2 * (ranks - 1).bit_length() * (hop + hardware.call_us / 5)
         return one.calls * (hardware.call_us + each)
 
-    def _bandwidth_ms(self, sent: float, ranks: int) -> float:
-        """Return how long bytes take that go to all other ranks alike; inside and between hosts at the same time."""
-        if ranks == 1:
-            return 0.0
-        inside = (min(ranks, self.ranks_per_host) - 1) / (ranks - 1)
+    def _bandwidth_ms(self, collectives: Sequence[Collective], ranks: int) -> float:
+        """Return how long bytes take that go to all others alike; inside and between hosts at the same time."""
+        sent = sum(one.sent for one in collectives)
+        between = sum(one.sent_between(ranks, self.ranks_per_host) for one in collectives)
         hardware = self.hardware
-        seconds = max(sent * inside / hardware.inside_gb_s, sent * (1 - inside) / hardware.between_gb_s) / 1e9
-        return seconds * 1e3
+        return max((sent - between) / hardware.inside_gb_s, between / hardware.between_gb_s) / 1e6
 
 
 def _load(table: TablePlan, columns: int) -> TableLoad:
     size = table.size
-    return TableLoad(size.name, columns, len(size.features), table.ids, table.distinct, size.summed_by_owner)
+    pooled = size.summed_by_owner
+    return TableLoad(size.name, columns, len(size.features), table.ids, table.distinct, pooled, table.of_host)
 
 
 def _moved(table: TablePlan, rows: float) -> float:

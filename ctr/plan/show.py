@@ -52,7 +52,10 @@ def table_of_collectives(plan: RanksPlan) -> str:
         for one in plan.collectives
     ]
     calls = sum(one.calls for one in plan.collectives)
-    return "\n".join([*lines, f"{'in all':<34}{calls:>6g}{plan.sent:>14,.0f}"])
+    lines.append(f"{'in all':<34}{calls:>6g}{plan.sent:>14,.0f}")
+    if plan.hosts > 1:
+        lines.append(f"{'of it to other hosts':<40}{plan.sent_between:>14,.0f}")
+    return "\n".join(lines)
 
 
 def table_of_ranks(plans: Sequence[RanksPlan], batch: Sequence[int], memory_gib: float) -> str:

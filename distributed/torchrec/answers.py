@@ -10,35 +10,51 @@ from torch.autograd import Function
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.types import QuantizedCommCodecs
 
-from tessera.distributed.id_exchange import Route
+from tessera.distributed.id_exchange import HostRoute, Route
+from tessera.kernels.pool import sum_by_row
 
 
-def answer(rows: Tensor, route: Route, group: dist.ProcessGroup, codecs: QuantizedCommCodecs | None) -> Tensor:
+def answer(rows: Tensor, route: Route | HostRoute, codecs: QuantizedCommCodecs | None) -> Tensor:
     """Map the rows that this rank owns, float32 [owned, dim] in the order in which ids came, to those that it asked
     for, [asked, dim] in the order of its ids. Differentiable. Collective."""
-    answered: Tensor = _Answer.apply(rows, route, group, codecs)  # type: ignore[no-untyped-call]
+    if isinstance(route, HostRoute):
+        of_host = answer(rows, route.between, codecs)
+        repeated: Tensor = _Repeated.apply(of_host, route.index)  # type: ignore[no-untyped-call]
+        return answer(repeated, route.inside, codecs)
+    answered: Tensor = _Answer.apply(rows, route, codecs)  # type: ignore[no-untyped-call]
     return answered
 
 
 class _Answer(Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, route: Route, group: dist.ProcessGroup, codecs: QuantizedCommCodecs | None
-    ) -> Tensor:
-        ctx.route, ctx.group, ctx.codecs = route, group, codecs
+    def forward(ctx: Any, rows: Tensor, route: Route, codecs: QuantizedCommCodecs | None) -> Tensor:
+        ctx.route, ctx.codecs = route, codecs
         sent = rows.contiguous() if codecs is None else codecs.forward.encode(rows).contiguous()
-        came = sent.new_empty(sum(route.asked), sent.shape[1])
-        dist.all_to_all_single(came, sent, route.asked, route.owned, group=group)
+        came = sent.new_empty(route.order.numel(), sent.shape[1])
+        dist.all_to_all_single(came, sent, route.asked, route.owned, group=route.group)
         answered = came.new_empty(came.shape).index_copy_(0, route.order, came)
         return answered if codecs is None else codecs.forward.decode(answered)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         route, codecs = ctx.route, ctx.codecs
         grad = grad if codecs is None else codecs.backward.encode(grad)
         sent = grad.index_select(0, route.order)
         came = sent.new_empty(sum(route.owned), sent.shape[1])
-        dist.all_to_all_single(came, sent, route.owned, route.asked, group=ctx.group)
+        dist.all_to_all_single(came, sent, route.owned, route.asked, group=route.group)
         grads = came if codecs is None else codecs.backward.decode(came)
         # As in torchrec: gradients are averaged over ranks, like those of data parallel weights.
-        return grads.div_(len(route.asked)) if get_gradient_division() else grads, None, None, None
+        return grads.div_(len(route.asked)) if get_gradient_division() else grads, None, None
+
+
+class _Repeated(Function):
+    """rows [u, dim] -> rows[index]; the gradients of a row are summed in the order of `index`, with no race."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.index, ctx.rows = index, rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return sum_by_row(grad.contiguous(), ctx.index, ctx.rows), None

@@ -40,6 +40,8 @@ from torchrec.distributed.types import (
 
 from tessera.distributed.distinct_ids import DistinctIds
 from tessera.distributed.event_times import packed
+from tessera.distributed.host_exchange import HostExchange, SentByHost
+from tessera.distributed.hosts import described, host_groups
 from tessera.distributed.id_exchange import IdExchange, OutgoingIds, ReceivedIds, SentIds
 from tessera.distributed.torchrec.answers import answer
 from tessera.distributed.torchrec.kernel import DynamicTableKernel
@@ -83,9 +85,9 @@ class AskedRows:
 
 
 class SentRows(Awaitable[Awaitable[ReceivedIds]]):
-    """torchrec's form of `SentIds`."""
+    """torchrec's form of what is on its way."""
 
-    def __init__(self, sent: SentIds) -> None:
+    def __init__(self, sent: SentIds | SentByHost) -> None:
         super().__init__()
         self._sent = sent
 
@@ -108,10 +110,16 @@ class DynamicSharding(RwSequenceEmbeddingSharding):
 
 
 class ShardedDynamicCollection(HasKernels, ShardedEmbeddingCollection):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        group = self._env.process_group
-        self._exchange = IdExchange(group) if group is not None and group.size() > 1 else None
+    def __init__(
+        self, module: nn.Module, params: Any, env: ShardingEnv, fused: dict[str, Any], *args: Any, **options: Any
+    ) -> None:
+        super().__init__(module, params, env, fused, *args, **options)
+        group, wait = env.process_group, fused["by_host_seconds"]
+        hosts = None if wait is None or group is None else host_groups(group, wait)
+        self.note = None if wait is None else described(hosts)  # for the user
+        self._exchange: IdExchange | HostExchange | None = None
+        if group is not None and group.size() > 1:
+            self._exchange = IdExchange(group) if hosts is None else HostExchange(hosts)
 
     def received(self, features: Any) -> Iterator[tuple[DynamicTableKernel, Any]]:
         (kernel,) = self.kernels()
@@ -135,7 +143,7 @@ class ShardedDynamicCollection(HasKernels, ShardedEmbeddingCollection):
         if self._exchange is None:
             return Ready(rows)
         both = (self.qcomm_codecs_registry or {}).get(CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name)
-        return Ready(answer(rows, input.route, self._exchange.group, both))
+        return Ready(answer(rows, input.route, both))
 
     @classmethod
     def create_embedding_sharding(
@@ -186,7 +194,8 @@ class RowWiseDynamic:
 
 
 class DynamicSharder(RowWiseDynamic, EmbeddingCollectionSharder):
-    """Shards an EmbeddingCollection of dynamic tables. `fused_params`: `table_configs`, `dims`, `tells_missing`."""
+    """Shards an EmbeddingCollection of dynamic tables. `fused_params`: `table_configs`, `dims`, `tells_missing`,
+    `by_host_seconds` (longest wait in an exchange by host, None: it is flat)."""
 
     @property
     def sharded_module_type(self) -> type[ShardedDynamicCollection]:

@@ -24,6 +24,7 @@ NAMED = {
     "tables": "{C1: {ttl_days: 9}}",
     "rounding": "nearest",
     "transport": "bf16",
+    "exchange": "by_host",
     "kind": "exact",
     "gradient_scale": "dim",
 }

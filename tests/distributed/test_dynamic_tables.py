@@ -29,9 +29,9 @@ TABLES = [
 class Model(torch.nn.Module):
     """Two groups over three features, of which b and c share a table and b is averaged; one dense weight per output."""
 
-    def __init__(self):
+    def __init__(self, by_host=False):
         super().__init__()
-        self.tables = DynamicTables(TABLES, IDS, expected_rows=100, averaged=["b"])
+        self.tables = DynamicTables(TABLES, IDS, expected_rows=100, averaged=["b"], by_host=by_host)
         self.mix = torch.nn.Parameter(torch.randn(3 * 5, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, ids):
@@ -86,8 +86,8 @@ def save_rows(tables: DynamicTables, folder, process):
     save(Storage(folder), "state", write, lambda *_: {"tables": describe_tables(tables.owned())}, process)
 
 
-def train(process, folder=None):
-    model = Model()
+def train(process, folder=None, by_host=False):
+    model = Model(by_host)
     sharded, plan = shard(model, model.tables, process, BATCH // process.world_size)
     outputs = []
     for step in range(STEPS):

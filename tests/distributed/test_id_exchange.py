@@ -66,7 +66,7 @@ def exchanged(process) -> list[tuple[bool, int, int]]:
             told, received = sent.told, sent.received()
             there = received.ids.double().unsqueeze(1).repeat(1, 3)  # an answer in which one sees whose it is
             back = torch.empty_like(there).index_copy_(0, received.order, there).float().requires_grad_()
-            answered = answer(back, received.route, exchange.group, None)
+            answered = answer(back, received.route, None)
             (answered * torch.arange(answered.numel()).view_as(answered)).sum().backward()
         assert told.tolist() == [[rank + 0.25, -math.inf, step] for rank in range(ranks)]
         kinds = torch.arange(KINDS).repeat_interleave(torch.tensor(received.bounds).diff())

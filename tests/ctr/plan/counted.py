@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from typing import Any
 
@@ -15,6 +16,7 @@ from tessera.ctr.data.schema import Schema
 from tessera.ctr.train.engine import Engine
 from tessera.ctr.train.evaluate import read_split
 from tessera.distributed.rank import Process
+from tests.ranks import on_hosts_of
 
 
 class CountedBytes(TorchDispatchMode):
@@ -39,9 +41,11 @@ class CountedBytes(TorchDispatchMode):
     def _seen(self, name: str, args: tuple) -> tuple[str, int]:
         rank, ranks = dist.get_rank(), dist.get_world_size()
         if name == "alltoall_base_":
+            group = dist.ProcessGroup.unbox(args[2])
+            rank, ranks = group.rank(), group.size()
             sent, parts = args[1], args[4]
             share = (sum(parts) - parts[rank]) / max(1, sum(parts)) if parts else (ranks - 1) / ranks
-            return self._all_to_all(sent), round(sent.nbytes * share)
+            return self._all_to_all(sent) + _among(group), round(sent.nbytes * share)
         if name == "_allgather_base_":
             what = {torch.float64: "agree", torch.float32: "batch norm, forward"}
             return what[args[1].dtype], args[1].nbytes * (ranks - 1)
@@ -55,6 +59,20 @@ class CountedBytes(TorchDispatchMode):
         if not sent.is_floating_point():
             return "ids"
         return "gradients" if torch._C._current_graph_task_id() != -1 else "rows"
+
+
+def _among(group: dist.ProcessGroup) -> str:
+    """Say of a group of some ranks whether they share a host, by LOCAL_WORLD_SIZE."""
+    if group.size() == dist.get_world_size():
+        return ""
+    hosts = {rank // int(os.environ["LOCAL_WORLD_SIZE"]) for rank in dist.get_process_group_ranks(group)}
+    return " in the host" if len(hosts) == 1 else " between hosts"
+
+
+def counted_on_hosts(process: Process, each: int, jobs: list[list[str]], first: int, steps: int) -> list:
+    """The same on hosts of `each` ranks, as their launchers would say."""
+    on_hosts_of(process, each)
+    return counted_steps(process, jobs, first, steps)
 
 
 def counted_steps(process: Process, jobs: list[list[str]], first: int, steps: int) -> list[tuple[dict, dict]]:

@@ -12,7 +12,7 @@ from tessera.ctr.config import load_config
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.plan.estimate import Planner
 from tessera.ctr.plan.hardware import PRESETS
-from tests.ctr.plan.counted import counted_steps
+from tests.ctr.plan.counted import counted_on_hosts, counted_steps
 from tests.ctr.plan.data import statistics_of, write
 from tests.ranks import on_ranks
 
@@ -37,6 +37,14 @@ JOBS = {
         "embedding.tables.user={dim: 2, format: int8}",
         "embedding.tables.tags={dim: 4, pooled_output_dist: always}",
     ],
+    "by host": [*DEEPFM, "embedding.exchange=by_host", "embedding.tables.tags.pooled_output_dist=always"],
+    "by host in bf16": [
+        *DEEPFM,
+        "embedding.exchange=by_host",
+        "embedding.transport=bf16",
+        "embedding.format=int8",
+        "embedding.alpt.every=2",
+    ],
     "learned scales": [*DEEPFM, "embedding.format=int8", "embedding.alpt.every=2", "model.batch_norm=true"],
 }
 #: What a plan calls apart and the counter cannot tell apart.
@@ -47,11 +55,14 @@ SAME = {
 }
 
 
-def planned(arguments: list[str], ranks: int) -> tuple[dict[str, float], dict[str, float]]:
+BY_HOST = ["by host", "by host in bf16"]
+
+
+def planned(arguments: list[str], ranks: int, of_host: int) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes and calls of one rank and step, by the names of the counter."""
     config = load_config(arguments, "")
     known = statistics_of(arguments, FIRST, STEPS)
-    planner = Planner(config, Schema(config.data.schema), known, PRESETS["cpu"], ranks_per_host=ranks)
+    planner = Planner(config, Schema(config.data.schema), known, PRESETS["cpu"], ranks_per_host=of_host)
     sent, calls = defaultdict(float), defaultdict(float)
     for one in planner.plan(ranks).collectives:
         sent[SAME.get(one.name, one.name)] += one.sent
@@ -59,12 +70,13 @@ def planned(arguments: list[str], ranks: int) -> tuple[dict[str, float], dict[st
     return dict(sent), dict(calls)
 
 
-def check(ranks: int, folder: Path, names: Iterable[str]) -> None:
+def check(ranks: int, folder: Path, names: Iterable[str], of_host: int | None = None) -> None:
+    of_host = of_host or ranks
     data = write(folder)
     jobs = {name: [*data, *JOBS[name]] for name in names}
-    of_ranks = on_ranks(ranks, counted_steps, list(jobs.values()), FIRST, STEPS)
+    of_ranks = on_ranks(ranks, counted_on_hosts, of_host, list(jobs.values()), FIRST, STEPS)
     for place, (name, arguments) in enumerate(jobs.items()):
-        sent, calls = planned(arguments, ranks)
+        sent, calls = planned(arguments, ranks, of_host)
         bytes_of, calls_of = zip(*(one[place] for one in of_ranks), strict=True)
         assert set(bytes_of[0]) == set(sent), name
         for kind in sent:
@@ -76,11 +88,15 @@ def check(ranks: int, folder: Path, names: Iterable[str]) -> None:
 def test_one_rank_sends_nothing(tmp_path):
     arguments = [*write(tmp_path), *JOBS["both"]]
     (((sent, _),),) = on_ranks(1, counted_steps, [arguments], FIRST, 1)
-    assert not any(sent.values()) and planned(arguments, 1) == ({}, {})
+    assert not any(sent.values()) and planned(arguments, 1, 1) == ({}, {})
 
 
 def test_bytes_are_those_that_two_ranks_send(tmp_path):
     check(2, tmp_path, ["rows in bf16", "both", "narrow tables"])
+
+
+def test_bytes_are_those_that_two_hosts_of_two_ranks_send(tmp_path):
+    check(4, tmp_path, BY_HOST, of_host=2)
 
 
 @pytest.mark.slow
