@@ -6,12 +6,16 @@ Where nothing is installed, as on a machine that has a GPU, torch and Triton alo
 import gc
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 import types
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests import COMPOSED
 
 if importlib.util.find_spec("tessera") is None:
     sys.modules["tessera"] = types.ModuleType("tessera")
@@ -21,12 +25,21 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A folder for what the processes of this run compose; those of xdist, which begin later, find it named."""
+    if COMPOSED not in os.environ:
+        os.environ[COMPOSED] = tempfile.mkdtemp(prefix="tessera-composed-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(COMPOSED)))
+
+
 def pytest_collection() -> None:
     """What is imported from here on is no garbage; looking for it takes a fifth of the time."""
-    from tests.composing import parse_once
-
     gc.disable()
-    parse_once()
+    if importlib.util.find_spec("hydra") is not None:
+        from tests.composing import compose_once, parse_once
+
+        parse_once()
+        compose_once()
 
 
 def pytest_collection_finish() -> None:

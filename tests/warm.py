@@ -16,7 +16,9 @@ for name in (
     "torch.distributed.run",
 ):
     importlib.import_module(name)
-importlib.import_module("tests.composing").parse_once()
+composing = importlib.import_module("tests.composing")
+composing.parse_once()
+composing.compose_once()
 importlib.import_module("tessera.ctr.config").load_config(["trainer.run_dir=/nowhere/a run"], "")
 templates = importlib.import_module("tessera.ctr.report.page")._templates()
 for name in templates.list_templates(["html"]):
