@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -46,9 +46,14 @@ def config_of(options: argparse.Namespace) -> Config:
     composed = compose_overrides(options.overrides, [Path(folder).resolve() for folder in options.config_dir], Config)
     config = typed(composed)
     if options.cfg:
-        print(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+        print(as_yaml(config))
         raise SystemExit(0)
     return config
+
+
+def as_yaml(config: Config) -> str:
+    """Return all keys and values as they stand in the `config.yaml` of a run."""
+    return OmegaConf.to_yaml(asdict(config), resolve=True)  # types need no checks again, which take most of the time
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:

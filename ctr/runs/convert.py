@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from tessera.ctr.config import Config, typed
+from tessera.ctr.config import Config, as_yaml, typed
 from tessera.ctr.config_types import EmbeddingConfig
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.network import build_tower
@@ -83,7 +83,7 @@ def convert_run(
 
     with replacing(output, "OUTPUT", "convert_tables.py", [run_dir]) as folder:
         save(Storage(folder), "best", write, describe, process, step=saved.step, kind="model")
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(target), resolve=True))
+        (folder / "config.yaml").write_text(as_yaml(target))
     return errors
 
 

@@ -13,12 +13,11 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from tessera.ctr.config import Config
+from tessera.ctr.config import Config, as_yaml
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.labels import labels_of
 from tessera.ctr.data.reader import ParquetReader
@@ -70,7 +69,7 @@ class RunLog:
 
     def _describe(self) -> None:
         """Write what the run is made of. Not before it is known to go on: a job that is refused changes nothing."""
-        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(self._config), resolve=True))
+        (self.folder / "config.yaml").write_text(as_yaml(self._config))
         (self.folder / "plan.txt").write_text(self._plan + "\n")
         (self.folder / "versions.json").write_text(
             json.dumps(versions() | precision(self._process.device), indent=2) + "\n"

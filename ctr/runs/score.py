@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from tessera.ctr.config import Config, typed
+from tessera.ctr.config import Config, as_yaml, typed
 from tessera.ctr.data.id_names import names_of_ids
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
@@ -104,7 +104,7 @@ def score_run(
     sources: list[str | Path] = [run_dir, config.data.path]
     with replacing_on_ranks(process, output, "--output", "evaluate.py", sources, places) as folder:
         if process.is_main:
-            (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+            (folder / "config.yaml").write_text(as_yaml(config))
             copy_teacher(config, folder)
         metrics = evaluate(model, reader, process, folder / "predictions", split, features, mark_new_ids=marks)
         wait_for_all()
