@@ -131,7 +131,7 @@ class StaticTables(nn.Module):
         return self._prefetched[-1]
 
     def send_prepared(self) -> None:
-        """Go on with what `prepare` has begun, as long as the device is busy. Collective."""
+        """Go on with what `begin` started, as long as the device is busy. Collective."""
         for _, sent in self._prefetched:
             sent.send()
 

@@ -68,7 +68,7 @@ class ShardedTables(Tables, Protocol):
         ...
 
     def send_prepared(self) -> None:
-        """Go on with what `prepare` has begun, as long as the device is busy. Collective."""
+        """Go on with what `begin` started, as long as the device is busy. Collective."""
         ...
 
     def restart(self) -> None:

@@ -125,8 +125,13 @@ def test_the_next_batch_is_begun_unless_something_looks_at_the_tables_first(proc
     when = ["trainer.eval_every=7", "trainer.checkpoint.every=5", "trainer.max_steps=13", f"trainer.batch_size={BATCH}"]
     config = load_config(arguments(data, tmp_path / "run", *CACHE, *when), "")
     trainer = Trainer(config, process)
-    prepare, begun_in = trainer.engine.tables.prepare, []
-    trainer.engine.tables.prepare = lambda *of_batch: (begun_in.append(trainer.engine.step), prepare(*of_batch))
+    begin, begun_in = trainer.engine.tables.begin, []
+
+    def watched(*of_batch: object) -> object:
+        begun_in.append(trainer.engine.step)
+        return begin(*of_batch)
+
+    trainer.engine.tables.begin = watched
     trainer.fit()
     evaluation, state = (7,), (5, 10)  # a line of the log, behind every third step, is not among them
     alone_steps = (0, *evaluation, *state)
