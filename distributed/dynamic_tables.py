@@ -91,7 +91,7 @@ class DynamicTables(nn.Module):
         self._transport = transport
         self._first: PrefetchedBatch | None = None  # of the pass before, for the second one
         self._second = False
-        self._times: Tensor | None = None  # of the coming step's rows, where it is not prepared
+        self._times: Tensor | None = None  # of the coming step's rows, where it was not begun
         self._keeps_squares = squares
         self._squares: list[Tensor] = []  # of each path, in the last forward pass in training
         self.tables, self.expected_rows = list(tables), expected_rows
@@ -159,7 +159,7 @@ class DynamicTables(nn.Module):
             batch = self._first  # the owners have its ids
         elif self.training and self._prefetched:
             batch = self._prefetched.popleft()
-            assert batch.ids is ids, "another batch was prepared for this step"
+            assert batch.ids is ids, "another batch was begun for this step"
         else:
             batch = PrefetchedBatch(ids, self._times if self.training else None)
             self._ask(batch)
@@ -211,8 +211,8 @@ class DynamicTables(nn.Module):
         for kernel, features in [one for sent in batch.sent() for one in sent.received()]:
             kernel.prefetch_rows(features, now, self._manager)
 
-    def send_prepared(self) -> None:
-        """Go on with what `begin` has begun, as long as the device is busy. Collective."""
+    def send_begun(self) -> None:
+        """Go on with what `begin` started, as long as the device is busy. Collective."""
         for batch in self._prefetched:
             for sent in batch.sent():
                 sent.send()
@@ -313,7 +313,7 @@ class DynamicTables(nn.Module):
 
         times: int64 [B], of the events in the rows of this rank's batch, which then has as many rows as those of other
         ranks. Rows of ids are touched with the time of their latest event in all ranks' batches, at most `now`. Of a
-        batch that was prepared the times are known already.
+        batch that was begun the times are known already.
         learn_scales: the step has a second pass (`second_pass`) in which scales are learned. Rows are stored
         at its end; what the first pass leaves between the two is kept in float32 for the rows of the batch.
         """

@@ -130,7 +130,7 @@ class StaticTables(nn.Module):
         self._prefetched.append((ids, IdsPrefetch(self.ebc, self._to_rows(ids))))
         return self._prefetched[-1]
 
-    def send_prepared(self) -> None:
+    def send_begun(self) -> None:
         """Go on with what `begin` started, as long as the device is busy. Collective."""
         for _, sent in self._prefetched:
             sent.send()

@@ -67,7 +67,7 @@ class ShardedTables(Tables, Protocol):
         """
         ...
 
-    def send_prepared(self) -> None:
+    def send_begun(self) -> None:
         """Go on with what `begin` started, as long as the device is busy. Collective."""
         ...
 

@@ -129,7 +129,7 @@ class StepPipeline:
             self._agree(self._next)
         if self._tables:
             with self._side.queued():
-                self._tables.send_prepared()
+                self._tables.send_begun()
 
     def _begin(self, batch: Batch) -> ReadyBatch:
         """Bring a batch to the device; where steps overlap, or ranks agree by it, begin to send its ids to their

@@ -120,7 +120,7 @@ def train(process, cache_rows, ahead, **case):
             tables.begin(batches[prepared])
             tables.bring(100 + prepared)
         out = sharded(ids)
-        tables.send_prepared()
+        tables.send_begun()
         out.sum().backward()
         found.append(out.detach())
         if tables.learns_scales:

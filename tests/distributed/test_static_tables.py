@@ -68,7 +68,7 @@ def train(process, steps: int, *, ahead: bool = False):
         if ahead and step + 1 < steps:
             model.tables.begin(batches[step + 1])
         out = sharded(ids)
-        model.tables.send_prepared()
+        model.tables.send_begun()
         (out.sum() * process.world_size / BATCH).backward()
         outputs.append(out.detach().tolist())
     return outputs, plan

@@ -55,7 +55,7 @@ def test_what_is_prefetched_when(process, data, tmp_path):
     trainer = Trainer(load_config(arguments(data, tmp_path / "run", *when), ""), process)
     assert not trainer.engine.pipeline.overlaps
     trainer.engine.pipeline.overlaps, happened = True, []
-    for name in ("begin", "begin_step", "send_prepared"):
+    for name in ("begin", "begin_step", "send_begun"):
         noted = functools.partial(
             lambda name, call, *a, **k: (happened.append((trainer.engine.step, name)), call(*a, **k))[1], name
         )
@@ -63,4 +63,4 @@ def test_what_is_prefetched_when(process, data, tmp_path):
     trainer.fit()
     begun_in = [step for step, name in happened if name == "begin"]
     assert begun_in == [0, 0, 1, 2, 3, 5, 5, 6]  # a state behind 5 steps; log lines behind 3 and 6 do not count
-    assert [name for step, name in happened if step == 1] == ["begin_step", "begin", "send_prepared"]
+    assert [name for step, name in happened if step == 1] == ["begin_step", "begin", "send_begun"]
