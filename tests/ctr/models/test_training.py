@@ -14,6 +14,9 @@ from tests.ctr.models.names import OF_ONE_LABEL as MODELS
 from tests.ranks import on_ranks
 
 QUICK = ["autoint_plus", "fgcnn"]  # the others by -m slow
+COLUMNS = [f"{{name: I{i}, kind: numeric, transform: log1p, missing: 0.0}}" for i in (1, 5)]
+COLUMNS += [f"{{name: C{i}}}" for i in (2, 6, 9, 14, 17, 23)]
+FEW = f"data.schema.features=[{', '.join(COLUMNS)}]"
 HIDDEN = {"lr": [], "fm": [], "autoint": [], "final_mlp": ["hidden1", "hidden2"], "fgcnn": ["classifier.hidden"]}
 
 
@@ -51,9 +54,9 @@ def lines(run_dir: Path, kind: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory) -> Path:
-    """A folder with one finished run per quick model, all in one process."""
+    """A folder with one finished run per quick model, all in one process, of few columns: the slow ones have all."""
     folder = tmp_path_factory.mktemp("runs")
-    on_ranks(1, train_all, [options(model, data, folder / model) for model in QUICK])
+    on_ranks(1, train_all, [options(model, data, folder / model, FEW) for model in QUICK])
     return folder
 
 
@@ -77,7 +80,7 @@ def check(runs: Path, model: str) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_train_fgcnn_as_one_does(runs, data, tmp_path):
-    on_ranks(2, train, options("fgcnn", data, tmp_path / "run"))
+    on_ranks(2, train, options("fgcnn", data, tmp_path / "run", FEW))
     one, two = (lines(folder, "train") for folder in (runs / "fgcnn", tmp_path / "run"))
     assert [line["loss"] for line in two][:10] == pytest.approx([line["loss"] for line in one][:10], rel=1e-4)
 
