@@ -31,7 +31,7 @@ def test_the_reader_of_the_docs_gives_the_rows_of_the_live_model(tmp_path):
             snapshot = table.snapshot()
             rows, ids = snapshot.rows_in_use()
             batch = snapshot.read(rows)
-            table.release(snapshot)
+            snapshot.release()
             assert sorted(found[name]) == sorted(ids.tolist()) and len(ids)
             for one, stored in zip(batch.ids.tolist(), batch.values, strict=True):
                 mine = np.concatenate([found[name][one][group] for group in ("v", "w")])
