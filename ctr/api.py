@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tessera.ctr.report.result import PREDICTIONS, TASKS, answer_folder, settle_result
+from tessera.ctr.report.task_reports import kinds_of
 from tessera.distributed.threads import let_idle_threads_sleep
 from tessera.embedding.errors import ConfigError, TesseraError, did_you_mean
 
@@ -76,7 +77,7 @@ class Run:
         settle_result(self.folder)
         tasks = self.folder / TASKS
         if tasks.is_dir():
-            names = sorted(one.name for one in tasks.iterdir())
+            names = list(kinds_of(tasks))
             if label not in names:
                 found = f"label {label!r}" if label else "no label"
                 raise ConfigError(f"{self.folder} has several labels: {', '.join(names)}; found {found}")

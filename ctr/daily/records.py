@@ -17,7 +17,7 @@ from tessera.ctr.metrics.exact import evaluate_predictions
 from tessera.ctr.metrics.tasks import mean_of
 from tessera.ctr.report.report import write_report
 from tessera.ctr.report.result import PREDICTIONS, TASKS
-from tessera.ctr.report.task_reports import kind_of
+from tessera.ctr.report.task_reports import kinds_of
 from tessera.distributed.atomic import write_text
 
 DAYS, FOLDER = "days.jsonl", "days"
@@ -32,7 +32,7 @@ def measure(predictions: Path) -> dict[str, Any]:
     tasks = predictions.parent / TASKS
     if not tasks.is_dir():
         return _measured(predictions)
-    kinds = {one.name: kind_of(one / PREDICTIONS) for one in sorted(tasks.iterdir())}
+    kinds = kinds_of(tasks)
     probable = [name for name, kind in kinds.items() if kind != "number"]
     found = {name: _measured(tasks / name / PREDICTIONS) for name in probable}
     labels = [found[name] for name in probable if kinds[name] == "label"]

@@ -20,7 +20,8 @@ DEFAULT_SPLIT = "test"
 # Columns of slices: of a feature (ctr/runs/slice_columns.py), and whether a row has an id that the tables lacked.
 SLICE, NEW_IDS = "slice.", "new_ids"
 SPLIT_OF_FILE = b"split"  # in the metadata of a file
-ANSWER = b"answer"  # in the metadata of a file of several labels: label | joint | number
+# In the metadata of a file of several labels: label | joint | number, and the answer's place among all, from 0.
+ANSWER, PLACE = b"answer", b"place"
 # The main split is the first of these that exists.
 PREFERRED_SPLITS = ("test", "valid", "train")
 

@@ -17,7 +17,7 @@ from tessera.ctr.report.files import json_text
 from tessera.ctr.report.history import read_history
 from tessera.ctr.report.page import Page
 from tessera.ctr.report.plot import Table, json_points
-from tessera.ctr.report.predictions import ANSWER, PREFERRED_SPLITS
+from tessera.ctr.report.predictions import ANSWER, PLACE, PREFERRED_SPLITS
 from tessera.ctr.report.result import PREDICTIONS, TASKS
 from tessera.ctr.report.tables import json_values, table_plots
 from tessera.ctr.report.training import training_plots
@@ -37,7 +37,7 @@ def write(
 
     write_report: that of one answer, as `report.write_report`; the other arguments are as there.
     """
-    kinds = {one.name: kind_of(one / PREDICTIONS) for one in sorted((result / TASKS).iterdir())}
+    kinds = kinds_of(result / TASKS)
     found: dict[str, dict[str, Any]] = {}
     for name, kind in kinds.items():
         place = result / TASKS / name
@@ -105,12 +105,19 @@ def measure_numbers(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def kind_of(folder: Path) -> str:
-    """Return what an answer is: label, joint or number, as its files say."""
+def kinds_of(tasks: Path) -> dict[str, str]:
+    """Return what each answer is, label, joint or number, as its files say: labels in the order of the schema, then
+    joint ones. tasks: the folder that has a folder for each answer."""
+    told = {one.name: _metadata_of(one / PREDICTIONS) for one in sorted(tasks.iterdir())}
+    ordered = sorted(told, key=lambda name: int(told[name].get(PLACE, b"0")))
+    return {name: told[name].get(ANSWER, b"label").decode() for name in ordered}
+
+
+def _metadata_of(folder: Path) -> Mapping[bytes, bytes]:
     path = next(iter(sorted(folder.glob("*.parquet"))), None)
     if path is None:
         raise DataError(f"{folder}: no parquet file in this folder; expected at least one")
-    return str((pq.read_schema(path).metadata or {}).get(ANSWER, b"label").decode())
+    return pq.read_schema(path).metadata or {}
 
 
 def _mean(values: list[float | None]) -> float | None:

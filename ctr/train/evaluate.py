@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,7 +24,7 @@ from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.instantiate import class_of
 from tessera.ctr.metrics.tasks import Answer, TaskMetrics, label_of, logit_of, prediction_of
-from tessera.ctr.report.predictions import ANSWER, REQUIRED, SPLIT_OF_FILE
+from tessera.ctr.report.predictions import ANSWER, PLACE, REQUIRED, SPLIT_OF_FILE
 from tessera.ctr.report.result import answer_folder
 from tessera.ctr.runs.slice_columns import SliceColumn
 from tessera.ctr.train.step_pipeline import to_device
@@ -137,7 +137,10 @@ def evaluate(
     answers = metrics.answers if predictions else []
     writers = []
     if predictions:
-        writers = [_PredictionWriter(predictions, split, process.rank, columns, answer) for answer in answers]
+        writers = [
+            _PredictionWriter(answer_folder(predictions, answer.name), split, process.rank, columns, told)
+            for answer, told in zip(answers, _told_of(answers), strict=True)
+        ]
     for number, batch in enumerate(reader.epoch(0)):
         process.stage = f"evaluation of {split}, batch {number}"
         batch = to_device(batch, process.device)
@@ -161,14 +164,25 @@ def _scores_of(answer: Answer, labels: Sequence[Label], logits: Tensor, batch: B
     return {"prediction": prediction_of(answer, logit), "label": label, "weight": weight, "logit": logit}
 
 
+def _told_of(answers: Sequence[Answer]) -> list[dict[bytes, str]]:
+    """Return what the files of each answer say of it: what it is, and its place; nothing of a single label's."""
+    return [
+        {ANSWER: "number" if one.label.is_number else "joint" if one.joint else "label", PLACE: str(place)}
+        if one.name
+        else {}
+        for place, one in enumerate(answers)
+    ]
+
+
 class _PredictionWriter:
     """Appends rows to one parquet file that appears under its name only when complete."""
 
-    def __init__(self, predictions: Path, split: str, rank: int, slices: Sequence[SliceColumn], answer: Answer) -> None:
-        self._slices, folder = slices, answer_folder(predictions, answer.name)
-        kind = "number" if answer.label.is_number else "joint" if answer.joint else "label"
-        self._metadata: dict[bytes | str, bytes | str] = {SPLIT_OF_FILE: split}
-        self._metadata |= {ANSWER: kind} if answer.name else {}
+    def __init__(
+        self, folder: Path, split: str, rank: int, slices: Sequence[SliceColumn], told: Mapping[bytes, str]
+    ) -> None:
+        """told: metadata of the file, beside the split."""
+        self._slices = slices
+        self._metadata: dict[bytes | str, bytes | str] = {SPLIT_OF_FILE: split, **told}
         folder.mkdir(parents=True, exist_ok=True)
         self._split = split
         self._final = folder / f"{split}-{rank:05d}.parquet"
