@@ -164,7 +164,7 @@ def _scores_of(answer: Answer, labels: Sequence[Label], logits: Tensor, batch: B
     return {"prediction": prediction_of(answer, logit), "label": label, "weight": weight, "logit": logit}
 
 
-def _told_of(answers: Sequence[Answer]) -> list[dict[bytes, str]]:
+def _told_of(answers: Sequence[Answer]) -> list[dict[bytes | str, bytes | str]]:
     """Return what the files of each answer say of it: what it is, and its place; nothing of a single label's."""
     return [
         {ANSWER: "number" if one.label.is_number else "joint" if one.joint else "label", PLACE: str(place)}
@@ -178,7 +178,12 @@ class _PredictionWriter:
     """Appends rows to one parquet file that appears under its name only when complete."""
 
     def __init__(
-        self, folder: Path, split: str, rank: int, slices: Sequence[SliceColumn], told: Mapping[bytes, str]
+        self,
+        folder: Path,
+        split: str,
+        rank: int,
+        slices: Sequence[SliceColumn],
+        told: Mapping[bytes | str, bytes | str],
     ) -> None:
         """told: metadata of the file, beside the split."""
         self._slices = slices
