@@ -57,8 +57,7 @@ class SentByHost:
         if self._between is None:
             told, came = self._inside.told, self._inside.received()
             assert came.order is not None and isinstance(came.route, Route)
-            bounds = torch.tensor(came.bounds).to(came.ids.device, non_blocking=True)
-            unique, places, _, found = unique_tables(came.ids, bounds, padded=True)
+            unique, places, _, found = unique_tables(came.ids, came.bounds, padded=True)
             unique = unique[: int(found[-1])]  # on a GPU the host waits here
             counts, times = unpacked(came.columns[0])
             counts = torch.zeros_like(unique).index_add_(0, places, counts)

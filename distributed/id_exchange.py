@@ -46,13 +46,13 @@ class HostRoute:
 
 @dataclass(frozen=True)
 class ReceivedIds:
-    """Ids that this rank owns. ids: int64 [n], those of kind k at bounds[k] to bounds[k + 1] - 1; columns: what goes
-    with each; order: int64 [n], where each stood among those that came, None: there. ranks: int64 [n], which rank sent
-    each; route: both None on one rank."""
+    """Ids that this rank owns. ids: int64 [n], those of kind k at bounds[k] to bounds[k + 1] - 1, int64 [kinds + 1];
+    columns: what goes with each; order: int64 [n], where each stood among those that came, None: there. ranks: int64
+    [n], which rank sent each; route: both None on one rank."""
 
     ids: Tensor
     columns: tuple[Tensor, ...]
-    bounds: list[int]
+    bounds: Tensor
     order: Tensor | None = None
     ranks: Tensor | None = None
     route: Route | HostRoute | None = None
@@ -94,26 +94,28 @@ class IdExchange:
         columns = (ids, *outgoing.columns)
         if layout.numbered:
             columns += (kind.to(_WHOLE[layout.number_bytes]),)
-        message = ids.new_zeros(self.ranks * layout.words + 1)  # the last word takes what has no room
+        message = ids.new_empty(self.ranks * layout.words + 1)  # the last word takes what has no room
         header = message[:-1].view(self.ranks, layout.words)[:, : layout.header]
-        largest = parts.max()
-        header[:, TOTAL], header[:, LARGEST], header[:, PART] = ids.numel(), largest, parts
+        largest = parts.amax(0, keepdim=True)
+        of_all = [parts.sum(0, keepdim=True), largest]
         if layout.told:
-            header[:, FIXED : FIXED + layout.told] = outgoing.told.view(torch.int64)
+            of_all.append(outgoing.told.view(torch.int64).to(ids.device, non_blocking=True))
+        header[:, TOTAL : FIXED + layout.told].copy_(torch.cat(of_all))
+        header.select(1, PART).copy_(parts)
         if not layout.numbered:
             of_kinds = occurrences(owners * kinds + kind, self.ranks * kinds)
             _counts(header, layout).copy_(of_kinds.view(self.ranks, kinds))
-        owners = owners[order]
-        places = torch.arange(order.numel(), device=ids.device) - begins[owners]
-        columns = tuple([column[order] for column in columns])
+        owners = owners.index_select(0, order)
+        places = torch.arange(order.numel(), device=ids.device).sub_(begins.index_select(0, owners))
+        columns = tuple([column.index_select(0, order) for column in columns])
         fits = ids.device.type == "cpu" and int(largest) <= layout.room
-        begins_of_rows = owners * layout.words
+        rows = owners * layout.words
         for column, begin in zip(columns, layout.begins if layout.room else (), strict=layout.room > 0):
             flat, each = message.view(_WHOLE[column.element_size()]), 8 // column.element_size()
-            at = torch.add(places + begin * each, begins_of_rows, alpha=each)
+            at = torch.add(places, rows, alpha=each).add_(begin * each)
             if not fits:
                 at = torch.where(places < layout.room, at, flat.numel() - 1)
-            flat[at] = column.view(flat.dtype)
+            flat.scatter_(0, at, column.view(flat.dtype))
         return SentIds(self, layout, message[:-1], columns, _Order(order, parts, places))
 
 
@@ -142,19 +144,20 @@ class SentIds:
     @property
     def told(self) -> Tensor:
         headers = self._arrived()
-        return headers[:, FIXED : FIXED + self._layout.told].contiguous().view(torch.float64)
+        return headers[:, FIXED:].contiguous().view(torch.float64)
 
     def _arrived(self) -> Tensor:
-        """Return the headers that came, on the host, which waits for them; send what had no room."""
+        """Return the headers that came but for counts of kinds, on the host, which waits; send what had no room."""
         if self._headers is not None:
             return self._headers
         self._work.wait()
         self._message = self._came = self._came.view(self._exchange.ranks, self._layout.words)
-        self._headers = self._came[:, : self._layout.header].cpu()
+        self._headers = self._came[:, : FIXED + self._layout.told].cpu()
         self._asked, self._owned = self._order.parts.tolist(), self._headers[:, PART].tolist()
+        self._count, total, _ = self._headers[:, :FIXED].sum(0).tolist()
         largest = int(self._headers[:, LARGEST].max())
         ranks, room = self._exchange.ranks, self._layout.room
-        self._exchange.recent.note(int(self._headers[:, TOTAL].sum()) / ranks**2, largest)
+        self._exchange.recent.note(total / ranks**2, largest)
         if largest > room:  # the same on all ranks
             self._send_rest(room)
         return self._headers
@@ -170,25 +173,27 @@ class SentIds:
     def received(self) -> ReceivedIds:
         """Return the ids that came. On a GPU the host waits for their numbers alone."""
         if self._received is None:
-            self._received = self._read(self._arrived())
+            self._arrived()
+            self._received = self._read()
             del self._message, self._came, self._columns, self._rest
         return self._received
 
-    def _read(self, headers: Tensor) -> ReceivedIds:
-        layout, count, device = self._layout, sum(self._owned), self._came.device
+    def _read(self) -> ReceivedIds:
+        layout, count, device = self._layout, self._count, self._came.device
         if self._rest is not None and self._rest[0] is not None:
             self._rest[0].wait()
-        parts = self._came[:, PART].contiguous()
+        parts = self._came.select(1, PART).contiguous()
         ranks = torch.repeat_interleave(parts, output_size=count)
-        places = torch.arange(count, device=device) - (parts.cumsum(0) - parts)[ranks]
+        begins = (parts.cumsum(0) - parts).index_select(0, ranks)
+        places = torch.arange(count, device=device).sub_(begins)
         if layout.numbered:
             kinds = self._column(len(layout.columns) - 1, _WHOLE[layout.number_bytes], ranks, places).long()
-            order, begins = positions_of(kinds, occurrences(kinds, layout.kinds))
-            bounds = begins.tolist()
+            order, bounds = positions_of(kinds, occurrences(kinds, layout.kinds))
         else:
-            order = in_order_of_kinds(_counts(self._came, layout).long(), count)
-            bounds = [0, *accumulate(_counts(headers, layout).sum(0).tolist())]
-        ranks, places = ranks[order], places[order]
+            counts = _counts(self._came, layout).long()
+            order, bounds = in_order_of_kinds(counts, count), counts.new_zeros(layout.kinds + 1)
+            torch.cumsum(counts.sum(0), 0, out=bounds[1:])
+        ranks, places = ranks.index_select(0, order), places.index_select(0, order)
         types = [torch.int64, *(column.dtype for column in self._columns[1:])]
         columns = [self._column(i, types[i], ranks, places) for i in range(1 + len(layout.sizes))]
         route = Route(self._asked, self._owned, self._order.order, self._exchange.group)
@@ -199,9 +204,9 @@ class SentIds:
         layout = self._layout
         whole = _WHOLE[layout.columns[number]]
         flat, each = self._came.view(-1).view(whole), 8 // layout.columns[number]
-        at = (ranks * layout.words + layout.begins[number]) * each + places
+        at = torch.add(places, ranks, alpha=layout.words * each).add_(layout.begins[number] * each)
         if self._rest is None:
-            return flat[at].view(dtype)
+            return flat.index_select(0, at).view(dtype)
         late = [max(0, count - layout.room) for count in self._owned]
         shift = torch.tensor([0, *accumulate(late)][:-1], device=flat.device) - layout.room + flat.numel()
         units = [max(1, size // 4) for size in layout.columns[: number + 1]]

@@ -22,9 +22,8 @@ import torch
 WORD = 8  # bytes; messages are of int64
 RECENT = 32  # exchanges that the room follows
 DEVIATIONS = 6
-TOTAL, LARGEST, PART = range(
-    3
-)  # first words of a header: ids of its sender, the most for one rank, those that are here
+#: First words of a header: the ids in this message; those of its sender for all ranks, and the most for one of them.
+PART, TOTAL, LARGEST = range(3)
 FIXED = 3
 
 

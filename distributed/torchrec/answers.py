@@ -28,7 +28,7 @@ def answer(rows: Tensor, route: Route | HostRoute, codecs: QuantizedCommCodecs |
 class _Answer(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, route: Route, codecs: QuantizedCommCodecs | None) -> Tensor:
-        ctx.route, ctx.codecs = route, codecs
+        ctx.route, ctx.codecs, ctx.owned = route, codecs, rows.shape[0]
         sent = rows.contiguous() if codecs is None else codecs.forward.encode(rows).contiguous()
         came = sent.new_empty(route.order.numel(), sent.shape[1])
         dist.all_to_all_single(came, sent, route.asked, route.owned, group=route.group)
@@ -40,7 +40,7 @@ class _Answer(Function):
         route, codecs = ctx.route, ctx.codecs
         grad = grad if codecs is None else codecs.backward.encode(grad)
         sent = grad.index_select(0, route.order)
-        came = sent.new_empty(sum(route.owned), sent.shape[1])
+        came = sent.new_empty(ctx.owned, sent.shape[1])
         dist.all_to_all_single(came, sent, route.owned, route.asked, group=route.group)
         grads = came if codecs is None else codecs.backward.decode(came)
         # As in torchrec: gradients are averaged over ranks, like those of data parallel weights.

@@ -79,7 +79,7 @@ class SentBags(Awaitable[Awaitable[KJTList]]):
         stride, device = sum(rows_of_ranks), received.ids.device
         assert received.ranks is not None
         rows = torch.tensor([0, *accumulate(rows_of_ranks)]).to(device)[received.ranks] + columns.pop(0)
-        lengths = torch.tensor(received.bounds).to(device).diff()
+        lengths = received.bounds.diff()
         of_features = torch.arange(len(self._keys), device=device).repeat_interleave(lengths, output_size=rows.numel())
         bags = occurrences(of_features * stride + rows, len(self._keys) * stride).int()
         weights = columns.pop(0) if columns else None

@@ -186,9 +186,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         """Return the look-ups of a batch."""
         assert isinstance(features, ReceivedIds)
         counts, times = unpacked(features.columns[0])
-        return Request(
-            features.ids, counts, times, torch.tensor(features.bounds).to(counts.device), order=features.order
-        )
+        return Request(features.ids, counts, times, features.bounds, order=features.order)
 
     def rows(self, request: Request) -> Tensor:
         """Return the rows asked for, [n, width], differentiable."""

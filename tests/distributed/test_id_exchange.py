@@ -69,7 +69,7 @@ def exchanged(process) -> list[tuple[bool, int, int]]:
             answered = answer(back, received.route, None)
             (answered * torch.arange(answered.numel()).view_as(answered)).sum().backward()
         assert told.tolist() == [[rank + 0.25, -math.inf, step] for rank in range(ranks)]
-        kinds = torch.arange(KINDS).repeat_interleave(torch.tensor(received.bounds).diff())
+        kinds = torch.arange(KINDS).repeat_interleave(received.bounds.diff())
         rows = zip(*(one.tolist() for one in (kinds, received.ids, *received.columns)), strict=True)
         assert list(rows) == expected(step, process.rank, ranks)
         assert torch.equal(answered.detach(), outgoing.ids.double().float().unsqueeze(1).repeat(1, 3))
