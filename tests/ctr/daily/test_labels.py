@@ -51,7 +51,9 @@ def job(data: Path, run_dir: Path, *more: str) -> list[str]:
     bands = ["daily.bands.window=3", "daily.bands.min_days=1", "daily.bands.auc=0.2"]
     bands += [f"daily.bands.{name}=null" for name in ("logloss", "normalized_entropy", "calibration")]
     splits = ["data.train=.", "data.valid=null", "data.test=null", "data.schema.time=time", "trainer.batch_size=40"]
-    return options(data, run_dir, "mmoe", *splits, *bands, "daily.epochs=3", "daily.full_every=9", *more)
+    return options(
+        data, run_dir, "mmoe", *splits, *bands, "daily.epochs=3", "daily.full_every=9", "trainer.log_every=100", *more
+    )
 
 
 def check_day(run: Path, line: dict) -> None:
