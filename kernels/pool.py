@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.kernels import backend
+from tessera.kernels import autograd, backend
 from tessera.kernels.chunks import check_index
 from tessera.kernels.reference import pool as reference
 
@@ -43,7 +43,8 @@ def pool(
     if weights is not None and (weights.dtype != torch.float32 or weights.shape != index.shape):
         found = f"{weights.dtype} {list(weights.shape)}"
         raise ValueError(f"weights: expected float32 [{index.numel()}], found {found}")
-    return _Pool.apply(values, index, offsets, weights, keys, widths)  # type: ignore[no-untyped-call]
+    sums: tuple[Tensor, ...] = autograd.apply(_Pool, values, index, offsets, weights, keys, widths)
+    return sums
 
 
 def sum_by_row(values: Tensor, index: Tensor, rows: int) -> Tensor:

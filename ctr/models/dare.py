@@ -54,9 +54,7 @@ class DARE(SequenceTower):
             self.embed.inputs + 3 * self.values.width, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs
         )
 
-    def forward(  # type: ignore[override]
-        self, numeric_bn: Tensor, embeddings: dict[str, Tensor], events: dict[str, Events]
-    ) -> Tensor:
+    def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor], events: dict[str, Events]) -> Tensor:
         """Return logits, [B] or of several labels [B, outputs]."""
         of = events[self.group.name]
         r_nd, r_bfd = self.values.events(of, "r"), embeddings["r"]

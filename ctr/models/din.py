@@ -45,9 +45,7 @@ class DIN(SequenceTower):
     def _attention(self) -> list[TargetAttention]:
         return [one for one in self.attention if isinstance(one, TargetAttention)]
 
-    def forward(  # type: ignore[override]
-        self, numeric_bn: Tensor, embeddings: dict[str, Tensor], events: dict[str, Events]
-    ) -> Tensor:
+    def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor], events: dict[str, Events]) -> Tensor:
         """Return logits, [B] or of several labels [B, outputs]."""
         flat = self.embed.flat(numeric_bn, self.embed(numeric_bn, embeddings["v"]))
         interest = [

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +50,9 @@ class Experts(nn.Module):
                 perceptron(self.inputs, hidden, dropout, batch_norm=batch_norm) for _ in range(count)
             ]
         else:
-            made = [body_of(body, fields, embedding_dim, hidden[-1]) for _ in range(count)]
-            self.embedding_dims |= made[0].embedding_dims  # type: ignore[arg-type]
+            bodies = [body_of(body, fields, embedding_dim, hidden[-1]) for _ in range(count)]
+            self.embedding_dims |= bodies[0].embedding_dims
+            made = [*bodies]
         self.nets = nn.ModuleList(made)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -89,6 +90,13 @@ class Gate(nn.Module):
     def mixed(self, x_bi: Tensor, experts_bkw: Tensor) -> Tensor:
         """Return the experts' outputs by their shares, [B, width]."""
         return torch.bmm(self(x_bi).to(experts_bkw.dtype).unsqueeze(1), experts_bkw).squeeze(1)
+
+
+class Gates(nn.ModuleList):
+    """Gates in a list whose type says so."""
+
+    def __iter__(self) -> Iterator[Gate]:
+        return cast(Iterator[Gate], super().__iter__())
 
 
 class Heads(nn.Module):
@@ -139,7 +147,7 @@ def check_widths(key: str, hidden: Sequence[int]) -> None:
         raise ConfigError(f"{key} is {list(hidden)}; expected the widths of at least one layer")
 
 
-def named_gates(fields: Fields, gates: Sequence[Gate], prefix: str = "") -> dict[str, Tensor]:
+def named_gates(fields: Fields, gates: Iterable[Gate], prefix: str = "") -> dict[str, Tensor]:
     """Return the mean shares of one gate per label, by the labels' names."""
     return {f"{prefix}{label.name}": gate.mean for label, gate in zip(fields.labels, gates, strict=True)}
 

@@ -50,10 +50,11 @@ class GNOLR(Tower):
         self.slopes = [float(slope) for slope in slopes]
         self.loss_weights = tuple(float(count - i) for i in range(count))
         self.embedding_dims = {"v": embedding_dim}
-        self.sides = nn.ModuleList(_Side(fields, chosen, embedding_dim) for chosen in _split(fields, user))
+        sides = [_Side(fields, chosen, embedding_dim) for chosen in _split(fields, user)]
+        self.sides = nn.ModuleList(sides)
         self.nets = nn.ModuleList(
-            nn.ModuleList(perceptron(side.embed.inputs, hidden, dropout, batch_norm=False) for _ in range(count))  # type: ignore[union-attr,arg-type]
-            for side in self.sides
+            nn.ModuleList(perceptron(side.embed.inputs, hidden, dropout, batch_norm=False) for _ in range(count))
+            for side in sides
         )
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:

@@ -75,9 +75,7 @@ class HSTU(SequenceTower):
             linear(width + raw, head_hidden), SwishNorm(head_hidden), linear(head_hidden, fields.outputs)
         )
 
-    def forward(  # type: ignore[override]
-        self, numeric_bn: Tensor, embeddings: dict[str, Tensor], events: dict[str, Events]
-    ) -> Tensor:
+    def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor], events: dict[str, Events]) -> Tensor:
         """Return logits, [B] or of several labels [B, outputs]."""
         of, emb_bfd = events[self.group.name], embeddings["v"]
         target_bd = self.of_event(self.vectors.target(emb_bfd))

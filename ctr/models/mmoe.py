@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from tessera.ctr.models.experts import Experts, Gate, Heads, named_gates
+from tessera.ctr.models.experts import Experts, Gate, Gates, Heads, named_gates
 from tessera.ctr.models.tower import Fields, Tower
 
 
@@ -35,12 +35,12 @@ class MMoE(Tower):
         )
         self.embedding_dims = self.experts.embedding_dims
         self.fields = fields
-        self.gate = nn.ModuleList(Gate(self.experts.inputs, gate, experts) for _ in fields.labels)
+        self.gate = Gates(Gate(self.experts.inputs, gate, experts) for _ in fields.labels)
         self.heads = Heads(len(fields.labels), self.experts.width, head, dropout, batch_norm=batch_norm)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         outputs_bkw, flat = self.experts(numeric_bn, embeddings)
-        return self.heads([gate.mixed(flat, outputs_bkw) for gate in self.gate])  # type: ignore[operator]
+        return self.heads([gate.mixed(flat, outputs_bkw) for gate in self.gate])
 
     def gates(self) -> dict[str, Tensor]:
-        return named_gates(self.fields, list(self.gate))  # type: ignore[arg-type]
+        return named_gates(self.fields, self.gate)

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tessera.ctr.models.experts import Gate, Heads, check_count, check_widths, named_gates, perceptron
+from tessera.ctr.models.experts import Gate, Gates, Heads, check_count, check_widths, named_gates, perceptron
 from tessera.ctr.models.layers import FieldEmbedding
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
@@ -72,7 +72,7 @@ class PLE(Tower):
         for number, layer in enumerate(self.extraction):
             assert isinstance(layer, Extraction)
             prefix = f"{number}." if len(self.extraction) > 1 else ""
-            found |= named_gates(self.fields, list(layer.gates), prefix)  # type: ignore[arg-type]
+            found |= named_gates(self.fields, layer.gates, prefix)
             if layer.shared_gate is not None:
                 found[f"{prefix}shared"] = layer.shared_gate.mean
         return found
@@ -102,7 +102,7 @@ class Extraction(nn.Module):
         super().__init__()
         self.own = nn.ModuleList(nets.make(own) for _ in range(labels))
         self.shared = nets.make(shared)
-        self.gates = nn.ModuleList(Gate(nets.inputs, gate, own + shared) for _ in range(labels))
+        self.gates = Gates(Gate(nets.inputs, gate, own + shared) for _ in range(labels))
         self.mixes_all = passes == "all"
         mixed = shared + own * labels * self.mixes_all
         self.shared_gate = None if passes is None else Gate(nets.inputs, gate, mixed)
@@ -114,7 +114,7 @@ class Extraction(nn.Module):
             [net(state) for net in cast(nn.ModuleList, nets)] for nets, state in zip(self.own, of_labels, strict=True)
         ]
         mixed = [
-            gate.mixed(state, torch.stack(experts + shared, 1))  # type: ignore[operator]
+            gate.mixed(state, torch.stack(experts + shared, 1))
             for gate, state, experts in zip(self.gates, of_labels, own, strict=True)
         ]
         if self.shared_gate is None:

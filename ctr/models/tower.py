@@ -65,6 +65,9 @@ class Fields:
 class Tower(nn.Module):
     """Base of every model.
 
+    `forward(numeric_bn, embeddings)` returns logits: [B], or [B, outputs] where there are several; that of a label in
+    its own space. numeric_bn: [B, numeric fields] float32; embeddings: group -> [B, id fields, dim].
+
     Attributes:
         embedding_dims: the groups of embeddings that it wants for each id field, with their dims.
         reads_sequences: it reads sequences with pooling none: a `SequenceTower`.
@@ -74,6 +77,7 @@ class Tower(nn.Module):
         loss_weights: of the labels, beside those of the schema; None: 1 each.
     """
 
+    forward: Callable[..., Tensor]
     embedding_dims: dict[str, int]
     reads_sequences: bool = False
     has_heads: bool = False
@@ -81,28 +85,19 @@ class Tower(nn.Module):
     is_nested: ClassVar[bool] = False
     loss_weights: tuple[float, ...] | None = None
 
-    def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
-        """Return logits: [B], or [B, outputs] where there are several; that of a label in its own space.
-
-        numeric_bn: [B, numeric fields] float32; embeddings: group -> [B, id fields, dim].
-        """
-        raise NotImplementedError
-
     def gates(self) -> dict[str, Tensor]:
         """Return the mean gate of each mixture of experts over the last batch, float [experts] by name, for the log."""
         return {}
 
 
 class SequenceTower(Tower):
-    """Base of models that see the events of sequences."""
+    """Base of models that see the events of sequences.
+
+    `forward(numeric_bn, embeddings, events)` returns logits as `Tower` does. events: name of a SequenceGroup -> its
+    events.
+    """
 
     reads_sequences = True
-
-    def forward(  # type: ignore[override]
-        self, numeric_bn: Tensor, embeddings: dict[str, Tensor], events: dict[str, Events]
-    ) -> Tensor:
-        """Return logits as `Tower` does. events: name of a SequenceGroup -> its events."""
-        raise NotImplementedError
 
 
 def drawn_inputs(

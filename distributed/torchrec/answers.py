@@ -11,6 +11,7 @@ from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.types import QuantizedCommCodecs
 
 from tessera.distributed.id_exchange import HostRoute, Route
+from tessera.kernels.autograd import apply
 from tessera.kernels.pool import sum_by_row
 
 
@@ -19,9 +20,9 @@ def answer(rows: Tensor, route: Route | HostRoute, codecs: QuantizedCommCodecs |
     for, [asked, dim] in the order of its ids. Differentiable. Collective."""
     if isinstance(route, HostRoute):
         of_host = answer(rows, route.between, codecs)
-        repeated: Tensor = _Repeated.apply(of_host, route.index)  # type: ignore[no-untyped-call]
+        repeated: Tensor = apply(_Repeated, of_host, route.index)
         return answer(repeated, route.inside, codecs)
-    answered: Tensor = _Answer.apply(rows, route, codecs)  # type: ignore[no-untyped-call]
+    answered: Tensor = apply(_Answer, rows, route, codecs)
     return answered
 
 

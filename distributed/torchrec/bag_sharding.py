@@ -48,6 +48,7 @@ from tessera.distributed.torchrec.bags_exchange import AskedBags, OwnedBags, own
 from tessera.distributed.torchrec.kernel import DynamicTableKernel, Request
 from tessera.distributed.torchrec.ready import Ready
 from tessera.distributed.torchrec.row_sharding import DYNAMIC, HasKernels, RowWiseDynamic
+from tessera.kernels.autograd import apply
 from tessera.kernels.unique import unique_tables
 
 
@@ -127,7 +128,7 @@ class SumsOfOwners(BaseEmbeddingDist[EmbeddingShardingContext, Tensor, Tensor]):
         """Map local_embs [rows of all ranks, n] to [rows of this rank, n]."""
         rows = sharding_ctx.batch_size_per_rank if sharding_ctx is not None else []
         rows = rows or [local_embs.shape[0]]
-        return NoWait(_SumOfOwners.apply(local_embs, rows, self._pg, self._codecs))  # type: ignore[no-untyped-call]
+        return NoWait(apply(_SumOfOwners, local_embs, rows, self._pg, self._codecs))
 
 
 class _SumOfOwners(torch.autograd.Function):

@@ -45,6 +45,7 @@ from tessera.embedding.cached_table import CachedTable
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.errors import CacheFull, TableFull
 from tessera.embedding.set_table import SetTable
+from tessera.kernels.autograd import apply
 from tessera.kernels.mix import unmix64
 
 
@@ -190,7 +191,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
 
     def rows(self, request: Request) -> Tensor:
         """Return the rows asked for, [n, width], differentiable."""
-        rows: Tensor = _LookUp.apply(self._handle, self, request)  # type: ignore[no-untyped-call]
+        rows: Tensor = apply(_LookUp, self._handle, self, request)
         return rows
 
     def find(self, request: Request, now: int) -> list[Found]:
