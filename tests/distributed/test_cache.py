@@ -210,5 +210,5 @@ def test_misuse_is_an_assertion(process):
     with pytest.raises(AssertionError, match="asked while the batch of a later step"):
         sharded(second)
     sharded.train()
-    with pytest.raises(AssertionError, match="another batch was prepared for this step"):
+    with pytest.raises(AssertionError, match="another batch was begun for this step"):
         sharded(second)
