@@ -6,6 +6,7 @@ import re
 import shlex
 
 import pyarrow.parquet as pq
+import pytest
 import yaml
 
 from tessera.ctr.config import load_config
@@ -29,6 +30,7 @@ def test_the_example_of_settings_is_understood(tmp_path):
     assert found["item_id"]["optimizer"] == {"name": "adam"} and found["user_id"]["max_rows"] == 50_000_000
 
 
+@pytest.mark.slow
 def test_user_rows_expire_and_country_rows_do_not(tmp_path):
     (script,), (_, description) = blocks(TEXT, "python"), blocks(TEXT, "yaml")
     exec(HIS.sub(rf"{tmp_path}/\1", script), {"__name__": "__main__"})

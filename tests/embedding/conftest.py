@@ -9,6 +9,26 @@ from tessera.kernels.backend import available_backends, use_backend
 # Triton's interpreter is slow: test_gpu_tables.py is what runs on it by default.
 MARKS = {"triton": [pytest.mark.slow]}
 
+#: Where kernels are compiled, long tests of other combinations are slow ones. What the reference gives a set is held to
+#: what it gives tables by test_table_set.py, and to what compiled kernels give by tests/kernels/test_records.py.
+LONG = {
+    "test_life_of_rows": ("cpp-table",),
+    "test_int8_rows_take_less_than_half_of_all_that_a_row_takes": ("reference-table",),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "cpp" not in available_backends():
+        return
+    for item in items:
+        if not isinstance(item, pytest.Function) or not hasattr(item, "callspec") or "embedding" not in item.path.parts:
+            continue
+        given = item.callspec.params
+        on_reference = given.get("backend") == "reference" and given.get("of_table") == "set"
+        if on_reference or item.callspec.id in LONG.get(item.originalname, ()):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name, [])) for name in available_backends()])
 def backend(request):

@@ -178,7 +178,7 @@ class Life(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in available_backends()])
 def test_life_of_rows(name):
-    examples = 150 if name == "cpp" else 25
+    examples = 75 if name == "cpp" else 25
     limits = settings(
         max_examples=examples, stateful_step_count=40, deadline=None, derandomize=True,
         suppress_health_check=list(HealthCheck), phases=[Phase.generate],

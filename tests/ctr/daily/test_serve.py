@@ -286,7 +286,7 @@ def killed_at(operation: int, published: str, output: Path, exchanges: bool) -> 
     os._exit(0)
 
 
-@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("exchanges", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_model(days, tmp_path, exchanges):
     """Where the system cannot exchange names one moment shows neither, and the next call puts the old one back."""
     older, newer = tmp_path / "older", tmp_path / "newer"

@@ -92,6 +92,7 @@ def test_bytes_are_those_that_two_ranks_send(tmp_path):
     check(2, tmp_path, ["rows in bf16", "both", "narrow tables"])
 
 
+@pytest.mark.slow
 def test_bytes_are_those_that_two_hosts_of_two_ranks_send(tmp_path):
     check(4, tmp_path, ["by host"], of_host=2)
 

@@ -79,7 +79,8 @@ def assert_same_states(one: Path, other: Path) -> None:
         assert training_but_for_cache(state) == training_but_for_cache(twin)
 
 
-@pytest.mark.parametrize("setting", ["expiry and deltas", pytest.param("scales", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/golden has a run with a cache
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_a_run_with_a_cache_is_the_run_without(ranks, data, tmp_path, setting):
     """Its saved states too; and a run that goes on from one on another number of ranks, with another cache."""
     plain, cached = tmp_path / "plain", tmp_path / "cached"

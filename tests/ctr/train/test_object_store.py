@@ -70,6 +70,7 @@ def test_a_run_is_the_same_wherever_its_data_and_states_are(store, ranks, data, 
     }
 
 
+@pytest.mark.slow
 def test_a_kill_inside_a_save_leaves_objects_and_loses_nothing(store, ranks, data, tmp_path):
     """3 ranks, one killed while it writes; then 1 rank, which must not take what the others left for rows of a state;
     then a kill behind the manifest's place, and 2 ranks."""
