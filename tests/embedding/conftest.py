@@ -12,7 +12,7 @@ MARKS = {"triton": [pytest.mark.slow]}
 #: Where kernels are compiled, long tests of other combinations are slow ones. What the reference gives a set is held to
 #: what it gives tables by test_table_set.py, and to what compiled kernels give by tests/kernels/test_records.py.
 LONG = {
-    "test_life_of_rows": ("cpp-table",),
+    "test_life_of_rows": ("cpp-table", "reference-set"),
     "test_int8_rows_take_less_than_half_of_all_that_a_row_takes": ("reference-table",),
 }
 

@@ -104,7 +104,7 @@ def test_growth_by_many_splits(backend):
     assert id_map.find(random_ids(1_000, seed=1)).eq(-1).all()
 
 
-@pytest.mark.parametrize("count", [0, 2_000, 9_000, 60_000])
+@pytest.mark.parametrize("count", [0, 2_000, 9_000, pytest.param(60_000, marks=pytest.mark.slow)])
 def test_reserved_segments_are_those_that_insertion_makes(backend, count):
     ids, rows, reserved = random_ids(count), torch.arange(count), new_map()
     reserved.reserve(count)

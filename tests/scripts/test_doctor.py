@@ -191,6 +191,7 @@ class TestNames:
         assert finding.level == "FAIL" and finding.cure
         assert f"{(tmp_path / name.removesuffix('/__init__.py'))} hides our package tessera" in finding.text
 
+    @pytest.mark.slow
     def test_packages_that_have_the_names_of_our_folders_hide_nothing(self, tmp_path):
         for name in ("distributed", "kernels"):
             (tmp_path / name).mkdir()

@@ -84,6 +84,7 @@ def test_a_run_without_a_best_model_is_scored_by_its_newest_state(run, tmp_path)
     assert "holds no best model" in done.stderr and "train the run first" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_over_days_is_scored_as_its_next_day_scores_it(tmp_path):
     data, folder = write_days(tmp_path / "data", 3), tmp_path / "run"
     script("daily", *command(data, folder, f"daily.to={key_of(1)}"))

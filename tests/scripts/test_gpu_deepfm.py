@@ -29,6 +29,7 @@ runpy.run_path("scripts/bench/gpu_deepfm.py", run_name="__main__")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it measures one")
+@pytest.mark.slow
 def test_without_a_gpu_it_measures_a_tiny_size_and_says_so():
     done = subprocess.run([sys.executable, "-c", BARE], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

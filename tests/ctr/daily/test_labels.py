@@ -80,6 +80,7 @@ def rows_served(folder: Path) -> dict[str, dict[int, dict[str, bytes]]]:
     }
 
 
+@pytest.mark.slow
 def test_days_of_two_labels(ranks, data, tmp_path):
     """One label out of its band holds the day; accepted, it is trained by two ranks and served as it is."""
     run, output, last = tmp_path / "run", tmp_path / "output", key_of(DAYS - 1)

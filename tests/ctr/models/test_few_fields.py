@@ -76,12 +76,8 @@ def train(process, data: Path, run_dir: Path, which: str) -> dict[str, list | st
     return found
 
 
-QUICK = ("one number",)  # the others differ in fields alone, of which test_towers.py has all kinds
-
-
-@pytest.mark.parametrize(
-    "which", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in FIELDS]
-)
+@pytest.mark.slow  # test_towers.py has fields of all kinds
+@pytest.mark.parametrize("which", FIELDS)
 def test_every_model_trains_or_says_what_it_needs(data, tmp_path, which):
     for (model, kind), result in on_ranks(1, train, data, tmp_path, which)[0].items():
         if which.startswith("one") and model not in CROSSES_NOTHING:

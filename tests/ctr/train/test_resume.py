@@ -80,7 +80,7 @@ def trained(ranks: WarmRanks, world: int, command: list[str], folder: Path, stat
     return output.read_text()
 
 
-QUICK = ((1, "dynamic"), (2, "deltas"))  # tables that differ: distributed/test_table_settings.py has their states
+QUICK = ((2, "deltas"),)  # tables that differ: distributed/test_table_settings.py has their states
 CASES = [*((1, setting) for setting in ("dynamic", "static")), *((2, setting) for setting in SETTINGS)]
 
 

@@ -83,7 +83,8 @@ def trained(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("world", "rows"), [(2, "one row"), pytest.param(3, "one row", marks=pytest.mark.slow), (2, "two rows")]
+    ("world", "rows"),
+    [*(pytest.param(world, "one row", marks=pytest.mark.slow) for world in (2, 3)), (2, "two rows")],
 )
 def test_ranks_have_one_loss_curve(trained, world, rows):
     for name, (losses, weights) in trained(world, rows).items():

@@ -37,6 +37,7 @@ def test_samples_train_end_to_end(tmp_path, kind, sample, rows, least_auc):
     assert report["auc"] > least_auc
 
 
+@pytest.mark.slow
 def test_movielens_trains_from_its_ratings(tmp_path):
     prepare("movielens", "--input", str(SHARED / "ml-100k"), "--output", str(tmp_path / "data"))
     options = ["data=movielens", f"data.path={tmp_path}/data", f"trainer.run_dir={tmp_path}/run", *SMALL]
