@@ -6,13 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 IGNORED = 2  # where a benchmark puts methods of its own into a kernel
 
 
-@pytest.mark.slow  # as `make lint` does
 def test_mypy_finds_no_errors():
     environment = {**os.environ, "TESSERA_VENV": str(Path(sys.prefix))}
     script = ROOT / "scripts" / "typecheck.sh"
