@@ -91,7 +91,11 @@ class SetTable:
         self.set.periods[self.number] += 1
 
     def expire(self, now: int, budget_rows: int | None = None) -> int:
-        """Remove rows with now - last seen >= ttl_seconds, as `DynamicTable.expire`. Returns how many."""
+        """Remove rows with now - last seen >= ttl_seconds, as `DynamicTable.expire`. Returns how many.
+
+        `Engine.expire_if_due` calls it every `embedding.expire_every` steps, and a day's end for whole tables
+        (`Daily.train_day`).
+        """
         ttl, removed = self.config.ttl_seconds, 0
         if ttl is None:
             return 0

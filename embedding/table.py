@@ -1,4 +1,7 @@
-"""A table that gives every id a row of its own, on one rank. The methods follow the life of a row."""
+"""A table that gives every id a row of its own, on one rank. The methods follow the life of a row.
+
+Tables with a cache on the host are of this kind; all others are tables of a set (`set_table.py`).
+"""
 
 from __future__ import annotations
 
@@ -182,9 +185,6 @@ class DynamicTable:
 
     def expire(self, now: int, budget_rows: int | None = None) -> int:
         """Remove rows with now - last seen >= ttl_seconds. Returns how many.
-
-        `Engine.expire_if_due` calls it every `embedding.expire_every` steps, and a day's end for whole tables
-        (`Daily.train_day`).
 
         budget_rows: look at so many rows only, those after the ones looked at last time (None: at all). The ids that
         the exact admission filter counts expire by the same rule. Without ttl_seconds nothing expires.

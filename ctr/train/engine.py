@@ -86,8 +86,8 @@ class Engine:
         loss_scale = self.process.world_size / max(ready.weight, 1e-12)
         self.process.stage = f"step {self.step}: backward"
         self.optimizers.zero_grad()
-        # This updates the rows of tables, too: kernels/pool.py, torchrec's exchange, `_LookUp.backward` in
-        # distributed/torchrec/kernel.py, `TableSet.update`, kernels/records.py.
+        # This updates the rows of tables, too: kernels/pool.py, distributed/torchrec/answers.py, `_LookUp.backward` in
+        # distributed/torchrec/kernel.py, parts.py beside it, `TableSet.update`, kernels/records.py.
         ((loss_sum + teacher_loss + self._l2(embeddings)) * loss_scale).backward()
         check_gradients(self.network.dense_parameters(), self.step)
         self.optimizers.step()
