@@ -20,7 +20,7 @@ from tessera.ctr.daily.partitions import PartitionError
 from tessera.ctr.daily.publish import Publisher, point
 from tessera.ctr.daily.records import clear_day, day_dir, measure, write_day_report, write_records
 from tessera.ctr.daily.table_counts import count_tables
-from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.config import schema_of
 from tessera.ctr.export.dry_run import check_export
 from tessera.ctr.report.days import write_index
 from tessera.ctr.runs.log import RunLog
@@ -52,7 +52,7 @@ class Daily:
     def __init__(self, config: Config, process: Process) -> None:
         self.config, self.process = config, process
         prepare_device(config, process)
-        schema = Schema(config.data.schema)
+        schema = schema_of(config.data)
         check_export(config, process)
         self.engine = Engine(config, schema, process)
         self.progress = self.engine.progress

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from tessera.ctr.data.day_folders import DayFolders, PartitionConfig, days_of
-from tessera.ctr.data.schema import SchemaConfig
+from tessera.ctr.data.schema import Schema, SchemaConfig
 from tessera.distributed.locations import joined
 from tessera.embedding.errors import ConfigError
 from tessera.embedding.settings import section, setting
@@ -47,7 +47,13 @@ class DataConfig:
     )
     threads: int = setting(1, "decoding threads per rank", at_least=1)
     bad_rows: str = setting("raise", "raise: stop at a row that breaks the contract; skip: leave it out and count it")
+    drop: list[str] = setting([], "features of schema that are left out, as if they did not stand there")
     schema: SchemaConfig = section(SchemaConfig, "the columns of the data set")
+
+
+def schema_of(data: DataConfig) -> Schema:
+    """Return the schema of a data set without the features that `data.drop` names. Raises SchemaError."""
+    return Schema(data.schema, data.drop)
 
 
 def check_splits(data: DataConfig) -> None:

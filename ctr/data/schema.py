@@ -8,7 +8,7 @@ with the schema.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -107,8 +107,11 @@ class Schema:
         weighted: whether `Batch.ids` carries weights
     """
 
-    def __init__(self, config: SchemaConfig):
-        """Raise SchemaError, one line, for a schema that contradicts itself."""
+    def __init__(self, config: SchemaConfig, drop: Sequence[str] = ()):
+        """drop: names of features that are left out; their columns are not read.
+
+        Raises SchemaError, one line: the schema contradicts itself, or has no feature of a name to drop.
+        """
         self.tasks = labels_of(config.labels)
         self.labels = [task.column for task in self.tasks]
         self.weight, self.group, self.time = config.weight, config.group, config.time
@@ -119,6 +122,8 @@ class Schema:
             raise SchemaError("schema.labels: found an empty list, expected at least one label column")
         if not features:
             raise SchemaError("schema.features: found none, expected at least one feature")
+        _refuse_duplicates("features", [feature.name for feature in features])
+        features = _kept(features, drop)
         self.numeric = [f for f in features if f.kind == "numeric" and not gives_ids(f)]
         self.categorical = [f for f in features if gives_ids(f)]
         self.number_sequences = [f for f in features if f.kind != "numeric" and not gives_ids(f)]
@@ -209,6 +214,21 @@ def _refuse_unknown(mapping: Any, config: type, where: str) -> None:
     for key in mapping:
         if key not in known:
             raise SchemaError(f"{where}: unknown key {key!r}; {nearest(str(key), known)}")
+
+
+def _kept(features: list[Feature], drop: Sequence[str]) -> list[Feature]:
+    """Return the features without those that are to be dropped. Raises SchemaError: unknown names, or none left."""
+    names = [feature.name for feature in features]
+    for name in drop:
+        if name not in names:
+            hint = nearest(name, names)
+            if name.removesuffix("_missing") in names:
+                hint = f"an indicator goes with its feature {name.removesuffix('_missing')!r}"
+            raise SchemaError(f"data.drop: {name!r} is no feature of data.schema; {hint}")
+    kept = [feature for feature in features if feature.name not in set(drop)]
+    if not kept:
+        raise SchemaError(f"data.drop names all {len(names)} features, expected at least one that is left")
+    return kept
 
 
 def _refuse_duplicates(where: str, names: list[str]) -> None:

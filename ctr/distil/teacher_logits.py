@@ -17,8 +17,8 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from tessera.ctr.config import Config
+from tessera.ctr.data.config import schema_of
 from tessera.ctr.data.reader import ParquetReader
-from tessera.ctr.data.schema import Schema
 from tessera.ctr.network import build_model
 from tessera.ctr.runs.saved_model import load_model
 from tessera.ctr.runs.score import run_config
@@ -94,7 +94,7 @@ def score_teacher(
     assert distil.teacher is not None  # of another run, if not of this one
     own = (config.model.get("target"), config.numeric.get("target"))
     theirs = run_config(Path(distil.teacher), [], [*distil.targets, *(name for name in own if name is not None)])
-    schema = Schema(theirs.data.schema)
+    schema = schema_of(theirs.data)
     if schema.id_names != reader.schema.id_names or schema.numeric_names != reader.schema.numeric_names:
         raise ConfigError(f"trainer.distil.teacher {distil.teacher} reads other features; expected those of this run")
     with torch.random.fork_rng():  # dropout and first values of the run do not depend on its teacher

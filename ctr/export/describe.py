@@ -46,7 +46,8 @@ def describe(
     dense: tuple[bool, list[StoredProjection]],
 ) -> Description:
     """Return what `features.json` says. dense: as `write_dense` returns it."""
-    features = [FeatureConfig(**asdict(feature)) for feature in config.data.schema.features]
+    dropped = set(config.data.drop)
+    features = [FeatureConfig(**asdict(one)) for one in config.data.schema.features if one.name not in dropped]
     averaged = [one.name for one in schema.categorical if one.kind in BAGS and one.pooling == "mean"]
     has_oov, projections = dense
     return Description(

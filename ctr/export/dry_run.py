@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tessera.ctr.config import Config
-from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.config import schema_of
 from tessera.ctr.export.tower import ServedTower, check_features, graph_of, largest_difference
 from tessera.ctr.instantiate import is_own
 from tessera.ctr.network import build_tower
@@ -33,7 +33,7 @@ def check_export(config: Config, process: Process) -> None:
     Raises ConfigError, on all ranks: why it cannot be exported, or that the graph answers differently.
     """
     chosen = config.export.check
-    if chosen == "auto" and Schema(config.data.schema).sequences:  # which no export has, whatever the model
+    if chosen == "auto" and schema_of(config.data).sequences:  # which no export has, whatever the model
         return
     if chosen == "never" or (chosen == "auto" and all(map(is_own, _targets([config.model, config.numeric])))):
         return
@@ -50,7 +50,7 @@ def _targets(node: Any) -> Iterator[Any]:
 
 
 def _check(config: Config) -> None:
-    schema = Schema(config.data.schema)
+    schema = schema_of(config.data)
     numeric, ids = len(schema.numeric_names), len(schema.id_names)
     try:
         check_features(schema)

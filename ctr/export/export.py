@@ -19,6 +19,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from tessera.ctr.config import Config
+from tessera.ctr.data.config import schema_of
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.export.describe import describe, plans_of
 from tessera.ctr.export.golden import golden_rows, scores_of
@@ -95,7 +96,7 @@ def export_model(
         raise ConfigError(f"{COMMAND} is one process; found {process.world_size} ranks")
     begun = time.monotonic()
     config = prepared(config)
-    schema = Schema(config.data.schema)
+    schema = schema_of(config.data)
     check_features(schema)
     model, _ = build_model(config, schema, process)
     exported = Exported(output, f"{source.name}")

@@ -13,7 +13,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from tessera.ctr.config import Config
-from tessera.ctr.data.config import SPLITS, paths_of
+from tessera.ctr.data.config import SPLITS, paths_of, schema_of
 from tessera.ctr.data.footers import value_type
 from tessera.ctr.data.schema import Feature, Schema
 from tessera.ctr.runs.score_rows import row_reader
@@ -103,7 +103,7 @@ def scores_of(model: DistributedModelParallel, config: Config, rows: pa.Table) -
         pq.write_table(rows, path)
         reader = row_reader(config, [str(path)])
         model.eval()
-        numbers = [place for place, task in enumerate(Schema(config.data.schema).tasks) if task.is_number]
+        numbers = [place for place, task in enumerate(schema_of(config.data).tasks) if task.is_number]
         found: dict[int, np.ndarray] = {}
         for batch in reader.epoch(0):
             found_here = answers_of(model(batch)[0], numbers)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tessera.ctr.config import Config
+from tessera.ctr.data.config import schema_of
 from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.plan.estimate import Planner
@@ -50,7 +51,7 @@ def plan(config: Config, options: PlanOptions) -> None:
     machine = hardware(options.device, options.numbers)
     if options.output is not None:
         check_picture(options.output)
-    schema = Schema(config.data.schema)
+    schema = schema_of(config.data)
     known = _statistics(config, schema, options)
     planner = Planner(config, schema, known, machine, options.ranks_per_host, options.samples, options.rows_per_rank)
     chosen = planner.plan(options.ranks)

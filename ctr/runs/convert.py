@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tessera.ctr.config import Config, as_yaml, typed
 from tessera.ctr.config_types import EmbeddingConfig
-from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.config import schema_of
 from tessera.ctr.network import build_tower
 from tessera.ctr.output_folders import replacing
 from tessera.ctr.renamed_keys import refuse_renamed
@@ -61,7 +61,7 @@ def convert_run(
     source = run_config(run_dir, targets)
     target = _target(source, [override for override in overrides if override not in targets])
     saved = open_saved(Storage(run_dir / "best"), process)
-    schema = Schema(source.data.schema)
+    schema = schema_of(source.data)
     before, after = (
         build_tables(one, schema, build_tower(one, schema), process.world_size) for one in (source, target)
     )

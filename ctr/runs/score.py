@@ -14,9 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from tessera.ctr.config import Config, as_yaml, typed
+from tessera.ctr.data.config import schema_of
 from tessera.ctr.data.id_names import names_of_ids
 from tessera.ctr.data.reader import ParquetReader
-from tessera.ctr.data.schema import Schema
 from tessera.ctr.metrics.tasks import answers_of, scored_rows
 from tessera.ctr.network import build_model
 from tessera.ctr.output_folders import replacing_on_ranks
@@ -88,7 +88,7 @@ def score_run(
     set_threads(config)
     set_tf32(config, process)
     config.trainer.shuffle = False  # so that predictions carry the places of their rows, also those of training data
-    schema = Schema(config.data.schema)
+    schema = schema_of(config.data)
     reader = read_split(config, schema, process, split)
     if reader is None:
         raise ConfigError(f"data.{split} is null; there is nothing to score")

@@ -22,13 +22,13 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.config import schema_of
 from tessera.ctr.data.day_folders import DayFolders
 from tessera.ctr.data.errors import DataError, SchemaError
 from tessera.ctr.data.files import one_line
 from tessera.ctr.data.labels import labels_of
 from tessera.ctr.data.padding import empty, padded
 from tessera.ctr.data.reader import ParquetReader
-from tessera.ctr.data.schema import Schema
 from tessera.ctr.data.units import Unit, dealt, units_of
 from tessera.ctr.metrics.tasks import answers_of, logit_of, prediction_of
 from tessera.ctr.network import build_model
@@ -150,7 +150,7 @@ def _check_names(keep: Sequence[str], columns: Sequence[str]) -> None:
 
 def row_reader(config: Config, data: Sequence[str]) -> ParquetReader:
     """Return a reader of all rows in their order, for one rank. Columns that only training needs are not asked for."""
-    schema = Schema(replace(config.data.schema, weight=None, group=None, time=None))
+    schema = schema_of(replace(config.data, schema=replace(config.data.schema, weight=None, group=None, time=None)))
     return ParquetReader(
         data,
         schema,

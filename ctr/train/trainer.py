@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from tessera.ctr.config import Config
-from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.config import schema_of
 from tessera.ctr.distil.teacher_logits import prepare
 from tessera.ctr.export.dry_run import check_export
 from tessera.ctr.metrics.tasks import names_of_metrics, scored_rows
@@ -36,7 +36,7 @@ class Trainer:
     def __init__(self, config: Config, process: Process) -> None:
         self.config, self.process = config, process
         prepare_device(config, process)
-        schema = Schema(config.data.schema)
+        schema = schema_of(config.data)
         self.higher_is_better = names_of_metrics(schema.tasks)[config.trainer.early_stop.metric]
         self.readers = open_splits(config, schema, process)
         check_export(config, process)

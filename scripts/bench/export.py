@@ -25,7 +25,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from tessera.ctr.config import Config, load_config
-from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.config import schema_of
 from tessera.ctr.export.export import Options, export_model
 from tessera.ctr.export.source import source_of_run
 from tessera.ctr.network import build_model
@@ -60,7 +60,7 @@ def make_run(folder: Path, rows: int, process: Process) -> Config:
     config = load_config(overrides, "")
     (folder / "run").mkdir()
     (folder / "run" / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
-    model, _ = build_model(config, Schema(config.data.schema), process)
+    model, _ = build_model(config, schema_of(config.data), process)
     dynamic = as_dynamic(model.module.tables)
     assert dynamic is not None
     model.train()

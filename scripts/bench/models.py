@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from tessera.ctr.config import Config, load_config
-from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.config import schema_of
 from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.network import build_tower
@@ -44,7 +44,7 @@ options = parser.parse_args()
 
 
 def tower_alone(config: Config) -> Callable[..., None]:
-    schema = Schema(config.data.schema)
+    schema = schema_of(config.data)
     tower = build_tower(config, schema)
     optimizer = torch.optim.Adam(tower.parameters(), fused=True)
     numeric, labels = torch.rand(BATCH, len(schema.numeric_names)), torch.randint(0, 2, (BATCH,)).float()

@@ -89,3 +89,19 @@ def test_labels():
         schema({"name": "a"}, labels=["click", "click"])
     with pytest.raises(SchemaError, match="unknown key 'label'; did you mean 'labels'"):
         schema({"name": "a"}, label="click")
+
+
+def test_dropped_features_are_not_there():
+    features = [NUMERIC | {"indicator": True}, {"name": "a"}, {"name": "b", "table": "a"}]
+    config = SchemaConfig(features=[FeatureConfig(**one) for one in features])
+    made = Schema(config, drop=["age", "a"])
+    assert (made.numeric_names, made.id_names, made.tables) == ([], ["b"], {"a": ["b"]})
+    mistakes = {
+        ("c",): ["data.drop", "'c'", "known: age, a, b"],
+        ("age_missing",): ["data.drop", "an indicator goes with its feature 'age'"],
+        ("age", "a", "b"): ["data.drop", "all 3 features"],
+    }
+    for drop, words in mistakes.items():
+        with pytest.raises(SchemaError) as caught:
+            Schema(config, drop)
+        assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)

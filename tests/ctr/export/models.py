@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tessera.ctr.config import Config, load_config
-from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.config import schema_of
 from tessera.ctr.export.export import Exported, Options, export_model
 from tessera.ctr.export.source import source_of_run
 from tessera.ctr.network import build_model
@@ -94,7 +94,7 @@ def make_run(process: Process, folder: Path, overrides: list[str]) -> Config:
         pq.write_table(awkward_rows(120), folder / "data" / "valid.parquet")
         (folder / "run" / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
     torch.distributed.barrier()
-    model, _ = build_model(config, Schema(config.data.schema), process)
+    model, _ = build_model(config, schema_of(config.data), process)
     touch(process, config, model, folder / "data" / "valid.parquet")
     save_model(model, folder / "run" / "best", process, step=7)
     return config

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.config import schema_of
 from tessera.ctr.export.export import prepared
 from tessera.ctr.export.golden import scores_of
 from tessera.ctr.network import build_model
@@ -47,7 +47,7 @@ def process():
 def evaluated(process, folder: Path, rows) -> np.ndarray:
     """What the model of the run gives, all of its rows loaded."""
     config = prepared(run_config(folder / "run", []))
-    model, _ = build_model(config, Schema(config.data.schema), process)
+    model, _ = build_model(config, schema_of(config.data), process)
     load_model(model, folder / "run" / "best", process)
     return scores_of(model, config, rows)
 
@@ -82,6 +82,13 @@ def test_several_labels(process, tmp_path, model):
 def test_every_kind_of_table(process, tmp_path, case):
     make_run(process, tmp_path, overrides_of(tmp_path, *CASES[case]))
     check(process, tmp_path, 2e-2 if case == "amp" else 1e-6)
+
+
+def test_a_dropped_feature_is_in_no_part_of_an_export(process, tmp_path):
+    make_run(process, tmp_path, overrides_of(tmp_path, "data.drop=[e,y,tags]", model="fm"))
+    scorer = check(process, tmp_path)
+    assert scorer.columns == ["c", "d", "h", "last", "s", "words", "x", "y"], "y is still read by z"
+    assert not [one.name for one in scorer.description.features if one.name in ("e", "y", "tags")]
 
 
 BOUNDS = {"fp16": 2e-3, "bf16": 2e-2, "int8": 2e-2, "int4": 3e-1}
