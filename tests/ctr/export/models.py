@@ -20,6 +20,7 @@ from tessera.ctr.runs.score import run_config
 from tessera.ctr.runs.score_rows import row_reader
 from tessera.distributed.rank import Process
 from tessera.distributed.tables import as_dynamic
+from tests.ctr.models.names import HIDDEN
 
 FEATURES = (
     "data.schema.features=["
@@ -31,15 +32,6 @@ FEATURES = (
     "{name: words, kind: ids, dtype: string}, "
     "{name: last, kind: sequence, delimiter: '|', pooling: sum, max_length: 2, table: d}]"
 )
-HIDDEN = {
-    "lr": [],
-    "fm": [],
-    "autoint": [],
-    "final_mlp": ["hidden1", "hidden2"],
-    "fgcnn": ["classifier.hidden"],
-    **dict.fromkeys(("mmoe", "ple"), ["expert"]),
-    **dict.fromkeys(("dbmtl", "shared_bottom"), ["bottom"]),
-}
 USER = {"gnolr": ["model.user=[x, s, h]"]}  # models that are told which fields are the user's
 
 

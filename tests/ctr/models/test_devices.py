@@ -13,7 +13,7 @@ from tessera.ctr.config import load_config
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.models.tower import Events, drawn_inputs, logits_of
 from tessera.ctr.network import build_tower, fields_of
-from tests.ctr.models.names import OF_FUNNELS, SEQUENCE_MODELS
+from tests.ctr.models.names import MORE, OF_FUNNELS, SEQUENCE_MODELS
 
 FOLDER = Path(conf.__file__).parent
 ROWS, IDS = 6, 10
@@ -34,7 +34,8 @@ def on_meta(rows):
 @pytest.mark.parametrize(
     "overrides",
     [
-        *([f"model={name}"] for name in choices("model") if name not in OF_FUNNELS),
+        *([f"model={name}"] for name in choices("model") if name not in [*OF_FUNNELS, *MORE]),
+        *(pytest.param([f"model={name}"], marks=pytest.mark.slow) for name in MORE),
         *([f"numeric={name}"] for name in choices("numeric")),
     ],
     ids=" ".join,

@@ -18,6 +18,7 @@ from tessera.ctr.train.evaluate import evaluate
 from tessera.ctr.train.trainer import Trainer
 from tessera.embedding.errors import ConfigError, TesseraError
 from tests.ctr.models.names import OF_ONE_LABEL as MODELS
+from tests.ctr.models.names import quick
 from tests.ranks import on_ranks
 
 CROSSES_NOTHING = ("dnn", "final_mlp", "lr", "wide_deep")
@@ -25,7 +26,13 @@ NUMERIC = [f"{{name: x{i}, kind: numeric}}" for i in range(3)]
 IDS = [f"{{name: c{i}}}" for i in range(3)]
 FIELDS = {"numeric alone": NUMERIC, "ids alone": IDS, "one number": NUMERIC[:1], "one id": IDS[:1]}
 WIDTHS = ["model.embedding_dim=4", "model.hidden=[8]", "model.hidden1=[8]", "model.hidden2=[8]", "model.kernel=1"]
-WIDTHS += ["model.attention_dim=8", "model.channels=[2]", "model.maps=[4]", "model.classifier.hidden=[8]"]
+WIDTHS += [
+    "model.attention_dim=8",
+    "model.channels=[2]",
+    "model.maps=[4]",
+    "model.classifier.hidden=[8]",
+    "model.bottom=[8]",
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,9 @@ def keys_of(model: str) -> set[str]:
 def settings(model: str, features: list[str], *more: str) -> list[str]:
     keys = keys_of(model)
     widths = [
-        one for one in WIDTHS if one.split("=")[0].split(".")[1] in keys and not (model == "kpnn" and "kernel" in one)
+        one
+        for one in WIDTHS
+        if one.split("=")[0].split(".")[1] in keys and not (model in ("kpnn", "fmfm") and "kernel" in one)
     ]
     schema = f"data.schema.features=[{', '.join(features)}]"
     return [f"model={model}", *widths, schema, "data.schema.time=null", *more]
@@ -115,7 +124,7 @@ def test_raw_numbers_that_no_layer_reads_are_one_line(numeric):
         build_tower(config, Schema(config.data.schema))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", quick(MODELS))
 def test_every_model_of_ours_reads_raw_numbers(model):
     config = load_config(settings(model, NUMERIC + IDS, "numeric=raw"), "")
     assert build_tower(config, Schema(config.data.schema)).training

@@ -156,6 +156,21 @@ def test_settings_of_gnolr_that_cannot_be_are_refused(changes, line):
 
 
 QUICK = ("dnn", "fgcnn", "deepfm")
+HAVE_HEADS = [
+    "autoint",
+    "autoint_plus",
+    "dcn",
+    "dcn_v2",
+    "dlrm",
+    "dnn",
+    "edcn",
+    "fgcnn",
+    "gdcn",
+    "ipnn",
+    "kpnn",
+    "opnn",
+    "pin",
+]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +183,7 @@ def test_models_of_one_label_have_heads_or_say_that_they_have_none(model):
     config = load_config([f"model={model}", f"data.schema.features={features}", "data.schema.time=null", *small], "")
     config.data.schema.labels = APART
     schema = Schema(config.data.schema)
-    if model in ("autoint", "autoint_plus", "dcn_v2", "dnn", "fgcnn", "ipnn", "kpnn", "opnn", "pin"):
+    if model in HAVE_HEADS:
         tower = build_tower(config, schema)
         embeddings = {group: torch.randn(3, 3, dim) for group, dim in tower.embedding_dims.items()}
         assert tower(torch.randn(3, 1), embeddings).shape == (3, 3)

@@ -1,6 +1,7 @@
 """Each model against its slow version: logits and all gradients, in float64."""
 
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from tessera.ctr.config import load_config
 from tessera.ctr.instantiate import instantiate
 from tessera.ctr.models.numeric import AutoDis, Bucketised, Raw, ScaledVectors
 from tessera.ctr.models.tower import Fields
+from tests.ctr.models.names import MORE, quick
 from tests.ctr.models.names import OF_ONE_LABEL as MODELS
-from tests.ctr.models.reference import BY_CLASS
+from tests.ctr.models.reference_crosses import BY_CLASS
 
 ROWS, DIM = 5, 4
 NUMERIC = {
@@ -29,6 +31,7 @@ SMALL = {
     "maps": [3, 2],
     "channels": [2, 3],
     "subnet": [3, 2],
+    "bottom": [5],
 }
 VARIANTS = {
     "kpnn": [{"kernel": "mat"}, {"kernel": "vec"}, {"kernel": "num"}],
@@ -37,8 +40,24 @@ VARIANTS = {
     "final_mlp": [{"heads": 2}, {"gate1_fields": ["C0"], "gate2_fields": ["C1", "C0"], "gate_hidden": [3]}],
     "fgcnn": [{"conv_batch_norm": True, "kernel": 3}, {"pool": 3, "recombined": 1}, {"pool": 1}],
     "dnn": [{"batch_norm": True}],
+    "dcn": [{"hidden": []}],
+    "gdcn": [{"structure": "stacked"}],
+    "fwfm": [{"linear_part": "FeLV"}, {"linear_part": "LW"}],
+    "fmfm": [{"kernel": "vec"}],
+    "edcn": [{"bridge": "sum", "batch_norm": True}, {"bridge": "concat", "temperature": 3.0}],
 }
 CASES = [(model, {}) for model in MODELS] + [(model, change) for model in VARIANTS for change in VARIANTS[model]]
+SHAPES = [(2, 3), (0, 5), (5, 0), (1, 1)]  # numeric and id fields
+
+
+def cases() -> list[Any]:
+    """Every case with every shape; of MORE the first of each alone is not slow."""
+    found = []
+    for shape in SHAPES:
+        for model, changes in CASES:
+            slow = model in MORE and (changes or shape != SHAPES[0])
+            found.append(pytest.param(model, changes, *shape, marks=[pytest.mark.slow] if slow else []))
+    return found
 
 
 @cache
@@ -89,8 +108,7 @@ def check(tower, fields: Fields, rows: int = ROWS) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize(("model", "changes"), CASES)
-@pytest.mark.parametrize(("numeric", "ids"), [(2, 3), (0, 5), (5, 0), (1, 1)])
+@pytest.mark.parametrize(("model", "changes", "numeric", "ids"), cases())
 def test_forward_and_gradients(model, changes, numeric, ids):
     fields = named(numeric, ids)
     if "gate1_fields" in changes and ids < 2:
@@ -104,7 +122,7 @@ WIDE = [m for m in MODELS if m not in ("fgcnn", "xdeepfm")]
 
 
 @pytest.mark.parametrize(  # AutoInt's formulas are plain loops, over all pairs of 60 fields
-    "model", [pytest.param(m, marks=pytest.mark.slow) if m.startswith("autoint") else m for m in WIDE]
+    "model", [pytest.param(m, marks=pytest.mark.slow) if m.startswith("autoint") or m in MORE else m for m in WIDE]
 )
 def test_60_fields(model):
     fields = named(20, 40)
@@ -122,7 +140,7 @@ def test_60_fields_in_slow_formulas(model, changes):
 
 
 @pytest.mark.parametrize("kind", ["autodis", "bucketised", "raw"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", quick(MODELS))
 def test_every_numeric_embedding(model, kind):
     fields = named(3, 4, kind)
     check(make(model, fields), fields)
@@ -134,7 +152,7 @@ def test_raw_values_alone(model):
     check(make(model, fields), fields)
 
 
-@pytest.mark.parametrize("classifier", [m for m in MODELS if m not in ("fgcnn", "lr")])
+@pytest.mark.parametrize("classifier", quick([m for m in MODELS if m not in ("fgcnn", "lr")]))
 def test_fgcnn_before_any_classifier(classifier):
     fields = named(2, 4)
     config = OmegaConf.to_container(yaml_of(classifier))

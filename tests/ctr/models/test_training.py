@@ -10,6 +10,7 @@ from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.rank import Process
+from tests.ctr.models.names import HIDDEN
 from tests.ctr.models.names import OF_ONE_LABEL as MODELS
 from tests.ranks import on_ranks
 
@@ -17,7 +18,6 @@ QUICK = ["autoint_plus", "fgcnn"]  # the others by -m slow
 COLUMNS = [f"{{name: I{i}, kind: numeric, transform: log1p, missing: 0.0}}" for i in (1, 5)]
 COLUMNS += [f"{{name: C{i}}}" for i in (2, 6, 9, 14, 17, 23)]
 FEW = f"data.schema.features=[{', '.join(COLUMNS)}]"
-HIDDEN = {"lr": [], "fm": [], "autoint": [], "final_mlp": ["hidden1", "hidden2"], "fgcnn": ["classifier.hidden"]}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,61 @@
+"""DLRM, the deep learning recommendation model (Naumov et al., 2019, arXiv 1906.00091)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tessera.ctr.models.layers import MLP, InnerProducts, need_pairs
+from tessera.ctr.models.numeric import Raw
+from tessera.ctr.models.tower import Fields, Tower
+from tessera.embedding.errors import ConfigError
+
+
+class DLRM(Tower):
+    """y = sigmoid(top([z, {<v_i, v_j> : i < j}])),  z = ReLU(bottom(numbers)) one more vector beside those of the ids
+
+    The bottom net makes one vector of all numeric fields: of their values with `numeric=raw`, as in the paper, else of
+    their vectors. Without numeric fields there is no z.
+    """
+
+    has_heads = True
+
+    def __init__(
+        self,
+        fields: Fields,
+        embedding_dim: int,
+        bottom: Sequence[int],
+        hidden: Sequence[int],
+        dropout: float,
+        *,
+        batch_norm: bool,
+    ) -> None:
+        super().__init__()
+        if embedding_dim < 1:
+            raise ConfigError(f"model.embedding_dim is {embedding_dim}; expected at least 1")
+        need_pairs("DLRM", len(fields))
+        self.embedding_dims = {"v": embedding_dim}
+        numbers = len(fields.numeric)
+        embedded = fields.embed_numeric(numbers, embedding_dim) if numbers else None
+        raw = isinstance(embedded, Raw)
+        self.numeric = None if raw else embedded
+        width = numbers * (1 if raw else embedding_dim)
+        self.bottom = MLP(width, bottom, dropout, batch_norm=batch_norm, outputs=embedding_dim) if numbers else None
+        vectors = len(fields.ids) + (1 if numbers else 0)
+        self.products = InnerProducts(vectors) if vectors > 1 else None
+        inputs = (embedding_dim if numbers else 0) + vectors * (vectors - 1) // 2
+        self.mlp = MLP(inputs, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs)
+
+    def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
+        emb_bfd = embeddings["v"]
+        parts = []
+        if self.bottom is not None:
+            numbers = numeric_bn if self.numeric is None else self.numeric(numeric_bn).flatten(1)
+            z_bd = self.bottom(numbers).relu()
+            emb_bfd = torch.cat([z_bd.unsqueeze(1), emb_bfd.to(z_bd.dtype)], 1)
+            parts.append(z_bd)
+        if self.products is not None:
+            parts.append(self.products(emb_bfd))
+        return self.mlp(torch.cat(parts, 1)).squeeze(1)

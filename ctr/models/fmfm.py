@@ -1,0 +1,31 @@
+"""FmFM, the field-matrixed factorization machine (Sun et al., WWW 2021, arXiv 2102.12994)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tessera.ctr.models.kpnn import KernelProducts
+from tessera.ctr.models.layers import FieldEmbedding, FirstOrder, need_pairs
+from tessera.ctr.models.tower import Fields, Tower
+from tessera.embedding.errors import ConfigError
+
+KERNELS = ("mat", "vec")
+
+
+class FmFM(Tower):
+    """y = sigmoid(w0 + <w, x> + sum_{i<j} e_i^T M_ij e_j)   (eq. 7): one matrix M_ij, or diagonal (vec: the paper's
+    FvFM), for each pair of fields. M_ij begins as the identity, where the model is FM."""
+
+    def __init__(self, fields: Fields, embedding_dim: int, kernel: str) -> None:
+        super().__init__()
+        if kernel not in KERNELS:
+            raise ConfigError(f"model.kernel is {kernel!r}; expected {' or '.join(KERNELS)}")
+        self.embedding_dims = {"v": embedding_dim, "w": 1}
+        self.first_order = FirstOrder(fields)
+        self.embed = FieldEmbedding(fields, embedding_dim)
+        need_pairs("FmFM", self.embed.count)
+        self.products = KernelProducts(self.embed.count, embedding_dim, kernel)
+
+    def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
+        emb_bfd = self.embed(numeric_bn, embeddings["v"])
+        return self.first_order(numeric_bn, embeddings["w"]) + self.products(emb_bfd).sum(1)
