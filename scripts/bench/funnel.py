@@ -1,35 +1,41 @@
-"""Conversion rates of models over several labels on the synthetic funnel, on clicked rows and on all:
-`python -m tessera.scripts.bench.funnel --seeds 1 2 3`.
+"""Conversion rates of models over several labels on the synthetic funnel, on clicked rows and on all.
+
+    python -m tessera.scripts.bench.funnel                # tunes, trains and prints a table; 12 minutes on one core
+    python -m tessera.scripts.bench.funnel --seeds 4 5    # what is in build/bench/funnel is not done again
+    python -m tessera.scripts.bench.funnel --table        # of what is there
 
 Models of one label are the same net without the other label's loss: of purchases, it learns from clicked rows alone.
-All have the same widths and the epoch that was best on the valid split.
+All have the same widths and the epoch that was best on the valid split. The learning rates of each are those that are
+best on the valid split of another draw of the data (`--tune-seed`), by what a log knows: the mean AUC of its labels,
+purchases on clicked rows and, of a funnel, the product over all.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from tessera.ctr.config import load_config
 from tessera.ctr.data.convert.output import Writing
 from tessera.ctr.data.synthetic_funnel import FunnelConfig, write_funnel
 from tessera.ctr.metrics.exact import auc
 from tessera.ctr.runs.score_rows import config_to_score, score_rows
-from tessera.ctr.train.trainer import Trainer
 from tessera.distributed import process as processes
 from tessera.distributed.rank import Process
+from tessera.scripts.bench.fits import Fits, Result, Setting, in_words, mean_and_spread, trained
 
 NET, HEAD = "[64,32]", "[16]"
 LABELS = "data.schema.labels=[{{name: click, weight: {click}}}, {{name: buy, where: click, weight: {buy}}}]"
+CLICKS, PURCHASES = "clicks alone", "purchases on clicked rows alone"
 MODELS = {
-    "clicks alone": ["model=dnn", f"model.hidden={NET}", LABELS.format(click=1, buy=0), "click.auc"],
-    "purchases on clicked rows alone": ["model=dnn", f"model.hidden={NET}", LABELS.format(click=0, buy=1), "buy.auc"],
+    CLICKS: ["model=dnn", f"model.hidden={NET}", LABELS.format(click=1, buy=0)],
+    PURCHASES: ["model=dnn", f"model.hidden={NET}", LABELS.format(click=0, buy=1)],
     "shared bottom": ["model=shared_bottom", f"model.bottom={NET}", f"model.head={HEAD}"],
     "MMoE": ["model=mmoe", f"model.expert={NET}", f"model.head={HEAD}", "model.gate=[]"],
     "PLE": ["model=ple", f"model.expert={NET}", f"model.head={HEAD}", "model.gate=[]"],
@@ -40,38 +46,68 @@ MODELS = {
         *("model.shares=[0.1,0.02]", "model.slopes=[3.0,1.6]"),
     ],
 }
+WATCHED = {CLICKS: "click.auc", PURCHASES: "buy.auc"}  # of the others: auc, the mean
 COLUMNS = {"click": "CTR", "buy": "CVR, clicked rows", "buy_on_all_rows": "CVR, all rows", "click_and_buy": "CTCVR"}
+NOT_LEARNT = {CLICKS: ("buy", "buy_on_all_rows", "click_and_buy"), PURCHASES: ("click", "click_and_buy")}
+GRID = {"optimizer.sparse.lr": (0.02, 0.05, 0.1), "optimizer.dense.lr": (0.001, 0.003)}
 
 
-def options(name: str, data: Path, run_dir: Path, seed: int, epochs: int) -> list[str]:
-    """Return the overrides of a model's run."""
-    *model, last = MODELS[name]
-    metric = last if last.endswith(".auc") else "auc"
-    return [
-        *("data=synthetic_funnel", f"data.path={data}", f"trainer.run_dir={run_dir}", f"trainer.seed={seed}"),
-        *(*model, *[last] * (metric == "auc"), "model.embedding_dim=8", f"trainer.early_stop.metric={metric}"),
-        *(
-            "embedding.rows=10000",
-            "optimizer.sparse.lr=0.05",
-            "optimizer.dense.lr=0.003",
-            "trainer.batch_size=1024",
-            f"trainer.epochs={epochs}",
-        ),
-        *("data.test=null", "trainer.device=cpu", "trainer.log_every=1000"),
-    ]
+class Experiment:
+    """Data of each seed, written when a fit needs it, and fits on it."""
+
+    def __init__(self, fits: Fits, scratch: Path, process: Process, chosen: argparse.Namespace) -> None:
+        self.fits, self.scratch, self.process = fits, scratch, process
+        self.rows, self.epochs = chosen.rows, chosen.epochs
+
+    def data(self, seed: int) -> Path:
+        """Return the folder of a seed's data, and have its ceilings among the results."""
+        folder = self.scratch / f"data-{seed}"
+        if not folder.exists():
+            config = FunnelConfig(rows=self.rows, valid=0.2, test=0.2, seed=seed)
+            write_funnel(config, folder, Writing(row_group_rows=4096))
+        return folder
+
+    def ceilings(self, seed: int) -> Result | None:
+        """Return the best AUC that a model can have on the test split of a seed, by column."""
+
+        def of_teacher() -> Result:
+            splits = json.loads((self.data(seed) / "teacher.json").read_text())["splits"]
+            return {name: one["auc"] for name, one in splits["test"]["tasks"].items()}
+
+        return self.fits.once(f"seed-{seed}/ceilings", {"rows": self.rows}, of_teacher)
+
+    def fit(self, name: str, model: str, seed: int, setting: Setting, *, test: bool) -> Result | None:
+        """Return a model's fit: `watched`, by which settings are chosen, and AUC on the test split by column."""
+        own = [*MODELS[model], f"trainer.early_stop.metric={WATCHED.get(model, 'auc')}", f"trainer.seed={seed}"]
+        own += [f"{key}={value}" for key, value in setting.items()]
+        made_of = {"overrides": own, "rows": self.rows, "epochs": self.epochs, "seed": seed}
+        return self.fits.once(name, made_of, partial(self._fitted, own, seed, test=test))
+
+    def _fitted(self, own: list[str], seed: int, *, test: bool) -> Result:
+        data = self.data(seed)
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            run_dir = Path(folder) / "run"
+            fixed = ["data=synthetic_funnel", f"data.path={data}", "data.test=null", f"trainer.run_dir={run_dir}"]
+            fixed += ["model.embedding_dim=8", "embedding.rows=10000", "trainer.batch_size=1024"]
+            fixed += [f"trainer.epochs={self.epochs}", "trainer.early_stop.patience=1"]
+            fixed += ["trainer.device=cpu", "trainer.threads=1", "trainer.log_every=1000"]
+            best = trained([*fixed, *own], self.process).progress.best
+            assert best is not None  # a valid split has clicks and purchases
+            return {"watched": best} | (measured(data, run_dir, self.process) if test else {})
+
+    def of_model(self, model: str, tune_seed: int, seeds: Sequence[int]) -> tuple[Setting | None, list[Result]]:
+        """Return the best setting of a model and the results of the seeds that are there."""
+        setting = self.fits.best_setting(
+            file_name(model), GRID, lambda name, one: self.fit(name, model, tune_seed, one, test=False)
+        )
+        if setting is None:
+            return None, []
+        found = [self.fit(f"seed-{seed}/{file_name(model)}", model, seed, setting, test=True) for seed in seeds]
+        return setting, [one for one in found if one is not None]
 
 
-def trained(name: str, data: Path, run_dir: Path, process: Process, seed: int, epochs: int) -> None:
-    """Train and keep the best model, without drawing a report."""
-    trainer = Trainer(load_config(options(name, data, run_dir, seed, epochs), ""), process)
-    trainer.begin()
-    while not trainer.finished:
-        for batch in trainer.readers.train_batches(trainer.engine, trainer.log):
-            trainer.engine.train_step(batch)
-        trainer.progress.epoch += 1
-        trainer.evaluate()
-    trainer.checkpoints.close()
-    trainer.log.close()
+def file_name(model: str) -> str:
+    return model.replace(" ", "_")
 
 
 def measured(data: Path, run_dir: Path, process: Process) -> dict[str, float]:
@@ -90,44 +126,43 @@ def measured(data: Path, run_dir: Path, process: Process) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def table(results: dict[str, list[dict[str, float]]], ceilings: list[dict[str, float]]) -> str:
-    """Return markdown: the mean of the seeds and their spread, the ceilings in the last row."""
-    lines = [f"| model | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    hidden: dict[str, tuple[str, ...]] = {
-        "clicks alone": ("buy", "buy_on_all_rows", "click_and_buy"),
-        "purchases on clicked rows alone": ("click", "click_and_buy"),
-    }
-    for name, runs in {**results, "best possible": ceilings}.items():
-        cells = []
-        for column in COLUMNS:
-            values = [run[column] for run in runs]
-            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            cells.append("" if column in hidden.get(name, ()) else f"{statistics.fmean(values):.4f}{spread}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+def table(results: dict[str, tuple[str, list[Result]]]) -> str:
+    """Return markdown: the mean of the seeds and their spread. results: by model, its setting in words and its runs."""
+    lines = [f"| model | {' | '.join(COLUMNS.values())} | seeds | chosen |", "|---" * (len(COLUMNS) + 3) + "|"]
+    for name, (setting, runs) in results.items():
+        if not runs:
+            continue
+        hidden = NOT_LEARNT.get(name, ())
+        cells = ["" if column in hidden else mean_and_spread([run[column] for run in runs]) for column in COLUMNS]
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(runs)} | {setting} |")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--output", type=Path, default=Path("build/bench/funnel"), help="folder of the results")
+    parser.add_argument("--rows", type=int, default=240_000, help="a fifth of them for each of valid and test")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of data and models")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--tune-seed", type=int, default=0, help="of the data on which learning rates are chosen")
+    parser.add_argument("--epochs", type=int, default=4, help="at most; a model stops after one that is not better")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
+    parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
     chosen = parser.parse_args(arguments)
     process = processes.start("cpu", 300.0)
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in chosen.models}
-    ceilings = []
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            for seed in chosen.seeds:
-                data = Path(scratch) / f"data-{seed}"
-                found = write_funnel(FunnelConfig(rows=chosen.rows, seed=seed), data, Writing(row_group_rows=4096))
-                ceilings.append({name: one["auc"] for name, one in found["splits"]["test"]["tasks"].items()})
-                for name in chosen.models:
-                    run_dir = Path(scratch) / f"run-{seed}-{name.replace(' ', '_')}"
-                    trained(name, data, run_dir, process, seed, chosen.epochs)
-                    results[name].append(measured(data, run_dir, process))
-                print(table({name: runs for name, runs in results.items() if runs}, ceilings), flush=True)
+            fits = Fits(chosen.output, read_only=chosen.table)
+            experiment = Experiment(fits, Path(scratch), process, chosen)
+            results: dict[str, tuple[str, list[Result]]] = {}
+            # All models of the first seed, then those of the next one.
+            for last in range(len(chosen.seeds) if chosen.table else 1, len(chosen.seeds) + 1):
+                seeds = chosen.seeds[:last]
+                for model in chosen.models:
+                    setting, runs = experiment.of_model(model, chosen.tune_seed, seeds)
+                    results[model] = (in_words(setting), runs)
+                ceilings = [one for one in map(experiment.ceilings, seeds) if one is not None]
+                results["best possible"] = ("", ceilings)
+                print(table(results), flush=True)
     finally:
         processes.stop(process)
     return 0

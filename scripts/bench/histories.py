@@ -1,11 +1,12 @@
 """What a history is worth, pooled and seen event by event: AUC and logloss, mean over seeds.
 
-    python scripts/bench/histories.py synthetic                              # beside the ceiling of teacher.json
-    python scripts/bench/histories.py movielens --input FOLDER               # GroupLens or RecBole files, by time
-    python scripts/bench/histories.py movielens --input FOLDER --tune        # valid alone, of each setting in the grid
-    python scripts/bench/histories.py speed --length 200                     # rows/s, and the share of the tower
+    python -m tessera.scripts.bench.histories synthetic                          # beside the ceiling of teacher.json
+    python -m tessera.scripts.bench.histories movielens --input FOLDER           # GroupLens or RecBole files, by time
+    python -m tessera.scripts.bench.histories movielens --input FOLDER --table   # of what is there
+    python -m tessera.scripts.bench.histories speed --length 200                 # rows/s, and the share of the tower
 
-Settings are chosen on valid by --tune, with one seed; `CHOSEN` holds them.
+Each of the first two takes less than 15 minutes on one core. Results lie in build/bench/histories, and what is there is
+not done again. The settings of each model are those of `GRID` that are best on valid, with a seed of their own.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from tessera.ctr import api
 from tessera.ctr.data.batch import Batch
@@ -33,17 +33,17 @@ from tessera.ctr.data.convert.output import Writing
 from tessera.ctr.data.convert.pipeline import Options, schema_from_conf
 from tessera.ctr.data.synthetic_histories import HistoriesConfig, write_histories
 from tessera.ctr.network import Network
+from tessera.ctr.runs.saved_model import load_model
+from tessera.ctr.train.evaluate import evaluate
 from tessera.ctr.train.trainer import Trainer
+from tessera.distributed import process as processes
 from tessera.distributed.rank import Process
+from tessera.scripts.bench.fits import Fits, Result, Setting, in_words, mean_and_spread, trained
 
 COMMON = [
-    "trainer.device=cpu",
-    "trainer.threads=1",
-    "embedding.rows=100000",
-    "trainer.log_every=1000000",
+    *("trainer.device=cpu", "trainer.threads=1", "embedding.rows=100000", "trainer.log_every=1000000"),
     "model.embedding_dim=8",
 ]
-COMMON += ["trainer.early_stop.metric=auc", "trainer.early_stop.patience=2"]
 MODELS = {
     "deepfm": ["model=deepfm", "model.hidden=[64,64]"],
     "pooled": ["model=deepfm", "model.hidden=[64,64]"],
@@ -53,69 +53,125 @@ MODELS = {
     + ["model.qk_dim=32", "model.v_dim=32", "model.head_hidden=32"],
 }
 DROPOUT = {"hstu": "model.input_dropout"}  # of the others: model.dropout
-GRID = {"lr": (0.02, 0.05), "dropout": (0.3,)}
-CHOSEN: dict[str, dict[str, dict[str, float]]] = {
-    "synthetic": {name: {"lr": 0.05, "dropout": 0.0} for name in MODELS},
-    "movielens": {name: {"lr": 0.05, "dropout": 0.3} for name in MODELS},
+GRID = {
+    "synthetic": {"optimizer.sparse.lr": (0.05, 0.1), "optimizer.dense.lr": (0.001, 0.003), "dropout": (0.0,)},
+    "movielens": {"optimizer.sparse.lr": (0.02, 0.05), "optimizer.dense.lr": (0.001, 0.003), "dropout": (0.3,)},
 }
 EPOCHS = {"synthetic": 2, "movielens": 4}
-SPEED_ROWS = 256
-BATCH = {"synthetic": 256, "movielens": 256}
+LENGTH = {"synthetic": 50, "movielens": 20, "speed": 50}
+BATCH = SPEED_ROWS = 256
+SHOWN = list(itertools.product(("valid", "test"), ("auc", "logloss")))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=("synthetic", "movielens", "speed"))
     parser.add_argument("--input", type=Path, help="folder of MovieLens' files")
+    parser.add_argument("--output", type=Path, default=Path("build/bench/histories"), help="folder of the results")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the models")
+    parser.add_argument("--tune-seed", type=int, default=0, help="of the models whose settings are compared")
     parser.add_argument("--rows", type=int, default=100_000, help="of the synthetic data")
-    parser.add_argument("--length", type=int, default=50, help="of histories")
-    parser.add_argument("--tune", action="store_true", help="show valid for each setting of the grid, with one seed")
+    parser.add_argument("--length", type=int, help="of histories; without it 50, of MovieLens 20")
+    parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        if options.data == "speed":
-            speed(options, Path(folder))
-        else:
-            compare(options, Path(folder))
+    options.length = options.length or LENGTH[options.data]
+    process = processes.start("cpu", 300.0)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if options.data == "speed":
+                speed(options, Path(folder), process)
+            else:
+                compare(options, Path(folder), process)
+    finally:
+        processes.stop(process)
     return 0
 
 
-def compare(options: argparse.Namespace, folder: Path) -> None:
-    """Train all models and print a line for each."""
-    features = make_data(options, folder / "data")
-    for model in options.models:
-        overrides = [*MODELS[model], *data_of(options.data, folder / "data", features, model)]
-        if options.tune:
-            for lr, dropout in itertools.product(*GRID.values()):
-                report = trained([*overrides, *setting(model, lr, dropout)], options.data, 1, folder / "run")
-                valid = report["splits"]["valid"]
-                print(
-                    f"{model:8} lr {lr} dropout {dropout}: valid {valid['auc']:.4f} {valid['logloss']:.4f}", flush=True
-                )
-            continue
-        chosen = setting(model, **CHOSEN[options.data][model])
-        seeds = range(options.first_seed, options.first_seed + options.seeds)
-        runs = [trained([*overrides, *chosen], options.data, seed, folder / "run") for seed in seeds]
-        shown = []
-        for split, metric in itertools.product(("valid", "test"), ("auc", "logloss")):
-            values = [run["splits"][split][metric] for run in runs]
-            shown.append(f"{split} {metric} {statistics.mean(values):.4f} ± {max(values) - min(values):.4f}")
-        print(f"{model:8} {', '.join(shown)}", flush=True)
+def compare(options: argparse.Namespace, folder: Path, process: Process) -> None:
+    """Train what is missing, all models of a seed before the next seed, and print the table after each seed."""
+    experiment = Experiment(options, folder, process)
+    for last in range(len(options.seeds) if options.table else 1, len(options.seeds) + 1):
+        lines = [f"| | {' | '.join(map(' '.join, SHOWN))} | seeds | chosen |", "|---" * (len(SHOWN) + 3) + "|"]
+        rows = [(model, *experiment.of_model(model, options.seeds[:last])) for model in options.models]
+        if options.data == "synthetic":
+            ceilings = experiment.fits.once(
+                "ceilings", {"rows": options.rows, "length": options.length}, experiment.best
+            )
+            rows.append(("best possible", {}, [ceilings] if ceilings else []))
+        for name, chosen, runs in rows:
+            if runs:
+                cells = [mean_and_spread([run[split][metric] for run in runs]) for split, metric in SHOWN]
+                lines.append(f"| {name} | {' | '.join(cells)} | {len(runs)} | {in_words(chosen)} |")
+        print("\n".join(lines), flush=True)
+
+
+class Experiment:
+    """Fits of all models on one data set, which is written when a fit needs it."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path, process: Process) -> None:
+        self.options, self.folder, self.process = options, folder, process
+        self.fits = Fits(options.output / options.data, read_only=options.table)
+
+    @cached_property
+    def features(self) -> list[dict[str, Any]]:
+        """The data's features; they are written with it."""
+        return make_data(self.options, self.folder / "data")
+
+    def best(self) -> Result:
+        """Return AUC and logloss that no model can surpass, by split."""
+        assert self.features
+        splits = json.loads((self.folder / "data/teacher.json").read_text())["splits"]
+        return {split: {metric: splits[split][metric] for _, metric in SHOWN[:2]} for split in ("valid", "test")}
+
+    def of_model(self, model: str, seeds: Sequence[int]) -> tuple[Setting | None, list[Result]]:
+        """Return the best setting of a model and the results of the seeds that are there."""
+        data = self.options.data
+        tune = partial(self.fit, model, self.options.tune_seed)
+        setting = self.fits.best_setting(model, GRID[data], lambda name, one: tune(name, one))
+        if setting is None:
+            return None, []
+        found = [self.fit(model, seed, f"seed-{seed}/{model}", setting) for seed in seeds]
+        return setting, [one for one in found if one is not None]
+
+    def fit(self, model: str, seed: int, name: str, setting: Setting) -> Result | None:
+        """Return AUC and logloss of a model by split; `watched` is that by which settings are chosen."""
+        own = [*MODELS[model], *overrides_of(model, setting), f"trainer.seed={seed}"]
+        options = self.options
+        made_of = {"overrides": own, "rows": options.rows, "length": options.length, "epochs": EPOCHS[options.data]}
+        return self.fits.once(name, made_of, partial(self._fitted, model, own))
+
+    def _fitted(self, model: str, own: list[str]) -> Result:
+        data = self.options.data
+        with tempfile.TemporaryDirectory(dir=self.folder) as run_dir:
+            fixed = [f"trainer.epochs={EPOCHS[data]}", f"trainer.batch_size={BATCH}", f"trainer.run_dir={run_dir}/run"]
+            fixed += ["trainer.early_stop.metric=auc", "trainer.early_stop.patience=1"]
+            of_data = data_of(data, self.folder / "data", self.features, model)
+            trainer = trained([*COMMON, *fixed, *of_data, *own], self.process)
+            load_model(trainer.engine.model, Path(run_dir) / "run/best", self.process)
+            result: Result = {"watched": trainer.progress.best}
+            for split in ("valid", "test"):
+                reader = trainer.readers[split]
+                assert reader is not None
+                found = evaluate(trainer.engine.model, reader, self.process)
+                result[split] = {metric: found[metric] for _, metric in SHOWN[:2]}
+        return result
+
+
+def overrides_of(model: str, setting: Setting) -> list[str]:
+    """Return the overrides of a point of the grid."""
+    names = {"dropout": DROPOUT.get(model, "model.dropout")}
+    return [f"{names.get(key, key)}={value}" for key, value in setting.items()]
 
 
 def make_data(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Write the data set; return its features. Of the synthetic one the ceiling is printed."""
+    """Write the data set; return its features."""
     if options.data == "movielens":
         rule = HistoryRule("user_id", ("item_id", "genre", "rating", "timestamp"), options.length, "timestamp")
         convert_movielens(options.input, folder, Options(), "time", 0.1, 0.1, history=rule)
         own = schema_from_conf("movielens")["features"]
     else:
-        result = write_histories(HistoriesConfig(options.rows, length=options.length), folder, Writing(4096))
-        for split in ("valid", "test"):
-            of = result["splits"][split]
-            print(f"ceiling  {split} auc {of['auc']:.4f}, logloss {of['logloss']:.4f}", flush=True)
+        write_histories(HistoriesConfig(options.rows, length=options.length), folder, Writing(4096))
         own = [one for one in schema_from_conf("synthetic_histories")["features"] if one.get("kind") != "sequence"]
     return own + histories(options.data, options.length)
 
@@ -149,30 +205,16 @@ def pooled(feature: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in feature.items() if key != "align"} | {"pooling": "mean"}
 
 
-def setting(model: str, lr: float, dropout: float) -> list[str]:
-    """Return the overrides of a point of the grid."""
-    return [f"optimizer.sparse.lr={lr}", f"{DROPOUT.get(model, 'model.dropout')}={dropout}"]
-
-
-def trained(overrides: list[str], data: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Train once; return the content of report.json."""
-    own = [f"trainer.seed={seed}", f"trainer.epochs={EPOCHS[data]}", f"trainer.batch_size={BATCH[data]}"]
-    run_dir = Path(tempfile.mkdtemp(dir=folder.parent))
-    return api.train(api.load_config(*COMMON, *own, *overrides, f"trainer.run_dir={run_dir}")).report
-
-
-def speed(options: argparse.Namespace, folder: Path) -> None:
+def speed(options: argparse.Namespace, folder: Path, process: Process) -> None:
     """Print rows per second of one core's time in training steps, the tower's share of it, and what the tower keeps of
     a batch for its backward pass. The processor's time and not the clock's: it does not depend on what else runs."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    process = Process(0, 0, 1, torch.device("cpu"), dist.HashStore())
     options.data, options.rows = "synthetic", 4000
     features = make_data(options, folder / "data")
     for model in options.models:
         overrides = [*MODELS[model], *data_of("synthetic", folder / "data", features, model)]
-        fixed = [f"trainer.batch_size={SPEED_ROWS}", "data.test=null", "data.valid=null", "trainer.threads=1"]
-        config = api.load_config(*COMMON[:-2], *fixed, *overrides, f"trainer.run_dir={folder / model}")
+        fixed = [f"trainer.batch_size={SPEED_ROWS}", "data.test=null", "data.valid=null"]
+        config = api.load_config(*COMMON, *fixed, *overrides, f"trainer.run_dir={folder / model}")
         trainer = Trainer(config, process)
         reader = trainer.readers["train"]
         assert reader is not None
