@@ -13,7 +13,7 @@ from torch import Tensor
 from tessera.distributed.event_times import latest, packed, unpacked
 from tessera.distributed.hosts import HostGroups
 from tessera.distributed.id_exchange import HostRoute, IdExchange, OutgoingIds, ReceivedIds, Route, SentIds
-from tessera.distributed.ownership import owner_of
+from tessera.kernels.message import Owners
 from tessera.kernels.unique import unique_tables
 
 
@@ -23,8 +23,8 @@ class HostExchange:
     def __init__(self, groups: HostGroups) -> None:
         each = groups.inside.size()
         self.ranks = each * groups.between.size()
-        self._inside = IdExchange(groups.inside, receiver=lambda ids: owner_of(ids, self.ranks) % each)
-        self.between = IdExchange(groups.between, receiver=lambda ids: owner_of(ids, self.ranks) // each)
+        self._inside = IdExchange(groups.inside, owners=Owners(each, self.ranks))
+        self.between = IdExchange(groups.between, owners=Owners(groups.between.size(), self.ranks, each))
 
     def send(self, outgoing: OutgoingIds) -> SentByHost:
         """Begin to send ids to the ranks of this host. Collective."""

@@ -1,36 +1,36 @@
 """Send each id to the rank that owns it, with what goes with it and what ranks tell each other, in one message.
 
 An answer, such as rows, goes back in the same order (`Route`). Ids are of several kinds, tables for example, and arrive
-kind by kind, of each in the order of ranks.
+kind by kind, of each in the order of ranks. One operation writes all messages of a rank and one reads those that came
+(`kernels/message.py`); the orders of ids that they give serve answers and gradients too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import accumulate
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tessera.distributed.message_layout import FIXED, LARGEST, PART, TOTAL, MessageLayout, RecentSizes
-from tessera.distributed.ownership import owner_of
-from tessera.kernels.unique import positions_of
+from tessera.distributed.message_room import RecentSizes
+from tessera.kernels.message import Owners, PackedIds, pack_ids, read_ids
+from tessera.kernels.message_layout import FIXED, LARGEST, PART, TOTAL, MessageLayout
 
-_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _layout = lru_cache(maxsize=64)(MessageLayout)
 
 
 @dataclass(frozen=True)
 class Route:
     """How what is sent for ids and what is answered go between the ranks of a group. asked, owned: how many ids went to
-    and came from each rank; order: int64, the places of this rank's ids in the order in which they went."""
+    and came from each rank; order: int64, the places of this rank's ids in the order in which they went; places: int64,
+    where each of them stands in that order."""
 
     asked: list[int]
     owned: list[int]
     order: Tensor
+    places: Tensor
     group: dist.ProcessGroup
 
 
@@ -72,73 +72,35 @@ class OutgoingIds:
 class IdExchange:
     """The exchanges of one collection; all ranks make the same ones in the same order, with columns of one type.
 
-    has_room: messages have room for ids; otherwise all ids go in a second exchange, which is exact. receiver: mixed ids
-    [n] -> the rank of the group that each goes to, int64 [n]; their owner, if not given."""
+    has_room: messages have room for ids; otherwise all ids go in a second exchange, which is exact. owners: which rank
+    of the group mixed ids go to; their owner, if not given."""
 
-    def __init__(
-        self, group: dist.ProcessGroup, *, has_room: bool = True, receiver: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, has_room: bool = True, owners: Owners | None = None) -> None:
         self.group, self.ranks, self.has_room = group, group.size(), has_room
-        self.receiver = receiver or partial(owner_of, world_size=self.ranks)
+        self.owners = owners or Owners(self.ranks, self.ranks)
         self.recent = RecentSizes()
 
     def send(self, outgoing: OutgoingIds) -> SentIds:
         """Begin to send ids to their owners. Collective."""
-        ids, kinds = outgoing.ids, outgoing.bounds.numel() - 1
-        sizes = tuple(column.element_size() for column in outgoing.columns)
-        layout = _layout(self.recent.room() if self.has_room else 0, kinds, outgoing.told.numel(), sizes)
-        owners = self.receiver(ids)
-        parts = occurrences(owners, self.ranks)
-        order, begins = positions_of(owners, parts)
-        kind = torch.repeat_interleave(outgoing.bounds.diff(), output_size=ids.numel())
-        columns = (ids, *outgoing.columns)
-        if layout.numbered:
-            columns += (kind.to(_WHOLE[layout.number_bytes]),)
-        message = ids.new_empty(self.ranks * layout.words + 1)  # the last word takes what has no room
-        header = message[:-1].view(self.ranks, layout.words)[:, : layout.header]
-        largest = parts.amax(0, keepdim=True)
-        of_all = [parts.sum(0, keepdim=True), largest]
-        if layout.told:
-            of_all.append(outgoing.told.view(torch.int64).to(ids.device, non_blocking=True))
-        header[:, TOTAL : FIXED + layout.told].copy_(torch.cat(of_all))
-        header.select(1, PART).copy_(parts)
-        if not layout.numbered:
-            of_kinds = occurrences(owners * kinds + kind, self.ranks * kinds)
-            _counts(header, layout).copy_(of_kinds.view(self.ranks, kinds))
-        owners = owners.index_select(0, order)
-        places = torch.arange(order.numel(), device=ids.device).sub_(begins.index_select(0, owners))
-        columns = tuple([column.index_select(0, order) for column in columns])
-        fits = ids.device.type == "cpu" and int(largest) <= layout.room
-        rows = owners * layout.words
-        for column, begin in zip(columns, layout.begins if layout.room else (), strict=layout.room > 0):
-            flat, each = message.view(_WHOLE[column.element_size()]), 8 // column.element_size()
-            at = torch.add(places, rows, alpha=each).add_(begin * each)
-            if not fits:
-                at = torch.where(places < layout.room, at, flat.numel() - 1)
-            flat.scatter_(0, at, column.view(flat.dtype))
-        return SentIds(self, layout, message[:-1], columns, _Order(order, parts, places))
-
-
-@dataclass(frozen=True)
-class _Order:
-    """order: the ids' places in the order of ranks; parts: how many each rank gets; places: of ids in their part."""
-
-    order: Tensor
-    parts: Tensor
-    places: Tensor
+        ids, columns, told = outgoing.ids, outgoing.columns, outgoing.told
+        sizes = tuple([column.element_size() for column in columns])
+        room = self.recent.room() if self.has_room else 0
+        layout = _layout(room, outgoing.bounds.numel() - 1, told.numel(), sizes)
+        if told.device != ids.device:
+            told = told.to(ids.device, non_blocking=True)
+        return SentIds(self, layout, outgoing, pack_ids(ids, outgoing.bounds, columns, told, self.owners, layout))
 
 
 class SentIds:
     """Ids on their way. told: what each rank has told, float64 [ranks, n] on the host; `received` waits for all."""
 
-    def __init__(
-        self, exchange: IdExchange, layout: MessageLayout, message: Tensor, columns: tuple[Tensor, ...], order: _Order
-    ) -> None:
-        self._exchange, self._layout, self._columns, self._order = exchange, layout, columns, order
-        self._message, self._came = message, torch.empty_like(message)
-        self._work = dist.all_to_all_single(self._came, message, group=exchange.group, async_op=True)
+    def __init__(self, exchange: IdExchange, layout: MessageLayout, outgoing: OutgoingIds, packed: PackedIds) -> None:
+        self._exchange, self._layout, self._outgoing, self._packed = exchange, layout, outgoing, packed
+        self._came = torch.empty_like(packed.message)
+        self._work = dist.all_to_all_single(self._came, packed.message, group=exchange.group, async_op=True)
         self._headers: Tensor | None = None  # on the host
-        self._rest: tuple[dist.Work | None, Tensor] | None = None
+        self._late: Tensor | None = None
+        self._late_work: dist.Work | None = None
         self._received: ReceivedIds | None = None
 
     @property
@@ -147,72 +109,54 @@ class SentIds:
         return headers[:, FIXED:].contiguous().view(torch.float64)
 
     def _arrived(self) -> Tensor:
-        """Return the headers that came but for counts of kinds, on the host, which waits; send what had no room."""
+        """Return the headers that came but for ends of kinds, on the host, which waits; send what had no room."""
         if self._headers is not None:
             return self._headers
         self._work.wait()
-        self._message = self._came = self._came.view(self._exchange.ranks, self._layout.words)
         self._headers = self._came[:, : FIXED + self._layout.told].cpu()
-        self._asked, self._owned = self._order.parts.tolist(), self._headers[:, PART].tolist()
-        self._count, total, _ = self._headers[:, :FIXED].sum(0).tolist()
-        largest = int(self._headers[:, LARGEST].max())
-        ranks, room = self._exchange.ranks, self._layout.room
-        self._exchange.recent.note(total / ranks**2, largest)
+        numbers = self._headers.numpy()  # which takes a fraction of what torch's operations do
+        self._asked, self._owned = self._packed.parts.tolist(), numbers[:, PART].tolist()
+        largest, room = int(numbers[:, LARGEST].max()), self._layout.room
+        self._exchange.recent.note(int(numbers[:, TOTAL].sum()) / self._exchange.ranks**2, largest)
         if largest > room:  # the same on all ranks
-            self._send_rest(room)
+            self._send_late(room)
         return self._headers
 
-    def _send_rest(self, room: int) -> None:
-        late = (self._order.places >= room).nonzero().squeeze(1)
-        sent = torch.cat([_units(column[late]) for column in self._columns], 1)
+    def _send_late(self, room: int) -> None:
+        ids, kinds = self._outgoing.ids, self._layout.kinds
+        order = self._packed.order
+        columns = [ids, *self._outgoing.columns]
+        if self._layout.numbered:
+            numbers = torch.arange(kinds, dtype=torch.int32, device=ids.device)
+            columns.append(torch.repeat_interleave(numbers, self._outgoing.bounds.diff(), output_size=ids.numel()))
+        if room:
+            parts = self._packed.parts
+            ranks = torch.repeat_interleave(parts, output_size=ids.numel())
+            place = torch.arange(ids.numel(), device=ids.device) - (parts.cumsum(0) - parts)[ranks]
+            order = order[place >= room]
+        sent = torch.cat([_units(column.index_select(0, order)) for column in columns], 1)
         owned, asked = ([max(0, count - room) for count in counts] for counts in (self._owned, self._asked))
-        came = sent.new_empty(sum(owned), sent.shape[1])
-        work = dist.all_to_all_single(came, sent, owned, asked, group=self._exchange.group, async_op=True)
-        self._rest = work, came
+        self._late = sent.new_empty(sum(owned), sent.shape[1])
+        group = self._exchange.group
+        self._late_work = dist.all_to_all_single(self._late, sent, owned, asked, group=group, async_op=True)
 
     def received(self) -> ReceivedIds:
         """Return the ids that came. On a GPU the host waits for their numbers alone."""
         if self._received is None:
             self._arrived()
             self._received = self._read()
-            del self._message, self._came, self._columns, self._rest
+            del self._packed, self._came, self._outgoing, self._late
         return self._received
 
     def _read(self) -> ReceivedIds:
-        layout, count, device = self._layout, self._count, self._came.device
-        if self._rest is not None and self._rest[0] is not None:
-            self._rest[0].wait()
-        parts = self._came.select(1, PART).contiguous()
-        ranks = torch.repeat_interleave(parts, output_size=count)
-        begins = (parts.cumsum(0) - parts).index_select(0, ranks)
-        places = torch.arange(count, device=device).sub_(begins)
-        if layout.numbered:
-            kinds = self._column(len(layout.columns) - 1, _WHOLE[layout.number_bytes], ranks, places).long()
-            order, bounds = positions_of(kinds, occurrences(kinds, layout.kinds))
-        else:
-            counts = _counts(self._came, layout).long()
-            order, bounds = in_order_of_kinds(counts, count), counts.new_zeros(layout.kinds + 1)
-            torch.cumsum(counts.sum(0), 0, out=bounds[1:])
-        ranks, places = ranks.index_select(0, order), places.index_select(0, order)
-        types = [torch.int64, *(column.dtype for column in self._columns[1:])]
-        columns = [self._column(i, types[i], ranks, places) for i in range(1 + len(layout.sizes))]
-        route = Route(self._asked, self._owned, self._order.order, self._exchange.group)
-        return ReceivedIds(columns[0], tuple(columns[1:]), bounds, order, ranks, route)
-
-    def _column(self, number: int, dtype: torch.dtype, ranks: Tensor, places: Tensor) -> Tensor:
-        """Return what came in a column from `ranks` at their `places`."""
-        layout = self._layout
-        whole = _WHOLE[layout.columns[number]]
-        flat, each = self._came.view(-1).view(whole), 8 // layout.columns[number]
-        at = torch.add(places, ranks, alpha=layout.words * each).add_(layout.begins[number] * each)
-        if self._rest is None:
-            return flat.index_select(0, at).view(dtype)
-        late = [max(0, count - layout.room) for count in self._owned]
-        shift = torch.tensor([0, *accumulate(late)][:-1], device=flat.device) - layout.room + flat.numel()
-        units = [max(1, size // 4) for size in layout.columns[: number + 1]]
-        rest = self._rest[1][:, sum(units[:-1]) : sum(units)].contiguous().view(-1)
-        both = torch.cat([flat, rest.view(whole) if whole.itemsize >= 4 else rest.to(whole)])
-        return both[torch.where(places < layout.room, at, places + shift[ranks])].view(dtype)
+        if self._late_work is not None:
+            self._late_work.wait()
+        late = self._came.new_empty((0, 1), dtype=torch.int32) if self._late is None else self._late
+        came = read_ids(self._came, late, sum(self._owned), self._layout)
+        given = zip(came.columns, self._outgoing.columns, strict=True)
+        columns = [one if one.dtype == sent.dtype else one.view(sent.dtype) for one, sent in given]
+        route = Route(self._asked, self._owned, self._packed.order, self._packed.places, self._exchange.group)
+        return ReceivedIds(came.ids, tuple(columns), came.bounds, came.order, came.ranks, route)
 
 
 def _units(column: Tensor) -> Tensor:
@@ -227,22 +171,3 @@ def occurrences(numbers: Tensor, kinds: int) -> Tensor:
         return torch.bincount(numbers, minlength=kinds)
     counts = torch.zeros(kinds, dtype=torch.int64, device=numbers.device)
     return counts.index_add_(0, numbers, torch.ones_like(numbers))
-
-
-def _counts(header: Tensor, layout: MessageLayout) -> Tensor:
-    """Return the part of headers (int64 [ranks, words]) that says how many ids are of each kind: int32 [ranks, kinds],
-    not copied."""
-    begin = 2 * (FIXED + layout.told)
-    return header.view(torch.int32)[:, begin : begin + layout.kinds]
-
-
-def in_order_of_kinds(lengths_rk: Tensor, count: int) -> Tensor:
-    """Return the places of `count` ids in the order of kinds, and of ranks in each: int64 [count].
-
-    lengths_rk: int64 [ranks, kinds], of what stands one behind the other, of each rank kind after kind.
-    """
-    lengths = lengths_rk.flatten()
-    begins_kr = (lengths.cumsum(0) - lengths).view_as(lengths_rk).t().flatten()
-    lengths_kr = lengths_rk.t().flatten()
-    shift = begins_kr - (lengths_kr.cumsum(0) - lengths_kr)
-    return torch.arange(count, device=lengths.device) + shift.repeat_interleave(lengths_kr, output_size=count)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tessera.distributed.message_layout import MessageLayout, message_bytes
+from tessera.distributed.message_room import message_bytes
 from tessera.distributed.torchrec.codecs import bytes_of_number
+from tessera.kernels.message_layout import MessageLayout
 
 ONCE = ("ids", "ids in the host", "ids between hosts", "ids of bags", "agree")
 HOST, HOSTS = "host", "hosts"

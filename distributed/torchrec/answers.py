@@ -33,7 +33,7 @@ class _Answer(Function):
         sent = rows.contiguous() if codecs is None else codecs.forward.encode(rows).contiguous()
         came = sent.new_empty(route.order.numel(), sent.shape[1])
         dist.all_to_all_single(came, sent, route.asked, route.owned, group=route.group)
-        answered = came.new_empty(came.shape).index_copy_(0, route.order, came)
+        answered = came.index_select(0, route.places)
         return answered if codecs is None else codecs.forward.decode(answered)
 
     @staticmethod

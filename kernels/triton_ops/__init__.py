@@ -15,6 +15,7 @@ from tessera.kernels.triton_ops.gather import gather
 from tessera.kernels.triton_ops.id_map import id_map_erase, id_map_find, id_map_insert, id_map_place
 from tessera.kernels.triton_ops.initialise import init_rows
 from tessera.kernels.triton_ops.learned import packed_learn_scales
+from tessera.kernels.triton_ops.message import pack_ids, read_ids
 from tessera.kernels.triton_ops.mix import mix64, unmix64
 from tessera.kernels.triton_ops.packed import packed_fake_quantise, packed_gather, packed_update, update
 from tessera.kernels.triton_ops.pool import pool, pool_backward
@@ -44,6 +45,7 @@ __all__ = [
     "init_rows",
     "mix64",
     "normal",
+    "pack_ids",
     "packed_gather",
     "packed_learn_scales",
     "packed_fake_quantise",
@@ -52,6 +54,7 @@ __all__ = [
     "pool_backward",
     "positions_of",
     "quantise",
+    "read_ids",
     "records_add",
     "records_find",
     "records_gather",

@@ -47,7 +47,7 @@ def ops_of_steps(process, tables):
     return counts[2:]
 
 
-@pytest.mark.parametrize(("ranks", "known", "new"), [(1, 40, 95), (2, 195, 245)])
+@pytest.mark.parametrize(("ranks", "known", "new"), [(1, 40, 95), (2, 90, 140)])
 def test_a_step_asks_as_much_for_any_number_of_tables(ranks, known, new):
     found = [found[0] for found in (on_ranks(ranks, ops_of_steps, tables) for tables in (1, 26, 200))]
     assert max(known for known, _ in found) <= known and max(new for _, new in found) <= new, found

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from tessera.kernels import triton_ops
 from tessera.kernels.formats import FORMATS
 from tessera.kernels.layout import RowLayout, packed_layout, plain_layout
+from tessera.kernels.message_layout import MessageLayout
 from tessera.kernels.optimizers import OPTIMIZERS, OptimizerSettings
 from tessera.kernels.record_layout import record_layout
 from tessera.kernels.records import keys_of
@@ -173,12 +174,23 @@ def call_records(n: int, groups: list[RowLayout], *, whole: bool) -> None:
         triton_ops.records_update(chunks, rows, grads, order, begins, keys.numbers, rates, numbers, SETTINGS, 1, 0)
 
 
+def call_messages(n: int) -> None:
+    """With room and without, with ends of kinds and with numbers of 2 and 4 bytes, all kinds of columns and none."""
+    columns, told = (ids(n), ids(n).int(), torch.zeros(n)), torch.zeros(2, dtype=torch.float64)
+    for room, kinds, given in ((8, 3, columns), (0, 3, ()), (8, 40, columns[:2]), (8, 70_000, columns[:1])):
+        layout = MessageLayout(room, kinds, 2, tuple(column.element_size() for column in given))
+        triton_ops.pack_ids(ids(n), torch.zeros(kinds + 1, dtype=torch.int64), given, told, (2, 6, 2), layout.numbers)
+        message = torch.zeros((2, layout.words), dtype=torch.int64)
+        triton_ops.read_ids(message, torch.zeros((0, 6), dtype=torch.int32), n, layout.numbers)
+
+
 def record(whole: bool) -> Recorder:
     """whole: every combination, else each kernel and each format and optimizer once."""
     launch.recorder = recorder = Recorder()
     for n, dim in ((200, 16), (1, 1), (200, 128), (3, 45)) if whole else ((200, 16),):
         call_plain(n, dim)
     call_id_map(200)
+    call_messages(200)
     pairs = itertools.product(FORMATS, OPTIMIZERS) if whole else zip(FORMATS, (*OPTIMIZERS, "sgd"), strict=True)
     layouts = [packed_layout(format, dim, name) for format, name in pairs for dim in ((16, 5) if whole else (16,))]
     layouts += [packed_layout("int4", 16, name, learned=True) for name in OPTIMIZERS[: 4 if whole else 1]]
