@@ -22,6 +22,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--versions", type=Path, help="folder for the models that are followed (default: beside the export)"
     )
+    parser.add_argument(
+        "--merge-share",
+        type=float,
+        default=0.25,
+        help="changed rows beside all, from which the tables are written anew (default: %(default)s)",
+    )
     parser.add_argument("--poll-seconds", type=float, default=5.0, help="between looks at it (default: %(default)s)")
     parser.add_argument("--batch-ms", type=float, default=2.0, help="longest wait for others (default: %(default)s)")
     parser.add_argument("--batch-rows", type=int, default=4096, help="rows of a full pass (default: %(default)s)")
@@ -62,7 +68,7 @@ def _serve(options: argparse.Namespace) -> int:
     versions = None
     if options.follow:
         beside = folder.resolve().with_name(f"{folder.resolve().name}.versions")
-        versions = Versions(folder, options.follow, options.versions or beside)
+        versions = Versions(folder, options.follow, options.versions or beside, options.merge_share)
     scorer = versions.begin() if versions else Scorer.load(folder)
     limits = Limits(
         wait_seconds=options.batch_ms / 1000,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,8 @@ class Server:
         self.batches: Batches | None = None
         self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
         self._problem = ""
+        self._merge: threading.Thread | None = None
+        self._not_merged = ""  # version that could not be, or is not any more
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
@@ -81,6 +84,7 @@ class Server:
         try:
             while True:
                 await loop.run_in_executor(thread, self.update)
+                self._start_merge()
                 await asyncio.sleep(self.settings.poll_seconds)
         finally:
             thread.shutdown(wait=False)
@@ -103,11 +107,29 @@ class Server:
         self._problem = ""
         if scorer is None:
             return False
+        merged = scorer.version == batches.scorer.version
         batches.scorer = scorer
-        self.metrics.updates.labels("done").inc()
+        self.metrics.updates.labels("merged" if merged else "done").inc()
         self.metrics.step.set(scorer.manifest["step"])
-        self._say(f"serving {scorer.version}")
+        self._say(f"serving {scorer.version}{', its changes merged' if merged else ''}")
         return True
+
+    def _start_merge(self) -> None:
+        """Merge changes in a thread of its own where they have become many; one merge at a time."""
+        batches, versions = self.batches, self.settings.versions
+        if batches is None or versions is None or (self._merge and self._merge.is_alive()):
+            return
+        scorer = batches.scorer
+        if scorer.version != self._not_merged and versions.merge_due(scorer):
+            self._merge = threading.Thread(target=self._merged, args=(versions, scorer), name="merging", daemon=True)
+            self._merge.start()
+
+    def _merged(self, versions: Versions, scorer: Scorer) -> None:
+        self._not_merged = scorer.version  # one attempt for each
+        try:
+            versions.merge(scorer)
+        except (ExportError, OSError) as error:
+            self._say(f"the changes up to {scorer.version} are not merged: {' '.join(str(error).split())}")
 
     def _answering(self, path: str, answer: Answering) -> Answering:
         """Return the same with errors as one line of JSON, and counted."""

@@ -21,6 +21,7 @@ from tessera.kernels.formats import FORMATS
 
 FEATURES = "features.json"
 TOWER = "tower.pt2"
+WEIGHTS = "weights.safetensors"  # of versions: they take the place of the graph's
 FORMAT = 1  # of exports
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tessera.ctr.data.bags import Bags
+from tessera.ctr.serving.changes import ChangedTable, changed_table
 from tessera.ctr.serving.description import Description
 from tessera.ctr.serving.errors import ExportError
 from tessera.ctr.serving.table_files import TableFiles, opened
@@ -25,24 +27,38 @@ class Embeddings:
         self._names = list(id_names)
         self._groups = dict(description.groups)
         self._weighted = weighted
-        self.tables = [TableFiles(folder, table) for table in description.tables]
+        self.tables: list[TableFiles | ChangedTable] = [TableFiles(folder, table) for table in description.tables]
         self._table_of = {name: number for number, t in enumerate(description.tables) for name in t.features}
         self._averaged = set(description.averaged)
         missing = [name for name in self._names if name not in self._table_of]
         if missing:
             raise ExportError(f"{folder} has no table for feature {missing[0]!r}")
-        self._oov = None
-        if description.oov is not None:
-            self._oov = torch.from_numpy(np.array(opened(f"{folder}/{description.oov}")))
+        self._read_dense(folder, description)
         first, self._first = 0, {}
         for name, dim in self._groups.items():
             self._first[name] = first
             first += dim
         self._width = first
+
+    def _read_dense(self, folder: str, description: Description) -> None:
+        self._oov = None
+        if description.oov is not None:
+            self._oov = torch.from_numpy(np.array(opened(f"{folder}/{description.oov}")))
         self._projections = {
             (one.table, one.group): torch.from_numpy(np.array(opened(f"{folder}/{one.file}")))
             for one in description.projections
         }
+
+    def with_changes(self, folder: str, description: Description, place: str) -> Embeddings:
+        """Return the tables after the changes in a folder; these stay as they are. place: where appended rows may lie
+        on the disk.
+
+        Raises ExportError: they are no changes of these tables; OSError: there is no space.
+        """
+        changed = copy.copy(self)
+        changed.tables = [changed_table(table, folder, place) for table in self.tables]
+        changed._read_dense(folder, description)
+        return changed
 
     def pooled(self, bags: Mapping[str, Bags], count: int) -> dict[str, Tensor]:
         """Return group -> [count, fields, dim] float32 of the features in `bags`, in their order; zeros for empty

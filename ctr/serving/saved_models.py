@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,18 @@ class SavedModel:
         parts = [part.ids for path in self._files("gone", table) for part in self._parts(path, ["id"])]
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
+    def row_count(self, table: str) -> int:
+        """Return how many rows `rows` will yield. Raises ExportError: a file is not what was written."""
+        count = 0
+        for path in self._files("rows", table):
+            self._check(path)
+            try:
+                with self.place.open(path) as file:
+                    count += pq.ParquetFile(file).metadata.num_rows
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise ExportError(f"{self.place.name}/{path} cannot be read: {' '.join(str(error).split())}") from None
+        return count
+
     def _parts(self, path: str, names: list[str]) -> Iterator[RowPart]:
         self._check(path)
         try:
@@ -177,11 +189,29 @@ def read_safetensors(content: bytes, where: str) -> dict[str, Tensor]:
         raise ExportError(f"{where} is no safetensors file: {error}") from None
 
 
-def newest_rows(models: Sequence[SavedModel], table: str, hidden: list[np.ndarray] | None = None) -> Iterator[RowPart]:
+def safetensors_of(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return a safetensors file of some tensors."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {}
+    parts, at = [], 0
+    for name, value in tensors.items():
+        part = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {
+            "dtype": names[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [at, at + len(part)],
+        }
+        parts.append(part)
+        at += len(part)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([struct.pack("<Q", len(text)), text, *parts])
+
+
+def newest_rows(models: Sequence[SavedModel], table: str) -> Iterator[RowPart]:
     """Yield the rows of a table, each id once: from the newest folder that has it, unless it was given up since.
 
-    models: newest first. hidden: takes one array, the sorted ids that older rows must not have any more; None if the
-        last of the models is a whole one.
+    models: newest first, down to a whole one.
     """
     known = np.zeros(0, np.int64)
     for number, model in enumerate(models):
@@ -191,10 +221,8 @@ def newest_rows(models: Sequence[SavedModel], table: str, hidden: list[np.ndarra
             kept = part.take(~is_in(part.ids, known)) if len(known) else part
             if len(kept.ids):
                 yield kept
-        if number + 1 < len(models) or hidden is not None:
+        if number + 1 < len(models):
             known = np.unique(np.concatenate(seen))
-    if hidden is not None:
-        hidden.append(known)
 
 
 def is_in(ids: np.ndarray, known: np.ndarray) -> np.ndarray:

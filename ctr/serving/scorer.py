@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessera.ctr.serving.description import FORMAT, TOWER, read_description
+from tessera.ctr.serving.changes import ChangedTable
+from tessera.ctr.serving.description import FORMAT, TOWER, WEIGHTS, read_description
 from tessera.ctr.serving.embeddings import Embeddings
 from tessera.ctr.serving.errors import ExportError, RowError
 from tessera.ctr.serving.files import Place, read_manifest
 from tessera.ctr.serving.rows import RowDecoder, Rows
+from tessera.ctr.serving.saved_models import read_safetensors
 from tessera.ctr.serving.table_files import TableFiles
 
 BATCH_ROWS = 8192  # rows that are scored at once: what they look up is held in memory
+CHANGES = "changes"  # kind of folders that hold changes
 GOLDEN, PREDICTION = "golden.parquet", "golden_prediction"
 
 
@@ -39,23 +43,24 @@ class Scorer:
         labels: what is predicted, in the order of the columns of a result.
         version: name and checksum of the model; the same in every answer of one model.
         manifest: what the export says of itself.
+        folders: the export, then those of the changes over it.
     """
 
-    def __init__(self, folder: str | Path, *, check: bool = False) -> None:
+    def __init__(self, folder: str | Path, *, check: bool = False, graph: Scorer | None = None) -> None:
         """Open the export in a folder. Tables are mapped into memory and not read.
 
-        check: read every file and compare its checksum first; without it the small ones alone are.
+        check: read every file and compare its checksum first; without it the small ones alone are. graph: a scorer of
+        the same graph, to copy where the export has weights beside it.
 
         Raises ExportError: it is no export of this version, or a file is missing or was changed.
         """
         self.folder = Path(os.path.abspath(os.path.expanduser(folder)))
+        self.folders = [self.folder]
         place = Place(self.folder)
-        self.manifest = read_manifest(place, FORMAT)
-        for path, sealed in self.manifest["files"].items():
-            problem = place.problem(path, sealed) if check or not path.startswith("tables/") else None
-            if problem:
-                raise ExportError(f"{self.folder} is damaged: {problem}")
-        self.version = f"{self.manifest['name']}-{self.manifest['checksum']}"
+        self.manifest = checked_manifest(place, lambda path: check or not path.startswith("tables/"))
+        if self.manifest.get("kind") == CHANGES:
+            raise ExportError(f"{self.folder} holds changes of an export, which a server lays over it; expected one")
+        self.version = version_of(self.manifest)
         description = read_description(place)
         self.description = description
         self.labels = [label.name for label in description.labels]
@@ -64,12 +69,44 @@ class Scorer:
         self._decoder = RowDecoder(schema)
         self._numeric, self._ids = list(schema.numeric_names), list(schema.id_names)
         self._embeddings = Embeddings(str(self.folder), description, self._ids, weighted=schema.weighted)
-        self._tower = load_tower(self.folder / TOWER)
+        has_weights = WEIGHTS in self.manifest["files"]
+        self._tower = graph._tower if graph and has_weights else load_tower(self.folder / TOWER)
+        if has_weights:
+            self._tower = reweighted(self._tower, self.folder)
 
     @classmethod
     def load(cls, folder: str | Path, *, check: bool = False) -> Scorer:
         """Open the export in a folder; as the constructor."""
         return cls(folder, check=check)
+
+    def with_changes(self, folder: Path) -> Scorer:
+        """Return the scorer after the changes of one publication; this one stays as it is.
+
+        Raises ExportError: they are damaged, or none that follow this model; OSError: there is no space.
+        """
+        changed = copy.copy(self)
+        changed.manifest = checked_manifest(Place(folder), lambda path: True)
+        if changed.manifest.get("kind") != CHANGES or changed.manifest.get("after") != self.manifest["published"]:
+            raise ExportError(f"{folder} holds no changes that follow {self.version}")
+        changed.folder, changed.folders = folder, [*self.folders, folder]
+        changed.version = version_of(changed.manifest)
+        changed._embeddings = self._embeddings.with_changes(str(folder), self.description, str(folder.parent))
+        changed._tower = reweighted(self._tower, folder)
+        return changed
+
+    @property
+    def rows(self) -> int:
+        """Rows of all tables of the export, without changes over it."""
+        return sum(table.rows for table in self.description.tables)
+
+    @property
+    def changed(self) -> int:
+        """Ids whose rows were written or given up by changes."""
+        return sum(table.changed for table in self._embeddings.tables)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the dense weights of the graph by name."""
+        return dict(self._tower.state_dict())
 
     @property
     def columns(self) -> list[str]:
@@ -153,7 +190,7 @@ class Scorer:
         expected = np.array(table[PREDICTION].to_pylist(), np.float32)
         return float(np.abs(self(table) - expected).max(initial=0.0))
 
-    def table(self, name: str) -> TableFiles:
+    def table(self, name: str) -> TableFiles | ChangedTable:
         """Return a table, open."""
         return next(table for table in self._embeddings.tables if table.table.name == name)
 
@@ -190,6 +227,37 @@ def answers_of(logits: Tensor, numbers: Sequence[int]) -> Tensor:
         return logits
     answers[:, list(numbers)] = logits[:, list(numbers)]
     return answers
+
+
+def version_of(manifest: dict[str, Any]) -> str:
+    """Return what answers call a model."""
+    return str(manifest.get("version") or f"{manifest['name']}-{manifest['checksum']}")
+
+
+def checked_manifest(place: Place, chosen: Callable[[str], bool]) -> dict[str, Any]:
+    """Return the manifest of a folder. chosen: which files are compared with it.
+
+    Raises ExportError: it is none of this version, or a file is missing or was changed.
+    """
+    manifest = read_manifest(place, FORMAT)
+    for path, sealed in manifest["files"].items():
+        problem = place.problem(path, sealed) if chosen(path) else None
+        if problem:
+            raise ExportError(f"{place.name} is damaged: {problem}")
+    return manifest
+
+
+def reweighted(tower: Any, folder: Path) -> Any:
+    """Return a copy of a tower with the weights in a folder. Raises ExportError: they are of another graph."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about what copying calls
+        made = copy.deepcopy(tower)
+    try:
+        made.load_state_dict(read_safetensors((folder / WEIGHTS).read_bytes(), f"{folder}/{WEIGHTS}"))
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(f"{folder}/{WEIGHTS} does not hold the weights of the graph: {reason}") from None
+    return made
 
 
 def load_tower(path: Path) -> Any:

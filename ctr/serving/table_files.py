@@ -11,16 +11,73 @@ A static table has no index: its row is mix64(id) modulo its rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from tessera.ctr.serving.description import StoredGroup, StoredTable
 from tessera.ctr.serving.errors import ExportError
-from tessera.kernels.formats import DTYPES, is_int
+from tessera.kernels.formats import DTYPES, is_int, stored_columns
 from tessera.kernels.mix import mix64
 from tessera.kernels.quantise import dequantise
 
 STARTS, IDS = "starts.npy", "ids.npy"
+NUMPY = {"fp32": "<f4", "fp16": "<f2", "bf16": "<u2"}
+PART_ROWS = 1 << 16  # that are read at once where all are
+
+
+@dataclass(frozen=True)
+class Column:
+    """One .npy file: its path, dtype and elements of a row (0: a vector)."""
+
+    path: str
+    dtype: np.dtype
+    width: int
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * max(1, self.width)
+
+
+def columns_of(folder: str, groups: Sequence[StoredGroup]) -> list[Column]:
+    """Return the files of a table's rows, in its folder: ids, then values and, of int formats, scales of each group."""
+    columns = [Column(f"{folder}/{IDS}", np.dtype("<i8"), 0)]
+    for group in groups:
+        kind = np.dtype("u1") if is_int(group.format) else np.dtype(NUMPY[group.format])
+        columns.append(Column(group.values, kind, stored_columns(group.format, group.dim)))
+        if group.scales is not None:
+            columns.append(Column(group.scales, np.dtype("<f4"), 0))
+    return columns
+
+
+class Packing:
+    """Rows of a table with all columns of a row one behind the other, as bytes."""
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self.columns = list(columns)
+        self.width = sum(column.bytes for column in columns)
+
+    def packed(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Return rows as uint8 [n, width]. arrays: one a column, as `columns_of` has them."""
+        rows = len(arrays[0])
+        packed = np.empty((rows, self.width), np.uint8)
+        at = 0
+        for column, values in zip(self.columns, arrays, strict=True):
+            flat = np.ascontiguousarray(values, column.dtype).reshape(rows, -1).view(np.uint8)
+            packed[:, at : at + column.bytes] = flat
+            at += column.bytes
+        return packed
+
+    def unpacked(self, packed: np.ndarray, first: int = 0, count: int | None = None) -> list[np.ndarray]:
+        """Return columns of packed rows: `count` of them from the one numbered `first`; None: all others."""
+        at, found = sum(column.bytes for column in self.columns[:first]), []
+        for column in self.columns[first : None if count is None else first + count]:
+            part = np.ascontiguousarray(packed[:, at : at + column.bytes]).view(column.dtype)
+            found.append(part if column.width else part.ravel())
+            at += column.bytes
+        return found
 
 
 def mixed(ids: np.ndarray) -> np.ndarray:
@@ -44,7 +101,7 @@ class TableFiles:
     """
 
     def __init__(self, folder: str, table: StoredTable) -> None:
-        self.table = table
+        self.table, self._folder = table, folder
         self._values = [opened(f"{folder}/{group.values}") for group in table.groups]
         self._scales = [opened(f"{folder}/{group.scales}") if group.scales else None for group in table.groups]
         self._dynamic = table.kind == "dynamic"
@@ -56,6 +113,11 @@ class TableFiles:
                 raise ExportError(f"{folder}/{table.folder} holds another index than the description says")
         if any(len(values) != table.rows for values in self._values):
             raise ExportError(f"{folder}/{table.folder} holds other rows than the description says")
+
+    @property
+    def changed(self) -> int:
+        """Ids that have changed since the export: none."""
+        return 0
 
     def find(self, ids: np.ndarray) -> np.ndarray:
         """Return the row of each id, int64 [n]; -1 for ids without one."""
@@ -76,19 +138,26 @@ class TableFiles:
             asked = asked[row[asked] < end[asked]]
         return found
 
+    def stored(self, rows: np.ndarray, group: int) -> list[np.ndarray]:
+        """Return one group of some rows as it lies: values, and scales where it has them."""
+        found, scales = [self._values[group].take(rows, axis=0)], self._scales[group]
+        return found if scales is None else [*found, scales.take(rows)]
+
     def read(self, rows: np.ndarray, group: int) -> torch.Tensor:
         """Return one group of some rows, float32 [n, dim]. rows: int64 [n], none negative."""
-        scales = self._scales[group]
-        stored = stored_tensor(self._values[group].take(rows, axis=0), self.table.groups[group])
-        sizes = None if scales is None else torch.from_numpy(scales.take(rows))
-        return dequantise(stored, sizes, self.table.groups[group].format, self.table.groups[group].dim)
+        return floats(self.stored(rows, group), self.table.groups[group])
 
-    def raw(self, begin: int, end: int) -> list[np.ndarray]:
-        """Return rows of a dynamic table as they lie: ids, then values and scales of each group."""
-        found = [np.asarray(self._ids[begin:end])]
-        for values, scales in zip(self._values, self._scales, strict=True):
-            found += [np.asarray(values[begin:end])] + ([] if scales is None else [np.asarray(scales[begin:end])])
-        return found
+    def parts(self) -> Iterator[list[np.ndarray]]:
+        """Yield all rows of a dynamic table, some at a time, as they lie: ids, then values and scales of each group."""
+        arrays = [opened(f"{self._folder}/{one.path}") for one in columns_of(self.table.folder, self.table.groups)]
+        for begin in range(0, self.table.rows, PART_ROWS):
+            yield [np.asarray(array[begin : begin + PART_ROWS]) for array in arrays]
+
+
+def floats(stored: Sequence[np.ndarray], group: StoredGroup) -> torch.Tensor:
+    """Return rows of a group as float32 [n, dim]. stored: values, and scales where the format has them."""
+    sizes = torch.from_numpy(stored[1]) if len(stored) > 1 else None
+    return dequantise(stored_tensor(stored[0], group), sizes, group.format, group.dim)
 
 
 def stored_tensor(values: np.ndarray, group: StoredGroup) -> torch.Tensor:

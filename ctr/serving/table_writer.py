@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
@@ -20,25 +19,11 @@ import numpy as np
 from tessera.ctr.serving.description import StoredGroup, StoredTable
 from tessera.ctr.serving.errors import ExportError
 from tessera.ctr.serving.files import SealedWriter
-from tessera.ctr.serving.table_files import IDS, STARTS, mixed
-from tessera.kernels.formats import is_int, stored_columns
+from tessera.ctr.serving.table_files import STARTS, Packing, columns_of, mixed
+from tessera.kernels.formats import is_int
 
 MEMORY_BYTES = 1 << 28
 PARTS_BITS = 8  # of the hash, by which rows are divided where they do not fit the memory
-NUMPY = {"fp32": "<f4", "fp16": "<f2", "bf16": "<u2"}
-
-
-@dataclass(frozen=True)
-class Column:
-    """One .npy file: its path, dtype and elements of a row (0: a vector)."""
-
-    path: str
-    dtype: np.dtype
-    width: int
-
-    @property
-    def bytes(self) -> int:
-        return self.dtype.itemsize * max(1, self.width)
 
 
 def folder_of(table: str) -> str:
@@ -73,13 +58,8 @@ class TableWriter:
     ) -> None:
         self.name, self.features, self.groups = name, tuple(features), tuple(groups)
         self._folder, self._memory_bytes = folder_of(name), memory_bytes
-        self._columns = [Column(f"{self._folder}/{IDS}", np.dtype("<i8"), 0)]
-        for group in groups:
-            kind = np.dtype("u1") if is_int(group.format) else np.dtype(NUMPY[group.format])
-            self._columns.append(Column(group.values, kind, stored_columns(group.format, group.dim)))
-            if group.scales is not None:
-                self._columns.append(Column(group.scales, np.dtype("<f4"), 0))
-        self._width = sum(column.bytes for column in self._columns)
+        self._columns = columns_of(self._folder, groups)
+        self._packing = Packing(self._columns)
         self._held: list[np.ndarray] = []
         self._held_bytes = self.rows = 0
         self._stack = ExitStack()
@@ -90,12 +70,7 @@ class TableWriter:
         rows = len(columns[0])
         if not rows:
             return
-        packed = np.empty((rows, self._width), np.uint8)
-        at = 0
-        for column, values in zip(self._columns, columns, strict=True):
-            flat = np.ascontiguousarray(values, column.dtype).reshape(rows, -1).view(np.uint8)
-            packed[:, at : at + column.bytes] = flat
-            at += column.bytes
+        packed = self._packing.packed(columns)
         self.rows += rows
         self._held.append(packed)
         self._held_bytes += packed.nbytes
@@ -126,11 +101,11 @@ class TableWriter:
         parts: list[IO[bytes] | None] = [*self._parts] or [None]
         for part in parts:
             if part is None:
-                packed = np.concatenate(self._held) if self._held else np.zeros((0, self._width), np.uint8)
+                packed = np.concatenate(self._held) if self._held else np.zeros((0, self._packing.width), np.uint8)
                 self._held = []
             else:
                 part.seek(0)
-                packed = np.frombuffer(part.read(), np.uint8).reshape(-1, self._width)
+                packed = np.frombuffer(part.read(), np.uint8).reshape(-1, self._packing.width)
             hashes = mixed(packed[:, :8].copy().view(np.int64).ravel())
             order = np.argsort(hashes)
             hashes = hashes[order]

@@ -91,15 +91,28 @@ def test_changes_give_the_scores_of_each_day_and_the_tables_of_an_export_made_an
     assert versions.update(scorer) is None
     for _ in range(changes):
         days.publish("delta")
-        scorer = versions.update(scorer)
+        before, scorer = scorer, versions.update(scorer)
         assert scorer is not None and versions.update(scorer) is None
+        assert scorer.folders == [tmp_path / "export", *sorted((tmp_path / "versions").glob("*.changes"))]
         np.testing.assert_allclose(scorer(ROWS), days.scores[-1], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(before(ROWS), days.scores[-2], rtol=0, atol=1e-6)
     assert np.abs(days.scores[-1] - days.scores[0]).max() > 0.01  # or nothing has been shown
     export(process, tmp_path, "anew")
-    assert digest(scorer.folder) == digest(tmp_path / "anew") != digest(tmp_path / "export")
-    assert Scorer.load(scorer.folder, check=True)(ROWS).tolist() == Scorer.load(tmp_path / "anew")(ROWS).tolist()
-    assert len(list((tmp_path / "versions").glob("2026*"))) <= 3
-    went_back_and_on_again(days, versions, scorer)
+    anew = Scorer.load(tmp_path / "anew")
+    assert scorer(ROWS).tolist() == anew(ROWS).tolist()
+    again = days.versions().begin()  # a server that starts now
+    assert again.version == scorer.version and again(ROWS).tolist() == scorer(ROWS).tolist()
+    merged_is_an_export_made_anew(days._last, again, tmp_path)
+    went_back_and_on_again(days, days.versions(), scorer)
+
+
+def merged_is_an_export_made_anew(versions: Versions, scorer: Scorer, folder: Path) -> None:
+    versions.merge(scorer)
+    whole = versions.update(scorer)
+    assert whole is not None and whole.version == scorer.version and versions.update(whole) is None
+    assert len(whole.folders) == 1 and whole.changed == 0 < scorer.changed
+    assert digest(whole.folder) == digest(folder / "anew") != digest(folder / "export")
+    assert Scorer.load(whole.folder, check=True)(ROWS).tolist() == scorer(ROWS).tolist()
 
 
 def went_back_and_on_again(days: Days, versions: Versions, scorer: Scorer) -> None:
@@ -188,7 +201,7 @@ def test_half_a_version_is_removed_by_the_next_start(two_days):
     assert not half.exists() and scorer.version.startswith("2026-01-01")
     newer = versions.update(scorer)
     assert newer is not None
-    table = next(newer.folder.glob("tables/*/*.values.npy"))
+    table = next(newer.folder.glob("tables/*/rows.npy"))
     table.write_bytes(table.read_bytes()[:-1])
     assert two_days.versions().begin().version == scorer.version  # the damaged one is made again
     again = versions.update(scorer)
@@ -239,6 +252,67 @@ def test_a_server_changes_its_model_between_answers(two_days):
     assert said == [f"serving {two_days.versions().begin().version}"]
 
 
+def test_applying_changes_costs_what_they_hold(two_days):
+    versions = two_days.versions()
+    scorer = versions.update(versions.begin())
+    published = two_days.folder / "run" / "published" / "2026-01-02" / "rows"
+    held = len(pq.read_table(published, columns=["id"], partitioning=None))
+    written = sum(len(np.load(path)) for path in scorer.folder.glob("tables/*/rows.npy"))
+    assert scorer.changed == written == held < scorer.rows  # and no row of the export, nor an index of it
+    assert {path.name for path in scorer.folder.glob("tables/*/*")} == {"rows.npy", "gone.npy"}
+
+
+@pytest.mark.slow
+def test_many_changes_are_merged_beside_the_next_update(process, tmp_path):
+    days = Days(process, tmp_path, model="lr")
+    days.publish("full")
+    export(process, tmp_path)
+    versions = days.versions()
+    scorer = versions.begin()
+    days.publish("delta")
+    scorer = versions.update(scorer)
+    assert versions.merge_due(scorer) == (scorer.changed > 0.25 * scorer.rows)
+    versions._merge_share = 1e-9
+    assert versions.merge_due(scorer) and not versions.merge_due(versions.base)
+    days.publish("delta")
+    newer = versions.update(scorer)
+    versions.merge(scorer)
+    merged = versions.update(newer)
+    assert merged is not None and len(merged.folders) == 2 and merged.version == newer.version
+    assert merged(ROWS).tolist() == newer(ROWS).tolist()
+    days.publish("delta")
+    versions.update(merged)
+    left = {path.name[:10] for path in (tmp_path / "versions").iterdir() if path.is_dir()}
+    assert left == {"2026-01-02", "2026-01-03", "2026-01-04"}
+
+
+def test_an_update_that_fails_again_and_again_appends_its_rows_once(two_days, monkeypatch):
+    versions = two_days.versions()
+    scorer = versions.begin()
+
+    def refuse(other: Scorer) -> None:
+        raise ExportError("no")
+
+    with monkeypatch.context() as change:
+        change.setattr(versions, "_check", refuse)
+        for _ in range(3):
+            with pytest.raises(ExportError, match="no"):
+                versions.update(scorer)
+    newer = versions.update(scorer)
+    for table in newer.description.tables:
+        changed = newer.table(table.name)
+        assert len(changed._rows) == len(np.load(newer.folder / table.folder / "rows.npy"))
+
+
+def test_changes_alone_are_no_export(two_days):
+    versions = two_days.versions()
+    newer = versions.update(versions.begin())
+    with pytest.raises(ExportError, match="holds changes of an export, which a server lays over it; expected one"):
+        Scorer(newer.folder)
+    with pytest.raises(ExportError, match="holds no changes that follow 2026-01-02"):
+        newer.with_changes(newer.folder)
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -254,21 +328,47 @@ def kill(event, arguments):
 follower = versions.Versions(folder / "export", str(folder / "run" / "published"), folder / "versions")
 scorer = follower.begin()
 sys.addaudithook(kill)
-follower.update(scorer)
+newer = follower.update(scorer)
+if len(sys.argv) > 3:
+    seen, moment = 0, int(sys.argv[3])
+    follower.merge(newer)
 """
+
+
+def killed(days: Days, *moments: int) -> bool:
+    """Run a server's update, and with two moments a merge, and kill it when it opens its n-th file. Returns whether it
+    came to the end."""
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    command = [sys.executable, "-c", KILLED, str(days.folder), *map(str, moments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode in (-signal.SIGKILL, 0), done.stderr
+    return done.returncode == 0
+
+
+def whole_at_the_next_start(days: Days, day: int) -> None:
+    versions = days.versions()
+    scorer = versions.begin()
+    assert scorer.version.startswith(f"2026-01-0{day + 1}")
+    np.testing.assert_allclose(scorer(ROWS), days.scores[day], rtol=0, atol=1e-6)
+    assert not list((days.folder / "versions").glob(".partial-*"))
+    versions.close()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kill_9_while_changes_are_applied_leaves_a_whole_model(two_days):
-    for moment in (1, 2, 4, 9, 15, 25, 40):
-        environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
-        command = [sys.executable, "-c", KILLED, str(two_days.folder), str(moment)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode in (-signal.SIGKILL, 0), done.stderr
-        versions = two_days.versions()
-        scorer = versions.begin()
-        versions.close()
-        day = 0 if scorer.version.startswith("2026-01-01") else 1
-        assert day == (done.returncode == 0)
-        np.testing.assert_allclose(scorer(ROWS), two_days.scores[day], rtol=0, atol=1e-6)
+    for moment in (1, 2, 4, 9, 15):
+        assert not killed(two_days, moment)
+        whole_at_the_next_start(two_days, 0)
+    assert killed(two_days, 1000)
+    whole_at_the_next_start(two_days, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kill_9_while_changes_are_merged_leaves_a_whole_model(two_days):
+    for moment in (1, 3, 9, 20, 35):
+        assert not killed(two_days, 1000, moment)
+        whole_at_the_next_start(two_days, 1)
+    assert killed(two_days, 1000, 1000)
+    whole_at_the_next_start(two_days, 1)
