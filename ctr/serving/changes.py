@@ -22,7 +22,15 @@ from tessera.ctr.serving.errors import ExportError
 from tessera.ctr.serving.files import SealedWriter
 from tessera.ctr.serving.model_files import TablePlan
 from tessera.ctr.serving.saved_models import SavedModel, is_in
-from tessera.ctr.serving.table_files import PART_ROWS, Packing, TableFiles, columns_of, floats, opened
+from tessera.ctr.serving.table_files import (
+    PART_ROWS,
+    Packing,
+    TableFiles,
+    columns_of,
+    floats,
+    opened,
+    read_here_and_there,
+)
 from tessera.ctr.serving.table_writer import folder_of, write_array, write_header
 
 ROWS, GONE = "rows.npy", "gone.npy"
@@ -70,7 +78,9 @@ class AppendedRows:
             first = self._places[name]
             if not self._rows:
                 return first, np.zeros((0, self._width), np.uint8)
-            return first, np.memmap(self._file, np.uint8, "r", shape=(self._rows, self._width))
+            rows = np.memmap(self._file, np.uint8, "r", shape=(self._rows, self._width))
+            read_here_and_there(rows)
+            return first, rows
 
 
 class ChangedTable:
@@ -135,7 +145,7 @@ class ChangedTable:
     def with_changes(self, folder: str) -> ChangedTable:
         """Return the table after the changes in a folder; this one stays as it is. Raises ExportError: they are none,
         or of another table."""
-        packed, gone = (opened(f"{folder}/{self.table.folder}/{name}") for name in (ROWS, GONE))
+        packed, gone = (opened(f"{folder}/{self.table.folder}/{name}", in_order=True) for name in (ROWS, GONE))
         if packed.ndim != 2 or packed.dtype != np.uint8 or packed.shape[1] != self._packing.width:
             raise ExportError(f"{folder}/{self.table.folder} holds other rows than the export")
         written = self._packing.unpacked(packed, 0, 1)[0]
@@ -144,10 +154,10 @@ class ChangedTable:
         places = np.full(len(ids), WITHOUT, np.int64)
         places[: len(written)] = first + np.arange(len(written))
         order = np.argsort(ids)
-        ids, places = ids[order], places[order]
-        if (ids[1:] == ids[:-1]).any():
+        index = _over(self._ids, self._places, ids[order], places[order])
+        if (index[0][1:] == index[0][:-1]).any():
             raise ExportError(f"{folder}/{self.table.folder} holds an id twice")
-        return ChangedTable(self._base, self._appended, rows, *_over(self._ids, self._places, ids, places))
+        return ChangedTable(self._base, self._appended, rows, *index)
 
 
 def _over(

@@ -70,9 +70,8 @@ class Scorer:
         self._numeric, self._ids = list(schema.numeric_names), list(schema.id_names)
         self._embeddings = Embeddings(str(self.folder), description, self._ids, weighted=schema.weighted)
         has_weights = WEIGHTS in self.manifest["files"]
-        self._tower = graph._tower if graph and has_weights else load_tower(self.folder / TOWER)
-        if has_weights:
-            self._tower = reweighted(self._tower, self.folder)
+        tower: Any = graph._tower if graph and has_weights else load_tower(self.folder / TOWER)
+        self._tower: Any = reweighted(tower, self.folder) if has_weights else tower
 
     @classmethod
     def load(cls, folder: str | Path, *, check: bool = False) -> Scorer:

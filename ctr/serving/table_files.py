@@ -11,8 +11,10 @@ A static table has no index: its row is mix64(id) modulo its rows.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,13 +87,31 @@ def mixed(ids: np.ndarray) -> np.ndarray:
     return mix64(torch.from_numpy(np.array(ids, np.int64))).numpy().view(np.uint64)
 
 
-def opened(path: str) -> np.ndarray:
-    """Memory-map a .npy file; nothing of it is read yet. Raises ExportError: it is none."""
+def opened(path: str, *, in_order: bool = False) -> np.ndarray:
+    """Memory-map a .npy file; nothing of it is read yet. in_order: it will be read from its begin to its end, and not
+    here and there.
+
+    Raises ExportError: it is none.
+    """
     try:
         header = np.load(path, mmap_mode="r", allow_pickle=False)
-        return header if header.size else np.load(path, allow_pickle=False)
+        if not header.size:
+            return np.load(path, allow_pickle=False)
+        if not in_order:
+            read_here_and_there(header)
+        return header
     except (OSError, ValueError) as error:
         raise ExportError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def read_here_and_there(mapped: np.ndarray) -> None:
+    """Tell the kernel that rows are read in no order: it then reads the page of a row from the disk and not 32 pages
+    around it, of which a look-up by hash has no use and which would take the memory of pages that are."""
+    base: Any = mapped
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = base.base
+    if base is not None and hasattr(mmap, "MADV_RANDOM"):
+        base.madvise(mmap.MADV_RANDOM)
 
 
 class TableFiles:
@@ -149,7 +169,8 @@ class TableFiles:
 
     def parts(self) -> Iterator[list[np.ndarray]]:
         """Yield all rows of a dynamic table, some at a time, as they lie: ids, then values and scales of each group."""
-        arrays = [opened(f"{self._folder}/{one.path}") for one in columns_of(self.table.folder, self.table.groups)]
+        columns = columns_of(self.table.folder, self.table.groups)
+        arrays = [opened(f"{self._folder}/{column.path}", in_order=True) for column in columns]
         for begin in range(0, self.table.rows, PART_ROWS):
             yield [np.asarray(array[begin : begin + PART_ROWS]) for array in arrays]
 

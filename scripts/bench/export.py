@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -88,10 +89,20 @@ def bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def resident() -> float:
-    """MB of this process in memory, with what it shares."""
-    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
+def resident() -> tuple[float, float]:
+    """MB of this process in memory: its own, and pages of files, which processes share and the kernel takes back."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    own, files = (int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))
+    return own, files
+
+
+def leave_cache(folder: Path) -> None:
+    """Have no file of a folder in the kernel's cache of pages."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 SCORER = """
@@ -110,10 +121,12 @@ tables = time.perf_counter() - begun
 before = resident()
 scorer(rows_of(known // 100, 0, known))
 touched = resident()
+own, files = (after - first for after, first in zip(touched, before))
 table = rows_of(min(known, 200_000), 0, known)
 begun = time.perf_counter(); scorer(table); seconds = time.perf_counter() - begun
 print(f"opening: tables {tables * 1e3:.1f} ms, all with the graph {load * 1e3:.0f} ms")
-print(f"resident: {before:.0f} MB before, {touched:.0f} MB when 1 % of the rows were looked up")
+print(f"resident: {before[0]:.0f} MB own and {before[1]:.0f} MB of files; looking 1 % of the rows up adds "
+      f"{own:.0f} MB own and {files:.0f} MB of files, which were {sys.argv[3]}")
 print(f"scorer: {table.num_rows / seconds:,.0f} rows/s, Arrow to probabilities, 2 threads")
 """
 
@@ -186,7 +199,10 @@ def main() -> None:
         say(f"export: {exported.rows:,} rows in {exported.seconds:.1f} s, {sizes}")
         say(f"golden rows: {exported.difference:.1e} from evaluation")
         known = options.rows // IDS
-        subprocess.run([sys.executable, "-c", SCORER, str(folder / "export"), str(known)], check=True)
+        for kept in ("in the kernel's cache", "on the disk"):
+            if kept == "on the disk":
+                leave_cache(folder / "export")
+            subprocess.run([sys.executable, "-c", SCORER, str(folder / "export"), str(known), kept], check=True)
         if options.serve_seconds:
             measure_server(folder / "export", known, options.serve_seconds)
     dist.destroy_process_group()
