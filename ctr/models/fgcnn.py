@@ -51,7 +51,8 @@ class FGCNN(Tower):
         generated = tuple(f"generated_{number}" for number in range(self.generate.count))
         everything = replace(fields, ids=fields.ids + generated)
         self.classifier = instantiate(classifier, "model.classifier", everything, embedding_dim=embedding_dim)
-        if self.classifier.embedding_dims.get("v") != embedding_dim or "generation" in self.classifier.embedding_dims:
+        dims = self.classifier.embedding_dims
+        if dims.get("v") != embedding_dim or not {"v", "w"}.issuperset(dims):
             raise ConfigError(
                 f"model.classifier.target is {classifier['target']}; expected a model that reads one group of vectors"
             )

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("name", ["3", "null", "true", "1.5", "2024"])
 def test_the_name_of_a_yaml_is_text_whatever_it_looks_like(tmp_path, name):
-    with pytest.raises(ConfigError, match=f"no model '{name}'; there are autoint, "):
+    with pytest.raises(ConfigError, match=f"no model '{name}'; there are afn, "):
         load_config([f"model={name}"], "")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / f"{name}.yaml").write_text("target: tessera.ctr.models.dnn.DNN\nname: mine\n")

@@ -117,6 +117,96 @@ def dlrm(t, x, emb):
     return mlp(t.mlp, torch.cat(parts, 1))[:, 0]
 
 
+def layer_normed(a: Tensor, scale=1.0, shift=0.0) -> Tensor:
+    mean = a.mean(-1, keepdim=True)
+    return (a - mean) / torch.sqrt(((a - mean) ** 2).mean(-1, keepdim=True) + 1e-5) * scale + shift
+
+
+def mask_net(t, x, emb):
+    e = vectors(t.embed, x, emb["v"])
+    flat, state = side_by_side(t.embed, x, e), e
+    if not isinstance(t.norm, torch.nn.Identity):
+        state = [layer_normed(a, t.norm.scale[f], t.norm.shift[f]) for f, a in enumerate(e)]
+    state = side_by_side(t.embed, x, state)
+    outputs = []
+    for block in t.blocks:
+        a = (mlp(block.mask, flat) * state) @ block.weight.weight.t()
+        if not isinstance(block.norm, torch.nn.Identity):
+            a = layer_normed(a, block.norm.weight, block.norm.bias)
+        outputs.append(a.clamp(min=0))
+        state = outputs[-1] if t.serial else state
+    return mlp(t.mlp, state if t.serial else torch.cat(outputs, 1))[:, 0]
+
+
+def wukong(t, x, emb):
+    state = vectors(t.embed, x, emb["v"])
+    for layer in t.layers:
+        n, rank = layer.project.shape
+        products = [
+            sum(dot(state[i], state[j]) * layer.project[j, k] for j in range(n))[:, None]
+            for i in range(n)
+            for k in range(rank)
+        ]
+        a = layer_normed(torch.cat(products, 1), layer.fm_norm.weight, layer.fm_norm.bias)
+        made = list(mlp(layer.fm_mlp, a).clamp(min=0).split(layer.dim, 1))
+        if layer.compress is not None:
+            made += [sum(w * one for w, one in zip(row, state, strict=True)) for row in layer.compress.weight]
+        if isinstance(layer.residual, torch.nn.Identity):
+            rest = state
+        else:
+            rest = [
+                sum(w * one for w, one in zip(row, state, strict=True)) + bias
+                for row, bias in zip(layer.residual.weight, layer.residual.bias, strict=True)
+            ]
+        norm = layer.norm
+        state = [layer_normed(a + b, norm.weight, norm.bias) for a, b in zip(made, rest, strict=True)]
+    return mlp(t.mlp, side_by_side(t.embed, x, state))[:, 0]
+
+
+def fibinet(t, x, emb):
+    e = vectors(t.embed, x, emb["v"])
+    weights = mlp(t.weigh, torch.stack([a.mean(1) for a in e], 1))
+    weighed = [a * weights[:, f : f + 1] for f, a in enumerate(e)]
+    parts = []
+    for products, fields in ((t.plain, e), (t.weighed, weighed)):
+        for number, (i, j) in enumerate(ordered_pairs(fields)):
+            matrix = products.weight[{"all": 0, "each": i, "interaction": number}[products.kind]]
+            parts.append((fields[i] @ matrix) * fields[j])
+    return first_order(t.first_order, x, emb["w"]) + mlp(t.mlp, side_by_side(t.embed, x, parts))[:, 0]
+
+
+def afn(t, x, emb):
+    e = vectors(t.embed, x, emb["v"])
+    logs = normed(t.log_norm, torch.stack([torch.log(torch.clamp(torch.abs(a), min=1e-5)) for a in e], 1))
+    products = [torch.exp(sum(order * logs[:, i] for i, order in enumerate(orders))) for orders in t.orders.weight]
+    products = normed(t.exp_norm, torch.stack(products, 1))
+    logit = mlp(t.mlp, side_by_side(t.embed, x, list(products.unbind(1))))
+    if not t.is_plus:
+        return logit[:, 0]
+    deep = mlp(t.deep, side_by_side(t.embed, x, vectors(t.deep_embed, x, emb["deep"])))
+    return logit[:, 0] * t.join.weight[0, 0] + deep[:, 0] * t.join.weight[0, 1] + t.join.bias
+
+
+def rank_mixer(t, x, emb):
+    flat = flat_of(t, x, emb)
+    state = []
+    for token in range(t.tokens):
+        part = flat[:, token * t.part : (token + 1) * t.part]
+        state.append(part @ t.tokenise.weight[token, : part.shape[1]] + t.tokenise.bias[token, 0])
+    for layer in t.layers:
+        size = state[0].shape[1] // t.tokens
+        mixed = [torch.cat([one[:, head * size : (head + 1) * size] for one in state], 1) for head in range(t.tokens)]
+        norm = layer.mix_norm
+        s = [layer_normed(a + b, norm.weight, norm.bias) for a, b in zip(mixed, state, strict=True)]
+        state = []
+        for token, one in enumerate(s):
+            wide = one @ layer.widen.weight[token] + layer.widen.bias[token]
+            wide = wide * 0.5 * (1 + torch.erf(wide / 2**0.5))
+            narrow = wide @ layer.narrow.weight[token] + layer.narrow.bias[token]
+            state.append(layer_normed(narrow + one, layer.norm.weight, layer.norm.bias))
+    return mlp(t.mlp, sum(state) / t.tokens)[:, 0]
+
+
 # In place, so that FGCNN's slow version finds them, too.
 BY_CLASS |= {
     "DCN": dcn,
@@ -125,4 +215,9 @@ BY_CLASS |= {
     "FmFM": fmfm,
     "EDCN": edcn,
     "DLRM": dlrm,
+    "MaskNet": mask_net,
+    "Wukong": wukong,
+    "FiBiNET": fibinet,
+    "AFN": afn,
+    "RankMixer": rank_mixer,
 }

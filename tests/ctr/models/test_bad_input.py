@@ -40,6 +40,11 @@ CROSSING = [
     "fmfm",
     "fwfm",
     "gdcn",
+    "wukong",
+    "fibinet",
+    "afn",
+    "afn_plus",
+    "rank_mixer",
 ]
 
 
@@ -55,7 +60,7 @@ def test_raw_values_are_not_fields(model):
     )
 
 
-@pytest.mark.parametrize("model", ["lr", "dnn", "wide_deep", "final_mlp"])
+@pytest.mark.parametrize("model", ["lr", "dnn", "wide_deep", "final_mlp", "mask_net"])
 def test_models_that_need_no_pair(model):
     config = load_config([f"model={model}", ONE, "data.schema.time=null"], "")
     build_tower(config, Schema(config.data.schema))
@@ -73,6 +78,10 @@ def test_models_that_need_no_pair(model):
             "model.classifier.target is tessera.ctr.models.lr.LR; expected a model that reads one group of vectors",
         ),
         (
+            ["model=fgcnn", "model.kernel=1", "model@model.classifier=afn_plus"],
+            "model.classifier.target is tessera.ctr.models.afn.AFN; expected a model that reads one group of vectors",
+        ),
+        (
             ["model=fgcnn", "model.kernel=1", "+model.classifier.hiden=[3]"],
             "model.classifier.hiden is not a key of IPNN; did you mean model.classifier.hidden?",
         ),
@@ -86,6 +95,11 @@ def test_models_that_need_no_pair(model):
         (["model=xdeepfm", "model.maps=[]"], "model.maps is empty"),
         (["model=final_mlp", "model.heads=7"], "model.heads is 7; expected a divisor of the last widths"),
         (["model=final_mlp", "model.gate1_fields=[c]"], "model.gate1_fields names 'c', which is no embedded field"),
+        (["model=fwfm", "model.linear_part=LV"], "model.linear_part is 'LV'; expected FiLV, FeLV, LW"),
+        (["model=edcn", "model.bridge=attention"], "model.bridge is 'attention'; expected product, sum, concat"),
+        (["model=mask_net", "model.hidden=[]"], "model.hidden is empty; expected the width of each block"),
+        (["model=fibinet", "model.bilinear=pair"], "model.bilinear is 'pair'; expected all, each, interaction"),
+        (["model=rank_mixer", "model.tokens=7"], "model.tokens is 7; expected a divisor of model.width, 128"),
         (["model=dnn", "model.dropout=1"], "model.dropout is 1; expected 0 or more and less than 1"),
         (["model=dnn", "model.embedding_dim=0"], "model.embedding_dim is 0; expected at least 1"),
         (["model=dnn", "+model.hiden=[3]"], "model.hiden is not a key of DNN; did you mean model.hidden?"),

@@ -156,21 +156,8 @@ def test_settings_of_gnolr_that_cannot_be_are_refused(changes, line):
 
 
 QUICK = ("dnn", "fgcnn", "deepfm")
-HAVE_HEADS = [
-    "autoint",
-    "autoint_plus",
-    "dcn",
-    "dcn_v2",
-    "dlrm",
-    "dnn",
-    "edcn",
-    "fgcnn",
-    "gdcn",
-    "ipnn",
-    "kpnn",
-    "opnn",
-    "pin",
-]
+HAVE_HEADS = ["autoint", "autoint_plus", "dcn", "dcn_v2", "dlrm", "dnn", "edcn", "fgcnn", "gdcn", "ipnn", "kpnn"]
+HAVE_HEADS += ["mask_net", "opnn", "pin", "rank_mixer", "wukong"]
 
 
 @pytest.mark.parametrize(
