@@ -155,7 +155,8 @@ class OptimizerConfig:
 class EarlyStopConfig:
     metric: str = setting(
         "auc",
-        "auc | logloss, on the valid split; the best model by it is kept. Of several labels buy.auc is that of one, "
+        "auc | logloss | auc-logloss (their difference), on the valid split; the best model by it is kept. Of several "
+        "labels buy.auc is that of one, "
         "and auc the mean over all",
     )
     patience: int | None = setting(None, "stop after this many evaluations without a new best; null: never", at_least=1)

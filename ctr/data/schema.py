@@ -22,7 +22,7 @@ KINDS = ("numeric", "id", "ids", "sequence")
 DTYPES = ("int", "hex", "string", "float")
 POOLINGS = ("mean", "sum", "none")
 LARGEST = 1e18  # of numbers that models read and of weights; the square of a larger one overflows float32
-TRANSFORMS = ("none", "log1p", "log2_square", "standardise", "min_max", "bucketise")
+TRANSFORMS = ("none", "log1p", "log2_square", "log2_square_floor", "standardise", "min_max", "bucketise")
 
 
 @dataclass
@@ -46,8 +46,9 @@ class FeatureConfig:
     # categorical null: this id; None gives an empty bag, and takes an event out of all aligned sequences
     missing_id: int | None = None
     indicator: bool = False  # numeric: one more numeric column <name>_missing, 1 where the value was null
-    # none | log1p: sign(x) ln(1+|x|) | log2_square: ln(x)^2 where x > 2 (natural) | standardise: (x-mean)/std
-    # | min_max: (x-min)/(max-min) | bucketise: the number of boundaries <= x, as a categorical id
+    # none | log1p: sign(x) ln(1+|x|) | log2_square: ln(x)^2 where x > 2 (natural) | log2_square_floor: its whole part
+    # where x > 2 | standardise: (x-mean)/std | min_max: (x-min)/(max-min)
+    # | bucketise: the number of boundaries <= x, as a categorical id
     transform: str = "none"
     mean: float = 0.0  # transform standardise: subtracted from the value
     std: float = 1.0  # transform standardise: divides it then

@@ -11,9 +11,10 @@ def transform(feature: Feature, x: np.ndarray) -> np.ndarray:
     """Transform numbers [n] to numbers [n]. A value that is not finite gives one that is not finite."""
     if feature.transform == "log1p":
         return np.copysign(np.log1p(np.abs(x)), x)
-    if feature.transform == "log2_square":
+    if feature.transform in ("log2_square", "log2_square_floor"):
         large = x > 2
-        return np.where(large, np.square(np.log(np.where(large, x, 1))), x)
+        squares = np.square(np.log(np.where(large, x, 1)))
+        return np.where(large, np.floor(squares) if feature.transform.endswith("floor") else squares, x)
     if feature.transform == "standardise":
         return (x - feature.mean) / feature.std
     if feature.transform == "min_max":

@@ -9,17 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.ctr.models.dropout import Dropout
-from tessera.ctr.models.layers import MLP, FieldEmbedding, in_pieces, linear, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, FirstOrder, in_pieces, linear, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
 FORMS = ("paper", "code")
+NORMS = ("none", "before_relu", "after_relu")
 
 
 class AutoInt(Tower):
     """y = sigmoid(w^T concat_m(out_m) + b), out by a stack of interacting layers over the fields   (section 4)
 
-    AutoInt+ adds the logit of an MLP on the concatenated embeddings: `hidden` not empty.
+    AutoInt+ adds the logit of an MLP on the concatenated embeddings: `hidden` not empty. `wide` adds w0 + <w, x>, for
+    one label.
     """
 
     has_heads = True
@@ -33,25 +35,32 @@ class AutoInt(Tower):
         attention_dim: int,
         form: str,
         *,
-        residual: bool,
+        residual: bool | str,
         attention_dropout: float,
         hidden: Sequence[int],
         dropout: float,
         batch_norm: bool,
+        scale: bool | None = None,
+        layer_norm: str | None = None,
+        wide: bool = False,
     ) -> None:
         super().__init__()
-        if form not in FORMS:
-            raise ConfigError(f"model.form is {form!r}; expected {' or '.join(FORMS)}")
-        if layers < 1:
-            raise ConfigError(f"model.layers is {layers}; expected at least 1 interacting layer")
-        if heads < 1 or attention_dim % heads:
-            raise ConfigError(f"model.heads is {heads}; expected a divisor of model.attention_dim, {attention_dim}")
+        _check(layers, heads, attention_dim, form, residual=residual, layer_norm=layer_norm)
         self.embedding_dims = {"v": embedding_dim}
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("AutoInt", self.embed.count)
         widths = [embedding_dim] + [attention_dim] * (layers - 1)
         self.interact = nn.ModuleList(
-            InteractingLayer(width, attention_dim, heads, form, residual=residual, dropout=attention_dropout)
+            InteractingLayer(
+                width,
+                attention_dim,
+                heads,
+                form,
+                residual=residual,
+                dropout=attention_dropout,
+                scale=scale,
+                layer_norm=layer_norm,
+            )
             for width in widths
         )
         raw = self.embed.inputs - self.embed.count * embedding_dim
@@ -59,6 +68,9 @@ class AutoInt(Tower):
         self.mlp = (
             MLP(self.embed.inputs, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs) if hidden else None
         )
+        self.first_order = FirstOrder(fields) if wide else None
+        if wide:
+            self.embedding_dims["w"], self.has_heads = 1, False
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])
@@ -68,7 +80,8 @@ class AutoInt(Tower):
         logit = self.output(self.embed.flat(numeric_bn, mixed_bfa))
         if self.mlp is not None:
             logit = logit + self.mlp(self.embed.flat(numeric_bn, emb_bfd))
-        return logit.squeeze(1)
+        logit = logit.squeeze(1)
+        return logit if self.first_order is None else logit + self.first_order(numeric_bn, embeddings["w"])
 
     def _interacted(self, emb_bfd: Tensor, keys: Tensor | None = None) -> Tensor:
         for layer in self.interact:
@@ -81,16 +94,36 @@ class InteractingLayer(nn.Module):
 
     form paper: Q, K, V and residual are bare matrices, scores are not scaled.
     form code:  each is linear, bias, ReLU; scores are divided by sqrt(width of a head); layer norm after the ReLU.
+
+    `scale` and `layer_norm`, where they are set, say otherwise than the form. residual identity: the input itself where
+    its width is the layer's, as in much public code; else, and true, a projection of it.
     """
 
-    def __init__(self, inputs: int, width: int, heads: int, form: str, *, residual: bool, dropout: float) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        heads: int,
+        form: str,
+        *,
+        residual: bool | str,
+        dropout: float,
+        scale: bool | None = None,
+        layer_norm: str | None = None,
+    ) -> None:
         super().__init__()
         self.heads, self.code = heads, form == "code"
         self.dropout = Dropout(dropout, "model.attention_dropout")
-        self.scale = (width // heads) ** -0.5 if self.code else 1.0
+        self.scale = (width // heads) ** -0.5 if (self.code if scale is None else scale) else 1.0
+        self.keeps = residual == "identity" and inputs == width
         # Query, key, value and residual in one product.
-        self.project = nn.Linear(inputs, (4 if residual else 3) * width, bias=self.code)
-        self.norm = nn.LayerNorm(width, eps=1e-8) if self.code else nn.Identity()
+        projects = bool(residual) and not self.keeps
+        self.project = nn.Linear(inputs, (4 if projects else 3) * width, bias=self.code)
+        if layer_norm is None:
+            layer_norm = "after_relu" if self.code else "none"
+        self.norm_first = layer_norm == "before_relu"
+        eps = 1e-5 if self.norm_first else 1e-8
+        self.norm = nn.Identity() if layer_norm == "none" else nn.LayerNorm(width, eps=eps)
         for part in self.project.weight.split(width):
             nn.init.xavier_normal_(part)
         if self.code:
@@ -106,7 +139,9 @@ class InteractingLayer(nn.Module):
         # The fused kernel of a GPU draws masks of its own.
         fused = emb_bfd.is_cuda and not drops
         mixed = self._attend_fused(projected) if fused else self._attend_by_head(projected, keys)
-        return self.norm(mixed.relu())
+        if self.keeps:
+            mixed = mixed + emb_bfd
+        return self.norm(mixed).relu() if self.norm_first else self.norm(mixed.relu())
 
     def _attend_fused(self, projected: Tensor) -> Tensor:
         query, key, value, *residual = projected.split(self.width, 2)
@@ -127,3 +162,17 @@ class InteractingLayer(nn.Module):
             else:
                 mixed.append(torch.bmm(attention, value[head]))
         return torch.cat(mixed, 2)
+
+
+def _check(layers: int, heads: int, width: int, form: str, *, residual: bool | str, layer_norm: str | None) -> None:
+    """Raise ConfigError for settings that cannot be."""
+    if form not in FORMS:
+        raise ConfigError(f"model.form is {form!r}; expected {' or '.join(FORMS)}")
+    if layers < 1:
+        raise ConfigError(f"model.layers is {layers}; expected at least 1 interacting layer")
+    if heads < 1 or width % heads:
+        raise ConfigError(f"model.heads is {heads}; expected a divisor of model.attention_dim, {width}")
+    if not isinstance(residual, bool) and residual != "identity":
+        raise ConfigError(f"model.residual is {residual!r}; expected true, false or identity")
+    if layer_norm is not None and layer_norm not in NORMS:
+        raise ConfigError(f"model.layer_norm is {layer_norm!r}; expected null, {', '.join(NORMS)}")

@@ -16,6 +16,8 @@ from tessera.ctr.models.layers import FieldEmbedding, linear, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
+PADDINGS = ("end", "both")
+
 
 class FGCNN(Tower):
     """New fields, generated from embeddings of their own, join the raw ones in any other model   (section 3)
@@ -40,13 +42,22 @@ class FGCNN(Tower):
         *,
         conv_batch_norm: bool,
         classifier: dict[str, Any],
+        pool_padding: str = "end",
     ) -> None:
         super().__init__()
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("FGCNN", self.embed.count)
         _check(channels, kernel, pool, recombined, self.embed.count)
+        pad_both = _pads_both(pool_padding, pool, len(channels), self.embed.count)
         self.generate = Generation(
-            self.embed.count, embedding_dim, channels, kernel, pool, recombined, batch_norm=conv_batch_norm
+            self.embed.count,
+            embedding_dim,
+            channels,
+            kernel,
+            pool,
+            recombined,
+            batch_norm=conv_batch_norm,
+            pad_both=pad_both,
         )
         generated = tuple(f"generated_{number}" for number in range(self.generate.count))
         everything = replace(fields, ids=fields.ids + generated)
@@ -82,16 +93,18 @@ class Generation(nn.Module):
         recombined: int,
         *,
         batch_norm: bool,
+        pad_both: bool = False,
     ) -> None:
+        """pad_both: where fields are left over, as many stand before the first and behind the last as padding."""
         super().__init__()
-        self.pool, self.dim, self.count = pool, dim, 0
+        self.pool, self.dim, self.count, self.pad_both = pool, dim, 0, pad_both
         self.convolutions, self.norms, self.recombinations = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         inputs, convolutions = 1, []
         for outputs in channels:
             convolutions.append(nn.Conv2d(inputs, outputs, (1, kernel), padding=(0, kernel // 2), bias=not batch_norm))
             self.convolutions.append(convolutions[-1])
             self.norms.append(BatchNorm(outputs) if batch_norm else nn.Identity())
-            fields = -(-fields // pool)
+            fields = pooled_fields(fields, pool, pad_both=pad_both)
             self.recombinations.append(linear(fields * dim * outputs, fields * dim * recombined))
             self.count += fields * recombined
             inputs = outputs
@@ -110,10 +123,34 @@ class Generation(nn.Module):
         for convolution, norm, recombine in zip(self.convolutions, self.norms, self.recombinations, strict=True):
             image_bcdf = norm(convolution(image_bcdf))
             # tanh rises, so that the maximum may be taken first; a last pool may hold fewer fields.
-            image_bcdf = torch.tanh(F.max_pool2d(image_bcdf, (1, self.pool), ceil_mode=True))
+            image_bcdf = torch.tanh(self._pooled(image_bcdf))
             generated = torch.tanh(recombine(image_bcdf.permute(0, 2, 3, 1).flatten(1)))
             new_fields.append(generated.unflatten(1, (-1, self.dim)))
         return torch.cat(new_fields, 1)
+
+    def _pooled(self, image_bcdf: Tensor) -> Tensor:
+        if self.pad_both:
+            return F.max_pool2d(image_bcdf, (1, self.pool), padding=(0, image_bcdf.shape[3] % self.pool))
+        return F.max_pool2d(image_bcdf, (1, self.pool), ceil_mode=True)
+
+
+def pooled_fields(fields: int, pool: int, *, pad_both: bool) -> int:
+    """Return how many fields pooling leaves."""
+    return (fields + 2 * (fields % pool)) // pool if pad_both else -(-fields // pool)
+
+
+def _pads_both(padding: str, pool: int, layers: int, fields: int) -> bool:
+    """Return whether pools are padded at both ends. Raises ConfigError where they cannot be so."""
+    if padding not in PADDINGS:
+        raise ConfigError(f"model.pool_padding is {padding!r}; expected {' or '.join(PADDINGS)}")
+    for _ in range(layers if padding == "both" else 0):
+        if 2 * (fields % pool) > pool:
+            raise ConfigError(
+                f"model.pool_padding is both and model.pool {pool}, and {fields} fields leave {fields % pool}, more "
+                "than half a pool; expected end, or pools of 2"
+            )
+        fields = pooled_fields(fields, pool, pad_both=True)
+    return padding == "both"
 
 
 def _check(channels: Sequence[int], kernel: int, pool: int, recombined: int, fields: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,16 +13,42 @@ from tessera.embedding.errors import ConfigError
 
 
 class ScaledVectors(nn.Module):
-    """One learned vector per numeric field, scaled by the field's value: e_i = v_i x_i (DeepFM 2, AutoInt 4.2)."""
+    """One learned vector per numeric field, scaled by the field's value: e_i = v_i x_i (DeepFM 2, AutoInt 4.2).
 
-    def __init__(self, fields: int, dim: int, init_std: float = 0.01) -> None:
+    init_std None is Xavier's for a layer of one input: sqrt(2 / (1 + dim)). l2: adds l2 v_i to the gradient in every
+    step, that of l2 / 2 times the sum of squares beside the mean loss of a batch.
+    """
+
+    def __init__(self, fields: int, dim: int, init_std: float | None = 0.01, l2: float = 0.0) -> None:
         super().__init__()
+        if init_std is not None and init_std < 0:
+            raise ConfigError(f"numeric.init_std is {init_std}; expected null or at least 0")
+        if l2 < 0:
+            raise ConfigError(f"numeric.l2 is {l2}; expected at least 0")
+        self.l2 = l2
         self.weight = nn.Parameter(torch.empty(fields, dim))
-        nn.init.normal_(self.weight, std=init_std)
+        nn.init.normal_(self.weight, std=math.sqrt(2 / (1 + dim)) if init_std is None else init_std)
 
     def forward(self, numeric_bn: Tensor) -> Tensor:
         """Map [B, n] float32 to [B, n, dim]."""
-        return numeric_bn.unsqueeze(2) * self.weight
+        weight = _Decayed.apply(self.weight, self.l2) if self.l2 and self.training else self.weight
+        return numeric_bn.unsqueeze(2) * weight
+
+
+class _Decayed(torch.autograd.Function):
+    """The weight as it is; its gradient has l2 times the weight on top, on every rank alike, of which data parallel
+    takes the mean."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, l2: float) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.l2 = l2
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return grad + ctx.l2 * weight, None
 
 
 class AutoDis(nn.Module):

@@ -9,7 +9,7 @@ from tessera.ctr.config import Config
 from tessera.ctr.data.config import schema_of
 from tessera.ctr.distil.teacher_logits import prepare
 from tessera.ctr.export.dry_run import check_export
-from tessera.ctr.metrics.tasks import names_of_metrics, scored_rows
+from tessera.ctr.metrics.tasks import names_of_metrics, scored_rows, steering_value
 from tessera.ctr.report.report import write_report
 from tessera.ctr.report.result import PREDICTIONS, begin_result, commit_result
 from tessera.ctr.runs.log import RunLog
@@ -113,7 +113,7 @@ class Trainer:
         began, progress.evaluated_step = time.perf_counter(), progress.step
         metrics = evaluate(engine.model, valid, self.process)
         name = self.config.trainer.early_stop.metric
-        value, best = metrics[name], progress.best
+        value, best = steering_value(metrics, name), progress.best
         better = value is not None and (best is None or (value > best if self.higher_is_better else value < best))
         self.log.evaluation(progress.step, "valid", metrics, is_best=better)
         if better:

@@ -104,6 +104,7 @@ def test_numbers_of_any_width_and_missing_values(tmp_path, type_):
     [
         ({"transform": "log1p"}, lambda x: math.copysign(math.log1p(abs(x)), x)),
         ({"transform": "log2_square"}, lambda x: math.log(x) ** 2 if x > 2 else x),
+        ({"transform": "log2_square_floor"}, lambda x: math.floor(math.log(x) ** 2) if x > 2 else x),
         ({"transform": "standardise", "mean": 3.0, "std": 2.0}, lambda x: (x - 3) / 2),
         ({"transform": "min_max", "min": -4.0, "max": 4.0}, lambda x: (x + 4) / 8),
     ],

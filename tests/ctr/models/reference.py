@@ -172,6 +172,7 @@ def autoint(t, x, emb):
     for layer in t.interact:
         state = _interacting(layer, state)
     logit = torch.cat(state + ([x] if t.embed.raw else []), 1) @ t.output.weight[0] + t.output.bias
+    logit = logit if t.first_order is None else logit + first_order(t.first_order, x, emb["w"])
     return logit if t.mlp is None else logit + dnn(t, x, emb)
 
 
@@ -188,16 +189,24 @@ def _interacting(layer, e: list[Tensor]) -> list[Tensor]:
         heads = []
         for h in range(layer.heads):
             cut = slice(h * size, (h + 1) * size)
-            psi = [dot(q[m][:, cut], k[n][:, cut]) / (math.sqrt(size) if layer.code else 1) for n in range(len(e))]
+            scaled = layer.scale != 1 or size == 1
+            psi = [dot(q[m][:, cut], k[n][:, cut]) / (math.sqrt(size) if scaled else 1) for n in range(len(e))]
             exp = [torch.exp(score) for score in psi]
             heads.append(sum(exp[n][:, None] / sum(exp)[:, None] * v[n][:, cut] for n in range(len(e))))
         total = torch.cat(heads, 1)
-        total = (total + residual[0][m] if residual else total).clamp(min=0)
-        if layer.code:
-            mean, variance = total.mean(1, keepdim=True), total.var(1, correction=0, keepdim=True)
-            total = (total - mean) / torch.sqrt(variance + 1e-8) * layer.norm.weight + layer.norm.bias
-        out.append(total)
+        rest = residual[0][m] if residual else e[m] if layer.keeps else 0.0
+        if isinstance(layer.norm, torch.nn.Identity):
+            out.append((total + rest).clamp(min=0))
+        elif layer.norm_first:
+            out.append(_layer_normed(layer.norm, total + rest, 1e-5).clamp(min=0))
+        else:
+            out.append(_layer_normed(layer.norm, (total + rest).clamp(min=0), 1e-8))
     return out
+
+
+def _layer_normed(norm, a: Tensor, eps: float) -> Tensor:
+    mean, variance = a.mean(1, keepdim=True), a.var(1, correction=0, keepdim=True)
+    return (a - mean) / torch.sqrt(variance + eps) * norm.weight + norm.bias
 
 
 def dcn_v2(t, x, emb):
@@ -257,7 +266,7 @@ def fgcnn(t, x, emb):
                 for c, m in enumerate(maps)
             ]
         maps = [torch.tanh(m) for m in maps]
-        maps = [torch.stack([part.max(1).values for part in m.split(generation.pool, 1)], 1) for m in maps]
+        maps = [_pooled(m, generation.pool, both=generation.pad_both) for m in maps]
         lying = torch.stack(
             [maps[c][:, h, d] for d in range(dim) for h in range(maps[0].shape[1]) for c in range(len(maps))], 1
         )
@@ -266,6 +275,16 @@ def fgcnn(t, x, emb):
     raw = {name: value for name, value in emb.items() if name != "generation"}
     raw["v"] = torch.stack([raw["v"][:, i] for i in range(raw["v"].shape[1])] + new, 1)
     return BY_CLASS[type(t.classifier).__name__](t.classifier, x, raw)
+
+
+def _pooled(m: Tensor, pool: int, *, both: bool) -> Tensor:
+    """The maximum of each `pool` fields: from the first on, or after as many at both ends as are left over, of -1,
+    which is below what tanh gives."""
+    if not both:
+        return torch.stack([part.max(1).values for part in m.split(pool, 1)], 1)
+    pad = torch.full_like(m[:, : m.shape[1] % pool], -1.0)
+    m = torch.cat([pad, m, pad], 1)
+    return torch.stack([m[:, at : at + pool].max(1).values for at in range(0, m.shape[1] - pool + 1, pool)], 1)
 
 
 def _convolve(weight: Tensor, bias: Tensor, maps: list[Tensor]) -> Tensor:

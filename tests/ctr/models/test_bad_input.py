@@ -88,6 +88,16 @@ def test_models_that_need_no_pair(model):
         (["model=autoint", "model.heads=3"], "model.heads is 3; expected a divisor of model.attention_dim, 64"),
         (["model=autoint", "model.form=papre"], "model.form is 'papre'; expected paper or code"),
         (["model=autoint", "model.layers=0"], "model.layers is 0; expected at least 1 interacting layer"),
+        (["model=autoint", "model.residual=plain"], "model.residual is 'plain'; expected true, false or identity"),
+        (["model=autoint", "model.layer_norm=both"], "model.layer_norm is 'both'; expected null, none, before_relu"),
+        (
+            ["model=fgcnn", "model.kernel=1", "model.pool_padding=both", "model.pool=3"],
+            "model.pool_padding is both and model.pool 3, and 2 fields leave 2, more than half a pool",
+        ),
+        (
+            ["model=fgcnn", "model.kernel=1", "model.pool_padding=begin"],
+            "model.pool_padding is 'begin'; expected end or both",
+        ),
         (["model=kpnn", "model.kernel=matrix"], "model.kernel is 'matrix'; expected mat, vec, num"),
         (["model=pin", "model.subnet=[]"], "model.subnet is empty"),
         (["model=dcn_v2", "model.structure=both"], "model.structure is 'both'; expected parallel or stacked"),

@@ -45,10 +45,20 @@ SMALL = {
 }
 VARIANTS = {
     "kpnn": [{"kernel": "mat"}, {"kernel": "vec"}, {"kernel": "num"}],
-    "autoint": [{"form": "code"}, {"residual": False}, {"form": "code", "residual": False, "heads": 1}],
+    "autoint": [
+        {"residual": "identity", "layer_norm": "before_relu", "scale": True, "wide": True, "layers": 2},
+        {"form": "code"},
+        {"residual": False},
+        {"form": "code", "residual": False, "heads": 1},
+    ],
     "dcn_v2": [{"structure": "stacked"}, {"low_rank": 2}],
     "final_mlp": [{"heads": 2}, {"gate1_fields": ["C0"], "gate2_fields": ["C1", "C0"], "gate_hidden": [3]}],
-    "fgcnn": [{"conv_batch_norm": True, "kernel": 3}, {"pool": 3, "recombined": 1}, {"pool": 1}],
+    "fgcnn": [
+        {"conv_batch_norm": True, "kernel": 3},
+        {"pool": 3, "recombined": 1},
+        {"pool": 1},
+        {"pool_padding": "both"},
+    ],
     "dnn": [{"batch_norm": True}],
     "dcn": [{"hidden": []}],
     "gdcn": [{"structure": "stacked"}],
