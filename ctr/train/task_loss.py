@@ -10,6 +10,7 @@ has it so nevertheless.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.label_spaces import joint_label, joint_logit, known_in_space
 from tessera.ctr.data.labels import Label
 from tessera.ctr.models.tower import Tower
+from tessera.ctr.train.branch_loss import worse_branches
 from tessera.ctr.train.losses import RANKED, loss_of_rows, ranking_loss
 from tessera.distributed.collectives import gather, sum_over_ranks
 
@@ -29,6 +31,11 @@ class TaskLoss:
     def __init__(self, labels: Sequence[Label], tower: Tower, rank: int = 0, divisor: str = "batch") -> None:
         """divisor: batch | task, see `trainer.loss_divisor`."""
         self._labels, self._joint, self._rank = tuple(labels), tower.trains_joint, rank
+        self._tower = tower
+        self._soft: TaskLoss | None = None
+        if tower.branch_loss == "agreement":
+            plain = [replace(one, loss="mse" if one.is_number else "cross_entropy", smoothing=0.0) for one in labels]
+            self._soft = TaskLoss(plain, Tower(), rank, divisor)
         self._by_task = divisor == "task"
         of_tower = tower.loss_weights or (1.0,) * len(self._labels)
         self._weights = [label.weight * factor for label, factor in zip(self._labels, of_tower, strict=True)]
@@ -37,10 +44,24 @@ class TaskLoss:
 
     def __call__(self, logits: Tensor, batch: Batch, weight: float) -> Tensor:
         """Return the loss of this rank's rows, summed by their weights. Collective where rows of a group are compared,
-        and with divisor task.
+        with divisor task, and where a tower's branches learn by how much they are worse.
 
         logits: [B], or [B, T]. weight: of the global batch, by which the caller divides.
         """
+        loss = self._summed(logits, batch, weight)
+        branches, self._tower.branches = self._tower.branches, ()
+        if not branches:
+            return loss
+        parts = [branch.float() if branch.dtype == torch.bfloat16 else branch for branch in branches]
+        if self._tower.branch_loss == "worse":
+            return worse_branches(loss, [self._summed(part, batch, weight) for part in parts], weight)
+        assert self._soft is not None
+        answer = logits.detach() if self._labels[0].is_number else logits.detach().sigmoid()
+        soft = replace(batch, labels=answer.unsqueeze(1))
+        return loss + torch.stack([self._soft._summed(part, soft, weight) for part in parts]).sum()
+
+    def _summed(self, logits: Tensor, batch: Batch, weight: float) -> Tensor:
+        """Return the loss of logits [B] or [B, T] to the labels."""
         if self._plain and batch.known is None:
             return F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
         logits_bt = logits.unsqueeze(1) if logits.dim() == 1 else logits

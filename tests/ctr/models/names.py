@@ -12,14 +12,15 @@ OF_FUNNELS = ["esmm", "gnolr"]  # labels that lead to each other
 OVER_LABELS = ["dbmtl", "mmoe", "ple", "shared_bottom", *OF_FUNNELS]
 OF_ONE_LABEL = [name for name in MODELS if name not in OVER_LABELS]
 # Their default tests are one case each, the others slow: all share layers with the models above.
-MORE = ["afn", "afn_plus", "dcn", "dlrm", "edcn", "fibinet", "fmfm", "fwfm", "gdcn", "mask_net", "rank_mixer", "wukong"]
+MORE = ["afn", "afn_plus", "dcn", "dlrm", "ecn", "edcn", "fcn", "fibinet", "final_net", "fmfm", "fwfm", "gdcn"]
+MORE += ["mask_net", "rank_mixer", "wukong"]
 # Keys of the widths of hidden layers, where they are not `hidden` alone.
 HIDDEN = {
-    **dict.fromkeys(("lr", "fm", "autoint", "edcn", "fmfm", "fwfm", "rank_mixer"), []),
+    **dict.fromkeys(("lr", "fm", "autoint", "ecn", "edcn", "fcn", "fmfm", "fwfm", "rank_mixer"), []),
     "dlrm": ["bottom", "hidden"],
     "wukong": ["fm_hidden", "hidden"],
     "afn_plus": ["hidden", "deep_hidden"],
-    "final_mlp": ["hidden1", "hidden2"],
+    **dict.fromkeys(("final_mlp", "final_net"), ["hidden1", "hidden2"]),
     "fgcnn": ["classifier.hidden"],
     **dict.fromkeys(("mmoe", "ple"), ["expert"]),
     **dict.fromkeys(("dbmtl", "shared_bottom"), ["bottom"]),

@@ -207,6 +207,71 @@ def rank_mixer(t, x, emb):
     return mlp(t.mlp, sum(state) / t.tokens)[:, 0]
 
 
+def heads_of(t, x, emb) -> list[Tensor]:
+    e, dim = vectors(t.embed, x, emb["v"]), t.embed.dim // t.heads
+    heads, cut = [], (dim + 1) // 2
+    for head in range(t.heads):
+        own = [one[:, head * dim : (head + 1) * dim] for one in e]
+        halves = [one[:, :cut] for one in own] + [one[:, cut:] for one in own]
+        heads.append(torch.cat(halves + ([x] if t.embed.raw else []), 1))
+    return heads
+
+
+def cross_stack(stack, first: list[Tensor]) -> list[Tensor]:
+    state = first
+    for layer in stack.layers:
+        half = [one @ layer.weight.weight.t() for one in state]
+        half = list(normed(layer.batch_norm, torch.stack(half, 1)).unbind(1))
+        after = []
+        for h, one, x1 in zip(half, state, first, strict=True):
+            norm = layer.layer_norm
+            mask = h if isinstance(norm, torch.nn.Identity) else layer_normed(h, norm.weight, norm.bias)
+            c = torch.cat([h, h * mask.clamp(min=0)], 1)[:, : one.shape[1]]
+            after.append((one if stack.doubles else x1) * (c + layer.bias) + one)
+        state = after
+    return state
+
+
+def over_heads(output, heads: list[Tensor]) -> Tensor:
+    return sum(dot(one, output.weight) + output.bias for one in heads) / len(heads)
+
+
+def ecn(t, x, emb):
+    return over_heads(t.output, cross_stack(t.cross, heads_of(t, x, emb)))
+
+
+def fcn(t, x, emb):
+    first = heads_of(t, x, emb)
+    deep = over_heads(t.deep_output, cross_stack(t.deep, first))
+    return (deep + over_heads(t.shallow_output, cross_stack(t.shallow, first))) / 2
+
+
+def final_net(t, x, emb):
+    e = vectors(t.embed, x, emb["v"])
+    wide = e
+    if t.gate is not None:
+        weight, bias = t.gate.weight, t.gate.bias
+        gates = [sum(weight[i, j] * e[j] for j in range(len(e))) + bias[i] for i in range(len(e))]
+        wide = e + [one * gate for one, gate in zip(e, gates, strict=True)]
+    logits = []
+    for stack, output, fields in ((t.first, t.first_output, wide), (t.second, t.second_output, e)):
+        if stack is None:
+            continue
+        a = side_by_side(t.embed, x, fields)
+        for layer in stack:
+            kind = type(layer).__name__
+            if kind == "FactorizedInteraction":
+                a = a @ layer.weight.weight.t() + layer.weight.bias
+                h2, h1 = a[:, : a.shape[1] // 2], a[:, a.shape[1] // 2 :]
+                a = torch.cat([h2, h1 * h2], 1) if layer.concat else h2 + h1 * h2
+            elif kind == "BatchNorm":
+                a = normed(layer, a)
+            elif kind == "ReLU":
+                a = a.clamp(min=0)
+        logits.append(dot(a, output.weight) + output.bias)
+    return sum(logits) / len(logits)
+
+
 # In place, so that FGCNN's slow version finds them, too.
 BY_CLASS |= {
     "DCN": dcn,
@@ -220,4 +285,7 @@ BY_CLASS |= {
     "FiBiNET": fibinet,
     "AFN": afn,
     "RankMixer": rank_mixer,
+    "ECN": ecn,
+    "FCN": fcn,
+    "FinalNet": final_net,
 }

@@ -45,6 +45,8 @@ CROSSING = [
     "afn",
     "afn_plus",
     "rank_mixer",
+    "ecn",
+    "fcn",
 ]
 
 
@@ -60,7 +62,7 @@ def test_raw_values_are_not_fields(model):
     )
 
 
-@pytest.mark.parametrize("model", ["lr", "dnn", "wide_deep", "final_mlp", "mask_net"])
+@pytest.mark.parametrize("model", ["lr", "dnn", "wide_deep", "final_mlp", "final_net", "mask_net"])
 def test_models_that_need_no_pair(model):
     config = load_config([f"model={model}", ONE, "data.schema.time=null"], "")
     build_tower(config, Schema(config.data.schema))
@@ -109,6 +111,12 @@ def test_models_that_need_no_pair(model):
         (["model=edcn", "model.bridge=attention"], "model.bridge is 'attention'; expected product, sum, concat"),
         (["model=mask_net", "model.hidden=[]"], "model.hidden is empty; expected the width of each block"),
         (["model=fibinet", "model.bilinear=pair"], "model.bilinear is 'pair'; expected all, each, interaction"),
+        (["model=ecn", "model.heads=0"], "model.heads is 0; expected at least 1"),
+        (["model=fcn", "model.deep_layers=0"], "model.deep_layers is 0; expected at least 1"),
+        (
+            ["model=final_net", "model.hidden1=[3]"],
+            "model.hidden1 is [3]; expected even widths with model.res",
+        ),
         (["model=rank_mixer", "model.tokens=7"], "model.tokens is 7; expected a divisor of model.width, 128"),
         (["model=dnn", "model.dropout=1"], "model.dropout is 1; expected 0 or more and less than 1"),
         (["model=dnn", "model.embedding_dim=0"], "model.embedding_dim is 0; expected at least 1"),

@@ -21,7 +21,7 @@ from tests.ctr.models.names import OF_ONE_LABEL as MODELS
 from tests.ctr.models.names import quick
 from tests.ranks import on_ranks
 
-CROSSES_NOTHING = ("dnn", "final_mlp", "lr", "mask_net", "wide_deep")
+CROSSES_NOTHING = ("dnn", "final_mlp", "final_net", "lr", "mask_net", "wide_deep")
 NUMERIC = [f"{{name: x{i}, kind: numeric}}" for i in range(3)]
 IDS = [f"{{name: c{i}}}" for i in range(3)]
 FIELDS = {"numeric alone": NUMERIC, "ids alone": IDS, "one number": NUMERIC[:1], "one id": IDS[:1]}

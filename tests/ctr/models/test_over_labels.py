@@ -156,7 +156,7 @@ def test_settings_of_gnolr_that_cannot_be_are_refused(changes, line):
 
 
 QUICK = ("dnn", "fgcnn", "deepfm")
-HAVE_HEADS = ["autoint", "autoint_plus", "dcn", "dcn_v2", "dlrm", "dnn", "edcn", "fgcnn", "gdcn", "ipnn", "kpnn"]
+HAVE_HEADS = ["autoint", "autoint_plus", "dcn", "dcn_v2", "dlrm", "dnn", "ecn", "edcn", "fgcnn", "gdcn", "ipnn", "kpnn"]
 HAVE_HEADS += ["mask_net", "opnn", "pin", "rank_mixer", "wukong"]
 
 
