@@ -22,8 +22,7 @@ class EDCN(Tower):
     c_l, d_l = regulate_l(b_{l-1});  c'_l = c_0 <w_l, c_l> + b_l + c_l,  d'_l = ReLU(W_l d_l + a_l);
     b_l = bridge(c'_l, d'_l);  y = sigmoid(w^T [c'_L, d'_L, b_L])
 
-    b_0 are the embeddings. The order of the cross part, whose residual is that of its regulated input, is that of the
-    public code.
+    b_0 are the embeddings. The residual of a cross layer, DCN's, is its regulated input; FuxiCTR's code has none.
     """
 
     has_heads = True
