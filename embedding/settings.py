@@ -27,6 +27,7 @@ class Rule:
     choices: tuple[str, ...] = ()
     expected: str = ""
     optional: bool = False
+    at_most: float | None = None
 
     def problem(self, value: Any) -> str:
         """Return the end of a message, "is 0; expected at least 1"; '' if the value is one that the setting takes."""
@@ -34,7 +35,7 @@ class Rule:
             return f"is {value}; expected {self.expected or 'a whole number of at most 64 bits'}"
         if self.choices:
             return "" if value in self.choices else self._other_than_choices(value)
-        if self.at_least is self.above is self.below is None or self._holds(value):
+        if self.at_least is self.above is self.below is self.at_most is None or self._holds(value):
             return ""
         return f"is {value}; expected {self.expected or self._bounds(value)}"
 
@@ -44,6 +45,7 @@ class Rule:
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
         )
 
     def _other_than_choices(self, value: Any) -> str:
@@ -57,6 +59,7 @@ class Rule:
         parts = [f"at least {self.at_least}"] * (self.at_least is not None)
         parts += [f"above {self.above}"] * (self.above is not None)
         parts += [f"below {self.below}"] * (self.below is not None)
+        parts += [f"at most {self.at_most}"] * (self.at_most is not None)
         bounds = " and ".join(parts)
         if not math.isfinite(value):
             return f"a finite number {bounds}"
@@ -70,6 +73,7 @@ def setting(
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    at_most: float | None = None,
     choices: Collection[str] = (),
     expected: str = "",
 ) -> Any:
@@ -77,7 +81,7 @@ def setting(
 
     comment: one line for users. choices: of a text, or of each value of a mapping. expected: see `Rule`.
     """
-    rule = Rule(at_least, above, below, tuple(choices), expected, default is None)
+    rule = Rule(at_least, above, below, tuple(choices), expected, default is None, at_most)
     metadata = {"comment": comment, "rule": rule}
     if default is _REQUIRED:
         return dataclasses.field(metadata=metadata)

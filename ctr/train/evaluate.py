@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -117,6 +117,7 @@ def evaluate(
     slices: Sequence[str] = (),
     *,
     mark_new_ids: bool = False,
+    watch: Callable[[Batch, Tensor], None] | None = None,
 ) -> dict[str, float | None]:
     """Return metrics of the whole split, the same on every rank.
 
@@ -129,6 +130,7 @@ def evaluate(
             value.
         mark_new_ids: tell in a column `new_ids` of the predictions whether a row has ids without a row of their own in
             the tables, which must be dynamic.
+        watch: told of each batch and its logits.
     """
     was_training = model.training
     model.eval()
@@ -146,6 +148,8 @@ def evaluate(
         batch = to_device(batch, process.device)
         logits, _ = model(batch)
         metrics.update(logits, batch.labels, batch.known, batch.weight)
+        if watch:
+            watch(batch, logits)
         new_ids = rows_with_new_ids(model.module.tables, batch.ids) if mark_new_ids and writers else None
         for answer, writer in zip(answers, writers, strict=True):
             writer.write(_scores_of(answer, metrics.labels, logits, batch), batch, new_ids)

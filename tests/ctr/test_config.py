@@ -267,7 +267,7 @@ def _refused(key):
     rule = rule_of(SETTINGS[key])
     if rule.choices:
         yield "nonsense", f"is 'nonsense'; expected {rule.choices[0]}"
-    bounds = [(rule.at_least, -1), (rule.above, 0), (rule.below, 0)]
+    bounds = [(rule.at_least, -1), (rule.above, 0), (rule.below, 0), (rule.at_most, 1)]
     for bound, step in bounds:
         if bound is not None:
             yield bound + step, f"is {bound + step}"
