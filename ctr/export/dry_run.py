@@ -15,9 +15,9 @@ import torch
 
 from tessera.ctr.config import Config
 from tessera.ctr.data.config import schema_of
-from tessera.ctr.export.tower import ServedTower, check_features, graph_of, largest_difference
+from tessera.ctr.export.tower import ServedTower, graph_of, largest_difference
 from tessera.ctr.instantiate import is_own
-from tessera.ctr.network import build_tower
+from tessera.ctr.network import build_tower, fields_of
 from tessera.ctr.serving.model_files import save_graph
 from tessera.ctr.serving.scorer import load_tower
 from tessera.distributed.collectives import on_first_rank
@@ -33,8 +33,6 @@ def check_export(config: Config, process: Process) -> None:
     Raises ConfigError, on all ranks: why it cannot be exported, or that the graph answers differently.
     """
     chosen = config.export.check
-    if chosen == "auto" and schema_of(config.data).sequences:  # which no export has, whatever the model
-        return
     if chosen == "never" or (chosen == "auto" and all(map(is_own, _targets([config.model, config.numeric])))):
         return
     on_first_rank(process, lambda: _check(config))
@@ -51,12 +49,12 @@ def _targets(node: Any) -> Iterator[Any]:
 
 def _check(config: Config) -> None:
     schema = schema_of(config.data)
-    numeric, ids = len(schema.numeric_names), len(schema.id_names)
+    numeric, ids = len(schema.numeric_names), len(schema.pooled_names)
     try:
-        check_features(schema)
         with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(config.trainer.seed)
-            served = ServedTower(build_tower(config, schema), amp=config.trainer.amp)
+            sequences = fields_of(config, schema).sequences
+            served = ServedTower(build_tower(config, schema), amp=config.trainer.amp, sequences=sequences)
             path = Path(folder) / "tower.pt2"
             save_graph(graph_of(served, numeric, ids), path)
             difference = largest_difference(served, load_tower(path), numeric, ids)

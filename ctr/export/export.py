@@ -24,8 +24,8 @@ from tessera.ctr.data.schema import Schema
 from tessera.ctr.export.describe import describe, plans_of
 from tessera.ctr.export.golden import golden_rows, scores_of
 from tessera.ctr.export.source import Source
-from tessera.ctr.export.tower import ServedTower, check_features, graph_of
-from tessera.ctr.network import build_model
+from tessera.ctr.export.tower import ServedTower, graph_of
+from tessera.ctr.network import build_model, fields_of
 from tessera.ctr.output_folders import replacing_on_ranks
 from tessera.ctr.serving.conversion import Conversion
 from tessera.ctr.serving.description import FEATURES, FORMAT, TOWER, StoredTable
@@ -97,7 +97,6 @@ def export_model(
     begun = time.monotonic()
     config = prepared(config)
     schema = schema_of(config.data)
-    check_features(schema)
     model, _ = build_model(config, schema, process)
     exported = Exported(output, f"{source.name}")
     with replacing_on_ranks(process, output, "--output", COMMAND, sources, []) as folder:
@@ -141,9 +140,8 @@ class _Job:
     def run(self, exported: Exported) -> None:
         newest = self.source.models[0]
         self._load_dense(newest)
-        tower = ServedTower(self.network.tower, amp=self.config.trainer.amp)
         dims = dict(self.network.tower.embedding_dims)
-        program = graph_of(tower, len(self.schema.numeric_names), len(self.schema.id_names))
+        program = graph_of(self._tower(), len(self.schema.numeric_names), len(self.schema.pooled_names))
         folder = self.writer.folder
         self._write_more(program)
         save_graph(program, folder / TOWER)
@@ -159,6 +157,10 @@ class _Job:
         exported.bytes = sum(file["bytes"] for file in manifest["files"].values())
         exported.golden = self.golden.num_rows
         exported.difference = Scorer(folder).check_golden()
+
+    def _tower(self) -> ServedTower:
+        sequences = fields_of(self.config, self.schema).sequences
+        return ServedTower(self.network.tower, amp=self.config.trainer.amp, sequences=sequences)
 
     def _said(self) -> dict[str, Any]:
         return {
@@ -216,12 +218,11 @@ class _Job:
             return
         from tessera.ctr.export.other_forms import write_compiled, write_onnx
 
-        numeric, ids = len(self.schema.numeric_names), len(self.schema.id_names)
+        numeric, ids = len(self.schema.numeric_names), len(self.schema.pooled_names)
         if self.options.compiled:
             self.writer.seal_file(write_compiled(program, self.writer.folder))
         if self.options.onnx:
-            served = ServedTower(self.network.tower, amp=self.config.trainer.amp)
-            self.writer.seal_file(write_onnx(served, self.writer.folder, numeric, ids))
+            self.writer.seal_file(write_onnx(self._tower(), self.writer.folder, numeric, ids))
 
 
 def _ids_by_table(golden: pa.Table, schema: Schema) -> dict[str, np.ndarray]:

@@ -71,6 +71,8 @@ def _unknown(one: pa.Table) -> pa.Table:
         value = value_type(kind)
         if pa.types.is_int64(value) or pa.types.is_uint64(value):
             column = pa.chunked_array([pa.array([UNKNOWN], value).cast(kind)])
+        elif pa.types.is_list(kind) and pa.types.is_integer(kind.value_type) and kind.value_type.bit_width == 64:
+            column = pa.chunked_array([pa.array([[UNKNOWN] * len(one or []) for one in column.to_pylist()], kind)])
         elif pa.types.is_string(kind):
             column = pa.chunked_array([pa.array([str(UNKNOWN)])])
         columns[name] = column
@@ -83,6 +85,8 @@ def _made_up(name: str, schema: Schema) -> pa.Array:
     readers = [f for f in (*schema.numeric, *schema.categorical) if name in (f.column, f.weights)]
     if any(name == feature.weights for feature in readers):
         return pa.array([[0.5] * (i % 3) for i in range(8)], pa.list_(pa.float32()))
+    if any(feature.column == name for feature in schema.number_sequences):
+        return pa.array([[i - 2.5] * (i % 3) for i in range(8)], pa.list_(pa.float32()))
     ids = [feature for feature in readers if feature.kind != "numeric"]
     if not ids:
         return pa.array(numbers - 2.5)

@@ -39,6 +39,11 @@ def write_onnx(served: ServedTower, folder: Path, numeric: int, ids: int) -> str
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"--onnx needs {missing[0]}: pip install tessera-ctr[onnx]")
+    if served.sequences:
+        raise ConfigError(
+            f"--onnx: the model reads sequence {served.sequences[0].name!r} event by event, and a graph of ONNX has "
+            "pooled features alone; leave out --onnx"
+        )
     import onnxruntime
 
     groups = list(served.groups)

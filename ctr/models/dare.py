@@ -71,21 +71,31 @@ class DARE(SequenceTower):
         for place in self.group.targets:
             if place is None:
                 assert self.wanted is not None
-                parts.append(self.wanted[unknown].expand(len(a_bfd), -1).to(a_bfd.dtype))
+                parts.append(self.wanted[unknown].expand(a_bfd.shape[0], -1).to(a_bfd.dtype))
                 unknown += 1
             else:
                 parts.append(a_bfd[:, place])
         target_bd = torch.cat(parts, 1)
         of = events.embeddings["a"]
         events_nd = torch.cat([of[name] for name in self.group.ids], 1)
-        rows = row_of_events(events.offsets, len(events_nd))
+        rows = row_of_events(events.offsets, events_nd.shape[0])
         score_n = (target_bd[rows] * events_nd).sum(1) / math.sqrt(self.attention_dim)
-        places = padded(events.offsets, self.group.length)
+        places = padded(events, self.group.length)
         # Not -inf: the softmax of a row without events would be NaN. What is left out or absent gets weight 0 below.
         score_bl = places.of(score_n, torch.finfo(score_n.dtype).min)
         kept = places.mask
-        if score_bl.shape[1] > self.top_k:
+        if torch.compiler.is_compiling():  # a graph does not know how long rows are: there are always top_k more places
+            kept = _best(score_bl, self.top_k) & kept
+        elif score_bl.shape[1] > self.top_k:
             best = score_bl.topk(self.top_k, 1).indices
             kept = torch.zeros_like(kept).scatter(1, best, value=True) & kept
-            score_bl = score_bl.masked_fill(~kept, torch.finfo(score_n.dtype).min)
-        return places.back(torch.softmax(score_bl, 1) * kept, len(score_n))
+        score_bl = score_bl.masked_fill(~kept, torch.finfo(score_n.dtype).min)
+        return places.back(torch.softmax(score_bl, 1) * kept, score_n.shape[0])
+
+
+def _best(score_bl: Tensor, top_k: int) -> Tensor:
+    """Return bool [B, L]: which scores of a row are among its largest, whether or not there are as many."""
+    more = score_bl.new_full((score_bl.shape[0], top_k), torch.finfo(score_bl.dtype).min)
+    longer = torch.cat([score_bl, more], 1)
+    best = longer.topk(top_k, 1).indices
+    return torch.zeros_like(longer, dtype=torch.bool).scatter(1, best, value=True)[:, : score_bl.shape[1]]

@@ -78,10 +78,10 @@ class TargetAttention(nn.Module):
     def forward(self, emb_bfd: Tensor, events: Events) -> Tensor:
         """Map [B, id fields, dim] and events to [B, width]."""
         k_nd, offsets = self.vectors.events(events), events.offsets
-        q_nd = self.vectors.target(emb_bfd)[row_of_events(offsets, len(k_nd))]
+        q_nd = self.vectors.target(emb_bfd)[row_of_events(offsets, k_nd.shape[0])]
         w_n1 = self.score(torch.cat([q_nd, k_nd, q_nd - k_nd, q_nd * k_nd], 1))
         if self.softmax:
-            places = padded(offsets, self.length)
+            places = padded(events, self.length)
             w_bl = torch.softmax(places.of(w_n1.squeeze(1), torch.finfo(w_n1.dtype).min), 1)
-            w_n1 = places.back(w_bl, len(k_nd)).unsqueeze(1)
+            w_n1 = places.back(w_bl, k_nd.shape[0]).unsqueeze(1)
         return sum_of_events(w_n1.to(k_nd.dtype) * k_nd, offsets)

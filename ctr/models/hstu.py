@@ -84,10 +84,11 @@ class HSTU(SequenceTower):
         context = (
             fields_bpd.new_zeros(0, self.width) if self.of_field is None else self.of_field(fields_bpd.flatten(0, 1))
         )
-        tokens = Tokens(of.offsets, len(self.contextual), self.group.length, len(events_nd))
+        tokens = Tokens(of.offsets, len(self.contextual), self.group.length, events_nd.shape[0])
         x_td = tokens.in_order(context.to(target_bd.dtype), events_nd, target_bd) * math.sqrt(self.width)
         x_td = dropped(self.dropout, x_td + self.position[tokens.position], tokens)
-        attend = HSTUAttention(tokens.offsets, len(self.contextual), 1, self.longest, float(self.longest))
+        longest = self.longest if of.longest is None else len(self.contextual) + of.longest + 1
+        attend = HSTUAttention(tokens.offsets, len(self.contextual), 1, longest, float(self.longest))
         for layer in self.layers:
             x_td = layer(x_td, attend, tokens)
         merged = self.norm(x_td[tokens.offsets[1:] - 1]) * target_bd
@@ -105,7 +106,7 @@ class Tokens:
     """
 
     def __init__(self, of_events: Tensor, prefix: int, length: int, events: int) -> None:
-        rows, device = len(of_events) - 1, of_events.device
+        rows, device = of_events.shape[0] - 1, of_events.device
         each = torch.arange(rows + 1, device=device)
         self.offsets = of_events + each * (prefix + 1)
         count = events + rows * (prefix + 1)

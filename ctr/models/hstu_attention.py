@@ -38,9 +38,9 @@ def hstu_mask(lengths: Tensor, prefix: int, targets: int, longest: int) -> Tenso
 
 def buckets(lengths: Tensor, longest: int) -> Iterator[tuple[Tensor, int]]:
     """Yield rows, int64 [R], with the length of their rectangle: of the same power of two of tokens on a CPU; on
-    another device all rows at once, as long as they may be, since the host does not know their lengths."""
-    if lengths.device.type != "cpu":
-        yield torch.arange(len(lengths), device=lengths.device), longest
+    another device, or in a graph, all rows at once, as long as they may be: the host does not know their lengths."""
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        yield torch.arange(lengths.shape[0], device=lengths.device), longest
         return
     order = torch.argsort(lengths, stable=True)
     in_order = lengths[order]
@@ -63,7 +63,7 @@ class HSTUAttention:
         lengths = offsets.diff()
         for rows, width in buckets(lengths, longest):
             at_once = max(1, (PIECE if offsets.device.type == "cpu" else PIECE_ON_GPU) // (width * width))
-            for some in rows.split(at_once):
+            for some in [rows] if torch.compiler.is_compiling() else rows.split(at_once):
                 places = offsets[some].unsqueeze(1) + torch.arange(width, device=offsets.device)
                 index = torch.minimum(places, offsets[-1] - 1)
                 self.pieces.append((index, hstu_mask(lengths[some], prefix, targets, width)))
@@ -111,7 +111,7 @@ def _add(into: Tensor, index: Tensor, mask: Tensor, values_rhld: Tensor) -> None
     """Write [R, heads, L, d] to the tokens that are there; each is in one piece."""
     there = mask.diagonal(dim1=1, dim2=2)  # a token sees itself
     values = values_rhld.transpose(1, 2)
-    if into.device.type == "cpu":
+    if into.device.type == "cpu" and not torch.compiler.is_compiling():
         into[index[there]] = values[there]
     else:  # without asking how many are there: places that are not add zeros
         into.index_add_(0, index.flatten(), (values * there[..., None, None]).flatten(0, 1))

@@ -20,7 +20,7 @@ from tessera.kernels.pool import pool
 
 def row_of_events(offsets: Tensor, events: int) -> Tensor:
     """Return the row of each event, int64 [events]."""
-    rows = torch.arange(len(offsets) - 1, device=offsets.device)
+    rows = torch.arange(offsets.shape[0] - 1, device=offsets.device)
     return rows.repeat_interleave(offsets.diff(), output_size=events)
 
 
@@ -29,11 +29,11 @@ def sum_of_events(values: Tensor, offsets: Tensor) -> Tensor:
 
     In float32 it is the sum that pooled features have, bit for bit: summed in order, and no race decides on a GPU.
     """
-    if values.dtype == torch.float32:
+    if values.dtype == torch.float32 and not torch.compiler.is_compiling():  # a graph has torch's operations alone
         places = torch.arange(len(values), device=values.device)
         return pool(values, places, offsets)[0][:, 0]
-    sums = values.new_zeros(len(offsets) - 1, values.shape[1])
-    return sums.index_add(0, row_of_events(offsets, len(values)), values)
+    sums = values.new_zeros(offsets.shape[0] - 1, values.shape[1])
+    return sums.index_add(0, row_of_events(offsets, values.shape[0]), values)
 
 
 def mean_of_events(values: Tensor, offsets: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Padded:
 
     def of(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Return values [N, ...] as [B, L, ...], `fill` where there is no event."""
-        if not len(values):
+        if not values.shape[0]:
             # The sum of nothing keeps the way of gradients open, on which every rank waits.
             return values.new_full((*self.mask.shape, *values.shape[1:]), fill) + values.sum()
         mask = self.mask.view(*self.mask.shape, *[1] * (values.dim() - 1))
@@ -66,10 +66,12 @@ class Padded:
         return values[rows, places]
 
 
-def padded(offsets: Tensor, longest: int) -> Padded:
+def padded(events: Events, longest: int) -> Padded:
     """Return where the events of each row stand in [B, L], from the left. longest: events of a row at most."""
-    lengths = offsets.diff()
-    if offsets.device.type == "cpu":
+    offsets, lengths = events.offsets, events.offsets.diff()
+    if events.longest is not None:
+        longest = events.longest
+    elif offsets.device.type == "cpu":
         longest = int(lengths.max()) if len(lengths) else 0
     places = torch.arange(longest, device=offsets.device)
     mask = places < lengths.unsqueeze(1)
@@ -101,9 +103,9 @@ class EventVectors(nn.Module):
 
     def target(self, emb_bfd: Tensor) -> Tensor:
         """Return [B, width]. emb_bfd: [B, id fields, dim] of the same group of embeddings."""
-        nothing = emb_bfd.new_zeros(len(emb_bfd), self.dim)
+        nothing = emb_bfd.new_zeros(emb_bfd.shape[0], self.dim)
         of = [nothing if place is None else emb_bfd[:, place] for place in self.group.targets]
-        return torch.cat([*of, emb_bfd.new_zeros(len(emb_bfd), len(self.group.numbers))], 1)
+        return torch.cat([*of, emb_bfd.new_zeros(emb_bfd.shape[0], len(self.group.numbers))], 1)
 
 
 class Dice(nn.Module):

@@ -34,12 +34,13 @@ class Events:
     """The events of a group in a batch of B rows, N in all, row after row.
 
     offsets: int64 [B + 1]; embeddings: group of embeddings -> sequence -> [N, dim] float32; numbers: sequence -> [N]
-    float32.
+    float32; longest: events of a row at most, where whoever made the batch says it (None: the layers find out).
     """
 
     offsets: Tensor
     embeddings: dict[str, dict[str, Tensor]]
     numbers: dict[str, Tensor]
+    longest: int | None = None
 
 
 @dataclass(frozen=True)

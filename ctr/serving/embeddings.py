@@ -23,14 +23,23 @@ class Embeddings:
     Raises ExportError: files are missing or of another shape than the description says.
     """
 
-    def __init__(self, folder: str, description: Description, id_names: Sequence[str], *, weighted: bool) -> None:
+    def __init__(
+        self,
+        folder: str,
+        description: Description,
+        id_names: Sequence[str],
+        sequences: Sequence[str],
+        *,
+        weighted: bool,
+    ) -> None:
+        """id_names: features whose rows are pooled; sequences: those whose rows are read one by one."""
         self._names = list(id_names)
         self._groups = dict(description.groups)
         self._weighted = weighted
         self.tables: list[TableFiles | ChangedTable] = [TableFiles(folder, table) for table in description.tables]
         self._table_of = {name: number for number, t in enumerate(description.tables) for name in t.features}
         self._averaged = set(description.averaged)
-        missing = [name for name in self._names if name not in self._table_of]
+        missing = [name for name in (*id_names, *sequences) if name not in self._table_of]
         if missing:
             raise ExportError(f"{folder} has no table for feature {missing[0]!r}")
         self._read_dense(folder, description)
@@ -75,6 +84,19 @@ class Embeddings:
         index = torch.arange(len(wide))
         sums = dict(zip(self._groups, pool(wide, index, offsets, weights, len(names), self._dims()), strict=True))
         return self._projected(self._scaled(sums, bags, names), names)
+
+    def one_by_one(self, bags: Mapping[str, Bags], names: Sequence[str]) -> list[Tensor]:
+        """Return the rows of the ids of some features, float32 [ids, dim], of each group the features in their
+        order."""
+        begins = np.concatenate([[0], np.cumsum([len(bags[name].values) for name in names])]).astype(np.int64)
+        wide = self._rows(bags, names, begins)
+        found = []
+        for group, dim in self._groups.items():
+            for place, name in enumerate(names):
+                rows = wide[begins[place] : begins[place + 1], self._first[group] : self._first[group] + dim]
+                matrix = self._projections.get((self.tables[self._table_of[name]].table.name, group))
+                found.append(rows if matrix is None else rows[:, : matrix.shape[0]] @ matrix)
+        return found
 
     def _dims(self) -> list[int]:
         return list(self._groups.values())

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from tessera.ctr.data import columns, single_values
-from tessera.ctr.data.bags import Bags, decode_bags
+from tessera.ctr.data.aligned import decode_aligned
+from tessera.ctr.data.bags import BagProblem, Bags, decode_bags
 from tessera.ctr.data.errors import SchemaError
 from tessera.ctr.data.footers import Wanted, check_column, wanted_columns
 from tessera.ctr.data.schema import Feature, Schema
@@ -21,7 +22,8 @@ WHERE = "rows"  # so messages call them
 
 @dataclass(frozen=True)
 class Rows:
-    """Decoded rows. numeric: float32 [n] by name of `Schema.numeric_names`; bags: of the id features by name."""
+    """Decoded rows. numeric: float32 [n] by name of `Schema.numeric_names`; bags: of the id features, and of sequences
+    of numbers, by name."""
 
     count: int
     numeric: dict[str, np.ndarray]
@@ -35,11 +37,14 @@ class RowDecoder:
         self.schema = schema
         self._wanted = wanted_columns(schema, drop_labels=True)
         self.columns = sorted({want.column for want in self._wanted})
-        self._lists = {f.column for f in schema.categorical if f.kind in ("ids", "sequence") and f.delimiter is None}
+        lists = [f for f in (*schema.categorical, *schema.number_sequences) if f.kind in ("ids", "sequence")]
+        self._lists = {feature.column for feature in lists if feature.delimiter is None}
+        self._aligned = {one.name: group for group in schema.sequences.values() for one in group}
 
     def read_by(self, feature: Feature) -> set[str]:
-        """Return the columns that a feature reads."""
-        return {feature.column} | ({feature.weights} if feature.weights else set())
+        """Return the columns that a feature reads, and those that it is aligned with."""
+        aligned = self._aligned.get(feature.name, [])
+        return {feature.column, *(one.column for one in aligned)} | ({feature.weights} if feature.weights else set())
 
     def table(self, rows: Any, *, some: bool = False) -> pa.Table:
         """Return rows as an Arrow table with the columns that the model reads.
@@ -117,8 +122,13 @@ class RowDecoder:
         bags = {
             feature.name: _bags(feature, chunks, first)
             for feature in self.schema.categorical
-            if self.read_by(feature) <= there
+            if self.read_by(feature) <= there and feature.name not in self._aligned
         }
+        for group in self.schema.sequences.values():
+            if self.read_by(group[0]) <= there:
+                decoded, problems = decode_aligned(group, [chunks[feature.column] for feature in group])
+                _fail_of(problems, first)
+                bags |= {feature.name: one for feature, one in zip(group, decoded, strict=True)}
         return Rows(table.num_rows, numeric, bags)
 
 
@@ -144,6 +154,11 @@ def _fail(bad: np.ndarray, first: int, column: str, found: object, expected: str
     raise RowError(f"row {row}: column {column!r} found {_shown(found)}, expected {expected}")
 
 
+def _fail_of(problems: Sequence[BagProblem], first: int) -> None:
+    for problem in problems:
+        _fail(problem.rows, first, problem.column, problem.found, problem.expected)
+
+
 def _numeric(feature: Feature, arrays: list[pa.Array], first: int) -> dict[str, np.ndarray]:
     decoded = single_values.numeric(feature, arrays)
     if decoded.bad is not None:
@@ -157,8 +172,7 @@ def _bags(feature: Feature, chunks: Mapping[str, list[pa.Array]], first: int) ->
     arrays = chunks[feature.column]
     if feature.kind in ("ids", "sequence"):
         bags, problems = decode_bags(feature, arrays, chunks[feature.weights] if feature.weights else None)
-        for problem in problems:
-            _fail(problem.rows, first, problem.column, problem.found, problem.expected)
+        _fail_of(problems, first)
         return bags
     decoded = single_values.single(feature, arrays)
     if decoded.bad is not None:

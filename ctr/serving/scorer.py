@@ -6,7 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tessera.ctr.serving.changes import ChangedTable
 from tessera.ctr.serving.description import FORMAT, TOWER, WEIGHTS, read_description
 from tessera.ctr.serving.embeddings import Embeddings
 from tessera.ctr.serving.errors import ExportError, RowError
+from tessera.ctr.serving.events import EventInputs, joined_events, passes, tensors_of
 from tessera.ctr.serving.files import Place, read_manifest
 from tessera.ctr.serving.rows import RowDecoder, Rows
 from tessera.ctr.serving.saved_models import read_safetensors
@@ -30,10 +31,12 @@ GOLDEN, PREDICTION = "golden.parquet", "golden_prediction"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the tower reads of some rows: numeric float32 [n, numeric fields], groups float32 [n, id fields, dim]."""
+    """What the tower reads of some rows: numeric float32 [n, numeric fields], groups float32 [n, id fields, dim], and
+    the events of each group of sequences."""
 
     numeric: Tensor
     groups: list[Tensor]
+    events: list[EventInputs] = field(default_factory=list)
 
 
 class Scorer:
@@ -67,8 +70,9 @@ class Scorer:
         self._numbers = [place for place, label in enumerate(description.labels) if label.is_number]
         schema = description.schema()
         self._decoder = RowDecoder(schema)
-        self._numeric, self._ids = list(schema.numeric_names), list(schema.id_names)
-        self._embeddings = Embeddings(str(self.folder), description, self._ids, weighted=schema.weighted)
+        self._numeric, self._ids = list(schema.numeric_names), list(schema.pooled_names)
+        sequences = [name for name in schema.id_names if name not in self._ids]
+        self._embeddings = Embeddings(str(self.folder), description, self._ids, sequences, weighted=schema.weighted)
         has_weights = WEIGHTS in self.manifest["files"]
         tower: Any = graph._tower if graph and has_weights else load_tower(self.folder / TOWER)
         self._tower: Any = reweighted(tower, self.folder) if has_weights else tower
@@ -143,8 +147,10 @@ class Scorer:
     def prepare_ranked(self, user: Any, candidates: Any) -> Inputs:
         """Do the same for candidates of one user. Raises RowError."""
         if isinstance(candidates, Sequence) and not len(candidates):
-            empty = [torch.zeros(0, len(self._ids), dim) for dim in self.description.groups.values()]
-            return Inputs(torch.zeros(0, len(self._numeric)), empty)
+            dims = list(self.description.groups.values())
+            empty = [torch.zeros(0, len(self._ids), dim) for dim in dims]
+            events = [EventInputs.empty(group, dims) for group in self._decoder.schema.sequences.values()]
+            return Inputs(torch.zeros(0, len(self._numeric)), empty, events)
         theirs = self._decoder.table(candidates, some=True)
         mine = self._decoder.table(user, some=True)
         if not mine.column_names:
@@ -157,8 +163,9 @@ class Scorer:
         if missing:
             raise RowError(f"column {missing[0]!r} is neither the user's nor the candidates'")
         for feature in self._decoder.schema.categorical:
-            if not any(self._decoder.read_by(feature) <= side for side in sides):
-                raise RowError(f"columns {feature.column!r} and {feature.weights!r} must be on the same side")
+            read = self._decoder.read_by(feature)
+            if not any(read <= side for side in sides):
+                raise RowError(f"columns {' and '.join(map(repr, sorted(read)))} must be on the same side")
         user_rows = self._decoder.decode(mine)
         once = self._embeddings.pooled(user_rows.bags, 1)
         return self._inputs(self._decoder.decode(theirs), user_rows, once)
@@ -172,7 +179,9 @@ class Scorer:
         with torch.no_grad():
             numeric = _joined([one.numeric for one in inputs])
             groups = [_joined(list(group)) for group in zip(*(one.groups for one in inputs), strict=True)]
-            answers = answers_of(self._tower(numeric, *groups), self._numbers).numpy()
+            events = joined_events([one.events for one in inputs])
+            logits = torch.cat([self._tower(*part) for part in passes(numeric, groups, events)])
+            answers = answers_of(logits, self._numbers).numpy()
         return np.split(answers, np.cumsum(rows)[:-1])
 
     def check_golden(self) -> float:
@@ -201,9 +210,19 @@ class Scorer:
             numeric[:, place] = side.numeric[name]
         with torch.no_grad():
             groups = self._embeddings.pooled(rows.bags, rows.count)
-        if user is not None and once is not None and user.bags:
+        if user is not None and once is not None and any(name in user.bags for name in self._ids):
             groups = {name: self._beside(group, rows, once[name]) for name, group in groups.items()}
-        return Inputs(torch.from_numpy(numeric), list(groups.values()))
+        return Inputs(torch.from_numpy(numeric), list(groups.values()), self._events(rows, user))
+
+    def _events(self, rows: Rows, user: Rows | None) -> list[EventInputs]:
+        """Return the events of each row; those of the user are looked up once and stand in every row."""
+        found = []
+        for group in self._decoder.schema.sequences.values():
+            side = rows if group[0].name in rows.bags else user
+            assert side is not None
+            one = tensors_of(group, side.bags, self._embeddings)
+            found.append(one if side is rows else one.repeated(rows.count))
+        return found
 
     def _beside(self, group: Tensor, rows: Rows, once: Tensor) -> Tensor:
         """Put the user's fields, looked up once, beside those of the candidates, in the order of the model."""
