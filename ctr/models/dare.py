@@ -85,17 +85,19 @@ class DARE(SequenceTower):
         score_bl = places.of(score_n, torch.finfo(score_n.dtype).min)
         kept = places.mask
         if torch.compiler.is_compiling():  # a graph does not know how long rows are: there are always top_k more places
-            kept = _best(score_bl, self.top_k) & kept
+            more = score_bl.new_full((score_bl.shape[0], self.top_k), torch.finfo(score_n.dtype).min)
+            kept = best(torch.cat([more, score_bl], 1), self.top_k)[:, self.top_k :] & kept
         elif score_bl.shape[1] > self.top_k:
-            best = score_bl.topk(self.top_k, 1).indices
-            kept = torch.zeros_like(kept).scatter(1, best, value=True) & kept
+            kept = best(score_bl, self.top_k) & kept
         score_bl = score_bl.masked_fill(~kept, torch.finfo(score_n.dtype).min)
         return places.back(torch.softmax(score_bl, 1) * kept, score_n.shape[0])
 
 
-def _best(score_bl: Tensor, top_k: int) -> Tensor:
-    """Return bool [B, L]: which scores of a row are among its largest, whether or not there are as many."""
-    more = score_bl.new_full((score_bl.shape[0], top_k), torch.finfo(score_bl.dtype).min)
-    longer = torch.cat([score_bl, more], 1)
-    best = longer.topk(top_k, 1).indices
-    return torch.zeros_like(longer, dtype=torch.bool).scatter(1, best, value=True)[:, : score_bl.shape[1]]
+def best(score_bl: Tensor, top_k: int) -> Tensor:
+    """Return bool [B, L]: the `top_k` largest scores of each row; of equal ones the last in the row, the newest, so
+    that the choice does not depend on the other rows. L is at least top_k."""
+    least_b1 = score_bl.topk(top_k, 1).values[:, -1:]
+    above = score_bl > least_b1
+    equal = score_bl == least_b1
+    behind = equal.flip(1).cumsum(1).flip(1)  # equal ones from here on, this one too
+    return above | (equal & (behind <= top_k - above.sum(1, keepdim=True)))

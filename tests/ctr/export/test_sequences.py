@@ -141,11 +141,10 @@ def test_a_users_history_is_looked_up_once_for_many_candidates(process, tmp_path
     np.testing.assert_allclose(found[0], expected, rtol=0, atol=1e-6)
     np.testing.assert_allclose(found[2], scorer(rows), rtol=0, atol=1e-6)
     assert found[1].shape == (0,)
+    apart = {name: user[name] for name in ("user", "words", "items")}
+    theirs = [one | {"ages": user["ages"], "actions": user["actions"]} for one in candidates]
     with pytest.raises(RowError, match="columns 'actions' and 'ages' and 'items' must be on the same side"):
-        scorer.rank(
-            {name: user[name] for name in ("user", "words", "items")},
-            [one | {"ages": user["ages"]} for one in candidates],
-        )
+        scorer.rank(apart, theirs)
     with pytest.raises(RowError, match="row 1: column 'ages' found '1 events', expected 2 as in column 'items'"):
         scorer([user | candidates[0], user | candidates[1] | {"items": [1, 2], "actions": [1, 2], "ages": [0.5]}])
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from tessera.ctr.config import load_config
 from tessera.ctr.instantiate import instantiate
+from tessera.ctr.models.dare import best
 from tessera.ctr.models.hstu_attention import HSTUAttention, hstu_mask
 from tessera.ctr.models.numeric import ScaledVectors
 from tessera.ctr.models.sequences import Dice, mean_of_events, sum_of_events
@@ -291,3 +292,11 @@ def test_models_that_cannot_be_are_refused(model, changes, sequences, line):
     config = dict(load_config([f"model={model}"], "").model) | SMALL[model] | changes
     with pytest.raises(ConfigError, match=line):
         instantiate(config, "model", Fields((), ("user", "item"), ScaledVectors, sequences=sequences))
+
+
+def test_the_search_of_dare_takes_the_newest_of_equal_events_whatever_the_length_of_the_rectangle():
+    scores = torch.tensor([[3.0, 1, 3, 3, 2], [5.0, 4, 3, 2, 1], [0.0, 0, 0, 0, 0]])
+    expected = torch.tensor([[0, 0, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 1, 1]]).bool()
+    assert torch.equal(best(scores, 2), expected)
+    longer = torch.cat([torch.full((3, 40), -9.0), scores], 1)
+    assert torch.equal(best(longer, 2)[:, 40:], expected) and best(scores, 5).all()
