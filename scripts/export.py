@@ -35,6 +35,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--compile", action="store_true", help="add the tower compiled by AOTInductor, for this machine"
     )
     parser.add_argument("--onnx", action="store_true", help="add the tower as ONNX, compared by onnxruntime")
+    parser.add_argument(
+        "--hidden",
+        action="store_true",
+        help="the graph answers also what its last layer reads, for `tessera serve --memory`",
+    )
     return parser
 
 
@@ -52,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return config, "cpu", config.trainer.timeout_seconds
 
     def export(config: Config, process: Process) -> None:
-        chosen = Options(options.format, compiled=options.compile, onnx=options.onnx)
+        chosen = Options(options.format, compiled=options.compile, onnx=options.onnx, hidden=options.hidden)
         source = source_of_run(config, options.run_dir, process)
         exported = export_model(config, process, source, options.output, [options.run_dir, config.data.path], chosen)
         print("\n".join(exported.lines()))

@@ -37,6 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help="columns that are copied beside the predictions; a name with commas stands between double quotes",
     )
+    parser.add_argument(
+        "--memory", type=Path, help="folder of an error memory of the same model, which corrects the predictions"
+    )
     return parser
 
 
@@ -61,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return config, config.trainer.device, config.trainer.timeout_seconds
 
     def score(config: Config, process: Process) -> None:
-        scored = score_rows(config, process, options.run_dir, options.data, options.output, options.keep)
+        scored = score_rows(
+            config, process, options.run_dir, options.data, options.output, options.keep, memory=options.memory
+        )
         if process.is_main:
             print(scored.summary())
 

@@ -9,6 +9,11 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tessera.ctr.serving.feedback import Feedback
+    from tessera.ctr.serving.scorer import Scorer
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
 
@@ -36,6 +41,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=10_000, help="of a request, at most (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of one pass (default: %(default)s)")
     parser.add_argument("--passes", type=int, default=1, help="at the same time (default: %(default)s)")
+    parser.add_argument(
+        "--memory", type=Path, help="folder of an error memory, made if it is not there; labels come to /feedback"
+    )
+    parser.add_argument("--memory-arrays", type=int, default=16, help="K, of a new one (default: %(default)s)")
+    parser.add_argument("--memory-bits", type=int, default=8, help="L, of a new one (default: %(default)s)")
+    parser.add_argument("--memory-strength", type=float, default=0.5, help="lambda (default: %(default)s)")
+    parser.add_argument("--memory-gamma", type=float, default=0.0, help="from 0 to 1 (default: %(default)s)")
+    parser.add_argument(
+        "--feedback-hours", type=float, default=24.0, help="that labels may take (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--feedback-rows", type=int, default=1_000_000, help="that wait for labels, at most (default: %(default)s)"
+    )
     return parser
 
 
@@ -52,6 +70,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TesseraError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _feedback(options: argparse.Namespace, scorer: Scorer) -> Feedback | None:
+    from tessera.ctr.serving.error_memory import FILE, ErrorMemory, MemorySettings
+    from tessera.ctr.serving.errors import ExportError
+    from tessera.ctr.serving.feedback import Feedback, Waiting
+    from tessera.embedding.settings import check
+
+    if options.memory is None:
+        return None
+    width = scorer.description.hidden
+    if width is None:
+        raise ExportError(f"--memory: {scorer.folder} has no hidden layer in its graph; export it with --hidden")
+    settings = MemorySettings(
+        arrays=options.memory_arrays,
+        bits=options.memory_bits,
+        strength=options.memory_strength,
+        gamma=options.memory_gamma,
+    )
+    check(settings, "--memory-")
+    memory = ErrorMemory(width, settings, scorer.base)
+    if (options.memory / FILE).exists():
+        found = ErrorMemory.load(options.memory, settings)
+        memory = found if found.width == width else memory
+    return Feedback(memory, options.memory, Waiting(options.feedback_rows, 3600 * options.feedback_hours))
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -77,7 +120,8 @@ def _serve(options: argparse.Namespace) -> int:
         body_bytes=int(options.body_mb * (1 << 20)),
         rows=options.rows,
     )
-    server = Server(scorer, Settings(limits, versions, options.poll_seconds, options.passes))
+    feedback = _feedback(options, scorer)
+    server = Server(scorer, Settings(limits, versions, options.poll_seconds, options.passes, feedback))
     print(f"serving {scorer.version} on http://{options.host}:{options.port}", file=sys.stderr, flush=True)
     uvicorn.run(
         server.app(),

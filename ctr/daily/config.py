@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tessera.ctr.serving.error_memory import MemorySettings
 from tessera.embedding.settings import section, setting
 
 
@@ -17,6 +18,14 @@ class DailyBandsConfig:
     logloss: float | None = setting(0.15, "allowed share above the mean", above=0)
     normalized_entropy: float | None = setting(0.1, "allowed share above the mean", above=0)
     calibration: float | None = setting(0.3, "allowed share above or below the mean", above=0)
+
+
+@dataclass
+class DailyMemoryConfig(MemorySettings):
+    enabled: bool = setting(False, "also score each day corrected by an error memory of the model (ReLoop2)")
+    delay_seconds: int = setting(600, "from a row's time until its label is known", at_least=0)
+    block_seconds: int = setting(300, "rows of so long a time are read before any of them is written", at_least=1)
+    block_rows: int = setting(10_000, "and so many of them at most", at_least=1)
 
 
 @dataclass
@@ -68,4 +77,7 @@ class DailyConfig:
     )
     bands: DailyBandsConfig = section(
         DailyBandsConfig, "a day whose progressive metrics leave their bands is not trained and not published"
+    )
+    memory: DailyMemoryConfig = section(
+        DailyMemoryConfig, "an error memory beside the model that each day is evaluated with"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tessera.ctr.export.source import Source
 from tessera.ctr.export.tower import ServedTower, graph_of
 from tessera.ctr.network import build_model, fields_of
 from tessera.ctr.output_folders import replacing_on_ranks
+from tessera.ctr.runs.error_memory import width_of
 from tessera.ctr.serving.conversion import Conversion
 from tessera.ctr.serving.description import FEATURES, FORMAT, TOWER, StoredTable
 from tessera.ctr.serving.errors import ExportError
@@ -52,11 +53,12 @@ GOLDEN_BATCH = 256
 @dataclass(frozen=True)
 class Options:
     """format: of rows that become smaller by it, None: as stored. compiled: an AOTInductor package too. onnx: a graph
-    of ONNX too."""
+    of ONNX too. hidden: the graph answers also what its last layer reads, which an error memory needs."""
 
     format: str | None = None
     compiled: bool = False
     onnx: bool = False
+    hidden: bool = False
 
 
 @dataclass
@@ -98,6 +100,8 @@ def export_model(
     config = prepared(config)
     schema = schema_of(config.data)
     model, _ = build_model(config, schema, process)
+    if options.hidden:
+        width_of(model.module.tower, schema.tasks)
     exported = Exported(output, f"{source.name}")
     with replacing_on_ranks(process, output, "--output", COMMAND, sources, []) as folder:
         job = _Job(config, schema, model, source, SealedWriter(folder), options)
@@ -135,13 +139,15 @@ class _Job:
         self.options = options
         self.network = model.module
         self.golden = golden_rows(config, schema)
-        self._wanted = _ids_by_table(self.golden, schema)
+        self._wanted = ids_by_table(self.golden, schema)
 
     def run(self, exported: Exported) -> None:
         newest = self.source.models[0]
         self._load_dense(newest)
         dims = dict(self.network.tower.embedding_dims)
-        program = graph_of(self._tower(), len(self.schema.numeric_names), len(self.schema.pooled_names))
+        program = graph_of(
+            self._tower(hidden=self.options.hidden), len(self.schema.numeric_names), len(self.schema.pooled_names)
+        )
         folder = self.writer.folder
         self._write_more(program)
         save_graph(program, folder / TOWER)
@@ -150,6 +156,8 @@ class _Job:
         dense = write_dense(self.writer, newest, plans)
         tables = [self._write_table(plan, exported) for plan in plans]
         described = describe(self.config, self.schema, dims, tables, dense)
+        if self.options.hidden:
+            described = replace(described, hidden=width_of(self.network.tower, self.schema.tasks))
         self.writer.write(FEATURES, (json.dumps(described.to_json(), indent=1) + "\n").encode())
         self._write_golden()
         manifest = self.writer.finish(self._said())
@@ -158,9 +166,10 @@ class _Job:
         exported.golden = self.golden.num_rows
         exported.difference = Scorer(folder).check_golden()
 
-    def _tower(self) -> ServedTower:
+    def _tower(self, *, hidden: bool = False) -> ServedTower:
         sequences = fields_of(self.config, self.schema).sequences
-        return ServedTower(self.network.tower, amp=self.config.trainer.amp, sequences=sequences)
+        tower, amp = self.network.tower, self.config.trainer.amp
+        return ServedTower(tower, amp=amp, sequences=sequences, hidden=hidden)
 
     def _said(self) -> dict[str, Any]:
         return {
@@ -225,7 +234,8 @@ class _Job:
             self.writer.seal_file(write_onnx(self._tower(), self.writer.folder, numeric, ids))
 
 
-def _ids_by_table(golden: pa.Table, schema: Schema) -> dict[str, np.ndarray]:
+def ids_by_table(golden: pa.Table, schema: Schema) -> dict[str, np.ndarray]:
+    """Return the ids of some rows, sorted int64, by table."""
     decoder = RowDecoder(schema)
     rows = decoder.decode(decoder.table(golden))
     return {

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tessera.ctr.models.hidden import hidden_of
 from tessera.ctr.models.tower import Events, SequenceGroup, Tower, logits_of
 from tessera.embedding.errors import ConfigError
 
@@ -24,17 +25,32 @@ class ServedTower(nn.Module):
     [L], whose length alone counts, 2 or more and no less than the events of any row; for each group of embeddings and
     each sequence of ids [events, dim]; and for each sequence of numbers [events].
 
-    amp: the tower runs in bfloat16, as in training with `trainer.amp`. sequences: `Fields.sequences`.
+    amp: the tower runs in bfloat16, as in training with `trainer.amp`. sequences: `Fields.sequences`. hidden: answer
+    also what the last layer reads, float32 [B, H], by which an error memory knows rows.
     """
 
-    def __init__(self, tower: Tower, *, amp: bool, sequences: Sequence[SequenceGroup] = ()) -> None:
+    def __init__(
+        self, tower: Tower, *, amp: bool, sequences: Sequence[SequenceGroup] = (), hidden: bool = False
+    ) -> None:
         super().__init__()
+        self.hidden = hidden
         self.tower, self.amp, self.sequences = tower, amp, tuple(sequences)
         self.groups = list(tower.embedding_dims)
 
-    def forward(self, numeric_bn: Tensor, *others: Tensor) -> Tensor:
-        """Return logits [B], or [B, labels]. numeric_bn: [B, numeric fields]; others: [B, id fields, dim] of each group
-        of embeddings, then what sequences have."""
+    def forward(self, numeric_bn: Tensor, *others: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return logits [B], or [B, labels]; with `hidden` a pair.
+
+        numeric_bn: [B, numeric fields]; others: [B, id fields, dim] of each group of embeddings, then what sequences
+        have.
+        """
+        if not self.hidden:
+            return self._logits(numeric_bn, others)
+        with hidden_of(self.tower) as hidden:
+            logits = self._logits(numeric_bn, others)
+            found = hidden.take()
+        return logits, found[:-1] if self.sequences else found
+
+    def _logits(self, numeric_bn: Tensor, others: Sequence[Tensor]) -> Tensor:
         count = len(self.groups)
         embeddings = dict(zip(self.groups, others[:count], strict=True))
         with torch.autocast("cpu", torch.bfloat16, enabled=self.amp):

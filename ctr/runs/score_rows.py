@@ -7,9 +7,9 @@ nothing until all are done. Files that are complete have their name, so a job th
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,17 @@ from tessera.ctr.data.day_folders import DayFolders
 from tessera.ctr.data.errors import DataError, SchemaError
 from tessera.ctr.data.files import one_line
 from tessera.ctr.data.labels import labels_of
+from tessera.ctr.data.listing import Listing
 from tessera.ctr.data.padding import empty, padded
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.units import Unit, dealt, units_of
 from tessera.ctr.metrics.tasks import answers_of, logit_of, prediction_of
+from tessera.ctr.models.hidden import Hidden, hidden_of
 from tessera.ctr.network import build_model
 from tessera.ctr.output_folders import check_place, claim
+from tessera.ctr.runs.error_memory import read_memory
 from tessera.ctr.runs.score import load_model_of_run, run_config
+from tessera.ctr.serving.error_memory import ErrorMemory, base_of
 from tessera.ctr.train.engine import set_tf32, set_threads
 from tessera.ctr.train.evaluate import agree_on_files
 from tessera.ctr.train.step_pipeline import to_device
@@ -87,6 +91,7 @@ def score_rows(
     output: Path,
     keep: Sequence[str] = (),
     rows_of_unit: int = ROWS_OF_UNIT,
+    memory: Path | None = None,
 ) -> Scored:
     """Write a prediction for each row of `data` to parquet files in `output`, on all ranks together.
 
@@ -95,6 +100,7 @@ def score_rows(
         data: folders, files, patterns or URIs; columns of features are those that training read, no others are needed.
         keep: columns of the data that are copied beside the predictions (`columns_of`), as they are.
         rows_of_unit: rows that one file of the result has at most, but for a larger row group.
+        memory: the folder of an error memory of the same model, by which predictions are corrected. It learns nothing.
 
     Raises:
         ConfigError: `output` holds something else than the beginning of the same result, or `keep` names a column
@@ -114,15 +120,19 @@ def score_rows(
     units = units_of(reader.groups, rows_of_unit)
     model, _ = build_model(config, reader.schema, process)
     which, step = load_model_of_run(model, config, run_dir, process)
-    plan = _plan(run_dir, which, step, keep, reader, units) | {"checksum of the model": _checksum(model)}
+    base = base_of(model.module.tower.state_dict())
+    errors = None if memory is None else read_memory(memory, base, model.module.tower, reader.schema.tasks)
+    plan = _plan(run_dir, which, step, keep, reader, units) | {"checksum of the model": base}
+    plan["error memory"] = None if errors is None else errors.checksum()
     sources: list[str | Path] = [run_dir, *paths]
     locks: list[FolderLock] = []
     try:
         on_first_rank(process, lambda: locks.append(_begin(output, plan, sources)))
         missing = on_first_rank(process, lambda: _missing(output, units))
         most = max((unit.rows for unit in missing), default=0)
-        scorer = _Scorer(model, reader, process, output, fields, columns, most)
-        scorer.run(dealt(missing, process.world_size))
+        scorer = _Scorer(model, reader, process, output, fields, columns, most, errors)
+        with nullcontext() if errors is None else hidden_of(model.module.tower) as scorer.hidden:
+            scorer.run(dealt(missing, process.world_size))
         wait_for_all()
         names = [unit.name for unit in units]
         bad = on_first_rank(process, lambda: _finish(output, plan, names))
@@ -148,7 +158,7 @@ def _check_names(keep: Sequence[str], columns: Sequence[str]) -> None:
         raise ConfigError(f"--keep names {twice} twice")
 
 
-def row_reader(config: Config, data: Sequence[str]) -> ParquetReader:
+def row_reader(config: Config, data: Sequence[str | Listing]) -> ParquetReader:
     """Return a reader of all rows in their order, for one rank. Columns that only training needs are not asked for."""
     schema = schema_of(replace(config.data, schema=replace(config.data.schema, weight=None, group=None, time=None)))
     return ParquetReader(
@@ -205,14 +215,6 @@ def _plan(
         "data": reader.groups.fingerprint,
         "files": {unit.name: unit.rows for unit in units},
     }
-
-
-def _checksum(model: DistributedModelParallel) -> str:
-    """Return what tells the dense weights of a model from those of another one that was trained as long."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.module.tower.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _missing(output: Path, units: list[Unit]) -> list[Unit]:
@@ -291,9 +293,12 @@ class _Scorer:
         fields: Sequence[pa.Field],
         columns: Sequence[str],
         most_rows: int,
+        memory: ErrorMemory | None,
     ) -> None:
         """columns: of predictions. most_rows: of a unit; batches are no larger, as they are filled up to one size."""
         self._model, self._reader, self._process = model, reader, process
+        self._memory = memory
+        self.hidden: Hidden | None = None
         self._output, self._fields = output, list(fields)
         self._labels = reader.schema.tasks
         self._answers = answers_of(self._labels)
@@ -342,6 +347,8 @@ class _Scorer:
         """Return what is said of each row, float32 [answers, B]."""
         logits, _ = self._model(to_device(batch, self._process.device))
         found = [prediction_of(one, logit_of(one, self._labels, logits)) for one in self._answers]
+        if self._memory is not None and self.hidden is not None:
+            found = [self._memory.corrected(self.hidden.take().cpu(), found[0].cpu())]
         return torch.stack(found).cpu().numpy()
 
     def _kept(self, group: int, rows: int) -> Iterator[pa.Array | pa.ChunkedArray]:

@@ -18,8 +18,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tessera.ctr.serving.batches import Batches, Busy, Limits
-from tessera.ctr.serving.bodies import JSON, BadRequest, content_of, request_of
+from tessera.ctr.serving.bodies import JSON, BadRequest, content_of, json_of, labels_of_body, request_of
 from tessera.ctr.serving.errors import ExportError, RowError
+from tessera.ctr.serving.feedback import Feedback
 from tessera.ctr.serving.metrics import Metrics
 from tessera.ctr.serving.scorer import Scorer
 from tessera.ctr.serving.versions import Versions
@@ -30,12 +31,15 @@ Answering = Callable[[Request], Awaitable[Response]]
 @dataclass(frozen=True)
 class Settings:
     """versions: where a published model is followed, None: the export stays as it is. poll_seconds: between looks at
-    what is published. threads: passes of the model at the same time."""
+    what is published. threads: passes of the model at the same time. feedback: an error memory that corrects answers,
+    saved every save_seconds."""
 
     limits: Limits = field(default_factory=Limits)
     versions: Versions | None = None
     poll_seconds: float = 5.0
     threads: int = 1
+    feedback: Feedback | None = None
+    save_seconds: float = 60.0
 
 
 class Server:
@@ -64,12 +68,16 @@ class Server:
             Route("/ready", self._ready),
             Route("/metrics", self._metrics),
         ]
+        if self.settings.feedback is not None:
+            routes.append(Route("/feedback", self._answering("/feedback", self._feedback), methods=["POST"]))
         return Starlette(routes=routes, lifespan=self._lifespan)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         settings = self.settings
-        self.batches = Batches(self.first, settings.limits, self.metrics.passed, settings.threads)
+        self._learn_of(self.first)
+        self.batches = Batches(self.first, settings.limits, self.metrics.passed, settings.threads, settings.feedback)
+        saving = asyncio.create_task(self._save_often()) if settings.feedback else None
         self.metrics.step.set(self.first.manifest["step"])
         following = asyncio.create_task(self._follow()) if settings.versions else None
         yield
@@ -77,6 +85,9 @@ class Server:
         if following:
             following.cancel()
         await batches.close()
+        if saving:
+            saving.cancel()
+            self._save()
 
     async def _follow(self) -> None:
         """Look at what is published again and again; the model is replaced between two passes."""
@@ -109,6 +120,7 @@ class Server:
             return False
         merged = scorer.version == batches.scorer.version
         batches.scorer = scorer
+        self._learn_of(scorer)
         self.metrics.updates.labels("merged" if merged else "done").inc()
         self.metrics.step.set(scorer.manifest["step"])
         self._say(f"serving {scorer.version}{', its changes merged' if merged else ''}")
@@ -130,6 +142,27 @@ class Server:
             versions.merge(scorer)
         except (ExportError, OSError) as error:
             self._say(f"the changes up to {scorer.version} are not merged: {' '.join(str(error).split())}")
+
+    def _learn_of(self, scorer: Scorer) -> None:
+        """Forget the errors of another model than the one that is served."""
+        feedback = self.settings.feedback
+        if feedback is None:
+            return
+        if feedback.begin(scorer.base):
+            self._say(f"the error memory is empty: {scorer.version} is another model")
+        self.metrics.memory_rows.set(feedback.memory.rows)
+
+    async def _save_often(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.save_seconds)
+            await asyncio.get_running_loop().run_in_executor(None, self._save)
+
+    def _save(self) -> None:
+        assert self.settings.feedback is not None
+        try:
+            self.settings.feedback.save()
+        except OSError as error:
+            self._say(f"the error memory cannot be saved: {error.strerror or error}")
 
     def _answering(self, path: str, answer: Answering) -> Answering:
         """Return the same with errors as one line of JSON, and counted."""
@@ -161,14 +194,29 @@ class Server:
     async def _rank(self, request: Request) -> Response:
         return await self._scored(request, ranked=True)
 
+    async def _feedback(self, request: Request) -> Response:
+        feedback = self.settings.feedback
+        if feedback is None or self.batches is None:
+            raise Busy("the server stops")
+        labels = labels_of_body(json_of(await self._body(request)), self.settings.limits.rows)
+        told = await asyncio.get_running_loop().run_in_executor(None, feedback.take, labels)
+        for result, number in told.items():
+            self.metrics.labels.labels(result).inc(number)
+        self.metrics.memory_rows.set(feedback.memory.rows)
+        return Response(json.dumps(told), media_type=JSON)
+
+    async def _body(self, request: Request) -> bytes:
+        limits = self.settings.limits
+        try:
+            return await asyncio.wait_for(_body(request, limits.body_bytes), limits.timeout_seconds)
+        except asyncio.TimeoutError:
+            raise BadRequest(408, f"the body did not come within {limits.timeout_seconds:g} s") from None
+
     async def _scored(self, request: Request, *, ranked: bool) -> Response:
         limits, batches = self.settings.limits, self.batches
         if batches is None:
             raise Busy("the server stops")
-        try:
-            body = await asyncio.wait_for(_body(request, limits.body_bytes), limits.timeout_seconds)
-        except asyncio.TimeoutError:
-            raise BadRequest(408, f"the body did not come within {limits.timeout_seconds:g} s") from None
+        body = await self._body(request)
         asked = request_of(request.headers.get("content-type", ""), body, limits, ranked=ranked)
         answer = await batches.answer(asked)
         content, kind = content_of(answer, self.first.labels, request.headers.get("accept", ""))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tessera.ctr.serving.errors import RowError
+from tessera.ctr.serving.feedback import Feedback
 from tessera.ctr.serving.scorer import Scorer
 
 
@@ -44,10 +45,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """scores: float32 [n] or [n, labels], all of one model, `version`."""
+    """scores: float32 [n] or [n, labels], all of one model, `version`; keys: of the rows, by which their labels may
+    come later, where they are waited for."""
 
     scores: np.ndarray
     version: str
+    keys: list[str] | None = None
 
 
 class Batches:
@@ -57,8 +60,17 @@ class Batches:
         scorer: what the next pass uses; may be replaced at any time. A pass keeps the one that it began with.
     """
 
-    def __init__(self, scorer: Scorer, limits: Limits, note: Callable[[int, int, float], None], threads: int) -> None:
-        """note: told of each pass its requests, rows and seconds. threads: passes at the same time."""
+    def __init__(
+        self,
+        scorer: Scorer,
+        limits: Limits,
+        note: Callable[[int, int, float], None],
+        threads: int,
+        feedback: Feedback | None = None,
+    ) -> None:
+        """note: told of each pass its requests, rows and seconds. threads: passes at the same time. feedback: corrects
+        answers, and gives each row a key."""
+        self._feedback = feedback
         self.scorer, self._limits, self._note = scorer, limits, note
         self._queue: asyncio.Queue[tuple[Request, asyncio.Future[Answer]]] = asyncio.Queue(limits.waiting)
         self._threads = ThreadPoolExecutor(threads, "scoring")
@@ -138,6 +150,9 @@ class Batches:
                 continue
             inputs.append(prepared)
             places.append(place)
-        for place, scores in zip(places, scorer.predict(inputs), strict=True):
-            answers[place] = Answer(scores, scorer.version)
+        for place, (scores, hidden) in zip(places, scorer.predict_with_hidden(inputs), strict=True):
+            keys = None
+            if self._feedback is not None:
+                scores, keys = self._feedback.answer(scorer.base, scores, hidden)
+            answers[place] = Answer(scores, scorer.version, keys)
         return answers

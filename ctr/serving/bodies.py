@@ -40,7 +40,7 @@ def request_of(kind: str, body: bytes, limits: Limits, *, ranked: bool) -> Reque
     if kind not in (JSON, ""):
         expected = JSON if ranked else f"{JSON} or {ARROW}"
         raise BadRequest(415, f"content type {kind[:80]!r}; expected {expected}")
-    found = _json(body)
+    found = json_of(body)
     keys = ("user", "candidates") if ranked else ("rows",)
     if not isinstance(found, Mapping) or set(found) != set(keys):
         raise BadRequest(400, f"expected an object with {' and '.join(keys)}")
@@ -53,13 +53,29 @@ def request_of(kind: str, body: bytes, limits: Limits, *, ranked: bool) -> Reque
     return Request(rows, _counted(len(rows), limits), user)
 
 
+def labels_of_body(found: Any, most: int) -> list[tuple[str, int]]:
+    """Return keys and labels of a body. most: labels of a request. Raises BadRequest."""
+    if not isinstance(found, Mapping) or set(found) != {"labels"} or not isinstance(found["labels"], list):
+        raise BadRequest(400, 'expected an object with labels, a list of {"key": ..., "label": 0 or 1}')
+    if len(found["labels"]) > most:
+        raise BadRequest(413, f"{len(found['labels']):,} labels; expected at most {most:,}")
+    labels = []
+    for number, one in enumerate(found["labels"]):
+        if not isinstance(one, Mapping) or set(one) != {"key", "label"} or not isinstance(one["key"], str):
+            raise BadRequest(422, f"label {number}: expected an object with key, a text, and label")
+        if isinstance(one["label"], bool) or one["label"] not in (0, 1):
+            raise BadRequest(422, f"label {number}: found {str(one['label'])[:40]}, expected 0 or 1")
+        labels.append((one["key"], int(one["label"])))
+    return labels
+
+
 def _counted(rows: int, limits: Limits) -> int:
     if rows > limits.rows:
         raise BadRequest(413, f"{rows:,} rows; expected at most {limits.rows:,}")
     return rows
 
 
-def _json(body: bytes) -> Any:
+def json_of(body: bytes) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON")
 
@@ -91,9 +107,13 @@ def content_of(answer: Answer, labels: list[str], accepted: str) -> tuple[bytes,
     if accepted.partition(";")[0].strip().lower() == ARROW:
         columns = answer.scores.reshape(len(answer.scores), -1).T
         table = pa.table([pa.array(np.ascontiguousarray(column)) for column in columns], names=labels)
+        if answer.keys is not None:
+            table = table.append_column("key", pa.array(answer.keys, pa.string()))
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema.with_metadata({"version": answer.version})) as stream:
             stream.write_table(table)
         return sink.getvalue().to_pybytes(), ARROW
-    said = {"version": answer.version, "labels": labels, "scores": answer.scores.tolist()}
+    said: dict[str, Any] = {"version": answer.version, "labels": labels, "scores": answer.scores.tolist()}
+    if answer.keys is not None:
+        said["keys"] = answer.keys
     return json.dumps(said).encode(), JSON

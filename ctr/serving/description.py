@@ -7,6 +7,7 @@ tables                  name, features, kind (dynamic: rows by id; static: a fix
                         bits (of the hash index), and of each group its name, dim, format, values, scales (files)
 oov                     file of the rows [tables, width] that ids without a row read; null: zeros
 projections             matrices of tables whose rows are narrower than the tower wants: table, group, file
+hidden                  width of what the graph answers beside logits, the input of its last layer; null: nothing
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class Description:
     tables: list[StoredTable]
     oov: str | None = None
     projections: list[StoredProjection] = field(default_factory=list)
+    hidden: int | None = None
 
     def schema(self) -> Schema:
         """Return the schema that decodes rows, as the reader of training has it."""
@@ -99,6 +101,7 @@ def read_description(place: Place) -> Description:
             tables=tables,
             oov=found["oov"],
             projections=[StoredProjection(**one) for one in found["projections"]],
+            hidden=None if found.get("hidden") is None else int(found["hidden"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ExportError(f"{place.name}/{FEATURES} is not what this version writes: {error!r}") from None

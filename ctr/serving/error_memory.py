@@ -13,6 +13,7 @@ y and of the model's own predictions p, and a count. A read takes the row's K bu
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -131,6 +132,12 @@ class ErrorMemory:
                 self._hidden[array][distinct] += sum_by_row(unit, place, len(distinct))
                 self._sums[array].index_add_(0, bucket, values)
 
+    def checksum(self) -> str:
+        """Return what tells its content and its settings from others."""
+        with self._lock:
+            said = json.dumps([self.base, self.rows, asdict(self.settings)])
+            return f"{zlib.crc32(self._sums.numpy().tobytes(), zlib.crc32(said.encode())):08x}"
+
     def _buckets(self, unit: Tensor) -> list[Tensor]:
         """Return the bucket of each row in each array, int64 [n] each."""
         return [((unit @ planes.t() > 0) * self._powers).sum(1) for planes in self._planes]
@@ -177,6 +184,16 @@ class ErrorMemory:
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise ExportError(f"{path} is no error memory: {' '.join(str(error).split())[:200]}") from None
         return memory
+
+
+def base_of(state: Mapping[str, Tensor]) -> str:
+    """Return what tells the dense weights of a tower from those of another one, 16 hexadecimal digits. state: of the
+    tower, or of its exported graph."""
+    digest = hashlib.sha256()
+    for name, value in sorted((name.removeprefix("tower."), value) for name, value in state.items()):
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        digest.update(name.encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def _unit(values: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ class Metrics:
         self.pass_requests = Histogram("tessera_pass_requests", "requests of a pass", buckets=ROWS, registry=registry)
         self.pass_seconds = Histogram("tessera_pass_seconds", "of one pass", buckets=SECONDS, registry=registry)
         self.updates = Counter("tessera_model_updates", "of the served model", ["result"], registry=registry)
+        self.labels = Counter("tessera_feedback_labels", "that came later", ["result"], registry=registry)
+        self.memory_rows = Gauge("tessera_memory_rows", "rows in the error memory", registry=registry)
         self.step = Gauge("tessera_model_step", "training step of the served model", registry=registry)
 
     def passed(self, requests: int, rows: int, seconds: float) -> None:

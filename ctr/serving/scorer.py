@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from tessera.ctr.serving.changes import ChangedTable
 from tessera.ctr.serving.description import FORMAT, TOWER, WEIGHTS, read_description
 from tessera.ctr.serving.embeddings import Embeddings
+from tessera.ctr.serving.error_memory import base_of
 from tessera.ctr.serving.errors import ExportError, RowError
 from tessera.ctr.serving.events import EventInputs, joined_events, passes, tensors_of
 from tessera.ctr.serving.files import Place, read_manifest
@@ -172,17 +174,33 @@ class Scorer:
 
     def predict(self, inputs: Sequence[Inputs]) -> list[np.ndarray]:
         """Return the answers for each of some inputs, in one pass of the model."""
+        return [answers for answers, _ in self.predict_with_hidden(inputs)]
+
+    def predict_with_hidden(self, inputs: Sequence[Inputs]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the answers for each of some inputs, and what the last layer reads of each row, float32 [n, hidden];
+        of an export without, [n, 0]."""
         rows = [one.numeric.shape[0] for one in inputs]
         if not sum(rows):
             shape = (0,) if len(self.labels) == 1 else (0, len(self.labels))
-            return [np.zeros(shape, np.float32) for _ in inputs]
+            nothing = np.zeros(shape, np.float32), np.zeros((0, self.description.hidden or 0), np.float32)
+            return [nothing for _ in inputs]
         with torch.no_grad():
             numeric = _joined([one.numeric for one in inputs])
             groups = [_joined(list(group)) for group in zip(*(one.groups for one in inputs), strict=True)]
             events = joined_events([one.events for one in inputs])
-            logits = torch.cat([self._tower(*part) for part in passes(numeric, groups, events)])
+            found = [self._tower(*part) for part in passes(numeric, groups, events)]
+            if self.description.hidden is None:
+                logits, hidden = _joined(found), torch.zeros(numeric.shape[0], 0)
+            else:
+                logits, hidden = (_joined(list(parts)) for parts in zip(*found, strict=True))
             answers = answers_of(logits, self._numbers).numpy()
-        return np.split(answers, np.cumsum(rows)[:-1])
+        ends = np.cumsum(rows)[:-1]
+        return list(zip(np.split(answers, ends), np.split(hidden.numpy(), ends), strict=True))
+
+    @cached_property
+    def base(self) -> str:
+        """Name the dense weights: an error memory of another one is of no use."""
+        return base_of(self._tower.state_dict())
 
     def check_golden(self) -> float:
         """Return the largest difference between the scores of the export's golden rows and those that training's own

@@ -95,7 +95,8 @@ def compare(options: argparse.Namespace, process: Process) -> None:
             rows.append((times // HOUR - begin, label, base, corrected))
             if options.retrain:
                 model.train(day)
-        table(*(np.concatenate(column) for column in zip(*rows, strict=True)), options.hours)
+        hours, label, base, corrected = (np.concatenate(column) for column in zip(*rows, strict=True))
+        table(hours, label, base, corrected, options.hours)
         assert memory is not None
         print(f"memory: {memory.bytes / 1e6:.1f} MB, {memory.rows:,} rows")
 

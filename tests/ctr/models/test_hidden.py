@@ -10,7 +10,7 @@ from tests.ctr.models.test_sequence_models import inputs as sequence_inputs
 from tests.ctr.models.test_sequence_models import tower_of
 from tests.ctr.models.test_towers import inputs, make, named
 
-WITHOUT = ["final_mlp", "fm", "lr"]
+WITHOUT = ["final_mlp", "fm", "fmfm", "fwfm", "lr"]
 FIELDS = named(2, 3)
 
 
