@@ -255,6 +255,9 @@ class ExportConfig:
         "auto: models that are not Tessera's own",
         choices=("auto", "always", "never"),
     )
+    published: bool = setting(
+        True, "of each day that is published score golden rows by an export, before it is to be served (tessera daily)"
+    )
 
 
 @dataclass

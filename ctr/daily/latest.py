@@ -75,6 +75,15 @@ def read_latest(root: Storage) -> dict[str, Any]:
     return latest
 
 
+def is_served(root: Storage, name: str) -> bool:
+    """Return whether `latest` names a publication as it is there, as the newest of its chain."""
+    try:
+        link = read_latest(root)["chain"][-1]
+        return link == {"name": name, "checksum": read_manifest(root.below(name))["checksum"]}
+    except CheckpointError:
+        return False
+
+
 def _damaged(root: Storage, problem: str) -> CheckpointError:
     return CheckpointError(
         f"{root.name}: {LATEST} is damaged: {problem}; start the run's `tessera daily` again, which writes it anew"

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 from tessera.ctr.config import Config
 from tessera.ctr.daily.bands import out_of_band
 from tessera.ctr.daily.calendar import Calendar, Due, any_asked_to_stop
+from tessera.ctr.daily.corrected import CorrectedDays
 from tessera.ctr.daily.day_readers import DayReaders
 from tessera.ctr.daily.day_record import COUNTS, METRICS, DayRecord, Days, Stage
 from tessera.ctr.daily.incremental import ask_teacher
-from tessera.ctr.daily.partitions import PartitionError
+from tessera.ctr.daily.latest import is_served
+from tessera.ctr.daily.partitions import PartitionError, sources_of
 from tessera.ctr.daily.publish import Publisher, point
 from tessera.ctr.daily.records import clear_day, day_dir, measure, write_day_report, write_records
 from tessera.ctr.daily.table_counts import count_tables
 from tessera.ctr.data.config import schema_of
 from tessera.ctr.export.dry_run import check_export
+from tessera.ctr.export.published import PublishedCheck
 from tessera.ctr.report.days import write_index
 from tessera.ctr.runs.log import RunLog
 from tessera.ctr.train.checkpoints import Checkpoints
@@ -59,6 +63,9 @@ class Daily:
         self.log = RunLog(config, process, self.engine.plan)
         self._warn_of_keys_without_effect()
         self.days = Days(config.daily.keep_days)
+        tower, folder = self.engine.network.tower, self.log.folder
+        enabled = config.daily.memory.enabled
+        self.memory = CorrectedDays(config, schema, tower, process, folder) if enabled else None
         self.readers = DayReaders(config, schema, process, self.days, self.log)
         self.calendar = Calendar(config, process, self.log.say)
         self.publisher = Publisher(self.log.folder, config, self.engine.network, process)
@@ -112,6 +119,8 @@ class Daily:
                 self.log.warn(f"{self.publisher.root.name}: {missing[0]} is missing or damaged; the next one is whole")
             elif at_its_end:
                 self.publisher.follow()
+            if at_its_end:
+                self.check_published(records[-1])
             self._weigh_published(len(records), records[-1])
         else:
             self.publisher.check_free()
@@ -137,7 +146,10 @@ class Daily:
         on_first_rank(self.process, lambda: clear_day(folder, key))
         marks = self.engine.dynamic is not None
         predictions = day_dir(folder, key) / "predictions"
-        evaluate(self.engine.model, self.readers.day, self.process, predictions, key, mark_new_ids=marks)
+        with self.memory.watching(key) if self.memory else nullcontext() as watch:
+            evaluate(
+                self.engine.model, self.readers.day, self.process, predictions, key, mark_new_ids=marks, watch=watch
+            )
         wait_for_all()
         measured = on_first_rank(self.process, lambda: measure(predictions))
         record.known, record.new = measured.pop("known"), measured.pop("new")
@@ -151,6 +163,8 @@ class Daily:
         if record.new:
             rows = measured["rows"]
             self.log.say(f"{key} · {record.new['rows'] / rows:.1%} of {rows:,} rows have new ids")
+        if self.memory:
+            self.log.say(self.memory.correct(key, self.days.done))
         self.log.bad_rows({"progressive": self.readers["day"]})
 
     def wants_training(self) -> bool:
@@ -240,6 +254,7 @@ class Daily:
         self._add(record)
         if trained:
             self.publisher.publish(self.days.done)
+            self.check_published(record)
             self._weigh_published(len(self.days.done), record)
             held = "" if record.published_bytes is None else f" {size(record.published_bytes)}"
             self.log.say(
@@ -248,6 +263,21 @@ class Daily:
             )
         if self.process.is_main:
             self._tell()
+
+    def check_published(self, record: DayRecord) -> None:
+        """Compare an export of what is published with the live model, unless it is to be served already.
+
+        Raises ExportError, on all ranks: they differ, and `latest` is left as it was.
+        """
+        name, root = record.partition, self.publisher.root
+        if not self.config.export.published or on_first_rank(self.process, lambda: is_served(root, name)):
+            return
+        try:
+            paths = sources_of(self.config, [name])
+        except PartitionError:  # it is gone since; golden rows are made up
+            paths = []
+        checked = PublishedCheck(self.config, self.engine.schema, self.engine.model, self.process)
+        checked.check(root.below(name).name, name, day_dir(self.log.folder, name), paths)
 
     def pass_over(self, due: Due) -> None:
         """Leave out a partition that daily.skip names."""

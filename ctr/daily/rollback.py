@@ -12,8 +12,9 @@ from tessera.ctr.daily.day_record import DayRecord, Stage, records_of
 from tessera.ctr.daily.latest import chain_of
 from tessera.ctr.daily.publish import point, publications_of
 from tessera.ctr.daily.records import FOLDER as DAYS_FOLDER
-from tessera.ctr.daily.records import clear_day, write_records
+from tessera.ctr.daily.records import clear_day, day_dir, write_records
 from tessera.ctr.data.day_folders import KEY
+from tessera.ctr.export.published import problem_of
 from tessera.distributed.atomic import sync_file
 from tessera.distributed.collectives import on_first_rank
 from tessera.distributed.folder_lock import FolderLock
@@ -43,7 +44,7 @@ def roll_back(config: Config, process: Process, say: Callable[[str], None]) -> N
     on_first_rank(process, lambda: held.append(FolderLock(run_dir)))
     name, records = on_first_rank(process, lambda: _find(root, key))
     open_saved(root.below(name), process)
-    on_first_rank(process, lambda: _check_published(published, records))
+    on_first_rank(process, lambda: _check_published(published, records, run_dir))
     if process.is_main:
         _remove_newer(run_dir, root, name, key)
         point(published, records, config.daily.keep_days, say)
@@ -76,9 +77,12 @@ def _find(root: Storage, key: str) -> tuple[str, list[DayRecord]]:
     )
 
 
-def _check_published(published: Storage, records: list[DayRecord]) -> None:
+def _check_published(published: Storage, records: list[DayRecord], run_dir: Path) -> None:
+    """Raise CheckpointError where a publication is missing, or its export scored otherwise than evaluation."""
     for name in chain_of(records):
-        read_manifest(published.below(name))
+        problem = problem_of(day_dir(run_dir, name), read_manifest(published.below(name))["checksum"])
+        if problem is not None and name == chain_of(records)[-1]:
+            raise CheckpointError(f"daily.rollback_to: {problem}; choose a day before it")
 
 
 def _remove_newer(run_dir: Path, root: Storage, name: str, key: str) -> None:

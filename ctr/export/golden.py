@@ -15,6 +15,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from tessera.ctr.config import Config
 from tessera.ctr.data.config import SPLITS, paths_of, schema_of
 from tessera.ctr.data.footers import value_type
+from tessera.ctr.data.listing import Listing
 from tessera.ctr.data.schema import Feature, Schema
 from tessera.ctr.runs.score_rows import row_reader
 from tessera.ctr.serving.rows import RowDecoder
@@ -25,11 +26,14 @@ ROWS = 64  # of the data
 UNKNOWN = 0x7E55E4A0  # begins ids that no data have
 
 
-def golden_rows(config: Config, schema: Schema) -> pa.Table:
+def golden_rows(config: Config, schema: Schema, paths: Sequence[str | Listing] | None = None) -> pa.Table:
     """Return the columns of features of some rows: the first of the data where they can be read, and rows with a null
-    in each column in turn and with ids that no table knows."""
+    in each column in turn and with ids that no table knows.
+
+    paths: of the data; None: the configuration's splits.
+    """
     decoder = RowDecoder(schema)
-    found = _of_data(config, decoder)
+    found = _of_data(config, decoder, paths)
     if found is None:
         found = pa.table({name: _made_up(name, schema) for name in decoder.columns})
     one = found.slice(0, 1)
@@ -38,10 +42,10 @@ def golden_rows(config: Config, schema: Schema) -> pa.Table:
     return pa.concat_tables([found, *awkward, _unknown(one)]).combine_chunks()
 
 
-def _of_data(config: Config, decoder: RowDecoder) -> pa.Table | None:
+def _of_data(config: Config, decoder: RowDecoder, chosen: Sequence[str | Listing] | None) -> pa.Table | None:
     for split in reversed(SPLITS):
         try:
-            paths = paths_of(config.data, split)
+            paths = chosen or paths_of(config.data, split)
             if not paths:
                 continue
             file = row_reader(config, paths).groups.files[0]

@@ -30,6 +30,7 @@ OPTIONS = [
     "trainer.log_every=100",
     "daily.report=false",
     "daily.bands.window=0",
+    "export.published=false",
     "embedding.ttl_days=3",
     "optimizer.sparse.name=adam",
     "optimizer.sparse.lr=0.02",
