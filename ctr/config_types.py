@@ -118,6 +118,8 @@ WARMUP = "the learning rate grows linearly over this many steps"
 class DenseConfig:
     name: str = setting("adam", "adam | sgd | adagrad", choices=("adam", "sgd", "adagrad"))
     lr: float = setting(0.001, "learning rate of the dense weights", above=0)
+    beta1: float = setting(0.9, "decay of adam's first moment", at_least=0, below=1)
+    beta2: float = setting(0.999, "decay of adam's second moment", at_least=0, below=1)
     eps: float = setting(1.0e-8, "keeps the divisor of adam and adagrad above 0", at_least=0)
     weight_decay: float = setting(0.0, "L2 added to the gradient", at_least=0)
     clip_norm: float | None = setting(None, "largest norm of the dense gradient; null: no clipping", above=0)

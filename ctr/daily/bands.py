@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from tessera.ctr.daily.config import DailyBandsConfig
 
 #: metric -> which way is out of the band. A better model is no reason to hold a day; calibration is best at 1.
-WORSE = {"auc": (-1,), "logloss": (1,), "normalized_entropy": (1,), "calibration": (-1, 1)}
+WORSE = {"auc": (-1,), "logloss": (1,), "normalized_entropy": (1,), "calibration": (-1, 1), "mse": (1,)}
 
 
 def out_of_band(config: DailyBandsConfig, metrics: Mapping, before: Sequence[Mapping]) -> str | None:
@@ -17,7 +17,7 @@ def out_of_band(config: DailyBandsConfig, metrics: Mapping, before: Sequence[Map
     it is defined; only the worse side counts for all but calibration. With fewer than `min_days` such days there is no
     band. An undefined metric is out of its band.
 
-    With several labels each has its bands.
+    With several labels each has its bands; a label that is a number has one, of its mse.
 
     metrics: of the day. before: those of the trained days before it, in order.
     """
@@ -34,8 +34,9 @@ def _out_of_band(config: DailyBandsConfig, metrics: Mapping, before: Sequence[Ma
     problems = []
     for name, sides in WORSE.items():
         allowed = getattr(config, name)
-        known = [one[name] for one in before[-config.window :] if one[name] is not None] if config.window else []
-        if allowed is None or len(known) < config.min_days:
+        recent = before[-config.window :] if config.window else []
+        known = [one[name] for one in recent if one.get(name) is not None]
+        if name not in metrics or allowed is None or len(known) < config.min_days:
             continue
         mean, value = sum(known) / len(known), metrics[name]
         bounds = [mean * (1 + side * allowed) for side in sides]

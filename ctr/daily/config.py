@@ -18,6 +18,7 @@ class DailyBandsConfig:
     logloss: float | None = setting(0.15, "allowed share above the mean", above=0)
     normalized_entropy: float | None = setting(0.1, "allowed share above the mean", above=0)
     calibration: float | None = setting(0.3, "allowed share above or below the mean", above=0)
+    mse: float | None = setting(0.3, "allowed share above the mean, of a label that is a number", above=0)
 
 
 @dataclass

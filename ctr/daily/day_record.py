@@ -14,6 +14,7 @@ from tessera.distributed.saved.states import folder_name
 
 COUNTS = ("rows", "positives")
 METRICS = ("auc", "logloss", "gauc", "normalized_entropy", "calibration", "pr_auc", "observed_rate")
+OF_NUMBERS = ("rows", "mse", "mae")  # of a label that is a number
 
 #: What of a record others count on, as it stands in a saved state.
 PATTERN = {
@@ -52,7 +53,7 @@ class DayRecord:
         fingerprint: of its files; None where it was passed over.
         reason: why it was held or skipped, or what was accepted.
         metrics: exact ones of all its rows, by the model of the days before it, COUNTS and METRICS by name; with
-            several labels their means, and those of each in `tasks`.
+            several labels their means, and those of each in `tasks`, OF_NUMBERS of one that is a number.
         known, new: of its rows without and with ids that had no row in the tables; None where there are none.
         tables: when it is done, with rows added and lost since its evaluation; before, with those since there are
             tables.

@@ -158,7 +158,7 @@ class Daily:
         record.tables = count_tables(self.engine.dynamic)
         shown = {name: measured[name] for name in COUNTS + METRICS}
         for task, one in measured.get("tasks", {}).items():
-            shown |= {f"{task}.{name}": one[name] for name in COUNTS + METRICS}
+            shown |= {f"{task}.{name}": value for name, value in one.items()}
         self.log.evaluation(self.progress.step, "progressive", shown, is_best=False)
         if record.new:
             rows = measured["rows"]

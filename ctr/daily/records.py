@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from tessera.ctr.daily.day_record import COUNTS, METRICS, DayRecord
+from tessera.ctr.daily.day_record import COUNTS, METRICS, OF_NUMBERS, DayRecord
 from tessera.ctr.metrics.exact import evaluate_predictions
 from tessera.ctr.metrics.tasks import mean_of
 from tessera.ctr.report.report import write_report
 from tessera.ctr.report.result import PREDICTIONS, TASKS
-from tessera.ctr.report.task_reports import kinds_of
+from tessera.ctr.report.task_reports import kinds_of, measure_numbers
 from tessera.distributed.atomic import write_text
 
 DAYS, FOLDER = "days.jsonl", "days"
@@ -27,7 +27,8 @@ def measure(predictions: Path) -> dict[str, Any]:
     """Exact metrics of the predictions of a day, of all rows and of those without (`known`) and with (`new`) ids that
     had no row; these are None where no rows are, or where it is not known which.
 
-    With several labels those of each answer are in `tasks`, and the day's own are means over the labels.
+    With several labels those of each answer are in `tasks`, and the day's own are means over the labels that are no
+    numbers.
     """
     tasks = predictions.parent / TASKS
     if not tasks.is_dir():
@@ -40,8 +41,12 @@ def measure(predictions: Path) -> dict[str, Any]:
     for part in ("known", "new"):
         parts = [one[part] for one in labels if one[part] is not None]
         whole[part] = _means(parts) if parts else None
-    whole["rows"] = max(one["rows"] for one in found.values()) if found else 0
     whole["tasks"] = {name: {key: one[key] for key in COUNTS + METRICS} for name, one in found.items()}
+    for name, kind in kinds.items():
+        if kind == "number":
+            (errors,) = measure_numbers(tasks / name / PREDICTIONS).values()  # a day is one split
+            whole["tasks"][name] = {key: errors[key] for key in OF_NUMBERS}
+    whole["rows"] = max(one["rows"] for one in whole["tasks"].values())
     return whole
 
 

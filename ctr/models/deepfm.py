@@ -17,16 +17,18 @@ class DeepFM(Tower):
     dim 1 on the same ids.
     """
 
+    has_heads = True
+
     def __init__(
         self, fields: Fields, embedding_dim: int, hidden: Sequence[int], dropout: float, *, batch_norm: bool
     ) -> None:
         super().__init__()
-        self.embedding_dims = {"v": embedding_dim, "w": 1}
+        self.embedding_dims = {"v": embedding_dim, "w": fields.outputs}
         self.first_order = FirstOrder(fields)
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("DeepFM", self.embed.count)
-        self.fm = FactorizationMachine()
-        self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm=batch_norm)
+        self.fm = FactorizationMachine(embedding_dim, fields.outputs)
+        self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

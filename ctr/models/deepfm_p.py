@@ -17,17 +17,21 @@ class DeepFMP(Tower):
     with e_i = v_i x_i. The sum over pairs is the factorization machine; here the pairs are at hand for the MLP.
     """
 
+    has_heads = True
+
     def __init__(
         self, fields: Fields, embedding_dim: int, hidden: Sequence[int], dropout: float, *, batch_norm: bool
     ) -> None:
         super().__init__()
-        self.embedding_dims = {"v": embedding_dim, "w": 1}
+        self.embedding_dims = {"v": embedding_dim, "w": fields.outputs}
         self.first_order = FirstOrder(fields)
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("DeepFMP", self.embed.count)
-        self.fm = FactorizationMachine()
+        self.fm = FactorizationMachine(embedding_dim, fields.outputs)
         self.products = InnerProducts(self.embed.count)
-        self.mlp = MLP(self.embed.inputs + self.products.count, hidden, dropout, batch_norm=batch_norm)
+        self.mlp = MLP(
+            self.embed.inputs + self.products.count, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs
+        )
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

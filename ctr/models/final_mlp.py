@@ -22,6 +22,8 @@ class FinalMLP(Tower):
     vector where they name none.
     """
 
+    has_heads = True
+
     def __init__(
         self,
         fields: Fields,
@@ -45,7 +47,7 @@ class FinalMLP(Tower):
         self.gate2 = Gate("gate2_fields", gate2_fields, names, embedding_dim, gate_hidden, inputs)
         self.mlp1 = MLP(inputs, hidden1, dropout, batch_norm=batch_norm, outputs=None)
         self.mlp2 = MLP(inputs, hidden2, dropout, batch_norm=batch_norm, outputs=None)
-        self.fusion = BilinearFusion(self.mlp1.width, self.mlp2.width, heads)
+        self.fusion = BilinearFusion(self.mlp1.width, self.mlp2.width, heads, fields.outputs)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])
@@ -74,23 +76,28 @@ class Gate(nn.Module):
 
 
 class BilinearFusion(nn.Module):
-    """b + w_1^T x + w_2^T y + sum_h x_h^T W_h y_h, the vectors cut into `heads` parts: [B, X], [B, Y] -> [B]."""
+    """b + w_1^T x + w_2^T y + sum_h x_h^T W_h y_h, the vectors cut into `heads` parts: [B, X], [B, Y] -> [B], or with
+    b, w and W for each of several outputs -> [B, outputs]."""
 
-    def __init__(self, first: int, second: int, heads: int) -> None:
+    def __init__(self, first: int, second: int, heads: int, outputs: int) -> None:
         super().__init__()
         if heads < 1 or first % heads or second % heads:
             raise ConfigError(
                 f"model.heads is {heads}; expected a divisor of the last widths of hidden1 and hidden2, "
                 f"{first} and {second}"
             )
-        self.heads = heads
-        self.first, self.second = linear(first, 1), linear(second, 1, bias=False)
-        self.weight = nn.Parameter(torch.empty(heads, first // heads, second // heads))
+        self.heads, self.outputs = heads, outputs
+        self.first, self.second = linear(first, outputs), linear(second, outputs, bias=False)
+        self.weight = nn.Parameter(torch.empty(heads, first // heads, outputs * (second // heads)))
         bound = (6 / (first // heads * (second // heads) * heads + 1)) ** 0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         first_hbx = first.unflatten(1, (self.heads, -1)).transpose(0, 1)
         second_bhy = second.unflatten(1, (self.heads, -1))
-        bilinear = (torch.bmm(first_hbx, self.weight).transpose(0, 1) * second_bhy).sum((1, 2))
-        return (self.first(first) + self.second(second)).squeeze(1) + bilinear
+        product_bhy = torch.bmm(first_hbx, self.weight).transpose(0, 1)
+        linear_bt = self.first(first) + self.second(second)
+        if self.outputs == 1:
+            return linear_bt.squeeze(1) + (product_bhy * second_bhy).sum((1, 2))
+        product_bhty = product_bhy.unflatten(2, (self.outputs, -1))
+        return linear_bt + (product_bhty * second_bhy.unsqueeze(2)).sum((1, 3))

@@ -11,13 +11,15 @@ from tessera.ctr.models.tower import Fields, Tower
 class FM(Tower):
     """y = sigmoid(w0 + <w, x> + sum_{i<j} <v_i, v_j> x_i x_j)   (eq. 1)"""
 
+    has_heads = True
+
     def __init__(self, fields: Fields, embedding_dim: int) -> None:
         super().__init__()
-        self.embedding_dims = {"v": embedding_dim, "w": 1}
+        self.embedding_dims = {"v": embedding_dim, "w": fields.outputs}
         self.first_order = FirstOrder(fields)
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("FM", self.embed.count)
-        self.fm = FactorizationMachine()
+        self.fm = FactorizationMachine(embedding_dim, fields.outputs)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

@@ -15,8 +15,10 @@ class FwFM(Tower):
     """y = sigmoid(w0 + linear + sum_{i<j} r_ij <e_i, e_j>)   (eq. 5): one weight r_ij for each pair of fields
 
     The linear part (section 3.3): FiLV, sum_i <e_i, u_i> with a vector u_i for each field; FeLV, with one for each
-    feature, a second group of vectors; LW, a weight for each feature.
+    feature, a second group of vectors; LW, a weight for each feature. Of several labels each has weights of its own.
     """
+
+    has_heads = True
 
     def __init__(self, fields: Fields, embedding_dim: int, linear_part: str) -> None:
         super().__init__()
@@ -25,17 +27,17 @@ class FwFM(Tower):
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("FwFM", self.embed.count)
         self.products = InnerProducts(self.embed.count)
-        self.pairs = linear(self.products.count, 1)
-        self.part = linear_part
+        self.pairs = linear(self.products.count, fields.outputs)
+        self.part, self.outputs = linear_part, fields.outputs
         self.embedding_dims = {"v": embedding_dim}
         if linear_part == "FiLV":
-            self.of_fields = linear(self.embed.inputs, 1, bias=False)
+            self.of_fields = linear(self.embed.inputs, fields.outputs, bias=False)
         elif linear_part == "FeLV":
-            self.embedding_dims["u"] = embedding_dim
-            self.of_features = FieldEmbedding(fields, embedding_dim)
-            self.of_numbers = linear(len(fields.numeric), 1, bias=False) if self.embed.raw else None
+            self.embedding_dims["u"] = embedding_dim * fields.outputs
+            self.of_features = FieldEmbedding(fields, embedding_dim * fields.outputs)
+            self.of_numbers = linear(len(fields.numeric), fields.outputs, bias=False) if self.embed.raw else None
         else:
-            self.embedding_dims["w"] = 1
+            self.embedding_dims["w"] = fields.outputs
             self.first_order = FirstOrder(fields)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
@@ -45,5 +47,9 @@ class FwFM(Tower):
             return crossed + self.of_fields(self.embed.flat(numeric_bn, emb_bfd)).squeeze(1)
         if self.part == "LW":
             return crossed + self.first_order(numeric_bn, embeddings["w"])
-        crossed = crossed + (emb_bfd * self.of_features(numeric_bn, embeddings["u"])).sum((1, 2))
+        u_bfx = self.of_features(numeric_bn, embeddings["u"])
+        if self.outputs == 1:
+            crossed = crossed + (emb_bfd * u_bfx).sum((1, 2))
+        else:
+            crossed = crossed + (emb_bfd.unsqueeze(2) * u_bfx.unflatten(2, (self.outputs, -1))).sum((1, 3))
         return crossed if self.of_numbers is None else crossed + self.of_numbers(numeric_bn).squeeze(1)

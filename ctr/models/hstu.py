@@ -26,8 +26,9 @@ class HSTU(SequenceTower):
 
     x     = sqrt(d) * MLP(embeddings of the token side by side) + position     (position: counted from the newest event)
     x     = layer_n(.. layer_1(dropout(x)))     (`HSTULayer`)
-    y     = Linear(swish_norm(Linear(LN(x_target) * MLP(target))))
+    y     = Linear(swish_norm(Linear(LN(x_target) * MLP'(target))))
 
+    MLP' is not that of the tokens: one that is both the query of the layers and the factor of the head learns slowly.
     Every layer divides by the configured number of tokens, never by that of the batch. The target's action and age are
     unknown: zeros in their place.
     """
@@ -48,6 +49,8 @@ class HSTU(SequenceTower):
         input_dropout: float,
         dropout: float,
         form: str,
+        *,
+        token_norm: bool,
     ) -> None:
         super().__init__()
         sizes = {"width": width, "layers": layers, "heads": heads, "qk_dim": qk_dim, "v_dim": v_dim}
@@ -64,8 +67,9 @@ class HSTU(SequenceTower):
         own = {first + place for place in self.vectors.fields}
         self.contextual = [place for place in range(self.embed.count) if place not in own]
         self.longest = len(self.contextual) + self.group.length + 1
-        self.of_event = Preprocessor(self.vectors.width, preprocessor, width)
-        self.of_field = Preprocessor(embedding_dim, preprocessor, width) if self.contextual else None
+        self.of_event = Preprocessor(self.vectors.width, preprocessor, width, norm=token_norm)
+        self.of_field = Preprocessor(embedding_dim, preprocessor, width, norm=token_norm) if self.contextual else None
+        self.of_item = Preprocessor(self.vectors.width, head_hidden, width, norm=token_norm)
         self.position = nn.Parameter(torch.randn(self.longest, width) * 0.02)
         self.dropout = Dropout(input_dropout, "model.input_dropout")
         self.layers = nn.ModuleList(HSTULayer(width, heads, qk_dim, v_dim, dropout, form) for _ in range(layers))
@@ -77,51 +81,70 @@ class HSTU(SequenceTower):
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor], events: dict[str, Events]) -> Tensor:
         """Return logits, [B] or of several labels [B, outputs]."""
-        of, emb_bfd = events[self.group.name], embeddings["v"]
-        target_bd = self.of_event(self.vectors.target(emb_bfd))
-        events_nd = self.of_event(self.vectors.events(of))
+        candidates = embeddings["v"].unsqueeze(1)
+        return self.of_candidates(numeric_bn, embeddings, events, candidates).squeeze(1)
+
+    def of_candidates(
+        self, numeric_bn: Tensor, embeddings: dict[str, Tensor], events: dict[str, Events], candidates_bcfd: Tensor
+    ) -> Tensor:
+        """Return logits of C candidates of each row, [B, C] or of several labels [B, C, outputs], each as if it were
+        the only target: they see the context and the events, which are computed once, and never each other.
+
+        candidates_bcfd: [B, C, id fields, dim], embeddings of the group "v" of each candidate; the fields of the target
+        alone are read, all others are those of the row. Meant for scoring: dropout drops the same units of all.
+        """
+        of, emb_bfd, (rows, count) = events[self.group.name], embeddings["v"], candidates_bcfd.shape[:2]
+        items = self.vectors.target(candidates_bcfd.flatten(0, 1))  # [B * C, width of an event]
+        targets, events_nd = self.of_event(items), self.of_event(self.vectors.events(of))
         fields_bpd = self.embed(numeric_bn, emb_bfd)[:, self.contextual]
         context = (
             fields_bpd.new_zeros(0, self.width) if self.of_field is None else self.of_field(fields_bpd.flatten(0, 1))
         )
-        tokens = Tokens(of.offsets, len(self.contextual), self.group.length, events_nd.shape[0])
-        x_td = tokens.in_order(context.to(target_bd.dtype), events_nd, target_bd) * math.sqrt(self.width)
+        prefix = len(self.contextual)
+        longest = (self.longest if of.longest is None else prefix + of.longest + 1) + count - 1
+        tokens = Tokens(of.offsets, prefix, self.group.length, count, events_nd.shape[0])
+        x_td = tokens.in_order(context.to(targets.dtype), events_nd, targets) * math.sqrt(self.width)
         x_td = dropped(self.dropout, x_td + self.position[tokens.position], tokens)
-        longest = self.longest if of.longest is None else len(self.contextual) + of.longest + 1
-        attend = HSTUAttention(tokens.offsets, len(self.contextual), 1, longest, float(self.longest))
+        # The divisor is that of one target, however many there are.
+        attend = HSTUAttention(tokens.offsets, prefix, count, longest, float(self.longest))
         for layer in self.layers:
             x_td = layer(x_td, attend, tokens)
-        merged = self.norm(x_td[tokens.offsets[1:] - 1]) * target_bd
-        return self.head(torch.cat([merged, numeric_bn], 1) if self.embed.raw else merged).squeeze(1)
+        merged = self.norm(x_td[tokens.of_targets]) * self.of_item(items)
+        if self.embed.raw:
+            merged = torch.cat([merged, numeric_bn.repeat_interleave(count, 0)], 1)
+        return self.head(merged).squeeze(1).unflatten(0, (rows, count))
 
 
 class Tokens:
-    """The tokens of a batch, T in all, row after row: `prefix` contextual ones, the row's events, its target.
+    """The tokens of a batch, T in all, row after row: `prefix` contextual ones, the row's events, `targets` targets.
 
     Attributes:
         offsets: int64 [B + 1] of each row's tokens.
         row: int64 [T], the row of each token.
-        position: int64 [T], which does not depend on the length of the row: 0 for the target, 1 for the newest event
+        position: int64 [T], which does not depend on the length of the row: 0 for targets, 1 for the newest event
             and so on to `length` for the oldest that may be, then those of the prefix.
+        of_targets: int64 [B * targets], the tokens of the targets.
     """
 
-    def __init__(self, of_events: Tensor, prefix: int, length: int, events: int) -> None:
+    def __init__(self, of_events: Tensor, prefix: int, length: int, targets: int, events: int) -> None:
         rows, device = of_events.shape[0] - 1, of_events.device
         each = torch.arange(rows + 1, device=device)
-        self.offsets = of_events + each * (prefix + 1)
-        count = events + rows * (prefix + 1)
+        self.offsets = of_events + each * (prefix + targets)
+        count = events + rows * (prefix + targets)
         self.row = row_of_events(self.offsets, count)
         behind = self.offsets[self.row + 1] - 1 - torch.arange(count, device=device)  # tokens behind this one
         at = torch.arange(count, device=device) - self.offsets[self.row]
-        self.position = torch.where(at < prefix, length + 1 + at, behind)
+        is_target, place = behind < targets, targets - 1 - behind
+        self.position = torch.where(at < prefix, length + 1 + at, (behind - targets + 1).clamp_min(0))
+        self.of_targets = (self.offsets[1:, None] - targets + torch.arange(targets, device=device)).flatten()
         # Where each token stands in (prefixes, events, targets), laid one behind the other.
         of_prefix = self.row * prefix + at
         of_event = rows * prefix + of_events[self.row] + at - prefix
-        of_target = rows * prefix + events + self.row
-        self._source = torch.where(at < prefix, of_prefix, torch.where(behind == 0, of_target, of_event))
+        of_target = rows * prefix + events + self.row * targets + place
+        self._source = torch.where(at < prefix, of_prefix, torch.where(is_target, of_target, of_event))
 
     def in_order(self, prefix: Tensor, events: Tensor, targets: Tensor) -> Tensor:
-        """Return [T, d] of prefixes [B * prefix, d], events [N, d] and targets [B, d]."""
+        """Return [T, d] of prefixes [B * prefix, d], events [N, d] and targets [B * targets, d]."""
         return torch.cat([prefix, events, targets])[self._source]
 
 
@@ -170,10 +193,16 @@ class SwishNorm(nn.Module):
 
 
 class Preprocessor(nn.Sequential):
-    """Linear, Swish-LayerNorm, linear: what a token's embeddings go through."""
+    """Linear, Swish-LayerNorm, linear and, with `norm`, LayerNorm: what a token's embeddings go through.
 
-    def __init__(self, inputs: int, hidden: int, width: int) -> None:
+    The authors' code has the norm. Rows of tables begin near 0, and it makes tokens of full size of what is noise then,
+    so that small data take longer to be learnt.
+    """
+
+    def __init__(self, inputs: int, hidden: int, width: int, *, norm: bool) -> None:
         super().__init__(linear(inputs, hidden), SwishNorm(hidden), linear(hidden, width))
+        if norm:
+            self.append(nn.LayerNorm(width))
 
 
 def dropped(dropout: Dropout, x_td: Tensor, tokens: Tokens) -> Tensor:

@@ -50,30 +50,43 @@ class FieldEmbedding(nn.Module):
 
 
 class FirstOrder(nn.Module):
-    """w0 + <w, x>: the linear part of LR, FM, Wide&Deep, DeepFM. Id weights come from the group "w" of dim 1.
+    """w0 + <w, x>: the linear part of LR, FM, Wide&Deep, DeepFM. Id weights come from the group "w" of dim T, one for
+    each of T outputs.
 
-    A numeric field's weight is its embedding of dim 1, so that bucketised values have one weight per bucket; raw
+    A numeric field's weight is its embedding of dim T, so that bucketised values have one weight per bucket; raw
     values have one each.
     """
 
     def __init__(self, fields: Fields) -> None:
         super().__init__()
-        numeric = fields.embed_numeric(len(fields.numeric), 1) if fields.numeric else None
-        self.numeric = ScaledVectors(len(fields.numeric), 1) if isinstance(numeric, Raw) else numeric
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.outputs = fields.outputs
+        numeric = fields.embed_numeric(len(fields.numeric), self.outputs) if fields.numeric else None
+        self.numeric = ScaledVectors(len(fields.numeric), self.outputs) if isinstance(numeric, Raw) else numeric
+        self.bias = nn.Parameter(torch.zeros(self.outputs if self.outputs > 1 else ()))
 
-    def forward(self, numeric_bn: Tensor, weight_bf1: Tensor) -> Tensor:
-        """Map [B, numeric fields], [B, id fields, 1] to [B]."""
-        sum_of_ids = self.bias + weight_bf1.sum((1, 2))
-        return sum_of_ids if self.numeric is None else sum_of_ids + self.numeric(numeric_bn).sum((1, 2))
+    def forward(self, numeric_bn: Tensor, weight_bft: Tensor) -> Tensor:
+        """Map [B, numeric fields], [B, id fields, T] to [B, T]; to [B] of one output."""
+        over = (1, 2) if self.outputs == 1 else (1,)
+        sum_of_ids = self.bias + weight_bft.sum(over)
+        return sum_of_ids if self.numeric is None else sum_of_ids + self.numeric(numeric_bn).sum(over)
 
 
 class FactorizationMachine(nn.Module):
-    """Sum of all pairwise inner products by the identity 1/2 ((sum_i e_i)^2 - sum_i e_i^2), O(F D) (DeepFM eq. 2)."""
+    """Sum of all pairwise inner products by the identity 1/2 ((sum_i e_i)^2 - sum_i e_i^2), O(F D) (DeepFM eq. 2).
+
+    Of several outputs each weighs the D coordinates of the sum for itself, <h_t, 1/2 (..)>, with h_t 1 at first: what
+    fields have in common may say the one thing of one label and less, or the opposite, of another.
+    """
+
+    def __init__(self, dim: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(outputs, dim)) if outputs > 1 else None
 
     def forward(self, emb_bfd: Tensor) -> Tensor:
-        """Map [B, F, D] to [B]."""
-        return _SumOfPairs.apply(emb_bfd)
+        """Map [B, F, D] to [B, outputs]; to [B] of one output."""
+        if self.weight is None:
+            return _SumOfPairs.apply(emb_bfd)
+        return 0.5 * (emb_bfd.sum(1).square() - emb_bfd.square().sum(1)) @ self.weight.T
 
 
 class _SumOfPairs(torch.autograd.Function):

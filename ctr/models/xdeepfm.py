@@ -15,6 +15,8 @@ from tessera.embedding.errors import ConfigError
 class XDeepFM(Tower):
     """y = sigmoid(w0 + <w, x> + w_c^T p + MLP(concat_i e_i)),  p the sum-pooled maps of the CIN   (section 3.3)"""
 
+    has_heads = True
+
     def __init__(
         self,
         fields: Fields,
@@ -28,13 +30,13 @@ class XDeepFM(Tower):
         super().__init__()
         if not maps:
             raise ConfigError("model.maps is empty; expected the feature maps of each CIN layer, for example [16, 16]")
-        self.embedding_dims = {"v": embedding_dim, "w": 1}
+        self.embedding_dims = {"v": embedding_dim, "w": fields.outputs}
         self.first_order = FirstOrder(fields)
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("XDeepFM", self.embed.count)
         self.cin = CIN(self.embed.count, maps)
-        self.cin_output = linear(sum(maps), 1, bias=False)
-        self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm=batch_norm)
+        self.cin_output = linear(sum(maps), fields.outputs, bias=False)
+        self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

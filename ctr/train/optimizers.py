@@ -95,7 +95,8 @@ class Optimizers:
 def _dense_optimizer(config: DenseConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     rate, decay = config.lr, config.weight_decay
     if config.name == "adam":
-        return torch.optim.Adam(parameters, rate, eps=config.eps, weight_decay=decay, fused=True)
+        betas = config.beta1, config.beta2
+        return torch.optim.Adam(parameters, rate, betas, config.eps, weight_decay=decay, fused=True)
     if config.name == "adagrad":
         return torch.optim.Adagrad(parameters, rate, eps=config.eps, weight_decay=decay)
     return torch.optim.SGD(parameters, rate, weight_decay=decay)

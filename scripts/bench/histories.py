@@ -54,7 +54,7 @@ MODELS = {
 }
 DROPOUT = {"hstu": "model.input_dropout"}  # of the others: model.dropout
 GRID = {
-    "synthetic": {"optimizer.sparse.lr": (0.05, 0.1), "optimizer.dense.lr": (0.001, 0.003), "dropout": (0.0,)},
+    "synthetic": {"optimizer.sparse.lr": (0.02, 0.05), "optimizer.dense.lr": (0.001, 0.003), "dropout": (0.0,)},
     "movielens": {"optimizer.sparse.lr": (0.02, 0.05), "optimizer.dense.lr": (0.001, 0.003), "dropout": (0.3,)},
 }
 EPOCHS = {"synthetic": 2, "movielens": 4}

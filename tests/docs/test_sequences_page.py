@@ -38,7 +38,12 @@ def test_the_schema_that_it_shows_is_one():
 def test_the_benchmark_has_the_published_settings():
     config = load_config(["experiment=hstu_benchmark"], "")
     assert [config.model[key] for key in ("layers", "heads", "qk_dim", "v_dim", "width")] == [3, 4, 128, 128, 512]
-    assert config.trainer.batch_size == 8192 and config.optimizer.dense.warmup_steps == 24_000
+    dense = config.optimizer.dense
+    assert (
+        config.trainer.batch_size == 8192
+        and dense.warmup_steps == 24_000
+        and (dense.beta1, dense.beta2) == (0.95, 0.999)
+    )
 
 
 @pytest.mark.slow

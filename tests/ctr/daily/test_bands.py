@@ -36,6 +36,19 @@ def test_what_is_out_is_named(metrics, sentence):
     assert out_of_band(CONFIG, metrics, [day(auc=0.7), day(auc=0.9)]) == sentence
 
 
+def test_a_label_that_is_a_number_has_a_band_of_its_error():
+    before = [
+        {**day(), "tasks": {"click": day(), "minutes": {"rows": 9, "mse": mse, "mae": 1.0}}} for mse in (3.0, 5.0)
+    ]
+    of = lambda mse: {**day(), "tasks": {"click": day(), "minutes": {"rows": 9, "mse": mse, "mae": 9.0}}}  # noqa: E731
+    assert out_of_band(CONFIG, of(5.1), before) is None  # mean 4, at most 5.2
+    assert (
+        out_of_band(CONFIG, of(5.3), before) == "minutes.mse is 5.3000, expected at most 5.2000 (mean 4.0000 of 2 days)"
+    )
+    assert out_of_band(CONFIG, of(None), before).startswith("minutes.mse is undefined, expected at most 5.2000")
+    assert out_of_band(CONFIG, of(5.3), [{**day(), "tasks": {"click": day()}}] * 3) is None  # no record of it
+
+
 def test_the_window():
     falling = [day(auc=0.2), day(auc=0.8), day(auc=0.8), day(auc=0.8)]
     assert out_of_band(CONFIG, day(auc=0.6), falling)  # the first is forgotten

@@ -10,11 +10,12 @@ from tessera.ctr.config import load_config
 from tessera.ctr.data.labels import labels_of
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.instantiate import instantiate
+from tessera.ctr.models.layers import FactorizationMachine
 from tessera.ctr.models.numeric import ScaledVectors
-from tessera.ctr.models.tower import Fields
+from tessera.ctr.models.tower import Fields, Tower
 from tessera.ctr.network import build_tower
 from tessera.embedding.errors import ConfigError
-from tests.ctr.models.names import MODELS, OVER_LABELS
+from tests.ctr.models.names import OF_ONE_LABEL, OVER_LABELS
 from tests.ctr.models.reference_labels import OVER_LABELS as SLOW
 
 FUNNEL = ["click", {"name": "cart", "where": "click"}, {"name": "buy", "where": "cart"}]
@@ -46,7 +47,8 @@ def make(model: str, fields: Fields, **changes):
     torch.manual_seed(5)
     config = OmegaConf.to_container(yaml_of(model))
     config |= {key: value for key, value in SMALL.items() if key in config} | OWN.get(model, {}) | changes
-    tower = instantiate({**config, "embedding_dim": 4}, "model", fields).double()
+    config |= {"embedding_dim": 4} if model != "lr" else {}
+    tower = instantiate(config, "model", fields).double()
     with torch.no_grad():
         for parameter in tower.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -155,31 +157,75 @@ def test_settings_of_gnolr_that_cannot_be_are_refused(changes, line):
         make("gnolr", fields_of(FUNNEL), **changes)
 
 
-QUICK = ("dnn", "fgcnn", "deepfm")
-HAVE_HEADS = ["autoint", "autoint_plus", "dcn", "dcn_v2", "dlrm", "dnn", "ecn", "edcn", "fgcnn", "gdcn", "ipnn", "kpnn"]
-HAVE_HEADS += ["mask_net", "opnn", "pin", "rank_mixer", "wukong"]
+QUICK = ("deepfm", "fgcnn", "final_mlp", "xdeepfm")
+CLASSIFIER = {**DNN, "target": "tessera.ctr.models.wide_deep.WideDeep"}
+NO_HEADS = ["afn", "afn_plus", "fcn", "fibinet", "final_net"]
+HEADED = [
+    (model, {"kernel": 3, "classifier": CLASSIFIER} if model == "fgcnn" else {})
+    for model in OF_ONE_LABEL
+    if model not in NO_HEADS
+]
+HEADED += [("fwfm", {"linear_part": "FeLV"}), ("fwfm", {"linear_part": "LW"}), ("final_mlp", {"heads": 2})]
+WIDTHS = {"hidden1": [6, 4], "hidden2": [4, 6], "maps": [3, 2], "channels": [2, 3], "subnet": [3, 2], "bottom": [5]}
+OF_OUTPUTS = ("fm.weight", "output.weight")  # which a model of one label does not have; 1 at first
+
+
+def of_label(many: torch.Tensor, shape: torch.Size, number: int) -> torch.Tensor:
+    """Return the part of a label: of the one axis that is T times as long as with one label."""
+    if many.dim() > len(shape):
+        return many[number]
+    for axis, (long, short) in enumerate(zip(many.shape, shape, strict=True)):
+        if long != short:
+            return many.narrow(axis, number * short, short)
+    return many
 
 
 @pytest.mark.parametrize(
-    "model",
-    [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in MODELS if m not in OVER_LABELS],
+    ("model", "changes"), [pytest.param(*c, marks=[] if c[0] in QUICK else pytest.mark.slow) for c in HEADED]
 )
-def test_models_of_one_label_have_heads_or_say_that_they_have_none(model):
-    features = "[{name: x, kind: numeric}, {name: a}, {name: b}, {name: c}]"
-    small = ["model.kernel=3"] if model == "fgcnn" else []
-    config = load_config([f"model={model}", f"data.schema.features={features}", "data.schema.time=null", *small], "")
+def test_each_head_is_a_model_of_its_label_over_the_shared_body(model, changes):
+    fields = fields_of(APART)
+    changes = {key: value for key, value in WIDTHS.items() if key in yaml_of(model)} | changes
+    many, one = make(model, fields, **changes), make(model, fields_of(["click"]), **changes)
+    of_all = dict(many.named_parameters())
+    extra = of_all.keys() - dict(one.named_parameters()).keys()
+    assert all(name.endswith(OF_OUTPUTS) for name in extra)
+    numeric, embeddings = inputs(many, fields)
+    with torch.no_grad():
+        for name in extra:
+            of_all[name].fill_(1.0)
+        logits = many(numeric, embeddings)
+        assert logits.shape == (5, 3)
+        for number in range(3):
+            for name, parameter in one.named_parameters():
+                parameter.copy_(of_label(of_all[name], parameter.shape, number))
+            dims = {group: torch.Size((5, 4, dim)) for group, dim in one.embedding_dims.items()}
+            own = {group: of_label(rows, dims[group], number) for group, rows in embeddings.items()}
+            torch.testing.assert_close(logits[:, number], one(numeric, own))
+
+
+def test_labels_weigh_the_coordinates_of_a_factorization_machine():
+    torch.manual_seed(0)
+    fm, e = FactorizationMachine(4, 2).double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    torch.testing.assert_close(fm(e), FactorizationMachine(4, 1)(e)[:, None].expand(3, 2))
+    torch.nn.init.normal_(fm.weight)
+    pairs = sum(e[:, i] * e[:, j] for i in range(5) for j in range(i))
+    torch.testing.assert_close(fm(e), pairs @ fm.weight.T)
+
+
+class OneLogit(Tower):
+    """A model of somebody's own, from before there were several labels."""
+
+    def __init__(self, fields: Fields, embedding_dim: int = 4) -> None:
+        super().__init__()
+        self.embedding_dims = {"v": embedding_dim}
+
+
+def test_a_model_of_one_logit_is_refused():
+    config = load_config(["model=lr", "data.schema.features=[{name: a}]", "data.schema.time=null"], "")
+    config.model = {"target": f"{__name__}.OneLogit"}
     config.data.schema.labels = APART
-    schema = Schema(config.data.schema)
-    if model in HAVE_HEADS:
-        tower = build_tower(config, schema)
-        embeddings = {group: torch.randn(3, 3, dim) for group, dim in tower.embedding_dims.items()}
-        assert tower(torch.randn(3, 1), embeddings).shape == (3, 3)
-    else:
-        with pytest.raises(ConfigError, match="answers one label, and data.schema.labels has click, like, share; exp"):
-            build_tower(config, schema)
-
-
-def test_a_body_of_one_logit_is_refused():
-    deepfm = {**DNN, "target": "tessera.ctr.models.deepfm.DeepFM"}
-    with pytest.raises(ConfigError, match="model.body.target is .*DeepFM, which answers one logit and cannot"):
-        make("mmoe", fields_of(APART), body=deepfm)
+    with pytest.raises(ConfigError, match="answers one label, and data.schema.labels has click, like, share; exp"):
+        build_tower(config, Schema(config.data.schema))
+    with pytest.raises(ConfigError, match="model.body.target is .*OneLogit, which answers one logit and cannot"):
+        make("mmoe", fields_of(APART), body={"target": f"{__name__}.OneLogit"})

@@ -20,6 +20,7 @@ GROUP = SequenceGroup("h", ("items", "ages"), ("prices",), (1, None), LENGTH)
 FIELDS = Fields(("x",), ("user", "item"), ScaledVectors, sequences=(GROUP,))
 LENGTHS = [0, 1, 2, LENGTH, 3]
 SMALL = {
+    "bst": {"embedding_dim": 3, "width": 6, "heads": 2, "feed_forward": 5, "layers": 2, "hidden": [5]},
     "din": {"embedding_dim": 3, "hidden": [5], "attention_hidden": [4]},
     "dare": {"embedding_dim": 3, "attention_dim": 2, "hidden": [5], "top_k": 20},
     "hstu": {"embedding_dim": 3, "width": 6, "heads": 2, "qk_dim": 2, "v_dim": 3, "preprocessor": 4, "head_hidden": 4},
@@ -109,6 +110,32 @@ def dare(tower, numeric, embeddings, events):
     return torch.cat(logits)
 
 
+def bst(tower, numeric, embeddings, events):
+    logits = []
+    for b in range(len(numeric)):
+        x, emb, of, prices = row_of(numeric, embeddings, events, b)
+        k, q = vectors(emb["v"], of["v"], prices)
+        tokens = torch.stack([tower.of_token(one) for one in [q, *k.flip(0)]])
+        tokens = tokens + tower.position[: len(tokens)]
+        for layer in tower.layers:
+            tokens = bst_layer(layer, tokens)
+        absent = [torch.zeros_like(tokens[0])] * (LENGTH + 1 - len(tokens))
+        states = [*tokens, *absent] if tower.concat else [tokens[0]]
+        logits.append(tower.mlp(torch.cat([flat(tower, x, emb["v"]), *states])))
+    return torch.cat(logits)
+
+
+def bst_layer(layer, x):
+    q, k, v = (one.chunk(layer.heads, 1) for one in layer.qkv(x).chunk(3, 1))
+    heads = [
+        torch.stack([torch.softmax(k[h] @ one / math.sqrt(q[h].shape[1]), 0) @ v[h] for one in q[h]])
+        for h in range(layer.heads)
+    ]
+    s = layer.of_attention(x + layer.output(torch.cat(heads, 1)))
+    hidden = layer.first(s)
+    return layer.of_feed_forward(s + layer.second(torch.where(hidden > 0, hidden, 0.01 * hidden)))
+
+
 def hstu(tower, numeric, embeddings, events):
     logits = []
     for b in range(len(numeric)):
@@ -122,7 +149,7 @@ def hstu(tower, numeric, embeddings, events):
         tokens = tokens + tower.position[position]
         for layer in tower.layers:
             tokens = hstu_layer(layer, tokens, 2, tower.longest)
-        logits.append(tower.head(tower.norm(tokens[n - 1]) * target))
+        logits.append(tower.head(tower.norm(tokens[n - 1]) * tower.of_item(q)))
     return torch.cat(logits)
 
 
@@ -148,11 +175,21 @@ def hstu_layer(layer, x, prefix, divisor):
     return x + layer.output(torch.cat([u, av, y], 1) if layer.is_dlrm else y)
 
 
-REFERENCE = {"din": din, "dare": dare, "hstu": hstu}
-CASES = [("din", {}), ("din", {"softmax": True}), ("dare", {}), ("dare", {"top_k": 2}), ("hstu", {})]
+REFERENCE = {"bst": bst, "din": din, "dare": dare, "hstu": hstu}
+CASES = [
+    ("bst", {}),
+    ("bst", {"pooling": "target"}),
+    ("din", {}),
+    ("din", {"softmax": True}),
+    ("dare", {}),
+    ("dare", {"top_k": 2}),
+    ("hstu", {}),
+]
 
 
-@pytest.mark.parametrize(("model", "changes"), [*CASES, ("hstu", {"form": "research", "layers": 1})])
+@pytest.mark.parametrize(
+    ("model", "changes"), [*CASES, ("hstu", {"form": "research", "layers": 1, "token_norm": True})]
+)
 def test_logits_and_gradients_are_those_of_the_formulas(model, changes):
     tower = tower_of(model, **changes)
     given = inputs(tower)
@@ -189,6 +226,16 @@ def test_the_order_of_events_does_not_matter(model):
     of = {g: {name: rows[order] for name, rows in found.items()} for g, found in events["h"].embeddings.items()}
     turned = Events(events["h"].offsets, of, {"prices": events["h"].numbers["prices"][order]})
     torch.testing.assert_close(tower(numeric, embeddings, {"h": turned}), tower(numeric, embeddings, events))
+
+
+def test_a_layer_of_bst_is_torchs_transformer_layer():
+    layer = tower_of("bst").layers[0].eval()
+    theirs = torch.nn.TransformerEncoderLayer(6, 2, 5, 0.0, F.leaky_relu, batch_first=True, dtype=torch.float64).train()
+    same = {"self_attn.in_proj_": layer.qkv, "self_attn.out_proj.": layer.output, "linear1.": layer.first}
+    same |= {"linear2.": layer.second, "norm1.": layer.of_attention, "norm2.": layer.of_feed_forward}
+    theirs.load_state_dict({f"{a}{b}": getattr(module, b) for a, module in same.items() for b in ("weight", "bias")})
+    x, there = torch.randn(3, 4, 6, dtype=torch.float64), torch.arange(4) < torch.tensor([[4], [1], [3]])
+    torch.testing.assert_close(layer(x, there)[there], theirs(x, src_key_padding_mask=~there)[there])
 
 
 def test_din_whose_weights_are_one_sums_its_events():
@@ -257,6 +304,23 @@ def test_hstu_attention_with_several_targets_is_the_dense_one():
     torch.testing.assert_close(fewer, out[few])
 
 
+@pytest.mark.parametrize("changes", [{}, {"form": "research", "layers": 1, "token_norm": True}])
+def test_candidates_of_a_row_have_the_logits_that_they_have_alone(changes):
+    """History and context are computed once; a candidate more changes nothing of the others, nor does the number."""
+    tower = tower_of("hstu", **changes).eval()
+    numeric, embeddings, events = inputs(tower)
+    candidates = torch.randn(5, 4, *embeddings["v"].shape[1:], dtype=torch.float64)
+    found = tower.of_candidates(numeric, embeddings, events, candidates)
+    for number in range(4):
+        own = {"v": torch.stack([embeddings["v"][:, 0], candidates[:, number, 1]], 1)}  # the user stays
+        torch.testing.assert_close(found[:, number], tower(numeric, own, events))
+    torch.testing.assert_close(tower.of_candidates(numeric, embeddings, events, candidates[:, 1:3]), found[:, 1:3])
+    tokens = []
+    tower.layers[0].register_forward_pre_hook(lambda _, given: tokens.append(len(given[0])))
+    tower.of_candidates(numeric, embeddings, events, candidates)
+    assert tokens == [sum(LENGTHS) + 5 * (2 + 4)]
+
+
 def test_dice_normalises_over_all_events_and_by_running_statistics_in_evaluation():
     torch.manual_seed(0)
     dice, s = Dice(3), torch.randn(50, 3)
@@ -283,6 +347,8 @@ def test_sums_and_means_of_events(kind):
         ("dare", {}, (), "the schema has none; give its features pooling: none"),
         ("hstu", {}, (GROUP, GROUP), r"the schema has 2 \(h, h, ..\)"),
         ("din", {}, (SequenceGroup("h", ("items",), (), (None,), 3),), "no field has the table of a sequence of 'h'"),
+        ("bst", {"heads": 4}, (GROUP,), "model.heads is 4; expected a divisor of model.width, 6"),
+        ("bst", {"pooling": "mean"}, (GROUP,), "model.pooling is 'mean'; expected concat or target"),
         ("dare", {"top_k": 0}, (GROUP,), "model.top_k is 0"),
         ("hstu", {"form": "other"}, (GROUP,), "model.form is 'other'; expected one of dlrm, research"),
         ("hstu", {"heads": 0}, (GROUP,), "model.heads is 0"),

@@ -33,6 +33,14 @@ FEATURES = (
 PRICE = f", {{name: price, dtype: float, {SEQUENCE}}}"
 MODELS = {
     "din": ["model=din", "model.hidden=[8]", "model.attention_hidden=[4]", "model.dropout=0.3"],
+    "bst": [
+        "model=bst",
+        "model.width=4",
+        "model.heads=2",
+        "model.feed_forward=6",
+        "model.hidden=[8]",
+        "model.dropout=0.2",
+    ],
     "dare": ["model=dare", "model.hidden=[8]", "model.attention_dim=3", "model.top_k=3", "model.batch_norm=true"],
     "hstu": ["model=hstu", "model.width=8", "model.heads=2", "model.qk_dim=3", "model.v_dim=3", "model.preprocessor=4"]
     + ["model.head_hidden=4", "model.input_dropout=0.2", "model.dropout=0.1"],
