@@ -22,6 +22,8 @@ class AFN(Tower):
     its own ("deep"), `deep_hidden` not empty; one linear layer joins both logits   (section 3.4)
     """
 
+    has_heads = True
+
     def __init__(
         self,
         fields: Fields,
@@ -43,12 +45,12 @@ class AFN(Tower):
         self.log_norm, self.exp_norm = BatchNorm(self.embed.count), BatchNorm(products)
         self.orders = linear(self.embed.count, products, bias=False)
         raw = self.embed.inputs - self.embed.count * embedding_dim
-        self.mlp = MLP(products * embedding_dim + raw, hidden, dropout, batch_norm=batch_norm)
+        self.mlp = MLP(products * embedding_dim + raw, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs)
         self.is_plus = bool(deep_hidden)
         if self.is_plus:
             self.embedding_dims["deep"] = embedding_dim
             self.deep_embed = FieldEmbedding(fields, embedding_dim)
-            self.deep = MLP(self.embed.inputs, deep_hidden, deep_dropout, batch_norm=batch_norm)
+            self.deep = MLP(self.embed.inputs, deep_hidden, deep_dropout, batch_norm=batch_norm, outputs=fields.outputs)
             self.join = linear(2, 1)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
@@ -59,4 +61,4 @@ class AFN(Tower):
         if not self.is_plus:
             return logit.squeeze(1)
         deep = self.deep(self.deep_embed.flat(numeric_bn, self.deep_embed(numeric_bn, embeddings["deep"])))
-        return self.join(torch.cat([logit, deep], 1)).squeeze(1)
+        return self.join(torch.stack([logit, deep], 2)).squeeze(2).squeeze(1)

@@ -70,7 +70,7 @@ class AutoInt(Tower):
         )
         self.first_order = FirstOrder(fields) if wide else None
         if wide:
-            self.embedding_dims["w"], self.has_heads = 1, False
+            self.embedding_dims["w"] = fields.outputs
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

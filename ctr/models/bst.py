@@ -86,7 +86,8 @@ class EncoderLayer(nn.Module):
     def __init__(self, width: int, heads: int, feed_forward: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv, self.output = linear(width, 3 * width), linear(width, width)
+        # Without biases, as in the paper: that of keys moves no weight of the softmax, its gradient is rounding noise.
+        self.qkv, self.output = linear(width, 3 * width, bias=False), linear(width, width)
         self.first, self.second = linear(width, feed_forward), linear(feed_forward, width)
         self.of_attention, self.of_feed_forward = nn.LayerNorm(width), nn.LayerNorm(width)
         self.drop_attention, self.drop_feed_forward = Dropout(dropout), Dropout(dropout)

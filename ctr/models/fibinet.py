@@ -18,6 +18,8 @@ class FiBiNET(Tower):
     """y = sigmoid(w0 + <w, x> + MLP([p, q])),  p the bilinear products of the fields' vectors, q those of the vectors
     that SENet has weighed   (eqs. 3 to 9)"""
 
+    has_heads = True
+
     def __init__(
         self,
         fields: Fields,
@@ -34,7 +36,7 @@ class FiBiNET(Tower):
             raise ConfigError(f"model.bilinear is {bilinear!r}; expected {', '.join(BILINEAR)}")
         if reduction < 1:
             raise ConfigError(f"model.reduction is {reduction}; expected at least 1")
-        self.embedding_dims = {"v": embedding_dim, "w": 1}
+        self.embedding_dims = {"v": embedding_dim, "w": fields.outputs}
         self.first_order = FirstOrder(fields)
         self.embed = FieldEmbedding(fields, embedding_dim)
         count = self.embed.count
@@ -45,7 +47,8 @@ class FiBiNET(Tower):
         )
         self.plain, self.weighed = (BilinearProducts(count, embedding_dim, bilinear) for _ in range(2))
         raw = self.embed.inputs - count * embedding_dim
-        self.mlp = MLP(count * (count - 1) * embedding_dim + raw, hidden, dropout, batch_norm=batch_norm)
+        inputs = count * (count - 1) * embedding_dim + raw
+        self.mlp = MLP(inputs, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

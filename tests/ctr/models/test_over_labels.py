@@ -159,13 +159,14 @@ def test_settings_of_gnolr_that_cannot_be_are_refused(changes, line):
 
 QUICK = ("deepfm", "fgcnn", "final_mlp", "xdeepfm")
 CLASSIFIER = {**DNN, "target": "tessera.ctr.models.wide_deep.WideDeep"}
-NO_HEADS = ["afn", "afn_plus", "fcn", "fibinet", "final_net"]
+NO_HEADS = ["fcn", "final_net"]  # whose branches have losses of their own
 HEADED = [
     (model, {"kernel": 3, "classifier": CLASSIFIER} if model == "fgcnn" else {})
     for model in OF_ONE_LABEL
     if model not in NO_HEADS
 ]
 HEADED += [("fwfm", {"linear_part": "FeLV"}), ("fwfm", {"linear_part": "LW"}), ("final_mlp", {"heads": 2})]
+HEADED += [("autoint", {"wide": True})]
 WIDTHS = {"hidden1": [6, 4], "hidden2": [4, 6], "maps": [3, 2], "channels": [2, 3], "subnet": [3, 2], "bottom": [5]}
 OF_OUTPUTS = ("fm.weight", "output.weight")  # which a model of one label does not have; 1 at first
 

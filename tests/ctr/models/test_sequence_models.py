@@ -231,9 +231,11 @@ def test_the_order_of_events_does_not_matter(model):
 def test_a_layer_of_bst_is_torchs_transformer_layer():
     layer = tower_of("bst").layers[0].eval()
     theirs = torch.nn.TransformerEncoderLayer(6, 2, 5, 0.0, F.leaky_relu, batch_first=True, dtype=torch.float64).train()
-    same = {"self_attn.in_proj_": layer.qkv, "self_attn.out_proj.": layer.output, "linear1.": layer.first}
+    same = {"self_attn.out_proj.": layer.output, "linear1.": layer.first}
     same |= {"linear2.": layer.second, "norm1.": layer.of_attention, "norm2.": layer.of_feed_forward}
-    theirs.load_state_dict({f"{a}{b}": getattr(module, b) for a, module in same.items() for b in ("weight", "bias")})
+    of_qkv = {"self_attn.in_proj_weight": layer.qkv.weight, "self_attn.in_proj_bias": torch.zeros(18)}
+    same = {f"{a}{b}": getattr(module, b) for a, module in same.items() for b in ("weight", "bias")}
+    theirs.load_state_dict(of_qkv | same)
     x, there = torch.randn(3, 4, 6, dtype=torch.float64), torch.arange(4) < torch.tensor([[4], [1], [3]])
     torch.testing.assert_close(layer(x, there)[there], theirs(x, src_key_padding_mask=~there)[there])
 
