@@ -12,7 +12,8 @@ from tessera.kernels.reference.take_places import take_places
 from tessera.kernels.reference.touch import coldest
 from tessera.kernels.triton_ops.faults import check
 from tessera.kernels.triton_ops.gather import gather
-from tessera.kernels.triton_ops.id_map import id_map_erase, id_map_find, id_map_insert, id_map_place
+from tessera.kernels.triton_ops.id_map import id_map_find, id_map_insert, id_map_place
+from tessera.kernels.triton_ops.id_map_erase import id_map_erase
 from tessera.kernels.triton_ops.initialise import init_rows
 from tessera.kernels.triton_ops.learned import packed_learn_scales
 from tessera.kernels.triton_ops.message import pack_ids, read_ids

@@ -3,13 +3,14 @@
 Insertion takes distinct, unknown ids with their rows, so that row numbers never depend on a race: programs race for
 slots only. A program claims the first empty slot from an id's home on by compare-and-swap of the slot's row (-1: empty;
 any 64 bits may be a hash, so the hash cannot mark an empty slot) and then writes the hash, which is read only by later
-kernels. Slots of a line so fill from its beginning, as the C++ version expects. Segments are split, and mended after
-erasure, by taking their pairs out and placing them again.
+kernels. Slots of a line so fill from its beginning, as the C++ version expects. Segments are split by taking their
+pairs out and placing them again; `id_map_erase.py` has erasure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,11 +24,11 @@ from tessera.kernels.triton_ops.launch import block, kernel, launch
 from tessera.kernels.triton_ops.rows import blocks_of
 
 _KEPT = "_tessera_segments"  # an attribute of the first chunk
-_TAKEN_OUT = 1024  # segments whose pairs are in temporary memory at once: 64 MiB
+_AT_ONCE = 256  # segments that are split at once: their pairs take 16 MiB
 
 _SLOTS, _LINE = tl.constexpr(SLOTS), tl.constexpr(LINE)
 _TABLE_SHIFT, _ROW_MASK = tl.constexpr(TABLE_SHIFT), tl.constexpr((1 << TABLE_SHIFT) - 1)
-_KNOWN, _NEGATIVE, _OVER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # places of what an insertion met
+_KNOWN, _NEGATIVE = tl.constexpr(0), tl.constexpr(1)  # places of what an insertion met
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def _keys(ids, tables, at, inside, WITH_TABLES: tl.constexpr):
 
 
 @triton.jit
-def _find(slots, hashes, table, inside):
+def slot_of(slots, hashes, table, inside):
     """Return (row, slot) of keys, -1 where unknown. A line is filled from its beginning: an empty slot ends the
     search."""
     wanted = hashes.to(tl.int64, bitcast=True)
@@ -106,7 +107,7 @@ def _find_kernel(
     inside = at < count
     hashes, table = _keys(ids, tables, at, inside, WITH_TABLES)
     segment = segment_of(directory, hashes, inside, bits)
-    row, slot = _find(slots_of(bases, segment, inside, SHIFT), hashes, table, inside)
+    row, slot = slot_of(slots_of(bases, segment, inside, SHIFT), hashes, table, inside)
     tl.store(rows + at, row, mask=inside)
     if WITH_PLACES:
         tl.store(places + at, tl.where(slot < 0, -1, segment * _SLOTS + slot), mask=inside)
@@ -134,7 +135,7 @@ def _count_kernel(
     segment = segment_of(directory, hashes, inside, bits)
     one = tl.full([BLOCK], 1, tl.int32)
     tl.atomic_add(wanted + segment, one, mask=inside, sem="relaxed")
-    found, slot = _find(slots_of(bases, segment, inside, SHIFT), hashes, table, inside)
+    found, slot = slot_of(slots_of(bases, segment, inside, SHIFT), hashes, table, inside)
     row = tl.load(rows + at, mask=inside, other=0)
     zeros = tl.zeros([BLOCK], tl.int32)
     tl.atomic_max(met + _KNOWN + zeros, one, mask=inside & (found >= 0), sem="relaxed")
@@ -197,16 +198,7 @@ def _take_out_kernel(segments, bases, hashes, rows, SHIFT: tl.constexpr, BLOCK: 
     tl.store(pair + 1, tl.full([BLOCK], -1, tl.int64))
 
 
-@kernel
-def _clear_kernel(places, bases, count, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """Empty slots, whatever is left of lines' order; -1 is skipped."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.load(places + at, mask=at < count, other=-1)
-    pair = slots_of(bases, place // _SLOTS, place >= 0, SHIFT) + (place % _SLOTS) * 2
-    tl.store(pair + 1, tl.full([BLOCK], -1, tl.int64), mask=place >= 0)
-
-
-class _Map:
+class Map:
     """The state with what kernels are told of it."""
 
     def __init__(self, directory: Tensor, chunks: Sequence[Tensor]) -> None:
@@ -215,6 +207,7 @@ class _Map:
         self.bits = directory.numel().bit_length() - 1
 
     def find(self, ids: Tensor, tables: Tensor | None, *, with_places: bool = False) -> tuple[Tensor, Tensor]:
+        """Return rows and, if asked for, places: segment * SLOTS + slot, -1 where unknown."""
         ids = ids.contiguous()
         rows = torch.empty_like(ids)
         places = torch.empty_like(ids) if with_places else rows
@@ -249,10 +242,6 @@ class _Map:
         )
         return hashes, rows
 
-    def clear(self, places: Tensor) -> None:
-        arguments = (places, self.bases, places.numel())
-        launch(_clear_kernel, _programs(places.numel()), *arguments, SHIFT=self.shift, BLOCK=block())
-
 
 def segments_of(chunks: Sequence[Tensor], device: torch.device) -> tuple[Tensor, int]:
     """Return addresses of blocks of segments as large as the first chunk, int64 on the device, and its size as a
@@ -275,7 +264,7 @@ def _or(tables: Tensor | None, unread: Tensor) -> Tensor:
     return unread if tables is None else tables
 
 
-def _same_length(ids: Tensor, tables: Tensor | None) -> Tensor | None:
+def same_length(ids: Tensor, tables: Tensor | None) -> Tensor | None:
     if tables is None:
         return None
     if tables.numel() != ids.numel():
@@ -284,7 +273,7 @@ def _same_length(ids: Tensor, tables: Tensor | None) -> Tensor | None:
 
 
 def id_map_find(directory: Tensor, chunks: Sequence[Tensor], ids: Tensor, tables: Tensor | None) -> Tensor:
-    return _Map(directory, chunks).find(ids, _same_length(ids, tables))[0]
+    return Map(directory, chunks).find(ids, same_length(ids, tables))[0]
 
 
 def id_map_insert(
@@ -296,26 +285,24 @@ def id_map_insert(
     rows: Tensor,
     tables: Tensor | None,
 ) -> None:
-    """Insert all ids, or none where memory or a bit of the directory is missing; counters[2] tells."""
+    """Insert all ids, or none where memory or a bit of the directory is missing; counters[2] tells. The host waits once,
+    and once more for each round of splits."""
     counters[2] = 0
-    found = _Map(directory, chunks)
-    ids, rows, tables = ids.contiguous(), rows.contiguous(), _same_length(ids, tables)
+    found = Map(directory, chunks)
+    ids, rows, tables = ids.contiguous(), rows.contiguous(), same_length(ids, tables)
     while True:
         wanted = segments[:, 1].clone()
-        met = torch.zeros(3, dtype=torch.int32, device=ids.device)
+        met = torch.zeros(2, dtype=torch.int32, device=ids.device)
         found.count(ids, tables, rows, wanted, met)
-        # Those that `id_map_place` filled beyond their limits too, though none of these ids may belong there.
-        over = wanted > segments[:, 2]
-        met[_OVER.value : _OVER.value + 1] = over.any()
-        known, negative, some_over = met.tolist()  # the host waits here
+        known, negative, full = _read(found, segments, wanted, met)
         if known:
             raise ValueError("ids: expected distinct, unknown ids, found one that is already known")
         if negative:
             raise ValueError(f"rows: expected 0 to 2^{TABLE_SHIFT} - 1")
-        if not some_over:
+        if not full:
             break
-        full = over.nonzero().flatten()[: segments.shape[0] - int(counters[0])]
-        if full.numel() == 0 or bool((segments[full, 0] == found.bits).any()):
+        full = full[: segments.shape[0] - int(counters[0])]
+        if not full or any(one.depth == found.bits for one in full):
             return
         _split(found, segments, counters, full)
     found.place(ids, tables, rows, hashed=False)
@@ -325,62 +312,55 @@ def id_map_insert(
     counters[2] = ids.numel()
 
 
+class _Full(NamedTuple):
+    """A segment that is to be split; entry: its first in the directory."""
+
+    number: int
+    depth: int
+    entry: int
+
+
+def _read(found: Map, segments: Tensor, wanted: Tensor, met: Tensor) -> tuple[int, int, list[_Full]]:
+    """Return what an insertion met, and the first `_AT_ONCE` segments that would be too full. The host waits here."""
+    # Those that `id_map_place` filled beyond their limits too, though none of these ids may belong there.
+    over = wanted > segments[:, 2]
+    first = torch.sort(over, descending=True, stable=True)[1][:_AT_ONCE]
+    entries = torch.arange(found.directory.numel(), device=over.device)
+    begins = torch.full((segments.shape[0],), entries.numel(), device=over.device)
+    begins.scatter_reduce_(0, found.directory.long(), entries, "amin")
+    columns = first, segments[first, 0], begins[first]
+    known, negative, many, *listed = torch.cat([met, over.sum()[None], *columns]).tolist()
+    count = first.numel()
+    of_each = zip(listed[:count], listed[count : 2 * count], listed[2 * count :], strict=True)
+    return known, negative, [_Full(*one) for one in of_each][:many]
+
+
 def id_map_place(directory: Tensor, chunks: Sequence[Tensor], ids: Tensor, rows: Tensor, tables: Tensor) -> None:
     """Put distinct, unknown ids into segments that have room for them."""
-    found = _Map(directory, chunks)
+    found = Map(directory, chunks)
     found.place(ids.contiguous(), tables.contiguous(), rows.contiguous(), hashed=False)
 
 
-def _split(found: _Map, segments: Tensor, counters: Tensor, full: Tensor) -> None:
-    """Deal each of the segments `full` out to itself (next upper bit 0) and a new segment (1)."""
-    device, directory = full.device, found.directory
+def _split(found: Map, segments: Tensor, counters: Tensor, full: list[_Full]) -> None:
+    """Deal each segment out to itself (next upper bit 0) and a new one (1). The host does not wait."""
+    directory, device = found.directory, found.directory.device
     begin = int(counters[0])
-    new = torch.arange(begin, begin + full.numel(), device=device)
-    counters[0] += full.numel()
-    depth = segments[full, 0].long() + 1
-    entries = torch.arange(directory.numel(), device=device)
-    owner = directory.long()
-    first = torch.full((segments.shape[0],), directory.numel(), device=device)
-    first.scatter_reduce_(0, owner, entries, "amin")
-    prefixes = (first[full] >> (found.bits - depth)).tolist()  # depth bits, the last one 0
-    depths = depth.tolist()
-    sibling = torch.full((segments.shape[0],), -1, device=device).scatter_(0, full, new)
+    counters[0] += len(full)
+    prefixes = [one.entry >> (found.bits - one.depth - 1) for one in full]  # depth + 1 bits, the last one 0
+    limits = [split_limit(p + bit, one.depth + 1) for bit in (0, 1) for p, one in zip(prefixes, full, strict=True)]
+    numbers = [[one.number for one in full], list(range(begin, begin + len(full))), [one.depth + 1 for one in full]]
+    old, new, depth = torch.tensor(numbers, device=device)
+    sibling = torch.full((segments.shape[0],), -1, device=device).scatter_(0, old, new)
+    owner, entries = directory.long(), torch.arange(directory.numel(), device=device)
     upper = (entries >> (found.bits - segments[owner, 0].long() - 1).clamp(min=0)) & 1
     directory.copy_(torch.where((sibling[owner] >= 0) & (upper == 1), sibling[owner], owner))
-
-    limits = [split_limit(p, d) for p, d in zip(prefixes, depths, strict=True)]
-    limits += [split_limit(p + 1, d) for p, d in zip(prefixes, depths, strict=True)]
-    both = torch.cat([full, new])
+    both = torch.cat([old, new])
     segments[both, 0] = torch.cat([depth, depth]).to(segments.dtype)
     segments[both, 2] = torch.tensor(limits, dtype=segments.dtype, device=device)
     found.take_out(new)  # only to mark its slots empty
-    at = zip(full.split(_TAKEN_OUT), new.split(_TAKEN_OUT), depth.split(_TAKEN_OUT), strict=True)
-    for old, young, shared in at:
-        hashes, rows = found.take_out(old)
-        upper = (hashes.view(-1, SLOTS) >> (64 - shared)[:, None]) & 1
-        moved = ((rows.view(-1, SLOTS) >= 0) & (upper == 1)).sum(dim=1).to(segments.dtype)
-        segments[young, 1] = moved
-        segments[old, 1] -= moved
-        found.place(hashes, None, rows, hashed=True)
-
-
-def id_map_erase(
-    directory: Tensor,
-    chunks: Sequence[Tensor],
-    segments: Tensor,
-    counters: Tensor,
-    ids: Tensor,
-    tables: Tensor | None,
-) -> Tensor:
-    found = _Map(directory, chunks)
-    rows, places = found.find(ids, _same_length(ids, tables), with_places=True)
-    found.clear(places)
-    known = places >= 0
-    gone = torch.zeros_like(segments[:, 1]).index_add_(0, (places // SLOTS).clamp(min=0), known.to(segments.dtype))
-    # A hole would end the probing of ids behind it: the others of these segments are placed again.
-    for part in gone.nonzero().flatten().split(_TAKEN_OUT):
-        hashes, words = found.take_out(part)
-        found.place(hashes, None, words, hashed=True)
-    segments[:, 1] -= gone
-    counters[1] -= int(gone.sum())
-    return rows
+    hashes, rows = found.take_out(old)
+    upper = (hashes.view(-1, SLOTS) >> (64 - depth)[:, None]) & 1
+    moved = ((rows.view(-1, SLOTS) >= 0) & (upper == 1)).sum(dim=1).to(segments.dtype)
+    segments[new, 1] = moved
+    segments[old, 1] -= moved
+    found.place(hashes, None, rows, hashed=True)

@@ -140,8 +140,9 @@ def call_id_map(n: int) -> None:
     for tables in (None, ids(n)):
         triton_ops.id_map_find(directory, chunks, ids(n), tables)
         triton_ops.id_map_insert(directory, chunks, segments, counters, ids(n), ids(n), tables)
-    found = triton_ops.id_map._Map(directory, chunks)
-    found.find(ids(n), None, with_places=True), found.clear(ids(n))
+    found = triton_ops.id_map.Map(directory, chunks)
+    found.find(ids(n), None, with_places=True)
+    triton_ops.id_map_erase(directory, chunks, segments, counters, ids(n), None)
     hashes, words = found.take_out(torch.zeros(1, dtype=torch.int64))
     found.place(hashes, None, words, hashed=True)
 
