@@ -25,6 +25,11 @@ class EvictedIds:
         """Bytes of the ids. Readers share the pieces, and the one that took longest ago has them all."""
         return 8 * max(self._count.values(), default=0)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody asks for them."""
+        return bool(self._pieces)
+
     def add(self, ids: Tensor) -> None:
         for reader in self._pieces if ids.numel() else ():
             self.add_for(reader, ids)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ from tessera.embedding.record_store import MARK, RecordStore
 from tessera.kernels.touch import COUNT, LAST_SEEN
 
 SCAN_ROWS = 1 << 18  # rows looked at in one piece, which bounds the temporary memory of a walk
+
+
+class Victims(NamedTuple):
+    """Rows to be evicted, those of tables one behind the other, each table's coldest first, with their ids, tables and
+    places in the id map: int64 [k]. counts: how many of each table."""
+
+    rows: Tensor
+    ids: Tensor
+    tables: Tensor
+    places: Tensor
+    counts: list[int]
 
 
 class RowsOfTables:
@@ -40,6 +52,23 @@ class RowsOfTables:
         self._store.grow_to(end, limited=limited)
         for table, rows in ends.items():
             self.extents.grow(table, rows)
+
+    def take_after(self, victims: Victims, tables: Tensor, wanted: Sequence[int], *, limited: bool) -> Tensor:
+        """Do `take` as if the victims had been freed before, in their order; each table wants them all."""
+        counts, device = victims.counts, tables.device
+        more = [want - count for want, count in zip(wanted, counts, strict=True)]
+        firsts, before = [0, *accumulate(wanted)], [0, *accumulate(counts)]
+        # The last freed is taken first: the n-th new id of a table takes its last victim but n.
+        last = [first + begin + count - 1 for first, begin, count in zip(firsts, before, counts, strict=False)]
+        if not any(more):
+            return victims.rows[torch.tensor(last, device=device)[tables] - torch.arange(len(tables), device=device)]
+        ahead = [first + count - of for first, count, of in zip(firsts, counts, [0, *accumulate(more)], strict=False)]
+        numbers = torch.tensor([last, ahead, more], device=device)
+        of = torch.arange(len(counts), device=device).repeat_interleave(numbers[2], output_size=sum(more))
+        new = self.take(of, more, limited=limited)
+        again = numbers[0][tables] - torch.arange(len(tables), device=device)
+        rows = victims.rows[again.clamp(min=0)]
+        return rows.index_copy_(0, numbers[1][of] + torch.arange(len(of), device=device), new)
 
     def take(self, tables: Tensor, wanted: Sequence[int], *, limited: bool) -> Tensor:
         """Return rows int64 [k] for tables int64 [k], ascending, so many of each. Raises as `provide`."""

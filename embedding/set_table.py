@@ -191,9 +191,7 @@ class SetTable:
                 rows[unknown] = self._take(batch.ids[unknown], rows)
         self.set.changing(rows)
         self.set.store.write(rows, parts, batch, self.number | self.set.mark << 32, BEFORE)
-        cold = self.set.cold[self.number]
-        if cold is not None:
-            cold.reset()
+        self.set.limits.reset(self.number)
 
     def _take(self, ids: Tensor, spare: Tensor) -> Tensor:
         wanted = [0] * len(self.set.tables)

@@ -15,21 +15,23 @@ import torch
 from torch import Tensor
 
 from tessera.embedding import growth
-from tessera.embedding.cold_rows import ColdRows
+from tessera.embedding.cold_queues import ColdQueues
 from tessera.embedding.config import DynamicTableConfig, key_of
-from tessera.embedding.errors import ConfigError, TableFull
+from tessera.embedding.errors import ConfigError
 from tessera.embedding.evicted import EvictedIds
 from tessera.embedding.record_store import RecordStore
-from tessera.embedding.rows_of_tables import RowsOfTable, RowsOfTables
+from tessera.embedding.rows_of_tables import RowsOfTable, RowsOfTables, Victims
 from tessera.embedding.set_admission import SetAdmission
+from tessera.embedding.set_limits import SetLimits
 from tessera.embedding.set_snapshot import KeptRows, TableSnapshot
 from tessera.embedding.table import COUNTERS
-from tessera.kernels import records
+from tessera.kernels import backend, records
 from tessera.kernels.id_map import IdMap
 from tessera.kernels.record_layout import RecordLayout
 from tessera.kernels.records import FirstValues, Keys, Positions, Unknown, keys_of
 
 T = TypeVar("T")
+Seen = tuple[Tensor, Tensor, RecordLayout, int | Tensor, Tensor | None]  # what ops are told of a batch that is noted
 
 
 class NewIds(NamedTuple):
@@ -77,11 +79,10 @@ class TableSet:
         self.step = self.mark = 0
         self._rows = RowsOfTables(len(tables), self.store)
         self.rows_of = [RowsOfTable(self._rows, self.store, number) for number in range(len(tables))]
-        self.cold = [
-            None if table.eviction == "raise" else ColdRows(rows, table.eviction)
-            for table, rows in zip(self.tables, self.rows_of, strict=True)
-        ]
-        self._limits = {number: limit for number, table in enumerate(tables) if (limit := table.row_limit) is not None}
+        on_gpu = self.device.type == "cuda" and backend.backend("cuda") == "triton"
+        self._queues = ColdQueues(self.tables, self._rows, self.store, self.map) if on_gpu else None
+        self.limits = SetLimits(self.tables, self.rows_of, self._queues)
+        self._queues = self.limits.queues
         self._optimizer = first.optimizer
         self._keys = _keys(self.tables, device)
         scales = tuple(group.scale for group in first.groups)
@@ -125,30 +126,54 @@ class TableSet:
         """
         if self._kept:
             self._save_old(self.find(ids, bounds))
-        seen, careful = (ids, bounds, self.layout, now, counts), self._may_be_full(bounds)
-        if careful:
-            rows = self.find(ids, bounds)
-            unknown = records.unknown_of(rows, bounds)
-        else:
-            rows, unknown = records.find_unknown(self.map, self.store.chunks, *seen)
+        seen = ids, bounds, self.layout, now, counts
+        rows, unknown, noted = self._look_up(seen)
         new = None if unknown is None else self._admit(unknown, ids, now, counts)
-        if new is not None and self._limits and self.make_room(new.of_tables, rows, bounds):
-            new = new._replace(segments=None)  # ids have left them
-        if careful:
-            records.find(self.map, self.store.chunks, *seen)
+        victims = None
+        if self._queues is not None:
+            victims = self._choose_victims(seen, rows, unknown, new, noted=noted)
+        else:
+            if new is not None and self.limits and self.make_room(new.of_tables, rows, bounds):
+                new = new._replace(segments=None)  # ids have left them
+            if not noted:
+                records.find(self.map, self.store.chunks, *seen)
         if new is not None and new.positions.numel():
-            rows[new.positions] = self._add(ids[new.positions], new)
+            rows[new.positions] = self._add(ids[new.positions], new, victims)
         self.step += 1
         self._unchanged = False
         return rows
 
-    def _may_be_full(self, bounds: Tensor) -> bool:
-        """Return whether `make_room` could raise, so that nothing must be noted before."""
-        if not self._limits:
-            return False
-        sizes = bounds.diff().tolist()
-        least = {table: 0 if self.cold[table] is not None else self.rows_in_use[table] for table in self._limits}
-        return any(least[table] + sizes[table] > limit for table, limit in self._limits.items())
+    def _look_up(self, seen: Seen) -> tuple[Tensor, Unknown | None, bool]:
+        """Return rows of a batch, what has none, and whether rows were touched: not where TableFull may follow."""
+        ids, bounds, queues = seen[0], seen[1], self._queues
+        if queues is not None:
+            most, look = queues.most(self.rows_in_use, ids.numel()), queues.look if queues.filled else None
+            found = records.find_unknown(self.map, self.store.chunks, *seen, most, look)
+            if look is not None:
+                queues.learn(found.told)
+            return found.rows, found.unknown, found.noted
+        if self.limits.may_be_full(bounds, self.rows_in_use):
+            rows = self.find(ids, bounds)
+            return rows, records.unknown_of(rows, bounds), False
+        found = records.find_unknown(self.map, self.store.chunks, *seen)
+        return found.rows, found.unknown, True
+
+    def _choose_victims(
+        self, seen: Seen, rows: Tensor, unknown: Unknown | None, new: NewIds | None, *, noted: bool
+    ) -> Victims | None:
+        """Return the rows that new ids need, on a GPU, and note what was not noted before. Raises TableFull."""
+        assert self._queues is not None
+        bounds, used = seen[1], self.rows_in_use
+        wanted = [0] * len(used) if new is None else new.of_tables
+        missing, known = self.limits.missing(used, wanted), None
+        if not noted and unknown is not None and any(missing):
+            known = [size - none for size, none in zip(bounds.diff().tolist(), unknown.of_tables, strict=True)]
+        self.limits.check(missing, used, wanted, known)
+        if not noted:
+            records.find(self.map, self.store.chunks, *seen)
+            if self._queues.filled:
+                self._queues.learn(self._queues.look().tolist())
+        return self._queues.take(missing, rows, bounds) if any(missing) else None
 
     def _admit(self, unknown: Unknown, ids: Tensor, now: int | Tensor, counts: Tensor | None) -> NewIds:
         """Count unknown ids; return those that get a row now."""
@@ -164,42 +189,44 @@ class TableSet:
             often = None if often is None else often[chosen]
             times = times[chosen] if isinstance(times, Tensor) and times.numel() > 1 else times
             wanted = torch.bincount(tables, minlength=len(self.tables)).tolist()
-        new, admitted = torch.tensor([seen, wanted])
-        self.counters[:3] += torch.stack([new, admitted, new - admitted])
+        self.counters[:3] += torch.tensor([seen, wanted, [new - more for new, more in zip(seen, wanted, strict=True)]])
         return NewIds(positions, tables, wanted, segments, times, often)
 
     def make_room(self, wanted: Sequence[int], spare: Tensor, bounds: Tensor) -> bool:
         """Evict the coldest rows of tables at their limit, none of `spare` (those of table t between its bounds), until
         so many more fit. Returns whether any was evicted. Raises TableFull."""
-        missing = {table: self.rows_in_use[table] + wanted[table] - limit for table, limit in self._limits.items()}
-        over = [table for table, rows in missing.items() if rows > 0]
+        missing = self.limits.missing(self.rows_in_use, wanted)
+        over = [table for table, rows in enumerate(missing) if rows]
         ends = bounds.tolist() if over else []
         for table in over:
-            self._evict(table, missing[table], wanted[table], spare[ends[table] : ends[table + 1]])
+            own, used = spare[ends[table] : ends[table + 1]], self.rows_in_use[table]
+            self.free(table, self.limits.coldest(table, missing[table], used, wanted[table], own))
+            self.counters[COUNTERS.index("evicted"), table] += missing[table]
         return bool(over)
 
-    def _evict(self, table: int, missing: int, wanted: int, spare: Tensor) -> None:
-        config, used, cold = self.tables[table], self.rows_in_use[table], self.cold[table]
-        limit = self._limits[table]
-        full = f"table {config.name}: limit of {limit:,} rows, {used:,} in use, {wanted:,} more wanted"
-        if cold is None:
-            raise TableFull(f"{full}; raise max_rows or max_bytes, set ttl_seconds, or choose eviction lru or lfu")
-        rows = cold.take(missing, spare) if missing <= used else None
-        if rows is None:
-            raise TableFull(f"{full} by one batch; raise max_rows or max_bytes, or make the batch smaller")
-        self.free(table, rows)
-        self.counters[COUNTERS.index("evicted"), table] += rows.numel()
+    def _give_up(self, victims: Victims) -> Tensor:
+        """Take the ids of victims out of the map; return how many each of its segments has lost."""
+        self._save_old(victims.rows)
+        self.counters[COUNTERS.index("evicted")] += torch.tensor(victims.counts)
+        self.rows_in_use = [used - count for used, count in zip(self.rows_in_use, victims.counts, strict=True)]
+        if any(evicted.wanted for evicted in self.evicted):
+            for evicted, ids in zip(self.evicted, victims.ids.split(victims.counts), strict=True):
+                evicted.add(ids)
+        return self.map.erase_places(victims.places)
 
-    def _add(self, ids: Tensor, new: NewIds) -> Tensor:
+    def _add(self, ids: Tensor, new: NewIds, victims: Victims | None) -> Tensor:
         """Add rows for new ids, with their first values; return them: int64 [k]."""
         tables, wanted = new.tables, new.of_tables
-        rows = self.take_rows(ids, tables, wanted, new.segments)
+        rows = self.take_rows(ids, tables, wanted, new.segments, victims)
         how = (self.layout, self._keys, self._first, new.times, new.counts, self.mark)
         records.add(self.store.chunks, rows, ids, tables, *how)
         if self.store.with_periods:
             self.store.set_periods(rows, self.periods[tables])
-        for _, cold, own in _each(rows, wanted, self.cold):
-            cold.add(own)
+        if self._queues is not None:
+            self._queues.add(rows)
+        elif self.limits:
+            for table, own in enumerate(rows.split(list(wanted))):
+                self.limits.added(table, own)
         for table, given, own in _each(rows, wanted, self.init_values):
             self._start_at(given, own, table)
         return rows
@@ -211,16 +238,28 @@ class TableSet:
         store.initialise(places, self.store.ids_of(rows), given)
         self.store.write_groups(rows, store.stored(places))
 
-    def take_rows(self, ids: Tensor, tables: Tensor, wanted: Sequence[int], segments: Tensor | None = None) -> Tensor:
+    def take_rows(
+        self,
+        ids: Tensor,
+        tables: Tensor,
+        wanted: Sequence[int],
+        segments: Tensor | None = None,
+        victims: Victims | None = None,
+    ) -> Tensor:
         """Give rows to distinct, unknown ids (int64 [k]) of tables (int64 [k], ascending, so many of each). segments:
-        as `Unknown` has them.
+        as `Unknown` has them. victims: rows that are taken from their ids and given to these.
 
         Raises TableFull where a GPU has no memory for them or, for tables without a limit, only that of the reserve.
-        Rows and ids are then as they were.
+        Rows and ids are then as they were, or victims are freed.
         """
-        before, limited = self._rows.state(), len(self._limits) < len(self.tables)
+        before, limited, gave_up = self._rows.state(), self.limits.some_without, False
         try:
-            rows = self._rows.take(tables, wanted, limited=limited)
+            if victims is None:
+                rows = self._rows.take(tables, wanted, limited=limited)
+            else:
+                rows = self._rows.take_after(victims, tables, wanted, limited=limited)
+                gone, gave_up = self._give_up(victims), True
+                segments = None if segments is None else segments.sub_(gone)
             try:
                 if segments is None:
                     self.map.insert(ids, rows, tables)
@@ -231,6 +270,12 @@ class TableSet:
                 raise
         except torch.OutOfMemoryError as error:
             self._rows.restore(before)
+            if victims is not None and gave_up:
+                self.store.clear(victims.rows)
+                for rows_of, own in zip(self.rows_of, victims.rows.split(victims.counts), strict=True):
+                    rows_of.free.give_back(own)
+            if self._queues is not None:
+                self._queues.reset()
             table = max(range(len(wanted)), key=wanted.__getitem__)
             raise growth.full(self.tables[table], self.rows_in_use[table], wanted[table], error) from error
         self.rows_in_use = [used + more for used, more in zip(self.rows_in_use, wanted, strict=True)]
@@ -280,6 +325,8 @@ class TableSet:
         self.rows_of[table].free.give_back(rows)
         self.rows_in_use[table] -= rows.numel()
         self.evicted[table].add(ids)
+        if self._queues is not None:
+            self._queues.freed()
 
     def changing(self, rows: Tensor) -> None:
         """Prepare for a change of rows by the caller."""

@@ -155,6 +155,16 @@ class IdMap:
         ops = backend.ops_for(ids) or reference
         return ops.id_map_erase(*state, ids, tables)
 
+    def erase_places(self, places: Tensor) -> Tensor:
+        """Remove known ids, on a GPU and without waiting, by their places (int64 [n]: segment * SLOTS + slot). Returns
+        how many each segment has lost, int32 [segments]."""
+        ops = backend.triton_for(places)
+        assert ops is not None, backend.backend(places.device.type)
+        state = self._directory, self._chunks, self._segments, self._counters
+        gone: Tensor = ops.erase_places(*state, places)
+        self._counters[1] -= places.numel()
+        return gone
+
     def items(self, batch: int = 1 << 20) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (ids int64 [k], rows int64 [k]), at most max(batch, SLOTS) at a time, in no useful order.
 

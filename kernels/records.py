@@ -11,7 +11,7 @@ that belong to a table and a group are keyed by the table's number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,6 +54,16 @@ class Unknown(NamedTuple):
     of_tables: list[int]
     counted: Tensor
     segments: Tensor | None
+
+
+class LookedUp(NamedTuple):
+    """rows: int64 [n]. unknown: those of the ids that have none; None: there are none. noted: whether known ones were.
+    told: what `look` gave."""
+
+    rows: Tensor
+    unknown: Unknown | None
+    noted: bool = True
+    told: Sequence[int] = ()
 
 
 class FirstValues(NamedTuple):
@@ -107,22 +117,28 @@ def find_unknown(
     layout: RecordLayout,
     now: int | Tensor,
     counts: Tensor | None = None,
-) -> tuple[Tensor, Unknown | None]:
-    """Return rows as `find` does, and those of the ids that have none (None: there are none).
+    most: Tensor | None = None,
+    look: Callable[[], Tensor] | None = None,
+) -> LookedUp:
+    """Return rows as `find` does, and those of the ids that have none.
 
     On a GPU the host waits once, to know how many these are; ids from bounds[-1] on, of which
-    `unique_tables(..., padded=True)` makes some there, belong to no table: their rows are -1. Raises as `find`.
+    `unique_tables(..., padded=True)` makes some there, belong to no table: their rows are -1. There alone may be asked
+    for `most`, int64 [tables]: nothing is noted if a table has more ids in the batch than it says; and `look`, which
+    is called when rows have been noted: what it returns, int64 [k], the host reads with the rest. Raises as `find`.
     """
     ops = backend.triton_for(ids)
     if ops is None:
+        assert most is None and look is None, backend.backend(ids.device.type)
         rows = find(id_map, chunks, ids, bounds, layout, now, counts)
-        return rows, unknown_of(rows, bounds)
+        return LookedUp(rows, unknown_of(rows, bounds))
     check_index("ids", ids)
     _check_bounds(bounds)
     _check_counts(counts, ids)
     places = *id_map.places, id_map.segments
-    rows, found = ops.find_and_list(places, chunks, ids, bounds, _times(now, ids), counts, layout.numbers)
-    return rows, None if found is None else Unknown(*found)
+    batch = ids, bounds, _times(now, ids), counts
+    rows, found, noted, told = ops.find_and_list(places, chunks, *batch, layout.numbers, most, look)
+    return LookedUp(rows, None if found is None else Unknown(*found), noted, told)
 
 
 def unknown_of(rows: Tensor, bounds: Tensor) -> Unknown | None:

@@ -10,10 +10,19 @@ from tessera.kernels.reference.records import records_read, records_write
 from tessera.kernels.reference.string_hash import hex_to_int64, xxh64
 from tessera.kernels.reference.take_places import take_places
 from tessera.kernels.reference.touch import coldest
+from tessera.kernels.triton_ops.cold_queue import (
+    cold_add,
+    cold_list,
+    cold_look,
+    cold_order,
+    cold_scan,
+    cold_take,
+    cold_tell,
+)
 from tessera.kernels.triton_ops.faults import check
 from tessera.kernels.triton_ops.gather import gather
 from tessera.kernels.triton_ops.id_map import id_map_find, id_map_insert, id_map_place
-from tessera.kernels.triton_ops.id_map_erase import id_map_erase
+from tessera.kernels.triton_ops.id_map_erase import erase_places, id_map_erase
 from tessera.kernels.triton_ops.initialise import init_rows
 from tessera.kernels.triton_ops.learned import packed_learn_scales
 from tessera.kernels.triton_ops.message import pack_ids, read_ids
@@ -32,9 +41,17 @@ from tessera.kernels.triton_ops.unique_tables import positions_of, unique_padded
 
 __all__ = [
     "check",
+    "cold_add",
+    "cold_list",
+    "cold_look",
+    "cold_order",
+    "cold_scan",
+    "cold_take",
+    "cold_tell",
     "coldest",
     "copy_rows",
     "dequantise",
+    "erase_places",
     "expired",
     "find_and_list",
     "gather",

@@ -285,8 +285,10 @@ def id_map_insert(
     rows: Tensor,
     tables: Tensor | None,
 ) -> None:
-    """Insert all ids, or none where memory or a bit of the directory is missing; counters[2] tells. The host waits once,
-    and once more for each round of splits."""
+    """Insert all ids, or none where memory or a bit of the directory is missing; counters[2] tells.
+
+    The host waits once, and once more for each round of splits.
+    """
     counters[2] = 0
     found = Map(directory, chunks)
     ids, rows, tables = ids.contiguous(), rows.contiguous(), same_length(ids, tables)

@@ -6,7 +6,7 @@ read. Rows that it then gives to them go into the map by one more kernel, for wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,11 +66,13 @@ class _Asked(NamedTuple):
     counts: Tensor
     rows: Tensor
     fresh: Tensor
+    least: Tensor
     note: Tensor
 
 
 class _Plan(NamedTuple):
     touch: bool
+    guarded: bool  # touch only where no table has less room than none
     one_time: bool
     has_counts: bool
     list_new: bool
@@ -93,6 +95,8 @@ def _records_find_kernel(given, count, total, tables, bits, PLAN: tl.constexpr):
         tl.store(given.fresh + at, (inside & (row < 0)).to(tl.int32), mask=at < count)
     if PLAN.touch:
         known = known_rows(row, inside, total, given.note)
+        if PLAN.guarded:
+            known = known & (tl.load(given.least) >= 0)
         meta = (address_of(given.bases, row, known, PLAN.chunk) + PLAN.meta_at).to(tl.pointer_type(tl.int64))
         seen = tl.load(meta + _LAST_SEEN, mask=known, other=0)
         often = tl.load(meta + _LAST_SEEN + 1, mask=known, other=0)
@@ -115,8 +119,26 @@ def records_find(
     layout: Sequence[int],
 ) -> Tensor:
     rows = torch.empty(ids.numel(), dtype=torch.int64, device=ids.device)
-    _find((directory, map_chunks), chunks, _Batch(ids, bounds, now, counts), layout, (rows, None))
+    _find((directory, map_chunks), chunks, _Batch(ids, bounds, now, counts), layout, (rows, None), None)
     return rows
+
+
+@kernel
+def _records_room_kernel(bounds, most, least, tables, BLOCK: tl.constexpr):
+    """Write the least of what tables may have of a batch, less what they have; one program."""
+    found = tl.full([BLOCK], 1 << 62, tl.int64)
+    for begin in range(0, tables, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        inside = at < tables
+        size = tl.load(bounds + at + 1, mask=inside, other=0) - tl.load(bounds + at, mask=inside, other=0)
+        found = tl.minimum(found, tl.load(most + at, mask=inside, other=1 << 62) - size)
+    tl.store(least, tl.min(found, axis=0))
+
+
+def _least_room(bounds: Tensor, most: Tensor) -> Tensor:
+    least = torch.empty(1, dtype=torch.int64, device=bounds.device)
+    launch(_records_room_kernel, 1, bounds, most, least, most.numel(), BLOCK=_BLOCK)
+    return least
 
 
 class _Batch(NamedTuple):
@@ -132,8 +154,10 @@ def _find(
     batch: _Batch,
     layout: Sequence[int],
     out: tuple[Tensor, Tensor | None],
+    least: Tensor | None,
 ) -> None:
-    """Write rows int64 [n] and, if asked for, whether each id is new, int32 [n]."""
+    """Write rows int64 [n] and, if asked for, whether each id is new, int32 [n]. least: int64 [1], nothing is touched
+    where it is below 0."""
     where, (rows, fresh), (directory, map_chunks) = layout_of(layout), out, places
     ids, bounds, now = batch.ids.contiguous(), batch.bounds.contiguous(), batch.now
     place, n, tables = place_of_records(chunks, where, ids.device), ids.numel(), bounds.numel() - 1
@@ -148,10 +172,12 @@ def _find(
         rows if batch.counts is None else batch.counts.contiguous(),
         rows,
         rows if fresh is None else fresh,
+        rows if least is None else least,
         note_of(ids.device, place.total),
     )
     plan = _Plan(
         touch=now is not None,
+        guarded=least is not None,
         one_time=now is not None and now.numel() == 1,
         has_counts=batch.counts is not None,
         list_new=fresh is not None,
@@ -203,22 +229,26 @@ def find_and_list(
     chunks: Sequence[Tensor],
     ids: Tensor,
     bounds: Tensor,
-    now: Tensor | None,
+    now: Tensor,
     counts: Tensor | None,
     layout: Sequence[int],
-) -> tuple[Tensor, tuple[Tensor, Tensor, list[int], Tensor, Tensor | None] | None]:
-    """Return rows as `records_find` does and, if there are some, the ids that have none, as `records.Unknown` has them.
+    most: Tensor | None = None,
+    look: Callable[[], Tensor] | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, list[int], Tensor, Tensor | None] | None, bool, list[int]]:
+    """Return rows as `records_find` does; if there are some, the ids that have none, as `records.Unknown` has them;
+    whether rows were touched; and what `look` gave.
 
-    places: the map's directory, chunks and segments. The host waits once.
+    places: the map's directory, chunks and segments. The host waits once. most, look: as `records.find_unknown`.
     """
     directory, map_chunks, segments = places
     n, device, tables = ids.numel(), ids.device, bounds.numel() - 1
     rows = torch.empty(n, dtype=torch.int64, device=device)
     if n == 0:
-        return rows, None
+        return rows, None, True, [] if look is None else look().tolist()
     ids, bounds = ids.contiguous(), bounds.contiguous()
     fresh = torch.empty(n, dtype=torch.int32, device=device)
-    _find((directory, map_chunks), chunks, _Batch(ids, bounds, now, counts), layout, (rows, fresh))
+    least = None if most is None else _least_room(bounds, most)
+    _find((directory, map_chunks), chunks, _Batch(ids, bounds, now, counts), layout, (rows, fresh), least)
     ranks = fresh.cumsum(0, dtype=torch.int32)
     numbers = torch.zeros(2 + tables, dtype=torch.int64, device=device)
     positions, of, wanted = torch.empty_like(rows), torch.empty_like(rows), segments[:, 1].clone()
@@ -226,8 +256,11 @@ def find_and_list(
     given = _Listed(ids, bounds, directory, ranks, wanted, positions, of, numbers, note)
     bits = directory.numel().bit_length() - 1
     launch(_records_new_kernel, -(-n // _BLOCK), given, n, tables, bits, BITS=bits_of(tables), BLOCK=_BLOCK)
-    new, over, *of_tables = numbers.tolist()  # the host waits here
+    more = ([] if least is None else [least]) + ([] if look is None else [look()])
+    read = (torch.cat([numbers, *more]) if more else numbers).tolist()  # the host waits here
+    (new, over), of_tables, told = read[:2], read[2 : 2 + tables], read[2 + tables :]
+    touched = least is None or told.pop(0) >= 0
     if not new:
-        return rows, None
+        return rows, None, touched, told
     counted = numbers[_OF_TABLES.value :]
-    return rows, (positions[:new], of[:new], of_tables, counted, None if over else wanted)
+    return rows, (positions[:new], of[:new], of_tables, counted, None if over else wanted), touched, told

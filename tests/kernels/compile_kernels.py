@@ -159,6 +159,9 @@ def call_records(n: int, groups: list[RowLayout], *, whole: bool) -> None:
         triton_ops.records_find(*places[:2], chunks, rows, bounds, now, counts, numbers)
     with contextlib.suppress(IndexError):  # nothing is computed here: it finds as many as memory happens to say
         triton_ops.find_and_list(places, chunks, rows, bounds, rows, rows, numbers)
+        most = torch.zeros(tables, dtype=torch.int64)
+        triton_ops.find_and_list(places, chunks, rows, bounds, rows, rows, numbers, most)
+    call_cold_queue((chunks, numbers), places[:2], tables, n)
     with contextlib.suppress(IndexError):
         triton_ops.unique_padded(rows, bounds)
     triton_ops.positions_of(rows, rows)
@@ -183,6 +186,17 @@ def call_messages(n: int) -> None:
         triton_ops.pack_ids(ids(n), torch.zeros(kinds + 1, dtype=torch.int64), given, told, (2, 6, 2), layout.numbers)
         message = torch.zeros((2, layout.words), dtype=torch.int64)
         triton_ops.read_ids(message, torch.zeros((0, 6), dtype=torch.int32), n, layout.numbers)
+
+
+def call_cold_queue(records: tuple[list[torch.Tensor], tuple[int, ...]], places: tuple, tables: int, n: int) -> None:
+    entries, numbers = torch.zeros((5, n), dtype=torch.int64), torch.zeros((4, tables), dtype=torch.int64)
+    begins, others = torch.zeros(tables + 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    flags, sums, _ = triton_ops.cold_look(records, entries, others, n, begins, numbers)
+    triton_ops.cold_order(entries, flags, ids(n), n, tables)
+    triton_ops.cold_take(records, places, (entries, flags, sums, begins), numbers[:2], n)
+    triton_ops.cold_add(records, ids(n), entries, others, n, numbers)
+    _, counts = triton_ops.cold_scan(records, numbers, n)
+    triton_ops.cold_list(records, numbers, n, counts, ids(n))
 
 
 def record(whole: bool) -> Recorder:

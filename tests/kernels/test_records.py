@@ -280,12 +280,12 @@ def test_ids_without_rows_are_listed_and_placed():
     bounds = tensor([0, 200, 250, 600])
     expected, inverse, often, ends = unique_tables(flat, bounds)
     many = expected.numel()
-    rows, unknown = records.find_unknown(id_map, chunks, expected, ends, PLAIN, 9, often)
+    rows, unknown, *_ = records.find_unknown(id_map, chunks, expected, ends, PLAIN, 9, often)
     with use_backend("triton"):
         unique, ours, counts, last = unique_tables(flat, bounds, padded=True)
         assert unique[:many].equal(expected) and counts[:many].equal(often) and not counts[many:].any()
         assert unique.numel() == 600 and ours.equal(inverse) and last.equal(ends)
-        found, listed = records.find_unknown(id_map, chunks, unique, last, PLAIN, 9, counts)
+        found, listed, *_ = records.find_unknown(id_map, chunks, unique, last, PLAIN, 9, counts)
         assert found[:many].equal(rows) and found[many:].eq(-1).all()
         assert listed.positions.equal(unknown.positions) and listed.tables.equal(unknown.tables)
         assert listed.of_tables == unknown.of_tables and listed.segments is not None
@@ -294,7 +294,7 @@ def test_ids_without_rows_are_listed_and_placed():
         again = records.find_unknown(id_map, chunks, unique, last, PLAIN, 9, counts)
         assert again[1] is None and again[0][listed.positions].equal(fresh) and len(id_map) == 700 + fresh.numel()
         many_more = torch.arange(1000, 6000)
-        _, listed = records.find_unknown(id_map, chunks, many_more, tensor([0, 5000, 5000, 5000]), PLAIN, 9)
+        _, listed, *_ = records.find_unknown(id_map, chunks, many_more, tensor([0, 5000, 5000, 5000]), PLAIN, 9)
         assert listed.of_tables == [5000, 0, 0] and listed.segments is None  # the segment has to be split
     assert records.find(id_map, chunks, expected, ends, PLAIN)[unknown.positions].equal(fresh)
 
