@@ -19,8 +19,9 @@ from tessera.kernels.formats import (
     stored_columns,
     stored_dtype,
 )
-from tessera.kernels.layout import RowLayout, packed_layout
+from tessera.kernels.layout import RowLayout, packed_layout, plain_layout
 from tessera.kernels.optimizers import state_width
+from tessera.kernels.record_layout import RecordLayout, record_layout
 from tessera.kernels.reference.id_map import LIMIT, SPREAD
 
 ADMISSIONS = ("none", "exact", "sliding", "probabilistic")
@@ -203,8 +204,17 @@ class DynamicTableConfig:
         return sum(4 * (g.dim + self.state_widths(g)[0]) if at is None else at.bytes for g, at in layouts)
 
     @property
+    def record(self) -> RecordLayout:
+        """Where all that belongs to a row lies in a set of tables."""
+        layouts = [self.layout(group) or plain_layout(group.dim, self.optimizer.name) for group in self.groups]
+        return record_layout(layouts, PERIOD_BYTES * self.knows_periods)
+
+    @property
     def bytes_per_row(self) -> int:
-        """Bytes that one more row needs at most: values, state, time, count, id and its place in the id map."""
+        """Bytes that one more row needs at most: its record, whole with what fills it up to vectors and cache lines,
+        or where the table has a cache its values, state, time, count and id; and its place in the id map."""
+        if self.cache_limit is None:
+            return self.record.bytes + MAP_BYTES_PER_ROW
         return self.stored_bytes + META_BYTES + self.knows_periods * PERIOD_BYTES + MAP_BYTES_PER_ROW
 
     @property

@@ -59,12 +59,14 @@ def check_room(device: torch.device, wanted: int) -> None:
     """Raise torch.OutOfMemoryError where tables have not so many bytes left."""
     room = room_for_tables(device) if wanted else None
     if room is not None and wanted > room:
-        raise torch.OutOfMemoryError(f"{wanted:,} bytes wanted, {room:,} left for tables")
+        raise torch.OutOfMemoryError(f"{wanted:,} bytes wanted, {room:,} bytes free for tables")
 
 
 def full(config: DynamicTableConfig, rows: int, wanted: int, error: torch.OutOfMemoryError) -> TableFull:
+    """Return what to raise for a table that has so many rows and got no memory for more."""
     why = (str(error).splitlines() or [""])[0].rstrip(".")
+    held = rows * config.bytes_per_row
     return TableFull(
-        f"table {config.name}: {rows:,} rows in use, {wanted:,} more wanted, and the GPU's memory is full ({why}); "
-        "set max_rows or max_bytes with eviction lru or lfu, or set ttl_seconds"
+        f"table {config.name}: {rows:,} rows in use, {held:,} bytes, {wanted:,} more wanted, and the GPU's memory is "
+        f"full ({why}); set max_rows or max_bytes with eviction lru or lfu, or set ttl_seconds"
     )

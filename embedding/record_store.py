@@ -14,8 +14,7 @@ from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.row_store import RowStore
 from tessera.kernels import records
 from tessera.kernels.chunks import allocate_chunk, touch_pages
-from tessera.kernels.layout import plain_layout
-from tessera.kernels.record_layout import COUNT, ID, LAST_SEEN, META_BYTES, TABLE, RecordLayout, is_plain, record_layout
+from tessera.kernels.record_layout import COUNT, ID, LAST_SEEN, META_BYTES, TABLE, is_plain
 
 MARK, PERIOD = 3, 4  # columns of what `RecordStore.meta` gives, beside LAST_SEEN, COUNT and ID
 _TABLE_BITS = (1 << 32) - 1
@@ -31,9 +30,7 @@ class RecordStore:
     def __init__(self, config: DynamicTableConfig, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self.with_periods = config.knows_periods
-        groups = [(group, config.layout(group)) for group in config.groups]
-        packed = [layout or plain_layout(group.dim, config.optimizer.name) for group, layout in groups]
-        self.layout: RecordLayout = record_layout(packed, PERIOD_BYTES * self.with_periods)
+        self.layout = config.record
         self.chunks: list[Tensor] = []
         self.reserved = 0  # rows
         self._codec = RowStore(config, device)  # holds no rows: it knows what a group's bytes mean

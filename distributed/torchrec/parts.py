@@ -98,7 +98,7 @@ class SetPart:
         ids, counts, seen, bounds = asked.ids, asked.counts, asked.seen, asked.bounds
         inverse = times = None
         if asked.repeats:
-            ids, flat, times, bounds = unique_tables(ids, bounds)
+            ids, flat, times, bounds = unique_tables(ids, bounds, padded=True)
             if training:
                 counts = torch.zeros_like(ids).index_add_(0, flat, counts)
                 seen = latest(seen, flat, ids.numel()) if isinstance(seen, Tensor) else seen

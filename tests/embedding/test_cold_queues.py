@@ -82,7 +82,7 @@ CASES = [
     pytest.param(40, 120, 0, 14, [50, 60, 1000, 45], ["lru", "lfu", "raise", "lru"], True, 1, marks=pytest.mark.slow),
     pytest.param(40, 400, 0, 14, [150, None, 170, 145], ["lru", "lfu", "lru", "lfu"], True, 1, marks=pytest.mark.slow),
     pytest.param(40, 60, 0, 14, [40, 41, 44, 45], ["lfu", "lfu", "lru", "lru"], True, 1, marks=pytest.mark.slow),
-    pytest.param(20, 900, 1500, 20, [1500, 1501], ["lru", "lfu"], True, 2, marks=pytest.mark.slow),
+    pytest.param(20, 900, 1500, 20, [1500, 1501], ["lru", "lfu"], True, 1, marks=pytest.mark.slow),
     pytest.param(20, 900, 1500, 20, [1500, 1501], ["lfu", "lru"], False, 2, marks=pytest.mark.slow),
 ]
 
@@ -124,17 +124,19 @@ def test_a_batch_that_does_not_fit_ends_in_a_line_and_nothing_was_noted():
     assert "table t1: limit of 8 rows, 4 in use, 5 more wanted; raise max_rows" in said[1]
 
 
-@pytest.mark.parametrize(
-    ("tables", "filled"), [(1, 0), (26, 0), pytest.param(200, 0, marks=pytest.mark.slow), (1, 900)]
-)
-def test_a_step_at_a_limit_costs_the_host_little_more_than_one_with_new_ids(tables, filled):
-    """Operations and launches of merging, look-up, gather and update, beside those of a set without a limit; and no
-    more waits. With `filled` most rows are not in the queue, so nothing has to be put in order."""
+FEW = [pytest.param(*one, marks=pytest.mark.slow) for one in ((1, 0), (200, 0), (1, 900))]
+
+
+@pytest.mark.parametrize(("tables", "filled"), [(26, 0), *FEW])
+def test_a_step_at_a_limit_costs_the_host_little_more_than_one_with_new_ids(monkeypatch, tables, filled):
+    """Operations and launches of merging, look-up, gather and update, and no more waits. With `filled` most rows are
+    not in the queue, so nothing has to be put in order."""
     monkeypatch.setattr(cold_queues, "QUEUE_LEAST", 16)
 
-    def counts(limit, eviction):
+    def counts(eviction):
         with CountedGpu() as gpu:
-            found, bounds = set_of("cuda", [limit] * tables, [eviction] * tables), torch.arange(tables + 1) * 4
+            limit, bounds = filled + 6, torch.arange(tables + 1) * 4
+            found = set_of("cuda", [limit] * tables, [eviction] * tables)
             if filled:
                 found.lookup(torch.arange(-filled, 0).to("cuda"), torch.tensor([0, filled]).to("cuda"), 0)
             bounds, counted = bounds.to("cuda"), []
@@ -147,12 +149,11 @@ def test_a_step_at_a_limit_costs_the_host_little_more_than_one_with_new_ids(tabl
                     found.gather(rows, inverse)
                     found.update(rows, grads, Positions(*positions_of(inverse, often)))
                 counted += one
-            assert found.limits.queues is None or found.counters[-1].min() > 1
-        return counted[-1]
+            assert found.counters[-1].tolist() == [6] * tables
+        return counted[1], counted[-1]
 
-    below, lru = counts(None, "raise"), counts(filled + 6, "lru")
+    below, lru = counts("lru")
     assert lru.waits == below.waits == 1
-    assert lru.issued <= (1.25 if filled else 1.5) * below.issued and lru.issued <= 112, (below, lru)
+    assert lru.issued <= (1.25 if filled else 1.45) * below.issued and lru.issued <= 106, (below, lru)
     if tables == 1 and not filled:
-        lfu = counts(6, "lfu")
-        assert lfu.waits == 1 and lfu.issued <= lru.issued
+        assert counts("lfu")[1] <= lru

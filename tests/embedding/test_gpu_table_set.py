@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from tessera.embedding import growth
 from tessera.embedding.config import DynamicTableConfig, Group
+from tessera.embedding.errors import TableFull
 from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.set_table import SetTable
 from tessera.embedding.table_set import TableSet
-from tessera.kernels import backend
+from tessera.kernels import backend, records
 from tessera.kernels.records import Positions
 from tessera.kernels.unique import positions_of, unique_tables
 
@@ -71,6 +73,27 @@ def test_a_set_lives_as_on_the_cpu():
         backend.check("cuda:0")
     assert all(one.equal(other) for one, other in zip(found[0], expected[0], strict=True))
     assert found[1:] == expected[1:] and len(found[1]) > 200
+
+
+def test_a_set_that_grows_ends_in_a_line_before_the_memory_does(monkeypatch):
+    """Known ids can be looked up as before, and saved."""
+    monkeypatch.setattr(records, "chunk_rows", lambda reserved: max(128, min(reserved, 512)))
+    with CountedGpu():
+        found, turns = TableSet(tables_of(2, "sgd"), "cuda"), range(3)
+        free, each = 3 * 128 * found.layout.bytes, found.tables[1].bytes_per_row
+        monkeypatch.setattr(growth, "room_for_tables", lambda device: free - found.reserved_bytes)
+        bounds = torch.tensor([0, 10, 100], device="cuda")
+        with pytest.raises(TableFull) as error:
+            for turn in turns:
+                found.lookup((torch.arange(100) + 100 * turn).to("cuda"), bounds, turn)
+        used = found.rows_in_use[1]
+        assert used == 90 * turn and found.lookup(torch.arange(100, device="cuda"), bounds, 20).cpu().min() >= 0
+        assert sum(rows.ids.numel() for rows in SetTable(found, 1).export_rows()) == used
+    assert str(error.value) == (
+        f"table t1: {used:,} rows in use, {used * each:,} bytes, 90 more wanted, and the GPU's memory is full "
+        f"({256 * found.layout.bytes:,} bytes wanted, {128 * found.layout.bytes:,} bytes free for tables); set "
+        "max_rows or max_bytes with eviction lru or lfu, or set ttl_seconds"
+    )
 
 
 def test_many_empty_tables_cost_little():

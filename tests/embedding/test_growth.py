@@ -79,7 +79,9 @@ def test_a_table_without_memory_is_named_and_is_as_it_was(monkeypatch, make, kin
         assert one.expire(60) == 40  # so some rows are taken again
     before = content(table)
     memory = Memory(monkeypatch, kind, chunks)
-    with pytest.raises(TableFull, match="^table user: 60 rows in use, 6,000 more wanted, and the GPU's memory is full"):
+    with pytest.raises(
+        TableFull, match=r"^table user: 60 rows in use, [\d,]+ bytes, 6,000 more wanted, and the GPU's memory is full"
+    ):
         table.lookup(MANY, 61)
     assert same(content(table), before) and len(table) == 60
     assert table.lookup(MANY, 61, training=False).eq(-1).all()
@@ -103,7 +105,9 @@ def test_a_set_names_the_table_that_wants_most(monkeypatch):
     tables = TableSet([DynamicTableConfig(name, (name,), groups) for name in ("user", "item")])
     tables.lookup(KNOWN, torch.tensor([0, 30, 100]), 1)
     Memory(monkeypatch, "records", 0)
-    with pytest.raises(TableFull, match="^table item: 70 rows in use, 5,000 more wanted, and the GPU's memory is full"):
+    with pytest.raises(
+        TableFull, match=r"^table item: 70 rows in use, [\d,]+ bytes, 5,000 more wanted, and the GPU's memory is full"
+    ):
         tables.lookup(MANY, torch.tensor([0, 1000, 6000]), 2)
     assert tables.rows_in_use == [30, 70] and tables.find(MANY, torch.tensor([0, 1000, 6000])).eq(-1).all()
     assert tables.lookup(KNOWN, torch.tensor([0, 30, 100]), 3).ge(0).all()
@@ -115,7 +119,7 @@ def test_a_state_that_does_not_fit_is_told_alike(monkeypatch, make, memory, rese
     table, source = make(table_of().config), table_of()
     batch = source.read_rows(source.rows_in_use())
     Memory(monkeypatch, *memory)
-    with pytest.raises(TableFull, match="^table user: 0 rows in use, 100 more wanted"):
+    with pytest.raises(TableFull, match="^table user: 0 rows in use, 0 bytes, 100 more wanted"):
         if reserved:
             table.reserve(100)
         table.import_rows(RowBatch(**{**vars(batch), "rows": None}))
@@ -131,7 +135,7 @@ def test_tables_without_a_limit_share_what_the_tower_leaves(monkeypatch):
     first.lookup(ids, 2)  # 28 rows of the last chunk were free: 3 chunks more
     left[0] -= 3 * per_chunk
     with pytest.raises(
-        TableFull, match=rf"user: 100 .* 192 more .*{3 * per_chunk:,} bytes wanted, {2 * per_chunk:,} l"
+        TableFull, match=rf"user: 100 .* 192 more .*{3 * per_chunk:,} bytes wanted, {2 * per_chunk:,} bytes free"
     ):
         second.lookup(ids, 2)
     second.lookup(ids[: 2 * CHUNK], 2)
