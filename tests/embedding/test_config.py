@@ -15,7 +15,7 @@ MISTAKES = {
     "ttl_seconds is 0; expected a number of seconds above 0": {"ttl_seconds": 0},
     "ttl_seconds is -5; expected a number of seconds above 0": {"ttl_seconds": -5},
     "max_rows is 0; expected at least 1": {"max_rows": 0},
-    "max_bytes is 10; expected at least the 109 bytes of one row": {"max_bytes": 10},
+    "max_bytes is 10; expected at least the 121 bytes of one row": {"max_bytes": 10},
     "eviction is 'lur'; expected lru, lfu or raise; did you mean lru?": {"eviction": "lur"},
     "evicted_kept is -1; expected at least 0": {"evicted_kept": -1},
     "chunk_rows is 1000; expected a power of two": {"chunk_rows": 1000},
@@ -56,6 +56,6 @@ def test_a_limit_too_small_for_one_batch():
     with pytest.raises(ConfigError, match="^table user: max_rows 100 is a limit of 100 rows; expected at least 4,096"):
         make(max_rows=100).check_batch(4096)
     with pytest.raises(
-        ConfigError, match="^table user: max_bytes 10,900 is a limit of 100 rows; expected at least 4,096"
+        ConfigError, match="^table user: max_bytes 12,100 is a limit of 100 rows; expected at least 4,096"
     ):
-        make(max_rows=1000, max_bytes=10900).check_batch(4096)
+        make(max_rows=1000, max_bytes=12100).check_batch(4096)
