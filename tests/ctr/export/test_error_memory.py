@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tessera.ctr.metrics.exact import logloss
 from tessera.ctr.serving import ExportError
 from tessera.ctr.serving.error_memory import FILE, ErrorMemory, MemorySettings
 from tessera.ctr.serving.in_time import Labelled, blocks_of, corrected_in_time, rows_of
@@ -156,3 +157,24 @@ def test_a_damaged_one_is_refused_in_a_line(tmp_path, damage):
     with pytest.raises(ExportError) as error:
         ErrorMemory.load(tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def gain(turned: float) -> float:
+    """Logloss that is gained by the hour where the truth has turned by so many radians since the model was frozen."""
+    draw = np.random.default_rng(3)
+    rows, width = 8000, 6
+    hidden = draw.normal(size=(rows, width))
+    hidden /= np.linalg.norm(hidden, axis=1, keepdims=True)
+    then, now = np.eye(width)[0] * 4, 4 * (np.cos(turned) * np.eye(width)[0] + np.sin(turned) * np.eye(width)[1])
+    label = draw.random(rows) < 1 / (1 + np.exp(-hidden @ now))
+    prediction = 1 / (1 + np.exp(-hidden @ then))
+    of = [torch.from_numpy(one.astype(np.float32)) for one in (hidden, prediction, label)]
+    memory = ErrorMemory(width, MemorySettings(arrays=8, bits=3), "m")
+    corrected = corrected_in_time(memory, np.arange(rows), rows_of(*of), delay_seconds=60, block_seconds=100)
+    losses = [logloss(one, of[2].numpy()) for one in (of[1].numpy(), corrected)]
+    return losses[0] - losses[1]
+
+
+def test_what_is_gained_grows_with_the_drift_and_costs_little_where_there_is_none():
+    still, some, much = gain(0.0), gain(0.4), gain(0.8)
+    assert abs(still) < 0.003 < some < much, (still, some, much)
