@@ -69,15 +69,17 @@ class BST(SequenceTower):
         target_bd = self.of_token(self.vectors.target(emb_bfd))
         x_bld = torch.cat([target_bd.unsqueeze(1), events_bld], 1)
         there = F.pad(places.mask, (1, 0), value=True)
-        x_bld = x_bld + self.position[: x_bld.shape[1]]
+        places_of = torch.arange(x_bld.shape[1], device=x_bld.device).clamp_max(self.group.length)
+        x_bld = x_bld + self.position[places_of]
         for layer in self.layers:
             x_bld = layer(x_bld, there)
         flat = self.embed.flat(numeric_bn, self.embed(numeric_bn, emb_bfd))
         if not self.concat:
             return self.mlp(torch.cat([flat, x_bld[:, 0]], 1)).squeeze(1)
-        states = (x_bld * there.unsqueeze(2)).flatten(1)
-        states = F.pad(states, (0, self.position.numel() - states.shape[1]))
-        return self.mlp(torch.cat([flat, states], 1)).squeeze(1)
+        # As many places for every batch, and zeros where a row has no event.
+        at = torch.arange(self.group.length + 1, device=x_bld.device)
+        states = x_bld[:, at.clamp_max(x_bld.shape[1] - 1)] * (at <= of.offsets.diff().unsqueeze(1)).unsqueeze(2)
+        return self.mlp(torch.cat([flat, states.flatten(1)], 1)).squeeze(1)
 
 
 class EncoderLayer(nn.Module):
