@@ -6,16 +6,16 @@ torchrec takes longer with each key, and on many ranks with keys times ranks. So
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
 from tessera.distributed.event_times import latest, times_of_values
+from tessera.kernels.host_numbers import on_device
 from tessera.kernels.mix import mix64
 from tessera.kernels.unique import unique_tables
 
@@ -56,11 +56,11 @@ def distinct_ids(ids: KeyedJaggedTensor, times: Tensor | None, tables: FieldsOfT
         begins = [0, *accumulate(sizes)]
         bounds = [begins[end] for end in tables.ends]
         flat = torch.cat([flat[ends[field] : ends[field + 1]] for field in tables.flat])
-    # A list of hundreds of numbers takes torch.tensor several times as long.
-    given = torch.frombuffer(array("q", bounds), dtype=torch.int64).to(flat.device, non_blocking=True)
-    unique, index, counts, found = unique_tables(flat, given, padded=True)
-    of_tables = found.diff().tolist()  # on a GPU the host waits here, and nowhere else
-    unique, counts = unique[: sum(of_tables)], counts[: sum(of_tables)]
+    unique, index, counts, found = unique_tables(flat, on_device(bounds, flat.device), padded=True)
+    ends_of_tables = found.tolist()  # on a GPU the host waits here, and nowhere else
+    of_tables = [end - begin for begin, end in pairwise(ends_of_tables)]
+    if unique.numel() > ends_of_tables[-1]:  # padded, on a GPU
+        unique, counts = unique[: ends_of_tables[-1]], counts[: ends_of_tables[-1]]
     if not tables.in_order:
         of_fields = index.split(sizes)
         index = torch.empty_like(index)

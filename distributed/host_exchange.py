@@ -28,7 +28,8 @@ class HostExchange:
 
     def send(self, outgoing: OutgoingIds) -> SentByHost:
         """Begin to send ids to the ranks of this host. Collective."""
-        return SentByHost(self, self._inside.send(outgoing), outgoing.told.numel())
+        told = 0 if outgoing.told is None else outgoing.told.numel()
+        return SentByHost(self, self._inside.send(outgoing), told)
 
 
 class SentByHost:

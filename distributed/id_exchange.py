@@ -61,12 +61,12 @@ class ReceivedIds:
 @dataclass(frozen=True)
 class OutgoingIds:
     """ids: int64 [n], mixed, those of kind k from bounds[k] on, int64 [kinds + 1]. columns: [n] each, those of larger
-    numbers first. told: float64, as many numbers on every rank."""
+    numbers first. told: float64, as many numbers on every rank; None: none."""
 
     ids: Tensor
     bounds: Tensor
     columns: tuple[Tensor, ...]
-    told: Tensor
+    told: Tensor | None = None
 
 
 class IdExchange:
@@ -79,10 +79,19 @@ class IdExchange:
         self.group, self.ranks, self.has_room = group, group.size(), has_room
         self.owners = owners or Owners(self.ranks, self.ranks)
         self.recent = RecentSizes()
+        self._nothing: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def nothing(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return what stands for nothing told, float64 [0], and for nothing that came late, int32 [0, 1]."""
+        if device not in self._nothing:
+            none = torch.empty(0, dtype=torch.float64, device=device)
+            self._nothing[device] = none, torch.empty((0, 1), dtype=torch.int32, device=device)
+        return self._nothing[device]
 
     def send(self, outgoing: OutgoingIds) -> SentIds:
         """Begin to send ids to their owners. Collective."""
-        ids, columns, told = outgoing.ids, outgoing.columns, outgoing.told
+        ids, columns = outgoing.ids, outgoing.columns
+        told = self.nothing(ids.device)[0] if outgoing.told is None else outgoing.told
         sizes = tuple([column.element_size() for column in columns])
         room = self.recent.room() if self.has_room else 0
         layout = _layout(room, outgoing.bounds.numel() - 1, told.numel(), sizes)
@@ -151,7 +160,7 @@ class SentIds:
     def _read(self) -> ReceivedIds:
         if self._late_work is not None:
             self._late_work.wait()
-        late = self._came.new_empty((0, 1), dtype=torch.int32) if self._late is None else self._late
+        late = self._exchange.nothing(self._came.device)[1] if self._late is None else self._late
         came = read_ids(self._came, late, sum(self._owned), self._layout)
         given = zip(came.columns, self._outgoing.columns, strict=True)
         columns = [one if one.dtype == sent.dtype else one.view(sent.dtype) for one, sent in given]

@@ -16,6 +16,7 @@ from torch import Tensor
 from tessera.embedding.extents import Extents
 from tessera.embedding.free_rows import FreeRows
 from tessera.embedding.record_store import MARK, RecordStore
+from tessera.kernels.host_numbers import on_device
 from tessera.kernels.touch import COUNT, LAST_SEEN
 
 SCAN_ROWS = 1 << 18  # rows looked at in one piece, which bounds the temporary memory of a walk
@@ -80,7 +81,7 @@ class RowsOfTables:
         firsts = [0, *accumulate(wanted)]
         # A new row's place is end + (rank - reused), the rank being that among the rows of its table.
         shifts = [end - again - first for end, again, first in zip(self.ends, reused, firsts, strict=False)]
-        shift = torch.tensor(shifts, device=tables.device)[tables]
+        shift = on_device(shifts, tables.device)[tables]
         places = shift + torch.arange(tables.numel(), device=tables.device)
         rows = self.extents.rows(tables, places.clamp_(min=0))
         for table, again in enumerate(reused):

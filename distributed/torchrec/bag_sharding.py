@@ -49,6 +49,7 @@ from tessera.distributed.torchrec.kernel import DynamicTableKernel, Request
 from tessera.distributed.torchrec.ready import Ready
 from tessera.distributed.torchrec.row_sharding import DYNAMIC, HasKernels, RowWiseDynamic
 from tessera.kernels.autograd import apply
+from tessera.kernels.host_numbers import on_device
 from tessera.kernels.unique import unique_tables
 
 
@@ -97,8 +98,10 @@ class DynamicBagKernel(DynamicTableKernel):
         return squares, torch.stack([one.sum() for one in missing])
 
     def request(self, features: OwnedBags) -> Request:
-        counts = torch.tensor([0, *accumulate(self._features)])
-        ends = torch.tensor(features.offset_per_key())[counts].to(features.values().device)
+        ends_of_features = features.offset_per_key()
+        ends = on_device(
+            [ends_of_features[end] for end in accumulate(self._features, initial=0)], features.values().device
+        )
         distinct, places, occurrences, bounds = unique_tables(features.values(), ends)
         times = None if features.times is None else latest(features.times, places, distinct.numel())
         return Request(distinct, occurrences, times, bounds, places)

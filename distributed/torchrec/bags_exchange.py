@@ -18,6 +18,7 @@ from torchrec.distributed.types import Awaitable
 from tessera.distributed.event_times import times_of_values
 from tessera.distributed.id_exchange import IdExchange, OutgoingIds, SentIds, occurrences
 from tessera.distributed.torchrec.ready import Ready
+from tessera.kernels.host_numbers import on_device
 from tessera.kernels.mix import mix64
 
 
@@ -53,7 +54,7 @@ def send_bags(exchange: IdExchange, asked: AskedBags) -> SentBags:
     columns.append(times_of_values(ids, of_rows))
     if ids.weights_or_none() is not None:
         columns.append(ids.weights())
-    bounds = torch.tensor(ids.offset_per_key()).to(ids.values().device, non_blocking=True)
+    bounds = on_device(ids.offset_per_key(), ids.values().device)
     mine = torch.tensor([rows], dtype=torch.float64)
     told = mine if asked.told is None else torch.cat([mine, asked.told])
     sent = exchange.send(OutgoingIds(mix64(ids.values()), bounds, tuple(columns), told))
@@ -78,7 +79,7 @@ class SentBags(Awaitable[Awaitable[KJTList]]):
         rows_of_ranks = [int(rows) for rows in self._sent.told[:, 0].tolist()]
         stride, device = sum(rows_of_ranks), received.ids.device
         assert received.ranks is not None
-        rows = torch.tensor([0, *accumulate(rows_of_ranks)]).to(device)[received.ranks] + columns.pop(0)
+        rows = on_device([0, *accumulate(rows_of_ranks)], device)[received.ranks] + columns.pop(0)
         lengths = received.bounds.diff()
         of_features = torch.arange(len(self._keys), device=device).repeat_interleave(lengths, output_size=rows.numel())
         bags = occurrences(of_features * stride + rows, len(self._keys) * stride).int()

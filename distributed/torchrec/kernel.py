@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.errors import CacheFull, TableFull
 from tessera.embedding.set_table import SetTable
 from tessera.kernels.autograd import apply
+from tessera.kernels.host_numbers import on_device
 from tessera.kernels.mix import unmix64
 
 
@@ -307,8 +309,8 @@ def span_of(bounds: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return the places of the look-ups of some tables, one table's behind the other's: int64 [k]; and their bounds."""
     ends = bounds.tolist()
     spans = [torch.arange(ends[number], ends[number + 1], device=bounds.device) for number in numbers]
-    lengths = torch.tensor([0, *(span.numel() for span in spans)], device=bounds.device)
-    return torch.cat(spans), lengths.cumsum(0)
+    lengths = accumulate((span.numel() for span in spans), initial=0)
+    return torch.cat(spans), on_device(list(lengths), bounds.device)
 
 
 class _LookUp(torch.autograd.Function):

@@ -22,6 +22,7 @@ from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.row_cache import CachedRows
 from tessera.embedding.set_table import RecordsUpdate, SetTable
 from tessera.embedding.table_set import TableSet, layout_key
+from tessera.kernels.host_numbers import on_device
 from tessera.kernels.records import Positions
 from tessera.kernels.unique import positions_of, unique_inverse, unique_tables
 
@@ -123,7 +124,7 @@ class SetPart:
     def _rates_of(self, rates: Sequence[float]) -> Tensor:
         if tuple(rates) != self._rates:
             self._rates = tuple(rates)
-            self.set.rates = torch.tensor(rates, dtype=torch.float64, device=self.set.device)
+            self.set.rates = on_device(rates, self.set.device, torch.float64)
         return self.set.rates
 
     def begin_update(self, grads: Tensor, found: FoundInSet, rates: Sequence[float]) -> None:

@@ -133,7 +133,6 @@ class ShardedDynamicCollection(HasKernels, ShardedEmbeddingCollection):
         column = packed(ids.counts, ids.times)
         if self._exchange is None:
             return Ready(Ready(ReceivedIds(ids.mixed, (column,), ids.bounds)))
-        told = torch.empty(0, dtype=torch.float64) if told is None else told
         return SentRows(self._exchange.send(OutgoingIds(ids.mixed, ids.bounds, (column,), told)))
 
     def compute_and_output_dist(self, ctx: EmbeddingCollectionContext, input: Any) -> Awaitable[Tensor]:

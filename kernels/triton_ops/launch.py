@@ -28,8 +28,8 @@ _SPREAD = 1 << 13 if INTERPRETED else 256  # elements of a tile; the interpreter
 #: number (1, a multiple of 16, another).
 kernel = triton.jit(
     do_not_specialize=[
-        *("bags", "begin", "bits", "count", "header", "kinds", "limit", "mark", "pieces", "positions", "ranks", "room"),
-        *("segments", "stream", "tables", "told", "total", "turns", "words"),
+        *("bags", "begin", "bits", "count", "header", "keys", "kinds", "limit", "mark", "pieces", "positions", "ranks"),
+        *("room", "segments", "stream", "tables", "told", "total", "turns", "words"),
     ]
 )
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tessera.kernels.triton_ops.faults import known_positions
-from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
+from tessera.kernels.triton_ops.launch import block, kernel, launch, tile, warps_of
 
 PIECE = 64
 TURN = tl.constexpr(4)  # gradients asked for before the first is added
@@ -47,10 +47,27 @@ class Merge(NamedTuple):
     how: Summing
 
 
+@triton.jit
+def below(sorted, begin, end, value, turns):
+    """Return the first place of sorted[begin:end] whose element is not less than `value`; turns: `turns_of` as many."""
+    for _ in range(0, turns):
+        middle = (begin + end) // 2
+        less = (begin < end) & (tl.load(sorted + middle, mask=begin < end, other=0) < value)
+        end = tl.where(less, end, middle)
+        begin = tl.where(less, middle + 1, begin)
+    return begin
+
+
+def turns_of(count: int) -> int:
+    """Return how often a search halves so many elements."""
+    return count.bit_length()
+
+
 @kernel
-def _piece_kernel(given, owners, count, pieces, PIECE: tl.constexpr, TILE: tl.constexpr):
+def _piece_kernel(given, count, pieces, turns, PIECE: tl.constexpr, TILE: tl.constexpr):
     piece = tl.program_id(0).to(tl.int64) * TILE.rows + tl.arange(0, TILE.rows)
-    owner = tl.load(owners + piece, mask=piece < pieces, other=count)
+    zero = tl.zeros_like(piece)
+    owner = below(given.ends, zero, zero + count, piece + 1, turns)
     inside = owner < count
     first = tl.load(given.begins + owner, mask=inside, other=0)
     last = tl.load(given.begins + owner + 1, mask=inside, other=0)
@@ -116,6 +133,38 @@ def note_range(ordered: Tensor, count: int, note: Tensor) -> None:
     launch(_check_kernel, 1, ordered, note, ordered.numel(), count, warps=1)
 
 
+@kernel
+def _narrow_kernel(inverse, narrow, positions, count, BLOCK: tl.constexpr):
+    """Half the bytes of int64 are half the passes of the sort; what is out of range stays so."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(inverse + at, mask=at < positions, other=0)
+    tl.store(narrow + at, tl.minimum(tl.maximum(row, -1), count).to(tl.int32), mask=at < positions)
+
+
+class _Lists(NamedTuple):
+    ordered: Tensor
+    begins: Tensor
+    pieces: Tensor
+    note: Tensor
+
+
+@kernel
+def _lists_kernel(given, positions, count, turns, PIECE: tl.constexpr, LONG: tl.constexpr, BLOCK: tl.constexpr):
+    """Write where the sorted positions of each row begin and, of those with more than PIECE, how many pieces they make;
+    note rows out of range, which are the first or the last."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    zero = tl.zeros_like(row)
+    begin = below(given.ordered, zero, zero + positions, row, turns)
+    tl.store(given.begins + row, begin, mask=row <= count)
+    if LONG:
+        length = below(given.ordered, zero, zero + positions, row + 1, turns) - begin
+        pieces = tl.where(length > PIECE, (length + PIECE - 1) // PIECE, 0)
+        tl.store(given.pieces + row, pieces, mask=row < count)
+    if tl.program_id(0) == 0:
+        ends = tl.arange(0, 2) * (positions - 1)
+        known_positions(tl.load(given.ordered + ends).to(tl.int64), ends >= 0, count, given.note)
+
+
 def merge(grads: Tensor, inverse: Tensor | None, count: int, note: Tensor) -> Merge:
     """Prepare the sums of gradients float32 [n, dim] for `count` rows; `merged` takes the result."""
     grads = grads.contiguous()
@@ -123,28 +172,19 @@ def merge(grads: Tensor, inverse: Tensor | None, count: int, note: Tensor) -> Me
     if inverse is None or n == 0 or count == 0:
         none = grads if inverse is None else grads.new_zeros((count, dim))
         return Merge(Gradients(none, note, note, note, none), Summing(direct=True, long=False))
-    # Half the bytes of int64 are half the passes of the sort; what is out of range stays so.
-    ordered, order = torch.sort(inverse.clamp(-1, count).to(torch.int32), stable=True)
-    begins = torch.searchsorted(ordered, torch.arange(count + 1, dtype=torch.int32, device=grads.device))
-    note_range(ordered, count, note)
-    if n <= PIECE:
+    narrow = torch.empty(n, dtype=torch.int32, device=grads.device)
+    launch(_narrow_kernel, -(-n // block()), inverse.contiguous(), narrow, n, count, BLOCK=block())
+    ordered, order = torch.sort(narrow, stable=True)
+    begins = torch.empty(count + 1, dtype=torch.int64, device=grads.device)
+    lengths = begins if n <= PIECE else torch.empty(count, dtype=torch.int64, device=grads.device)
+    lists = _Lists(ordered, begins, lengths, note)
+    programs, long = -(-(count + 1) // block()), n > PIECE
+    launch(_lists_kernel, programs, lists, n, count, turns_of(n), PIECE=PIECE, LONG=long, BLOCK=block())
+    if not long:
         return Merge(Gradients(grads, order, begins, begins, grads), Summing(direct=False, long=False))
-    lengths = begins.diff()
-    ends = torch.where(lengths > PIECE, (lengths + (PIECE - 1)) // PIECE, 0).cumsum(0)
+    ends = lengths.cumsum(0)
     pieces = 2 * n // PIECE  # at most: more than PIECE positions make fewer than 2 / PIECE pieces each
-    owners = torch.searchsorted(ends, torch.arange(pieces, device=grads.device), right=True)
-    sums = torch.empty((pieces, dim), device=grads.device)
-    given = Gradients(grads, order, begins, ends, sums)
-    shape = tile(dim)
-    launch(
-        _piece_kernel,
-        -(-pieces // shape.rows),
-        given,
-        owners,
-        count,
-        pieces,
-        PIECE=PIECE,
-        TILE=shape,
-        warps=warps_of(shape),
-    )
+    given, shape = Gradients(grads, order, begins, ends, torch.empty((pieces, dim), device=grads.device)), tile(dim)
+    programs, turns = -(-pieces // shape.rows), turns_of(count)
+    launch(_piece_kernel, programs, given, count, pieces, turns, PIECE=PIECE, TILE=shape, warps=warps_of(shape))
     return Merge(given, Summing(direct=False, long=True))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tessera.kernels.message_layout import FIXED, MessageLayout, layout_of
 from tessera.kernels.triton_ops.launch import block, kernel, launch
+from tessera.kernels.triton_ops.merge import below, turns_of
 
 _FIXED = tl.constexpr(FIXED)
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -39,17 +40,6 @@ def _shape(layout: MessageLayout) -> _Shape:
     return _Shape(sizes, before, sum(units), first, len(layout.sizes), layout.numbered, len(sizes) - 1)
 
 
-@triton.jit
-def _below(sorted, begin, end, value, turns):
-    """Return how many of sorted[begin:end] are less than `value`, and `begin`: the first place that is not."""
-    for _ in range(0, turns):
-        middle = (begin + end) // 2
-        less = (begin < end) & (tl.load(sorted + middle, mask=begin < end, other=0) < value)
-        end = tl.where(less, end, middle)
-        begin = tl.where(less, middle + 1, begin)
-    return begin
-
-
 @kernel
 def _owner_kernel(
     ids, owners, count, RANKS: tl.constexpr, WORLD: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr
@@ -64,7 +54,7 @@ def _owner_kernel(
 def _begins_kernel(ordered, begins, count, ranks, turns, BLOCK: tl.constexpr):
     rank = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     zero = tl.zeros_like(rank)
-    tl.store(begins + rank, _below(ordered, zero, zero + count, rank, turns), mask=rank <= ranks)
+    tl.store(begins + rank, below(ordered, zero, zero + count, rank, turns), mask=rank <= ranks)
 
 
 class _Packed(NamedTuple):
@@ -110,7 +100,7 @@ def _pack_kernel(
         _write(given.third, given.message, row + room * SHAPE.before[3] // 8, place, id_place, fits)
     zero = tl.zeros_like(at)
     if SHAPE.numbered:
-        kind = _below(given.bounds, zero + 1, zero + kinds + 1, id_place + 1, turns) - 1
+        kind = below(given.bounds, zero + 1, zero + kinds + 1, id_place + 1, turns) - 1
         begin = given.message + row + room * SHAPE.before[SHAPE.number] // 8
         if SHAPE.sizes[SHAPE.number] == 2:
             tl.store(begin.to(tl.pointer_type(tl.int16), bitcast=True) + place, kind.to(tl.int16), mask=fits)
@@ -122,7 +112,7 @@ def _pack_kernel(
         begin = tl.load(given.begins + of, mask=counted, other=0)
         end = tl.load(given.begins + of + 1, mask=counted, other=0)
         last = tl.load(given.bounds + kind + 1, mask=counted, other=0)
-        ends = (_below(given.order, begin, end, last, turns) - begin).to(tl.int32)
+        ends = (below(given.order, begin, end, last, turns) - begin).to(tl.int32)
         to_ends = (given.message + of * words + _FIXED + told).to(tl.pointer_type(tl.int32), bitcast=True)
         tl.store(to_ends + kind, ends, mask=counted)
     if tl.program_id(0) * BLOCK < ranks:
@@ -161,13 +151,13 @@ def pack_ids(
     launch(_owner_kernel, _programs(n), ids, of_ids, n, RANKS=ranks, WORLD=world, EACH=each, BLOCK=block())
     ordered, order = torch.sort(of_ids, stable=True)
     begins = torch.empty(ranks + 1, dtype=torch.int64, device=device)
-    launch(_begins_kernel, _programs(ranks + 1), ordered, begins, n, ranks, _turns(n), BLOCK=block())
+    launch(_begins_kernel, _programs(ranks + 1), ordered, begins, n, ranks, turns_of(n), BLOCK=block())
     places, parts = torch.empty_like(ids), torch.empty(ranks, dtype=torch.int64, device=device)
     first, second, third = [*(column.contiguous() for column in columns), ids, ids, ids][:_COLUMNS]
     by_owner = ordered, order, begins
     given = _Packed(ids, bounds.contiguous(), told, *by_owner, first, second, third, message, places, parts)
     programs = _programs(max(n, ranks if shape.numbered else ranks * shape.kinds))
-    sizes = (n, ranks, shape.kinds, shape.told, shape.room, shape.header, shape.words, _turns(max(n, shape.kinds)))
+    sizes = (n, ranks, shape.kinds, shape.told, shape.room, shape.header, shape.words, turns_of(max(n, shape.kinds)))
     launch(_pack_kernel, programs, given, *sizes, SHAPE=_shape(shape), BLOCK=block())
     return message, order, places, parts
 
@@ -221,7 +211,7 @@ def _taken(given, out, column: tl.constexpr, rank, place, row, mask, room, heade
 def _place_of(given, arrival, ranks, turns):
     """Return (rank, place in what it sent) of ids in the order in which they came."""
     zero = tl.zeros_like(arrival)
-    rank = _below(given.sums, zero, zero + ranks, arrival + 1, turns)
+    rank = below(given.sums, zero, zero + ranks, arrival + 1, turns)
     rank = tl.minimum(rank, ranks - 1)
     return rank, arrival - tl.load(given.sums + rank - 1, mask=rank > 0, other=0)
 
@@ -251,12 +241,12 @@ def _read_kernel(
     if SHAPE.numbered:
         arrival = tl.load(given.order + at, mask=inside, other=0)
         rank, place = _place_of(given, arrival, ranks, turns)
-        tl.store(given.bounds + at, _below(given.sorted, zero, zero + count, at, turns), mask=is_bound)
+        tl.store(given.bounds + at, below(given.sorted, zero, zero + count, at, turns), mask=is_bound)
     else:
         sums = given.sums + 2 * ranks
         base = tl.load(sums - 1)
         most = zero + ranks * kinds
-        both = tl.minimum(_below(sums, zero, most, at + base + 1, turns), most - 1)  # of kind and rank
+        both = tl.minimum(below(sums, zero, most, at + base + 1, turns), most - 1)  # of kind and rank
         kind, rank = both // ranks, both % ranks
         place = at - (tl.load(sums + both - 1) - base)
         ends = (given.message + rank * words + _FIXED + told).to(tl.pointer_type(tl.int32), bitcast=True)
@@ -293,7 +283,7 @@ def read_ids(message: Tensor, late: Tensor, count: int, layout: Sequence[int]) -
     columns = [torch.empty(count, dtype=_WHOLE[size], device=device) for size in shape.sizes]
     first, second, third = [*columns, ids, ids, ids][:_COLUMNS]
     given = _Came(message, late, sums, ids, ids, ids, ids, arrival, from_ranks, bounds, first, second, third)
-    more = shape.room, shape.header, shape.words, _turns(max(count, len(lengths)))
+    more = shape.room, shape.header, shape.words, turns_of(max(count, len(lengths)))
     if shape.numbered:
         kinds = torch.empty(count, dtype=_WHOLE[shape.number_bytes], device=device)
         given = given._replace(kinds=kinds)
@@ -303,11 +293,6 @@ def read_ids(message: Tensor, late: Tensor, count: int, layout: Sequence[int]) -
     programs, numbers = _programs(max(count, shape.kinds + 1)), (count, ranks, shape.kinds, shape.told)
     launch(_read_kernel, programs, given, *numbers, *more, SHAPE=_shape(shape), BLOCK=block())
     return [ids, bounds, arrival, from_ranks, *columns]
-
-
-def _turns(count: int) -> int:
-    """Return how often a search halves so many elements."""
-    return count.bit_length()
 
 
 def _programs(count: int) -> int:

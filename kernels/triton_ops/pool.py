@@ -12,7 +12,7 @@ from torch import Tensor
 from tessera.kernels.reference.pool import columns_of_groups
 from tessera.kernels.triton_ops.faults import OFFSETS, check_interpreted, known_positions, note_of
 from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
-from tessera.kernels.triton_ops.merge import merge, merged
+from tessera.kernels.triton_ops.merge import below, merge, merged, turns_of
 
 
 class _Given(NamedTuple):
@@ -93,23 +93,47 @@ def _merged_kernel(out, given, count, SUM: tl.constexpr, TILE: tl.constexpr):
     tl.store(out + row[:, None] * TILE.dim + column, total, mask=inside[:, None] & (column < TILE.dim))
 
 
+class _Spread(NamedTuple):
+    out: Tensor
+    grads: Tensor
+    offsets: Tensor
+    weights: Tensor
+
+
+@kernel
+def _spread_kernel(given, bags, positions, keys, turns, HAS_WEIGHTS: tl.constexpr, TILE: tl.constexpr):
+    """Write the gradient of each position's row: that of its bag, times its weight; zeros where it is in none."""
+    at = tl.program_id(0).to(tl.int64) * TILE.rows + tl.arange(0, TILE.rows)
+    column = tl.arange(0, TILE.columns)[None, :]
+    zero = tl.zeros_like(at)
+    bag = below(given.offsets, zero, zero + bags + 1, at + 1, turns) - 1
+    inside = (at < positions) & (bag >= 0) & (bag < bags)
+    bag = tl.where(inside, bag, 0)
+    batch = bags // keys
+    place = bag % batch * keys + bag // batch
+    pointer = given.grads + place[:, None] * TILE.dim + column
+    value = tl.load(pointer, mask=inside[:, None] & (column < TILE.dim), other=0.0)
+    if HAS_WEIGHTS:
+        value = value * tl.load(given.weights + at, mask=inside, other=0.0)[:, None]
+    tl.store(given.out + at[:, None] * TILE.dim + column, value, mask=(at < positions)[:, None] & (column < TILE.dim))
+
+
 def pool_backward(grads: Sequence[Tensor], index: Tensor, offsets: Tensor, weights: Tensor | None, rows: int) -> Tensor:
     grads_bkw = torch.cat(list(grads), 2)
-    batch, keys, dim = grads_bkw.shape
-    flat, bags = grads_bkw.flatten(0, 1), batch * keys
-    positions = torch.arange(index.numel(), device=flat.device)
-    bag = torch.searchsorted(offsets.contiguous(), positions, right=True) - 1
-    inside = (bag >= 0) & (bag < bags)
-    factors = inside.to(flat.dtype) if weights is None else inside * weights
+    (batch, keys, dim), device = grads_bkw.shape, grads_bkw.device
+    bags, positions = batch * keys, index.numel()
+    of_positions, shape = torch.empty((positions, dim), device=device), tile(dim)
     if bags:
-        bag = bag.clamp(0, bags - 1)
-        of_positions = flat[bag % batch * keys + bag // batch] * factors[:, None]
+        factors = grads_bkw if weights is None else weights.contiguous()
+        spread = _Spread(of_positions, grads_bkw, offsets.contiguous(), factors)
+        numbers = bags, positions, keys, turns_of(bags + 1)
+        programs, warps = -(-positions // shape.rows), warps_of(shape)
+        launch(_spread_kernel, programs, spread, *numbers, HAS_WEIGHTS=weights is not None, TILE=shape, warps=warps)
     else:
-        of_positions = flat.new_zeros(index.numel(), dim)
-    note = note_of(flat.device, rows, rows)
+        of_positions.zero_()
+    note = note_of(device, rows, rows)
     parts = merge(of_positions, index, rows, note)
-    out = torch.empty((rows, dim), device=flat.device)
-    shape = tile(dim)
+    out = torch.empty((rows, dim), device=device)
     launch(
         _merged_kernel,
         -(-rows // shape.rows),
@@ -120,5 +144,5 @@ def pool_backward(grads: Sequence[Tensor], index: Tensor, offsets: Tensor, weigh
         TILE=shape,
         warps=warps_of(shape),
     )
-    check_interpreted(flat.device)
+    check_interpreted(device)
     return out

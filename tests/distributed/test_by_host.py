@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchrec.distributed.types import CommOp
 
 from tessera.distributed.event_times import packed, unpacked
 from tessera.distributed.host_exchange import HostExchange
@@ -16,6 +17,7 @@ from tessera.distributed.hosts import check_places, described, host_groups
 from tessera.distributed.id_exchange import IdExchange, OutgoingIds
 from tessera.distributed.ownership import owner_of
 from tessera.distributed.torchrec.answers import answer
+from tessera.distributed.torchrec.codecs import codecs
 from tessera.embedding.errors import ConfigError
 from tessera.kernels.mix import mix64
 from tessera.kernels.unique import unique_tables
@@ -78,8 +80,10 @@ def owned(step: int, rank: int) -> dict[tuple[int, int, int], tuple[int, int]]:
     return dict(sorted(found.items(), key=lambda item: item[0][:2]))
 
 
-def one_step(exchange: IdExchange | HostExchange, step: int, rank: int) -> tuple[dict, dict]:
+def one_step(exchange: IdExchange | HostExchange, step: int, rank: int, transport: str = "fp32") -> tuple[dict, dict]:
     """Return what this rank owns, as `owned` says it, and the gradient of each id that it owns, summed."""
+    registry = codecs(transport)
+    both = None if registry is None else registry[CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name]
     outgoing, *_ = asked(step, rank)
     sent = exchange.send(outgoing)
     assert sent.told.tolist() == [[sender, step, -0.5] for sender in range(RANKS)]
@@ -90,8 +94,11 @@ def one_step(exchange: IdExchange | HostExchange, step: int, rank: int) -> tuple
     keys = list(zip(*(one.tolist() for one in names), strict=True))
     there = received.ids.float().unsqueeze(1).repeat(1, DIM)
     rows = torch.empty_like(there).index_copy_(0, received.order, there).requires_grad_()
-    answered = answer(rows, received.route, None)
-    assert torch.equal(answered.detach(), outgoing.ids.float().unsqueeze(1).repeat(1, DIM))
+    answered = answer(rows, received.route, both)
+    expected = outgoing.ids.float().unsqueeze(1).repeat(1, DIM)
+    if both is not None:
+        expected = expected.to(both.forward.quantized_dtype).float()  # once, though they travel twice
+    assert torch.equal(answered.detach(), expected)
     (answered * (1 + rank) * unpacked(outgoing.columns[0])[0].unsqueeze(1)).sum().backward()
     grads: dict[tuple[int, int], float] = {}
     for (kind, _, id), grad in zip(keys, rows.grad[received.order, 0].tolist(), strict=True):
@@ -113,6 +120,9 @@ def exchanged(process) -> list[tuple[int, int]]:
         (_, expected), (keys, grads) = found
         assert list(keys.items()) == list(owned(step, process.rank).items())
         assert grads == pytest.approx(expected, rel=1e-6)
+        _, rounded = one_step(by_host, step, process.rank, "bf16")
+        # Each gradient is rounded to 8 bits where it leaves the rank, and its sum where it leaves the host.
+        assert rounded == pytest.approx(expected, rel=2 * 2**-8)
     return sent
 
 
@@ -149,6 +159,20 @@ def test_training_equals_the_flat_one_and_a_dictionary(on_two_hosts):
     same(joined(by_host), joined(flat), rel=1e-6, absolute=1e-7)
     same(joined(by_host), Reference(CASE).train())
     assert "merged among the 2 ranks of each of 2 hosts" in by_host[0]["plan"] and "merged" not in flat[0]["plan"]
+
+
+def in_half_precision(process):
+    on_hosts_of(process, EACH)
+    half = replace(CASE, transport="fp16")
+    return [train(process, replace(half, options=(("by_host", it),))) for it in (False, True)]
+
+
+@pytest.mark.slow
+def test_in_half_precision_training_equals_the_flat_one_to_the_rounding_of_gradients():
+    flat, by_host = zip(*on_ranks(RANKS, in_half_precision), strict=True)
+    for one, other in zip(flat, by_host, strict=True):
+        assert list(one["rows"]) == list(other["rows"])
+    same(joined(by_host), joined(flat), rel=2**-6, absolute=2**-7)
 
 
 def test_its_states_are_loaded_by_any_ranks(on_two_hosts):
