@@ -15,16 +15,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = ("kernels", "embedding", "distributed", "ctr", "scripts")  # each may import those before it
 #: Modules of ctr/data that turn columns of Arrow into numbers and ids, for training and serving alike.
 DECODING = (
-    "aligned",
-    "arrow_types",
-    "bags",
-    "columns",
-    "errors",
-    "footers",
-    "labels",
-    "schema",
-    "single_values",
-    "transforms",
+    *("aligned", "arrow_types", "bags", "columns", "crosses", "errors", "expressions", "features", "footers", "labels"),
+    *("schema", "single_values", "transforms"),
 )
 WITHOUT_CIRCLES = ("kernels", "embedding", "distributed", "ctr")
 

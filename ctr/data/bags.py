@@ -93,7 +93,7 @@ def decode_bags(
         item_weights = None if item_weights is None else np.insert(item_weights, starts[absent], 1.0)
         lengths = lengths + absent
     if feature.max_length is None or lengths.max(initial=0) <= feature.max_length:
-        return Bags(values, _offsets(lengths), item_weights), problems
+        return Bags(values, offsets_of(lengths), item_weights), problems
     kept = np.minimum(lengths, feature.max_length)
     starts = np.cumsum(lengths) - (kept if feature.kind == "sequence" else lengths)
     return gathered(values, item_weights, starts, kept), problems
@@ -111,12 +111,13 @@ def item_values(feature: Feature, items: pa.Array) -> tuple[np.ndarray, np.ndarr
 
 def gathered(values: np.ndarray, weights: np.ndarray | None, starts: np.ndarray, lengths: np.ndarray) -> Bags:
     """Return bags of the `lengths` items from `starts` on, int64 [n] each."""
-    offsets = _offsets(lengths)
+    offsets = offsets_of(lengths)
     items = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
     return Bags(values[items], offsets, None if weights is None else weights[items])
 
 
-def _offsets(lengths: np.ndarray) -> np.ndarray:
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Return where bags of these lengths begin and the last one ends, int64 [n + 1]."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 

@@ -11,6 +11,7 @@ from tessera.ctr.data import columns, single_values
 from tessera.ctr.data.aligned import AlignedStep
 from tessera.ctr.data.bags import Bags, bags_of, decode_bags, is_bag, no_bags
 from tessera.ctr.data.columns import Arrays, finder
+from tessera.ctr.data.crosses import Ids, crossed
 from tessera.ctr.data.decode_rows import decode_group, decode_label, decode_nested, decode_time, decode_weight
 from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.footers import RowGroups
@@ -50,6 +51,7 @@ class WindowDecoder:
         self.nested = nested
         self.singles = [feature for feature in schema.categorical if not is_bag(feature)]
         self.steps = self._steps()
+        self.crossed = {member.name for cross in schema.crosses for member in cross.members}
         self.columns = sorted({name for names, _ in self.steps for name in names})
 
     def decode(
@@ -65,7 +67,7 @@ class WindowDecoder:
             chunk = Chunk(self, sources, windows, buffers)
             try:
                 for names, steps in self.steps:
-                    arrays = chunk.read(names)
+                    arrays = chunk.read(names) if names else []
                     for step in steps:
                         step(chunk, *arrays)
                 chunk.deliver_places()
@@ -98,9 +100,11 @@ class WindowDecoder:
             add((feature.column,), lambda chunk, arrays, row=row, f=feature: _numeric(chunk, arrays, row, f))
             row += 1 + feature.indicator
         for row, feature in enumerate(self.singles):
+            if feature.members:
+                continue
             add((feature.column,), lambda chunk, arrays, row=row, f=feature: _single(chunk, arrays, row, f))
         for i, feature in enumerate(bags_of(schema)):
-            if feature.pooling == "none":
+            if feature.pooling == "none" or feature.members:
                 continue
             own = (feature.column, feature.weights) if feature.weights else (feature.column,)
             add(own, lambda chunk, *arrays, i=i, f=feature: _bags(chunk, arrays, i, f))
@@ -109,6 +113,12 @@ class WindowDecoder:
             names = tuple(dict.fromkeys(feature.column for feature in group))
             step = AlignedStep(group, names, [places[feature.name] for feature in group])
             add(names, step)
+        for feature in schema.only_crossed:
+            add((feature.column,), lambda chunk, arrays, f=feature: _only_crossed(chunk, arrays, f))
+        rows = {feature.name: row for row, feature in enumerate(self.singles)}
+        for feature in schema.crosses:  # behind all columns, which their members are read from
+            place = rows[feature.name] if feature.name in rows else places[feature.name]
+            add((), lambda chunk, place=place, f=feature: _cross(chunk, place, f))
         return list(steps.items())
 
 
@@ -149,6 +159,7 @@ class Chunk:
     def __init__(self, decoder: WindowDecoder, sources: list[Source], windows: list, buffers: Buffers):
         self.decoder, self.sources = decoder, sources
         self.reasons: np.ndarray | None = None  # uint8 [scheduled], index into REASONS
+        self.members: dict[str, Ids] = {}  # of crosses, as decoded
         self.scheduled = sum(source.span.stop - source.span.first for source in sources)
         assert self.scheduled == sum(rows for rows, _ in windows)
         readable = self._readable()
@@ -290,10 +301,21 @@ def _numeric(chunk: Chunk, arrays: Arrays, row: int, feature: Feature) -> None:
 
 def _single(chunk: Chunk, arrays: Arrays, row: int, feature: Feature) -> None:
     """Decode one id per row; `present` is False where it is null."""
+    decoded = _decoded_single(chunk, arrays, feature)
+    if feature.name in chunk.decoder.crossed:
+        chunk.members[feature.name] = decoded
+    _deliver_single(chunk, decoded, row)
+
+
+def _decoded_single(chunk: Chunk, arrays: Arrays, feature: Feature) -> single_values.Singles:
     decoded = single_values.single(feature, arrays)
     if decoded.bad is not None:
         reason = "numeric" if feature.kind == "numeric" else "id"
         chunk.mark(decoded.bad, reason, feature.column, single_values.expected_id(feature), decoded.found)
+    return decoded
+
+
+def _deliver_single(chunk: Chunk, decoded: single_values.Singles, row: int) -> None:
     if decoded.there is not None:
         for _, _, _, delivery in chunk.windows:
             if delivery.present is None:
@@ -309,8 +331,34 @@ def _always(found: object) -> Callable[[int], object]:
 def _bags(chunk: Chunk, arrays: tuple[Arrays, ...], i: int, feature: Feature) -> None:
     if not arrays[0]:
         return
+    bags = _decoded_bags(chunk, arrays, feature)
+    if feature.name in chunk.decoder.crossed:
+        chunk.members[feature.name] = bags
+    chunk.deliver_bags(i, bags)
+
+
+def _decoded_bags(chunk: Chunk, arrays: tuple[Arrays, ...], feature: Feature) -> Bags:
     bags, problems = decode_bags(feature, arrays[0], arrays[1] if feature.weights else None)
     for problem in problems:
         reason = "item_weight" if problem.column == feature.weights else "id"
         chunk.mark(problem.rows, reason, problem.column, problem.expected, _always(problem.found))
-    chunk.deliver_bags(i, bags)
+    return bags
+
+
+def _only_crossed(chunk: Chunk, arrays: Arrays, feature: Feature) -> None:
+    """Decode a feature that the model does not read, for the crosses that it is in."""
+    if not is_bag(feature):
+        chunk.members[feature.name] = _decoded_single(chunk, arrays, feature)
+    elif arrays:
+        chunk.members[feature.name] = _decoded_bags(chunk, (arrays,), feature)
+
+
+def _cross(chunk: Chunk, place: int, feature: Feature) -> None:
+    """Cross two decoded features; place: of the cross among the single ids, or among the bags."""
+    if not all(member.name in chunk.members for member in feature.members):  # there are no rows
+        return
+    found = crossed(feature, [chunk.members[member.name] for member in feature.members])
+    if isinstance(found, Bags):
+        chunk.deliver_bags(place, found)
+    else:
+        _deliver_single(chunk, found, place)

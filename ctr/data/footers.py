@@ -257,16 +257,12 @@ def wanted_columns(schema: Schema, *, drop_labels: bool) -> list[Wanted]:
     if schema.time:
         expected = "integers since 1970 (data.schema.time_unit), a timestamp or a date"
         wanted.append(Wanted(schema.time, "time", is_time, expected))
-    for feature in schema.numeric:
-        wanted.append(Wanted(feature.column, f"feature {feature.name!r}", _or_null(is_number), "a number"))
-    for feature in schema.categorical:
-        wanted += _wanted_ids(feature)
-    for feature in schema.number_sequences:
-        wanted += _wanted_ids(feature)
+    for feature in schema.stored:
+        wanted += _wanted_by(feature)
     return wanted
 
 
-def _wanted_ids(feature: Feature) -> list[Wanted]:
+def _wanted_by(feature: Feature) -> list[Wanted]:
     reader = f"feature {feature.name!r}"
     if feature.kind == "numeric":
         return [Wanted(feature.column, reader, _or_null(is_number), "a number")]

@@ -46,7 +46,8 @@ def describe(
     dense: tuple[bool, list[StoredProjection]],
 ) -> Description:
     """Return what `features.json` says. dense: as `write_dense` returns it."""
-    dropped = set(config.data.drop)
+    hidden = [one.name for one in schema.only_crossed]
+    dropped = set(config.data.drop) - set(hidden)
     features = [FeatureConfig(**asdict(one)) for one in config.data.schema.features if one.name not in dropped]
     averaged = [one.name for one in schema.categorical if one.kind in BAGS and one.pooling == "mean"]
     has_oov, projections = dense
@@ -58,4 +59,5 @@ def describe(
         tables,
         OOV if has_oov else None,
         projections,
+        drop=hidden,
     )

@@ -37,7 +37,7 @@ def golden_rows(config: Config, schema: Schema, paths: Sequence[str | Listing] |
     if found is None:
         found = pa.table({name: _made_up(name, schema) for name in decoder.columns})
     one = found.slice(0, 1)
-    together = [sorted(decoder.read_by(feature)) for feature in (*schema.numeric, *schema.categorical)]
+    together = [sorted(decoder.read_by(feature)) for feature in (*schema.stored, *schema.crosses)]
     awkward = [_with_nulls(one, names) for names in [*together, decoder.columns]]
     return pa.concat_tables([found, *awkward, _unknown(one)]).combine_chunks()
 
@@ -86,7 +86,7 @@ def _unknown(one: pa.Table) -> pa.Table:
 def _made_up(name: str, schema: Schema) -> pa.Array:
     """Return values of a column without data to take them from."""
     numbers = np.arange(8)
-    readers = [f for f in (*schema.numeric, *schema.categorical) if name in (f.column, f.weights)]
+    readers = [f for f in schema.stored if name in f.columns]
     if any(name == feature.weights for feature in readers):
         return pa.array([[0.5] * (i % 3) for i in range(8)], pa.list_(pa.float32()))
     if any(feature.column == name for feature in schema.number_sequences):

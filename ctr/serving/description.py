@@ -8,6 +8,7 @@ tables                  name, features, kind (dynamic: rows by id; static: a fix
 oov                     file of the rows [tables, width] that ids without a row read; null: zeros
 projections             matrices of tables whose rows are narrower than the tower wants: table, group, file
 hidden                  width of what the graph answers beside logits, the input of its last layer; null: nothing
+drop                    features that only crosses read
 """
 
 from __future__ import annotations
@@ -79,10 +80,12 @@ class Description:
     oov: str | None = None
     projections: list[StoredProjection] = field(default_factory=list)
     hidden: int | None = None
+    drop: list[str] = field(default_factory=list)
 
     def schema(self) -> Schema:
         """Return the schema that decodes rows, as the reader of training has it."""
-        return Schema(SchemaConfig(labels=[label.name for label in self.labels], features=list(self.features)))
+        labels = [label.name for label in self.labels]
+        return Schema(SchemaConfig(labels=labels, features=list(self.features)), self.drop)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,6 +105,7 @@ def read_description(place: Place) -> Description:
             oov=found["oov"],
             projections=[StoredProjection(**one) for one in found["projections"]],
             hidden=None if found.get("hidden") is None else int(found["hidden"]),
+            drop=[str(name) for name in found.get("drop", [])],  # exports of earlier versions have none
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ExportError(f"{place.name}/{FEATURES} is not what this version writes: {error!r}") from None

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from tessera.ctr.data import columns, single_values
 from tessera.ctr.data.aligned import decode_aligned
-from tessera.ctr.data.bags import BagProblem, Bags, decode_bags
+from tessera.ctr.data.bags import BagProblem, Bags, decode_bags, is_bag
+from tessera.ctr.data.crosses import Ids, as_bags, crossed
 from tessera.ctr.data.errors import SchemaError
 from tessera.ctr.data.footers import Wanted, check_column, wanted_columns
 from tessera.ctr.data.schema import Feature, Schema
@@ -37,14 +38,17 @@ class RowDecoder:
         self.schema = schema
         self._wanted = wanted_columns(schema, drop_labels=True)
         self.columns = sorted({want.column for want in self._wanted})
-        lists = [f for f in (*schema.categorical, *schema.number_sequences) if f.kind in ("ids", "sequence")]
-        self._lists = {feature.column for feature in lists if feature.delimiter is None}
+        self._lists = {f.column for f in schema.stored if f.kind in ("ids", "sequence") and f.delimiter is None}
         self._aligned = {one.name: group for group in schema.sequences.values() for one in group}
 
     def read_by(self, feature: Feature) -> set[str]:
         """Return the columns that a feature reads, and those that it is aligned with."""
-        aligned = self._aligned.get(feature.name, [])
-        return {feature.column, *(one.column for one in aligned)} | ({feature.weights} if feature.weights else set())
+        return {*feature.columns, *(one.column for one in self._aligned.get(feature.name, []))}
+
+    def beside(self, columns: set[str]) -> set[str]:
+        """Return the columns of all features that read one of these."""
+        features = [*self.schema.stored, *self.schema.crosses]
+        return set().union(*(self.read_by(one) for one in features if self.read_by(one) & columns))
 
     def table(self, rows: Any, *, some: bool = False) -> pa.Table:
         """Return rows as an Arrow table with the columns that the model reads.
@@ -119,11 +123,12 @@ class RowDecoder:
         for feature in self.schema.numeric:
             if self.read_by(feature) <= there:
                 numeric |= _numeric(feature, chunks[feature.column], first)
-        bags = {
-            feature.name: _bags(feature, chunks, first)
-            for feature in self.schema.categorical
-            if self.read_by(feature) <= there and feature.name not in self._aligned
-        }
+        categorical = [*self.schema.categorical, *self.schema.only_crossed]
+        pooled = [feature for feature in categorical if feature.name not in self._aligned]
+        read = [feature for feature in pooled if self.read_by(feature) <= there]
+        ids = {feature.name: _ids(feature, chunks, first) for feature in read if not feature.members}
+        ids |= {f.name: crossed(f, [ids[member.name] for member in f.members]) for f in read if f.members}
+        bags = {f.name: as_bags(ids[f.name]) for f in self.schema.categorical if f.name in ids}
         for group in self.schema.sequences.values():
             if self.read_by(group[0]) <= there:
                 decoded, problems = decode_aligned(group, [chunks[feature.column] for feature in group])
@@ -168,9 +173,9 @@ def _numeric(feature: Feature, arrays: list[pa.Array], first: int) -> dict[str, 
     return found | ({f"{feature.name}_missing": decoded.absent()} if feature.indicator else {})
 
 
-def _bags(feature: Feature, chunks: Mapping[str, list[pa.Array]], first: int) -> Bags:
+def _ids(feature: Feature, chunks: Mapping[str, list[pa.Array]], first: int) -> Ids:
     arrays = chunks[feature.column]
-    if feature.kind in ("ids", "sequence"):
+    if is_bag(feature):
         bags, problems = decode_bags(feature, arrays, chunks[feature.weights] if feature.weights else None)
         _fail_of(problems, first)
         return bags
@@ -178,7 +183,4 @@ def _bags(feature: Feature, chunks: Mapping[str, list[pa.Array]], first: int) ->
     if decoded.bad is not None:
         row = int(np.flatnonzero(decoded.bad)[0])
         _fail(decoded.bad, first, feature.column, decoded.found(row), single_values.expected_id(feature))
-    values = decoded.values.astype(np.int64, copy=False)
-    if decoded.there is None:
-        return Bags(values, np.arange(len(values) + 1), None)
-    return Bags(values[decoded.there], np.concatenate([[0], np.cumsum(decoded.there)]).astype(np.int64), None)
+    return decoded

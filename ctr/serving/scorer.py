@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -164,13 +165,27 @@ class Scorer:
         missing = [name for name in self._decoder.columns if name not in sides[0] | sides[1]]
         if missing:
             raise RowError(f"column {missing[0]!r} is neither the user's nor the candidates'")
-        for feature in self._decoder.schema.categorical:
+        for feature in self._decoder.schema.stored:
             read = self._decoder.read_by(feature)
             if not any(read <= side for side in sides):
                 raise RowError(f"columns {' and '.join(map(repr, sorted(read)))} must be on the same side")
+        mine, theirs = self._with_crossed(mine, theirs)
         user_rows = self._decoder.decode(mine)
         once = self._embeddings.pooled(user_rows.bags, 1)
         return self._inputs(self._decoder.decode(theirs), user_rows, once)
+
+    def _with_crossed(self, mine: pa.Table, theirs: pa.Table) -> tuple[pa.Table, pa.Table]:
+        """Give each candidate the user's columns that are crossed with its own, and take them from the user."""
+        moved: set[str] = set()
+        for cross in self._decoder.schema.crosses:
+            columns = self._decoder.read_by(cross)
+            if not columns <= set(mine.column_names):
+                moved |= columns & set(mine.column_names)
+        while more := self._decoder.beside(moved) & set(mine.column_names) - moved:
+            moved |= more
+        for name in sorted(moved):
+            theirs = theirs.append_column(name, mine[name].take(np.zeros(theirs.num_rows, np.int64)))
+        return mine.drop_columns(sorted(moved)), theirs
 
     def predict(self, inputs: Sequence[Inputs]) -> list[np.ndarray]:
         """Return the answers for each of some inputs, in one pass of the model."""

@@ -178,8 +178,8 @@ def _check_schema(raw: dict, columns: list[Column], path: Path) -> TimeRule | No
     except SchemaError as error:
         raise SchemaError(f"{path}: {error}") from error
     read = [*schema.labels, schema.weight, schema.group, schema.time]
-    for feature in schema.numeric + schema.categorical + schema.number_sequences:
-        read += [feature.column, feature.weights]
+    for feature in schema.stored:
+        read += feature.columns
     written = [column.name for column in columns]
     for name in read:
         if name is not None and name not in written:

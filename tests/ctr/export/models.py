@@ -30,7 +30,9 @@ FEATURES = (
     "{name: s, dtype: string}, {name: h, dtype: hex}, "
     "{name: tags, kind: ids, weights: tag_weights, pooling: mean, max_length: 3}, "
     "{name: words, kind: ids, dtype: string}, "
-    "{name: last, kind: sequence, delimiter: '|', pooling: sum, max_length: 2, table: d}]"
+    "{name: last, kind: sequence, delimiter: '|', pooling: sum, max_length: 2, table: d}, "
+    "{name: c_s, kind: cross, of: [c, s]}, {name: e_words, kind: cross, of: [e, words], max_length: 3, table: pairs}, "
+    "{name: last_z, kind: cross, of: [last, z], max_length: 4, pooling: sum, table: pairs}]"
 )
 USER = {"gnolr": ["model.user=[x, s, h]"]}  # models that are told which fields are the user's
 
