@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tessera.ctr.config_checks import check
 from tessera.ctr.config_help import choices_and_keys
 from tessera.ctr.config_types import Config
+from tessera.ctr.data.fitted import fill_fitted
 from tessera.ctr.data.schema import FeatureConfig
 from tessera.ctr.overrides import compose_overrides, keys_of
 from tessera.ctr.renamed_keys import refuse_all_renamed
@@ -79,6 +80,7 @@ def typed(composed: DictConfig) -> Config:
 
     Raises:
         ConfigError: naming the key, what was found and what is expected.
+        SchemaError: data.statistics has not what a feature wants of it.
     """
     try:
         refuse_all_renamed(composed)
@@ -86,6 +88,7 @@ def typed(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(_explain_type(error, composed)) from None
     assert isinstance(config, Config)
+    fill_fitted(config.data)
     config.embedding.tables = typed_tables(config.embedding.tables)
     check(config)
     return config

@@ -47,6 +47,10 @@ class DataConfig:
     )
     threads: int = setting(1, "decoding threads per rank", at_least=1)
     bad_rows: str = setting("raise", "raise: stop at a row that breaks the contract; skip: leave it out and count it")
+    statistics: str | None = setting(
+        None,
+        "statistics.json of tessera prepare stats, from which fitted, quantiles and clip_quantiles are filled in",
+    )
     drop: list[str] = setting([], "features of schema that are left out, as if they did not stand there")
     schema: SchemaConfig = section(SchemaConfig, "the columns of the data set")
 

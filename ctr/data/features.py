@@ -14,6 +14,7 @@ KINDS = ("numeric", "id", "ids", "sequence", "cross")
 DTYPES = ("int", "hex", "string", "float")
 POOLINGS = ("mean", "sum", "none")
 LARGEST = 1e18  # of numbers that models read and of weights; the square of a larger one overflows float32
+OF_NUMBERS = "transform mean std min max boundaries clip clip_quantiles fitted quantiles"  # keys that ids do not have
 TRANSFORMS = ("none", "log1p", "log2_square", "log2_square_floor", "standardise", "min_max", "bucketise")
 
 
@@ -43,6 +44,11 @@ class FeatureConfig:
     # where x > 2 | standardise: (x-mean)/std | min_max: (x-min)/(max-min)
     # | bucketise: the number of boundaries <= x, as a categorical id
     transform: str = "none"
+    clip: list[float] = field(default_factory=list)  # numeric: [low, high], bounds of values, before transform
+    clip_quantiles: list[float] = field(default_factory=list)  # clip at these, as [0.01, 0.99], of data.statistics
+    # transform standardise, min_max: its two numbers are those of the column in data.statistics, after clip
+    fitted: bool = False
+    quantiles: int | None = None  # transform bucketise: into so many buckets of as many rows each, by data.statistics
     mean: float = 0.0  # transform standardise: subtracted from the value
     std: float = 1.0  # transform standardise: divides it then
     min: float = 0.0  # transform min_max: the value that becomes 0
@@ -113,6 +119,7 @@ def resolved(feature: FeatureConfig) -> Feature:
         "table": (feature.table or feature.name) if categorical else None,
         "missing_id": missing_id,
         "boundaries": list(feature.boundaries),
+        "clip": list(feature.clip),
     }
     return Feature(**(vars(feature) | filled_in))
 
@@ -124,8 +131,8 @@ def resolved_cross(feature: FeatureConfig, features: Mapping[str, Feature]) -> F
     """
     where = f"schema.features: {feature.name!r}"
     why = "a cross has the ids of the features that it crosses"
-    others = "column dtype delimiter weights align missing missing_id indicator transform mean std min max boundaries"
-    _refuse_set_keys(where, feature, others, why)
+    others = "column dtype delimiter weights align missing missing_id indicator"
+    _refuse_set_keys(where, feature, f"{others} {OF_NUMBERS}", why)
     if len(feature.of) != 2:
         raise SchemaError(f"{where}: of is {feature.of}, expected the names of two features, as of: [user, item]")
     if feature.pooling not in ("mean", "sum"):
@@ -212,6 +219,12 @@ def _check_transform(where: str, feature: FeatureConfig, only_ids: str) -> None:
         why = "only categorical features and bucketised ones have a table"
         _refuse_set_keys(where, feature, only_ids, why)
         _refuse_set_keys(where, feature, "boundaries", "only transform: bucketise reads it")
+    for key in ("fitted", "quantiles", "clip_quantiles"):
+        if getattr(feature, key):
+            raise SchemaError(f"{where}: {key} is set, but data.statistics, which has its numbers, was not read")
+    low_high = feature.clip
+    if low_high and (len(low_high) != 2 or not all(map(math.isfinite, low_high)) or low_high[0] >= low_high[1]):
+        raise SchemaError(f"{where}: clip {low_high}, expected two finite rising numbers, as [0, 100]")
     if feature.transform != "standardise":
         _refuse_set_keys(where, feature, "mean std", "only transform: standardise reads it")
     if feature.transform != "min_max":
@@ -229,7 +242,7 @@ def _check_transform(where: str, feature: FeatureConfig, only_ids: str) -> None:
 
 def _check_categorical(where: str, feature: FeatureConfig) -> None:
     why = f"a feature of kind {feature.kind} is not numeric"
-    _refuse_set_keys(where, feature, "transform missing indicator mean std min max boundaries", why)
+    _refuse_set_keys(where, feature, f"missing indicator {OF_NUMBERS}", why)
     if feature.kind != "ids":
         _refuse_set_keys(where, feature, "weights", f"only kind ids has weights; kind is {feature.kind}")
     if feature.kind == "id":

@@ -56,7 +56,7 @@ def numeric(feature: Feature, arrays: Arrays) -> Numbers:
     """Decode numbers: the feature's transform, then what stands for null."""
     stored, there = joined([columns.floats(array) for array in arrays])
     found = stored
-    if feature.transform != "none" or found.dtype != np.float32:
+    if feature.transform != "none" or feature.clip or found.dtype != np.float32:
         with np.errstate(all="ignore"):  # what lies under nulls is arbitrary, and NaN is looked for below
             found = transform(feature, stored).astype(np.float32)
     if there is not None:

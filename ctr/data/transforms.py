@@ -8,7 +8,8 @@ from tessera.ctr.data.schema import Feature
 
 
 def transform(feature: Feature, x: np.ndarray) -> np.ndarray:
-    """Transform numbers [n] to numbers [n]. A value that is not finite gives one that is not finite."""
+    """Clip and transform numbers [n] to numbers [n]. A value that is not finite gives one that is not finite."""
+    x = clipped(feature, x)
     if feature.transform == "log1p":
         return np.copysign(np.log1p(np.abs(x)), x)
     if feature.transform in ("log2_square", "log2_square_floor"):
@@ -23,8 +24,17 @@ def transform(feature: Feature, x: np.ndarray) -> np.ndarray:
     return x
 
 
+def clipped(feature: Feature, x: np.ndarray) -> np.ndarray:
+    """Return numbers [n] within `clip`, those that are not finite as they are."""
+    if not feature.clip:
+        return x
+    x = x if x.dtype.kind == "f" else x.astype(np.float64)
+    return np.where(np.isfinite(x), np.clip(x, feature.clip[0], feature.clip[1]), x)
+
+
 def bucket(feature: Feature, x: np.ndarray) -> np.ndarray:
     """Return the number of boundaries <= x, int64 [n]."""
     # In the precision of the data, so that a stored float32 0.7 is not below the boundary 0.7.
+    x = clipped(feature, x)
     kind = x.dtype if x.dtype.kind == "f" else np.float64
     return np.searchsorted(np.array(feature.boundaries, kind), x, side="right")

@@ -92,6 +92,11 @@ def add_kinds(parser: ArgumentParser) -> None:
             shown = f"{SYNTHETIC[field.name]} (default: {field.default})"
             option = f"--{field.name.replace('_', '-')}"
             synthetic.add_argument(option, type=type(field.default), default=field.default, help=shown)
+    stats = kinds.add_parser("stats", help="statistics of a data set, as a page and as the file of data.statistics")
+    stats.add_argument("data", nargs="+", metavar="DATA", help="folders, files, patterns or URIs of parquet")
+    stats.add_argument("--against", nargs="+", help="another set, from which drift is measured: an earlier day")
+    stats.add_argument("--output", type=Path, help="folder to make")
+    stats.add_argument("--overwrite", action="store_true", help="replace statistics of an earlier call")
     synthetic.add_argument("--string-ids", action="store_true", help="ids as 16 hexadecimal digits")
     synthetic.add_argument("--threads", type=int, default=1, help="the files do not depend on it")
 
@@ -132,6 +137,8 @@ def prepare(options: Namespace) -> str:
     mistakes."""
     if options.output is None and options.kind != "csv":
         raise ConfigError("--output: found none, expected the folder to make")
+    if options.kind == "stats":
+        return _statistics(options)
     if options.kind == "synthetic":
         return _synthetic(options)
     if options.kind == "parquet":
@@ -156,6 +163,19 @@ def prepare(options: Namespace) -> str:
         return _described(convert_movielens(*where, *fractions, options.threshold, history))
     convert = convert_criteo if options.kind == "criteo" else convert_avazu
     return _described(convert(_source(options), options.output, how))
+
+
+def _statistics(options: Namespace) -> str:
+    from tessera.ctr.report.data_page import PAGE, STATISTICS, write_statistics  # it draws, which takes long to import
+
+    told = write_statistics(options.data, options.against, options.output, overwrite=options.overwrite)
+    columns = told["columns"]
+    drifts = {name: one["drift"]["psi"] for name, one in columns.items() if "psi" in one.get("drift", {})}
+    lines = [f"stats: {told['rows']:,} rows, {len(columns)} columns: {options.output}/{STATISTICS} and {PAGE}"]
+    if drifts:
+        most = max(drifts, key=lambda name: drifts[name])
+        lines.append(f"drift: {most} has moved most, population stability index {drifts[most]:.3f}")
+    return "\n".join(lines)
 
 
 def _log(options: Namespace) -> str:
