@@ -3,10 +3,12 @@ keys that contradict each other."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tessera.ctr.config_types import Config, EmbeddingConfig
 from tessera.ctr.data.config import check_splits
 from tessera.ctr.data.errors import SchemaError
-from tessera.ctr.data.labels import labels_of
+from tessera.ctr.data.labels import Label, labels_of
 from tessera.ctr.metrics.tasks import is_single, names_of_metrics
 from tessera.ctr.table_settings import shortest_ttl_days
 from tessera.ctr.unused_keys import check_unused
@@ -57,6 +59,7 @@ def _check_labels(config: Config) -> None:
             f"data.schema.labels: the loss of {ranked.name!r} is {ranked.loss}, which compares rows of a group; "
             "expected data.schema.group, the column that names it"
         )
+    _check_negatives(config, labels)
     metric, known = config.trainer.early_stop.metric, list(names_of_metrics(labels))
     if labels and metric not in known:
         *most, last = known
@@ -70,6 +73,21 @@ def _check_labels(config: Config) -> None:
             f"trainer.distil.kind is {config.trainer.distil.kind}, and data.schema.labels has {names}; expected one "
             "label of 0 and 1, as a teacher tells one logit for each row"
         )
+
+
+def _check_negatives(config: Config, labels: Sequence[Label]) -> None:
+    """Raise ConfigError where negatives are left out and no correction of one logit makes up for it."""
+    rate = config.data.negative_rate
+    if rate > 1:
+        raise ConfigError(f"data.negative_rate is {rate:g}; expected more than 0, at most 1")
+    if rate == 1 or not labels:
+        return
+    found = f"data.negative_rate is {rate:g}"
+    if not is_single(labels) or not labels[0].is_plain:
+        names = ", ".join(f"{label.name} ({label.loss})" for label in labels)
+        raise ConfigError(f"{found}, and data.schema.labels has {names}; expected one label with plain cross-entropy")
+    if config.trainer.distil.kind != "none":
+        raise ConfigError(f"{found}, and a teacher's logits are of all rows; expected trainer.distil.kind=none, or 1")
 
 
 def _check_incremental(config: Config) -> None:

@@ -47,6 +47,11 @@ class DataConfig:
     )
     threads: int = setting(1, "decoding threads per rank", at_least=1)
     bad_rows: str = setting("raise", "raise: stop at a row that breaks the contract; skip: leave it out and count it")
+    negative_rate: float = setting(
+        1.0,
+        "share of the training rows with label 0 that are read; the loss is corrected, so predictions are of all rows",
+        above=0,
+    )
     statistics: str | None = setting(
         None,
         "statistics.json of tessera prepare stats, from which fitted, quantiles and clip_quantiles are filled in",

@@ -12,10 +12,18 @@ from tessera.ctr.data.aligned import AlignedStep
 from tessera.ctr.data.bags import Bags, bags_of, decode_bags, is_bag, no_bags
 from tessera.ctr.data.columns import Arrays, finder
 from tessera.ctr.data.crosses import Ids, crossed
-from tessera.ctr.data.decode_rows import decode_group, decode_label, decode_nested, decode_time, decode_weight
+from tessera.ctr.data.decode_rows import (
+    decode_group,
+    decode_label,
+    decode_nested,
+    decode_time,
+    decode_weight,
+    note_negatives,
+)
 from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.footers import RowGroups
 from tessera.ctr.data.lanes import Span
+from tessera.ctr.data.negatives import Negatives
 from tessera.ctr.data.row_groups import RowGroup, Unreadable
 from tessera.ctr.data.schema import Feature, Schema
 from tessera.ctr.data.window import GOOD, REASONS, Buffers, Window
@@ -41,14 +49,17 @@ class WindowDecoder:
         drop_labels: bool,
         numbered: bool = False,
         nested: bool = False,
+        negatives: Negatives | None = None,
     ):
-        """nested: a label of 1 where the label that its space is (`where`) is 0 makes a row a bad one."""
+        """negatives: which rows with label 0 are kept. nested: a label of 1 where the label that its space is (`where`)
+        is 0 makes a row a bad one."""
         self.schema = schema
         self.first_numbers = groups.first if numbered else None
         self.groups = groups
         self.skip_bad_rows = skip_bad_rows
         self.tasks = () if drop_labels else schema.tasks
         self.nested = nested
+        self.negatives = negatives
         self.singles = [feature for feature in schema.categorical if not is_bag(feature)]
         self.steps = self._steps()
         self.crossed = {member.name for cross in schema.crosses for member in cross.members}
@@ -71,6 +82,8 @@ class WindowDecoder:
                     for step in steps:
                         step(chunk, *arrays)
                 chunk.deliver_places()
+                if self.negatives is not None:
+                    chunk.sample(self.negatives)
             except Unreadable:  # its row group is marked as such now, and left out by the next attempt
                 continue
             return chunk.finished()
@@ -84,6 +97,8 @@ class WindowDecoder:
         def add(names: tuple[str, ...], step: Callable) -> None:
             steps.setdefault(names, []).append(step)
 
+        if self.negatives is not None:
+            add((self.tasks[0].column,), note_negatives)
         for i, task in enumerate(self.tasks):
             add((task.column,), lambda chunk, arrays, i=i, task=task: decode_label(chunk, arrays, i, task))
             if task.parent is not None and self.nested:
@@ -159,6 +174,7 @@ class Chunk:
     def __init__(self, decoder: WindowDecoder, sources: list[Source], windows: list, buffers: Buffers):
         self.decoder, self.sources = decoder, sources
         self.reasons: np.ndarray | None = None  # uint8 [scheduled], index into REASONS
+        self.negative: np.ndarray | None = None  # bool [decoded], where rows with label 0 are sampled
         self.members: dict[str, Ids] = {}  # of crosses, as decoded
         self.scheduled = sum(source.span.stop - source.span.first for source in sources)
         assert self.scheduled == sum(rows for rows, _ in windows)
@@ -218,13 +234,9 @@ class Chunk:
 
     def deliver_places(self) -> None:
         """Deliver what follows from the position of rows: their numbers, and weights given per row group."""
-        decoder = self.decoder
-        if decoder.first_numbers is not None:
-            first = decoder.first_numbers
-            spans = [source.span for source in self.sources if source.group.error is None]
-            numbers = [np.arange(first[s.group] + s.first, first[s.group] + s.stop) for s in spans]
-            self.deliver(np.concatenate(numbers) if numbers else np.zeros(0, np.int64), "number")
-        if decoder.groups.weight is not None and not decoder.schema.weight:
+        if self.decoder.first_numbers is not None:
+            self.deliver(self.row_numbers(self.decoder.first_numbers), "number")
+        if self.decoder.groups.weight is not None and not self.decoder.schema.weight:
             self.deliver(self.group_weights(), "weight")
 
     def group_weights(self) -> np.ndarray:
@@ -235,21 +247,40 @@ class Chunk:
         assert weight is not None
         return np.repeat(weight[groups], [span.stop - span.first for span in spans])
 
+    def row_numbers(self, first: np.ndarray) -> np.ndarray:
+        """Return the numbers of the decoded rows, int64, where row groups begin with the numbers `first`."""
+        spans = [source.span for source in self.sources if source.group.error is None]
+        numbers = [np.arange(first[s.group] + s.first, first[s.group] + s.stop) for s in spans]
+        return np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
+
+    def sample(self, negatives: Negatives) -> None:
+        """Leave out the rows that sampling does."""
+        assert self.negative is not None
+        left_out = self.negative & ~negatives.kept(self.row_numbers(self.decoder.groups.first))
+        self.leave_out(left_out, "sampled")
+
+    def leave_out(self, rows: np.ndarray, reason: str) -> None:
+        """Record why rows are dropped that are not bad, bool [decoded]; bad ones stay so."""
+        found = np.flatnonzero(rows)
+        scheduled = found if self.numbers is None else self.numbers[found]
+        if not len(scheduled):
+            return
+        if self.reasons is None:
+            self.reasons = np.zeros(self.scheduled, np.uint8)
+        fresh = scheduled[self.reasons[scheduled] == GOOD]
+        self.reasons[fresh] = REASONS.index(reason)
+
     def mark(self, bad: np.ndarray, reason: str, column: str, expected: str, found: Callable[[int], object]) -> None:
         """Raise for the first bad row, or record why the bad rows are dropped. bad: bool [decoded].
 
         found: decoded row number -> what stands there.
         """
-        rows = np.flatnonzero(bad)
-        scheduled = rows if self.numbers is None else self.numbers[rows]
         if not self.decoder.skip_bad_rows:
+            rows = np.flatnonzero(bad)
             raise DataError(
                 f"{self.where(int(rows[0]))}: column {column!r} found {found(int(rows[0]))}, expected {expected}"
             )
-        if self.reasons is None:
-            self.reasons = np.zeros(self.scheduled, np.uint8)
-        fresh = scheduled[self.reasons[scheduled] == GOOD]
-        self.reasons[fresh] = REASONS.index(reason)
+        self.leave_out(bad, reason)
 
     def finished(self) -> list[Window]:
         """Return the windows without the marked rows."""

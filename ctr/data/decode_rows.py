@@ -19,6 +19,7 @@ class Chunk(Protocol):
 
     decoder: Any
     windows: list[Any]
+    negative: np.ndarray | None
 
     def mark(
         self, bad: np.ndarray, reason: str, column: str, expected: str, found: Callable[[int], object]
@@ -45,6 +46,12 @@ def decode_label(chunk: Chunk, arrays: Arrays, i: int, task: Label) -> None:
         values = np.where(there, values, 0).astype(np.float32)  # anything may lie under a null
         chunk.deliver_known(there, i)
     chunk.deliver(values, "labels", i)
+
+
+def note_negatives(chunk: Chunk, arrays: Arrays) -> None:
+    """Tell the chunk which rows have label 0."""
+    values, there = single_values.joined([columns.floats(array) for array in arrays])
+    chunk.negative = values == 0 if there is None else (values == 0) & there
 
 
 def decode_nested(chunk: Chunk, arrays: Sequence[Arrays], task: Label) -> None:

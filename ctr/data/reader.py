@@ -19,6 +19,7 @@ from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.footers import read_footers
 from tessera.ctr.data.lanes import ORDER, lane_offsets, scheduled_rows
 from tessera.ctr.data.listing import MARKER, Listing, list_files
+from tessera.ctr.data.negatives import Negatives
 from tessera.ctr.data.periods import ORDERS, Period, one_period, periods_of
 from tessera.ctr.data.read_ahead import ReadAhead, Reading
 from tessera.ctr.data.schema import Schema, nearest
@@ -63,6 +64,7 @@ class ParquetReader:
         marker: str | None = MARKER,
         order: str = "mixed",
         period_days: float = 1.0,
+        negative_rate: float = 1.0,
     ):
         """List the files and check all footers.
 
@@ -72,7 +74,7 @@ class ParquetReader:
         batches. replay: more rows of the same data set, whatever their days, with `replay_weight` on their weights.
         numbered: batches have the numbers of their rows, those of `path` in the order of files and row groups first,
         then `replay`'s. nested: as that of `WindowDecoder`. order: mixed | time: period after period of so many days
-        (`periods.py`).
+        (`periods.py`). negative_rate: the share of rows with label 0 that is read (`negatives.py`).
 
         Raises ConfigError, SchemaError or DataError, one line each.
         """
@@ -105,7 +107,9 @@ class ParquetReader:
             drop_labels=drop_labels,
             numbered=numbered,
             nested=nested,
+            negatives=Negatives(negative_rate, seed) if negative_rate < 1 else None,
         )
+        self.negative_rate = negative_rate
         self.buffers = Buffers(window_rows)
         self._fingerprint, self._contents = self.groups.fingerprint, self.groups.contents
         self._epoch, self._position = 0, 0
@@ -171,6 +175,7 @@ class ParquetReader:
             "contents": self._contents,
             "rows": self.rows,
             "order": ORDER,
+            "negative_rate": self.negative_rate,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -188,6 +193,11 @@ class ParquetReader:
         if periods != saved:
             found, expected = (f"time with data.period_days {p:g}" if p else "mixed" for p in (periods, saved))
             raise DataError(f"reader state: data.order found {found}, expected {expected} as saved")
+        if state.get("negative_rate", 1.0) != self.negative_rate:
+            raise DataError(
+                f"reader state: data.negative_rate found {self.negative_rate:g}, expected "
+                f"{state.get('negative_rate', 1.0):g} as saved"
+            )
         self._refuse_other_data(state)
         position = int(sum(state["lane_offsets"]))
         saved_order = state.get("order", 1)

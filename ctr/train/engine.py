@@ -46,7 +46,8 @@ class Engine:
         self.tables: Tables = self.network.tables
         self.sharded, self.dynamic = as_sharded(self.tables), as_dynamic(self.tables)
         self.optimizers = Optimizers(config.optimizer, self.model)
-        self.loss = TaskLoss(schema.tasks, self.network.tower, process.rank, config.trainer.loss_divisor)
+        divisor, rate = config.trainer.loss_divisor, config.data.negative_rate
+        self.loss = TaskLoss(schema.tasks, self.network.tower, process.rank, divisor, rate)
         distil = config.trainer.distil
         self.distil = None if distil.kind == "none" else Distillation(distil, process.device)
         self.progress = Progress()

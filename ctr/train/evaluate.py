@@ -85,6 +85,7 @@ def open_reader(
         nested=bool(getattr(class_of(config.model), "is_nested", False)),
         folders=DayFolders.of(data.partition),
         marker=config.daily.marker,
+        negative_rate=data.negative_rate if training else 1.0,
     )
     agree_on_files(reader, process)
     return reader

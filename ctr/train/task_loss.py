@@ -9,6 +9,7 @@ has it so nevertheless.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -28,8 +29,17 @@ from tessera.distributed.collectives import gather, sum_over_ranks
 class TaskLoss:
     """The loss of a batch to its labels, as this rank's part of a sum over all ranks."""
 
-    def __init__(self, labels: Sequence[Label], tower: Tower, rank: int = 0, divisor: str = "batch") -> None:
-        """divisor: batch | task, see `trainer.loss_divisor`."""
+    def __init__(
+        self,
+        labels: Sequence[Label],
+        tower: Tower,
+        rank: int = 0,
+        divisor: str = "batch",
+        negative_rate: float = 1.0,
+    ) -> None:
+        """divisor: batch | task, see `trainer.loss_divisor`. negative_rate: the share of rows with label 0 that are in
+        the batches, where odds are higher than those of all rows, by 1 / that (`ctr/data/negatives.py`)."""
+        self._of_sample = -math.log(negative_rate)
         self._labels, self._joint, self._rank = tuple(labels), tower.trains_joint, rank
         self._tower = tower
         self._soft: TaskLoss | None = None
@@ -62,6 +72,8 @@ class TaskLoss:
 
     def _summed(self, logits: Tensor, batch: Batch, weight: float) -> Tensor:
         """Return the loss of logits [B] or [B, T] to the labels."""
+        if self._of_sample:
+            logits = logits + self._of_sample
         if self._plain and batch.known is None:
             return F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
         logits_bt = logits.unsqueeze(1) if logits.dim() == 1 else logits
