@@ -47,6 +47,9 @@ class DataConfig:
     )
     threads: int = setting(1, "decoding threads per rank", at_least=1)
     bad_rows: str = setting("raise", "raise: stop at a row that breaks the contract; skip: leave it out and count it")
+    where: str | None = setting(
+        None, "only rows of which this is true, in all splits: views > 0 and country != 'de'; null: all rows"
+    )
     negative_rate: float = setting(
         1.0,
         "share of the training rows with label 0 that are read; the loss is corrected, so predictions are of all rows",

@@ -7,12 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tessera.ctr.data import columns, single_values
+from tessera.ctr.data import columns
 from tessera.ctr.data.aligned import AlignedStep
-from tessera.ctr.data.bags import Bags, bags_of, decode_bags, is_bag, no_bags
-from tessera.ctr.data.columns import Arrays, finder
-from tessera.ctr.data.crosses import Ids, crossed
+from tessera.ctr.data.bags import Bags, bags_of, is_bag, no_bags
+from tessera.ctr.data.columns import Arrays
+from tessera.ctr.data.crosses import Ids
+from tessera.ctr.data.decode_features import (
+    decode_bags_of,
+    decode_cross,
+    decode_numeric,
+    decode_only_crossed,
+    decode_single,
+)
 from tessera.ctr.data.decode_rows import (
+    decode_filter,
     decode_group,
     decode_label,
     decode_nested,
@@ -21,11 +29,12 @@ from tessera.ctr.data.decode_rows import (
     note_negatives,
 )
 from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.expressions import Expression
 from tessera.ctr.data.footers import RowGroups
 from tessera.ctr.data.lanes import Span
 from tessera.ctr.data.negatives import Negatives
 from tessera.ctr.data.row_groups import RowGroup, Unreadable
-from tessera.ctr.data.schema import Feature, Schema
+from tessera.ctr.data.schema import Schema
 from tessera.ctr.data.window import GOOD, REASONS, Buffers, Window
 
 
@@ -50,16 +59,17 @@ class WindowDecoder:
         numbered: bool = False,
         nested: bool = False,
         negatives: Negatives | None = None,
+        where: Expression | None = None,
     ):
-        """negatives: which rows with label 0 are kept. nested: a label of 1 where the label that its space is (`where`)
-        is 0 makes a row a bad one."""
+        """where: rows of which it is not true are left out. negatives: which rows with label 0 are kept. nested: a
+        label of 1 where the label that its space is (`where`) is 0 makes a row a bad one."""
         self.schema = schema
         self.first_numbers = groups.first if numbered else None
         self.groups = groups
         self.skip_bad_rows = skip_bad_rows
         self.tasks = () if drop_labels else schema.tasks
         self.nested = nested
-        self.negatives = negatives
+        self.negatives, self.where = negatives, where
         self.singles = [feature for feature in schema.categorical if not is_bag(feature)]
         self.steps = self._steps()
         self.crossed = {member.name for cross in schema.crosses for member in cross.members}
@@ -97,6 +107,8 @@ class WindowDecoder:
         def add(names: tuple[str, ...], step: Callable) -> None:
             steps.setdefault(names, []).append(step)
 
+        if self.where is not None:
+            add(self.where.columns, decode_filter)
         if self.negatives is not None:
             add((self.tasks[0].column,), note_negatives)
         for i, task in enumerate(self.tasks):
@@ -112,28 +124,28 @@ class WindowDecoder:
             add((schema.time,), decode_time)
         row = 0
         for feature in schema.numeric:
-            add((feature.column,), lambda chunk, arrays, row=row, f=feature: _numeric(chunk, arrays, row, f))
+            add((feature.column,), lambda chunk, arrays, row=row, f=feature: decode_numeric(chunk, arrays, row, f))
             row += 1 + feature.indicator
         for row, feature in enumerate(self.singles):
             if feature.members:
                 continue
-            add((feature.column,), lambda chunk, arrays, row=row, f=feature: _single(chunk, arrays, row, f))
+            add((feature.column,), lambda chunk, arrays, row=row, f=feature: decode_single(chunk, arrays, row, f))
         for i, feature in enumerate(bags_of(schema)):
             if feature.pooling == "none" or feature.members:
                 continue
             own = (feature.column, feature.weights) if feature.weights else (feature.column,)
-            add(own, lambda chunk, *arrays, i=i, f=feature: _bags(chunk, arrays, i, f))
+            add(own, lambda chunk, *arrays, i=i, f=feature: decode_bags_of(chunk, arrays, i, f))
         places = {feature.name: i for i, feature in enumerate(bags_of(schema))}
         for group in schema.sequences.values():
             names = tuple(dict.fromkeys(feature.column for feature in group))
             step = AlignedStep(group, names, [places[feature.name] for feature in group])
             add(names, step)
         for feature in schema.only_crossed:
-            add((feature.column,), lambda chunk, arrays, f=feature: _only_crossed(chunk, arrays, f))
+            add((feature.column,), lambda chunk, arrays, f=feature: decode_only_crossed(chunk, arrays, f))
         rows = {feature.name: row for row, feature in enumerate(self.singles)}
         for feature in schema.crosses:  # behind all columns, which their members are read from
             place = rows[feature.name] if feature.name in rows else places[feature.name]
-            add((), lambda chunk, place=place, f=feature: _cross(chunk, place, f))
+            add((), lambda chunk, place=place, f=feature: decode_cross(chunk, place, f))
         return list(steps.items())
 
 
@@ -174,6 +186,7 @@ class Chunk:
     def __init__(self, decoder: WindowDecoder, sources: list[Source], windows: list, buffers: Buffers):
         self.decoder, self.sources = decoder, sources
         self.reasons: np.ndarray | None = None  # uint8 [scheduled], index into REASONS
+        self.passes: np.ndarray | None = None  # bool [decoded], where rows are filtered
         self.negative: np.ndarray | None = None  # bool [decoded], where rows with label 0 are sampled
         self.members: dict[str, Ids] = {}  # of crosses, as decoded
         self.scheduled = sum(source.span.stop - source.span.first for source in sources)
@@ -275,6 +288,8 @@ class Chunk:
 
         found: decoded row number -> what stands there.
         """
+        if self.passes is not None and not (bad := bad & self.passes).any():
+            return
         if not self.decoder.skip_bad_rows:
             rows = np.flatnonzero(bad)
             raise DataError(
@@ -317,79 +332,3 @@ class Chunk:
                 return f"{self.decoder.groups.where(source.span.group)} row {source.span.first + row}"
             row -= rows
         raise AssertionError("row is past the chunk")
-
-
-def _numeric(chunk: Chunk, arrays: Arrays, row: int, feature: Feature) -> None:
-    """Decode one numeric feature, and its indicator into the row behind it."""
-    decoded = single_values.numeric(feature, arrays)
-    if decoded.bad is not None:
-        expected = single_values.expected_number(feature)
-        chunk.mark(decoded.bad, "numeric", feature.column, expected, finder(decoded.stored))
-    chunk.deliver(decoded.values, "numeric", row)
-    if feature.indicator:
-        chunk.deliver(decoded.absent(), "numeric", row + 1)
-
-
-def _single(chunk: Chunk, arrays: Arrays, row: int, feature: Feature) -> None:
-    """Decode one id per row; `present` is False where it is null."""
-    decoded = _decoded_single(chunk, arrays, feature)
-    if feature.name in chunk.decoder.crossed:
-        chunk.members[feature.name] = decoded
-    _deliver_single(chunk, decoded, row)
-
-
-def _decoded_single(chunk: Chunk, arrays: Arrays, feature: Feature) -> single_values.Singles:
-    decoded = single_values.single(feature, arrays)
-    if decoded.bad is not None:
-        reason = "numeric" if feature.kind == "numeric" else "id"
-        chunk.mark(decoded.bad, reason, feature.column, single_values.expected_id(feature), decoded.found)
-    return decoded
-
-
-def _deliver_single(chunk: Chunk, decoded: single_values.Singles, row: int) -> None:
-    if decoded.there is not None:
-        for _, _, _, delivery in chunk.windows:
-            if delivery.present is None:
-                delivery.present = np.ones(delivery.ids.shape, bool)
-        chunk.deliver(decoded.there, "present", row)
-    chunk.deliver(decoded.values, "ids", row)
-
-
-def _always(found: object) -> Callable[[int], object]:
-    return lambda row: found
-
-
-def _bags(chunk: Chunk, arrays: tuple[Arrays, ...], i: int, feature: Feature) -> None:
-    if not arrays[0]:
-        return
-    bags = _decoded_bags(chunk, arrays, feature)
-    if feature.name in chunk.decoder.crossed:
-        chunk.members[feature.name] = bags
-    chunk.deliver_bags(i, bags)
-
-
-def _decoded_bags(chunk: Chunk, arrays: tuple[Arrays, ...], feature: Feature) -> Bags:
-    bags, problems = decode_bags(feature, arrays[0], arrays[1] if feature.weights else None)
-    for problem in problems:
-        reason = "item_weight" if problem.column == feature.weights else "id"
-        chunk.mark(problem.rows, reason, problem.column, problem.expected, _always(problem.found))
-    return bags
-
-
-def _only_crossed(chunk: Chunk, arrays: Arrays, feature: Feature) -> None:
-    """Decode a feature that the model does not read, for the crosses that it is in."""
-    if not is_bag(feature):
-        chunk.members[feature.name] = _decoded_single(chunk, arrays, feature)
-    elif arrays:
-        chunk.members[feature.name] = _decoded_bags(chunk, (arrays,), feature)
-
-
-def _cross(chunk: Chunk, place: int, feature: Feature) -> None:
-    """Cross two decoded features; place: of the cross among the single ids, or among the bags."""
-    if not all(member.name in chunk.members for member in feature.members):  # there are no rows
-        return
-    found = crossed(feature, [chunk.members[member.name] for member in feature.members])
-    if isinstance(found, Bags):
-        chunk.deliver_bags(place, found)
-    else:
-        _deliver_single(chunk, found, place)

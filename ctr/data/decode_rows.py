@@ -6,9 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from tessera.ctr.data import columns, single_values
+from tessera.ctr.data.bags import Bags
 from tessera.ctr.data.columns import Arrays, finder
+from tessera.ctr.data.crosses import Ids
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.files import one_line
 from tessera.ctr.data.labels import Label
 from tessera.ctr.data.schema import LARGEST
 from tessera.ctr.data.times import DAY, advice, described, far_future, refuse_unit, unit_of
@@ -20,6 +25,8 @@ class Chunk(Protocol):
     decoder: Any
     windows: list[Any]
     negative: np.ndarray | None
+    passes: np.ndarray | None
+    members: dict[str, Ids]
 
     def mark(
         self, bad: np.ndarray, reason: str, column: str, expected: str, found: Callable[[int], object]
@@ -27,11 +34,37 @@ class Chunk(Protocol):
 
     def deliver(self, values: np.ndarray, name: str, row: int | None = None) -> None: ...
 
+    def deliver_bags(self, i: int, bags: Bags) -> None: ...
+
+    def leave_out(self, rows: np.ndarray, reason: str) -> None: ...
+
     def deliver_known(self, there: np.ndarray, row: int) -> None: ...
 
     def group_weights(self) -> np.ndarray: ...
 
     def where(self, row: int) -> str: ...
+
+
+def decode_filter(chunk: Chunk, *arrays: Arrays) -> None:
+    """Leave out the rows of which `where` is not true, before anything can be wrong with them."""
+    where = chunk.decoder.where
+    if not all(arrays):  # there are no rows
+        return
+    try:
+        found = where.of(dict(zip(where.columns, map(_together, arrays), strict=True)))
+    except (pa.ArrowException, TypeError) as error:
+        raise DataError(f"{chunk.where(0)} and behind it: data.where: {one_line(error)}") from None
+    chunk.passes = found.fill_null(fill_value=False).to_numpy(zero_copy_only=False).astype(bool)
+    chunk.leave_out(~chunk.passes, "where")
+
+
+def _together(arrays: Arrays) -> pa.Array:
+    """Return a column as one array, of the widest of the types that files give it."""
+    plain = [array.dictionary_decode() if pa.types.is_dictionary(array.type) else array for array in arrays]
+    if all(array.type == plain[0].type for array in plain):
+        return pa.concat_arrays(plain)
+    tables = [pa.table({"column": array}) for array in plain]
+    return pa.concat_tables(tables, promote_options="permissive")["column"].combine_chunks()
 
 
 def decode_label(chunk: Chunk, arrays: Arrays, i: int, task: Label) -> None:

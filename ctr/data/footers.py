@@ -14,6 +14,7 @@ from pyarrow import types
 
 from tessera.ctr.data.arrow_types import advice, plain_type
 from tessera.ctr.data.errors import DataError, SchemaError
+from tessera.ctr.data.expressions import Expression, check_filter
 from tessera.ctr.data.files import DataFile
 from tessera.ctr.data.schema import Feature, Schema, nearest
 from tessera.ctr.data.seals import SMALL_BYTES, TAIL_BYTES, read_seal
@@ -72,7 +73,9 @@ class RowGroups:
         return f"{self.files[self.file[group]].path} row group {self.index[group]}"
 
 
-def read_footers(files: list[DataFile], schema: Schema, *, drop_labels: bool = False) -> RowGroups:
+def read_footers(
+    files: list[DataFile], schema: Schema, *, drop_labels: bool = False, where: Expression | None = None
+) -> RowGroups:
     """Read every footer and compare it with the schema.
 
     Raises SchemaError for the first file that disagrees, DataError for one that is no parquet file or when
@@ -83,7 +86,7 @@ def read_footers(files: list[DataFile], schema: Schema, *, drop_labels: bool = F
     sealed_groups = min(4, LABEL_READS // len(files)) if files[0].remote else 4
     with ThreadPoolExecutor(min(THREADS, len(files)), "footer") as pool:
         footers = list(
-            pool.map(lambda file: _read_footer(file, wanted, small_bytes, sealed_groups, schema.times), files)
+            pool.map(lambda file: _read_footer(file, wanted, small_bytes, sealed_groups, schema.times, where), files)
         )
     _refuse_mixed_groups(files, [footer.group_is_text for footer in footers], schema.group)
     numbers = [np.concatenate([getattr(footer, key) for footer in footers]) for key in ("rows", "bytes")]
@@ -126,13 +129,20 @@ class Wanted:
 
 
 def _read_footer(
-    file: DataFile, wanted: list[Wanted], small_bytes: int, groups: int, times: TimeRule | None
+    file: DataFile,
+    wanted: list[Wanted],
+    small_bytes: int,
+    groups: int,
+    times: TimeRule | None,
+    where: Expression | None,
 ) -> _Footer:
     labels = {want.column for want in wanted if want.reader == "labels"}
     sealed = read_seal(file, small_bytes, labels, groups)
     metadata, arrow = sealed.metadata, sealed.schema
     for want in wanted:
         check_column(file.path, arrow, want)
+    if where is not None:
+        check_filter(where, file.path, arrow)
     columns = {want.column for want in wanted}
     leaves = [i for i in range(metadata.num_columns) if _top(metadata, i, columns)]
     row_groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]

@@ -16,6 +16,7 @@ import numpy as np
 from tessera.ctr.data.day_folders import DayFolders
 from tessera.ctr.data.decode import WindowDecoder
 from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.expressions import filter_of
 from tessera.ctr.data.footers import read_footers
 from tessera.ctr.data.lanes import ORDER, lane_offsets, scheduled_rows
 from tessera.ctr.data.listing import MARKER, Listing, list_files
@@ -65,6 +66,7 @@ class ParquetReader:
         order: str = "mixed",
         period_days: float = 1.0,
         negative_rate: float = 1.0,
+        where: str | None = None,
     ):
         """List the files and check all footers.
 
@@ -75,6 +77,7 @@ class ParquetReader:
         numbered: batches have the numbers of their rows, those of `path` in the order of files and row groups first,
         then `replay`'s. nested: as that of `WindowDecoder`. order: mixed | time: period after period of so many days
         (`periods.py`). negative_rate: the share of rows with label 0 that is read (`negatives.py`).
+        where: only rows of which this is true (`expressions.py`).
 
         Raises ConfigError, SchemaError or DataError, one line each.
         """
@@ -90,7 +93,8 @@ class ParquetReader:
         listing = list_files(path, days, folders, marker)
         files, self.passed_over = listing.files, listing.passed_over
         replayed = list_files(replay).files if replay else []
-        self.groups = read_footers(files + replayed, schema, drop_labels=drop_labels)
+        self.where = None if where is None else filter_of(where)
+        self.groups = read_footers(files + replayed, schema, drop_labels=drop_labels, where=self.where)
         if replayed and replay_weight != 1:
             of_file = np.repeat(np.array([1, replay_weight], np.float32), [len(files), len(replayed)])
             self.groups = replace(self.groups, weight=of_file[self.groups.file])
@@ -108,6 +112,7 @@ class ParquetReader:
             numbered=numbered,
             nested=nested,
             negatives=Negatives(negative_rate, seed) if negative_rate < 1 else None,
+            where=self.where,
         )
         self.negative_rate = negative_rate
         self.buffers = Buffers(window_rows)

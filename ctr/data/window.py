@@ -11,7 +11,19 @@ from tessera.ctr.data.bags import Bags
 
 # Why a row is dropped. A row with several faults counts for the first one found.
 GOOD = 0
-REASONS = ("", "corrupt_row_group", "label", "weight", "time", "numeric", "id", "item_weight", "sequence", "sampled")
+REASONS = (
+    "",
+    "corrupt_row_group",
+    "label",
+    "weight",
+    "time",
+    "numeric",
+    "id",
+    "item_weight",
+    "sequence",
+    "sampled",
+    "where",
+)
 
 
 @dataclass

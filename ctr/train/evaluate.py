@@ -86,6 +86,7 @@ def open_reader(
         folders=DayFolders.of(data.partition),
         marker=config.daily.marker,
         negative_rate=data.negative_rate if training else 1.0,
+        where=data.where,
     )
     agree_on_files(reader, process)
     return reader
