@@ -87,20 +87,20 @@ class ExactCounter:
 class ProbabilisticFilter:
     """Admits an id at random with chance 1 - (1 - p)^count, where (1 - p)^threshold = 5 %; remembers nothing.
 
-    The random draw is a function of (seed, table, id, step), so that neither order nor rank matters.
+    The random draw is a function of (seed, table, id, step), so that neither order nor rank matters. miss: 1 - p.
     """
 
     nbytes = 0
 
     def __init__(self, threshold: int, seed: int, key: int) -> None:
-        self._miss = (1 - SURE) ** (1 / threshold)
+        self.miss = (1 - SURE) ** (1 / threshold)
         self._seed = seed
         self._key = key
 
     def admit(self, ids: Tensor, counts: Tensor, now: int | Tensor, step: int) -> Tensor:
         # step + 1: at step 0 the same numbers make the initial values of a row.
         lot = uniform(self._seed, self._key, ids, 1, step + 1).flatten()
-        admitted: Tensor = lot < 1 - self._miss ** counts.to(torch.float64)
+        admitted: Tensor = lot < 1 - self.miss ** counts.to(torch.float64)
         return admitted
 
     def expire(self, now: int, budget_rows: int | None = None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tessera.embedding.admission import ExactCounter, ProbabilisticFilter, admission_filter
 from tessera.embedding.config import DynamicTableConfig, key_of
 from tessera.embedding.sliding import SlidingHashFilter
+from tessera.kernels.random import half_stream, uniform_of_tables
 
 Filter = ExactCounter | SlidingHashFilter | ProbabilisticFilter
 
@@ -24,21 +25,39 @@ class SetAdmission:
             for table in tables
         ]
         self.admits_all = not any(one is not None for one in self.filters)
+        chances = [one for one in self.filters if isinstance(one, ProbabilisticFilter)]
+        self._halves: Tensor | None = None
+        if chances:
+            missed = [one.miss if isinstance(one, ProbabilisticFilter) else 0.0 for one in self.filters]
+            halves = [half_stream(table.seed, key_of(table.name)) for table in tables]
+            self._missed = torch.tensor(missed, dtype=torch.float64, device=device)
+            self._halves = torch.tensor(halves, device=device)
 
     def admit(
-        self, ids: Tensor, of_tables: Sequence[int], counts: Tensor | None, now: int | Tensor, step: int
+        self,
+        ids: Tensor,
+        tables: Tensor,
+        of_tables: Sequence[int],
+        counts: Tensor | None,
+        now: int | Tensor,
+        step: int,
     ) -> Tensor | None:
         """Return which unknown ids get a row, bool [k]; None if all do.
 
-        ids: int64 [k], of_tables[t] of table t, one behind the other; counts: int64 [k]
-        (None: 1 each); now: one time or int64 [k].
+        ids, tables: int64 [k], of_tables[t] of table t, one behind the other; counts: int64 [k] (None: 1 each); now:
+        one time or int64 [k]. Tables that admit by chance take one call together.
         """
         if self.admits_all:
             return None
-        passed = torch.ones(ids.numel(), dtype=torch.bool, device=ids.device)
         often = torch.ones_like(ids) if counts is None else counts
+        if self._halves is None:
+            passed = torch.ones(ids.numel(), dtype=torch.bool, device=ids.device)
+        else:
+            # step + 1: at step 0 the same numbers make the initial values of a row.
+            lots = uniform_of_tables(self._halves, tables, ids, step + 1)
+            passed = lots < 1 - self._missed[tables] ** often.to(torch.float64)
         for one, (begin, end) in zip(self.filters, pairwise([0, *accumulate(of_tables)]), strict=True):
-            if one is not None and begin < end:
+            if one is not None and not isinstance(one, ProbabilisticFilter) and begin < end:
                 times = now[begin:end] if isinstance(now, Tensor) and now.numel() > 1 else now
                 passed[begin:end] = one.admit(ids[begin:end], often[begin:end], times, step)
         return passed

@@ -182,7 +182,7 @@ class TableSet:
         if often is not None and often.device.type == "cpu" and int(often.min()) < 1:
             raise ValueError("counts must be 1 or more")
         times = now[positions] if isinstance(now, Tensor) and now.numel() > 1 else now
-        wanted, passed = seen, self.admission.admit(ids[positions], seen, often, times, self.step)
+        wanted, passed = seen, self.admission.admit(ids[positions], tables, seen, often, times, self.step)
         if passed is not None:
             chosen = passed.nonzero().flatten()
             positions, tables, segments = positions[chosen], tables[chosen], None

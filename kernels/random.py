@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import backend
+from tessera.kernels.mix import mix64
 from tessera.kernels.reference import random as reference
+from tessera.kernels.reference.bits import shift_right, signed
 
 
 def stream(seed: int, table: int, step: int = 0) -> int:
@@ -45,6 +47,17 @@ def uniform(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tens
     key = stream(seed, table, step)
     ops = backend.ops_for(ids) or reference
     return ops.uniform(key, ids, dim)
+
+
+def uniform_of_tables(halves: Tensor, tables: Tensor, ids: Tensor, step: int = 0) -> Tensor:
+    """Return the first number that `uniform` gives each id, of the table of each: float32 [n].
+
+    halves: int64 [T], of each table what `half_stream` gives; tables, ids: int64 [n].
+    """
+    _check(ids, 1)
+    streams = mix64(halves + signed(step + reference.GOLDEN))
+    keys = mix64(mix64(ids + signed(reference.GOLDEN)) ^ streams[tables])
+    return shift_right(mix64(keys + signed(reference.GOLDEN)), 40).to(torch.float32) * 2.0**-24
 
 
 def normal(seed: int, table: int, ids: Tensor, dim: int, step: int = 0) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from tessera.embedding import sliding
 from tessera.embedding.admission import ExactCounter, ProbabilisticFilter
 from tessera.embedding.config import Admission, DynamicTableConfig, Group
+from tessera.embedding.set_admission import SetAdmission
 from tessera.embedding.sliding import SlidingHashFilter
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.reference.mix import mix64_number
@@ -207,3 +208,22 @@ def test_table_rejects_counts_and_goes_on_from_its_state(backend, kind):
     stats = table.stats()
     assert stats["new"] == stats["admitted"] + stats["rejected"] and stats["admitted"] == stats["rows"] > 0
     assert moved.stats() | {"bytes": 0, "bytes_per_row": 0} == stats | {"bytes": 0, "bytes_per_row": 0}
+
+
+def test_tables_of_a_set_that_admit_by_chance_draw_together_what_each_draws_alone(backend):
+    """Beside tables that admit all or count."""
+    kinds = [Admission("probabilistic", 3), Admission(), Admission("exact", 2), Admission("probabilistic", 8)]
+    groups = (Group("v", 2, 0.1),)
+    configs = [DynamicTableConfig(f"t{i}", ("f",), groups, seed=5, admission=kind) for i, kind in enumerate(kinds)]
+    generator, sizes = torch.Generator().manual_seed(2), [300, 50, 50, 300]
+    together = SetAdmission(configs, torch.device("cpu"))
+    alone = SetAdmission(configs, torch.device("cpu")).filters
+    for step in range(3):
+        ids, counts = torch.arange(700) * 2**40 + step, torch.randint(1, 9, (700,), generator=generator)
+        tables = torch.arange(4).repeat_interleave(torch.tensor(sizes))
+        found = together.admit(ids, tables, sizes, counts, 7, step)
+        parts = [
+            torch.ones(len(own), dtype=torch.bool) if one is None else one.admit(own, often, 7, step)
+            for one, own, often in zip(alone, ids.split(sizes), counts.split(sizes), strict=True)
+        ]
+        assert found.equal(torch.cat(parts)) and 0 < found[:300].sum() < 300
