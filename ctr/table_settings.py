@@ -46,6 +46,7 @@ class TableOptimizer:
     l2: float = same_as(RowOptimizer, "l2")
     state_format: str = same_as(RowOptimizer, "state_format")
     old_rows_factor: float = same_as(RowOptimizer, "old_rows_factor")
+    decay_count_power: float = same_as(RowOptimizer, "decay_count_power")
 
 
 @dataclass
@@ -61,6 +62,7 @@ class TableSettings:
     max_bytes: int | None = same_as(EmbeddingConfig, "max_bytes")
     eviction: str = same_as(EmbeddingConfig, "eviction")
     lr: float = same_as(RowOptimizer, "lr")
+    decay: float = same_as(RowOptimizer, "decay")
     init_std: float = same_as(EmbeddingConfig, "init_std")
     format: str = same_as(EmbeddingConfig, "format")
     rounding: str = same_as(EmbeddingConfig, "rounding")
@@ -74,7 +76,7 @@ class TableSettings:
 
 
 SECTIONS = {"admission": Admission, "optimizer": TableOptimizer}
-OWN = ("dim", "lr", "optimizer")  # the others are keys of `embedding`
+OWN = ("dim", "lr", "decay", "optimizer")  # the others are keys of `embedding`
 
 
 def keys_of_table() -> list[str]:
@@ -139,8 +141,7 @@ def settings_of(config: Config, table: str) -> tuple[EmbeddingConfig, SparseConf
     name = own.get("name", sparse.name)
     first = SparseConfig()
     unread = {key: getattr(first, key) for key, names in READ_BY.items() if name != sparse.name and name not in names}
-    if "lr" in given:
-        own["lr"] = given["lr"]
+    own |= {key: given[key] for key in ("lr", "decay") if key in given}
     return replace(embedding, admission=admission, **plain), replace(sparse, **(unread | own))
 
 

@@ -33,7 +33,7 @@ def _check_static(config: Config) -> None:
     for part in ("admission", "alpt"):
         section = getattr(embedding, part)
         _refuse(f"embedding.{part}", section, [field.name for field in fields(section)], dynamic)
-    _refuse("optimizer.sparse", sparse, ["weight_decay", "initial_accumulator"], dynamic)
+    _refuse("optimizer.sparse", sparse, ["weight_decay", "decay", "decay_count_power", "initial_accumulator"], dynamic)
 
 
 def _check_dynamic(config: Config) -> None:
@@ -112,6 +112,9 @@ def _check_optimizers(config: Config) -> None:
                 raise ConfigError(
                     f"{where}.{key} is {value}, which {_only(READ_BY[key], f'that of {table} is {name}')}"
                 )
+    if not any(sparse.decay for _, sparse in settings_of_all(config)):
+        needs = "needs optimizer.sparse.decay, which is 0: rows keep their values"
+        _refuse("optimizer.sparse", optimizer.sparse, ["decay_count_power"], needs)
     if optimizer.plateau.factor is None:
         needs = "needs optimizer.plateau.factor, which is null: rates are never lowered"
         _refuse("optimizer.plateau", optimizer.plateau, ["patience", "floor"], needs)

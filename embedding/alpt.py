@@ -20,20 +20,27 @@ class TwoPassUpdate:
         self._store, self._rows, self._ids, self._step = store, rows, ids, step
         self._held: list[Tensor | None] = []
 
-    def update(self, grads: Tensor, inverse: Tensor | None, rates: list[tuple[Tensor, float]]) -> None:
+    def update(
+        self,
+        grads: Tensor,
+        inverse: Tensor | None,
+        rates: list[tuple[Tensor, float]],
+        kept: Tensor | None = None,
+    ) -> None:
         """Run the first pass: one optimizer step by gradients float32 [n, width].
 
-        rates: disjoint parts of the rows, -1 in place of the others, and the learning rate of each.
+        rates: disjoint parts of the rows, -1 in place of the others, and the learning rate of each. kept: float32 [u],
+        the part of its values that a row keeps before the step.
         """
         for group, part in zip(self._store.groups, self._store.split(grads), strict=True):
             held: Tensor | None = None
             for rows, lr in rates:
                 if isinstance(group, PackedRows) and group.learned:
                     new = torch.empty((rows.numel(), part.shape[1]), device=part.device)
-                    group.update(rows, part, inverse, lr, self._ids, self._step, new)
+                    group.update(rows, part, inverse, lr, self._ids, self._step, kept, new)
                     held = new if held is None else held + new  # zeros for the rows of the other part
                 else:
-                    group.update(rows, part, inverse, lr, self._ids, self._step)
+                    group.update(rows, part, inverse, lr, self._ids, self._step, kept)
             self._held.append(held)
 
     def gather(self, inverse: Tensor | None = None) -> Tensor:

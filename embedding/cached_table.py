@@ -32,6 +32,8 @@ class CachedTable(DynamicTable):
 
     def __init__(self, config: DynamicTableConfig, device: torch.device | str) -> None:
         super().__init__(config, "cpu")
+        if self._store.decay is not None:
+            self._store.decay.ahead = True
         self.cache = RowCache(config, self._store, device)
         self.prefetched = 0
         self._cache_at_interval = dict(self.cache.total)
@@ -50,7 +52,12 @@ class CachedTable(DynamicTable):
             self._index.set_mark(rows, self._mark)
         slots, old = self.cache.bring(rows), self._old(rows)
         old = None if old is None else old.to(self.cache.device)
-        return CachedRows(self.cache, self._step, old), slots.to(self.cache.device)
+        counts = self._index.counts_of(rows).to(self.cache.device) if self.config.decay_floats == 2 else None
+        return CachedRows(self.cache, self._step, old, counts), slots.to(self.cache.device)
+
+    def pass_step(self, lr: float) -> None:
+        """Let a step pass that trains no row, for the decay of all."""
+        self._store.pass_step(torch.empty(0, dtype=torch.int64), lr, self._index.counts_of)
 
     def _free(self, rows: Tensor) -> None:
         self.cache.drop(rows)

@@ -29,6 +29,7 @@ EVICTIONS = ("lru", "lfu", "raise")
 SLIDING_MAX = 15  # the counters of the sliding filter have 4 bits
 META_BYTES = 32  # time, count, id and mark of a row
 PERIOD_BYTES = 8  # where rows know the period in which they were added
+DECAY_BYTES = 8  # of each number of `decay_floats`
 # The id map takes 16 bytes a slot; a segment with the lowest limit that has just been split is half that full.
 MAP_BYTES_PER_ROW = math.ceil(16 / (LIMIT * 2**-SPREAD / 2))
 
@@ -189,6 +190,11 @@ class DynamicTableConfig:
         return self.optimizer.old_rows_factor != 1
 
     @property
+    def decay_floats(self) -> int:
+        """Numbers by which a row knows how far it is decayed: 0 where rows do not decay, 2 where counts play a part."""
+        return 0 if not self.optimizer.decay else 1 if not self.optimizer.decay_count_power else 2
+
+    @property
     def has_scales(self) -> bool:
         """True if some group has scales."""
         return any(is_int(group.format) for group in self.groups)
@@ -207,7 +213,7 @@ class DynamicTableConfig:
     def record(self) -> RecordLayout:
         """Where all that belongs to a row lies in a set of tables."""
         layouts = [self.layout(group) or plain_layout(group.dim, self.optimizer.name) for group in self.groups]
-        return record_layout(layouts, PERIOD_BYTES * self.knows_periods)
+        return record_layout(layouts, PERIOD_BYTES * self.knows_periods, self.decay_floats)
 
     @property
     def bytes_per_row(self) -> int:
@@ -215,7 +221,8 @@ class DynamicTableConfig:
         or where the table has a cache its values, state, time, count and id; and its place in the id map."""
         if self.cache_limit is None:
             return self.record.bytes + MAP_BYTES_PER_ROW
-        return self.stored_bytes + META_BYTES + self.knows_periods * PERIOD_BYTES + MAP_BYTES_PER_ROW
+        known = self.knows_periods * PERIOD_BYTES + self.decay_floats * DECAY_BYTES
+        return self.stored_bytes + META_BYTES + known + MAP_BYTES_PER_ROW
 
     @property
     def row_limit(self) -> int | None:
@@ -230,7 +237,7 @@ class DynamicTableConfig:
         """Rows that the device holds, by whichever limit is tighter; None where the table has no cache."""
         limits = [] if self.cache_rows is None else [self.cache_rows]
         if self.cache_bytes is not None:
-            limits.append(self.cache_bytes // self.stored_bytes)
+            limits.append(self.cache_bytes // (self.stored_bytes + self.decay_floats * DECAY_BYTES))
         return min(limits, default=None)
 
     def key(self, group: Group) -> int:
@@ -268,6 +275,8 @@ class DynamicTableConfig:
         if optimizer.old_rows_factor != 1 and optimizer.name == "ftrl":
             # FTRL computes the values from its state and its rate: another rate alone would move rows.
             self._fail("optimizer.old_rows_factor", optimizer.old_rows_factor, "1 for ftrl")
+        if optimizer.decay * optimizer.lr >= 1:
+            self._fail("optimizer.decay", optimizer.decay, f"less than 1 / lr, which is {1 / optimizer.lr:g}")
         if optimizer.initial_accumulator and optimizer.name not in ("adagrad", "rowwise_adagrad"):
             self._fail("optimizer.initial_accumulator", optimizer.initial_accumulator, f"0 for {optimizer.name}")
 

@@ -71,6 +71,7 @@ def convert_rows(
         last_seen=batch.last_seen,
         count=batch.count,
         scale=torch.stack(scales, dim=1) if target.has_scales else None,
+        decay=batch.decay,
     )
 
 

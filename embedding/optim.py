@@ -36,6 +36,14 @@ class RowOptimizer:
     weight_decay: float = setting(
         NUMBERS.weight_decay, "L2 added to the gradient of rows that a batch touches (dynamic tables)", at_least=0
     )
+    decay: float = setting(
+        0.0,
+        "every row keeps 1 - lr * decay of its values in each step, touched or not (dynamic tables; docs/tables.md)",
+        at_least=0,
+    )
+    decay_count_power: float = setting(
+        0.0, "a row seen n times decays n^-this times as fast: rare ids more; 0: all alike", at_least=0
+    )
     initial_accumulator: float = setting(
         0.0, "adagrad, rowwise_adagrad: first value of the sum of squares (dynamic tables)", at_least=0
     )

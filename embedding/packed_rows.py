@@ -62,11 +62,14 @@ class PackedRows:
         lr: float,
         ids: Tensor | None,
         step: int,
+        kept: Tensor | None = None,
         held: Tensor | None = None,
     ) -> None:
         """Do the same as `PlainRows.update`; held: float32 [u, dim], takes the new values instead of the rows."""
         batch, settings = BatchRows(rows, rows if ids is None else ids, inverse), self._config.optimizer.settings(lr)
-        packed_update(self.chunks, batch, grads, self._layout, settings, stream=self._stream(step), held=held)
+        packed_update(
+            self.chunks, batch, grads, self._layout, settings, stream=self._stream(step), held=held, kept=kept
+        )
 
     def fake_quantise(self, rows: Tensor, held: Tensor, inverse: Tensor | None) -> Tensor:
         """Return held values as rows would hold them by nearest rounding: float32 [u, dim] or, with inverse, [n,

@@ -25,12 +25,14 @@ class RecordStore:
 
     Attributes:
         layout: of a record. chunks: of records. with_periods: whether rows keep the period in which they were added.
+        decay_floats: numbers by which rows know how far they are decayed.
     """
 
     def __init__(self, config: DynamicTableConfig, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self.with_periods = config.knows_periods
         self.layout = config.record
+        self.decay_floats = config.decay_floats
         self.chunks: list[Tensor] = []
         self.reserved = 0  # rows
         self._codec = RowStore(config, device)  # holds no rows: it knows what a group's bytes mean
@@ -113,6 +115,19 @@ class RecordStore:
         """Set the periods (int64 [n]) of rows."""
         records.write(self.chunks, rows, _bytes_of(periods), self.layout, self._first)
 
+    def decay_of(self, rows: Tensor) -> Tensor:
+        """Return how far each row is decayed, as `decay.py` says: float64 [n, decay_floats]."""
+        begin, end = self._decay_span
+        return _float64(records.read(self.chunks, rows, self.layout, begin, end - begin))
+
+    def set_decay(self, rows: Tensor, noted: Tensor) -> None:
+        """Note how far rows are decayed: float64 [n, decay_floats]."""
+        records.write(self.chunks, rows, _bytes_of_rows(noted), self.layout, self._decay_span[0])
+
+    @property
+    def _decay_span(self) -> tuple[int, int]:
+        return self.layout.decay_at, self.layout.decay_at + 8 * self.decay_floats
+
     def set_marks(self, rows: Tensor, table: int, mark: int) -> None:
         """Note that rows of a table changed under this mark."""
         word = torch.tensor([table | mark << 32], dtype=torch.int64, device=self.device)
@@ -134,7 +149,9 @@ class RecordStore:
         values, state, scales = self._codec.decode(self.groups_of(stored))
         ids, last_seen, count = (meta[:, column].contiguous() for column in (ID, LAST_SEEN, COUNT))
         period = meta[:, PERIOD].contiguous() if self.with_periods else None
-        return RowBatch(ids, values, state, last_seen, count, rows=places, scale=scales, period=period)
+        begin, end = self._decay_span
+        decay = _float64(stored[:, begin:end]) if self.decay_floats else None
+        return RowBatch(ids, values, state, last_seen, count, rows=places, scale=scales, period=period, decay=decay)
 
     def groups_of(self, stored: Tensor) -> list[Tensor]:
         """Return what a `RowStore` holds of each group, from records uint8 [n, bytes]."""
@@ -168,6 +185,8 @@ class RecordStore:
             words.insert(0, torch.full_like(rows, period) if batch.period is None else batch.period)
         self.write_groups(rows, parts)
         records.write(self.chunks, rows, _bytes_of_rows(torch.stack(words, 1)), self.layout, self._first)
+        if batch.decay is not None:
+            self.set_decay(rows, batch.decay)
 
     def stored_of(self, batch: RowBatch, config: DynamicTableConfig) -> list[Tensor]:
         """Return what a `RowStore` holds of a batch. Raises ValueError for other shapes or dtypes."""
@@ -181,6 +200,11 @@ class RecordStore:
         store = RowStore(replace(config, chunk_rows=1 << max(0, rows - 1).bit_length()), self.device)
         store.grow_to(max(1, rows))
         return store
+
+
+def _float64(stored: Tensor) -> Tensor:
+    """Return uint8 [n, 8 k] as float64 [n, k]."""
+    return _copied(stored).view(torch.float64).reshape(len(stored), stored.shape[1] // 8)
 
 
 def _bytes_of(words: Tensor) -> Tensor:

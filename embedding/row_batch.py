@@ -18,6 +18,8 @@ class RowBatch:
     float32 [n, state_width], likewise, that of a learned scale after its group's. rows: int64 [n], the row numbers
     they had, or None. scale: float32 [n, groups], 0 for a group without; None if no group has scales. period:
     int64 [n], in which they were added; None in a table that does not keep it, or for rows that come from elsewhere.
+    decay: float64 [n, 1 or 2], how far values are decayed, as `decay.py` says; None in a table whose rows do not decay,
+    or for rows whose values are as they are now.
     """
 
     ids: Tensor
@@ -28,6 +30,7 @@ class RowBatch:
     rows: Tensor | None = None
     scale: Tensor | None = None
     period: Tensor | None = None
+    decay: Tensor | None = None
 
     def to(self, device: torch.device) -> RowBatch:
         """Return the same rows in the memory of a device."""

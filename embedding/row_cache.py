@@ -40,7 +40,7 @@ class RowCache:
         self.capacity, self.optimizer = config.cache_limit, config.optimizer
         self.device = torch.device(device)
         part = 1 << max(0, (self.capacity // CHUNKS).bit_length() - 1)
-        self.store = RowStore(dataclasses.replace(config, chunk_rows=min(config.chunk_rows, part)), device)
+        self.store = RowStore(dataclasses.replace(config, chunk_rows=min(config.chunk_rows, part)), device, host.decay)
         self._copies = self.device.type == "cuda" and torch.cuda.is_available()  # in the order of a stream
         if self._copies:
             # Addresses of chunks are kept on the device: they must not change while a step and a fetch both read them.
@@ -182,11 +182,16 @@ class RowCache:
 class CachedRows:
     """Stands for the table in the step of one batch: its methods are those of `DynamicTable`, with slots for rows.
 
-    old: bool [u] of the batch's rows, as `by_age` takes it.
+    old: bool [u] of the batch's rows, as `by_age` takes it. counts: int64 [u], how often they were seen, where
+    decay asks.
     """
 
-    def __init__(self, cache: RowCache, step: int, old: Tensor | None) -> None:
-        self._cache, self._step, self._old = cache, step, old
+    def __init__(self, cache: RowCache, step: int, old: Tensor | None, counts: Tensor | None) -> None:
+        self._cache, self._step, self._old, self._counts = cache, step, old, counts
+
+    def _counts_of(self, slots: Tensor) -> Tensor:
+        assert self._counts is not None
+        return self._counts
 
     def gather(self, rows: Tensor, inverse: Tensor | None = None) -> Tensor:
         return self._cache.store.gather(rows, inverse)
@@ -194,8 +199,9 @@ class CachedRows:
     def update(self, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float | None, ids: Tensor | None) -> None:
         self._cache.changed = True
         parts, grads, inverse = by_age(rows, self._old, grads, inverse, self._cache.optimizer, lr)
+        kept = self._cache.store.pass_step(rows, lr, self._counts_of)
         for part, rate in parts:
-            self._cache.store.update(part, grads, inverse, rate, ids, self._step)
+            self._cache.store.update(part, grads, inverse, rate, ids, self._step, kept)
 
     def begin_update(
         self, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float | None, ids: Tensor | None
@@ -203,5 +209,5 @@ class CachedRows:
         self._cache.changed = True
         update = TwoPassUpdate(self._cache.store, rows, ids, self._step)
         parts, grads, inverse = by_age(rows, self._old, grads, inverse, self._cache.optimizer, lr)
-        update.update(grads, inverse, parts)
+        update.update(grads, inverse, parts, self._cache.store.pass_step(rows, lr, self._counts_of))
         return update

@@ -85,6 +85,10 @@ class RowIndex:
         """Return int64 [n, 4]: time, count, id, mark of rows; [n, 5] with the period."""
         return gather(self.meta, rows, self._columns)
 
+    def counts_of(self, rows: Tensor) -> Tensor:
+        """Return how often rows were seen: int64 [n]."""
+        return gather(self.meta, rows, 1, begin=COUNT).flatten()
+
     def write(
         self,
         rows: Tensor,

@@ -6,16 +6,22 @@ float32 values and state side by side (`PlainRows`), or packed rows of low preci
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from tessera.embedding.config import DynamicTableConfig, Group
+from tessera.embedding.config import DECAY_BYTES, DynamicTableConfig, Group
+from tessera.embedding.decay import UNSEEN, DecaySum, noted_now
+from tessera.embedding.decay import kept as kept_of
 from tessera.embedding.packed_rows import PackedRows
+from tessera.embedding.row_batch import RowBatch
 from tessera.kernels.chunks import allocate_chunk, first_rows, touch_pages
 from tessera.kernels.gather import gather
 from tessera.kernels.initialise import InitialValues, init_rows
 from tessera.kernels.optimizers import state_width
 from tessera.kernels.random import stream
+from tessera.kernels.reference.update import decay as decay_values
 from tessera.kernels.scatter import scatter, scatter_columns
 from tessera.kernels.update import update
 
@@ -48,9 +54,21 @@ class PlainRows:
         return gather(self.chunks, rows, self._group.dim, inverse)
 
     def update(
-        self, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float, ids: Tensor | None, step: int
+        self,
+        rows: Tensor,
+        grads: Tensor,
+        inverse: Tensor | None,
+        lr: float,
+        ids: Tensor | None,
+        step: int,
+        kept: Tensor | None = None,
     ) -> None:
+        """Apply one optimizer step; kept: float32 [u], the part of its values that a row keeps before it."""
         optimizer = self._config.optimizer
+        if kept is not None:
+            values, state, _ = self.decode(self.stored(rows))
+            decay_values(optimizer.name, values, state, kept, optimizer.settings(lr))
+            scatter_columns(self.chunks, rows, [values, state])
         update(optimizer.name, self.chunks, rows, grads, inverse, settings=optimizer.settings(lr))
 
     def clear(self, rows: Tensor) -> None:
@@ -73,8 +91,33 @@ class PlainRows:
         scatter(self.chunks, rows, stored)
 
 
+class DecayNotes:
+    """How far each row is decayed, as `decay.py` says. Its methods are those of a group of columns."""
+
+    def __init__(self, config: DynamicTableConfig, floats: int, device: torch.device | str) -> None:
+        self._shape, self._device = (config.chunk_rows, floats), device
+        self.chunks: list[Tensor] = []
+
+    def grow(self) -> None:
+        self.chunks.append(allocate_chunk(self._shape, torch.float64, self._device))
+
+    def clear(self, rows: Tensor) -> None:
+        self.store(rows, torch.zeros((1, self._shape[1]), dtype=torch.float64, device=self._device))
+
+    def stored(self, rows: Tensor) -> Tensor:
+        return gather(self.chunks, rows, self._shape[1])
+
+    def store(self, rows: Tensor, stored: Tensor) -> None:
+        scatter(self.chunks, rows, stored)
+
+
 class RowStore:
-    def __init__(self, config: DynamicTableConfig, device: torch.device | str = "cpu") -> None:
+    """decay: of the table, whose rows then note how far they are decayed; None: they do not decay, or it is noted
+    elsewhere."""
+
+    def __init__(
+        self, config: DynamicTableConfig, device: torch.device | str = "cpu", decay: DecaySum | None = None
+    ) -> None:
         self._config = config
         self._lr = config.optimizer.lr
         self._dims = [group.dim for group in config.groups]
@@ -86,13 +129,21 @@ class RowStore:
         for group in config.groups:
             kind = PlainRows if config.layout(group) is None else PackedRows
             self.groups.append(kind(config, group, torch.device(device)))
+        self.decay, self._notes = decay, None if decay is None else DecayNotes(config, decay.floats, device)
+        if decay is not None:
+            self.bytes_per_row += DECAY_BYTES * decay.floats
         #: Whether updates round at random and so must know the ids of rows.
         self.needs_ids = any(group.needs_ids for group in self.groups)
+
+    @property
+    def columns(self) -> list[PlainRows | PackedRows | DecayNotes]:
+        """All that has chunks: the groups, then the notes of decay, if there are any."""
+        return [*self.groups, *([] if self._notes is None else [self._notes])]
 
     def grow_to(self, end: int) -> None:
         """Provide memory for rows [0, end). A new chunk is not touched before its rows are."""
         while self._reserved < end:
-            for group in self.groups:
+            for group in self.columns:
                 if len(group.chunks) * self._config.chunk_rows == self._reserved:  # or it grew when another could not
                     group.grow()
             self._reserved += self._config.chunk_rows
@@ -105,7 +156,7 @@ class RowStore:
     def reserve(self, rows: int) -> None:
         """Commit the memory of rows [0, rows), none of which was written."""
         self.grow_to(rows)
-        touch_pages([part for group in self.groups for part in first_rows(group.chunks, rows)])
+        touch_pages([part for group in self.columns for part in first_rows(group.chunks, rows)])
 
     def initialise(self, rows: Tensor, ids: Tensor, first: Tensor | None = None) -> None:
         """Set initial values, `first` (float32 [width]) or from (seed, table, group, id) alone; initial state,
@@ -116,18 +167,69 @@ class RowStore:
 
     def gather(self, rows: Tensor, inverse: Tensor | None = None) -> Tensor:
         """Return float32 [u, width], or [n, width] with inverse int64 [n]; row -1 gives zeros."""
-        return join([group.gather(rows, inverse) for group in self.groups])
+        if self._notes is None or self.decay is None or not rows.numel():
+            return join([group.gather(rows, inverse) for group in self.groups])
+        kept = kept_of(self._notes.stored(rows), self.decay.now)
+        values = join([group.gather(rows, None) for group in self.groups]) * kept[:, None]
+        return values if inverse is None else values[inverse]
+
+    def pass_step(self, rows: Tensor, lr: float | None, counts_of: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Let a step pass for the decay of all rows, of which these (int64 [u], -1 skipped) are then updated. Returns
+        the part of its values that each keeps before, float32 [u]; None: rows do not decay.
+
+        counts_of: gives how often rows were seen, this step's batch included: int64 [u]; asked where it plays a part.
+        """
+        if self._notes is None or self.decay is None:
+            return None
+        self.decay.step(self._lr if lr is None else lr)
+        if not rows.numel():
+            return None
+        kept = kept_of(self._notes.stored(rows), self.decay.now, self.decay.before)
+        self.note(rows, self.decay.now, counts_of(rows) if self.decay.floats == 2 else rows)
+        return kept
+
+    def note(self, rows: Tensor, now: float, counts: Tensor) -> None:
+        """Note that rows are as they are to be at `now`, a sum of their table's, where rows decay."""
+        if self._notes is not None and self.decay is not None:
+            self._notes.store(rows, noted_now(now, counts, self.decay.optimizer))
+
+    def note_new(self, rows: Tensor) -> None:
+        """Note that no step has seen rows yet."""
+        if self.decay is not None:
+            self.note(rows, UNSEEN if self.decay.ahead else self.decay.now, torch.ones_like(rows))
+
+    def noted(self, rows: Tensor) -> Tensor | None:
+        """Return how far rows are decayed, float64 [n, 1 or 2]; None where they do not decay."""
+        return None if self._notes is None else self._notes.stored(rows)
+
+    def write_batch(self, rows: Tensor, batch: RowBatch) -> None:
+        """Overwrite rows with those of a batch. Raises as `write`."""
+        self.write(rows, batch.values, batch.state, batch.scale)
+        if self._notes is None or self.decay is None:
+            assert batch.decay is None, "rows that decay, for a table that does not"
+        elif batch.decay is None:
+            self.note(rows, self.decay.now, batch.count)
+        else:
+            self._notes.store(rows, batch.decay)
 
     def update(
-        self, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float | None, ids: Tensor | None, step: int
+        self,
+        rows: Tensor,
+        grads: Tensor,
+        inverse: Tensor | None,
+        lr: float | None,
+        ids: Tensor | None,
+        step: int,
+        kept: Tensor | None = None,
     ) -> None:
         """Apply one optimizer step to rows (distinct, -1 skipped); grads float32 [n, width].
 
-        ids int64 [u] of the rows and the table's step seed stochastic rounding; ids only where `needs_ids`.
+        ids int64 [u] of the rows and the table's step seed stochastic rounding; ids only where `needs_ids`. kept: what
+        `pass_step` gave.
         """
         lr = self._lr if lr is None else lr
         for group, part in zip(self.groups, self.split(grads), strict=True):
-            group.update(rows, part, inverse, lr, ids, step)
+            group.update(rows, part, inverse, lr, ids, step, kept)
 
     def split(self, matrix: Tensor) -> list[Tensor]:
         """Split [n, width] into the columns of each group."""
@@ -135,7 +237,7 @@ class RowStore:
 
     def clear(self, rows: Tensor) -> None:
         """Set values, state and scales to zero."""
-        for group in self.groups:
+        for group in self.columns:
             group.clear(rows)
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -147,7 +249,7 @@ class RowStore:
 
     def decode(self, raw: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what `read` does, from rows (one tensor per group) as they lie in the chunks."""
-        parts = [group.decode(rows) for group, rows in zip(self.groups, raw, strict=True)]
+        parts = [group.decode(rows) for group, rows in zip(self.groups, raw, strict=False)]  # notes come last
         dtype = self._config.values_dtype
         values = join([value.contiguous().view(dtype) for value, _, _ in parts])
         state = join([state for _, state, _ in parts])
@@ -167,11 +269,12 @@ class RowStore:
 
     def stored(self, rows: Tensor) -> list[Tensor]:
         """Return all that is stored of rows (int64 [n], -1 gives zeros) as it lies in memory: a tensor [n, columns] per
-        group. A store of the same groups and optimizer, on this or another device, takes it by `store`."""
-        return [group.stored(rows) for group in self.groups]
+        group, and notes of decay. A store of the same groups and optimizer, on this or another device, takes it by
+        `store`."""
+        return [group.stored(rows) for group in self.columns]
 
     def store(self, rows: Tensor, stored: list[Tensor]) -> None:
-        for group, part in zip(self.groups, stored, strict=True):
+        for group, part in zip(self.columns, stored, strict=True):
             group.store(rows, part)
 
     def _check(self, rows: Tensor, values: Tensor, state: Tensor, scales: Tensor | None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tessera.embedding import growth
 from tessera.embedding.alpt import TwoPassUpdate
+from tessera.embedding.decay import noted_now
 from tessera.embedding.optim import by_age
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.set_admission import Filter
@@ -46,6 +47,17 @@ class SetTable:
     @init_values.setter
     def init_values(self, values: Tensor | None) -> None:
         self.set.init_values[self.number] = values
+
+    @property
+    def decayed(self) -> float:
+        """Sum of log(1 - rate decay) over the table's steps, as `decay.py` says; 0 where rows do not decay."""
+        return 0.0 if self.set.decayed is None else float(self.set.decayed[self.number])
+
+    @decayed.setter
+    def decayed(self, value: float) -> None:
+        if self.set.decayed is not None:
+            self.set.decayed = self.set.decayed.clone()
+            self.set.decayed[self.number] = value
 
     @property
     def _filter(self) -> Filter | None:
@@ -181,6 +193,8 @@ class SetTable:
         if int(batch.count.min()) < 1:
             raise ValueError(f"table {self.config.name}: counts of imported rows must be 1 or more")
         batch = batch.to(self.device)
+        if self.config.decay_floats and batch.decay is None:
+            batch.decay = noted_now(self.decayed, batch.count, self.config.optimizer)
         parts = self.set.store.stored_of(batch, self.config)
         if batch.rows is not None:
             rows = self._place(batch.ids, batch.rows)
@@ -284,7 +298,8 @@ class RecordsUpdate:
         self._update = TwoPassUpdate(self._held, self._places, table.set.store.ids_of(rows), table.set.step)
         old = table.set.old(rows) if table.config.knows_periods and table.set.store.chunks else None
         parts, grads, inverse = by_age(self._places, old, grads, inverse, table.config.optimizer, lr)
-        self._update.update(grads, inverse, parts)
+        kept = table.set.pass_step(table.number, rows, lr) if table.config.decay_floats else None
+        self._update.update(grads, inverse, parts, kept)
         self._store()
         if table.set.mark:
             table.set.store.set_marks(rows, table.number, table.set.mark)

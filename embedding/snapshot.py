@@ -125,3 +125,42 @@ class Snapshot:
             return [chunks[0][:0].cpu() for chunks in self._chunks[:groups]]
         there = rows.to(self._chunks[0][0].device)
         return [gather(chunks, there, chunks[0].shape[1]).cpu() for chunks in self._chunks[:groups]]
+
+
+class Snapshots:
+    """The snapshots of one table that are being read."""
+
+    def __init__(self) -> None:
+        self._all: list[Snapshot] = []
+        self._change = threading.Lock()  # they are released by the threads that read them
+        self._spare: list[list[Tensor]] = []
+
+    def __len__(self) -> int:
+        """Return how many are being read."""
+        return len(self._all)
+
+    def add(
+        self,
+        chunks: Sequence[list[Tensor]],
+        end: int,
+        free: Tensor,
+        batch_of: Callable[[Tensor, list[Tensor]], RowBatch],
+    ) -> Snapshot:
+        """Return a new one; arguments as for `Snapshot`."""
+        with self._change:
+            copies, self._spare = self._spare, []
+            snapshot = Snapshot(chunks, end, free, batch_of, copies, self._release)
+            self._all = [*self._all, snapshot]
+        return snapshot
+
+    def _release(self, snapshot: Snapshot) -> None:
+        """Forget a snapshot that nobody reads any more. Its memory is reused by the next one."""
+        with self._change:
+            if any(other is snapshot for other in self._all):
+                self._all = [other for other in self._all if other is not snapshot]
+                self._spare = snapshot.copies
+
+    def save_old(self, rows: Tensor) -> None:
+        """Copy rows that are about to change into the snapshots."""
+        for snapshot in self._all:
+            snapshot.save_old(rows)

@@ -5,7 +5,6 @@ Tables with a cache on the host are of this kind; all others are tables of a set
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import torch
@@ -16,13 +15,14 @@ from tessera.embedding.admission import admission_filter
 from tessera.embedding.alpt import TwoPassUpdate
 from tessera.embedding.cold_rows import ColdRows
 from tessera.embedding.config import DynamicTableConfig, key_of
+from tessera.embedding.decay import DecaySum
 from tessera.embedding.errors import TableFull
 from tessera.embedding.evicted import EvictedIds
 from tessera.embedding.optim import by_age
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.row_index import COLUMNS, ID, PERIOD, RowIndex
 from tessera.embedding.row_store import RowStore
-from tessera.embedding.snapshot import Snapshot
+from tessera.embedding.snapshot import Snapshot, Snapshots
 from tessera.kernels.gather import gather
 from tessera.kernels.touch import COUNT, LAST_SEEN
 
@@ -42,14 +42,12 @@ class DynamicTable:
         self.config = config
         self.device = torch.device(device)
         self._index = RowIndex(config.chunk_rows, device, with_periods=config.knows_periods)
-        self._store = RowStore(config, device)
+        self._store = RowStore(config, device, DecaySum(config.optimizer) if config.decay_floats else None)
         self._filter = admission_filter(config.admission, config.seed, key_of(config.name), config.ttl_seconds, device)
         self._limit = config.row_limit
         self._cold = None if config.eviction == "raise" else ColdRows(self._index, config.eviction)
         self._evicted = EvictedIds(config.evicted_kept, device)
-        self._snapshots: list[Snapshot] = []
-        self._snapshots_change = threading.Lock()  # they are released by the threads that read them
-        self._spare_copies: list[list[Tensor]] = []
+        self._snapshots = Snapshots()
         self._mark = 0  # no marks are written before the first one is asked for
         self._step = self._period = 0
         self.init_values: Tensor | None = None
@@ -81,7 +79,7 @@ class DynamicTable:
                 self._make_room(passed.numel(), spare=rows)
                 rows[passed] = self._add(ids[passed])
         self._step += 1
-        self._save_for_snapshots(rows)
+        self._snapshots.save_old(rows)
         self._index.touch(rows, now, counts)
         return rows
 
@@ -116,6 +114,7 @@ class DynamicTable:
         """Add rows for new ids, with their initial values; return them."""
         rows = growth.take_rows(self.config, self._index, self._store, ids, self._mark, self._period)
         self._store.initialise(rows, ids, self.init_values)
+        self._store.note_new(rows)
         if self._cold is not None:
             self._cold.add(rows)
         return rows
@@ -141,11 +140,12 @@ class DynamicTable:
         inverse: int64 [n] names the place in `rows` that each gradient belongs to (they are summed in order);
         lr: instead of the configured learning rate; ids: int64 [u] of the rows, if the caller has them at hand.
         """
-        self._save_for_snapshots(rows)
+        self._snapshots.save_old(rows)
         ids = self._ids_of(rows, ids)
         parts, grads, inverse = by_age(rows, self._old(rows), grads, inverse, self.config.optimizer, lr)
+        kept = self._store.pass_step(rows, lr, self._index.counts_of)
         for part, rate in parts:
-            self._store.update(part, grads, inverse, rate, ids, self._step)
+            self._store.update(part, grads, inverse, rate, ids, self._step, kept)
         if self._mark:
             self._index.set_mark(rows, self._mark)
 
@@ -159,10 +159,10 @@ class DynamicTable:
     ) -> TwoPassUpdate:
         """Do `update` where scales are learned. The result gives the values of the second pass and stores the rows
         by its gradient."""
-        self._save_for_snapshots(rows)
+        self._snapshots.save_old(rows)
         update = TwoPassUpdate(self._store, rows, self._ids_of(rows, ids), self._step)
         parts, grads, inverse = by_age(rows, self._old(rows), grads, inverse, self.config.optimizer, lr)
-        update.update(grads, inverse, parts)
+        update.update(grads, inverse, parts, self._store.pass_step(rows, lr, self._index.counts_of))
         if self._mark:
             self._index.set_mark(rows, self._mark)
         return update
@@ -170,6 +170,16 @@ class DynamicTable:
     def begin_period(self) -> None:
         """Count the rows that exist now as old from here on: the optimizer's `old_rows_factor` slows them."""
         self._period += 1
+
+    @property
+    def decayed(self) -> float:
+        """Sum of log(1 - rate decay) over the table's steps, as `decay.py` says; 0 where rows do not decay."""
+        return 0.0 if self._store.decay is None else self._store.decay.now
+
+    @decayed.setter
+    def decayed(self, value: float) -> None:
+        if self._store.decay is not None:
+            self._store.decay.now = value
 
     def _old(self, rows: Tensor) -> Tensor | None:
         """Return bool [u], True for rows (int64 [u]) added before the period began; None if that does not matter."""
@@ -202,7 +212,7 @@ class DynamicTable:
 
     def _free(self, rows: Tensor) -> None:
         """Clear rows, so that other ids may take them."""
-        self._save_for_snapshots(rows)
+        self._snapshots.save_old(rows)
         self._store.clear(rows)
         self._evicted.add(self._index.remove(rows))
 
@@ -262,9 +272,12 @@ class DynamicTable:
         return self._read(rows, self._index.read(rows).long())
 
     def _read(self, rows: Tensor, meta: Tensor) -> RowBatch:
-        return self._batch(rows, meta, *self._store.read(rows))
+        return self._batch(rows, meta, self._store.read(rows), self._store.noted(rows))
 
-    def _batch(self, rows: Tensor, meta: Tensor, values: Tensor, state: Tensor, scales: Tensor | None) -> RowBatch:
+    def _batch(
+        self, rows: Tensor, meta: Tensor, stored: tuple[Tensor, Tensor, Tensor | None], decay: Tensor | None
+    ) -> RowBatch:
+        values, state, scales = stored
         return RowBatch(
             ids=meta[:, ID].contiguous(),
             values=values,
@@ -274,34 +287,20 @@ class DynamicTable:
             rows=rows,
             scale=scales,
             period=meta[:, PERIOD].contiguous() if self.config.knows_periods else None,
+            decay=decay,
         )
 
     def snapshot(self) -> Snapshot:
         """Return all rows as they are now, for another thread to read while this one goes on, until it is released."""
         self._store.grow_to(1)  # as in `read_rows`
         none = [torch.empty((0, COLUMNS + self.config.knows_periods), dtype=torch.int64, device=self.device)]
-        chunks = [self._index.meta or none, *(group.chunks for group in self._store.groups)]
+        chunks = [self._index.meta or none, *(group.chunks for group in self._store.columns)]
 
         def batch_of(rows: Tensor, raw: list[Tensor]) -> RowBatch:
-            return self._batch(rows, raw[0], *self._store.decode(raw[1:]))
+            decay = None if self._store.decay is None else raw[-1]
+            return self._batch(rows, raw[0], self._store.decode(raw[1:]), decay)
 
-        with self._snapshots_change:
-            copies, self._spare_copies = self._spare_copies, []
-            snapshot = Snapshot(chunks, self._index.end, self._index.free, batch_of, copies, self._release)
-            self._snapshots = [*self._snapshots, snapshot]
-        return snapshot
-
-    def _release(self, snapshot: Snapshot) -> None:
-        """Forget a snapshot that nobody reads any more. Its memory is reused by the next one."""
-        with self._snapshots_change:
-            if any(other is snapshot for other in self._snapshots):
-                self._snapshots = [other for other in self._snapshots if other is not snapshot]
-                self._spare_copies = snapshot.copies
-
-    def _save_for_snapshots(self, rows: Tensor) -> None:
-        """Copy rows that are about to change into the snapshots."""
-        for snapshot in self._snapshots:
-            snapshot.save_old(rows)
+        return self._snapshots.add(chunks, self._index.end, self._index.free, batch_of)
 
     def reserve(self, rows: int) -> None:
         """Reserve memory for the rows of an import at once, unless rows are in use. Raises TableFull as `lookup`."""
@@ -331,10 +330,10 @@ class DynamicTable:
                 taken = batch.ids[unknown], self._mark, self._period
                 rows[unknown] = growth.take_rows(self.config, self._index, self._store, *taken)
         self._store.grow_to(self._index.end)
-        self._save_for_snapshots(rows)
+        self._snapshots.save_old(rows)
         period = BEFORE if batch.period is None else batch.period
         self._index.write(rows, batch.last_seen, batch.count, batch.ids, self._mark, period)
-        self._store.write(rows, batch.values, batch.state, batch.scale)
+        self._store.write_batch(rows, batch)
         if self._cold is not None:
             self._cold.reset()
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tessera.embedding import growth
+from tessera.embedding import decay, growth
 from tessera.embedding.cold_queues import ColdQueues
 from tessera.embedding.config import DynamicTableConfig, key_of
 from tessera.embedding.errors import ConfigError
@@ -27,7 +27,7 @@ from tessera.embedding.set_snapshot import KeptRows, TableSnapshot
 from tessera.embedding.table import COUNTERS
 from tessera.kernels import backend, records
 from tessera.kernels.id_map import IdMap
-from tessera.kernels.record_layout import RecordLayout
+from tessera.kernels.record_layout import COUNT, RecordLayout
 from tessera.kernels.records import FirstValues, Keys, Positions, Unknown, keys_of
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class NewIds(NamedTuple):
 
 class TableSet:
     """Tables that have the same groups, but for the first values' spread, the same optimizer, but for its learning
-    rate, and the same seed. Each has its own admission, limit, eviction and TTL.
+    rate and decay, and the same seed. Each has its own admission, limit, eviction and TTL.
 
     Ids are flat: those of table t (its place in `tables`) are at bounds[t] to bounds[t + 1] - 1, bounds int64 [T + 1].
     All tensors that go in and out live on `device`. Row numbers are those of all tables together, and good until the
@@ -57,6 +57,7 @@ class TableSet:
         tables: the configs, in order. layout: of a record.
         rows_in_use: of each table. counters: what happened since the beginning, int64 [len(COUNTERS), T], on the CPU.
         rates: learning rates, float64 [T].
+        decayed: of each table the sum of log(1 - rate decay) over its steps, float64 [T]; None: rows do not decay.
         init_values: of each table, first values of new rows, float32 [width], on the device; None: drawn from (seed,
         table, group, id).
 
@@ -72,6 +73,8 @@ class TableSet:
         self.rows_in_use = [0] * len(tables)
         self.counters = torch.zeros((len(COUNTERS), len(tables)), dtype=torch.int64)
         self.rates = torch.tensor([table.optimizer.lr for table in tables], dtype=torch.float64, device=device)
+        self.decayed = torch.zeros_like(self.rates) if first.decay_floats else None
+        self._decays = torch.tensor([table.optimizer.decay for table in tables], dtype=torch.float64, device=device)
         self.init_values: list[Tensor | None] = [None] * len(tables)
         self.periods = torch.zeros(len(tables), dtype=torch.int64, device=device)
         self.admission = SetAdmission(self.tables, self.device)
@@ -222,6 +225,8 @@ class TableSet:
         records.add(self.store.chunks, rows, ids, tables, *how)
         if self.store.with_periods:
             self.store.set_periods(rows, self.periods[tables])
+        if self.decayed is not None:
+            self.store.set_decay(rows, decay.noted_now(self.decayed[tables], torch.ones_like(rows), self._optimizer))
         if self._queues is not None:
             self._queues.add(rows)
         elif self.limits:
@@ -286,7 +291,7 @@ class TableSet:
 
         Row -1 gives zeros.
         """
-        return records.gather(self.store.chunks, rows, self.layout, inverse)
+        return records.gather(self.store.chunks, rows, self.layout, inverse, self.decayed)
 
     def update(
         self, rows: Tensor, grads: Tensor, positions: Positions | None = None, rates: Tensor | None = None
@@ -298,6 +303,7 @@ class TableSet:
         learning rates instead of `rates`.
         """
         rates = self.rates if rates is None else rates
+        now = None if self.decayed is None else self.decayed + decay.of_step(rates, self._decays)
         self._save_old(rows)
         self._unchanged = False
         parts = [(rows, rates)]
@@ -307,8 +313,22 @@ class TableSet:
             parts = [(rows.masked_fill(~old, -1), slower), (rows.masked_fill(old, -1), rates)]
         settings = self._optimizer.settings(self._optimizer.lr)
         for part, speeds in parts:
-            how = (self.layout, settings, speeds, self._keys, self.step, positions, self.mark)
-            records.update(self.store.chunks, part, grads, *how)
+            how = (self.layout, settings, speeds, self._keys, self.step, positions, self.mark, now)
+            records.update(self.store.chunks, part, grads, *how, power=self._optimizer.decay_count_power)
+        self.decayed = now
+
+    def pass_step(self, table: int, rows: Tensor, lr: float | None) -> Tensor:
+        """Let a step pass for the decay of one table, of which these rows (int64 [u], -1 skipped) are updated by the
+        caller. Returns the part of its values that each keeps before: float32 [u]."""
+        assert self.decayed is not None
+        rates = self.rates if lr is None else torch.full_like(self.rates, lr)
+        before = self.decayed
+        self.decayed = before.clone()
+        self.decayed[table] += decay.of_step(rates, self._decays)[table]
+        kept = decay.kept(self.store.decay_of(rows), self.decayed[table], before[table])
+        counts = self.store.meta(rows)[:, COUNT]
+        self.store.set_decay(rows, decay.noted_now(self.decayed[table], counts, self._optimizer))
+        return kept
 
     def old(self, rows: Tensor) -> Tensor:
         """Return bool [n], True for rows that were added before the period of their table began."""
@@ -382,7 +402,8 @@ def layout_key(table: DynamicTableConfig) -> tuple[object, ...]:
     kinds = [
         (group.name, group.dim, group.format, group.rounding, group.scale, group.learned) for group in table.groups
     ]
-    return tuple(kinds), replace(table.optimizer, lr=1.0), table.seed
+    optimizer = replace(table.optimizer, lr=1.0, decay=float(table.decay_floats > 0))
+    return tuple(kinds), optimizer, table.seed
 
 
 def _check(tables: Sequence[DynamicTableConfig]) -> None:

@@ -60,20 +60,24 @@ def packed_update(
     *,
     stream: int,
     held: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> None:
     """Apply one optimizer step to rows in place: merge gradients, dequantise, update, quantise.
 
     grads: float32 [n, dim]; stream: that of `kernels/random.py` for seed, table and step, which with the ids seeds
     stochastic rounding; held: float32 [u, dim], takes the new values instead of the rows, whose state
-    is updated all the same. bf16 moments are rounded stochastically always. Raises as `packed_gather`.
+    is updated all the same. kept: float32 [u], the part of its values that a row keeps before the step. bf16 moments
+    are rounded stochastically always. Raises as `packed_gather`.
     """
     rows, ids, inverse = batch
     _check(chunks, rows, layout, inverse)
     _check_update(batch, grads, layout)
     if held is not None:
         _check_held(rows, layout, held)
+    if kept is not None and (kept.dtype != torch.float32 or kept.shape != rows.shape):
+        raise ValueError(f"kept: expected float32 {list(rows.shape)}, found {kept.dtype} {list(kept.shape)}")
     ops = backend.ops_for(rows) or reference
-    ops.packed_update(chunks, rows, ids, grads, inverse, held, layout, settings, stream)
+    ops.packed_update(chunks, rows, ids, grads, inverse, held, layout, settings, stream, kept)
 
 
 def packed_fake_quantise(

@@ -182,15 +182,25 @@ def add(
     ops.records_add(chunks, rows, ids, tables, times, counts, *keys, layout.numbers, numbers, mark)
 
 
-def gather(chunks: Sequence[Tensor], rows: Tensor, layout: RecordLayout, inverse: Tensor | None = None) -> Tensor:
+def gather(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    layout: RecordLayout,
+    inverse: Tensor | None = None,
+    decayed: Tensor | None = None,
+) -> Tensor:
     """Return values of rows, all groups side by side: float32 [u, width], or [n, width], row i being that of
-    rows[inverse[i]]; row -1 gives zeros. Raises ValueError for wrong arguments, IndexError for a row or inverse out of
-    range."""
+    rows[inverse[i]]; row -1 gives zeros.
+
+    decayed: of each table the sum of log(1 - rate decay) over its steps up to now, float64 [tables], where records know
+    how far they are decayed. Raises ValueError for wrong arguments, IndexError for a row or inverse out of range.
+    """
     check_index("rows", rows)
     if inverse is not None:
         check_index("inverse", inverse)
+    _check_decayed(decayed)
     ops = backend.ops_for(rows) or reference
-    return ops.records_gather(chunks, rows, layout.numbers, inverse)
+    return ops.records_gather(chunks, rows, layout.numbers, inverse, decayed)
 
 
 def read(chunks: Sequence[Tensor], rows: Tensor, layout: RecordLayout, begin: int = 0, size: int = 0) -> Tensor:
@@ -230,13 +240,16 @@ def update(
     step: int,
     positions: Positions | None = None,
     mark: int = 0,
+    decayed: Tensor | None = None,
+    power: float = 0.0,
 ) -> None:
     """Apply one optimizer step to all groups of records, in place (formulas in `update.py`).
 
     rows: int64 [u], distinct, -1 is skipped; grads: float32 [n, width]; positions: which of them belong to each row,
     summed in order (None: n == u, one each); rates: float64 [tables], each table's learning rate, in place of that
-    of the settings; keys, step: seed random rounding; mark: noted in the records if above 0. Raises ValueError for
-    wrong arguments, IndexError for a row or position out of range.
+    of the settings; keys, step: seed random rounding; mark: noted in the records if above 0. decayed: as for `gather`,
+    this step included: values are decayed by it before they move, which the records note, and exponents become
+    count^-power. Raises ValueError for wrong arguments, IndexError for a row or position out of range.
     """
     check_index("rows", rows)
     count = rows.numel() if positions is None else positions.order.numel()
@@ -249,7 +262,14 @@ def update(
     if rates.dtype != torch.float64 or rates.shape != (tables,):
         raise ValueError(f"rates: expected float64 [{tables}], found {rates.dtype} {list(rates.shape)}")
     ops = backend.ops_for(rows) or reference
-    ops.records_update(chunks, rows, grads, order, begins, keys.numbers, rates, layout.numbers, settings, step, mark)
+    _check_decayed(decayed)
+    how = (layout.numbers, settings, step, mark, decayed, power)
+    ops.records_update(chunks, rows, grads, order, begins, keys.numbers, rates, *how)
+
+
+def _check_decayed(decayed: Tensor | None) -> None:
+    if decayed is not None and (decayed.dtype != torch.float64 or decayed.dim() != 1 or not decayed.numel()):
+        raise ValueError(f"decayed: expected float64 [tables], found {decayed.dtype} {list(decayed.shape)}")
 
 
 def _times(now: int | Tensor | None, ids: Tensor) -> Tensor | None:
@@ -296,7 +316,9 @@ def _find_fake(
 
 
 @torch.library.register_fake("tessera::records_gather")
-def _gather_fake(chunks: list[Tensor], rows: Tensor, layout: Sequence[int], inverse: Tensor | None) -> Tensor:
+def _gather_fake(
+    chunks: list[Tensor], rows: Tensor, layout: Sequence[int], inverse: Tensor | None, decayed: Tensor | None = None
+) -> Tensor:
     count = (rows if inverse is None else inverse).shape[0]
     return rows.new_empty((count, layout_of(layout).width), dtype=torch.float32)
 

@@ -207,7 +207,9 @@ class _Job:
         if plan.rows is not None:
             return write_static(self.writer, plan, self.source.models[0], note)
         table = owned_tables(self.network.tables)[plan.name]
-        writer = TableWriter(plan.name, plan.features, plan.groups)
+        decay = self.source.models[0].decay_of(plan.name)
+        writer = TableWriter(plan.name, plan.features, plan.groups, decay=decay)
+        table.decayed = decay.decayed
         conversion = Conversion(plan.stored, plan.groups, note)
         for part in newest_rows(self.source.models, plan.name):
             writer.add(conversion.columns(part))
@@ -251,9 +253,6 @@ def _import(table: OwnedTable, part: RowPart) -> None:
     width = table.config.state_width
     zeros = torch.zeros(count, dtype=torch.int64)
     values = torch.from_numpy(np.array(part.values)).view(table.config.values_dtype)
-    scales = torch.from_numpy(np.array(part.scales)) if part.scales is not None else None
-    table.import_rows(
-        RowBatch(
-            torch.from_numpy(np.array(part.ids)), values, torch.zeros(count, width), zeros, zeros + 1, scale=scales
-        )
-    )
+    scale, decay = (None if one is None else torch.from_numpy(np.array(one)) for one in (part.scales, part.decay))
+    ids, state = torch.from_numpy(np.array(part.ids)), torch.zeros(count, width)
+    table.import_rows(RowBatch(ids, values, state, zeros, zeros + 1, scale=scale, decay=decay))

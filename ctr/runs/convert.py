@@ -34,10 +34,11 @@ from tessera.distributed.saved.row_files import (
 )
 from tessera.distributed.saved.states import Saved, open_saved, save
 from tessera.distributed.saved.storage import Storage
-from tessera.distributed.saved.tables import describe_tables
+from tessera.distributed.saved.tables import decayed_in, describe_tables
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.convert import ConversionError, convert_rows
 from tessera.embedding.errors import ConfigError
+from tessera.embedding.set_table import OwnedTable
 from tessera.embedding.table import DynamicTable
 
 KEYS = ("format", "formats", "rounding", "scale", "range", "alpt")
@@ -79,7 +80,10 @@ def convert_run(
         return {}
 
     def describe(*_: object) -> dict:
-        return {"tables": describe_tables({table.name: DynamicTable(table) for table in made})}
+        tables: dict[str, OwnedTable] = {table.name: DynamicTable(table) for table in made}
+        for name, table in tables.items():
+            table.decayed = decayed_in(saved, name)
+        return {"tables": describe_tables(tables)}
 
     with replacing(output, "OUTPUT", "convert_tables.py", [run_dir]) as folder:
         save(Storage(folder), "best", write, describe, process, step=saved.step, kind="model")

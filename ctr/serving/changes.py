@@ -2,7 +2,7 @@
 
 What one publication changes lies in a folder of its own, which is never written again: of each table `rows.npy`, its
 rows in the order in which they were published (ids, then values and scales of each group, one behind the other), and
-`gone.npy`, the ids whose rows were given up. In memory a table has the sorted ids of all that has changed and where
+`gone.npy`, the ids whose rows were given up; where rows decay, `decayed.npy`, how far they are then. In memory a table has the sorted ids of all that has changed and where
 the row of each lies now, so that a look-up asks two indexes whatever the number of changes. The rows themselves are
 appended to a file without a name, mapped into memory: what has been read from it stays as it is, so that a version of
 a model goes on to read its own rows while the next one is made.
@@ -13,11 +13,13 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from tessera.ctr.serving.conversion import Conversion
+from tessera.ctr.serving.decay import kept
 from tessera.ctr.serving.errors import ExportError
 from tessera.ctr.serving.files import SealedWriter
 from tessera.ctr.serving.model_files import TablePlan
@@ -33,14 +35,15 @@ from tessera.ctr.serving.table_files import (
 )
 from tessera.ctr.serving.table_writer import folder_of, write_array, write_header
 
-ROWS, GONE = "rows.npy", "gone.npy"
+ROWS, GONE, DECAYED = "rows.npy", "gone.npy", "decayed.npy"
 WITHOUT = -1  # the place of an id whose row was given up
 
 
 def write_changes(writer: SealedWriter, plan: TablePlan, model: SavedModel) -> None:
     """Write what one publication changes of a table, some rows at a time. Raises ExportError: it is damaged."""
     folder, rows = folder_of(plan.name), model.row_count(plan.name)
-    conversion, packing = Conversion(plan.stored, plan.groups), Packing(columns_of(folder, plan.groups))
+    decay = model.decay_of(plan.name)
+    conversion, packing = Conversion(plan.stored, plan.groups), Packing(columns_of(folder, plan.groups, decay.floats))
     with writer.open(f"{folder}/{ROWS}") as stream:
         write_header(stream, np.dtype("u1"), (rows, packing.width))
         for part in model.rows(plan.name):
@@ -49,6 +52,8 @@ def write_changes(writer: SealedWriter, plan: TablePlan, model: SavedModel) -> N
     if rows:
         raise ExportError(f"{model.place.name} has {-rows:+,} rows of table {plan.name} beside what its footers say")
     write_array(writer, f"{folder}/{GONE}", model.gone(plan.name).astype("<i8"))
+    if decay.floats:
+        write_array(writer, f"{folder}/{DECAYED}", np.array([decay.decayed]))
 
 
 class AppendedRows:
@@ -87,13 +92,20 @@ class ChangedTable:
     """A dynamic table of an export with changes over it; answers as `TableFiles` does."""
 
     def __init__(
-        self, base: TableFiles, appended: AppendedRows, rows: np.ndarray, ids: np.ndarray, places: np.ndarray
+        self,
+        base: TableFiles,
+        appended: AppendedRows,
+        rows: np.ndarray,
+        ids: np.ndarray,
+        places: np.ndarray,
+        decayed: float,
     ) -> None:
         """rows: all that were appended, packed. ids: of all that has changed, sorted; places: of each its appended row,
-        or WITHOUT."""
-        self.table, self._base, self._appended, self._rows = base.table, base, appended, rows
+        or WITHOUT. decayed: how far rows are decayed now, as `decay.py` says."""
+        self.table, self._base = replace(base.table, decayed=decayed), base
+        self._appended, self._rows = appended, rows
         self._ids, self._places = ids, places
-        self._packing = Packing(columns_of(base.table.folder, base.table.groups))
+        self._packing = Packing(columns_of(base.table.folder, base.table.groups, base.table.decay_floats))
         widths = [1 if group.scales is None else 2 for group in base.table.groups]  # values, and scales
         self._columns = [(1 + sum(widths[:place]), width) for place, width in enumerate(widths)]
 
@@ -119,9 +131,20 @@ class ChangedTable:
 
     def read(self, rows: np.ndarray, group: int) -> torch.Tensor:
         """Return one group of some rows, float32 [n, dim]. rows: int64 [n], none negative."""
+        values = self._undecayed(rows, group)
+        return values * kept(self._noted(rows), self.table.decayed)[:, None] if self.table.decay_floats else values
+
+    def _noted(self, rows: np.ndarray) -> np.ndarray:
+        own, noted = rows >= self.table.rows, np.empty((len(rows), self.table.decay_floats))
+        appended = self._rows.take(rows[own] - self.table.rows, axis=0)
+        noted[own] = self._packing.unpacked(appended, len(self._packing.columns) - 1)[0]
+        noted[~own] = self._base.noted(rows[~own])
+        return noted
+
+    def _undecayed(self, rows: np.ndarray, group: int) -> torch.Tensor:
         own = rows >= self.table.rows
         if not own.any():
-            return self._base.read(rows, group)
+            return self._base.undecayed(rows, group)
         appended = self._rows.take(rows[own] - self.table.rows, axis=0)
         changed = self._packing.unpacked(appended, *self._columns[group])
         if own.all():
@@ -134,7 +157,8 @@ class ChangedTable:
         return floats(both, self.table.groups[group])
 
     def parts(self) -> Iterator[list[np.ndarray]]:
-        """Yield the rows that ids have now, some at a time, as they lie: ids, then values and scales of each group."""
+        """Yield the rows that ids have now, some at a time, as they lie: ids, then values and scales of each group,
+        then what they note of decay."""
         for columns in self._base.parts():
             kept = ~is_in(columns[0], self._ids)
             yield [column[kept] for column in columns]
@@ -157,7 +181,10 @@ class ChangedTable:
         index = _over(self._ids, self._places, ids[order], places[order])
         if (index[0][1:] == index[0][:-1]).any():
             raise ExportError(f"{folder}/{self.table.folder} holds an id twice")
-        return ChangedTable(self._base, self._appended, rows, *index)
+        decayed = 0.0
+        if self.table.decay_floats:
+            decayed = float(opened(f"{folder}/{self.table.folder}/{DECAYED}")[0])
+        return ChangedTable(self._base, self._appended, rows, *index, decayed)
 
 
 def _over(
@@ -179,7 +206,8 @@ def changed_table(table: TableFiles | ChangedTable, folder: str, place: str) -> 
     Raises ExportError: they are none, or of another table; OSError: there is no space.
     """
     if isinstance(table, TableFiles):
-        width = Packing(columns_of(table.table.folder, table.table.groups)).width
+        width = Packing(columns_of(table.table.folder, table.table.groups, table.table.decay_floats)).width
         none = np.zeros(0, np.int64)
-        table = ChangedTable(table, AppendedRows(place, width), np.zeros((0, width), np.uint8), none, none)
+        first = AppendedRows(place, width), np.zeros((0, width), np.uint8), none, none, table.table.decayed
+        table = ChangedTable(table, *first)
     return table.with_changes(folder)

@@ -42,7 +42,7 @@ class Conversion:
         self._formats, self._groups, self._note = [one[2] for one in stored], groups, note
 
     def columns(self, part: RowPart) -> list[np.ndarray]:
-        """Return ids, then values and scales of each group, as `TableWriter.add` takes them."""
+        """Return ids, then values and scales of each group, then decay, as `TableWriter.add` takes them."""
         found: list[np.ndarray] = [part.ids]
         at = 0
         for number, (format, group) in enumerate(zip(self._formats, self._groups, strict=True)):
@@ -57,7 +57,7 @@ class Conversion:
                     raise ExportError(f"rows of group {group.name} are {format} and have no scales")
                 scales = np.ascontiguousarray(part.scales[:, number])
             found += self._one(torch.from_numpy(piece).view(stored_dtype(format)), scales, format, group)
-        return found
+        return found + ([] if part.decay is None else [part.decay])
 
     def _one(self, stored: Tensor, scales: np.ndarray | None, format: str, group: StoredGroup) -> list[np.ndarray]:
         sizes = None if scales is None else torch.from_numpy(scales)

@@ -4,7 +4,8 @@ labels, features        the schema of training, key for key (docs/data.md)
 groups                  embeddings that the tower wants of each id: name -> dim
 averaged                features whose bags are averaged; others are summed
 tables                  name, features, kind (dynamic: rows by id; static: a fixed number of rows), folder, rows,
-                        bits (of the hash index), and of each group its name, dim, format, values, scales (files)
+                        bits (of the hash index), and of each group its name, dim, format, values, scales (files);
+                        where rows decay, decay_floats and decayed (`decay.py`)
 oov                     file of the rows [tables, width] that ids without a row read; null: zeros
 projections             matrices of tables whose rows are narrower than the tower wants: table, group, file
 hidden                  width of what the graph answers beside logits, the input of its last layer; null: nothing
@@ -40,7 +41,8 @@ class StoredGroup:
 
 @dataclass(frozen=True)
 class StoredTable:
-    """A table. rows: its number of rows; bits: of the hash index (dynamic)."""
+    """A table. rows: its number of rows; bits: of the hash index (dynamic). decay_floats: numbers
+    that rows note of their decay, 0 where they do not decay; decayed: what these are compared with."""
 
     name: str
     features: tuple[str, ...]
@@ -49,6 +51,8 @@ class StoredTable:
     rows: int
     bits: int
     groups: tuple[StoredGroup, ...]
+    decay_floats: int = 0
+    decayed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,11 @@ class Description:
         return Schema(SchemaConfig(labels=labels, features=list(self.features)), self.drop)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        said = asdict(self)
+        for table in said["tables"]:
+            if not table["decay_floats"]:
+                del table["decay_floats"], table["decayed"]
+        return said
 
 
 def read_description(place: Place) -> Description:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from tessera.ctr.serving.decay import Decay
 from tessera.ctr.serving.errors import ExportError
 from tessera.ctr.serving.files import Place, checksum, is_inside, read_manifest
 from tessera.ctr.serving.table_writer import folder_of
@@ -43,15 +44,18 @@ DTYPES = {
 @dataclass(frozen=True)
 class RowPart:
     """Rows of a table as they are stored. ids: int64 [n]; values: uint8 [n, bytes], one group after the other; scales:
-    float32 [n, groups], or None where no group has any."""
+    float32 [n, groups], or None where no group has any; decay: float64 [n, 1 or 2], how far values are decayed, or None
+    where they do not decay."""
 
     ids: np.ndarray
     values: np.ndarray
     scales: np.ndarray | None
+    decay: np.ndarray | None = None
 
     def take(self, chosen: np.ndarray) -> RowPart:
         scales = None if self.scales is None else self.scales[chosen]
-        return RowPart(self.ids[chosen], self.values[chosen], scales)
+        decay = None if self.decay is None else self.decay[chosen]
+        return RowPart(self.ids[chosen], self.values[chosen], scales, decay)
 
 
 class SavedModel:
@@ -100,7 +104,19 @@ class SavedModel:
     def rows(self, table: str) -> Iterator[RowPart]:
         """Yield the rows of a table, some row groups at a time. Raises ExportError: a file is not what was written."""
         for path in self._files("rows", table):
-            yield from self._parts(path, ["id", "values", "step_size"])
+            yield from self._parts(path, ["id", "values", "step_size", "decay"])
+
+    def decay_of(self, table: str) -> Decay:
+        """Return how the rows of a table decay. Raises ExportError: it is not what is written."""
+        described = self.training.get("tables", {}).get(table, {})
+        try:
+            floats = int(described["columns"]["decay"][1]) if "decay" in described.get("columns", {}) else 0
+            decayed = float(described.get("decayed", 0.0))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            floats = -1
+        if floats not in (0, 1, 2) or not decayed <= 0:
+            raise ExportError(f"{self.place.name} does not say how rows of table {table} are decayed")
+        return Decay(floats, decayed)
 
     def gone(self, table: str) -> np.ndarray:
         """Return the ids whose rows were given up since the folder before, int64 [n]."""
@@ -160,9 +176,14 @@ class SavedModel:
 
 def _part(table: pa.Table) -> RowPart:
     ids = table["id"].chunk(0).to_numpy()
-    values, scales = (_bytes(table, name) for name in ("values", "step_size"))
+    values, scales, decay = (_bytes(table, name) for name in ("values", "step_size", "decay"))
     empty = np.zeros((len(ids), 0), np.uint8)
-    return RowPart(ids, empty if values is None else values, None if scales is None else scales.view(np.float32))
+    return RowPart(
+        ids,
+        empty if values is None else values,
+        None if scales is None else scales.view(np.float32),
+        None if decay is None else decay.view(np.float64),
+    )
 
 
 def _bytes(table: pa.Table, name: str) -> np.ndarray | None:

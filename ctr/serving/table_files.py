@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from tessera.ctr.serving.decay import kept
 from tessera.ctr.serving.description import StoredGroup, StoredTable
 from tessera.ctr.serving.errors import ExportError
 from tessera.kernels.formats import DTYPES, is_int, stored_columns
 from tessera.kernels.mix import mix64
 from tessera.kernels.quantise import dequantise
 
-STARTS, IDS = "starts.npy", "ids.npy"
+STARTS, IDS, DECAY = "starts.npy", "ids.npy", "decay.npy"
 NUMPY = {"fp32": "<f4", "fp16": "<f2", "bf16": "<u2"}
 PART_ROWS = 1 << 16  # that are read at once where all are
 
@@ -43,14 +44,17 @@ class Column:
         return self.dtype.itemsize * max(1, self.width)
 
 
-def columns_of(folder: str, groups: Sequence[StoredGroup]) -> list[Column]:
-    """Return the files of a table's rows, in its folder: ids, then values and, of int formats, scales of each group."""
+def columns_of(folder: str, groups: Sequence[StoredGroup], decay_floats: int = 0) -> list[Column]:
+    """Return the files of a table's rows, in its folder: ids, then values and, of int formats, scales of each group;
+    then, where rows decay, what they note."""
     columns = [Column(f"{folder}/{IDS}", np.dtype("<i8"), 0)]
     for group in groups:
         kind = np.dtype("u1") if is_int(group.format) else np.dtype(NUMPY[group.format])
         columns.append(Column(group.values, kind, stored_columns(group.format, group.dim)))
         if group.scales is not None:
             columns.append(Column(group.scales, np.dtype("<f4"), 0))
+    if decay_floats:
+        columns.append(Column(f"{folder}/{DECAY}", np.dtype("<f8"), decay_floats))
     return columns
 
 
@@ -124,6 +128,7 @@ class TableFiles:
         self.table, self._folder = table, folder
         self._values = [opened(f"{folder}/{group.values}") for group in table.groups]
         self._scales = [opened(f"{folder}/{group.scales}") if group.scales else None for group in table.groups]
+        self._decay = opened(f"{folder}/{table.folder}/{DECAY}") if table.decay_floats else None
         self._dynamic = table.kind == "dynamic"
         if self._dynamic:
             self._starts = opened(f"{folder}/{table.folder}/{STARTS}")
@@ -165,11 +170,22 @@ class TableFiles:
 
     def read(self, rows: np.ndarray, group: int) -> torch.Tensor:
         """Return one group of some rows, float32 [n, dim]. rows: int64 [n], none negative."""
+        values = self.undecayed(rows, group)
+        noted = self.noted(rows)
+        return values if noted is None else values * kept(noted, self.table.decayed)[:, None]
+
+    def undecayed(self, rows: np.ndarray, group: int) -> torch.Tensor:
+        """Return one group of some rows as they were written last, float32 [n, dim]."""
         return floats(self.stored(rows, group), self.table.groups[group])
 
+    def noted(self, rows: np.ndarray) -> np.ndarray | None:
+        """Return how far some rows are decayed, float64 [n, 1 or 2]; None where rows do not decay."""
+        return None if self._decay is None else self._decay.take(rows, axis=0)
+
     def parts(self) -> Iterator[list[np.ndarray]]:
-        """Yield all rows of a dynamic table, some at a time, as they lie: ids, then values and scales of each group."""
-        columns = columns_of(self.table.folder, self.table.groups)
+        """Yield all rows of a dynamic table, some at a time, as they lie: ids, then values and scales of each group,
+        then what they note of decay."""
+        columns = columns_of(self.table.folder, self.table.groups, self.table.decay_floats)
         arrays = [opened(f"{self._folder}/{column.path}", in_order=True) for column in columns]
         for begin in range(0, self.table.rows, PART_ROWS):
             yield [np.asarray(array[begin : begin + PART_ROWS]) for array in arrays]

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from tessera.ctr.serving.decay import Decay
 from tessera.ctr.serving.description import StoredGroup, StoredTable
 from tessera.ctr.serving.errors import ExportError
 from tessera.ctr.serving.files import SealedWriter
@@ -50,15 +51,21 @@ def groups_of(table: str, groups: Sequence[tuple[str, int, str]]) -> tuple[Store
 class TableWriter:
     """Takes the rows of one dynamic table, each id once, and writes its files at the end.
 
-    memory_bytes: of rows that are held before they go to files.
+    decay: of its rows, which note it where they decay. memory_bytes: of rows that are held before they go to files.
     """
 
     def __init__(
-        self, name: str, features: Sequence[str], groups: Sequence[StoredGroup], memory_bytes: int = MEMORY_BYTES
+        self,
+        name: str,
+        features: Sequence[str],
+        groups: Sequence[StoredGroup],
+        memory_bytes: int = MEMORY_BYTES,
+        decay: Decay | None = None,
     ) -> None:
         self.name, self.features, self.groups = name, tuple(features), tuple(groups)
+        self._decay = decay or Decay()
         self._folder, self._memory_bytes = folder_of(name), memory_bytes
-        self._columns = columns_of(self._folder, groups)
+        self._columns = columns_of(self._folder, groups, self._decay.floats)
         self._packing = Packing(self._columns)
         self._held: list[np.ndarray] = []
         self._held_bytes = self.rows = 0
@@ -66,7 +73,8 @@ class TableWriter:
         self._parts: list[IO[bytes]] = []
 
     def add(self, columns: Sequence[np.ndarray]) -> None:
-        """Add rows: ids int64 [n], then of each group its values as stored [n, columns] and, if it has them, scales."""
+        """Add rows: ids int64 [n], then of each group its values as stored [n, columns] and, if it has them, scales;
+        then, where rows decay, what they note."""
         rows = len(columns[0])
         if not rows:
             return
@@ -139,7 +147,17 @@ class TableWriter:
                 starts.write((first + np.searchsorted(places, buckets.astype(np.uint64))).astype(number))
                 first += len(hashes)
             starts.write(np.array([self.rows], number))
-        return StoredTable(self.name, self.features, "dynamic", self._folder, self.rows, bits, self.groups)
+        return StoredTable(
+            self.name,
+            self.features,
+            "dynamic",
+            self._folder,
+            self.rows,
+            bits,
+            self.groups,
+            self._decay.floats,
+            self._decay.decayed,
+        )
 
 
 def write_array(writer: SealedWriter, path: str, values: np.ndarray) -> None:

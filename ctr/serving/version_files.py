@@ -18,6 +18,7 @@ from torch import Tensor
 from tessera.ctr.serving.changes import write_changes
 from tessera.ctr.serving.conversion import Conversion
 from tessera.ctr.serving.description import FEATURES, TOWER, WEIGHTS, StoredProjection, StoredTable
+from tessera.ctr.serving.decay import Decay
 from tessera.ctr.serving.errors import ExportError
 from tessera.ctr.serving.files import SealedWriter
 from tessera.ctr.serving.model_files import TablePlan, model_of, write_dense, write_static
@@ -65,7 +66,9 @@ def write_merged(folder: Path, base: Scorer, scorer: Scorer) -> None:
             _copied(writer, scorer.folder, path)
     tables = []
     for stored in base.description.tables:
-        table = TableWriter(stored.name, stored.features, stored.groups)
+        now = scorer.table(stored.name).table
+        decay = Decay(now.decay_floats, now.decayed)
+        table = TableWriter(stored.name, stored.features, stored.groups, decay=decay)
         for part in scorer.table(stored.name).parts():
             table.add(part)
         tables.append(table.finish(writer))
@@ -129,7 +132,7 @@ def _plan(table: StoredTable, newest: SavedModel) -> TablePlan:
 def _write_table(writer: SealedWriter, plan: TablePlan, models: list[SavedModel]) -> StoredTable:
     if plan.rows is not None:
         return write_static(writer, plan, models[0], None)
-    table = TableWriter(plan.name, plan.features, plan.groups)
+    table = TableWriter(plan.name, plan.features, plan.groups, decay=models[0].decay_of(plan.name))
     conversion = Conversion(plan.stored, plan.groups)
     for part in newest_rows(models, plan.name):
         table.add(conversion.columns(part))

@@ -66,6 +66,21 @@ def check_goes_on(saved: Saved, own_command: str, config: Config) -> None:
                 f"{saved.name}: table {table} was trained with optimizer {before}, now it is {now} "
                 f"(embedding.tables.{table}.optimizer); a run goes on with the same, trainer.warm_start takes what fits"
             )
+        _check_decay(saved, table, described, config)
+
+
+def _check_decay(saved: Saved, table: str, described: dict[str, Any], config: Config) -> None:
+    """Raise CheckpointError for rows that note their decay otherwise than those of the configuration."""
+    columns, sparse = described.get("columns"), settings_of(config, table)[1]
+    before = columns.get("decay", ["", 0])[1] if isinstance(columns, dict) else 0
+    now = 0 if not sparse.decay else 1 if not sparse.decay_count_power else 2
+    if before != now and config.embedding.kind == "dynamic":
+        kinds = ("without decay", "with decay", "with decay by counts")
+        raise CheckpointError(
+            f"{saved.name}: table {table} was trained {kinds[before]}, now it is trained {kinds[now]} "
+            "(optimizer.sparse.decay, decay_count_power); a run goes on with the same, trainer.warm_start takes what "
+            "fits"
+        )
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def _take_tables(engine: Engine, saved: Saved, old_names: Mapping[str, str], *, 
 
 
 def _same_rows(found: dict[str, Any], mine: dict[str, Any]) -> bool:
-    found, mine = ({k: v for k, v in one.items() if k not in ("state", "period")} for one in (found, mine))
+    found, mine = ({k: v for k, v in one.items() if k not in ("state", "period", "decay")} for one in (found, mine))
     return found == mine
 
 

@@ -28,6 +28,7 @@ from tessera.distributed.rank import Process
 from tessera.distributed.saved.checked_parquet import CheckedParquet, Notes, as_rows
 from tessera.distributed.saved.manifest import CheckpointError
 from tessera.distributed.saved.storage import Storage
+from tessera.embedding.decay import decayed_rows, kept
 from tessera.embedding.errors import TesseraError
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.set_table import OwnedTable
@@ -41,6 +42,7 @@ ROWS, PENDING, EVICTED = "rows", "waiting", "gone"  # folders: of rows, of ids p
 BUCKET_ROWS = 1 << 13  # rows of a bucket, at least, unless there is only one bucket
 GROUP_ROWS = 1 << 15  # rows of a row group, at most: a few stay in the processor's cache on their way
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+DTYPES |= {"float64": torch.float64}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in (torch.int64, torch.uint8, torch.int8)}
 COLUMN_OF_FIELD = {"ids": "id", "rows": "row", "scale": "step_size"}  # of RowBatch; others are called as the fields
 
@@ -254,11 +256,13 @@ def to_batch(
     with_state: bool,
     with_rows: bool,
     with_periods: bool = True,
+    decayed: float = 0.0,
 ) -> RowBatch:
     """Convert columns of a file to the batch that `import_rows` takes. Optimizer state that the file lacks, or that is
     not wanted, is a new row's; rows whose period it lacks, or is not wanted, are older than any period of the table.
+    Rows that say how far they are decayed are decayed here for a table that does not note it in the same way.
 
-    expected: the table's `empty_columns`.
+    expected: the table's `empty_columns`. decayed: sum of the decay of the table that was saved, at that moment.
 
     Raises:
         TesseraError: a column has another type or width than the table.
@@ -266,10 +270,12 @@ def to_batch(
     if not with_state or "state" not in columns:
         first = table.config.optimizer.initial_accumulator
         columns = {**columns, "state": torch.full((columns["id"].numel(), expected["state"].shape[1]), first)}
+    noted = columns.get("decay")
+    same_decay = noted is not None and "decay" in expected and noted.shape == (len(noted), expected["decay"].shape[1])
     parts: dict[str, Any] = {}  # tensors, and None where a field may lack
     for field in fields(RowBatch):
         name = COLUMN_OF_FIELD.get(field.name, field.name)
-        absent = name == "period" and not (with_periods and name in columns)
+        absent = name == "period" and not (with_periods and name in columns) or name == "decay" and not same_decay
         if name == "row" and not with_rows or name not in expected or absent:
             parts[field.name] = None
             continue
@@ -280,7 +286,10 @@ def to_batch(
         if column is None or column.dtype != wanted.dtype or column.shape[1:] != wanted.shape[1:]:
             raise TesseraError(f"{path}: column {name} holds {_kind(column)}; the model's table has {_kind(wanted)}")
         parts[field.name] = column.to(table.device)
-    return RowBatch(**parts)
+    batch = RowBatch(**parts)
+    if noted is None or same_decay:
+        return batch
+    return decayed_rows(batch, table.config, kept(noted, decayed).to(table.device))
 
 
 def _kind(column: Tensor | None) -> str:

@@ -110,12 +110,14 @@ def _evicted_count(table: OwnedTable) -> float:
 
 def describe_tables(tables: Tables) -> dict[str, dict[str, Any]]:
     """Return the columns, groups and optimizer of each table's rows, for loading them into another model."""
-    described = {}
+    described: dict[str, dict[str, Any]] = {}
     for name, table in tables.items():
         columns = empty_columns(table)
         shapes = {key: [str(c.dtype).removeprefix("torch."), *c.shape[1:]] for key, c in columns.items()}
         groups = [[group.name, group.dim, group.format] for group in table.config.groups]
         described[name] = {"columns": shapes, "groups": groups, "optimizer": table.config.optimizer.name}
+        if table.config.decay_floats:
+            described[name]["decayed"] = table.decayed  # with which readers decay rows, whenever these were written
     return described
 
 
@@ -186,16 +188,26 @@ def _fill(
         if found != expected:
             hint = "`tessera convert-tables` converts"
             raise TesseraError(f"{saved.name}: rows of table {there} have {found}; the model has {expected} ({hint})")
+        table.decayed = decayed = decayed_in(saved, there)
         table.reserve(_rows_to_reserve(saved.folders[-1], there, process))
         hidden = torch.empty(0, dtype=torch.int64) if len(saved.folders) > 1 else None
         for folder in saved.folders:
             kinds = {"with_state": with_state(name), "with_rows": in_place, "with_periods": with_periods}
-            for batch in _batches(table, folder, there, process, hidden, kinds):
+            for batch in _batches(table, folder, there, process, hidden, kinds, decayed):
                 table.import_rows(batch)
             if hidden is None:
                 break
             evicted = [columns["id"] for columns in _columns(folder, EVICTED, there, process)]
             hidden = torch.cat([hidden, *evicted]).unique()
+
+
+def decayed_in(saved: Saved, table: str) -> float:
+    """Return the sum of a table's decay at the moment that was saved; 0 if its rows did not decay. Raises
+    TesseraError."""
+    found = saved.training["tables"][table].get("decayed", 0.0)
+    if not isinstance(found, float) or not found <= 0:
+        raise TesseraError(f"{saved.name}: decayed of table {table} is {found!r}; expected a number of at most 0")
+    return found
 
 
 def _rows_to_reserve(folder: Storage, there: str, process: Process) -> int:
@@ -205,16 +217,22 @@ def _rows_to_reserve(folder: Storage, there: str, process: Process) -> int:
 
 
 def _batches(
-    table: OwnedTable, folder: Storage, there: str, process: Process, hidden: Tensor | None, kinds: dict[str, bool]
+    table: OwnedTable,
+    folder: Storage,
+    there: str,
+    process: Process,
+    hidden: Tensor | None,
+    kinds: dict[str, bool],
+    decayed: float,
 ) -> Iterator[RowBatch]:
     """Yield the table's rows in a folder as batches to import. hidden: evicted ids of newer folders; None if the folder
-    is the only one. kinds: the last arguments of `to_batch`."""
+    is the only one. kinds, decayed: the last arguments of `to_batch`."""
     expected = empty_columns(table)
     for path in files_of(folder, ROWS, there, process):
         for columns in read_columns(folder, path, process.rank, process.world_size):
             if hidden is not None:
                 columns = _without(columns, table, hidden)
-            yield to_batch(columns, expected, table, f"{folder.name}/{path}", **kinds)
+            yield to_batch(columns, expected, table, f"{folder.name}/{path}", **kinds, decayed=decayed)
 
 
 def _without(columns: Columns, table: OwnedTable, hidden: Tensor) -> Columns:

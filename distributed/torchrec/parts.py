@@ -210,6 +210,8 @@ class CachedPart:
         if grads.numel():
             grads = self._answers.gradients_of(grads)
             found.where.update(found.rows, grads, found.inverse, rates[0], found.ids)
+        else:
+            self.table.pass_step(rates[0])
 
     def begin_update(self, grads: Tensor, found: FoundInCache, rates: Sequence[float]) -> None:
         """Do the first pass of a step that learns scales."""

@@ -184,6 +184,21 @@ TESSERA_SIMD void learn(const StepBlock& block, int64_t begin, int64_t end) {
   }
 }
 
+// As decay_block in records.cpp. values: of rows [begin, end), one after the other.
+TESSERA_SIMD void decay(const Batch& batch, int64_t begin, int64_t end, const float* kept, float l1, float* values) {
+  const int64_t dim = batch.layout.dim;
+  for (int64_t i = begin; i < end; ++i, values += dim) {
+    if (batch.rows[i] < 0) continue;
+    for (int64_t c = 0; c < dim; ++c) values[c] *= kept[i];
+    if (batch.layout.optimizer != Kind::kFtrl) continue;
+    float* const z = batch.layout.state_of(batch.table[batch.rows[i]]);
+    for (int64_t c = 0; c < dim; ++c) {
+      const float bound = std::copysign(l1, z[c]);
+      z[c] = std::fabs(z[c]) <= l1 ? z[c] : bound + kept[i] * (z[c] - bound);
+    }
+  }
+}
+
 at::Tensor contiguous(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? tensor->contiguous() : at::Tensor();
 }
@@ -251,14 +266,17 @@ struct Arguments {
 
 void packed_update(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& ids_, const at::Tensor& grads_,
                    const std::optional<at::Tensor>& inverse_, const std::optional<at::Tensor>& held,
-                   at::IntArrayRef numbers, at::ArrayRef<double> settings, int64_t stream) {
+                   at::IntArrayRef numbers, at::ArrayRef<double> settings, int64_t stream,
+                   const std::optional<at::Tensor>& kept_) {
   const Layout layout(numbers);
   const Rows<char> table(chunks, layout.bytes);
   const Arguments given(rows_, ids_, grads_, inverse_, layout.dim);
   const Hyper hyper = Hyper::of(settings);
+  const at::Tensor kept = contiguous(kept_);
   const int64_t count = given.rows.numel(), dim = layout.dim, width = layout.moments > 0 ? layout.moments + 1 : 0;
   TORCH_CHECK_VALUE(!held.has_value() || (held->is_contiguous() && held->numel() == count * dim),
                     "held: expected contiguous [", count, ", ", dim, "]");
+  TORCH_CHECK_VALUE(!kept.defined() || kept.numel() == count, "kept: expected ", count, ", found ", kept.numel());
   float* const into = held.has_value() ? held->mutable_data_ptr<float>() : nullptr;
   const Batch batch{table, layout, given.rows.const_data_ptr<int64_t>(), given.ids.const_data_ptr<int64_t>(),
                     static_cast<uint64_t>(stream)};
@@ -273,6 +291,7 @@ void packed_update(at::TensorList chunks, const at::Tensor& rows_, const at::Ten
       float* const values = into == nullptr ? memory : into + begin * dim;
       read(table, layout, where, begin, end, last, values).raise();
       if (width > 0) read_moments(batch, begin, end, state);
+      if (kept.defined()) decay(batch, begin, end, kept.const_data_ptr<float>(), hyper.l1, values);
       step({batch, hyper, grads + begin * dim, values, width > 0 ? state : nullptr}, begin, end);
       if (into == nullptr) write(batch, begin, end, values);
       if (width > 0) write_moments(batch, begin, end, state);

@@ -19,6 +19,7 @@
 
 namespace {
 
+using tessera::Decay;
 using tessera::Fault;
 using tessera::Format;
 using tessera::GroupLayout;
@@ -44,38 +45,54 @@ struct Source {
   const RecordLayout& layout;
   Positions positions;
   int64_t last;  // positions before it are asked for early
+  Decay decay;
 };
 
-template <int64_t Size>
+template <int64_t Size, bool Decays>
 TESSERA_INLINE Fault copy_values(const Source& source, int64_t begin, int64_t end, float* out) {
   const int64_t size = Size > 0 ? Size : 4 * source.layout.width;
   for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < source.last) source.records.prefetch(source.positions.peek(i + kAhead), 0, size);
+    if (i + kAhead < source.last) source.records.prefetch(source.positions.peek(i + kAhead), 0, Decays ? source.layout.bytes : size);
     if (source.positions.wrong(i)) return source.positions.fault(i);
     const int64_t row = source.positions[i];
     if (source.records.beyond(row)) return source.records.fault(row);
     float* const to = out + i * (size / 4);
-    if (row < 0)
+    if (row < 0) {
       std::memset(to, 0, size);
-    else
+    } else if constexpr (Decays) {
+      const char* const record = source.records[row];
+      const float kept = source.decay.factor_of(record);
+      const auto* const values = reinterpret_cast<const float*>(record);
+      for (int64_t c = 0; c < size / 4; ++c) to[c] = values[c] * kept;
+    } else {
       std::memcpy(to, source.records[row], size);
+    }
   }
   return {};
 }
 
 // Sizes known while compiling become a few moves: dims 8, 16, 32 and 64, alone and with a group of one value.
-Fault copy_values_of(const Source& source, int64_t begin, int64_t end, float* out) {
+template <bool Decays>
+TESSERA_INLINE Fault copy_values_in(const Source& source, int64_t begin, int64_t end, float* out) {
   switch (source.layout.width) {
-    case 8: return copy_values<32>(source, begin, end, out);
-    case 9: return copy_values<36>(source, begin, end, out);
-    case 16: return copy_values<64>(source, begin, end, out);
-    case 17: return copy_values<68>(source, begin, end, out);
-    case 32: return copy_values<128>(source, begin, end, out);
-    case 33: return copy_values<132>(source, begin, end, out);
-    case 64: return copy_values<256>(source, begin, end, out);
-    case 65: return copy_values<260>(source, begin, end, out);
-    default: return copy_values<0>(source, begin, end, out);
+    case 8: return copy_values<32, Decays>(source, begin, end, out);
+    case 9: return copy_values<36, Decays>(source, begin, end, out);
+    case 16: return copy_values<64, Decays>(source, begin, end, out);
+    case 17: return copy_values<68, Decays>(source, begin, end, out);
+    case 32: return copy_values<128, Decays>(source, begin, end, out);
+    case 33: return copy_values<132, Decays>(source, begin, end, out);
+    case 64: return copy_values<256, Decays>(source, begin, end, out);
+    case 65: return copy_values<260, Decays>(source, begin, end, out);
+    default: return copy_values<0, Decays>(source, begin, end, out);
   }
+}
+
+Fault copy_values_of(const Source& source, int64_t begin, int64_t end, float* out) {
+  return copy_values_in<false>(source, begin, end, out);
+}
+
+TESSERA_SIMD Fault copy_decayed(const Source& source, int64_t begin, int64_t end, float* out) {
+  return copy_values_in<true>(source, begin, end, out);
 }
 
 TESSERA_INLINE void decode_row(const GroupLayout& group, char* record, float* out) {
@@ -96,7 +113,7 @@ TESSERA_SIMD Fault decode_rows(const Source& source, int64_t begin, int64_t end,
   const int64_t width = source.layout.width;
   for (int64_t i = begin; i < end; ++i) {
     if (i + kAhead < source.last)
-      source.records.prefetch(source.positions.peek(i + kAhead), 0, source.layout.meta_at);
+      source.records.prefetch(source.positions.peek(i + kAhead), 0, source.layout.bytes);
     if (source.positions.wrong(i)) return source.positions.fault(i);
     const int64_t row = source.positions[i];
     if (source.records.beyond(row)) return source.records.fault(row);
@@ -106,22 +123,27 @@ TESSERA_SIMD Fault decode_rows(const Source& source, int64_t begin, int64_t end,
     }
     char* const record = source.records[row];
     for (const GroupLayout& group : source.layout.groups) decode_row(group, record, out + i * width + group.column);
+    if (source.decay.sums == nullptr) continue;
+    const float kept = source.decay.factor_of(record);
+    for (int64_t c = 0; c < width; ++c) out[i * width + c] *= kept;
   }
   return {};
 }
 
 at::Tensor records_gather(at::TensorList chunks, const at::Tensor& rows_, at::IntArrayRef numbers,
-                          const std::optional<at::Tensor>& inverse_) {
+                          const std::optional<at::Tensor>& inverse_, const std::optional<at::Tensor>& decayed) {
   const RecordLayout layout(numbers);
   const Records records(chunks, layout);
+  const Decay decay(decayed, layout);
   const at::Tensor rows = rows_.contiguous(), inverse = inverse_.has_value() ? inverse_->contiguous() : at::Tensor();
   const int64_t count = inverse.defined() ? inverse.numel() : rows.numel();
   at::Tensor result = at::empty({count, layout.width}, rows.options().dtype(at::kFloat));
   float* const out = result.mutable_data_ptr<float>();
   const Positions positions = tessera::positions_of(rows, inverse);
   at::parallel_for(0, count, grain_of(layout), [&](int64_t begin, int64_t end) {
-    const Source source{records, layout, positions, end};
-    (layout.plain ? copy_values_of(source, begin, end, out) : decode_rows(source, begin, end, out)).raise();
+    const Source source{records, layout, positions, end, decay};
+    if (!layout.plain) return decode_rows(source, begin, end, out).raise();
+    (decay.sums == nullptr ? copy_values_of(source, begin, end, out) : copy_decayed(source, begin, end, out)).raise();
   });
   return result;
 }
@@ -147,6 +169,8 @@ struct Update {
   const std::vector<Hyper>& hypers;  // of each table
   const int64_t* keys;               // [tables, groups, 2]
   int64_t step, mark;
+  Decay decay;
+  double power;  // of a row's count, by which its exponent of decay falls
 
   int64_t table_of(const char* record) const {
     const int64_t table = reinterpret_cast<const Meta*>(record + layout.meta_at)->table();
@@ -160,6 +184,7 @@ struct Block {
   char* records[kBlock];
   const float* grads[kBlock];  // of all groups
   int64_t tables[kBlock];
+  float kept[kBlock];  // of values, where tables decay
 };
 
 // Sum the gradients of rows [begin, begin + block.size), in order of position; a row's only gradient is not copied.
@@ -173,6 +198,7 @@ TESSERA_INLINE Fault sum_rows(const Update& update, int64_t begin, int64_t last,
     if (update.records.beyond(row)) return update.records.fault(row);
     block.records[k] = row < 0 ? nullptr : update.records[row];
     block.tables[k] = row < 0 ? 0 : update.table_of(block.records[k]);
+    if (update.decay.sums != nullptr && row >= 0) block.kept[k] = update.decay.factor_of(block.records[k]);
     if (given.order == nullptr) {
       block.grads[k] = given.grads + i * width;
       continue;
@@ -292,12 +318,30 @@ TESSERA_SIMD void step_block(const GroupLayout& group, const Block& block, const
   }
 }
 
+// Let values keep what steps without gradients have left of them, and this one. Values of FTRL follow from its z: of that
+// what lies beyond l1 is kept in the same measure.
+TESSERA_SIMD void decay_block(const GroupLayout& group, const Block& block, const Opened& opened, float l1) {
+  const int64_t dim = group.row.dim;
+  for (int64_t k = 0; k < block.size; ++k) {
+    if (opened.values[k] == nullptr) continue;
+    const float kept = block.kept[k];
+    for (int64_t c = 0; c < dim; ++c) opened.values[k][c] *= kept;
+    if (group.row.optimizer != Kind::kFtrl) continue;
+    float* const z = opened.state[k];
+    for (int64_t c = 0; c < dim; ++c) {
+      const float bound = std::copysign(l1, z[c]);
+      z[c] = std::fabs(z[c]) <= l1 ? z[c] : bound + kept * (z[c] - bound);
+    }
+  }
+}
+
 void step_groups(const Update& update, const Block& block, float* memory) {
   const std::vector<GroupLayout>& groups = update.layout.groups;
   for (size_t number = 0; number < groups.size(); ++number) {
     const GroupLayout& group = groups[number];
     Opened opened;
     group.plain() ? open_plain(group, block, opened) : open_packed(group, block, memory, opened);
+    if (update.decay.sums != nullptr) decay_block(group, block, opened, update.hypers[0].l1);
     step_block(group, block, opened, update.hypers.data());
     if (!group.plain()) close_packed(update, static_cast<int64_t>(number), block, opened);
   }
@@ -309,6 +353,11 @@ void set_marks(const Block& block, const Update& update) {
     auto& word = reinterpret_cast<Meta*>(block.records[k] + update.layout.meta_at)->table_and_mark;
     word = (word & tessera::kTableBits) | update.mark << 32;
   }
+}
+
+void set_decayed(const Block& block, const Update& update) {
+  for (int64_t k = 0; k < block.size; ++k)
+    if (block.records[k] != nullptr) update.decay.set(block.records[k], update.power);
 }
 
 void update_range(const Update& update, int64_t first, int64_t last) {
@@ -323,13 +372,15 @@ void update_range(const Update& update, int64_t first, int64_t last) {
     sum_block(update, begin, last, memory.data(), block).raise();
     step_groups(update, block, memory.data() + kBlock * update.layout.width);
     if (update.mark > 0) set_marks(block, update);
+    if (update.decay.sums != nullptr) set_decayed(block, update);
   }
 }
 
 void records_update(at::TensorList chunks, const at::Tensor& rows_, const at::Tensor& grads_,
                     const std::optional<at::Tensor>& order_, const std::optional<at::Tensor>& begins_,
                     const at::Tensor& keys_, const at::Tensor& rates_, at::IntArrayRef numbers,
-                    at::ArrayRef<double> settings, int64_t step, int64_t mark) {
+                    at::ArrayRef<double> settings, int64_t step, int64_t mark,
+                    const std::optional<at::Tensor>& decayed, double power) {
   const RecordLayout layout(numbers);
   const Records records(chunks, layout);
   const at::Tensor rows = rows_.contiguous(), grads = grads_.contiguous(), keys = keys_.contiguous();
@@ -352,7 +403,9 @@ void records_update(at::TensorList chunks, const at::Tensor& rows_, const at::Te
                       hypers,
                       keys.const_data_ptr<int64_t>(),
                       step,
-                      mark};
+                      mark,
+                      Decay(decayed, layout),
+                      power};
   at::parallel_for(0, count, grain_of(layout), [&](int64_t begin, int64_t end) { update_range(update, begin, end); });
 }
 

@@ -5,7 +5,9 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "chunks.h"
@@ -34,19 +36,24 @@ struct GroupLayout {
 struct RecordLayout {
   std::vector<GroupLayout> groups;
   int64_t meta_at, bytes;
+  int64_t decay_at, decay_floats;  // float64: how far the row is decayed, and its exponent; 0 of them: it is not
   int64_t width = 0;
   bool plain = true;  // values of all groups are float32 side by side, at the begin
 
   explicit RecordLayout(at::IntArrayRef numbers) {
     constexpr size_t kOfGroup = 13;
-    TORCH_CHECK_VALUE(numbers.size() >= 3 && numbers[0] >= 1 &&
-                          numbers.size() == 3 + kOfGroup * static_cast<size_t>(numbers[0]),
-                      "layout: expected 3 numbers and 13 for each group, found ", numbers.size());
-    meta_at = numbers[1], bytes = numbers[2];
+    constexpr size_t kFirst = 5;
+    TORCH_CHECK_VALUE(numbers.size() >= kFirst && numbers[0] >= 1 &&
+                          numbers.size() == kFirst + kOfGroup * static_cast<size_t>(numbers[0]),
+                      "layout: expected 5 numbers and 13 for each group, found ", numbers.size());
+    meta_at = numbers[1], bytes = numbers[2], decay_at = numbers[3], decay_floats = numbers[4];
+    TORCH_CHECK_VALUE(decay_floats >= 0 && decay_floats <= 2 && decay_at >= 0 && decay_at % 8 == 0 &&
+                          decay_at + 8 * decay_floats <= meta_at,
+                      "layout: a record has no place for ", decay_floats, " numbers at ", decay_at);
     TORCH_CHECK_VALUE(meta_at >= 0 && meta_at % 8 == 0 && bytes % 16 == 0 &&
                           meta_at + static_cast<int64_t>(sizeof(Meta)) <= bytes,
                       "layout: a record of ", bytes, " bytes has no place at ", meta_at);
-    for (size_t at = 3; at < numbers.size(); at += kOfGroup) {
+    for (size_t at = kFirst; at < numbers.size(); at += kOfGroup) {
       groups.push_back({numbers[at], width, Layout(numbers.slice(at + 1, kOfGroup - 1))});
       const GroupLayout& group = groups.back();
       TORCH_CHECK_VALUE(group.begin >= 0 && group.begin % 4 == 0 && group.begin + group.row.bytes <= meta_at,
@@ -100,6 +107,37 @@ struct Records {
     const char* const at = (*this)[row];
     for (int64_t offset = begin; offset < std::min(end, begin + kMostAhead); offset += 64) __builtin_prefetch(at + offset, 1);
     __builtin_prefetch(at + end - 1, 1);
+  }
+};
+
+// How much of their values rows keep, where tables decay: sums of log(1 - rate decay) over the steps of each table.
+struct Decay {
+  const double* sums = nullptr;  // null: rows keep all
+  int64_t tables = 0, at = 0, floats = 0, meta_at = 0;
+
+  Decay() = default;
+  Decay(const std::optional<at::Tensor>& sums_, const RecordLayout& layout)
+      : at(layout.decay_at), floats(layout.decay_floats), meta_at(layout.meta_at) {
+    TORCH_CHECK_VALUE(sums_.has_value() == (floats > 0), "decayed: expected where records know how far they are decayed");
+    if (!sums_.has_value()) return;
+    TORCH_CHECK_VALUE(sums_->scalar_type() == at::kDouble && sums_->dim() == 1 && sums_->numel() > 0 && sums_->is_contiguous(),
+                      "decayed: expected contiguous float64 [tables]");
+    sums = sums_->const_data_ptr<double>(), tables = sums_->numel();
+  }
+
+  TESSERA_INLINE double sum_of(const char* record) const {
+    const int64_t table = reinterpret_cast<const Meta*>(record + meta_at)->table();
+    return sums[std::min(table, tables - 1)];
+  }
+  TESSERA_INLINE float factor_of(const char* record) const {
+    const auto* const seen = reinterpret_cast<const double*>(record + at);
+    const double since = sum_of(record) - seen[0];
+    return static_cast<float>(std::exp(floats == 2 ? since * seen[1] : since));
+  }
+  TESSERA_INLINE void set(char* record, double power) const {
+    auto* const seen = reinterpret_cast<double*>(record + at);
+    seen[0] = sum_of(record);
+    if (floats == 2) seen[1] = std::pow(static_cast<double>(reinterpret_cast<const Meta*>(record + meta_at)->count), -power);
   }
 };
 

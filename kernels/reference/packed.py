@@ -14,7 +14,7 @@ from tessera.kernels.reference import random
 from tessera.kernels.reference.chunks import by_chunk
 from tessera.kernels.reference.gather import checked
 from tessera.kernels.reference.quantise import dequantised, fake_quantise, rounded, scale_gradient
-from tessera.kernels.reference.update import merged, step
+from tessera.kernels.reference.update import decay, merged, step
 
 LEAST_SHRINK = 0.5  # of a scale in one update, so that it stays above zero
 
@@ -65,6 +65,7 @@ def packed_update(
     layout: Sequence[int],
     settings: Sequence[float],
     stream: int,
+    kept: Tensor | None = None,
 ) -> None:
     where = RowLayout(*layout)
     grads = merged(grads, rows, inverse)
@@ -73,6 +74,8 @@ def packed_update(
     for chunk, positions, local in by_chunk(chunks, rows):
         parts = Parts(chunk[local], where)
         w = dequantised(parts.codes, parts.scales, where.format, where.dim)
+        if kept is not None:
+            decay(where.optimizer, w, parts.state, kept[positions], settings)
         step(where.optimizer, w, parts.state, grads[positions], settings)
         if held is None:
             parts.codes = _codes(w, parts.scales, where, ids[positions], stream)

@@ -15,6 +15,7 @@ from tessera.kernels.reference.gather import checked
 from tessera.kernels.reference.id_map import id_map_find
 from tessera.kernels.reference.packed import Parts
 from tessera.kernels.reference.quantise import dequantised, rounded
+from tessera.kernels.reference.update import decay
 from tessera.kernels.reference.update import step as optimizer_step
 
 TABLE_BITS = (1 << 32) - 1
@@ -158,14 +159,51 @@ def records_write(chunks: Sequence[Tensor], rows: Tensor, stored: Tensor, layout
         chunk[local, begin : begin + stored.shape[1]] = stored if len(stored) == 1 else stored[positions]
 
 
-def records_gather(chunks: Sequence[Tensor], rows: Tensor, layout: Sequence[int], inverse: Tensor | None) -> Tensor:
+def records_gather(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    layout: Sequence[int],
+    inverse: Tensor | None,
+    decayed: Tensor | None = None,
+) -> Tensor:
     where = layout_of(layout)
+    _check_decayed(where, decayed)
     result = torch.zeros((rows.numel(), where.width), device=rows.device)
     for chunk, positions, local in by_chunk(chunks, rows):
         block = chunk[local]
         groups = zip(where.groups, where.begins, strict=True)
-        result[positions] = torch.cat([_values(block, group, begin) for group, begin in groups], dim=1)
+        values = torch.cat([_values(block, group, begin) for group, begin in groups], dim=1)
+        result[positions] = values if decayed is None else values * kept(block, where, decayed)[:, None]
     return result if inverse is None else result[checked(inverse, rows)]
+
+
+def _check_decayed(layout: RecordLayout, decayed: Tensor | None) -> None:
+    if (decayed is not None) != (layout.decay_floats > 0):
+        raise ValueError("decayed: expected where records know how far they are decayed")
+
+
+def kept(block: Tensor, layout: RecordLayout, decayed: Tensor) -> Tensor:
+    """Return how much of their values records keep up to now: float32 [n]. decayed: float64 [tables]."""
+    seen = _seen(block, layout)
+    since = decayed[_tables_in(block, layout, decayed.numel())] - seen[:, 0]
+    return (since if layout.decay_floats == 1 else since * seen[:, 1]).exp().float()
+
+
+def _seen(block: Tensor, layout: RecordLayout) -> Tensor:
+    part = _copied(block[:, layout.decay_at : layout.decay_at + 8 * layout.decay_floats])
+    return part.view(torch.float64).reshape(block.shape[0], layout.decay_floats)
+
+
+def _tables_in(block: Tensor, layout: RecordLayout, tables: int) -> Tensor:
+    return (meta_of(block, layout)[:, TABLE] & TABLE_BITS).clamp(max=tables - 1)
+
+
+def _set_decayed(block: Tensor, layout: RecordLayout, decayed: Tensor, power: float) -> None:
+    seen = decayed[_tables_in(block, layout, decayed.numel())][:, None]
+    if layout.decay_floats == 2:
+        seen = torch.cat([seen, meta_of(block, layout)[:, COUNT, None].double() ** -power], dim=1)
+    end = layout.decay_at + 8 * layout.decay_floats
+    block[:, layout.decay_at : end] = seen.contiguous().view(torch.uint8).reshape(len(block), -1)
 
 
 def _values(block: Tensor, group: RowLayout, begin: int) -> Tensor:
@@ -187,21 +225,27 @@ def records_update(
     settings: Sequence[float],
     step: int,
     mark: int,
+    decayed: Tensor | None = None,
+    power: float = 0.0,
 ) -> None:
     where = layout_of(layout)
+    _check_decayed(where, decayed)
     sums = _summed(grads, rows, order, begins)
     for chunk, positions, local in by_chunk(chunks, rows):
         block = chunk[local]
         parts = sums[positions].split([group.dim for group in where.groups], dim=1)
         meta = meta_of(block, where)
-        tables = (meta[:, TABLE] & TABLE_BITS).clamp(max=keys.shape[0] - 1)
+        tables = _tables_in(block, where, keys.shape[0])
+        left = None if decayed is None else kept(block, where, decayed)
         for number, (group, begin) in enumerate(zip(where.groups, where.begins, strict=True)):
             streams = random.stream_at(keys[tables, number, 1], step)
-            batch = Batch(parts[number], rates[tables], streams, meta[:, ID])
+            batch = Batch(parts[number], rates[tables], streams, meta[:, ID], left)
             _step_group(block, group, begin, batch, settings)
         if mark > 0:
             meta[:, TABLE] = (meta[:, TABLE] & TABLE_BITS) | mark << 32
             set_meta(block, where, meta)
+        if decayed is not None:
+            _set_decayed(block, where, decayed, power)
         chunk[local] = block
 
 
@@ -216,12 +260,14 @@ def _summed(grads: Tensor, rows: Tensor, order: Tensor | None, begins: Tensor | 
 
 
 class Batch(NamedTuple):
-    """Of each record [n]: its gradients [n, dim], learning rate, stream of random rounding, and id."""
+    """Of each record [n]: its gradients [n, dim], learning rate, stream of random rounding, id, and how much of its
+    values it keeps, where tables decay."""
 
     grads: Tensor
     rates: Tensor
     streams: Tensor
     ids: Tensor
+    kept: Tensor | None = None
 
 
 def _step_group(block: Tensor, group: RowLayout, begin: int, batch: Batch, settings: Sequence[float]) -> None:
@@ -244,6 +290,8 @@ def _step_group(block: Tensor, group: RowLayout, begin: int, batch: Batch, setti
 
 def _step(optimizer: str, values: Tensor, state: Tensor, batch: Batch, settings: Sequence[float]) -> None:
     """Apply one step to values and state of rows, in place, at the rate of each."""
+    if batch.kept is not None:
+        decay(optimizer, values, state, batch.kept, settings)
     rates = batch.rates.unique().tolist()
     for rate in rates:
         own = (batch.rates == rate).nonzero().flatten()

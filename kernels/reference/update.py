@@ -54,6 +54,16 @@ def step(optimizer: str, w: Tensor, state: Tensor, g: Tensor, settings: Sequence
         ftrl(w, state, g, learning_rate, beta, l1, l2)
 
 
+def decay(optimizer: str, w: Tensor, state: Tensor, kept: Tensor, settings: Sequence[float]) -> None:
+    """Let values w [n, dim] keep a part of themselves, float32 [n], in place. Values of FTRL follow from its z: of that
+    what lies beyond l1 is kept in the same measure."""
+    w *= kept[:, None]
+    if optimizer == "ftrl":
+        z, l1 = state[:, : w.shape[1]], settings[6]
+        bound = torch.full_like(z, l1).copysign(z)
+        z.copy_(torch.where(z.abs() <= l1, z, bound + kept[:, None] * (z - bound)))
+
+
 def adagrad(w: Tensor, s: Tensor, g: Tensor, learning_rate: float, eps: float) -> None:
     s += g * g
     w -= learning_rate * g / (s.sqrt() + eps)

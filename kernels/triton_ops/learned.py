@@ -68,7 +68,7 @@ def packed_learn_scales(
     launch(
         _learn_kernel,
         -(-count // plan.tile.rows),
-        RowsToUpdate(place.bases, rows, ids, held, note),
+        RowsToUpdate(place.bases, rows, ids, held, note, note),
         gradients.grads,
         count,
         place.total,

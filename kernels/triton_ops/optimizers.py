@@ -187,6 +187,16 @@ def adam_half(w, g, address, cells, key, n, STEP: tl.constexpr):
 
 
 @triton.jit
+def decayed_ftrl(state, kept, cells, n, ALIGN: tl.constexpr):
+    """Let z keep a part of what lies beyond l1: values of FTRL follow from it."""
+    at = aligned(state, ALIGN, tl.float32) + cells.column
+    z = tl.load(at, mask=cells.mask, other=0.0)
+    bound = tl.where(z < 0, -n.l1, n.l1)
+    tl.store(at, tl.where(tl.abs(z) <= n.l1, z, bound + kept * (z - bound)), mask=cells.mask)
+    tl.debug_barrier()  # the step reads it again
+
+
+@triton.jit
 def ftrl(w, g, state, cells, n, DIM: tl.constexpr, ALIGN: tl.constexpr):
     column, mask = cells.column, cells.mask
     first = aligned(state, ALIGN, tl.float32)

@@ -21,7 +21,7 @@ from tessera.kernels.triton_ops.faults import check_interpreted, known_rows, not
 from tessera.kernels.triton_ops.gather import rows_at
 from tessera.kernels.triton_ops.launch import Tile, kernel, launch, tile, warps_of
 from tessera.kernels.triton_ops.merge import Summing, merge, merged
-from tessera.kernels.triton_ops.optimizers import Step, numbers, step
+from tessera.kernels.triton_ops.optimizers import FTRL, Step, decayed_ftrl, numbers, step
 from tessera.kernels.triton_ops.rows import Chunk, Place, place_of
 
 
@@ -118,6 +118,7 @@ class RowsToUpdate(NamedTuple):
     ids: Tensor
     held: Tensor
     note: Tensor
+    kept: Tensor
 
 
 class UpdatePlan(NamedTuple):
@@ -130,6 +131,7 @@ class UpdatePlan(NamedTuple):
     values_at: int
     chunk: Chunk
     tile: Tile
+    decays: bool = False
 
 
 @kernel
@@ -152,6 +154,11 @@ def _update_kernel(given, grads, count, total, stream, hyper, PLAN: tl.constexpr
         key = arithmetic.row_key(stream, tl.load(given.ids + at, mask=inside, other=0))[:, None]
     values = address + PLAN.values_at
     w = arithmetic.load_values(values, column, cells.mask, size, PLAN.stored.format, PLAN.stored.bits)
+    if PLAN.decays:
+        kept = tl.load(given.kept + at, mask=inside, other=1.0)[:, None]
+        w *= kept
+        if PLAN.step.optimizer == FTRL:
+            decayed_ftrl(address + PLAN.step.state_at, kept, cells, hyper, PLAN.step.align)
     w = step(w, g, address, cells, key, hyper, PLAN.step)
     if PLAN.hold:
         inside_row = inside[:, None] & (column < dim)
@@ -181,17 +188,18 @@ def packed_update(
     layout: Sequence[int],
     settings: Sequence[float],
     stream: int,
+    kept: Tensor | None = None,
 ) -> None:
     place, where = place_of(chunks, rows.device), RowLayout(*layout)
     rows, ids, count = rows.contiguous(), ids.contiguous(), rows.numel()
     note = note_of(rows.device, place.total, count)
     gradients = merge(grads, inverse, count, note)
     of_rows = Step(where.optimizer_number, where.dim, where.state_at, where.moments_at, where.moments > 0)
-    plan = update_plan(place, where, gradients.how, of_rows)._replace(hold=held is not None)
+    plan = update_plan(place, where, gradients.how, of_rows)._replace(hold=held is not None, decays=kept is not None)
     launch(
         _update_kernel,
         -(-count // plan.tile.rows),
-        RowsToUpdate(place.bases, rows, ids, gradients.grads.grads if held is None else held, note),
+        RowsToUpdate(place.bases, rows, ids, _or(held, gradients.grads.grads), note, _or(kept, note)),
         gradients.grads,
         count,
         place.total,
@@ -201,6 +209,10 @@ def packed_update(
         warps=1,
     )
     check_interpreted(rows.device)
+
+
+def _or(given: Tensor | None, other: Tensor) -> Tensor:
+    return other if given is None else given.contiguous()
 
 
 def update_plan(place: Place, layout: RowLayout, how: Summing, step: Step) -> UpdatePlan:

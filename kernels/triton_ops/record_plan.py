@@ -56,6 +56,8 @@ class Records(NamedTuple):
     rows: int
     groups: tuple[Group, ...]
     parts: int  # how many groups
+    decay_at: int
+    decay_floats: int
 
 
 def place_of_records(chunks: Sequence[Tensor], layout: RecordLayout, device: torch.device) -> Place:
@@ -89,7 +91,8 @@ def plan_of(place: Place, layout: RecordLayout) -> Records:
         column += group.dim
     widest = max(group.columns for group in groups)
     rows = max(1, _SPREAD // widest)
-    return Records(place.chunk, layout.meta_at, layout.width, rows, tuple(groups), len(groups))
+    decay = (layout.decay_at, layout.decay_floats)
+    return Records(place.chunk, layout.meta_at, layout.width, rows, tuple(groups), len(groups), *decay)
 
 
 def _group(group: RowLayout, begin: int, column: int, end: int) -> Group:

@@ -11,20 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from tessera.kernels.optimizers import OPTIMIZERS
-from tessera.kernels.record_layout import ID, TABLE, layout_of
+from tessera.kernels.record_layout import COUNT, ID, TABLE, RecordLayout, layout_of
 from tessera.kernels.reference.bits import signed
 from tessera.kernels.reference.random import GOLDEN
 from tessera.kernels.triton_ops import arithmetic
 from tessera.kernels.triton_ops.faults import check_interpreted, known_positions, known_rows, note_of
 from tessera.kernels.triton_ops.gather import rows_at
 from tessera.kernels.triton_ops.launch import Tile, kernel, launch, tile, warps_of
-from tessera.kernels.triton_ops.optimizers import FTRL, Numbers, numbers, step
+from tessera.kernels.triton_ops.optimizers import FTRL, Numbers, decayed_ftrl, numbers, step
 from tessera.kernels.triton_ops.record_plan import Records, load_group, place_of_records, plan_of
 
 PIECE = 64  # positions that are summed by one program where a row has many
 LONG = 2 * PIECE  # a row of more positions has some summed by others
 TURN = tl.constexpr(4)  # gradients asked for before the first is added
-_ID, _TABLE = tl.constexpr(ID), tl.constexpr(TABLE)
+_COUNT, _ID, _TABLE = tl.constexpr(COUNT), tl.constexpr(ID), tl.constexpr(TABLE)
 _TABLE_MASK = tl.constexpr((1 << 32) - 1)
 
 
@@ -34,26 +34,56 @@ class _Read(NamedTuple):
     rows: Tensor
     inverse: Tensor
     note: Tensor
+    decayed: Tensor
+
+
+@triton.jit
+def _sum_now(decayed, tables, address, known, PLAN: tl.constexpr):
+    """Return the sum of log(1 - rate decay) over the steps of each record's table: float64 [ROWS, 1]."""
+    meta = (address + PLAN.meta_at).to(tl.pointer_type(tl.int64))
+    table = tl.minimum(tl.load(meta + _TABLE, mask=known, other=0) & _TABLE_MASK, tables - 1)
+    return tl.load(decayed + table, mask=known, other=0.0)
+
+
+@triton.jit
+def _kept(decayed, tables, address, known, PLAN: tl.constexpr):
+    """Return how much of their values records keep up to now: float32 [ROWS, 1]."""
+    seen = (address + PLAN.decay_at).to(tl.pointer_type(tl.float64))
+    since = _sum_now(decayed, tables, address, known, PLAN) - tl.load(seen, mask=known, other=0.0)
+    if PLAN.decay_floats == 2:
+        since *= tl.load(seen + 1, mask=known, other=0.0)
+    return tl.exp(since).to(tl.float32)
 
 
 @kernel
-def _records_gather_kernel(given, positions, count, total, HAS_INVERSE: tl.constexpr, PLAN: tl.constexpr):
+def _records_gather_kernel(given, positions, count, total, tables, HAS_INVERSE: tl.constexpr, PLAN: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * PLAN.rows + tl.arange(0, PLAN.rows)
     inside = at < positions
     row = rows_at(given, at, inside, count, HAS_INVERSE)
     known = known_rows(row, inside, total, given.note)
     address = arithmetic.address_of(given.bases, row, known, PLAN.chunk)[:, None]
     parts: tl.constexpr = PLAN.parts
+    if PLAN.decay_floats > 0:
+        kept = _kept(given.decayed, tables, address, known[:, None], PLAN)
     for k in tl.static_range(parts):
         value, _ = load_group(address, known[:, None], PLAN.groups[k])
+        if PLAN.decay_floats > 0:
+            value *= kept
         column = tl.arange(0, PLAN.groups[k].columns)[None, :]
         value = tl.where(known[:, None], value, 0.0)
         out = given.out + at[:, None] * PLAN.width + PLAN.groups[k].column + column
         tl.store(out, value, mask=inside[:, None] & (column < PLAN.groups[k].dim))
 
 
-def records_gather(chunks: Sequence[Tensor], rows: Tensor, layout: Sequence[int], inverse: Tensor | None) -> Tensor:
+def records_gather(
+    chunks: Sequence[Tensor],
+    rows: Tensor,
+    layout: Sequence[int],
+    inverse: Tensor | None,
+    decayed: Tensor | None = None,
+) -> Tensor:
     where = layout_of(layout)
+    decayed = _checked(where, decayed, rows)
     place, rows = place_of_records(chunks, where, rows.device), rows.contiguous()
     count = rows.numel() if inverse is None else inverse.numel()
     out, plan = torch.empty((count, where.width), device=rows.device), plan_of(place, where)
@@ -61,16 +91,24 @@ def records_gather(chunks: Sequence[Tensor], rows: Tensor, layout: Sequence[int]
     launch(
         _records_gather_kernel,
         -(-count // plan.rows),
-        _Read(out, place.bases, rows, index, note_of(rows.device, place.total, rows.numel())),
+        _Read(out, place.bases, rows, index, note_of(rows.device, place.total, rows.numel()), decayed),
         count,
         rows.numel(),
         place.total,
+        decayed.numel(),
         HAS_INVERSE=inverse is not None,
         PLAN=plan,
         warps=warps_of(Tile(plan.width, plan.rows, plan.groups[0].columns)),
     )
     check_interpreted(rows.device)
     return out
+
+
+def _checked(layout: RecordLayout, decayed: Tensor | None, rows: Tensor) -> Tensor:
+    """Return `decayed`, or where records do not decay what stands for it. Raises ValueError."""
+    if (decayed is not None) != (layout.decay_floats > 0):
+        raise ValueError("decayed: expected where records know how far they are decayed")
+    return rows if decayed is None else decayed.contiguous()
 
 
 class _Merged(NamedTuple):
@@ -191,6 +229,7 @@ class _Update(NamedTuple):
     rates: Tensor
     starts: Tensor
     note: Tensor
+    decayed: Tensor
 
 
 @triton.jit
@@ -229,9 +268,19 @@ def rounding_key(keys, place, turn, id_):
     return arithmetic.mix64(arithmetic.hash_of(id_) ^ stream)
 
 
+@triton.jit
+def _set_decayed(given, tables, address, known, power, PLAN: tl.constexpr):
+    seen = (address + PLAN.decay_at).to(tl.pointer_type(tl.float64))
+    tl.store(seen, _sum_now(given.decayed, tables, address, known, PLAN), mask=known)
+    if PLAN.decay_floats == 2:
+        meta = (address + PLAN.meta_at).to(tl.pointer_type(tl.int64))
+        count = tl.load(meta + _COUNT, mask=known, other=1).to(tl.float64)
+        tl.store(seen + 1, tl.exp(-power * tl.log(count)), mask=known)
+
+
 @kernel
 def _records_update_kernel(
-    given, grads, hyper, count, total, positions, tables, stream, mark, SUM: tl.constexpr, PLAN: tl.constexpr
+    given, grads, hyper, count, total, positions, tables, stream, mark, power, SUM: tl.constexpr, PLAN: tl.constexpr
 ):
     at = tl.program_id(0).to(tl.int64) * PLAN.rows + tl.arange(0, PLAN.rows)
     inside = at < count
@@ -244,12 +293,19 @@ def _records_update_kernel(
     table = tl.load(meta + _TABLE, mask=known, other=0) & _TABLE_MASK
     table = tl.minimum(table, tables - 1)
     n = _numbers_of(given, table, known, hyper, PLAN.groups[0].step.optimizer)
+    if PLAN.decay_floats > 0:
+        kept = _kept(given.decayed, tables, address, known, PLAN)
     parts: tl.constexpr = PLAN.parts
     for k in tl.static_range(parts):
         column = tl.arange(0, PLAN.groups[k].columns)[None, :]
         g = _summed(grads, at, is_known, positions, PLAN.groups[k], SUM)
         cells = arithmetic.Cells(column, known, known & (column < PLAN.groups[k].dim))
         w, size = load_group(address, known, PLAN.groups[k])
+        if PLAN.decay_floats > 0:
+            w *= kept
+            if PLAN.groups[k].step.optimizer == FTRL:
+                state = address + PLAN.groups[k].step.state_at
+                decayed_ftrl(state, kept, cells, n, PLAN.groups[k].step.align)
         key = tl.full(address.shape, 0, tl.uint64)
         if PLAN.groups[k].step.half_moments or not (PLAN.groups[k].stored.nearest or PLAN.groups[k].plain):
             key = rounding_key(given.keys, table * parts + k, stream, id_)
@@ -258,6 +314,8 @@ def _records_update_kernel(
         arithmetic.store_values(values, cells, w, size, key, 0, PLAN.groups[k].stored, PLAN.groups[k].align)
     upper = mark.to(tl.int64) << 32
     tl.store(meta + _TABLE, table | upper + tl.zeros_like(table), mask=known & (upper > 0))
+    if PLAN.decay_floats > 0:
+        _set_decayed(given, tables, address, known, power, PLAN)
 
 
 def records_update(
@@ -272,8 +330,11 @@ def records_update(
     settings: Sequence[float],
     step: int,
     mark: int,
+    decayed: Tensor | None = None,
+    power: float = 0.0,
 ) -> None:
     where = layout_of(layout)
+    decayed = _checked(where, decayed, rows)
     place, rows, count = place_of_records(chunks, where, rows.device), rows.contiguous(), rows.numel()
     note, plan = note_of(rows.device, place.total, grads.shape[0]), plan_of(place, where)
     merged, how = _merged(grads.contiguous(), order, begins, note, plan)
@@ -281,7 +342,7 @@ def records_update(
     launch(
         _records_update_kernel,
         -(-count // plan.rows),
-        _Update(place.bases, rows, keys, rates, _starts(rates, settings) if ftrl else rates, note),
+        _Update(place.bases, rows, keys, rates, _starts(rates, settings) if ftrl else rates, note, decayed),
         merged,
         numbers(settings),
         count,
@@ -290,6 +351,7 @@ def records_update(
         rates.numel(),
         signed(step + GOLDEN),
         mark,
+        power,
         SUM=how,
         PLAN=plan,
         warps=1,

@@ -45,7 +45,7 @@ def keys_of(section: type, prefix: str, leave_out: tuple[str, ...] = ()) -> list
 STATIC = keys_of(EmbeddingConfig, "embedding", (*OF_STATIC, "admission", "alpt"))
 STATIC += keys_of(Admission, "embedding.admission") + keys_of(AlptConfig, "embedding.alpt")
 STATIC += ["optimizer.sparse.weight_decay=0.1", "optimizer.sparse.initial_accumulator=0.1"]
-STATIC += ["optimizer.sparse.state_format=bf16", "optimizer.sparse.old_rows_factor=0.5"]
+STATIC += ["optimizer.sparse.decay=0.1", "optimizer.sparse.state_format=bf16", "optimizer.sparse.old_rows_factor=0.5"]
 OF_OPTIMIZERS = {
     "beta1=0.5": ("adam",),
     "beta2=0.5": ("adam",),
@@ -67,6 +67,7 @@ DYNAMIC = {
     "embedding.range=0.1": ["embedding.format=int4"],
     "embedding.scale=0.1": ["embedding.formats={v: int2}"],
     "embedding.eviction=lru": ["embedding.max_rows=10000"],
+    "optimizer.sparse.decay_count_power=1": ["optimizer.sparse.decay=0.1"],
     "optimizer.plateau.patience=2": ["optimizer.plateau.factor=0.5"],
     "optimizer.plateau.floor=0.1": ["optimizer.plateau.factor=0.5"],
 }
@@ -115,7 +116,7 @@ def test_optimizers_refuse_each_others_keys(override, name):
 
 
 def test_every_key_of_one_optimizer_alone_is_looked_at():
-    common = {"name", "lr", "weight_decay", "warmup_steps", "old_rows_factor"}
+    common = {"name", "lr", "weight_decay", "warmup_steps", "old_rows_factor", "decay", "decay_count_power"}
     own = {override.partition("=")[0] for override in OF_OPTIMIZERS}
     assert own | common == {field.name for field in fields(SparseConfig)}
 

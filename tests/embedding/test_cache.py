@@ -22,6 +22,8 @@ KINDS = {
     **{name: (FP32, RowOptimizer(name, lr=0.1)) for name in ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl")},
     "old rows": (FP32, RowOptimizer("adagrad", lr=0.1, old_rows_factor=0.25)),
     **test_formats.CONFIGS,
+    "decay": (FP32, RowOptimizer("adam", lr=0.1, decay=0.5)),
+    "decay by count": (test_formats.CONFIGS["learned"][0], RowOptimizer("sgd", lr=0.1, decay=2, decay_count_power=1)),
     "old rows learned": (test_formats.CONFIGS["learned"][0], RowOptimizer("sgd", lr=0.1, old_rows_factor=0.25)),
 }
 POOL = [0, 1, -1, 2**63 - 1, -(2**63), *range(1000, 1024), *range(-30, -20)]

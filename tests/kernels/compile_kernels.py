@@ -125,6 +125,7 @@ def call_packed(n: int, layout: RowLayout) -> None:
         batch = chunks, rows, rows, values, positions
         triton_ops.packed_gather(chunks, rows, one, positions)
         triton_ops.packed_update(*batch, None, one, SETTINGS, stream)
+        triton_ops.packed_update(*batch, None, one, SETTINGS, stream, steps)
         if layout.learned:
             held = values.clone()
             triton_ops.packed_update(*batch, held, one, SETTINGS, stream)
@@ -176,6 +177,10 @@ def call_records(n: int, groups: list[RowLayout], *, whole: bool) -> None:
         begins = None if order is None else torch.arange(n + 1)
         grads = torch.zeros((n, layout.width))
         triton_ops.records_update(chunks, rows, grads, order, begins, keys.numbers, rates, numbers, SETTINGS, 1, 0)
+    noted = record_layout(groups, decay_floats=2)
+    chunks, numbers = [torch.zeros((size, noted.bytes), dtype=torch.uint8) for size in (8, 8, 16)], noted.numbers
+    triton_ops.records_gather(chunks, rows, numbers, None, rates)
+    triton_ops.records_update(chunks, rows, grads, None, None, keys.numbers, rates, numbers, SETTINGS, 1, 0, rates, 0.5)
 
 
 def call_messages(n: int) -> None:

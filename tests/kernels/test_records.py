@@ -213,9 +213,10 @@ GROUPS = {
 }
 
 
-def life(groups, steps=2):
+def life(groups, steps=2, decay_floats=0):
     """Records after they were added, what is read of them, and records after updates; bytes of chunks, and values."""
-    layout, generator = record_layout(groups), torch.Generator().manual_seed(0)
+    layout, generator = record_layout(groups, decay_floats=decay_floats), torch.Generator().manual_seed(0)
+    decayed = -torch.tensor([0.1, 0.7, 3.0], dtype=torch.float64) if decay_floats else None
     tables = torch.randint(0, 3, (30,), generator=generator)
     ids, rows = torch.arange(30) * 2**57 - 5, torch.randperm(32, generator=generator)[:30]
     keys = keys_of(3, [[(7 * t + i, 9 + t, 0.1 * t) for i, _ in enumerate(groups)] for t in range(3)])
@@ -224,13 +225,17 @@ def life(groups, steps=2):
     records.add(chunks, rows, ids, tables, layout, keys, first, torch.arange(30), torch.arange(1, 31), 3)
     found, rows = [torch.cat(chunks)[rows]], torch.cat([rows, tensor([-1])])
     inverse = torch.randint(0, 31, (200,), generator=generator)
-    found.append(records.gather(chunks, rows, layout, inverse))
+    if decay_floats:
+        noted = torch.ones(1, decay_floats, dtype=torch.float64).mul_(0.5).view(torch.uint8)
+        records.write(chunks, rows, noted, layout, layout.decay_at)
+    found.append(records.gather(chunks, rows, layout, inverse, decayed))
     counts, rates = torch.bincount(inverse, minlength=31), torch.tensor([0.1, 0.03, 0.2], dtype=torch.float64)
     how = OptimizerSettings(0.1, weight_decay=0.01, l1=0.01, l2=0.1)
     for step in range(steps):
         grads, positions = torch.randn((200, layout.width), generator=generator), positions_of(inverse, counts)
-        records.update(chunks, rows, grads, layout, how, rates, keys, step, Positions(*positions), 4)
-    return [*found, torch.cat(chunks)[rows[:-1]], records.gather(chunks, rows, layout)]
+        decayed = None if decayed is None else decayed - 0.1
+        records.update(chunks, rows, grads, layout, how, rates, keys, step, Positions(*positions), 4, decayed, 0.5)
+    return [*found, torch.cat(chunks)[rows[:-1]], records.gather(chunks, rows, layout, None, decayed)]
 
 
 @needs_cpp
@@ -246,6 +251,34 @@ def test_kernels_for_gpus_give_the_bits_of_the_compiled_ones(kind):
     for ours, theirs in zip(*found, strict=True):
         assert not exact or ours.equal(theirs)
     torch.testing.assert_close(found[1][-1], found[0][-1], rtol=1e-2 if kind == "moments" else 1e-5, atol=1e-6)
+
+
+@needs_cpp
+@pytest.mark.parametrize("other", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("kind", ["plain", "ftrl", "int8", "moments"])
+def test_decayed_records_are_alike_on_all_backends(kind, other):
+    found = []
+    for name in ("cpp", other):
+        with use_backend(name):
+            found.append(life(GROUPS[kind], decay_floats=2))
+    without = life(GROUPS[kind])
+    assert (found[0][1].abs().sum() < without[1].abs().sum()) and not found[0][2].equal(found[0][0])
+    for place in (1, 3):
+        tolerance = 2e-2 if kind == "moments" else 1e-5
+        torch.testing.assert_close(found[1][place], found[0][place], rtol=tolerance, atol=1e-6)
+
+
+def test_how_far_rows_are_decayed_is_given_where_records_note_it():
+    layout = record_layout([plain_layout(16, "sgd")], decay_floats=1)
+    decayed = torch.zeros(1, dtype=torch.float64)
+    for one, told in ((layout, None), (PLAIN_SGD, decayed)):
+        with pytest.raises(ValueError, match="decayed: expected where records know how far they are decayed"):
+            records.gather(chunks_of(one), tensor([0]), one, None, told)
+        with pytest.raises(ValueError, match="decayed: expected where records know how far they are decayed"):
+            grads, every = torch.zeros(1, one.width), keys_of(0, [[(1, 2, 0.1)] * len(one.groups)])
+            records.update(chunks_of(one), tensor([0]), grads, one, SETTINGS, RATES[:1], every, 1, None, 0, told)
+    with pytest.raises(ValueError, match=r"decayed: expected float64 \[tables\], found torch.float32 \[1\]"):
+        records.gather(chunks_of(layout), tensor([0]), layout, None, decayed.float())
 
 
 @needs_cpp

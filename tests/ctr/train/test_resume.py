@@ -53,6 +53,16 @@ SETTINGS = {
         "embedding.tables.d={dim: 3, optimizer: ftrl, max_rows: 900, eviction: lru, pooled_output_dist: always}",
         "trainer.checkpoint.full_every=3",
     ],
+    "decay": [
+        "optimizer.sparse.decay=0.5",
+        "optimizer.sparse.decay_count_power=0.5",
+        "optimizer.sparse.warmup_steps=10",
+        "embedding.ttl_days=2",
+        "embedding.tables.c={format: int8, decay: 0.2}",
+        "embedding.tables.d={optimizer: ftrl, decay: 0}",
+        "trainer.checkpoint.full_every=3",
+    ],
+    "decayed scales": ["optimizer.sparse.decay=0.5", "embedding.format=int8", "embedding.alpt.every=2"],
     "static": [
         "embedding=static",
         "embedding.rows=300",
@@ -146,7 +156,11 @@ def test_a_finished_run_only_reports_again(ranks, data, tmp_path):
 
 @pytest.mark.parametrize(
     ("setting", "rounding"),
-    [("dynamic", 2e-5), *(pytest.param(one, 1e-3, marks=pytest.mark.slow) for one in ("tables", "int8"))],
+    [
+        ("dynamic", 2e-5),
+        *(pytest.param(one, 1e-3, marks=pytest.mark.slow) for one in ("tables", "int8")),
+        pytest.param("decay", 1e-3, marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_come_and_go(ranks, data, tmp_path, setting, rounding):
     """2 -> 1 -> 3 -> 2 ranks: every row as often as before, the loss as if nothing had happened, to rounding.
