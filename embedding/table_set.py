@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -16,19 +15,19 @@ from torch import Tensor
 
 from tessera.embedding import decay, growth
 from tessera.embedding.cold_queues import ColdQueues
-from tessera.embedding.config import DynamicTableConfig, key_of
-from tessera.embedding.errors import ConfigError
+from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.evicted import EvictedIds
 from tessera.embedding.record_store import RecordStore
 from tessera.embedding.rows_of_tables import RowsOfTable, RowsOfTables, Victims
 from tessera.embedding.set_admission import SetAdmission
+from tessera.embedding.set_layout import check_alike, keys_of_set
 from tessera.embedding.set_limits import SetLimits
 from tessera.embedding.set_snapshot import KeptRows, TableSnapshot
 from tessera.embedding.table import COUNTERS
 from tessera.kernels import backend, records
 from tessera.kernels.id_map import IdMap
 from tessera.kernels.record_layout import COUNT, RecordLayout
-from tessera.kernels.records import FirstValues, Keys, Positions, Unknown, keys_of
+from tessera.kernels.records import FirstValues, Positions, Unknown
 
 T = TypeVar("T")
 Seen = tuple[Tensor, Tensor, RecordLayout, int | Tensor, Tensor | None]  # what ops are told of a batch that is noted
@@ -66,7 +65,7 @@ class TableSet:
 
     def __init__(self, tables: Sequence[DynamicTableConfig], device: torch.device | str = "cpu") -> None:
         self.tables, self.device = tuple(tables), torch.device(device)
-        _check(self.tables)
+        check_alike(self.tables)
         first = self.tables[0]
         self.map = IdMap(device)
         self.store = RecordStore(first, device)
@@ -87,7 +86,7 @@ class TableSet:
         self.limits = SetLimits(self.tables, self.rows_of, self._queues)
         self._queues = self.limits.queues
         self._optimizer = first.optimizer
-        self._keys = _keys(self.tables, device)
+        self._keys = keys_of_set(self.tables, device)
         scales = tuple(group.scale for group in first.groups)
         self._first = FirstValues(self._optimizer.initial_accumulator, scales)
         self._kept: list[KeptRows] = []
@@ -387,31 +386,3 @@ def _each(rows: Tensor, counts: Sequence[int], what: Sequence[T | None]) -> Iter
         for table, (one, own) in enumerate(zip(what, rows.split(list(counts)), strict=True)):
             if one is not None and own.numel():
                 yield table, one, own
-
-
-def _keys(tables: Sequence[DynamicTableConfig], device: torch.device | str) -> Keys:
-    of_tables = [
-        [(table.key(group), key_of(f"{table.name}_{group.name}/rounding"), group.init_std) for group in table.groups]
-        for table in tables
-    ]
-    return keys_of(tables[0].seed, of_tables, device)
-
-
-def layout_key(table: DynamicTableConfig) -> tuple[object, ...]:
-    """Return what tables of one set have in common."""
-    kinds = [
-        (group.name, group.dim, group.format, group.rounding, group.scale, group.learned) for group in table.groups
-    ]
-    optimizer = replace(table.optimizer, lr=1.0, decay=float(table.decay_floats > 0))
-    return tuple(kinds), optimizer, table.seed
-
-
-def _check(tables: Sequence[DynamicTableConfig]) -> None:
-    assert tables, "a set without tables"
-    first, keys = tables[0], ("groups", "optimizer", "seed")
-    expected = dict(zip(keys, layout_key(first), strict=True))
-    for table in tables:
-        for key, found in zip(keys, layout_key(table), strict=True):
-            if found != expected[key]:
-                of_first = f"that of table {first.name}, {expected[key]}"
-                raise ConfigError(f"table {table.name}: {key} is {found}; expected {of_first}")

@@ -1,8 +1,9 @@
 """Rows of tables that have changed since an export was written, laid over it without rewriting it.
 
 What one publication changes lies in a folder of its own, which is never written again: of each table `rows.npy`, its
-rows in the order in which they were published (ids, then values and scales of each group, one behind the other), and
-`gone.npy`, the ids whose rows were given up; where rows decay, `decayed.npy`, how far they are then. In memory a table has the sorted ids of all that has changed and where
+rows in the order in which they were published (ids, then values and scales of each group, one behind the other, then
+what they note of decay), `gone.npy`, the ids whose rows were given up, and, where rows decay, `decayed.npy`, how far
+they are then. In memory a table has the sorted ids of all that has changed and where
 the row of each lies now, so that a look-up asks two indexes whatever the number of changes. The rows themselves are
 appended to a file without a name, mapped into memory: what has been read from it stays as it is, so that a version of
 a model goes on to read its own rows while the next one is made.

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tessera.ctr.serving.changes import write_changes
 from tessera.ctr.serving.conversion import Conversion
-from tessera.ctr.serving.description import FEATURES, TOWER, WEIGHTS, StoredProjection, StoredTable
 from tessera.ctr.serving.decay import Decay
+from tessera.ctr.serving.description import FEATURES, TOWER, WEIGHTS, StoredProjection, StoredTable
 from tessera.ctr.serving.errors import ExportError
 from tessera.ctr.serving.files import SealedWriter
 from tessera.ctr.serving.model_files import TablePlan, model_of, write_dense, write_static

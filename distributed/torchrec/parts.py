@@ -20,8 +20,9 @@ from tessera.embedding.alpt import TwoPassUpdate
 from tessera.embedding.cached_table import CachedTable
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.row_cache import CachedRows
+from tessera.embedding.set_layout import layout_key
 from tessera.embedding.set_table import RecordsUpdate, SetTable
-from tessera.embedding.table_set import TableSet, layout_key
+from tessera.embedding.table_set import TableSet
 from tessera.kernels.host_numbers import on_device
 from tessera.kernels.records import Positions
 from tessera.kernels.unique import positions_of, unique_inverse, unique_tables

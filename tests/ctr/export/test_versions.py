@@ -25,7 +25,7 @@ from tessera.ctr.export.golden import scores_of
 from tessera.ctr.network import build_model
 from tessera.ctr.serving import ExportError, Scorer
 from tessera.ctr.serving.versions import Versions
-from tessera.distributed.tables import as_dynamic
+from tessera.distributed.tables import as_dynamic, owned_tables
 from tests.ctr.export.models import awkward_rows, export, make_run, overrides_of, touch
 from tests.ctr.export.test_parity import digest
 from tests.distributed.saved_tables import alone
@@ -65,6 +65,8 @@ class Days:
         touch(self.process, self.config, self.model, path, seed=number, now=86400 * number)
         if dynamic := as_dynamic(self.model.module.tables):
             dynamic.expire(86400 * number, everywhere=True)
+        for table in owned_tables(self.model.module.tables).values():
+            table.decayed -= 0.2  # a day's, where rows decay
         self.scores.append(scores_of(self.model, self.config, ROWS))
         self.records.append(DayRecord(f"2026-01-{number:02d}", None, Stage.TRAINED, published=kind, step=number))
         self.publisher.publish(self.records)
@@ -128,6 +130,26 @@ def went_back_and_on_again(days: Days, versions: Versions, scorer: Scorer) -> No
     whole = versions.update(back)
     assert whole is not None
     np.testing.assert_allclose(whole(ROWS), days.scores[-1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_rows_that_no_change_holds_decay_with_each(process, tmp_path):
+    decay = ("optimizer.sparse.decay=0.5", "optimizer.sparse.decay_count_power=0.5", "embedding.formats={v: int8}")
+    days = Days(process, tmp_path, *decay, model="fm")
+    days.publish("full")
+    export(process, tmp_path)
+    versions = days.versions()
+    scorer = versions.begin()
+    for _ in range(3):
+        days.publish("delta")
+        scorer = versions.update(scorer)
+        assert scorer is not None
+        np.testing.assert_allclose(scorer(ROWS), days.scores[-1], rtol=0, atol=1e-6)
+    export(process, tmp_path, "anew")
+    assert scorer(ROWS).tolist() == Scorer.load(tmp_path / "anew")(ROWS).tolist()
+    tables = [scorer.table(one.name).table for one in scorer.description.tables]
+    assert all(table.decay_floats == 2 and table.decayed == pytest.approx(-0.8) for table in tables)
+    merged_is_an_export_made_anew(versions, scorer, tmp_path)
 
 
 @pytest.mark.slow
