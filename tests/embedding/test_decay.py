@@ -186,7 +186,9 @@ def test_a_snapshot_reads_rows_as_they_decayed_up_to_then():
 def test_rows_without_decay_take_no_bytes_and_a_row_freed_begins_anew():
     with_decay, without = (table_of(RowOptimizer("sgd", decay=decay)) for decay in (0.1, 0.0))
     assert without.config.decay_floats == 0 and with_decay.config.decay_floats == 1
-    assert with_decay.config.bytes_per_row == without.config.bytes_per_row + 8
+    records = with_decay.config.record, without.config.record
+    assert [record.meta_at for record in records] == [records[1].meta_at + 8, records[1].meta_at]
+    assert records[1].decay_at == 0 < records[0].decay_at
     table = table_of(RowOptimizer("sgd", lr=0.1, decay=0.5), ttl_seconds=5)
     first = table.gather(table.lookup(IDS[:1], 0))
     for step in range(6):
