@@ -41,8 +41,9 @@ class Hidden:
         self._parts: list[Tensor] = []
 
     def keep(self, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Remember a part of the batch: a forward pre-hook."""
-        self._parts.append(inputs[0])
+        """Remember a part of the batch: a forward pre-hook. Of several readings of a row the mean is kept."""
+        rows = inputs[0]
+        self._parts.append(rows if rows.dim() == 2 else rows.flatten(1, -2).mean(1))
 
     def take(self) -> Tensor:
         """Return them, float32 [n, H], and forget them."""

@@ -10,7 +10,7 @@ from tests.ctr.models.test_sequence_models import inputs as sequence_inputs
 from tests.ctr.models.test_sequence_models import tower_of
 from tests.ctr.models.test_towers import inputs, make, named
 
-WITHOUT = ["final_mlp", "fm", "fmfm", "fwfm", "lr"]
+WITHOUT = ["fcn", "final_mlp", "final_net", "fm", "fmfm", "fwfm", "lr"]
 FIELDS = named(2, 3)
 
 
@@ -28,7 +28,8 @@ def test_the_layer_is_the_last_one_that_the_logit_depends_on(model):
         moved = tower(numeric, embeddings) - logits
         layer.bias = before
     assert found.shape == (300, layer.in_features) and found.dtype == torch.float32
-    torch.testing.assert_close(moved, torch.ones(300, dtype=torch.float64))
+    assert moved[0] > 0, "it is the last layer, of one of several towers with a weight perhaps"
+    torch.testing.assert_close(moved, moved[:1].expand(300))
 
 
 @pytest.mark.parametrize("model", SEQUENCE_MODELS)
