@@ -92,7 +92,9 @@ def test_every_model_trains_or_says_what_it_needs(data, tmp_path, which):
         if which.startswith("one") and model not in CROSSES_NOTHING:
             assert "crosses fields" in result and "\n" not in result, (model, kind)
         else:
-            assert len(result) == 3 and result[-1] < 2, (model, kind, result)
+            # AFN's norms of logarithms have seen two steps when they are evaluated.
+            bound = 4 if model.startswith("afn") else 2
+            assert len(result) == 3 and result[-1] < bound, (model, kind, result)
 
 
 @pytest.mark.slow
