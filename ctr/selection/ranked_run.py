@@ -1,0 +1,89 @@
+"""Rank the fields of a run and write the result: `importance.json` for programs, a page with a chart for people."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tessera.ctr.config import Config, as_yaml
+from tessera.ctr.data.config import schema_of
+from tessera.ctr.network import build_model
+from tessera.ctr.output_folders import replacing_on_ranks
+from tessera.ctr.report.files import json_text
+from tessera.ctr.report.importance_page import importance_page
+from tessera.ctr.runs.score import load_model_of_run
+from tessera.ctr.selection.importance import METHODS, Importance, Ranking
+from tessera.ctr.train.engine import set_tf32, set_threads
+from tessera.ctr.train.evaluate import read_split
+from tessera.distributed.atomic import write_text
+from tessera.distributed.rank import Process
+from tessera.embedding.errors import ConfigError, did_you_mean
+
+PLACE, IMPORTANCE, PAGE = "importance", "importance.json", "importance.html"
+VERSION = 1
+
+
+def rank_run(
+    config: Config,
+    process: Process,
+    run_dir: Path,
+    method: str,
+    split: str = "valid",
+    repeats: int = 5,
+    output: Path | None = None,
+) -> tuple[Path, list[Importance]]:
+    """Write the ranking of a run's fields to a folder (default: importance/<method> in the run folder), on all ranks.
+
+    Returns the folder, and the fields, most important first.
+
+    Raises:
+        ConfigError: no such method or split, less than one repeat, or an output that is in the way.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"--method {method!r}" + did_you_mean(method, METHODS, f"expected {', '.join(METHODS)}"))
+    if repeats < 1:
+        raise ConfigError(f"--repeats is {repeats}; expected at least 1")
+    set_threads(config)
+    set_tf32(config, process)
+    config.trainer.shuffle = False
+    schema = schema_of(config.data)
+    reader = read_split(config, schema, process, split)
+    if reader is None:
+        raise ConfigError(f"data.{split} is null; there is nothing to rank the fields by")
+    model, _ = build_model(config, schema, process)
+    which, step = load_model_of_run(model, config, run_dir, process)
+    target = output or run_dir / PLACE / method
+    sources: list[str | Path] = [run_dir, config.data.path]
+    with replacing_on_ranks(process, target, "--output", "importance.py", sources, [run_dir / PLACE]) as folder:
+        ranking = Ranking(config, model, reader, process, split)
+        found = ranking.by(method, repeats)
+        if process.is_main:
+            told = as_json(ranking, found, method, split, repeats)
+            told |= {"run": str(run_dir), "model": which, "step": step}
+            write_result(folder, told)
+            (folder / "config.yaml").write_text(as_yaml(config))
+    return target, found
+
+
+def as_json(ranking: Ranking, found: list[Importance], method: str, split: str, repeats: int) -> dict[str, Any]:
+    """Return what importance.json says."""
+    permutes = method == "permutation"
+    return {
+        "version": VERSION,
+        "method": method,
+        "meaning": METHODS[method].format(metric=ranking.metric),
+        "split": split,
+        "rows": ranking.reader.rows,
+        "repeats": repeats if permutes else None,
+        "seed": ranking.config.trainer.seed if permutes else None,
+        "metric": ranking.metric if permutes else None,
+        "value": ranking.scores.get(ranking.metric) if permutes else None,
+        "fields": [{"rank": place, "name": one.name, **asdict(one)} for place, one in enumerate(found, 1)],
+    }
+
+
+def write_result(folder: Path, told: dict[str, Any]) -> None:
+    """Write importance.json and its page into a folder."""
+    write_text(folder / IMPORTANCE, json_text(told) + "\n")
+    write_text(folder / PAGE, importance_page(told, IMPORTANCE))
