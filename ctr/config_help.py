@@ -29,7 +29,8 @@ WRITTEN = {"daily.first": "daily.from", "daily.last": "daily.to"}
 
 def choices() -> dict[str, list[str]]:
     """Return the names of the yaml files of each group of `conf/` ("model")."""
-    folders = sorted(path for path in Path(conf.__file__).parent.iterdir() if path.name != "prepare")
+    others = ("prepare", "tune")  # which are no groups: their commands read them
+    folders = sorted(path for path in Path(conf.__file__).parent.iterdir() if path.name not in others)
     found = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
     return {group: names for group, names in found.items() if names}
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "report": ("report", "write the report of a run again"),
     "compare": ("compare", "is one run better than another, with intervals"),
     "sweep": ("sweep", "train a grid of settings with several seeds, one table"),
+    "tune": ("tune", "search for better settings, guided by the valid split"),
     "inspect": ("inspect_checkpoint", "what saved states hold, and whether they are whole"),
     "apply-delta": ("apply_delta", "bring a copy of the published model up to date"),
     "convert-tables": ("convert_tables", "store the rows of a run in another format"),
