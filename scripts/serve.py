@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,6 +108,8 @@ def _serve(options: argparse.Namespace) -> int:
     from tessera.ctr.serving.versions import Versions
 
     torch.set_num_threads(options.threads)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # of each table some files are mapped
     folder = options.export
     versions = None
     if options.follow:

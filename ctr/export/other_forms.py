@@ -61,10 +61,10 @@ def write_onnx(served: ServedTower, folder: Path, numeric: int, ids: int) -> str
             external_data=False,
             verbose=False,
         )
+        session = onnxruntime.InferenceSession(folder / ONNX, providers=["CPUExecutionProvider"])
     except Exception as error:  # of many kinds, from inside of torch
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"--onnx: torch.onnx cannot convert the tower: {reason}") from None
-    session = onnxruntime.InferenceSession(folder / ONNX, providers=["CPUExecutionProvider"])
     names = {one.name for one in session.get_inputs()}
     for count in (1, 300):
         inputs = inputs_of(served.tower.embedding_dims, numeric, ids, count, seed=count)

@@ -22,6 +22,7 @@ from tessera.ctr.serving.model_files import save_graph
 from tessera.ctr.serving.scorer import load_tower
 from tessera.embedding.errors import ConfigError
 from tests.ctr.export.models import overrides_of
+from tests.ctr.models.names import OF_ONE_LABEL
 from tests.ctr.models.test_towers import CASES, NUMERIC, make, named
 from tests.distributed.saved_tables import alone
 
@@ -108,7 +109,7 @@ def test_models_of_tessera_are_looked_at_where_it_is_asked_for(process, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("model", ["deepfm", "autoint", "fgcnn", "pin", "dcn_v2", "xdeepfm"])
+@pytest.mark.parametrize("model", OF_ONE_LABEL)
 def test_onnx_gives_the_same(tmp_path, model):
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")

@@ -350,7 +350,7 @@ def kill(event, arguments):
 follower = versions.Versions(folder / "export", str(folder / "run" / "published"), folder / "versions")
 scorer = follower.begin()
 sys.addaudithook(kill)
-newer = follower.update(scorer)
+newer = follower.update(scorer) or scorer
 if len(sys.argv) > 3:
     seen, moment = 0, int(sys.argv[3])
     follower.merge(newer)
