@@ -19,6 +19,7 @@ from tessera.ctr.data.synthetic import row_group_rows_of, write_synthetic
 from tessera.ctr.data.synthetic_funnel import FunnelConfig, write_funnel
 from tessera.ctr.data.synthetic_histories import HistoriesConfig, write_histories
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
+from tessera.ctr.semantic_ids import command as semantic_ids
 from tessera.embedding.errors import ConfigError
 
 # Option of `synthetic` -> help; type and default are those of the field of SyntheticConfig.
@@ -97,6 +98,7 @@ def add_kinds(parser: ArgumentParser) -> None:
     stats.add_argument("--against", nargs="+", help="another set, from which drift is measured: an earlier day")
     stats.add_argument("--output", type=Path, help="folder to make")
     stats.add_argument("--overwrite", action="store_true", help="replace statistics of an earlier call")
+    semantic_ids.add_kinds(kinds, written)
     synthetic.add_argument("--string-ids", action="store_true", help="ids as 16 hexadecimal digits")
     synthetic.add_argument("--threads", type=int, default=1, help="the files do not depend on it")
 
@@ -139,6 +141,10 @@ def prepare(options: Namespace) -> str:
         raise ConfigError("--output: found none, expected the folder to make")
     if options.kind == "stats":
         return _statistics(options)
+    if options.kind == semantic_ids.ASSIGN:
+        return semantic_ids.prepare(options, _writing(options, 16384))
+    if options.kind == semantic_ids.JOIN:
+        return semantic_ids.prepare(options)
     if options.kind == "synthetic":
         return _synthetic(options)
     if options.kind == "parquet":
