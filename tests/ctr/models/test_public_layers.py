@@ -82,6 +82,8 @@ def test_mmoe_is_that_of_deepctr_torch(peer):
         copy_dnn(theirs, None, ours, raised=50.0)
     for task in range(2):
         copy_dnn(model.gate_dnn[task], model.gate_dnn_final_layer[task], tower.gate[task].mlp)
+        for layer in (0, -1):  # so that probabilities are none of 0 and 1
+            tower.heads.nets[task][layer].weight.data.mul_(0.05)
         copy_dnn(model.tower_dnn[task], model.tower_dnn_final_layer[task], tower.heads.nets[task])
     logits, found = given_to(model, tower)
     torch.testing.assert_close(torch.sigmoid(logits), found, rtol=1e-4, atol=1e-6)
