@@ -46,6 +46,9 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key} is {value}, but data.valid is null: nothing is evaluated; expected {key}=null")
     check_unused(config)
     _check_labels(config)
+    config.selection.check()
+    if config.selection.method != "none" and trainer.compile:
+        raise ConfigError(f"selection.method is {config.selection.method}; expected trainer.compile=false, or none")
 
 
 def _check_labels(config: Config) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from tessera.ctr.daily.config import DailyConfig
 from tessera.ctr.data.config import DataConfig
 from tessera.ctr.distil.config import DistilConfig
+from tessera.ctr.selection.config import SelectionConfig
 from tessera.embedding.config import Admission, DynamicTableConfig, Group
 from tessera.embedding.optim import RowOptimizer, ScaleOptimizer
 from tessera.embedding.settings import same_as, section, setting
@@ -273,4 +274,5 @@ class Config:
     optimizer: OptimizerConfig = section(OptimizerConfig, "how dense weights and rows are updated")
     trainer: TrainerConfig = section(TrainerConfig, "the loop")
     daily: DailyConfig = section(DailyConfig, "the loop over days (tessera daily)")
+    selection: SelectionConfig = section(SelectionConfig, "gates that rank the fields while the model is trained")
     export: ExportConfig = section(ExportConfig, "what training promises of an export")

@@ -9,11 +9,13 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.instantiate import instantiate
+from tessera.ctr.instantiate import class_of, instantiate
 from tessera.ctr.models.batch_norm import BatchNorm
 from tessera.ctr.models.dropout import draw_masks, dropout_layers
 from tessera.ctr.models.numeric import Raw
 from tessera.ctr.models.tower import Events, Fields, SequenceGroup, Tower, drawn_inputs, logits_of
+from tessera.ctr.selection.field_groups import field_groups
+from tessera.ctr.selection.gates import FieldGates, attach, gates_of, make_gates
 from tessera.ctr.tables import build_tables
 from tessera.distributed.rank import Process
 from tessera.distributed.sequences import events_key
@@ -66,8 +68,16 @@ class Network(nn.Module):
     def _tell(self, batch: Batch) -> None:
         """Tell layers that treat rows differently which rows these are."""
         draw_masks(self._dropout, self.seed, self.step, batch.place)
+        gates = self.field_gates
+        if gates:
+            gates.begin_step(self.seed, self.step, batch.place)
         for norm in self._batch_norm:
             norm.real_rows = None if norm.of_events else batch.rows
+
+    @property
+    def field_gates(self) -> FieldGates | None:
+        """The gates that the tower reads its fields through, if it has any."""
+        return gates_of(self.tower)
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Return all that the dense optimizer trains: the tower's parameters and, by `embedding.oov`, the tables'
@@ -122,6 +132,9 @@ def build_tower(config: Config, schema: Schema) -> Tower:
         )
     if fields.numeric and isinstance(fields.embed_numeric(len(fields.numeric), 1), Raw):
         _check_raw(tower, fields, config)
+    gates = make_gates(config.selection, field_groups(schema))
+    if gates:
+        attach(gates, tower, fields, class_of(config.numeric))
     return tower
 
 

@@ -28,6 +28,7 @@ from tessera.ctr.export.dry_run import check_export
 from tessera.ctr.export.published import PublishedCheck
 from tessera.ctr.report.days import write_index
 from tessera.ctr.runs.log import RunLog
+from tessera.ctr.selection.config import refuse_gates
 from tessera.ctr.train.checkpoints import Checkpoints
 from tessera.ctr.train.engine import Engine, prepare_device
 from tessera.ctr.train.evaluate import evaluate
@@ -55,6 +56,7 @@ class Daily:
 
     def __init__(self, config: Config, process: Process) -> None:
         self.config, self.process = config, process
+        refuse_gates(config.selection, "what is retrained by day")
         prepare_device(config, process)
         schema = schema_of(config.data)
         check_export(config, process)

@@ -28,6 +28,7 @@ from tessera.ctr.export.tower import ServedTower, graph_of
 from tessera.ctr.network import build_model, fields_of
 from tessera.ctr.output_folders import replacing_on_ranks
 from tessera.ctr.runs.error_memory import width_of
+from tessera.ctr.selection.config import refuse_gates
 from tessera.ctr.serving.conversion import Conversion
 from tessera.ctr.serving.description import FEATURES, FORMAT, TOWER, StoredTable
 from tessera.ctr.serving.errors import ExportError
@@ -96,6 +97,7 @@ def export_model(
     """
     if process.world_size > 1:
         raise ConfigError(f"{COMMAND} is one process; found {process.world_size} ranks")
+    refuse_gates(config.selection, "an export")
     begun = time.monotonic()
     config = prepared(config)
     schema = schema_of(config.data)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from tessera.ctr.data.schema import Schema
 
 
@@ -48,6 +51,14 @@ def field_groups(schema: Schema) -> list[FieldGroup]:
         FieldGroup(tuple(names[at] for at in places if names[at] not in indicators), tuple(places))
         for places in groups.values()
     ]
+
+
+def places_of(groups: Sequence[FieldGroup]) -> Tensor:
+    """Return the number of the group of each field, int64 [fields]."""
+    places = torch.empty(sum(len(group.fields) for group in groups), dtype=torch.int64)
+    for number, group in enumerate(groups):
+        places[list(group.fields)] = number
+    return places
 
 
 def _unite(owner: dict[str, str], together: Sequence[str]) -> None:

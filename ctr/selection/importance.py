@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from tessera.ctr.network import Network, fields_of
 from tessera.ctr.selection.field_groups import FieldGroup, field_groups
 from tessera.ctr.selection.field_vectors import FieldVectors
 from tessera.ctr.selection.permutation import permuted, row_order
+from tessera.ctr.selection.result import Importance
 from tessera.ctr.selection.sensitivity import Means, Probe, RatioOfSums
 from tessera.ctr.train.step_pipeline import to_device
 from tessera.ctr.train.task_loss import TaskLoss
@@ -37,22 +37,6 @@ METHODS = {
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond them the normal distribution's is near.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 NORMAL_QUANTILE = 1.96
-
-
-@dataclass(frozen=True)
-class Importance:
-    """One line of the ranking. low, high: the bounds of a 95 % interval, None where one number does not give one;
-    metrics: how much each metric gets worse."""
-
-    features: tuple[str, ...]
-    importance: float
-    low: float | None
-    high: float | None
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return " + ".join(self.features)
 
 
 class Ranking:

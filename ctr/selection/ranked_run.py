@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,13 @@ from tessera.ctr.config import Config, as_yaml
 from tessera.ctr.data.config import schema_of
 from tessera.ctr.network import build_model
 from tessera.ctr.output_folders import replacing_on_ranks
-from tessera.ctr.report.files import json_text
-from tessera.ctr.report.importance_page import importance_page
 from tessera.ctr.runs.score import load_model_of_run
-from tessera.ctr.selection.importance import METHODS, Importance, Ranking
+from tessera.ctr.selection.importance import METHODS, Ranking
+from tessera.ctr.selection.result import PLACE, Importance, write_result
 from tessera.ctr.train.engine import set_tf32, set_threads
 from tessera.ctr.train.evaluate import read_split
-from tessera.distributed.atomic import write_text
 from tessera.distributed.rank import Process
 from tessera.embedding.errors import ConfigError, did_you_mean
-
-PLACE, IMPORTANCE, PAGE = "importance", "importance.json", "importance.html"
-VERSION = 1
 
 
 def rank_run(
@@ -59,18 +53,16 @@ def rank_run(
         ranking = Ranking(config, model, reader, process, split)
         found = ranking.by(method, repeats)
         if process.is_main:
-            told = as_json(ranking, found, method, split, repeats)
-            told |= {"run": str(run_dir), "model": which, "step": step}
-            write_result(folder, told)
+            about = _about(ranking, method, split, repeats) | {"run": str(run_dir), "model": which, "step": step}
+            write_result(folder, about, found)
             (folder / "config.yaml").write_text(as_yaml(config))
     return target, found
 
 
-def as_json(ranking: Ranking, found: list[Importance], method: str, split: str, repeats: int) -> dict[str, Any]:
-    """Return what importance.json says."""
+def _about(ranking: Ranking, method: str, split: str, repeats: int) -> dict[str, Any]:
+    """Return what importance.json says beside the fields."""
     permutes = method == "permutation"
     return {
-        "version": VERSION,
         "method": method,
         "meaning": METHODS[method].format(metric=ranking.metric),
         "split": split,
@@ -79,11 +71,4 @@ def as_json(ranking: Ranking, found: list[Importance], method: str, split: str, 
         "seed": ranking.config.trainer.seed if permutes else None,
         "metric": ranking.metric if permutes else None,
         "value": ranking.scores.get(ranking.metric) if permutes else None,
-        "fields": [{"rank": place, "name": one.name, **asdict(one)} for place, one in enumerate(found, 1)],
     }
-
-
-def write_result(folder: Path, told: dict[str, Any]) -> None:
-    """Write importance.json and its page into a folder."""
-    write_text(folder / IMPORTANCE, json_text(told) + "\n")
-    write_text(folder / PAGE, importance_page(told, IMPORTANCE))

@@ -20,17 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tessera.ctr.selection.field_groups import FieldGroup
+from tessera.ctr.selection.field_groups import FieldGroup, places_of
 from tessera.ctr.selection.field_vectors import per_field
 from tessera.distributed.collectives import sum_over_ranks
-
-
-def columns_of(groups: Sequence[FieldGroup]) -> Tensor:
-    """Return the group of each field, int64 [fields]."""
-    places = torch.empty(sum(len(group.fields) for group in groups), dtype=torch.int64)
-    for number, group in enumerate(groups):
-        places[list(group.fields)] = number
-    return places
 
 
 class Means:
@@ -62,7 +54,7 @@ class Probe:
     """
 
     def __init__(self, groups: Sequence[FieldGroup], means: Means | None, rows: int, like: Tensor) -> None:
-        self._places, self._means = columns_of(groups), means
+        self._places, self._means = places_of(groups), means
         self.masks = torch.ones(rows, len(groups), dtype=like.dtype, device=like.device, requires_grad=True)
         self.shifts = torch.zeros_like(self.masks, requires_grad=True)
 

@@ -30,6 +30,7 @@ class Engine:
     Attributes:
         model: the sharded `network`; plan: how its tables are sharded, as text.
         dynamic: the tables once more if they are dynamic ones, which have steps, expiry and scales; else None.
+        gates: those of the fields, if `selection` asks for them.
         loss: that to the labels; distil: the teacher's part of it, if there is one.
         progress: where training stands; its step and clock move with each step.
         pipeline: gets batches ready for their steps.
@@ -44,6 +45,7 @@ class Engine:
         self.model, self.plan = build_model(config, schema, process)
         self.network: Network = self.model.module
         self.tables: Tables = self.network.tables
+        self.gates = self.network.field_gates
         self.sharded, self.dynamic = as_sharded(self.tables), as_dynamic(self.tables)
         self.optimizers = Optimizers(config.optimizer, self.model)
         divisor, rate = config.trainer.loss_divisor, config.data.negative_rate
@@ -89,9 +91,11 @@ class Engine:
         self.optimizers.zero_grad()
         # This updates the rows of tables, too: kernels/pool.py, distributed/torchrec/answers.py, `_LookUp.backward` in
         # distributed/torchrec/kernel.py, parts.py beside it, `TableSet.update`, kernels/records.py.
-        ((loss_sum + teacher_loss + self._l2(embeddings)) * loss_scale).backward()
+        ((loss_sum + teacher_loss + self._added(embeddings)) * loss_scale).backward()
         check_gradients(self.network.dense_parameters(), self.step)
         self.optimizers.step()
+        if self.gates:
+            self.gates.after_step(self.optimizers.dense_lr)
         if learn_scales:
             self._learn_scales(batch, ready.weight, loss_scale)
         self.progress.step += 1
@@ -102,6 +106,11 @@ class Engine:
         next EXPIRE_ROWS rows of each table."""
         if self.dynamic and self.step % self.config.embedding.expire_every == 0:
             self.dynamic.expire(self.progress.now)
+
+    def _added(self, embeddings: dict[str, Tensor]) -> Tensor | float:
+        """Return what is added to this rank's summed loss: L2 of rows, and its part of the penalty of gates."""
+        l2 = self._l2(embeddings)
+        return l2 + self.gates.penalty() / self.process.world_size if self.gates else l2
 
     def _l2(self, embeddings: dict[str, Tensor]) -> Tensor | float:
         """Return l2/2 times the squares of rows, summed over all look-ups of the batch, those of each id of a bag: rows

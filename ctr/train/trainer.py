@@ -14,6 +14,7 @@ from tessera.ctr.report.report import write_report
 from tessera.ctr.report.result import PREDICTIONS, begin_result, commit_result
 from tessera.ctr.runs.log import RunLog
 from tessera.ctr.runs.saved_model import load_model, save_model
+from tessera.ctr.selection.gate_result import write_gates
 from tessera.ctr.train.checkpoints import Checkpoints
 from tessera.ctr.train.clock import ttl_in_vain
 from tessera.ctr.train.engine import Engine, prepare_device
@@ -147,6 +148,9 @@ class Trainer:
         self.log.bad_rows(self.readers)
         wait_for_all()  # all predictions are written
         report = on_first_rank(process, lambda: self._write_report(new, scored))
+        if gates := self.engine.gates:
+            written = on_first_rank(process, lambda: write_gates(gates, folder, step, which))
+            self.log.say(f"importance of fields by selection.method={gates.method}: {written}")
         if not scored:
             self.log.say("nothing was scored: data.valid and data.test are null")
         self.log.say(report)

@@ -16,7 +16,7 @@ from tessera.scripts.docs import commands
 from tests.docs.pages import PAGES, names
 
 #: Groups of which every key is known; those of model and numeric differ from file to file.
-GROUPS = ("data", "embedding", "optimizer", "trainer", "daily")
+GROUPS = ("data", "embedding", "optimizer", "trainer", "daily", "selection")
 KEY = re.compile(rf"(?<![\w./-])(?:{'|'.join(GROUPS)})(?:\.[a-z_0-9]+)+(?![\w/*]|\.[a-z])")
 CODE = re.compile(r"`([^`\n]+)`|^(?: {4}|```).*$", re.MULTILINE)
 COMMAND = re.compile(r"(?:^ *|`|&& )tessera ([a-z][a-z-]*)", re.MULTILINE)

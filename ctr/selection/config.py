@@ -1,0 +1,49 @@
+"""Define the keys of `selection`: gates that rank the fields while a model is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from tessera.embedding.errors import ConfigError
+from tessera.embedding.settings import setting
+
+
+@dataclass
+class SelectionConfig:
+    """A factor for each field, trained beside the model (docs/feature_selection.md)."""
+
+    method: str = setting(
+        "none",
+        "none | dropout: each field is dropped with a probability that is learned (concrete dropout) | "
+        "lpfs: learned factors, pulled towards 0 (LPFS)",
+        choices=("none", "dropout", "lpfs"),
+    )
+    penalty: float = setting(
+        0.01, "dropout: added to the summed loss of a batch for each field that is kept, times its share", at_least=0
+    )
+    temperature: float = setting(0.1, "dropout: of the relaxed draw; towards 0 a field is in or out", above=0)
+    threshold: float = setting(
+        0.01, "lpfs: after each step factors come nearer to 0 by this times the dense learning rate", at_least=0
+    )
+    eps: float = setting(0.1, "lpfs: the gate x^2 / (x^2 + eps) begins with this one", above=0)
+    eps_decay: float = setting(0.9978, "lpfs: eps is multiplied by this every 100 steps", above=0, at_most=1)
+
+    def check(self) -> None:
+        """Raise ConfigError for a key that the method does not read."""
+        for field in fields(self):
+            reader = field.metadata["comment"].partition(":")[0]
+            value = getattr(self, field.name)
+            if field.name != "method" and reader != self.method and value != field.default:
+                raise ConfigError(
+                    f"selection.{field.name} is {value}, which only selection.method={reader} reads; "
+                    f"it is {self.method}"
+                )
+
+
+def refuse_gates(selection: SelectionConfig, what: str) -> None:
+    """Raise ConfigError where gates rank fields: such a model is no one's to serve."""
+    if selection.method != "none":
+        raise ConfigError(
+            f"selection.method is {selection.method}, whose gates rank fields; {what} is of a model without them: "
+            "train one on the best fields (data.drop)"
+        )
