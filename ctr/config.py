@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tessera.ctr.config_checks import check
 from tessera.ctr.config_help import choices_and_keys
-from tessera.ctr.config_types import Config
+from tessera.ctr.config_types import Config, ParameterGroup
 from tessera.ctr.data.fitted import fill_fitted
 from tessera.ctr.data.schema import FeatureConfig
 from tessera.ctr.overrides import compose_overrides, keys_of
@@ -110,4 +110,8 @@ def _explain_type(error: OmegaConfBaseException, composed: DictConfig) -> str:
 
 
 def _dataclasses() -> Iterable[type]:
-    return [FeatureConfig, *(kind for _, kind in keys_of(Config) if isinstance(kind, type) and is_dataclass(kind))]
+    return [
+        FeatureConfig,
+        ParameterGroup,
+        *(kind for _, kind in keys_of(Config) if isinstance(kind, type) and is_dataclass(kind)),
+    ]

@@ -34,6 +34,8 @@ def check(config: Config) -> None:
         raise ConfigError("trainer.cuda_graphs is true; expected trainer.compile true, as the compiler records them")
     if trainer.resume is not None and trainer.run_dir is None:
         raise ConfigError("trainer.resume is set but trainer.run_dir is null; name the folder of the run to go on with")
+    for number, group in enumerate(optimizer.dense.groups):
+        settings.check(group, f"optimizer.dense.groups[{number}].")
     check_splits(config.data)
     _check_incremental(config)
     steered = {

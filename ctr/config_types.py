@@ -112,17 +112,36 @@ class EmbeddingConfig:
     )
 
 
+@dataclass
+class ParameterGroup:
+    """Dense weights with numbers of their own (docs/training.md)."""
+
+    pattern: str = setting("", "names of dense weights, with * and ?: '*.bias'; of several groups the first one counts")
+    lr: float | None = setting(None, "their learning rate; null: optimizer.dense.lr", above=0)
+    weight_decay: float | None = setting(None, "their weight decay; null: optimizer.dense.weight_decay", at_least=0)
+
+
 WARMUP = "the learning rate grows linearly over this many steps"
+
+
+DENSE_OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad")
 
 
 @dataclass
 class DenseConfig:
-    name: str = setting("adam", "adam | sgd | adagrad", choices=("adam", "sgd", "adagrad"))
+    name: str = setting(
+        "adam", "adam | adamw: weight decay apart from the gradient | sgd | adagrad", choices=DENSE_OPTIMIZERS
+    )
     lr: float = setting(0.001, "learning rate of the dense weights", above=0)
-    beta1: float = setting(0.9, "decay of adam's first moment", at_least=0, below=1)
-    beta2: float = setting(0.999, "decay of adam's second moment", at_least=0, below=1)
-    eps: float = setting(1.0e-8, "keeps the divisor of adam and adagrad above 0", at_least=0)
-    weight_decay: float = setting(0.0, "L2 added to the gradient", at_least=0)
+    beta1: float = setting(0.9, "decay of the first moment of adam and adamw", at_least=0, below=1)
+    beta2: float = setting(0.999, "decay of their second moment", at_least=0, below=1)
+    eps: float = setting(1.0e-8, "keeps the divisor of adam, adamw and adagrad above 0", at_least=0)
+    weight_decay: float = setting(
+        0.0, "L2 added to the gradient; adamw: weights keep 1 - lr * weight_decay in a step", at_least=0
+    )
+    groups: list[ParameterGroup] = setting(
+        [], "weights with a rate or decay of their own, by name: [{pattern: '*.bias', weight_decay: 0}]"
+    )
     clip_norm: float | None = setting(None, "largest norm of the dense gradient; null: no clipping", above=0)
     warmup_steps: int = setting(0, WARMUP, at_least=0)
 

@@ -17,7 +17,7 @@ from tessera.embedding.errors import ConfigError, did_you_mean
 from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.settings import same_as, section, setting
 
-#: Keys of optimizer.sparse and optimizer.dense that only some of their optimizers read.
+#: Keys of optimizer.sparse that only some of its optimizers read.
 READ_BY = {
     "beta1": ("adam",),
     "beta2": ("adam",),

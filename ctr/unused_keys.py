@@ -12,6 +12,8 @@ from tessera.ctr.table_settings import READ_BY, settings_of, settings_of_all
 from tessera.embedding.errors import ConfigError
 from tessera.kernels.formats import is_int
 
+#: Keys of optimizer.dense that only some of its optimizers read.
+READ_BY_DENSE = {"beta1": ("adam", "adamw"), "beta2": ("adam", "adamw"), "eps": ("adam", "adamw", "adagrad")}
 OF_STATIC = ("kind", "rows", "init_std", "l2")  # of EmbeddingConfig
 
 
@@ -98,11 +100,14 @@ def _rules(embedding: EmbeddingConfig) -> list[Rule]:
 
 def _check_optimizers(config: Config) -> None:
     optimizer = config.optimizer
-    names_of = {"sparse": [sparse.name for _, sparse in settings_of_all(config)], "dense": [optimizer.dense.name]}
-    for side, used in names_of.items():
+    sides = (
+        ("sparse", [sparse.name for _, sparse in settings_of_all(config)], READ_BY),
+        ("dense", [optimizer.dense.name], READ_BY_DENSE),
+    )
+    for side, used, read_by in sides:
         section = getattr(optimizer, side)
-        for key, names in READ_BY.items():
-            if hasattr(section, key) and not set(used) & set(names):
+        for key, names in read_by.items():
+            if not set(used) & set(names):
                 _refuse(f"optimizer.{side}", section, [key], _only(names, f"optimizer.{side}.name is {section.name}"))
     for table, given in (config.embedding.tables or {}).items():
         name = settings_of(config, table)[1].name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,20 +12,29 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from tessera.ctr.config_types import DenseConfig, OptimizerConfig
 from tessera.ctr.train.state_parts import FoundState, PartState
+from tessera.embedding.errors import ConfigError, did_you_mean
 
 
 class Optimizers:
-    """Steps both. Rows of tables are updated inside the backward pass; here only their learning rate is set."""
+    """Steps both. Rows of tables are updated inside the backward pass; here only their learning rate is set.
+
+    Raises:
+        ConfigError: a group of `optimizer.dense.groups` holds no weight.
+    """
 
     def __init__(self, config: OptimizerConfig, model: DistributedModelParallel) -> None:
         self._config, self._model = config, model
         named = model.module.dense_parameters()
-        self._names, self._parameters = list(named), list(named.values())
+        self._groups = grouped(config.dense, list(named))
+        # torch numbers parameters group after group.
+        self._names = [name for group in self._groups for name in group["names"]]
+        self._parameters = [named[name] for name in self._names]
+        self._named = named
         self.begin_anew()
 
     def begin_anew(self) -> None:
         """Forget what the dense optimizer has gathered, and begin the schedule of both."""
-        self._dense = _dense_optimizer(self._config.dense, self._parameters)
+        self._dense = _dense_optimizer(self._config.dense, self._groups, self._named)
         self._fused = self._model.fused_optimizer
         self.steps = 0
         self.factor = 1.0
@@ -77,10 +88,9 @@ class Optimizers:
         groups = self._fused.param_groups
         # Tables with a rate of their own follow the same schedule.
         rates = [self._rate(group.get("initial_lr", sparse.lr), sparse.warmup_steps) for group in groups]
-        if dense_lr != self.dense_lr:
-            self.dense_lr = dense_lr
-            for group in self._dense.param_groups:
-                group["lr"] = dense_lr
+        self.dense_lr = dense_lr
+        for group in self._dense.param_groups:
+            group["lr"] = self._rate(group["initial_lr"], dense.warmup_steps)
         if rates != self._rates_of_tables:
             self._rates_of_tables = rates
             for group, rate in zip(groups, rates, strict=True):
@@ -92,11 +102,49 @@ class Optimizers:
         return rate if self.factor == 1 else max(rate * self.factor, min(rate, self._config.plateau.floor))
 
 
-def _dense_optimizer(config: DenseConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    rate, decay = config.lr, config.weight_decay
+def grouped(config: DenseConfig, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the groups of dense weights, those of the first group that has their name and then all others:
+    {names, lr, weight_decay} each. Without `config.groups` it is one, in the order of `names`.
+
+    Raises:
+        ConfigError: a group whose pattern fits no name, or none that an earlier group has left.
+    """
+    left, found = list(names), []
+    for number, group in enumerate(config.groups):
+        mine = [name for name in left if fnmatchcase(name, group.pattern)]
+        if not mine:
+            key, fits = f"optimizer.dense.groups[{number}].pattern", [n for n in names if fnmatchcase(n, group.pattern)]
+            if fits:
+                raise ConfigError(f"{key} is {group.pattern!r}, and groups before it have {fits[0]} and all else of it")
+            hint = did_you_mean(group.pattern, names, f"names are {', '.join(names[:8])}{', ..' * (len(names) > 8)}")
+            raise ConfigError(f"{key} is {group.pattern!r}, which is the name of no dense weight{hint}")
+        lr = config.lr if group.lr is None else group.lr
+        decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+        found.append({"names": mine, "lr": lr, "weight_decay": decay})
+        left = [name for name in left if name not in mine]
+    if left or not found:
+        found.append({"names": left, "lr": config.lr, "weight_decay": config.weight_decay})
+    return found
+
+
+def _dense_optimizer(
+    config: DenseConfig, groups: Sequence[Mapping[str, Any]], named: Mapping[str, torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Return torch's optimizer; the `initial_lr` of its groups is their rate before warm-up and plateaus."""
+    parameters = [
+        {
+            "params": [named[name] for name in group["names"]],
+            "lr": group["lr"],
+            "initial_lr": group["lr"],
+            "weight_decay": group["weight_decay"],
+        }
+        for group in groups
+    ]
+    rate, decay, betas = config.lr, config.weight_decay, (config.beta1, config.beta2)
     if config.name == "adam":
-        betas = config.beta1, config.beta2
         return torch.optim.Adam(parameters, rate, betas, config.eps, weight_decay=decay, fused=True)
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, rate, betas, config.eps, weight_decay=decay, fused=True)
     if config.name == "adagrad":
         return torch.optim.Adagrad(parameters, rate, eps=config.eps, weight_decay=decay)
     return torch.optim.SGD(parameters, rate, weight_decay=decay)

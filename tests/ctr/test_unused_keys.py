@@ -123,9 +123,11 @@ def test_every_key_of_one_optimizer_alone_is_looked_at():
 
 def test_the_dense_optimizer_refuses_what_it_does_not_read():
     found = refused("optimizer.dense.name=sgd", "optimizer.dense.eps=1e-6")
-    assert found.startswith("optimizer.dense.eps is 1e-06, which only adam and adagrad and rowwise_adagrad read")
+    assert found.startswith("optimizer.dense.eps is 1e-06, which only adam and adamw and adagrad read")
     found = refused("optimizer.dense.name=adagrad", "optimizer.dense.beta1=0.95")
-    assert found.startswith("optimizer.dense.beta1 is 0.95, which only adam reads; optimizer.dense.name is adagrad")
+    assert found.startswith(
+        "optimizer.dense.beta1 is 0.95, which only adam and adamw read; optimizer.dense.name is adagrad"
+    )
 
 
 @pytest.mark.parametrize("override", DYNAMIC)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tessera.ctr.config import Config, load_config
+from tessera.ctr.config_types import ParameterGroup
 from tessera.ctr.data.convert.csv import ColumnConfig, CsvConfig
 from tessera.ctr.data.schema import FeatureConfig
 from tessera.scripts.docs import comments, keys
@@ -32,7 +33,8 @@ def leaves(config, prefix=""):
 
 def test_every_key_is_there(written):
     known = {key.name for key in written.values()}
-    expected = set(leaves(load_config([], ""))) - {"data.schema.features"}
+    expected = set(leaves(load_config([], ""))) - {"data.schema.features", "optimizer.dense.groups"}
+    expected |= {f"optimizer.dense.groups[].{field.name}" for field in fields(ParameterGroup)}
     expected |= {f"data.schema.features[].{field.name}" for field in fields(FeatureConfig)}
     expected |= set(leaves(CsvConfig())) - {"columns"} | {f"columns[].{field.name}" for field in fields(ColumnConfig)}
     assert not expected - known
