@@ -34,6 +34,11 @@ def check(config: Config) -> None:
         raise ConfigError("trainer.cuda_graphs is true; expected trainer.compile true, as the compiler records them")
     if trainer.resume is not None and trainer.run_dir is None:
         raise ConfigError("trainer.resume is set but trainer.run_dir is null; name the folder of the run to go on with")
+    for side, schedule in (("dense", optimizer.dense.schedule), ("sparse", optimizer.sparse.schedule)):
+        if schedule.kind != "constant" and schedule.steps is None:
+            raise ConfigError(
+                f"optimizer.{side}.schedule.steps is null, and its kind is {schedule.kind}; expected a number of steps"
+            )
     for number, group in enumerate(optimizer.dense.groups):
         settings.check(group, f"optimizer.dense.groups[{number}].")
     check_splits(config.data)

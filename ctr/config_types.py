@@ -121,7 +121,20 @@ class ParameterGroup:
     weight_decay: float | None = setting(None, "their weight decay; null: optimizer.dense.weight_decay", at_least=0)
 
 
+SCHEDULES = ("constant", "cosine", "step", "exponential")
 WARMUP = "the learning rate grows linearly over this many steps"
+
+
+@dataclass
+class ScheduleConfig:
+    """How a learning rate falls once warm-up has ended."""
+
+    kind: str = setting("constant", "constant | cosine | step | exponential", choices=SCHEDULES)
+    steps: int | None = setting(
+        None, "cosine: from the full rate to the floor; step, exponential: from one factor to the next", at_least=1
+    )
+    factor: float = setting(0.1, "step, exponential: on the rate, once in so many steps", above=0, below=1)
+    floor: float = setting(0.01, "the rate never falls below this share of itself", above=0, at_most=1)
 
 
 DENSE_OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad")
@@ -144,6 +157,7 @@ class DenseConfig:
     )
     clip_norm: float | None = setting(None, "largest norm of the dense gradient; null: no clipping", above=0)
     warmup_steps: int = setting(0, WARMUP, at_least=0)
+    schedule: ScheduleConfig = section(ScheduleConfig, "how the rate falls after warm-up (docs/training.md)")
 
 
 @dataclass
@@ -151,6 +165,7 @@ class SparseConfig(RowOptimizer):
     """That of rows, and what changes its rate from step to step."""
 
     warmup_steps: int = setting(0, WARMUP, at_least=0)
+    schedule: ScheduleConfig = section(ScheduleConfig, "how the rate falls after warm-up (docs/training.md)")
 
 
 @dataclass

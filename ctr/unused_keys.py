@@ -120,6 +120,12 @@ def _check_optimizers(config: Config) -> None:
     if not any(sparse.decay for _, sparse in settings_of_all(config)):
         needs = "needs optimizer.sparse.decay, which is 0: rows keep their values"
         _refuse("optimizer.sparse", optimizer.sparse, ["decay_count_power"], needs)
+    for side in ("dense", "sparse"):
+        where, schedule = f"optimizer.{side}.schedule", getattr(optimizer, side).schedule
+        if schedule.kind == "constant":
+            _refuse(where, schedule, ["steps", "factor", "floor"], f"needs {where}.kind; it is constant")
+        if schedule.kind == "cosine":
+            _refuse(where, schedule, ["factor"], f"only step and exponential read; {where}.kind is cosine")
     if optimizer.plateau.factor is None:
         needs = "needs optimizer.plateau.factor, which is null: rates are never lowered"
         _refuse("optimizer.plateau", optimizer.plateau, ["patience", "floor"], needs)

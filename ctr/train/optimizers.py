@@ -1,4 +1,4 @@
-"""The dense optimizer and the tables' fused one, each with its own learning rate and warm-up."""
+"""The dense optimizer and the tables' fused one, each with its own learning rate, warm-up and schedule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from tessera.ctr.config_types import DenseConfig, OptimizerConfig
+from tessera.ctr.config_types import DenseConfig, OptimizerConfig, SparseConfig
+from tessera.ctr.train.schedule import share_of_rate
 from tessera.ctr.train.state_parts import FoundState, PartState
 from tessera.embedding.errors import ConfigError, did_you_mean
 
@@ -83,22 +84,24 @@ class Optimizers:
 
     def _set_learning_rates(self) -> None:
         dense, sparse = self._config.dense, self._config.sparse
-        dense_lr = self._rate(dense.lr, dense.warmup_steps)
-        self.sparse_lr = self._rate(sparse.lr, sparse.warmup_steps)
+        dense_lr = self._rate(dense.lr, dense)
+        self.sparse_lr = self._rate(sparse.lr, sparse)
         groups = self._fused.param_groups
         # Tables with a rate of their own follow the same schedule.
-        rates = [self._rate(group.get("initial_lr", sparse.lr), sparse.warmup_steps) for group in groups]
+        rates = [self._rate(group.get("initial_lr", sparse.lr), sparse) for group in groups]
         self.dense_lr = dense_lr
         for group in self._dense.param_groups:
-            group["lr"] = self._rate(group["initial_lr"], dense.warmup_steps)
+            group["lr"] = self._rate(group["initial_lr"], dense)
         if rates != self._rates_of_tables:
             self._rates_of_tables = rates
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
             self._fused.step()  # hands the rate to the kernels; rows move only in the backward pass
 
-    def _rate(self, lr: float, warmup_steps: int) -> float:
+    def _rate(self, lr: float, side: DenseConfig | SparseConfig) -> float:
+        warmup_steps = side.warmup_steps
         rate = lr * min(1.0, (self.steps + 1) / warmup_steps) if warmup_steps else lr
+        rate *= share_of_rate(side.schedule, max(0, self.steps - warmup_steps))
         return rate if self.factor == 1 else max(rate * self.factor, min(rate, self._config.plateau.floor))
 
 
