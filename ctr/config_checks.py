@@ -51,6 +51,10 @@ def check(config: Config) -> None:
     for key, value in steered.items():
         if value is not None and config.data.valid is None:
             raise ConfigError(f"{key} is {value}, but data.valid is null: nothing is evaluated; expected {key}=null")
+    if trainer.calibration != "none" and config.data.valid is None:
+        raise ConfigError(
+            f"trainer.calibration is {trainer.calibration}, but data.valid is null; expected a split to fit it on"
+        )
     check_unused(config)
     _check_labels(config)
     config.selection.check()

@@ -279,6 +279,12 @@ class TrainerConfig:
         "task: that of the rows in which it counts (docs/labels.md)",
         choices=("batch", "task"),
     )
+    calibration: str = setting(
+        "none",
+        "of the best model's probabilities, fitted on the valid split behind training: none | platt: slope and "
+        "intercept of the logit | isotonic: knots (docs/metrics.md)",
+        choices=("none", "platt", "isotonic"),
+    )
     timeout_seconds: float = setting(300.0, "longest wait for another rank", above=0)
 
 

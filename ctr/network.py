@@ -11,6 +11,7 @@ from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.instantiate import class_of, instantiate
 from tessera.ctr.models.batch_norm import BatchNorm
+from tessera.ctr.models.calibration import attach_calibration
 from tessera.ctr.models.dropout import draw_masks, dropout_layers
 from tessera.ctr.models.numeric import Raw
 from tessera.ctr.models.tower import Events, Fields, SequenceGroup, Tower, drawn_inputs, logits_of
@@ -135,6 +136,8 @@ def build_tower(config: Config, schema: Schema) -> Tower:
     gates = make_gates(config.selection, field_groups(schema))
     if gates:
         attach(gates, tower, fields, class_of(config.numeric))
+    if config.trainer.calibration != "none":
+        attach_calibration(tower, config.trainer.calibration, len(fields.labels))
     return tower
 
 

@@ -38,6 +38,7 @@ from tessera.distributed.last_word import say
 from tessera.distributed.plan import size
 from tessera.distributed.process import Stopped
 from tessera.distributed.rank import Process
+from tessera.embedding.errors import ConfigError
 from tessera.kernels import backend
 
 HELD_STATUS = 3  # exit status: the guard holds a day; what was published before stays
@@ -57,6 +58,11 @@ class Daily:
     def __init__(self, config: Config, process: Process) -> None:
         self.config, self.process = config, process
         refuse_gates(config.selection, "what is retrained by day")
+        if config.trainer.calibration != "none":
+            raise ConfigError(
+                f"trainer.calibration is {config.trainer.calibration}, and a run over days has no valid split to fit "
+                "it on; expected none"
+            )
         prepare_device(config, process)
         schema = schema_of(config.data)
         check_export(config, process)

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from tessera.ctr.report.about import Text
+from tessera.ctr.report.calibrated import Calibrated
 from tessera.ctr.report.definitions import DEFINITIONS, Definition, number
 from tessera.ctr.report.history import History
 from tessera.ctr.report.plot import Plot, Table
@@ -53,6 +54,7 @@ class Page:
     versions: dict[str, str]
     tasks: Table | None = None
     said: str | None = None
+    calibrated: Calibrated | None = None
 
     @property
     def plots(self) -> list[Plot]:
@@ -72,6 +74,7 @@ class Page:
             split=split,
             cards=[_card(definition, metrics, self.ceiling) for definition in DEFINITIONS] if split else [],
             comparison=_comparison(self.splits) if len(self.splits) > 1 else None,
+            calibrated=self.calibrated,
             quality_plots=self.quality_plots,
             training_plots=self.training_plots,
             table_plots=self.table_plots,

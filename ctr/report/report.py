@@ -12,6 +12,7 @@ from tessera.ctr.data.errors import DataError
 from tessera.ctr.metrics.exact import group_auc, summarise
 from tessera.ctr.metrics.score_table import Rows, score_table
 from tessera.ctr.report import about, task_reports
+from tessera.ctr.report.calibrated import read_calibrated
 from tessera.ctr.report.files import json_text, read_text
 from tessera.ctr.report.history import History, read_history
 from tessera.ctr.report.page import Page, lead
@@ -90,6 +91,7 @@ def write_report(
     # The split that training was steered by has the most evaluations; its own ceiling belongs beside it.
     watched = max(history.evaluations, key=lambda split: len(history.evaluations[split]["step"]), default="valid")
     slices = _slices(folder, result / PREDICTIONS, names[0]) if names else []
+    calibrated = read_calibrated(result, {one.split: one.metrics for one in measured})
     page = Page(
         title=folder.resolve().name + (f" · {task}" if task else ""),
         subtitle=about.subtitle(folder),
@@ -102,8 +104,11 @@ def write_report(
         history=history,
         texts=about.texts(folder),
         versions=about.versions(folder),
+        calibrated=calibrated,
     )
     values = _values(measured, ceiling, history)
+    if calibrated:
+        values["calibrated"] = calibrated.json()
     if slices:
         values["slices"] = {one.feature: one.json() for one in slices}
     values["plots"] = json_points(page.plots)

@@ -15,7 +15,8 @@ from tessera.distributed.atomic import sync_folder
 
 PREDICTIONS = "predictions"
 TASKS = "tasks"  # in place of them where there are several labels: a folder for each answer
-PIECES = (PREDICTIONS, TASKS, "report.json", "report.html")
+CALIBRATION = "calibration.json"  # what the metrics were before it (ctr/train/calibrate.py)
+PIECES = (PREDICTIONS, TASKS, CALIBRATION, "report.json", "report.html")
 # The stages of a new result, in order: being written, complete, and the old one out of its way.
 PARTIAL, COMPLETE, PLACING = ".partial-result", ".complete-result", ".placing-result"
 REPLACED = ".replaced-result"

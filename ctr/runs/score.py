@@ -67,6 +67,9 @@ def run_config(run_dir: Path, overrides: list[str], named: Collection[str] = ())
                 f"override {override!r}: a trained model is scored with its own schema, model and tables; "
                 "only data.<key>=<value> and trainer.<key>=<value> can change"
             )
+    fitted = next((one for one in overrides if one.startswith("trainer.calibration=")), None)
+    if fitted is not None:
+        raise ConfigError(f"override {fitted!r}: a trained model has the calibration that it was trained with")
     try:
         merged = OmegaConf.merge(saved, OmegaConf.from_dotlist(overrides))
     except OmegaConfBaseException as error:

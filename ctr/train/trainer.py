@@ -10,11 +10,13 @@ from tessera.ctr.data.config import schema_of
 from tessera.ctr.distil.teacher_logits import prepare
 from tessera.ctr.export.dry_run import check_export
 from tessera.ctr.metrics.tasks import names_of_metrics, scored_rows, steering_value
+from tessera.ctr.models.calibration import calibration_of
 from tessera.ctr.report.report import write_report
 from tessera.ctr.report.result import PREDICTIONS, begin_result, commit_result
 from tessera.ctr.runs.log import RunLog
 from tessera.ctr.runs.saved_model import load_model, save_model
 from tessera.ctr.selection.gate_result import write_gates
+from tessera.ctr.train.calibrate import calibrate
 from tessera.ctr.train.checkpoints import Checkpoints
 from tessera.ctr.train.clock import ttl_in_vain
 from tessera.ctr.train.engine import Engine, prepare_device
@@ -54,6 +56,8 @@ class Trainer:
         }
         self.checkpoints = Checkpoints(self.engine, self.log, parts, "scripts/train.py")
         self.checkpoints.begin()
+        if calibration := calibration_of(self.engine.network.tower):
+            calibration.reset()  # of a model that this one begins with
 
     def fit(self) -> None:
         """Train for the configured epochs or steps; evaluate, keep the best model, score it, write the report."""
@@ -137,6 +141,10 @@ class Trainer:
         else:
             save_model(self.engine.model, folder / BEST, process, step)
         new = on_first_rank(process, lambda: begin_result(folder))
+        if self.config.trainer.calibration != "none":
+            scored_splits = {split: one for split in ("valid", "test") if (one := self.readers[split]) is not None}
+            calibrate(self.engine.model, scored_splits, self.engine.schema.tasks, process, new, self.log.say)
+            save_model(self.engine.model, folder / BEST, process, step)
         scored = {}
         for split in ("valid", "test"):
             reader = self.readers[split]
