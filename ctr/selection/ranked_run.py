@@ -10,6 +10,7 @@ from tessera.ctr.data.config import schema_of
 from tessera.ctr.network import build_model
 from tessera.ctr.output_folders import replacing_on_ranks
 from tessera.ctr.runs.score import load_model_of_run
+from tessera.ctr.selection.gate_result import MEANINGS
 from tessera.ctr.selection.importance import METHODS, Ranking
 from tessera.ctr.selection.result import PLACE, Importance, write_result
 from tessera.ctr.train.engine import set_tf32, set_threads
@@ -34,6 +35,11 @@ def rank_run(
     Raises:
         ConfigError: no such method or split, less than one repeat, or an output that is in the way.
     """
+    if method in MEANINGS:
+        raise ConfigError(
+            f"--method {method} ranks while a model is trained; {run_dir} holds no such ranking, expected one of a run "
+            f"with selection.method={method}"
+        )
     if method not in METHODS:
         raise ConfigError(f"--method {method!r}" + did_you_mean(method, METHODS, f"expected {', '.join(METHODS)}"))
     if repeats < 1:
