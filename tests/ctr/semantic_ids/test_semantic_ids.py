@@ -1,6 +1,7 @@
 """Codebooks, the ids of items, and the ids in the rows of a data set."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -251,3 +252,32 @@ def test_the_commands(made, tmp_path):
     join = ["join-semantic-ids", "--input", data, "--semantic-ids", f"{tmp_path}/ids", "--item", "item"]
     said = prepare(make_parser().parse_args([*join, "--output", f"{tmp_path}/out"]))
     assert said == "join-semantic-ids: rows written: all 3; 33.33% of them without a semantic id"
+
+
+def peak_of(work) -> int:
+    """The most bytes that numpy and Python hold at a time during a call."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_vectors_are_not_held_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("tessera.ctr.semantic_ids.vectors.BATCH_ROWS", 400)
+    peaks = []
+    for n in (8_000, 20_000):
+        x = np.random.default_rng(0).normal(size=(n, 48)).astype(np.float32)
+        arrays = pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), 48)
+        path = write(tmp_path / f"v{n}", {"item": np.arange(n), "vector": arrays}, row_group_size=500)
+        making = Making(3, 8, sample=1000, iterations=2)
+        peaks.append(peak_of(lambda p=path, m=making, n=n: write_semantic_ids([p], tmp_path / f"i{n}", m)))
+    assert (peaks[1] - peaks[0]) / 12_000 < 100 < 48 * 4, "bytes of each item, of whose vectors alone have more"
+
+
+def test_an_output_that_is_read_is_not_replaced(made):
+    _, path, folder, report = made
+    with pytest.raises(ConfigError, match="--output"):
+        write_semantic_ids([path], folder, folder, overwrite=True)
+    assert Folder.load(folder).codebooks.version == report["version"]
