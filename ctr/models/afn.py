@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tessera.ctr.models.batch_norm import BatchNorm
-from tessera.ctr.models.layers import MLP, FieldEmbedding, linear, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -59,6 +59,6 @@ class AFN(Tower):
         product_bkd = self.exp_norm(self.orders(log_bfd.transpose(1, 2)).exp().transpose(1, 2))
         logit = self.mlp(self.embed.flat(numeric_bn, product_bkd))
         if not self.is_plus:
-            return logit.squeeze(1)
+            return label_logits(logit)
         deep = self.deep(self.deep_embed.flat(numeric_bn, self.deep_embed(numeric_bn, embeddings["deep"])))
-        return self.join(torch.stack([logit, deep], 2)).squeeze(2).squeeze(1)
+        return label_logits(self.join(torch.stack([logit, deep], 2)).squeeze(2))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.ctr.models.dropout import Dropout
-from tessera.ctr.models.layers import MLP, FieldEmbedding, FirstOrder, in_pieces, linear, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, FirstOrder, in_pieces, label_logits, linear, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -80,7 +80,7 @@ class AutoInt(Tower):
         logit = self.output(self.embed.flat(numeric_bn, mixed_bfa))
         if self.mlp is not None:
             logit = logit + self.mlp(self.embed.flat(numeric_bn, emb_bfd))
-        logit = logit.squeeze(1)
+        logit = label_logits(logit)
         return logit if self.first_order is None else logit + self.first_order(numeric_bn, embeddings["w"])
 
     def _interacted(self, emb_bfd: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.ctr.models.dropout import Dropout
-from tessera.ctr.models.layers import MLP, FieldEmbedding, linear
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear
 from tessera.ctr.models.sequences import EventVectors, Padded, one_group, padded
 from tessera.ctr.models.tower import Events, Fields, SequenceTower
 from tessera.embedding.errors import ConfigError
@@ -75,11 +75,11 @@ class BST(SequenceTower):
             x_bld = layer(x_bld, there)
         flat = self.embed.flat(numeric_bn, self.embed(numeric_bn, emb_bfd))
         if not self.concat:
-            return self.mlp(torch.cat([flat, x_bld[:, 0]], 1)).squeeze(1)
+            return label_logits(self.mlp(torch.cat([flat, x_bld[:, 0]], 1)))
         # As many places for every batch, and zeros where a row has no event.
         at = torch.arange(self.group.length + 1, device=x_bld.device)
         states = x_bld[:, at.clamp_max(x_bld.shape[1] - 1)] * (at <= of.offsets.diff().unsqueeze(1)).unsqueeze(2)
-        return self.mlp(torch.cat([flat, states.flatten(1)], 1)).squeeze(1)
+        return label_logits(self.mlp(torch.cat([flat, states.flatten(1)], 1)))
 
 
 class EncoderLayer(nn.Module):

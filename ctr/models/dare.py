@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits
 from tessera.ctr.models.sequences import EventVectors, mean_of_events, one_group, padded, row_of_events, sum_of_events
 from tessera.ctr.models.tower import Events, Fields, SequenceTower
 from tessera.embedding.errors import ConfigError
@@ -63,7 +63,7 @@ class DARE(SequenceTower):
         target_bd = self.values.target(r_bfd)
         flat = self.embed.flat(numeric_bn, self.embed(numeric_bn, r_bfd))
         inputs = [flat, h_bd, target_bd * h_bd, mean_of_events(r_nd, of.offsets)]
-        return self.mlp(torch.cat(inputs, 1)).squeeze(1)
+        return label_logits(self.mlp(torch.cat(inputs, 1)))
 
     def _weights(self, a_bfd: Tensor, events: Events) -> Tensor:
         """Return the weight of each event, [N]; 0 for those that the search leaves out."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, linear, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -47,7 +47,7 @@ class DCN(Tower):
         for layer in self.cross:
             crossed = layer(first, crossed) + crossed
         last = crossed if self.mlp is None else torch.cat([crossed, self.mlp(first)], 1)
-        return self.output(last).squeeze(1)
+        return label_logits(self.output(last))
 
 
 class RankOneCross(nn.Module):

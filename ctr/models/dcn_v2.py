@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, linear, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -54,8 +54,8 @@ class DCNV2(Tower):
         for layer in self.cross:
             crossed = first * layer(crossed) + crossed
         if self.parallel:
-            return self.output(torch.cat([crossed, self.mlp(first)], 1)).squeeze(1)
-        return self.output(self.mlp(crossed)).squeeze(1)
+            return label_logits(self.output(torch.cat([crossed, self.mlp(first)], 1)))
+        return label_logits(self.output(self.mlp(crossed)))
 
 
 def _cross(inputs: int, low_rank: int | None) -> nn.Module:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tessera.ctr.models.layers import MLP, FactorizationMachine, FieldEmbedding, FirstOrder, need_pairs
+from tessera.ctr.models.layers import MLP, FactorizationMachine, FieldEmbedding, FirstOrder, label_logits, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 
 
@@ -32,5 +32,5 @@ class DeepFM(Tower):
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])
-        deep = self.mlp(self.embed.flat(numeric_bn, emb_bfd)).squeeze(1)
+        deep = label_logits(self.mlp(self.embed.flat(numeric_bn, emb_bfd)))
         return self.first_order(numeric_bn, embeddings["w"]) + self.fm(emb_bfd) + deep

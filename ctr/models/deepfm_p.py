@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tessera.ctr.models.layers import MLP, FactorizationMachine, FieldEmbedding, FirstOrder, InnerProducts, need_pairs
+from tessera.ctr.models.layers import (
+    MLP,
+    FactorizationMachine,
+    FieldEmbedding,
+    FirstOrder,
+    InnerProducts,
+    label_logits,
+    need_pairs,
+)
 from tessera.ctr.models.tower import Fields, Tower
 
 
@@ -36,4 +44,4 @@ class DeepFMP(Tower):
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])
         inputs = torch.cat([self.embed.flat(numeric_bn, emb_bfd), self.products(emb_bfd)], 1)
-        return self.first_order(numeric_bn, embeddings["w"]) + self.fm(emb_bfd) + self.mlp(inputs).squeeze(1)
+        return self.first_order(numeric_bn, embeddings["w"]) + self.fm(emb_bfd) + label_logits(self.mlp(inputs))

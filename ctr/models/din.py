@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, linear
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear
 from tessera.ctr.models.sequences import Dice, EventVectors, padded, row_of_events, sum_of_events, with_target
 from tessera.ctr.models.tower import Events, Fields, SequenceGroup, SequenceTower
 from tessera.embedding.errors import ConfigError
@@ -52,7 +52,7 @@ class DIN(SequenceTower):
             attend(embeddings["v"], events[group.name])
             for group, attend in zip(self.groups, self.attention, strict=True)
         ]
-        return self.mlp(torch.cat([flat, *interest], 1)).squeeze(1)
+        return label_logits(self.mlp(torch.cat([flat, *interest], 1)))
 
 
 class TargetAttention(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tessera.ctr.models.layers import MLP, InnerProducts, need_pairs
+from tessera.ctr.models.layers import MLP, InnerProducts, label_logits, need_pairs
 from tessera.ctr.models.numeric import Raw
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
@@ -58,4 +58,4 @@ class DLRM(Tower):
             parts.append(z_bd)
         if self.products is not None:
             parts.append(self.products(emb_bfd))
-        return self.mlp(torch.cat(parts, 1)).squeeze(1)
+        return label_logits(self.mlp(torch.cat(parts, 1)))

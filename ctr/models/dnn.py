@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits
 from tessera.ctr.models.tower import Fields, Tower
 
 
@@ -25,4 +25,4 @@ class DNN(Tower):
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])
-        return self.mlp(self.embed.flat(numeric_bn, emb_bfd)).squeeze(1)
+        return label_logits(self.mlp(self.embed.flat(numeric_bn, emb_bfd)))

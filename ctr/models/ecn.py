@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tessera.ctr.models.batch_norm import BatchNorm
 from tessera.ctr.models.dropout import Dropout
-from tessera.ctr.models.layers import FieldEmbedding, linear, need_pairs
+from tessera.ctr.models.layers import FieldEmbedding, label_logits, linear, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -53,7 +53,7 @@ class ECN(Tower):
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         first_bhi = by_head(self.embed, numeric_bn, self.embed(numeric_bn, embeddings["v"]), self.heads)
-        return self.output(self.cross(first_bhi)).mean(1).squeeze(1)
+        return label_logits(self.output(self.cross(first_bhi)).mean(1))
 
 
 class CrossStack(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tessera.ctr.models.batch_norm import BatchNorm
 from tessera.ctr.models.dcn import RankOneCross
 from tessera.ctr.models.dropout import Dropout
-from tessera.ctr.models.layers import FieldEmbedding, linear, need_pairs
+from tessera.ctr.models.layers import FieldEmbedding, label_logits, linear, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -68,7 +68,7 @@ class EDCN(Tower):
             crossed = self.cross[number](first, crossed) + crossed
             deep = self.dropout[number](self.deep[number](deep).relu())
             joined = self._joined(number, crossed, deep)
-        return self.output(torch.cat([crossed, deep, joined], 1)).squeeze(1)
+        return label_logits(self.output(torch.cat([crossed, deep, joined], 1)))
 
     def _joined(self, number: int, crossed: Tensor, deep: Tensor) -> Tensor:
         if self.join is not None:

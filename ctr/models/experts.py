@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.ctr.instantiate import instantiate
-from tessera.ctr.models.layers import MLP, FieldEmbedding
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -112,7 +112,7 @@ class Heads(nn.Module):
 
 def side_by_side(logits: Sequence[Tensor]) -> Tensor:
     """Return logits [B, T] of T tensors [B, 1]; [B] of one."""
-    return torch.cat(list(logits), 1).squeeze(1)
+    return label_logits(torch.cat(list(logits), 1))
 
 
 def perceptron(inputs: int, hidden: Sequence[int], dropout: float, *, batch_norm: bool) -> MLP:

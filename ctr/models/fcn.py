@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tessera.ctr.models.ecn import CrossStack, by_head, check_heads, width_of_head
-from tessera.ctr.models.layers import FieldEmbedding, linear, need_pairs
+from tessera.ctr.models.layers import FieldEmbedding, label_logits, linear, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 
 
@@ -60,8 +60,8 @@ class FCN(Tower):
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         first_bhi = by_head(self.embed, numeric_bn, self.embed(numeric_bn, embeddings["v"]), self.heads)
-        deep = self.deep_output(self.deep(first_bhi)).mean(1).squeeze(1)
-        shallow = self.shallow_output(self.shallow(first_bhi)).mean(1).squeeze(1)
+        deep = label_logits(self.deep_output(self.deep(first_bhi)).mean(1))
+        shallow = label_logits(self.shallow_output(self.shallow(first_bhi)).mean(1))
         if self.training:
             self.branches = (deep, shallow)
         return (deep + shallow) * 0.5

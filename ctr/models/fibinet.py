@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, FirstOrder, in_pieces, linear, need_pairs, pairs
+from tessera.ctr.models.layers import (
+    MLP,
+    FieldEmbedding,
+    FirstOrder,
+    in_pieces,
+    label_logits,
+    linear,
+    need_pairs,
+    pairs,
+)
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -54,8 +63,8 @@ class FiBiNET(Tower):
         emb_bfd = self.embed(numeric_bn, embeddings["v"])
         weighed_bfd = emb_bfd * self.weigh(emb_bfd.mean(2)).unsqueeze(2)
         products = torch.cat([self.plain(emb_bfd), self.weighed(weighed_bfd)], 1)
-        return self.first_order(numeric_bn, embeddings["w"]) + self.mlp(self.embed.flat(numeric_bn, products)).squeeze(
-            1
+        return self.first_order(numeric_bn, embeddings["w"]) + label_logits(
+            self.mlp(self.embed.flat(numeric_bn, products))
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tessera.ctr.models.batch_norm import BatchNorm
 from tessera.ctr.models.dropout import Dropout
-from tessera.ctr.models.layers import FieldEmbedding, linear
+from tessera.ctr.models.layers import FieldEmbedding, label_logits, linear
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -72,10 +72,10 @@ class FinalNet(Tower):
         if self.gate is not None:
             gates = self.gate(emb_bfd.transpose(1, 2)).transpose(1, 2)
             gated_bfd = torch.cat([emb_bfd, emb_bfd * gates], 1)
-        first = self.first_output(self.first(self.embed.flat(numeric_bn, gated_bfd))).squeeze(1)
+        first = label_logits(self.first_output(self.first(self.embed.flat(numeric_bn, gated_bfd))))
         if self.second is None or self.second_output is None:
             return first
-        second = self.second_output(self.second(self.embed.flat(numeric_bn, emb_bfd))).squeeze(1)
+        second = label_logits(self.second_output(self.second(self.embed.flat(numeric_bn, emb_bfd))))
         if self.training:
             self.branches = (first, second)
         return (first + second) * 0.5

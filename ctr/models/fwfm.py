@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tessera.ctr.models.layers import FieldEmbedding, FirstOrder, InnerProducts, linear, need_pairs
+from tessera.ctr.models.layers import FieldEmbedding, FirstOrder, InnerProducts, label_logits, linear, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -42,9 +42,9 @@ class FwFM(Tower):
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])
-        crossed = self.pairs(self.products(emb_bfd)).squeeze(1)
+        crossed = label_logits(self.pairs(self.products(emb_bfd)))
         if self.part == "FiLV":
-            return crossed + self.of_fields(self.embed.flat(numeric_bn, emb_bfd)).squeeze(1)
+            return crossed + label_logits(self.of_fields(self.embed.flat(numeric_bn, emb_bfd)))
         if self.part == "LW":
             return crossed + self.first_order(numeric_bn, embeddings["w"])
         u_bfx = self.of_features(numeric_bn, embeddings["u"])
@@ -52,4 +52,4 @@ class FwFM(Tower):
             crossed = crossed + (emb_bfd * u_bfx).sum((1, 2))
         else:
             crossed = crossed + (emb_bfd.unsqueeze(2) * u_bfx.unflatten(2, (self.outputs, -1))).sum((1, 3))
-        return crossed if self.of_numbers is None else crossed + self.of_numbers(numeric_bn).squeeze(1)
+        return crossed if self.of_numbers is None else crossed + label_logits(self.of_numbers(numeric_bn))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, linear, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -53,8 +53,8 @@ class GDCN(Tower):
         for layer in self.cross:
             crossed = layer(first, crossed) + crossed
         if self.parallel:
-            return self.output(torch.cat([crossed, self.mlp(first)], 1)).squeeze(1)
-        return self.output(self.mlp(crossed)).squeeze(1)
+            return label_logits(self.output(torch.cat([crossed, self.mlp(first)], 1)))
+        return label_logits(self.output(self.mlp(crossed)))
 
 
 class GatedCross(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tessera.ctr.models.dropout import Dropout
 from tessera.ctr.models.hstu_attention import HSTUAttention
-from tessera.ctr.models.layers import FieldEmbedding, linear
+from tessera.ctr.models.layers import FieldEmbedding, label_logits, linear
 from tessera.ctr.models.sequences import EventVectors, one_group, row_of_events
 from tessera.ctr.models.tower import Events, Fields, SequenceTower
 from tessera.embedding.errors import ConfigError
@@ -112,7 +112,7 @@ class HSTU(SequenceTower):
         merged = self.norm(x_td[tokens.of_targets]) * self.of_item(items)
         if self.embed.raw:
             merged = torch.cat([merged, numeric_bn.repeat_interleave(count, 0)], 1)
-        return self.head(merged).squeeze(1).unflatten(0, (rows, count))
+        return label_logits(self.head(merged)).unflatten(0, (rows, count))
 
 
 class Tokens:

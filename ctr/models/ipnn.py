@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, InnerProducts, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, InnerProducts, label_logits, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 
 
@@ -33,4 +33,4 @@ class IPNN(Tower):
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])
-        return self.mlp(torch.cat([self.embed.flat(numeric_bn, emb_bfd), self.products(emb_bfd)], 1)).squeeze(1)
+        return label_logits(self.mlp(torch.cat([self.embed.flat(numeric_bn, emb_bfd), self.products(emb_bfd)], 1)))

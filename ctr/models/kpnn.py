@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, InnerProducts, in_pieces, need_pairs, pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, InnerProducts, in_pieces, label_logits, need_pairs, pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -45,7 +45,7 @@ class KPNN(Tower):
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])
-        return self.mlp(torch.cat([self.embed.flat(numeric_bn, emb_bfd), self.products(emb_bfd)], 1)).squeeze(1)
+        return label_logits(self.mlp(torch.cat([self.embed.flat(numeric_bn, emb_bfd), self.products(emb_bfd)], 1)))
 
 
 class KernelProducts(nn.Module):

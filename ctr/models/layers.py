@@ -182,6 +182,14 @@ class MLP(nn.Sequential):
         self.width = inputs if outputs is None else outputs
 
 
+def label_logits(x_bt: Tensor) -> Tensor:
+    """Return what a tower answers: [B] for one label, [B, T] for several.
+
+    A `squeeze` that changes nothing would stay in an exported graph, and ONNX refuses it.
+    """
+    return x_bt.squeeze(1) if x_bt.shape[1] == 1 else x_bt
+
+
 def in_pieces(function: Callable[..., Tensor], rows: Tensor, keys: Tensor | None = None) -> Tensor:
     """Return `function(rows)`, which treats every row alike, computed in pieces of the batch if that is faster; or
     `function(rows, keys)` if each row has a key for its random draws.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.ctr.models.dropout import Dropout
-from tessera.ctr.models.layers import MLP, FieldEmbedding, linear
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -68,10 +68,10 @@ class MaskNet(Tower):
         first = self.embed.flat(numeric_bn, emb_bfd)
         state = self.embed.flat(numeric_bn, self.norm(emb_bfd))
         if not self.serial:
-            return self.mlp(torch.cat([block(first, state) for block in self.blocks], 1)).squeeze(1)
+            return label_logits(self.mlp(torch.cat([block(first, state) for block in self.blocks], 1)))
         for block in self.blocks:
             state = block(first, state)
-        return self.mlp(state).squeeze(1)
+        return label_logits(self.mlp(state))
 
 
 class MaskBlock(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 
 
@@ -34,4 +34,4 @@ class OPNN(Tower):
         emb_bfd = self.embed(numeric_bn, embeddings["v"])
         sum_bd = emb_bfd.sum(1)
         outer_bdd = sum_bd.unsqueeze(2) * sum_bd.unsqueeze(1)
-        return self.mlp(torch.cat([self.embed.flat(numeric_bn, emb_bfd), outer_bdd.flatten(1)], 1)).squeeze(1)
+        return label_logits(self.mlp(torch.cat([self.embed.flat(numeric_bn, emb_bfd), outer_bdd.flatten(1)], 1)))

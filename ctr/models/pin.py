@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, in_pieces, need_pairs, pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, in_pieces, label_logits, need_pairs, pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -47,7 +47,7 @@ class PIN(Tower):
         pairs_bs = self.subnets(self.embed(numeric_bn, embeddings["v"]))
         if self.embed.raw:
             pairs_bs = torch.cat([pairs_bs, numeric_bn], 1)
-        return self.mlp(pairs_bs).squeeze(1)
+        return label_logits(self.mlp(pairs_bs))
 
 
 class PairNets(nn.Module):

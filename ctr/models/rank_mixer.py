@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -54,7 +54,7 @@ class RankMixer(Tower):
         state_btd = self.tokenise(padded.unflatten(1, (self.tokens, self.part)))
         for layer in self.layers:
             state_btd = layer(state_btd)
-        return self.mlp(state_btd.mean(1)).squeeze(1)
+        return label_logits(self.mlp(state_btd.mean(1)))
 
 
 class MixerLayer(nn.Module):

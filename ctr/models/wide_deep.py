@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, FirstOrder
+from tessera.ctr.models.layers import MLP, FieldEmbedding, FirstOrder, label_logits
 from tessera.ctr.models.tower import Fields, Tower
 
 
@@ -26,4 +26,4 @@ class WideDeep(Tower):
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])
-        return self.wide(numeric_bn, embeddings["w"]) + self.mlp(self.embed.flat(numeric_bn, emb_bfd)).squeeze(1)
+        return self.wide(numeric_bn, embeddings["w"]) + label_logits(self.mlp(self.embed.flat(numeric_bn, emb_bfd)))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, linear, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -55,7 +55,7 @@ class Wukong(Tower):
         state_bnd = self.embed(numeric_bn, embeddings["v"])
         for layer in self.layers:
             state_bnd = layer(state_bnd)
-        return self.mlp(self.embed.flat(numeric_bn, state_bnd)).squeeze(1)
+        return label_logits(self.mlp(self.embed.flat(numeric_bn, state_bnd)))
 
 
 class WukongLayer(nn.Module):

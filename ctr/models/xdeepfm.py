@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, FirstOrder, in_pieces, linear, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, FirstOrder, in_pieces, label_logits, linear, need_pairs
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -41,7 +41,7 @@ class XDeepFM(Tower):
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])
         deep = self.cin_output(self.cin(emb_bfd)) + self.mlp(self.embed.flat(numeric_bn, emb_bfd))
-        return self.first_order(numeric_bn, embeddings["w"]) + deep.squeeze(1)
+        return self.first_order(numeric_bn, embeddings["w"]) + label_logits(deep)
 
 
 class CIN(nn.Module):

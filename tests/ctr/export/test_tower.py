@@ -15,14 +15,16 @@ import torch.distributed as dist
 from torch import nn
 
 from tessera.ctr.config import load_config
+from tessera.ctr.data.labels import labels_of
 from tessera.ctr.export.dry_run import check_export
 from tessera.ctr.export.tower import ServedTower, graph_of, inputs_of, largest_difference
 from tessera.ctr.models.deepfm import DeepFM
+from tessera.ctr.models.tower import Fields
 from tessera.ctr.serving.model_files import save_graph
 from tessera.ctr.serving.scorer import load_tower
 from tessera.embedding.errors import ConfigError
 from tests.ctr.export.models import overrides_of
-from tests.ctr.models.names import OF_ONE_LABEL
+from tests.ctr.models.names import OF_ONE_LABEL, OVER_LABELS
 from tests.ctr.models.test_towers import CASES, NUMERIC, make, named
 from tests.distributed.saved_tables import alone
 
@@ -116,6 +118,24 @@ def test_onnx_gives_the_same(tmp_path, model):
     from tessera.ctr.export.other_forms import ONNX, write_onnx
 
     assert write_onnx(served(model), tmp_path, 3, 4) == ONNX and (tmp_path / ONNX).stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("model", [*OVER_LABELS, "dnn", "deepfm", "fibinet"])
+def test_onnx_gives_the_same_of_several_labels(tmp_path, model):
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    from tessera.ctr.export.other_forms import ONNX, write_onnx
+
+    own = {"user": ["A", "a"], "shares": [0.3, 0.1], "slopes": [1.0, 1.2]} if model == "gnolr" else {}
+    tower = make(model, _two_labels(), **own).float().eval()
+    assert write_onnx(ServedTower(tower, amp=False), tmp_path, 3, 4) == ONNX
+
+
+def _two_labels() -> Fields:
+    labels = labels_of(["click", {"name": "buy", "where": "click"}])
+    return Fields(tuple("ABC"), tuple("abcd"), NUMERIC["scaled"], labels, len(labels))
 
 
 @pytest.mark.slow
