@@ -10,7 +10,7 @@ from tessera.ctr.data.config import check_splits
 from tessera.ctr.data.errors import SchemaError
 from tessera.ctr.data.labels import Label, labels_of
 from tessera.ctr.metrics.tasks import is_single, names_of_metrics
-from tessera.ctr.table_settings import shortest_ttl_days
+from tessera.ctr.table_settings import settings_of_all, shortest_ttl_days
 from tessera.ctr.unused_keys import check_unused
 from tessera.embedding import settings
 from tessera.embedding.errors import ConfigError, did_you_mean
@@ -56,6 +56,7 @@ def check(config: Config) -> None:
             f"trainer.calibration is {trainer.calibration}, but data.valid is null; expected a split to fit it on"
         )
     check_unused(config)
+    _check_helen(config)
     _check_labels(config)
     config.selection.check()
     if config.selection.method != "none" and trainer.compile:
@@ -111,6 +112,24 @@ def _check_incremental(config: Config) -> None:
             f"optimizer.sparse.old_rows_factor is {factor}; static tables have no new rows (embedding=dynamic has)"
         )
     config.trainer.distil.check(config.trainer.epochs)
+
+
+def _check_helen(config: Config) -> None:
+    if not config.optimizer.helen.rho:
+        return
+    found = f"optimizer.helen.rho is {config.optimizer.helen.rho}, and "
+    if config.embedding.alpt.every is not None:
+        raise ConfigError(
+            f"{found}embedding.alpt.every is {config.embedding.alpt.every}: each wants the second pass of a step; "
+            "set rho=0 or alpt.every=null"
+        )
+    for embedding, _ in settings_of_all(config):
+        key = next((key for key in ("cache_rows", "cache_bytes") if getattr(embedding, key) is not None), None)
+        if key is not None:
+            raise ConfigError(
+                f"{found}{key} is {getattr(embedding, key)}: tables with a cache have no pass over perturbed rows; "
+                f"set rho=0 or {key}=null"
+            )
 
 
 def _check_embedding(embedding: EmbeddingConfig, state_format: str) -> None:

@@ -178,11 +178,27 @@ class PlateauConfig:
 
 
 @dataclass
+class HelenConfig:
+    """A second pass at perturbed rows, whose gradients update them (docs/optimizers.md)."""
+
+    rho: float = setting(
+        0.0, "how far the rows of a table move together, 0.05 in the paper; 0: one pass, plain training", at_least=0
+    )
+    xi: float = setting(
+        0.3, "least share of it for rare ids; 1: all ids alike (SAM for each table)", at_least=0, at_most=1
+    )
+    dense: bool = setting(
+        False, "perturb dense weights, too (SAM); false: they are updated by the gradient of the first pass"
+    )
+
+
+@dataclass
 class OptimizerConfig:
     """How dense weights and rows are updated."""
 
     dense: DenseConfig = section(DenseConfig, "of the dense weights")
     sparse: SparseConfig = section(SparseConfig, "of the rows of tables")
+    helen: HelenConfig = section(HelenConfig, "frequency-wise sharpness-aware steps; docs/optimizers.md")
     plateau: PlateauConfig = section(
         PlateauConfig, "lower both learning rates when the metric of trainer.early_stop stops getting better"
     )

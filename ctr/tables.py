@@ -38,6 +38,11 @@ def build_tables(config: Config, schema: Schema, tower: Tower, ranks: int) -> Ta
     kind = config.embedding.kind
     check_named(config, schema.tables)
     if not schema.id_names:
+        if config.optimizer.helen.rho:
+            raise ConfigError(
+                f"optimizer.helen.rho is {config.optimizer.helen.rho}, but no feature has ids, so no rows can be "
+                "perturbed; set rho=0"
+            )
         return NoTables(tower.embedding_dims)
     _check_sequences(config, schema, tower)
     if kind == "static":

@@ -36,6 +36,7 @@ def _check_static(config: Config) -> None:
         section = getattr(embedding, part)
         _refuse(f"embedding.{part}", section, [field.name for field in fields(section)], dynamic)
     _refuse("optimizer.sparse", sparse, ["weight_decay", "decay", "decay_count_power", "initial_accumulator"], dynamic)
+    _refuse("optimizer.helen", config.optimizer.helen, ["rho", "xi", "dense"], dynamic)
 
 
 def _check_dynamic(config: Config) -> None:
@@ -126,6 +127,8 @@ def _check_optimizers(config: Config) -> None:
             _refuse(where, schedule, ["steps", "factor", "floor"], f"needs {where}.kind; it is constant")
         if schedule.kind == "cosine":
             _refuse(where, schedule, ["factor"], f"only step and exponential read; {where}.kind is cosine")
+    if not optimizer.helen.rho:
+        _refuse("optimizer.helen", optimizer.helen, ["xi", "dense"], "needs optimizer.helen.rho; it is 0")
     if optimizer.plateau.factor is None:
         needs = "needs optimizer.plateau.factor, which is null: rates are never lowered"
         _refuse("optimizer.plateau", optimizer.plateau, ["patience", "floor"], needs)

@@ -27,12 +27,14 @@ from tessera.distributed.distinct_ids import ALL_TABLES, FieldsOfTables, distinc
 from tessera.distributed.fields import OnDevice, chosen, scale_to_mean
 from tessera.distributed.host_manager import CacheStats, HostManager
 from tessera.distributed.module_names import module_name
+from tessera.distributed.perturbation import perturb
 from tessera.distributed.plan import TableSize
 from tessera.distributed.projections import Projections, columns_in
 from tessera.distributed.sequences import PooledAndKept, pool_or_keep
 from tessera.distributed.torchrec.bag_sharding import DynamicBagKernel, DynamicBagSharder
 from tessera.distributed.torchrec.bags_exchange import AskedBags
 from tessera.distributed.torchrec.codecs import codecs
+from tessera.distributed.torchrec.configs import torchrec_config
 from tessera.distributed.torchrec.ids_prefetch import IdsPrefetch, PrefetchedBatch
 from tessera.distributed.torchrec.kernel import Counted, DynamicTableKernel, Pass
 from tessera.distributed.torchrec.row_sharding import DYNAMIC, AskedRows, DynamicSharder
@@ -90,7 +92,7 @@ class DynamicTables(nn.Module):
         self._prefetched: deque[PrefetchedBatch] = deque()
         self._transport = transport
         self._first: PrefetchedBatch | None = None  # of the pass before, for the second one
-        self._second = False
+        self._two_passes = self._second = self._frozen = False
         self._times: Tensor | None = None  # of the coming step's rows, where it was not begun
         self._keeps_squares = squares
         self._squares: list[Tensor] = []  # of each path, in the last forward pass in training
@@ -138,18 +140,9 @@ class DynamicTables(nn.Module):
         self._order = None if both == sorted(both) else OnDevice([both.index(field) for field in range(len(both))])
         self._rows_of_all, self._bags_of_all = OnDevice(self._row_fields), OnDevice(self._bag_fields)
 
-    def _torchrec_config(
-        self, kind: type, name: str, tables: list[int], features: list[str]
-    ) -> EmbeddingConfig | EmbeddingBagConfig:
-        """Return what torchrec knows of some tables: one whose memory is theirs."""
-        width, rows = self.width + (self.oov is not None), 0  # of an answer
-        for config in (self.tables[i] for i in tables):
-            # The planner counts rows * dim * 4 bytes; a dynamic row has state and bookkeeping as well.
-            expected = self.expected_rows
-            if config.cache_limit is not None:  # what is on the device; the host's memory is not the planner's
-                expected = min(expected, config.cache_limit)
-            rows += -(-expected * config.bytes_per_row // (4 * width))
-        return kind(name=name, embedding_dim=width, num_embeddings=rows, feature_names=features)
+    def _torchrec_config(self, kind: type, name: str, of: list[int], features: list[str]) -> Any:
+        tables, width = [self.tables[i] for i in of], self.width + (self.oov is not None)  # of an answer
+        return torchrec_config(kind, name, tables, features, self.expected_rows, width)
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Return group -> [B, pooled fields, dim] float32, zeros for empty bags, and for each sequence
@@ -163,7 +156,7 @@ class DynamicTables(nn.Module):
         else:
             batch = PrefetchedBatch(ids, self._times if self.training else None)
             self._ask(batch)
-        self._first = batch if self.learns_scales and self.training else None
+        self._first = batch if self._two_passes and self.training else None
         paths, events, self._squares = [], dict[str, Tensor](), []
         if self.collection is not None:
             sums, events = self._sums_of_rows(self._on_row_path(ids), batch)
@@ -177,7 +170,7 @@ class DynamicTables(nn.Module):
             scale_fb = self._pooled.of(scale_to_mean(ids, self._averaged))
             sums = [sums_bfd * scale_fb.t().unsqueeze(2) for sums_bfd in sums]
         embeddings = dict(zip(self.groups, sums, strict=True))
-        return events | (self.projections(embeddings, frozen=self._second) if self.projections else embeddings)
+        return events | (self.projections(embeddings, frozen=self._frozen) if self.projections else embeddings)
 
     @torch.no_grad()
     def begin(self, ids: KeyedJaggedTensor, times: Tensor | None = None, told: Tensor | None = None) -> PrefetchedBatch:
@@ -223,14 +216,11 @@ class DynamicTables(nn.Module):
             batch.asked = distinct_ids(self._on_row_path(batch.ids), batch.times, self._fields_of_tables)
             batch.rows, told = IdsPrefetch(self.collection, AskedRows(batch.asked, told)), None
         if self.bags is not None:
-            bags = self._pools_before_exchange(batch.ids)
+            bags = chosen(batch.ids, self._bags_of_all) if self._row_fields else batch.ids
             batch.bags = IdsPrefetch(self.bags, AskedBags(bags, batch.times, told))
 
     def _on_row_path(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return chosen(ids, self._rows_of_all) if self._bag_fields else ids
-
-    def _pools_before_exchange(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        return chosen(ids, self._bags_of_all) if self._row_fields else ids
 
     def _sums_of_rows(self, ids: KeyedJaggedTensor, prefetched: PrefetchedBatch) -> PooledAndKept:
         asked, sent = prefetched.asked, prefetched.rows
@@ -257,7 +247,7 @@ class DynamicTables(nn.Module):
         if self.oov is None:
             return squares
         oov = self.oov[self._bag_tables]
-        return squares + ((oov.detach() if self._second else oov).square().sum(1) * missing).sum()
+        return squares + ((oov.detach() if self._frozen else oov).square().sum(1) * missing).sum()
 
     def squares_looked_up(self, embeddings: dict[str, Tensor]) -> Tensor:
         """Return the sum of squares of all rows, each as often as the batch looked it up: float32 [], differentiable,
@@ -271,8 +261,8 @@ class DynamicTables(nn.Module):
         """Map the owners' answer [n, columns] to [n, width]; ids without a row get the table's OOV row."""
         if self.oov is None:
             return answered
-        # The second pass is for scales alone. Data parallel counts gradients: a second one would confuse it.
-        oov = self.oov[table].detach() if self._second else self.oov[table]
+        # In a second pass for rows alone data parallel, which counts gradients, must not see a second one.
+        oov = self.oov[table].detach() if self._frozen else self.oov[table]
         return torch.addcmul(answered[:, :-1], answered[:, -1:].detach(), oov)
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
@@ -308,19 +298,23 @@ class DynamicTables(nn.Module):
         """Return this rank's part of each table, after sharding."""
         return self._by_table([kernel.tables for kernel in self._kernels()])
 
-    def begin_step(self, now: int, *, learn_scales: bool = False, times: Tensor | None = None) -> None:
+    def begin_step(
+        self, now: int, *, learn_scales: bool = False, perturbs: bool = False, times: Tensor | None = None
+    ) -> None:
         """Set the time of the coming training step, in seconds, with which its rows are touched.
 
         times: int64 [B], of the events in the rows of this rank's batch, which then has as many rows as those of other
         ranks. Rows of ids are touched with the time of their latest event in all ranks' batches, at most `now`. Of a
         batch that was begun the times are known already.
-        learn_scales: the step has a second pass (`second_pass`) in which scales are learned. Rows are stored
-        at its end; what the first pass leaves between the two is kept in float32 for the rows of the batch.
+        learn_scales: the step has a second pass in which scales are learned. Rows are stored at its end.
+        perturbs: it has one that reads perturbed rows (`perturb`), whose gradients update them; without a cache only.
         """
+        assert not (perturbs and (learn_scales or self.cached))
         self._times = None if self._prefetched else times
+        self._two_passes = learn_scales or perturbs
         for kernel in self._kernels():
             kernel.now = now
-            kernel.phase = Pass.FIRST if learn_scales else Pass.ONLY
+            kernel.phase = Pass.FIRST if learn_scales else Pass.MEASURING if perturbs else Pass.ONLY
         if self._init_from_oov and self.oov is not None:
             for table, oov, columns in zip(self.owned().values(), self.oov.detach(), self._columns, strict=True):
                 table.init_values = (oov if columns is None else oov[columns.to(oov.device)]).to(table.device)
@@ -330,19 +324,25 @@ class DynamicTables(nn.Module):
         for table in self.owned().values():
             table.begin_period()
 
+    def perturb(self, rho: float, xi: float) -> None:
+        """Between two passes, with `perturbs`: perturb the rows of the batch for the second one (`embedding/helen.py`),
+        by gradients of the first. Collective."""
+        perturb([one for kernel in self._kernels() for one in kernel.perturbations()], rho, xi)
+
     @contextmanager
-    def second_pass(self) -> Iterator[None]:
+    def second_pass(self, *, dense: bool = False) -> Iterator[None]:
         """Run forward and backward in this block as the second pass of a step, on the batch of the first.
 
-        A look-up gives the updated rows as they would be stored; gradients go to the scales alone.
+        Look-ups give the updated rows as they would be stored, and gradients go to the scales alone; or perturbed rows,
+        which gradients update. dense: OOV rows and projections get gradients, too.
         """
-        self._second = True
+        self._second, self._frozen = True, not dense
         for kernel in self._kernels():
-            kernel.phase = Pass.SECOND
+            kernel.begin_second_pass()
         try:
             yield
         finally:
-            self._second = False
+            self._second = self._frozen = False
             for kernel in self._kernels():
                 kernel.end_second_pass()
 

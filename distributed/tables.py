@@ -97,8 +97,11 @@ class DynamicTablesProtocol(ShardedTables, Protocol):
         """Return this rank's part of each table, after sharding."""
         ...
 
-    def begin_step(self, now: int, *, learn_scales: bool = False, times: Tensor | None = None) -> None:
-        """Set the time of the coming training step, in seconds, with which its rows are touched. times: int64 [B]."""
+    def begin_step(
+        self, now: int, *, learn_scales: bool = False, perturbs: bool = False, times: Tensor | None = None
+    ) -> None:
+        """Set the time of the coming training step, in seconds, with which its rows are touched, and whether it has a
+        second pass, for scales or over perturbed rows. times: int64 [B]."""
         ...
 
     def bring(self, now: int) -> None:
@@ -109,8 +112,13 @@ class DynamicTablesProtocol(ShardedTables, Protocol):
         """Count rows that are there now as old from here on."""
         ...
 
-    def second_pass(self) -> AbstractContextManager[None]:
-        """Enter the second pass of a step, which trains the rows' scales (of quantisation) alone."""
+    def perturb(self, rho: float, xi: float) -> None:
+        """Perturb the rows of the batch for a second pass. Collective."""
+        ...
+
+    def second_pass(self, *, dense: bool = False) -> AbstractContextManager[None]:
+        """Enter the second pass of a step, which trains the rows' scales (of quantisation) alone, or rows by gradients
+        at perturbed ones. dense: and what the dense optimizer trains."""
         ...
 
     def expire(self, now: int, *, everywhere: bool = False) -> None:

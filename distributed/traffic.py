@@ -171,6 +171,12 @@ def of_dense(ranks: int, parameters: int) -> list[Collective]:
     return [Collective("dense gradients", "all_reduce", buckets, ring(nbytes, ranks))]
 
 
+def of_row_norms(ranks: int, tables: int, groups: int) -> list[Collective]:
+    """Return what ranks tell each other of the gradients of rows before a pass over perturbed rows."""
+    nbytes = FLOAT64 * tables * (groups + 1)
+    return [Collective("norms of gradients", "all_gather", 1, nbytes * (ranks - 1))] if ranks > 1 else []
+
+
 def ring(nbytes: float, ranks: int) -> float:
     """Return what a rank sends in a sum over all ranks: each sends its share around twice."""
     return 2 * nbytes * (ranks - 1) / ranks

@@ -25,6 +25,7 @@ from tessera.distributed.traffic import (
     Exchange,
     TableLoad,
     of_dense,
+    of_row_norms,
     of_tables,
     repeated,
     ring,
@@ -152,6 +153,8 @@ class Planner:
         return self.config.embedding.exchange == "by_host" and ranks > self.ranks_per_host
 
     def _second_passes(self, tables: DynamicTables | None) -> float:
+        if self.config.optimizer.helen.rho:
+            return 1.0
         every = self.config.embedding.alpt.every
         return 1 / every if tables is not None and tables.learns_scales and every else 0.0
 
@@ -187,7 +190,10 @@ class Planner:
         each = self.ranks_per_host if self._merges_in_hosts(ranks) else 0
         exchange = Exchange(ranks, rows, transport, self.of_events, self.schema.weighted, told, each)
         found = repeated(of_tables(exchange, loads), second)
-        found += of_dense(ranks, self.cost.parameters + learned)
+        helen = self.config.optimizer.helen
+        found += repeated(of_dense(ranks, self.cost.parameters + learned), float(helen.rho > 0 and helen.dense))
+        if helen.rho:
+            found += of_row_norms(ranks, len(loads), len(self.tower.embedding_dims))
         if self.cost.norms:
             calls, channels = len(self.cost.norms), sum(self.cost.norms)
             statistics = FLOAT32 * (calls + 2 * channels) * (ranks - 1)

@@ -14,6 +14,7 @@ from tessera.ctr.distil.distillation import Distillation
 from tessera.ctr.network import Network, build_model
 from tessera.ctr.train.nonfinite import check_gradients, check_loss, watch_gradients
 from tessera.ctr.train.optimizers import Optimizers
+from tessera.ctr.train.perturbed import perturbed
 from tessera.ctr.train.progress import Progress
 from tessera.ctr.train.state_parts import ModelState, Stateful
 from tessera.ctr.train.step_pipeline import StepPipeline
@@ -76,7 +77,8 @@ class Engine:
         ready = self.pipeline.take(batch)
         batch, learn_scales = ready.on_device, self._learns_scales()
         if self.dynamic:
-            self.dynamic.begin_step(ready.now, learn_scales=learn_scales, times=ready.times)
+            perturbs = self.config.optimizer.helen.rho > 0
+            self.dynamic.begin_step(ready.now, learn_scales=learn_scales, perturbs=perturbs, times=ready.times)
         self.network.step = self.step  # of which dropout draws its masks
         with self.pipeline.next_begun():
             logits, embeddings = self.model(batch)
@@ -89,10 +91,13 @@ class Engine:
         loss_scale = self.process.world_size / max(ready.weight, 1e-12)
         self.process.stage = f"step {self.step}: backward"
         self.optimizers.zero_grad()
-        # This updates the rows of tables, too: kernels/pool.py, distributed/torchrec/answers.py, `_LookUp.backward` in
-        # distributed/torchrec/kernel.py, parts.py beside it, `TableSet.update`, kernels/records.py.
+        # This updates the rows of tables, too, but in a step of Helen: kernels/pool.py,
+        # distributed/torchrec/answers.py, `_LookUp.backward` in distributed/torchrec/kernel.py, parts.py beside it,
+        # `TableSet.update`, kernels/records.py.
         ((loss_sum + teacher_loss + self._added(embeddings)) * loss_scale).backward()
         check_gradients(self.network.dense_parameters(), self.step)
+        if self.config.optimizer.helen.rho:
+            self._train_perturbed(batch, ready.weight, loss_scale)
         self.optimizers.step()
         if self.gates:
             self.gates.after_step(self.optimizers.dense_lr)
@@ -132,15 +137,42 @@ class Engine:
         assert self.dynamic is not None  # no others learn scales
         self.process.stage = f"step {self.step}: scales"
         with self.dynamic.second_pass():
-            logits, embeddings = self.network(batch)
-            loss_sum = self.loss(logits, batch, weight)
-            loss_sum = loss_sum + (self.distil.loss(logits, batch, count=False) if self.distil else 0.0)
-            check_loss(loss_sum, self.network, batch, embeddings, self.step)
-            watch_gradients(self.network, embeddings)
-            pooled, l2 = list(embeddings.values()), self._l2(embeddings)
-            grads = list(torch.autograd.grad(loss_sum * loss_scale, pooled))
-            decays = isinstance(l2, Tensor)
-            torch.autograd.backward(pooled + [l2 * loss_scale] * decays, grads + [None] * decays)
+            self._pass_over_rows(batch, weight, loss_scale)
+
+    def _train_perturbed(self, batch: Batch, weight: float, loss_scale: float) -> None:
+        """Run Helen's second pass over the batch: the gradient of the loss to rows, at rows perturbed by their
+        gradients of the first pass, and with it their update. Dense weights have not been updated yet. They keep the
+        gradient of the first pass or, with `optimizer.helen.dense`, get theirs at perturbed weights, too."""
+        assert self.dynamic is not None  # others are refused
+        helen = self.config.optimizer.helen
+        self.process.stage = f"step {self.step}: perturbed rows"
+        self.dynamic.perturb(helen.rho, helen.xi)
+        if not helen.dense:
+            with self.dynamic.second_pass():
+                self._pass_over_rows(batch, weight, loss_scale)
+            return
+        dense = self.network.dense_parameters()
+        with perturbed(dense.values(), helen.rho), self.dynamic.second_pass(dense=True):
+            logits, embeddings = self.model(batch)
+            loss_sum = self._second_loss(logits, embeddings, batch, weight)
+            ((loss_sum + self._added(embeddings)) * loss_scale).backward()
+        check_gradients(dense, self.step)
+
+    def _pass_over_rows(self, batch: Batch, weight: float, loss_scale: float) -> None:
+        """Run forward and backward once more, for the gradients of rows alone."""
+        logits, embeddings = self.network(batch)
+        loss_sum = self._second_loss(logits, embeddings, batch, weight)
+        pooled, l2 = list(embeddings.values()), self._l2(embeddings)
+        grads = list(torch.autograd.grad(loss_sum * loss_scale, pooled))
+        decays = isinstance(l2, Tensor)
+        torch.autograd.backward(pooled + [l2 * loss_scale] * decays, grads + [None] * decays)
+
+    def _second_loss(self, logits: Tensor, embeddings: dict[str, Tensor], batch: Batch, weight: float) -> Tensor:
+        loss_sum = self.loss(logits, batch, weight)
+        loss_sum = loss_sum + (self.distil.loss(logits, batch, count=False) if self.distil else 0.0)
+        check_loss(loss_sum, self.network, batch, embeddings, self.step)
+        watch_gradients(self.network, embeddings)
+        return loss_sum
 
 
 def prepare_device(config: Config, process: Process) -> None:

@@ -6,7 +6,8 @@ one set, looked up and updated by one call each, whatever their number (`parts.p
 
 A step that learns scales (ALPT) has two such passes over one batch. The first updates the optimizer's state and
 keeps the new rows of the batch in float32; the second gives them as they would be stored, and its gradients update
-the scales, with which the rows are stored.
+the scales, with which the rows are stored. In a step of Helen (`embedding/helen.py`) the first pass leaves rows and
+optimizer as they are and keeps gradients; the second answers with perturbed rows, and its gradients update them.
 
 Where the asking side has a learned row for ids without a row of their own, answers have one column more: 1 for such an
 id, 0 for the others. Both are exact in half precision.
@@ -45,6 +46,7 @@ from tessera.distributed.torchrec.parts import (
 from tessera.embedding.cached_table import CachedTable
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.errors import CacheFull, TableFull
+from tessera.embedding.helen import Perturbation
 from tessera.embedding.set_table import SetTable
 from tessera.kernels.autograd import apply
 from tessera.kernels.host_numbers import on_device
@@ -52,11 +54,18 @@ from tessera.kernels.mix import unmix64
 
 
 class Pass(Enum):
-    """Role of the next forward and backward in a training step: the only pass, or the first or second of two."""
+    """Role of the next forward and backward in a training step: the only pass; the first or second of two that learn
+    scales; or the first of two that measures gradients, and the second that reads perturbed rows."""
 
     ONLY = auto()
     FIRST = auto()
     SECOND = auto()
+    MEASURING = auto()
+    PERTURBED = auto()
+
+    @property
+    def is_second(self) -> bool:
+        return self in (Pass.SECOND, Pass.PERTURBED)
 
 
 class Counted(NamedTuple):
@@ -168,7 +177,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
 
     def next_request(self, features: Any) -> Request:
         """Return the request of a batch: the prefetched one, if there is one and it is for this step."""
-        if not (self._prefetched and self.training) or self.phase is Pass.SECOND:
+        if not (self._prefetched and self.training) or self.phase.is_second:
             return self.request(features)
         request = self._prefetched.popleft()()
         for table in self._cached():
@@ -217,14 +226,14 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
     def look_up(self, request: Request) -> Tensor:
         """Return the rows of all tables in the order in which they were asked for: those of the request, or in a second
         pass those of the first."""
-        second = self.phase is Pass.SECOND and self.training
-        if second:
+        phase = self.phase if self.training else Pass.ONLY
+        if phase.is_second:
             assert self._first is not None, "no first pass"
             request = self._first
         if request.found is None:
             request.found = self.find(request, self.now)
         parts: list[tuple[Any, Any]] = list(zip(self.parts, request.found, strict=True))
-        answers: list[Tensor] = [part.second_answers(found) if second else part.answers(found) for part, found in parts]
+        answers: list[Tensor] = [_answers_of(part, found, phase) for part, found in parts]
         if request.at is None:
             return answers[0]
         whole = answers[0].new_empty((request.mixed.numel(), answers[0].shape[1]))
@@ -234,21 +243,33 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
 
     def update(self, grads: Tensor, request: Request) -> None:
         """Train rows by the gradients of what `look_up` gave, in this pass or the first."""
-        second = self.phase is Pass.SECOND
-        request = self._first if second and self._first is not None else request
-        self._first = request if self.phase is Pass.FIRST else None
+        phase = self.phase
+        request = self._first if phase.is_second and self._first is not None else request
+        self._first = request if phase in (Pass.FIRST, Pass.MEASURING) else None
         assert request.found is not None
         pieces = [grads] if request.at is None else [grads[at] for at in request.at]
         parts: list[tuple[Any, Any, Tensor]] = list(zip(self.parts, request.found, pieces, strict=True))
         for part, found, piece in parts:
-            if second:
+            if phase is Pass.SECOND:
                 part.learn(piece, found)
                 continue
+            if phase is Pass.MEASURING:
+                part.measure(piece, found)
+                continue
             rates = [self._optim.rates[number] for number in part.numbers]
-            if self.phase is Pass.FIRST:
+            if phase is Pass.FIRST:
                 part.begin_update(piece, found, rates)
             else:
                 part.update(piece, found, rates)
+
+    def perturbations(self) -> list[Perturbation]:
+        """Return those that the first pass has measured gradients for, of the rows of each part."""
+        made = [part.perturbation for part in self.parts if isinstance(part, SetPart)]
+        return [one for one in made if one is not None]
+
+    def begin_second_pass(self) -> None:
+        """Go on from the first pass of a step to the second."""
+        self.phase = Pass.PERTURBED if self.phase is Pass.MEASURING else Pass.SECOND
 
     def end_second_pass(self) -> None:
         """Go back to steps of one pass. Rows that a failed pass has not stored keep the values that they had."""
@@ -303,6 +324,15 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         """Return an empty state: `distributed/saved/row_files.py` saves rows, by id, so that any number of ranks can
         load them."""
         return destination if destination is not None else {}
+
+
+def _answers_of(part: Any, found: Any, phase: Pass) -> Tensor:
+    answers: Tensor
+    if phase is Pass.PERTURBED:
+        answers = part.perturbed_answers(found)
+    else:
+        answers = part.second_answers(found) if phase is Pass.SECOND else part.answers(found)
+    return answers
 
 
 def span_of(bounds: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -19,11 +19,13 @@ from tessera.distributed.event_times import latest
 from tessera.embedding.alpt import TwoPassUpdate
 from tessera.embedding.cached_table import CachedTable
 from tessera.embedding.config import DynamicTableConfig
+from tessera.embedding.helen import Perturbation
 from tessera.embedding.row_cache import CachedRows
 from tessera.embedding.set_layout import layout_key
 from tessera.embedding.set_table import RecordsUpdate, SetTable
 from tessera.embedding.table_set import TableSet
 from tessera.kernels.host_numbers import on_device
+from tessera.kernels.pool import sum_by_row
 from tessera.kernels.records import Positions
 from tessera.kernels.unique import positions_of, unique_inverse, unique_tables
 
@@ -75,17 +77,18 @@ class Answers:
 class FoundInSet:
     """rows: int64 [u] of the distinct ids of all tables, those of table t from bounds[t] on. inverse: int64 [n], the
     place in `rows` of each look-up, in the order in which it came; counts: int64 [u], how many look-ups are of each
-    row; both None where no id is there twice."""
+    row; both None where no id is there twice. often: int64 [u], in training how often the global batch has each id."""
 
     rows: Tensor
     bounds: Tensor
     inverse: Tensor | None
     counts: Tensor | None
     asked: LookUps
+    often: Tensor
 
 
 class SetPart:
-    """numbers: of the tables among those of the kernel."""
+    """numbers: of the tables among those of the kernel. perturbation: of the rows of a batch, between two passes."""
 
     def __init__(
         self, configs: Sequence[DynamicTableConfig], numbers: Sequence[int], answers: Answers, device: torch.device
@@ -94,6 +97,8 @@ class SetPart:
         self.tables: list[SetTable | CachedTable] = [SetTable(self.set, number) for number in range(len(configs))]
         self._updates: list[tuple[RecordsUpdate, Tensor, Tensor | None, slice]] = []
         self._rates: tuple[float, ...] = ()
+        self.perturbation: Perturbation | None = None
+        self._dims = [group.dim for group in configs[0].groups]
 
     def find(self, asked: LookUps, *, training: bool) -> FoundInSet:
         """Look ids up, in training with all that this changes."""
@@ -106,9 +111,9 @@ class SetPart:
                 seen = latest(seen, flat, ids.numel()) if isinstance(seen, Tensor) else seen
             inverse = flat if asked.order is None else torch.empty_like(flat).index_copy_(0, asked.order, flat)
         if not training:
-            return FoundInSet(self.set.find(ids, bounds), bounds, inverse, times, asked)
+            return FoundInSet(self.set.find(ids, bounds), bounds, inverse, times, asked, counts)
         rows = self.set.lookup(ids, bounds, seen, counts)
-        return FoundInSet(rows, bounds, inverse, times, asked)
+        return FoundInSet(rows, bounds, inverse, times, asked, counts)
 
     def answers(self, found: FoundInSet) -> Tensor:
         """Return what was asked for, [n, columns], in the order in which it came."""
@@ -127,6 +132,19 @@ class SetPart:
             self._rates = tuple(rates)
             self.set.rates = on_device(rates, self.set.device, torch.float64)
         return self.set.rates
+
+    def measure(self, grads: Tensor, found: FoundInSet) -> None:
+        """Keep the gradients of `answers`, by which the rows will be perturbed."""
+        grads = self._answers.gradients_of(grads)
+        if found.inverse is not None:
+            grads = sum_by_row(grads, found.inverse, found.rows.numel())
+        self.perturbation = Perturbation(found.rows, found.bounds, grads, found.often, self._dims)
+
+    def perturbed_answers(self, found: FoundInSet) -> Tensor:
+        """Return `answers` with the perturbation."""
+        assert self.perturbation is not None
+        values = self.perturbation.added_to(self.set.gather(found.rows, found.inverse), found.inverse)
+        return self._answers.made_of(values, found.rows, found.inverse)
 
     def begin_update(self, grads: Tensor, found: FoundInSet, rates: Sequence[float]) -> None:
         """Do the first pass of a step that learns scales."""
@@ -159,7 +177,7 @@ class SetPart:
 
     def end_second_pass(self) -> None:
         """Forget what the first pass left."""
-        self._updates = []
+        self._updates, self.perturbation = [], None
 
 
 @dataclass

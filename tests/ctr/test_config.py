@@ -59,6 +59,8 @@ def test_the_name_of_a_yaml_is_text_whatever_it_looks_like(tmp_path, name):
         (["embedding.alpt.every=0"], "embedding.alpt.every is 0; expected at least 1"),
         (["embedding.alpt.gradient_scale=rows"],
          "embedding.alpt.gradient_scale is 'rows'; expected batch, dim or none"),
+        (["optimizer.helen.rho=-1"], "optimizer.helen.rho is -1.0; expected at least 0"),
+        (["optimizer.helen.xi=2"], "optimizer.helen.xi is 2.0; expected at least 0 and at most 1"),
         (["embedding.transport=int8"], "embedding.transport is 'int8'; expected fp32, fp16 or bf16"),
         (["embedding=static", "+embedding.format=int8"],
          "embedding.format is int8; static tables have fp32 alone (embedding=dynamic has more)"),

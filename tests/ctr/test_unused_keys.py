@@ -46,6 +46,7 @@ STATIC = keys_of(EmbeddingConfig, "embedding", (*OF_STATIC, "admission", "alpt")
 STATIC += keys_of(Admission, "embedding.admission") + keys_of(AlptConfig, "embedding.alpt")
 STATIC += ["optimizer.sparse.weight_decay=0.1", "optimizer.sparse.initial_accumulator=0.1"]
 STATIC += ["optimizer.sparse.decay=0.1", "optimizer.sparse.state_format=bf16", "optimizer.sparse.old_rows_factor=0.5"]
+STATIC += ["optimizer.helen.rho=0.05", "optimizer.helen.xi=0.5", "optimizer.helen.dense=true"]
 OF_OPTIMIZERS = {
     "beta1=0.5": ("adam",),
     "beta2=0.5": ("adam",),
@@ -68,6 +69,8 @@ DYNAMIC = {
     "embedding.scale=0.1": ["embedding.formats={v: int2}"],
     "embedding.eviction=lru": ["embedding.max_rows=10000"],
     "optimizer.sparse.decay_count_power=1": ["optimizer.sparse.decay=0.1"],
+    "optimizer.helen.xi=0.5": ["optimizer.helen.rho=0.05"],
+    "optimizer.helen.dense=true": ["optimizer.helen.rho=0.05"],
     "optimizer.plateau.patience=2": ["optimizer.plateau.factor=0.5"],
     "optimizer.plateau.floor=0.1": ["optimizer.plateau.factor=0.5"],
 }
@@ -136,6 +139,20 @@ def test_keys_that_need_another_are_refused_without_it(override):
     key = override.partition("=")[0]
     assert refused(override).startswith(f"{key} is ")
     load(override, *DYNAMIC[override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["embedding.format=int8", "embedding.alpt.every=2"],
+         "embedding.alpt.every is 2: each wants the second pass of a step; set rho=0 or alpt.every=null"),
+        (["embedding.cache_rows=5000"],
+         "cache_rows is 5000: tables with a cache have no pass over perturbed rows; set rho=0 or cache_rows=null"),
+    ],
+)  # fmt: skip
+def test_helen_is_refused_beside_what_it_cannot_do(overrides, message):
+    assert refused("optimizer.helen.rho=0.05", *overrides) == f"optimizer.helen.rho is 0.05, and {message}"
+    load(*overrides)
 
 
 def test_a_range_is_refused_beside_the_step_that_replaces_it():

@@ -45,6 +45,13 @@ JOBS = {
         "embedding.format=int8",
         "embedding.alpt.every=2",
     ],
+    "perturbed rows": [*DEEPFM, "optimizer.helen.rho=0.05", "embedding.oov=learned", "model.batch_norm=true"],
+    "perturbed rows and weights": [
+        *DEEPFM,
+        "optimizer.helen.rho=0.05",
+        "optimizer.helen.dense=true",
+        "embedding.pooled_output_dist=auto",
+    ],
     "learned scales": [*DEEPFM, "embedding.format=int8", "embedding.alpt.every=2", "model.batch_norm=true"],
 }
 #: What a plan calls apart and the counter cannot tell apart.
@@ -52,6 +59,7 @@ SAME = {
     "ids of bags": "ids",
     "sums of bags": "rows",
     "gradients of bags": "gradients",
+    "norms of gradients": "agree",
 }
 
 
@@ -89,7 +97,7 @@ def test_one_rank_sends_nothing(tmp_path):
 
 
 def test_bytes_are_those_that_two_ranks_send(tmp_path):
-    check(2, tmp_path, ["rows in bf16", "both", "narrow tables"])
+    check(2, tmp_path, ["rows in bf16", "both", "narrow tables", "perturbed rows"])
 
 
 @pytest.mark.slow
