@@ -10,10 +10,19 @@ from tessera.kernels.backend import available_backends, use_backend
 MARKS = {"triton": [pytest.mark.slow]}
 
 #: Where kernels are compiled, long tests of other combinations are slow ones. What the reference gives a set is held to
-#: what it gives tables by test_table_set.py, and to what compiled kernels give by tests/kernels/test_records.py.
+#: what it gives tables by test_table_set.py, and to what compiled kernels give by tests/kernels/test_records.py. Of
+#: decay a table or a set is left, whichever; a cache keeps one kind of it for each backend.
 LONG = {
     "test_life_of_rows": ("cpp-table", "reference-set"),
     "test_int8_rows_take_less_than_half_of_all_that_a_row_takes": ("reference-table",),
+    "test_rows_are_those_of_a_table_that_decays_all_in_every_step": ("adam-table", "ftrl-table", "by count-set"),
+    "test_rows_that_are_exported_and_imported_go_on_bit_for_bit": ("table",),
+    "test_low_precision_reads_decayed_values_and_changes_nothing_between": (
+        *("int8-table", "int4-set", "fp16-table", "fp16-set", "bf16-table"),
+    ),
+    "test_int8_is_in_expectation_what_decays_densely": ("None-set", "learned1-table"),
+    "test_a_snapshot_reads_rows_as_they_decayed_up_to_then": ("set",),
+    "test_every_bit_is_that_of_the_table_without_cache": ("cpp-decay", "reference-decay by count"),
 }
 
 

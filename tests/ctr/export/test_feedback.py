@@ -35,15 +35,14 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        config = make_run(alone(), folder, overrides_of(folder, model="dnn"))
+        make_run(alone(), folder, overrides_of(folder, model="dnn"))
         export(alone(), folder, hidden=True)
-        _score_with_a_memory(folder, config)
     finally:
         dist.destroy_process_group()
     return folder
 
 
-def _score_with_a_memory(folder: Path, config) -> None:
+def score_with_a_memory(folder: Path) -> None:
     """Fill a memory by what the export knows of rows, and score rows with it as `tessera score --memory` does."""
     scorer, rows = Scorer.load(folder / "export"), awkward_rows(80, seed=4)
     ((prediction, hidden),) = scorer.predict_with_hidden([scorer.prepare(rows)])
@@ -70,7 +69,13 @@ def predictions(folder: Path) -> np.ndarray:
     return pq.read_table(folder / "requests.parquet")["prediction"].to_numpy()
 
 
+@pytest.mark.slow
 def test_score_corrects_as_the_memory_says_of_what_the_export_knows(folder):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        score_with_a_memory(folder)
+    finally:
+        dist.destroy_process_group()
     scorer = Scorer.load(folder / "export")
     ((prediction, hidden),) = scorer.predict_with_hidden([scorer.prepare(awkward_rows(50, seed=6))])
     np.testing.assert_allclose(predictions(folder / "plain"), prediction, rtol=0, atol=1e-6)

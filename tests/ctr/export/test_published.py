@@ -36,11 +36,12 @@ class Checked(Days):
         return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
         ("embedding.oov=learned", "embedding.tables={c: {dim: 2}}", "embedding.formats={d.v: int8}"),
-        pytest.param(("embedding=static",), marks=pytest.mark.slow),
+        ("embedding=static",),
     ],
 )
 def test_publications_of_both_kinds_are_scored_as_evaluation_does_and_others_are_told(process, tmp_path, more):
@@ -70,3 +71,13 @@ def test_publications_of_both_kinds_are_scored_as_evaluation_does_and_others_are
     ):
         _check_published(days.publisher.root, days.records, tmp_path / "run")
     _check_published(days.publisher.root, days.records[:1], tmp_path / "run")
+
+
+def test_what_is_wrong_with_an_export_is_told_of_its_publication_alone(tmp_path):
+    assert problem_of(tmp_path, "one") is None, "nobody has looked"
+    (tmp_path / RESULT).write_text(json.dumps({"publication": "one", "problem": "golden row 3 differs"}))
+    assert problem_of(tmp_path, "one") == "golden row 3 differs" and problem_of(tmp_path, "two") is None
+    (tmp_path / RESULT).write_text(json.dumps({"publication": "one", "problem": None}))
+    assert problem_of(tmp_path, "one") is None
+    (tmp_path / RESULT).write_text('{"publication": "one", "prob')
+    assert problem_of(tmp_path, "one") is None, "it was killed while it wrote"

@@ -10,11 +10,16 @@ from tests.ctr.models.test_sequence_models import inputs as sequence_inputs
 from tests.ctr.models.test_sequence_models import tower_of
 from tests.ctr.models.test_towers import inputs, make, named
 
+QUICK = ["autoint_plus", "bst", "dcn_v2", "deepfm", "fgcnn", "lr", "final_mlp"]  # the others by -m slow
 WITHOUT = ["fcn", "final_mlp", "final_net", "fm", "fmfm", "fwfm", "lr"]
 FIELDS = named(2, 3)
 
 
-@pytest.mark.parametrize("model", [model for model in OF_ONE_LABEL if model not in WITHOUT])
+def each(models: list[str]) -> list:
+    return [model if model in QUICK else pytest.param(model, marks=pytest.mark.slow) for model in models]
+
+
+@pytest.mark.parametrize("model", each([model for model in OF_ONE_LABEL if model not in WITHOUT]))
 def test_the_layer_is_the_last_one_that_the_logit_depends_on(model):
     tower = make(model, FIELDS).eval()
     numeric, embeddings = inputs(tower, FIELDS, 300)
@@ -32,7 +37,7 @@ def test_the_layer_is_the_last_one_that_the_logit_depends_on(model):
     torch.testing.assert_close(moved, moved[:1].expand(300))
 
 
-@pytest.mark.parametrize("model", SEQUENCE_MODELS)
+@pytest.mark.parametrize("model", each(SEQUENCE_MODELS))
 def test_models_of_sequences_have_one(model):
     tower = tower_of(model).eval()
     with hidden_of(tower) as hidden, torch.no_grad():
@@ -41,7 +46,7 @@ def test_models_of_sequences_have_one(model):
     torch.testing.assert_close(last_layer(tower).double()(found.double())[:, 0], logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", WITHOUT)
+@pytest.mark.parametrize("model", each(WITHOUT))
 def test_others_say_so_in_a_line(model):
     with pytest.raises(ConfigError, match="has no layer whose input an error memory could know rows by"):
         last_layer(make(model, FIELDS))

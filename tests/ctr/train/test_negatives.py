@@ -37,7 +37,7 @@ def test_the_loss_of_the_sample_is_least_at_the_logit_of_all_rows():
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (["data.negative_rate=0"], ["data.negative_rate", "0"]),
+        pytest.param(["data.negative_rate=0"], ["data.negative_rate", "0"], marks=pytest.mark.slow),
         (["data.negative_rate=1.5"], ["data.negative_rate is 1.5", "at most 1"]),
         (["data.negative_rate=.5", "data.schema.labels=[{name: label, loss: focal}]"], ["label (focal)", "plain"]),
         (
