@@ -16,7 +16,6 @@ from torchrec import KeyedJaggedTensor
 
 from tessera.distributed.event_times import latest, times_of_values
 from tessera.kernels.host_numbers import on_device
-from tessera.kernels.mix import mix64
 from tessera.kernels.unique import unique_tables
 
 ALL_TABLES = "tables"  # the key; names of single tables begin otherwise (`module_name`)
@@ -56,7 +55,7 @@ def distinct_ids(ids: KeyedJaggedTensor, times: Tensor | None, tables: FieldsOfT
         begins = [0, *accumulate(sizes)]
         bounds = [begins[end] for end in tables.ends]
         flat = torch.cat([flat[ends[field] : ends[field + 1]] for field in tables.flat])
-    unique, index, counts, found = unique_tables(flat, on_device(bounds, flat.device), padded=True)
+    unique, index, counts, found = unique_tables(flat, on_device(bounds, flat.device), padded=True, mixed=True)
     ends_of_tables = found.tolist()  # on a GPU the host waits here, and nowhere else
     of_tables = [end - begin for begin, end in pairwise(ends_of_tables)]
     if unique.numel() > ends_of_tables[-1]:  # padded, on a GPU
@@ -68,4 +67,4 @@ def distinct_ids(ids: KeyedJaggedTensor, times: Tensor | None, tables: FieldsOfT
             index[ends[field] : ends[field + 1]] = places
     if times is not None:
         times = latest(times_of_values(ids, times), index, unique.numel())
-    return DistinctIds(mix64(unique), found, counts, times, index, of_tables)
+    return DistinctIds(unique, found, counts, times, index, of_tables)

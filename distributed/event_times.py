@@ -45,7 +45,7 @@ def packed(counts: Tensor, times: Tensor | None) -> Tensor:
 
 
 def unpacked(words: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the counts and the times (int64 [n] each; times may be None) that `packed` was given."""
+    """Return the counts and the times (int64 [n] each; without times int32 [n] and None) that `packed` was given."""
     if words.dtype != torch.int64:
-        return words.long(), None
+        return words, None
     return words & MAX_COUNT, words >> COUNT_BITS

@@ -61,7 +61,7 @@ class SentByHost:
             unique, places, _, found = unique_tables(came.ids, came.bounds, padded=True)
             unique = unique[: int(found[-1])]  # on a GPU the host waits here
             counts, times = unpacked(came.columns[0])
-            counts = torch.zeros_like(unique).index_add_(0, places, counts)
+            counts = torch.zeros_like(unique).index_add_(0, places, counts.long())
             times = None if times is None else latest(times, places, unique.numel())
             outgoing = OutgoingIds(unique, found, (packed(counts, times),), told.flatten())
             index = torch.empty_like(places).index_copy_(0, came.order, places)

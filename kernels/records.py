@@ -136,7 +136,7 @@ def find_unknown(
     _check_bounds(bounds)
     _check_counts(counts, ids)
     places = *id_map.places, id_map.segments
-    batch = ids, bounds, _times(now, ids), counts
+    batch = ids, bounds, now if isinstance(now, int) else _times(now, ids), counts
     rows, found, noted, told = ops.find_and_list(places, chunks, *batch, layout.numbers, most, look)
     return LookedUp(rows, None if found is None else Unknown(*found), noted, told)
 

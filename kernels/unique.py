@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from tessera.kernels import backend
 from tessera.kernels.chunks import check_index
+from tessera.kernels.mix import mix64, unmix64
 from tessera.kernels.reference import unique as reference
 
 
@@ -22,7 +25,9 @@ def unique_inverse(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ops.unique_inverse(ids)
 
 
-def unique_tables(ids: Tensor, bounds: Tensor, *, padded: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def unique_tables(
+    ids: Tensor, bounds: Tensor, *, padded: bool = False, mixed: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Merge duplicates within each of many tables; equal ids of two tables are two.
 
     ids: int64 [n]; those of table t are at bounds[t] to bounds[t + 1] - 1, bounds int64 [tables + 1]. Returns (unique
@@ -30,7 +35,7 @@ def unique_tables(ids: Tensor, bounds: Tensor, *, padded: bool = False) -> tuple
     counts int64 [u]; bounds of `unique`, int64 [tables + 1]). O(n). Raises ValueError for wrong arguments.
 
     padded: on a GPU the host does not wait to learn u: unique and counts are int64 [n], zeros from bounds[-1] on.
-    Elsewhere nothing is padded.
+    Elsewhere nothing is padded. mixed: `unique` are returned as `mix64` gives them.
     """
     check_index("ids", ids)
     check_index("bounds", bounds)
@@ -38,10 +43,40 @@ def unique_tables(ids: Tensor, bounds: Tensor, *, padded: bool = False) -> tuple
         raise ValueError(f"bounds: expected 2 or more, found {bounds.numel()}")
     waiting = backend.triton_for(ids) if padded else None
     if waiting is not None:
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = waiting.unique_padded(ids, bounds)
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = waiting.unique_padded(ids, bounds, mixed=mixed)
         return found
     ops = backend.ops_for(ids) or reference
-    return ops.unique_tables(ids, bounds)
+    unique, inverse, counts, ends = ops.unique_tables(ids, bounds)
+    return mix64(unique) if mixed else unique, inverse, counts, ends
+
+
+class MergedLookUps(NamedTuple):
+    """ids: int64 [u], as `unique_tables(..., padded=True)` gives them; inverse: int64 [n], the place among them of each
+    look-up, in the order in which these came; times: int64 [u], how many look-ups are of each; bounds: int64
+    [tables + 1]; counts: int64 [u], sums of those of the look-ups, not defined where they have none."""
+
+    ids: Tensor
+    inverse: Tensor
+    times: Tensor
+    bounds: Tensor
+    counts: Tensor
+
+
+def merge_look_ups(
+    ids: Tensor, bounds: Tensor, counts: Tensor | None, order: Tensor | None, *, mixed: bool
+) -> MergedLookUps:
+    """Merge the look-ups of equal ids of a table. ids, bounds: as for `unique_tables`; counts: int64 or int32 [n], or
+    None; order: int64 [n], where each stood when it came, None: there; mixed: ids are `mix64` of those that are
+    returned. O(n). Raises ValueError for wrong arguments."""
+    check_index("ids", ids)
+    check_index("bounds", bounds)
+    ops = backend.triton_for(ids)
+    if ops is not None:
+        return MergedLookUps(*ops.merge_look_ups(ids, bounds, counts, order, mixed=mixed))
+    unique, flat, times, ends = unique_tables(unmix64(ids) if mixed else ids, bounds)
+    sums = times if counts is None else torch.zeros_like(unique).index_add_(0, flat, counts.long())
+    inverse = flat if order is None else torch.empty_like(flat).index_copy_(0, order, flat)
+    return MergedLookUps(unique, inverse, times, ends, sums)
 
 
 def positions_of(inverse: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ class Counted(NamedTuple):
 @dataclass
 class Request:
     """Look-ups of one batch in all tables of a kernel. mixed: int64 [n], those of table t from bounds[t] on; counts:
-    [n]; times: int64 [n], of the latest event of each id, None: that of the batch;
+    [n], int64 or int32; times: int64 [n], of the latest event of each id, None: that of the batch;
     bounds: int64 [T + 1]. places: int64, for each id of a bag its place in mixed, with the pooled output dist. order:
     int64 [n], where each look-up stood among those that came, None: there. found: by part of the kernel, once the ids
     are looked up; at: for each part, where its look-ups stood; counted: by table at that moment, for a batch that is
@@ -207,9 +207,12 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
 
     def find(self, request: Request, now: int) -> list[Found]:
         """Look the ids of a batch up in all tables, in training with all that this changes."""
-        ids, counts = unmix64(request.mixed), request.counts
+        merges = self._is_one_set and self.repeats  # which then undoes the mixing, too
+        ids, counts = request.mixed, request.counts
+        if not merges:
+            ids, counts = unmix64(ids), counts.long()
         seen = now if request.times is None else now - ages_at(now, request.times)
-        whole = LookUps(ids, counts, seen, request.bounds, request.order, self.repeats)
+        whole = LookUps(ids, counts, seen, request.bounds, request.order, self.repeats, mixed=merges)
         try:
             if self._is_one_set:
                 return [self.parts[0].find(whole, training=self.training)]

@@ -27,13 +27,14 @@ from tessera.embedding.table_set import TableSet
 from tessera.kernels.host_numbers import on_device
 from tessera.kernels.pool import sum_by_row
 from tessera.kernels.records import Positions
-from tessera.kernels.unique import positions_of, unique_inverse, unique_tables
+from tessera.kernels.unique import merge_look_ups, positions_of, unique_inverse
 
 
 class LookUps(NamedTuple):
-    """Look-ups of one batch in the tables of a part. ids, counts: int64 [n]; seen: the time of each, in seconds, one
-    number or int64 [n]; bounds: int64 [T + 1], those of table t from bounds[t] on; order: int64 [n], the place of
-    each among those that came, None: the same. repeats: whether an id may be there twice."""
+    """Look-ups of one batch in the tables of a part. ids: int64 [n]; counts: int64 or int32 [n]; seen: the time of
+    each, in seconds, one number or int64 [n]; bounds: int64 [T + 1], those of table t from bounds[t] on; order:
+    int64 [n], the place of each among those that came, None: the same. repeats: whether an id may be there twice;
+    mixed: whether ids are mixed, as they may be where they repeat."""
 
     ids: Tensor
     counts: Tensor
@@ -41,6 +42,7 @@ class LookUps(NamedTuple):
     bounds: Tensor
     order: Tensor | None
     repeats: bool
+    mixed: bool = False
 
     def of(self, places: Tensor, bounds: Tensor) -> LookUps:
         """Return those at places (int64 [k]), of tables with these bounds, each where it is."""
@@ -105,11 +107,10 @@ class SetPart:
         ids, counts, seen, bounds = asked.ids, asked.counts, asked.seen, asked.bounds
         inverse = times = None
         if asked.repeats:
-            ids, flat, times, bounds = unique_tables(ids, bounds, padded=True)
-            if training:
-                counts = torch.zeros_like(ids).index_add_(0, flat, counts)
-                seen = latest(seen, flat, ids.numel()) if isinstance(seen, Tensor) else seen
-            inverse = flat if asked.order is None else torch.empty_like(flat).index_copy_(0, asked.order, flat)
+            given, order = counts if training else None, asked.order
+            ids, inverse, times, bounds, counts = merge_look_ups(ids, bounds, given, order, mixed=asked.mixed)
+            if training and isinstance(seen, Tensor):
+                seen = latest(seen, inverse if order is None else inverse[order], ids.numel())
         if not training:
             return FoundInSet(self.set.find(ids, bounds), bounds, inverse, times, asked, counts)
         rows = self.set.lookup(ids, bounds, seen, counts)

@@ -37,7 +37,7 @@ from tessera.kernels.triton_ops.records_find import find_and_list, records_find
 from tessera.kernels.triton_ops.scatter import scatter, scatter_columns
 from tessera.kernels.triton_ops.touch import expired, touch
 from tessera.kernels.triton_ops.unique import unique_inverse
-from tessera.kernels.triton_ops.unique_tables import positions_of, unique_padded, unique_tables
+from tessera.kernels.triton_ops.unique_tables import merge_look_ups, positions_of, unique_padded, unique_tables
 
 __all__ = [
     "check",
@@ -61,6 +61,7 @@ __all__ = [
     "id_map_insert",
     "id_map_place",
     "init_rows",
+    "merge_look_ups",
     "mix64",
     "normal",
     "pack_ids",

@@ -28,13 +28,19 @@ _SPREAD = 1 << 13 if INTERPRETED else 256  # elements of a tile; the interpreter
 #: number (1, a multiple of 16, another).
 kernel = triton.jit(
     do_not_specialize=[
-        *("bags", "begin", "bits", "count", "header", "keys", "kinds", "limit", "mark", "pieces", "positions", "ranks"),
-        *("room", "segments", "stream", "tables", "told", "total", "turns", "words"),
+        *("bags", "begin", "bits", "count", "header", "keys", "kinds", "limit", "mark", "moment", "pieces"),
+        *("positions", "ranks", "room", "segments", "stream", "tables", "told", "total", "turns", "words"),
     ]
 )
 
 #: Instead of a launch, call this with (kernel, arguments, constants): for a test that compiles without a GPU.
 recorder: Callable[[object, tuple[object, ...], dict[str, object]], None] | None = None
+
+
+def parts_of(device: torch.device, *sizes: int) -> tuple[Tensor, ...]:
+    """Return int64 tensors of these sizes, not filled: parts of one allocation, each aligned to 16 bytes."""
+    padded = [part for size in sizes for part in (size, size % 2)]
+    return torch.empty(sum(padded), dtype=torch.int64, device=device).split(padded)[::2]
 
 
 class Tile(NamedTuple):

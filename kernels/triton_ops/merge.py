@@ -122,18 +122,6 @@ def merged(given, row, inside, SUM: tl.constexpr, TILE: tl.constexpr):
 
 
 @kernel
-def _check_kernel(ordered, note, positions, count):
-    """Note an inverse out of range: it is the first or the last of the sorted ones."""
-    at = tl.arange(0, 2) * (positions - 1)
-    known_positions(tl.load(ordered + at).to(tl.int64), at >= 0, count, note)
-
-
-def note_range(ordered: Tensor, count: int, note: Tensor) -> None:
-    """Note sorted positions (int32 [n], n > 0) that are not in [0, count)."""
-    launch(_check_kernel, 1, ordered, note, ordered.numel(), count, warps=1)
-
-
-@kernel
 def _narrow_kernel(inverse, narrow, positions, count, BLOCK: tl.constexpr):
     """Half the bytes of int64 are half the passes of the sort; what is out of range stays so."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -163,6 +151,18 @@ def _lists_kernel(given, positions, count, turns, PIECE: tl.constexpr, LONG: tl.
     if tl.program_id(0) == 0:
         ends = tl.arange(0, 2) * (positions - 1)
         known_positions(tl.load(given.ordered + ends).to(tl.int64), ends >= 0, count, given.note)
+
+
+def positions_by_row(inverse: Tensor, count: int, note: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (order int64 [n], begins int64 [count + 1]): `inverse` is r at order[begins[r]:begins[r + 1]], ascending.
+    inverse: int64 [n], n > 0; what is not in [0, count) is noted."""
+    n = inverse.numel()
+    # Half the bytes of int64 are half the passes of the sort.
+    ordered, order = torch.sort(inverse.to(torch.int32), stable=True)
+    begins = torch.empty(count + 1, dtype=torch.int64, device=inverse.device)
+    lists, programs = _Lists(ordered, begins, begins, note), -(-(count + 1) // block())
+    launch(_lists_kernel, programs, lists, n, count, turns_of(n), PIECE=PIECE, LONG=False, BLOCK=block())
+    return order, begins
 
 
 def merge(grads: Tensor, inverse: Tensor | None, count: int, note: Tensor) -> Merge:

@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-from tessera.kernels.reference.pool import columns_of_groups
 from tessera.kernels.triton_ops.faults import OFFSETS, check_interpreted, known_positions, note_of
 from tessera.kernels.triton_ops.launch import kernel, launch, tile, warps_of
 from tessera.kernels.triton_ops.merge import below, merge, merged, turns_of
 
+_GROUPS = 4  # that a kernel writes; the columns of more are split afterwards
+
+
+class _Widths(NamedTuple):
+    """Columns of the groups that sums are written to, as a constant of kernels: how many, first and width of each."""
+
+    groups: int
+    first: tuple[int, ...]
+    width: tuple[int, ...]
+
 
 class _Given(NamedTuple):
     out: Tensor
+    second: Tensor
+    third: Tensor
+    fourth: Tensor
     source: Tensor
     places: Tensor
     offsets: Tensor
     weights: Tensor
     note: Tensor
+
+
+@triton.jit
+def _write(out, sums, place, column, inside, GROUP: tl.constexpr, WIDTHS: tl.constexpr):
+    """Write the columns of a group to bags at `place` of [bags, width]."""
+    own = column - WIDTHS.first[GROUP]
+    mask = inside[:, None] & (own >= 0) & (own < WIDTHS.width[GROUP])
+    tl.store(out + place[:, None] * WIDTHS.width[GROUP] + own, sums, mask=mask)
 
 
 @kernel
@@ -30,7 +52,9 @@ def _pool_kernel(
     bags,
     positions,
     count,
+    keys,
     HAS_WEIGHTS: tl.constexpr,
+    WIDTHS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     bag = tl.program_id(0).to(tl.int64) * TILE.rows + tl.arange(0, TILE.rows)
@@ -52,20 +76,33 @@ def _pool_kernel(
         if HAS_WEIGHTS:
             value = value * tl.load(given.weights + begin + j, mask=within, other=0.0)[:, None]
         sums = tl.where(within[:, None], sums + value, sums)
-    tl.store(given.out + bag[:, None] * TILE.dim + column, sums, mask=inside[:, None] & (column < TILE.dim))
+    batch = bags // keys
+    place = bag % batch * keys + bag // batch
+    _write(given.out, sums, place, column, inside, 0, WIDTHS)
+    if WIDTHS.groups > 1:
+        _write(given.second, sums, place, column, inside, 1, WIDTHS)
+    if WIDTHS.groups > 2:
+        _write(given.third, sums, place, column, inside, 2, WIDTHS)
+    if WIDTHS.groups > 3:
+        _write(given.fourth, sums, place, column, inside, 3, WIDTHS)
 
 
 def pool(
     values: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None, keys: int, widths: Sequence[int]
 ) -> list[Tensor]:
     (rows, dim), bags = values.shape, offsets.numel() - 1
-    out = torch.empty((bags, dim), device=values.device)
+    groups = list(widths) if len(widths) <= _GROUPS else [dim]
+    out = [torch.empty((bags // keys, keys, width), device=values.device) for width in groups]
+    first, second, third, fourth = [*out, *out[:1] * _GROUPS][:_GROUPS]
     given = _Given(
-        out,
+        first,
+        second,
+        third,
+        fourth,
         values.contiguous(),
         index.contiguous(),
         offsets.contiguous(),
-        out if weights is None else weights.contiguous(),
+        out[0] if weights is None else weights.contiguous(),
         note_of(values.device, rows, rows),
     )
     shape = tile(dim)
@@ -76,12 +113,14 @@ def pool(
         bags,
         index.numel(),
         rows,
+        keys,
         HAS_WEIGHTS=weights is not None,
+        WIDTHS=_Widths(len(groups), tuple(accumulate(groups, initial=0))[:-1], tuple(groups)),
         TILE=shape,
         warps=warps_of(shape),
     )
     check_interpreted(values.device)
-    return columns_of_groups(out, keys, widths)
+    return out if len(out) == len(widths) else [group.contiguous() for group in out[0].split(list(widths), 2)]
 
 
 @kernel

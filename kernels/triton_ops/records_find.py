@@ -19,7 +19,7 @@ from tessera.kernels.reference.id_map import LINE, SLOTS, TABLE_SHIFT
 from tessera.kernels.triton_ops.arithmetic import address_of, hash_of, mix64
 from tessera.kernels.triton_ops.faults import check_interpreted, known_rows, note_of
 from tessera.kernels.triton_ops.id_map import home_of, segment_of, segments_of, slots_of
-from tessera.kernels.triton_ops.launch import INTERPRETED, kernel, launch
+from tessera.kernels.triton_ops.launch import INTERPRETED, kernel, launch, parts_of
 from tessera.kernels.triton_ops.record_plan import bits_of, place_of_records, table_of
 from tessera.kernels.triton_ops.rows import Chunk
 
@@ -65,15 +65,19 @@ class _Asked(NamedTuple):
     now: Tensor
     counts: Tensor
     rows: Tensor
-    fresh: Tensor
     least: Tensor
     note: Tensor
+    segments: Tensor  # these are for the list of new ids
+    news: Tensor
+    numbers: Tensor
+    wanted: Tensor
 
 
 class _Plan(NamedTuple):
     touch: bool
     guarded: bool  # touch only where no table has less room than none
     one_time: bool
+    moment: bool  # that time is a number of the host
     has_counts: bool
     list_new: bool
     meta_at: int
@@ -83,8 +87,23 @@ class _Plan(NamedTuple):
     segments: int  # of the smallest chunk of the map, as a shift
 
 
+@triton.jit
+def _begin_list(given, tables, segments, PLAN: tl.constexpr):
+    """Let the numbers of new ids begin at zero, those wanted of segments at what these hold; a program a part."""
+    first, step = tl.program_id(0) * PLAN.block, tl.num_programs(0) * PLAN.block
+    zeros = tl.full([PLAN.block], 0, tl.int64)
+    wanted = given.wanted.to(tl.pointer_type(tl.int32), bitcast=True)
+    begin = first
+    while begin < tl.maximum(segments, tables + _OF_TABLES):
+        at = begin + tl.arange(0, PLAN.block).to(tl.int64)
+        tl.store(given.numbers + at, zeros, mask=at < tables + _OF_TABLES)
+        held = tl.load(given.segments + at * 3 + 1, mask=at < segments, other=0)
+        tl.store(wanted + at, held, mask=at < segments)
+        begin += step
+
+
 @kernel
-def _records_find_kernel(given, count, total, tables, bits, PLAN: tl.constexpr):
+def _records_find_kernel(given, count, total, tables, bits, segments, moment, PLAN: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * PLAN.block + tl.arange(0, PLAN.block)
     table, _, _, inside = table_of(given, at, at < count, tables, PLAN.bits)
     hashes = hash_of(tl.load(given.ids + at, mask=inside, other=0)) ^ mix64(table.to(tl.uint64, bitcast=True))
@@ -92,7 +111,8 @@ def _records_find_kernel(given, count, total, tables, bits, PLAN: tl.constexpr):
     row = _find_in_lines(slots_of(given.map_bases, segment, inside, PLAN.segments), hashes, table, inside)
     tl.store(given.rows + at, row, mask=at < count)
     if PLAN.list_new:
-        tl.store(given.fresh + at, (inside & (row < 0)).to(tl.int32), mask=at < count)
+        _begin_list(given, tables, segments, PLAN)
+        tl.store(given.news + tl.program_id(0), tl.sum((inside & (row < 0)).to(tl.int64), axis=0))
     if PLAN.touch:
         known = known_rows(row, inside, total, given.note)
         if PLAN.guarded:
@@ -100,7 +120,10 @@ def _records_find_kernel(given, count, total, tables, bits, PLAN: tl.constexpr):
         meta = (address_of(given.bases, row, known, PLAN.chunk) + PLAN.meta_at).to(tl.pointer_type(tl.int64))
         seen = tl.load(meta + _LAST_SEEN, mask=known, other=0)
         often = tl.load(meta + _LAST_SEEN + 1, mask=known, other=0)
-        time = tl.load(given.now + (at * 0 if PLAN.one_time else at), mask=known, other=0)
+        if PLAN.moment:
+            time = tl.zeros_like(at) + moment
+        else:
+            time = tl.load(given.now + (at * 0 if PLAN.one_time else at), mask=known, other=0)
         more = tl.full([PLAN.block], 1, tl.int64)
         if PLAN.has_counts:
             more = tl.load(given.counts + at, mask=known, other=0)
@@ -119,7 +142,7 @@ def records_find(
     layout: Sequence[int],
 ) -> Tensor:
     rows = torch.empty(ids.numel(), dtype=torch.int64, device=ids.device)
-    _find((directory, map_chunks), chunks, _Batch(ids, bounds, now, counts), layout, (rows, None), None)
+    _find((directory, map_chunks), chunks, _Batch(ids, bounds, now, counts), layout, _Out(rows))
     return rows
 
 
@@ -144,8 +167,19 @@ def _least_room(bounds: Tensor, most: Tensor) -> Tensor:
 class _Batch(NamedTuple):
     ids: Tensor
     bounds: Tensor
-    now: Tensor | None
+    now: Tensor | int | None
     counts: Tensor | None
+
+
+class _Out(NamedTuple):
+    """What is written: rows int64 [n], and where new ids are to be listed: how many each program has, int64
+    [programs], and space for `numbers` and for those wanted of the map's segments, which are int32 [segments, 3]."""
+
+    rows: Tensor
+    news: Tensor | None = None
+    numbers: Tensor | None = None
+    wanted: Tensor | None = None
+    segments: Tensor | None = None
 
 
 def _find(
@@ -153,42 +187,43 @@ def _find(
     chunks: Sequence[Tensor],
     batch: _Batch,
     layout: Sequence[int],
-    out: tuple[Tensor, Tensor | None],
-    least: Tensor | None,
+    out: _Out,
+    least: Tensor | None = None,
 ) -> None:
-    """Write rows int64 [n] and, if asked for, whether each id is new, int32 [n]. least: int64 [1], nothing is touched
-    where it is below 0."""
-    where, (rows, fresh), (directory, map_chunks) = layout_of(layout), out, places
+    """Write what is asked for. least: int64 [1], nothing is touched where it is below 0."""
+    where, rows, (directory, map_chunks) = layout_of(layout), out.rows, places
     ids, bounds, now = batch.ids.contiguous(), batch.bounds.contiguous(), batch.now
     place, n, tables = place_of_records(chunks, where, ids.device), ids.numel(), bounds.numel() - 1
-    map_bases, segments = segments_of(map_chunks, ids.device)
+    map_bases, shift = segments_of(map_chunks, ids.device)
     given = _Asked(
         ids,
         bounds,
         directory,
         map_bases,
         place.bases,
-        rows if now is None else now.contiguous(),
+        now.contiguous() if isinstance(now, Tensor) else rows,
         rows if batch.counts is None else batch.counts.contiguous(),
         rows,
-        rows if fresh is None else fresh,
         rows if least is None else least,
         note_of(ids.device, place.total),
+        *(rows if one is None else one for one in (out.segments, out.news, out.numbers, out.wanted)),
     )
     plan = _Plan(
         touch=now is not None,
         guarded=least is not None,
-        one_time=now is not None and now.numel() == 1,
+        one_time=isinstance(now, Tensor) and now.numel() == 1,
+        moment=isinstance(now, int),
         has_counts=batch.counts is not None,
-        list_new=fresh is not None,
+        list_new=out.news is not None,
         meta_at=where.meta_at,
         chunk=place.chunk,
         bits=bits_of(tables),
         block=_BLOCK,
-        segments=segments,
+        segments=shift,
     )
-    bits = directory.numel().bit_length() - 1
-    launch(_records_find_kernel, -(-n // _BLOCK), given, n, place.total, tables, bits, PLAN=plan)
+    bits, moment = directory.numel().bit_length() - 1, now if isinstance(now, int) else 0
+    numbers = n, place.total, tables, bits, 0 if out.segments is None else len(out.segments), moment
+    launch(_records_find_kernel, -(-n // _BLOCK), given, *numbers, PLAN=plan)
     check_interpreted(ids.device)
 
 
@@ -196,7 +231,8 @@ class _Listed(NamedTuple):
     ids: Tensor
     bounds: Tensor
     directory: Tensor
-    ranks: Tensor
+    rows: Tensor
+    news: Tensor
     wanted: Tensor
     positions: Tensor
     of: Tensor
@@ -209,18 +245,25 @@ def _records_new_kernel(given, count, tables, bits, BITS: tl.constexpr, BLOCK: t
     """List new ids in order of position, and count them by table and by segment of the map."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     table, _, _, inside = table_of(given, at, at < count, tables, BITS)
-    rank = tl.load(given.ranks + at, mask=at < count, other=0)
-    before = tl.load(given.ranks + at - 1, mask=(at < count) & (at > 0), other=0)
-    fresh = inside & (rank > before)
-    place = before.to(tl.int64)
+    fresh = inside & (tl.load(given.rows + at, mask=at < count, other=0) < 0)
+    program = tl.program_id(0)
+    before = tl.zeros_like(at)
+    begin = 0
+    while begin < program:
+        other = begin + tl.arange(0, BLOCK)
+        before += tl.load(given.news + other, mask=other < program, other=0)
+        begin += BLOCK
+    rank = tl.sum(before, axis=0) + tl.cumsum(fresh.to(tl.int64), axis=0)
+    place = rank - 1
     tl.store(given.positions + place, at, mask=fresh)
     tl.store(given.of + place, table, mask=fresh)
     one = tl.full([BLOCK], 1, tl.int64)
     tl.atomic_add(given.numbers + _OF_TABLES + table, one, mask=fresh, sem="relaxed")
-    tl.store(given.numbers + _NEW + at * 0, rank.to(tl.int64), mask=at == count - 1)
+    tl.store(given.numbers + _NEW + at * 0, rank, mask=at == count - 1)
     hashes = hash_of(tl.load(given.ids + at, mask=fresh, other=0)) ^ mix64(table.to(tl.uint64, bitcast=True))
     segment = segment_of(given.directory, hashes, fresh, bits)
-    held = tl.atomic_add(given.wanted + segment, tl.full([BLOCK], 1, tl.int32), mask=fresh, sem="relaxed")
+    wanted = given.wanted.to(tl.pointer_type(tl.int32), bitcast=True)
+    held = tl.atomic_add(wanted + segment, tl.full([BLOCK], 1, tl.int32), mask=fresh, sem="relaxed")
     tl.atomic_max(given.numbers + _OVER + at * 0, one, mask=fresh & (held >= _MOST), sem="relaxed")
 
 
@@ -229,7 +272,7 @@ def find_and_list(
     chunks: Sequence[Tensor],
     ids: Tensor,
     bounds: Tensor,
-    now: Tensor,
+    now: Tensor | int,
     counts: Tensor | None,
     layout: Sequence[int],
     most: Tensor | None = None,
@@ -242,20 +285,18 @@ def find_and_list(
     """
     directory, map_chunks, segments = places
     n, device, tables = ids.numel(), ids.device, bounds.numel() - 1
-    rows = torch.empty(n, dtype=torch.int64, device=device)
     if n == 0:
-        return rows, None, True, [] if look is None else look().tolist()
+        return torch.empty_like(ids), None, True, [] if look is None else look().tolist()
     ids, bounds = ids.contiguous(), bounds.contiguous()
-    fresh = torch.empty(n, dtype=torch.int32, device=device)
-    least = None if most is None else _least_room(bounds, most)
-    _find((directory, map_chunks), chunks, _Batch(ids, bounds, now, counts), layout, (rows, fresh), least)
-    ranks = fresh.cumsum(0, dtype=torch.int32)
-    numbers = torch.zeros(2 + tables, dtype=torch.int64, device=device)
-    positions, of, wanted = torch.empty_like(rows), torch.empty_like(rows), segments[:, 1].clone()
+    least, programs = None if most is None else _least_room(bounds, most), -(-n // _BLOCK)
+    sizes = n, n, n, programs, 2 + tables, -(-len(segments) // 2)
+    rows, positions, of, news, numbers, wanted = parts_of(device, *sizes)
+    out = _Out(rows, news, numbers, wanted, segments)
+    _find((directory, map_chunks), chunks, _Batch(ids, bounds, now, counts), layout, out, least)
     note = note_of(device, place_of_records(chunks, layout_of(layout), device).total)
-    given = _Listed(ids, bounds, directory, ranks, wanted, positions, of, numbers, note)
+    given = _Listed(ids, bounds, directory, rows, news, wanted, positions, of, numbers, note)
     bits = directory.numel().bit_length() - 1
-    launch(_records_new_kernel, -(-n // _BLOCK), given, n, tables, bits, BITS=bits_of(tables), BLOCK=_BLOCK)
+    launch(_records_new_kernel, programs, given, n, tables, bits, BITS=bits_of(tables), BLOCK=_BLOCK)
     more = ([] if least is None else [least]) + ([] if look is None else [look()])
     read = (torch.cat([numbers, *more]) if more else numbers).tolist()  # the host waits here
     (new, over), of_tables, told = read[:2], read[2 : 2 + tables], read[2 + tables :]
@@ -263,4 +304,5 @@ def find_and_list(
     if not new:
         return rows, None, touched, told
     counted = numbers[_OF_TABLES.value :]
-    return rows, (positions[:new], of[:new], of_tables, counted, None if over else wanted), touched, told
+    in_segments = None if over else wanted.view(torch.int32)[: len(segments)]
+    return rows, (positions[:new], of[:new], of_tables, counted, in_segments), touched, told

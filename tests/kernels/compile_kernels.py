@@ -100,7 +100,8 @@ def call_plain(n: int, dim: int) -> None:
         triton_ops.scatter(chunks, rows, torch.zeros((1, dim), dtype=dtype), 0)
     chunks = [torch.zeros((8, dim + 2))] * 2
     for weights in (None, values[:, 0]):
-        triton_ops.pool(values, inverse, torch.arange(n + 1), weights, 1, [dim])
+        for widths in ([dim], [dim - 1, 1]):
+            triton_ops.pool(values, inverse, torch.arange(n + 1), weights, 1, widths)
         triton_ops.pool_backward([values.unsqueeze(1)], inverse, torch.arange(n + 1), weights, n)
     for distribution, scale in (("normal", 1.0), ("uniform", 1.0), ("uniform", 0.0)):
         triton_ops.init_rows(chunks, rows, rows, dim, distribution, (0.0, scale, 0.1), 2**40 + 1)
@@ -161,10 +162,12 @@ def call_records(n: int, groups: list[RowLayout], *, whole: bool) -> None:
     with contextlib.suppress(IndexError):  # nothing is computed here: it finds as many as memory happens to say
         triton_ops.find_and_list(places, chunks, rows, bounds, rows, rows, numbers)
         most = torch.zeros(tables, dtype=torch.int64)
-        triton_ops.find_and_list(places, chunks, rows, bounds, rows, rows, numbers, most)
+        triton_ops.find_and_list(places, chunks, rows, bounds, 1, rows, numbers, most)
     call_cold_queue((chunks, numbers), places[:2], tables, n)
     with contextlib.suppress(IndexError):
-        triton_ops.unique_padded(rows, bounds)
+        triton_ops.unique_padded(rows, bounds, mixed=True)
+        triton_ops.merge_look_ups(rows, bounds, rows.int(), rows, mixed=True)
+        triton_ops.merge_look_ups(rows, bounds, None, None, mixed=False)
     triton_ops.positions_of(rows, rows)
     keys = keys_of(0, [[(1, 2, 0.1) for _ in groups]] * tables)
     first = (0.5, *(0.1 for _ in groups))
