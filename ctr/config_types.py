@@ -137,6 +137,18 @@ class ScheduleConfig:
     floor: float = setting(0.01, "the rate never falls below this share of itself", above=0, at_most=1)
 
 
+@dataclass
+class AverageConfig:
+    """An exponential moving average of the dense weights (docs/training.md)."""
+
+    decay: float | None = setting(
+        None, "share of the average that stays in a step, as 0.999; null: no average", above=0, below=1
+    )
+    evaluate: bool = setting(
+        True, "evaluation, the kept model, exports and publications have the averaged weights, not the trained ones"
+    )
+
+
 DENSE_OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad")
 
 
@@ -155,6 +167,7 @@ class DenseConfig:
     groups: list[ParameterGroup] = setting(
         [], "weights with a rate or decay of their own, by name: [{pattern: '*.bias', weight_decay: 0}]"
     )
+    ema: AverageConfig = section(AverageConfig, "a moving average of the dense weights")
     clip_norm: float | None = setting(None, "largest norm of the dense gradient; null: no clipping", above=0)
     warmup_steps: int = setting(0, WARMUP, at_least=0)
     schedule: ScheduleConfig = section(ScheduleConfig, "how the rate falls after warm-up (docs/training.md)")

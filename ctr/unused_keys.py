@@ -129,6 +129,8 @@ def _check_optimizers(config: Config) -> None:
             _refuse(where, schedule, ["factor"], f"only step and exponential read; {where}.kind is cosine")
     if not optimizer.helen.rho:
         _refuse("optimizer.helen", optimizer.helen, ["xi", "dense"], "needs optimizer.helen.rho; it is 0")
+    if optimizer.dense.ema.decay is None:
+        _refuse("optimizer.dense.ema", optimizer.dense.ema, ["evaluate"], "needs optimizer.dense.ema.decay")
     if optimizer.plateau.factor is None:
         needs = "needs optimizer.plateau.factor, which is null: rates are never lowered"
         _refuse("optimizer.plateau", optimizer.plateau, ["patience", "floor"], needs)

@@ -94,7 +94,8 @@ class Daily:
     def run(self) -> None:
         """All partitions that are due. Leaves with status 3 where the guard holds one, with 75 when asked to stop."""
         self.process.can_stop_later = True
-        self.catch_up()
+        with self.engine.optimizers.evaluated():
+            self.catch_up()
         for due in self.calendar.due(self.days.done):
             if due.key in self.config.daily.skip:
                 self.pass_over(due)
@@ -154,7 +155,8 @@ class Daily:
         on_first_rank(self.process, lambda: clear_day(folder, key))
         marks = self.engine.dynamic is not None
         predictions = day_dir(folder, key) / "predictions"
-        with self.memory.watching(key) if self.memory else nullcontext() as watch:
+        watching = self.memory.watching(key) if self.memory else nullcontext()
+        with watching as watch, self.engine.optimizers.evaluated():
             evaluate(
                 self.engine.model, self.readers.day, self.process, predictions, key, mark_new_ids=marks, watch=watch
             )
@@ -261,8 +263,9 @@ class Daily:
         self.readers.close()
         self._add(record)
         if trained:
-            self.publisher.publish(self.days.done)
-            self.check_published(record)
+            with self.engine.optimizers.evaluated():
+                self.publisher.publish(self.days.done)
+                self.check_published(record)
             self._weigh_published(len(self.days.done), record)
             held = "" if record.published_bytes is None else f" {size(record.published_bytes)}"
             self.log.say(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from tessera.ctr.config_types import DenseConfig, OptimizerConfig, SparseConfig
+from tessera.ctr.train.dense_average import KEY, DenseAverage
 from tessera.ctr.train.schedule import share_of_rate
 from tessera.ctr.train.state_parts import FoundState, PartState
 from tessera.embedding.errors import ConfigError, did_you_mean
@@ -36,6 +38,8 @@ class Optimizers:
     def begin_anew(self) -> None:
         """Forget what the dense optimizer has gathered, and begin the schedule of both."""
         self._dense = _dense_optimizer(self._config.dense, self._groups, self._named)
+        ema = self._config.dense.ema
+        self._average = None if ema.decay is None else DenseAverage(ema.decay, self._names, self._parameters)
         self._fused = self._model.fused_optimizer
         self.steps = 0
         self.factor = 1.0
@@ -51,13 +55,27 @@ class Optimizers:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._config.dense.clip_norm)
         self._dense.step()
         self.steps += 1
+        if self._average:
+            self._average.update(self.steps)
         self._set_learning_rates()
 
     def state(self) -> PartState:
         """Return the dense optimizer's live state, optimizer/parameter/name -> tensor, and the schedule of both."""
         state = self._dense.state_dict()["state"]
         tensors = {f"optimizer/{self._names[i]}/{key}": value for i, one in state.items() for key, value in one.items()}
+        if self._average:
+            tensors |= {f"optimizer/{name}": value for name, value in self._average.state().items()}
         return PartState({"schedule": {"steps": self.steps, "factor": self.factor}}, tensors=tensors)
+
+    def evaluated(self) -> AbstractContextManager[None]:
+        """Have the dense weights that are evaluated and published in their place, inside the block alone: the average,
+        if there is one and `optimizer.dense.ema.evaluate` says so."""
+        return self._average.in_place() if self._average and self._config.dense.ema.evaluate else nullcontext()
+
+    def become_evaluated(self) -> None:
+        """The same for good, behind the last step."""
+        if self._average and self._config.dense.ema.evaluate:
+            self._average.replace_weights()
 
     def load(self, found: FoundState) -> None:
         schedule = found.training["schedule"]
@@ -68,8 +86,13 @@ class Optimizers:
         what they have. steps, factor: of the schedule."""
         places = {name: i for i, name in enumerate(self._names)}
         own = self._dense.state_dict()
+        averages = {name: value for name, value in state.items() if name.endswith(f"/{KEY}")}
+        if self._average:
+            self._average.load(averages)
         for name, value in state.items():
             parameter, _, key = name.rpartition("/")
+            if name in averages:
+                continue
             own["state"].setdefault(places[parameter], {})[key] = value
         self._dense.load_state_dict(own)
         self.steps, self.factor = steps, factor

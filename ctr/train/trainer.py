@@ -116,14 +116,16 @@ class Trainer:
         if valid is None or progress.evaluated_step == progress.step:
             return
         began, progress.evaluated_step = time.perf_counter(), progress.step
-        metrics = evaluate(engine.model, valid, self.process)
+        with engine.optimizers.evaluated():
+            metrics = evaluate(engine.model, valid, self.process)
         name = self.config.trainer.early_stop.metric
         value, best = steering_value(metrics, name), progress.best
         better = value is not None and (best is None or (value > best if self.higher_is_better else value < best))
         self.log.evaluation(progress.step, "valid", metrics, is_best=better)
         if better:
             progress.best, progress.evaluations_since_best = value, 0
-            save_model(engine.model, self.log.folder / BEST, self.process, progress.step)
+            with engine.optimizers.evaluated():
+                save_model(engine.model, self.log.folder / BEST, self.process, progress.step)
         else:
             progress.evaluations_since_best += 1
             engine.optimizers.after_evaluation(progress.evaluations_since_best)
@@ -139,6 +141,7 @@ class Trainer:
         if which == "best":
             step = load_model(self.engine.model, folder / BEST, process)
         else:
+            self.engine.optimizers.become_evaluated()
             save_model(self.engine.model, folder / BEST, process, step)
         new = on_first_rank(process, lambda: begin_result(folder))
         if self.config.trainer.calibration != "none":

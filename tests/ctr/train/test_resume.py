@@ -59,6 +59,7 @@ SETTINGS = {
         "optimizer.sparse.warmup_steps=10",
         "optimizer.sparse.schedule={kind: cosine, steps: 25}",
         "optimizer.dense.schedule={kind: exponential, steps: 7}",
+        "optimizer.dense.ema.decay=0.9",
         "embedding.ttl_days=2",
         "embedding.tables.c={format: int8, decay: 0.2}",
         "embedding.tables.d={optimizer: ftrl, decay: 0}",
