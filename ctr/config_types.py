@@ -259,6 +259,14 @@ class ReplayConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A trace of some steps by torch's profiler (docs/training.md)."""
+
+    start: int | None = setting(None, "the first step of the trace, counted from 1; null: no trace", at_least=1)
+    steps: int = setting(3, "how many steps it has", at_least=1)
+
+
+@dataclass
 class TrainerConfig:
     """The training loop; the batch size is the global one, over all ranks."""
 
@@ -290,6 +298,7 @@ class TrainerConfig:
     )
     log_every: int = setting(50, "steps between log lines; the host waits for the device only then", at_least=1)
     eval_every: int | None = setting(None, "steps between evaluations; null: at the end of each epoch", at_least=1)
+    profile: ProfileConfig = section(ProfileConfig, "trace some steps into profile/ in the run folder")
     early_stop: EarlyStopConfig = section(EarlyStopConfig, "end a run that gets no better")
     resume: str | None = setting(
         None,

@@ -25,6 +25,8 @@ def check_unused(config: Config) -> None:
     else:
         _check_dynamic(config)
     _check_optimizers(config)
+    if config.trainer.profile.start is None:
+        _refuse("trainer.profile", config.trainer.profile, ["steps"], "needs trainer.profile.start, which is null")
 
 
 def _check_static(config: Config) -> None:

@@ -32,6 +32,7 @@ from tessera.ctr.selection.config import refuse_gates
 from tessera.ctr.train.checkpoints import Checkpoints
 from tessera.ctr.train.engine import Engine, prepare_device
 from tessera.ctr.train.evaluate import evaluate
+from tessera.ctr.train.profiling import StepProfiler
 from tessera.ctr.train.state_parts import BestModel, RandomNumbers
 from tessera.distributed.collectives import on_first_rank, wait_for_all
 from tessera.distributed.last_word import say
@@ -70,6 +71,7 @@ class Daily:
         self.progress = self.engine.progress
         self.log = RunLog(config, process, self.engine.plan)
         self._warn_of_keys_without_effect()
+        self.profiler = StepProfiler(config.trainer.profile, self.log.folder, process)
         self.days = Days(config.daily.keep_days)
         tower, folder = self.engine.network.tower, self.log.folder
         enabled = config.daily.memory.enabled
@@ -216,9 +218,11 @@ class Daily:
         engine, reader, epochs = self.engine, self.readers.train, self.config.daily.epochs
         began, before = time.perf_counter(), record.train_seconds or 0.0
         self.begin_period(record)
+        self.profiler.at(engine.step)
         while self.progress.epoch < epochs or (engine.distil and engine.distil.wants_more(self.progress.epoch)):
             for batch in self.readers.train_batches(engine, self.log):
                 loss_sum, weight = engine.train_step(batch)
+                self.profiler.at(engine.step)
                 engine.expire_if_due()
                 self.log.train(engine, batch, loss_sum, weight)
                 record.stage, record.train_seconds = Stage.TRAINING, before + time.perf_counter() - began
@@ -227,6 +231,7 @@ class Daily:
             self.progress.epoch += 1
             if engine.distil:
                 self.log.distil(engine.step, self.progress.epoch, engine.distil.end_epoch())
+        self.profiler.close(engine.step)
         self.log.interval(engine)
         if engine.dynamic:
             engine.dynamic.expire(self.progress.now, everywhere=True)

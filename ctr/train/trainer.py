@@ -21,6 +21,7 @@ from tessera.ctr.train.checkpoints import Checkpoints
 from tessera.ctr.train.clock import ttl_in_vain
 from tessera.ctr.train.engine import Engine, prepare_device
 from tessera.ctr.train.evaluate import evaluate
+from tessera.ctr.train.profiling import StepProfiler
 from tessera.ctr.train.readers import open_splits
 from tessera.ctr.train.state_parts import BEST, BestModel, RandomNumbers
 from tessera.distributed.collectives import on_first_rank, wait_for_all
@@ -46,6 +47,7 @@ class Trainer:
         self.engine = Engine(config, schema, process)
         self.progress = self.engine.progress
         self.log = RunLog(config, process, self.engine.plan)
+        self.profiler = StepProfiler(config.trainer.profile, self.log.folder, process)
         self.log.passed_over(self.readers)
         parts = {
             **self.engine.parts(),
@@ -63,9 +65,11 @@ class Trainer:
         """Train for the configured epochs or steps; evaluate, keep the best model, score it, write the report."""
         engine, every = self.engine, self.config.trainer.eval_every
         self.begin()
+        self.profiler.at(engine.step)
         while not self.finished:
             for batch in self.readers.train_batches(engine, self.log):
                 loss_sum, weight = engine.train_step(batch)
+                self.profiler.at(engine.step)
                 engine.expire_if_due()
                 self.log.train(engine, batch, loss_sum, weight)
                 if every and engine.step % every == 0:
@@ -80,6 +84,7 @@ class Trainer:
                 if not every:
                     self.evaluate()
                 self.checkpoints.after_epoch()
+        self.profiler.close(engine.step)
         self.log.interval(engine)
         self.evaluate()
         self.end()
