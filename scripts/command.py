@@ -27,6 +27,7 @@ COMMANDS = {
     "compare": ("compare", "is one run better than another, with intervals"),
     "sweep": ("sweep", "train a grid of settings with several seeds, one table"),
     "tune": ("tune", "search for better settings, guided by the valid split"),
+    "find-lr": ("find_lr", "find learning rates by short runs in which they grow"),
     "inspect": ("inspect_checkpoint", "what saved states hold, and whether they are whole"),
     "apply-delta": ("apply_delta", "bring a copy of the published model up to date"),
     "convert-tables": ("convert_tables", "store the rows of a run in another format"),

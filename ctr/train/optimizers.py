@@ -43,6 +43,7 @@ class Optimizers:
         self._fused = self._model.fused_optimizer
         self.steps = 0
         self.factor = 1.0
+        self._scale_dense = self._scale_rows = 1.0
         self.dense_lr = self.sparse_lr = 0.0
         self._rates_of_tables: list[float] = []
         self._set_learning_rates()
@@ -105,16 +106,21 @@ class Optimizers:
             self.factor *= plateau.factor
             self._set_learning_rates()
 
+    def scale(self, dense: float, rows: float) -> None:
+        """Multiply both learning rates, those of single tables too, from the next step on."""
+        self._scale_dense, self._scale_rows = dense, rows
+        self._set_learning_rates()
+
     def _set_learning_rates(self) -> None:
         dense, sparse = self._config.dense, self._config.sparse
-        dense_lr = self._rate(dense.lr, dense)
-        self.sparse_lr = self._rate(sparse.lr, sparse)
+        dense_lr = self._rate(dense.lr, dense) * self._scale_dense
+        self.sparse_lr = self._rate(sparse.lr, sparse) * self._scale_rows
         groups = self._fused.param_groups
         # Tables with a rate of their own follow the same schedule.
-        rates = [self._rate(group.get("initial_lr", sparse.lr), sparse) for group in groups]
+        rates = [self._rate(group.get("initial_lr", sparse.lr), sparse) * self._scale_rows for group in groups]
         self.dense_lr = dense_lr
         for group in self._dense.param_groups:
-            group["lr"] = self._rate(group["initial_lr"], dense)
+            group["lr"] = self._rate(group["initial_lr"], dense) * self._scale_dense
         if rates != self._rates_of_tables:
             self._rates_of_tables = rates
             for group, rate in zip(groups, rates, strict=True):
