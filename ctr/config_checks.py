@@ -9,6 +9,7 @@ from tessera.ctr.config_types import Config, EmbeddingConfig
 from tessera.ctr.data.config import check_splits
 from tessera.ctr.data.errors import SchemaError
 from tessera.ctr.data.labels import Label, labels_of
+from tessera.ctr.metrics.steering import higher_is_better
 from tessera.ctr.metrics.tasks import is_single, names_of_metrics
 from tessera.ctr.table_settings import settings_of_all, shortest_ttl_days
 from tessera.ctr.unused_keys import check_unused
@@ -76,12 +77,20 @@ def _check_labels(config: Config) -> None:
         )
     _check_negatives(config, labels)
     metric, known = config.trainer.early_stop.metric, list(names_of_metrics(labels))
-    if labels and metric not in known:
+    try:
+        if labels:
+            higher_is_better(labels, metric)
+    except ValueError as error:
+        if "rewards" in str(error):
+            raise ConfigError(
+                f"trainer.early_stop.metric {error}; expected one that is better the more it is"
+            ) from None
         *most, last = known
         listed = f"{', '.join(most)} or {last}" if most else last
         raise ConfigError(
-            f"trainer.early_stop.metric is {metric!r}; expected {listed}{did_you_mean(metric, known, form='{}')}"
-        )
+            f"trainer.early_stop.metric is {metric!r}; expected {listed}, or a sum of them with factors"
+            f"{did_you_mean(metric, known, form='{}')}"
+        ) from None
     if config.trainer.distil.kind != "none" and not is_single(labels):
         names = ", ".join(label.name for label in labels)
         raise ConfigError(

@@ -41,7 +41,7 @@ def tune(options: argparse.Namespace) -> None:
         raise ConfigError("tessera tune needs optuna: pip install tessera-ctr[tune]")
     from tessera.ctr.config import load_config
     from tessera.ctr.data.labels import labels_of
-    from tessera.ctr.metrics.tasks import names_of_metrics
+    from tessera.ctr.metrics.steering import higher_is_better
     from tessera.ctr.output_folders import claim
     from tessera.ctr.report.tune_page import write_tune_report
     from tessera.ctr.tune.space import as_given, overrides_of, read_space, space_of
@@ -56,7 +56,7 @@ def tune(options: argparse.Namespace) -> None:
     where, entries = read_space(options.space or _space_of_model(config))
     space = space_of(where, entries, overrides)
     metric = config.trainer.early_stop.metric
-    higher = names_of_metrics(labels_of(config.data.schema.labels))[metric]
+    higher = higher_is_better(labels_of(config.data.schema.labels), metric)
     claim(options.output, "--output", "tune.py", [config.data.path])
     shared = (*overrides, "data.test=null", "trainer.checkpoint.keep_last=1")
     settings = TuneSettings(shared, space, metric, higher, options.seed, prune=not options.no_pruning)

@@ -173,16 +173,10 @@ def names_of_metrics(labels: Sequence[Label]) -> dict[str, bool]:
     names = {"auc": True, "logloss": False} if any(not label.is_number for label in labels) else {}
     for answer in answers_of(labels):
         of_label = {"mse": False, "mae": False} if answer.label.is_number else {"auc": True, "logloss": False}
+        if not answer.label.is_number:
+            of_label["normalized_entropy"] = False
         names |= {answer.key(name): higher for name, higher in of_label.items()}
     return names | {f"{name}-logloss": True for name in names if name.split(".")[-1] == "auc"}
-
-
-def steering_value(metrics: Mapping[str, float | None], name: str) -> float | None:
-    """Return the metric that training is steered by; of "auc-logloss" the one less the other, None without either."""
-    if not name.endswith("auc-logloss"):
-        return metrics[name]
-    auc, logloss = (metrics[name.removesuffix("auc-logloss") + one] for one in ("auc", "logloss"))
-    return None if auc is None or logloss is None else auc - logloss
 
 
 def by_answer(labels: Sequence[Label], metrics: Mapping[str, float | None]) -> dict[str, dict[str, float | None]]:

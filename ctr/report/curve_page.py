@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tessera.ctr.metrics.tasks import steering_value
+from tessera.ctr.metrics.steering import steering_value
 from tessera.ctr.report.page import render
 from tessera.ctr.report.plot import Plot, Table, canvas, inline_svg, legend_above, split_styles
 

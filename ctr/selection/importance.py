@@ -15,7 +15,8 @@ from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.config import schema_of
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.instantiate import class_of
-from tessera.ctr.metrics.tasks import TaskMetrics, names_of_metrics, steering_value
+from tessera.ctr.metrics.steering import steering_value
+from tessera.ctr.metrics.tasks import TaskMetrics, names_of_metrics
 from tessera.ctr.network import Network, fields_of
 from tessera.ctr.selection.field_groups import FieldGroup, field_groups
 from tessera.ctr.selection.field_vectors import FieldVectors

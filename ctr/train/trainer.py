@@ -9,7 +9,8 @@ from tessera.ctr.config import Config
 from tessera.ctr.data.config import schema_of
 from tessera.ctr.distil.teacher_logits import prepare
 from tessera.ctr.export.dry_run import check_export
-from tessera.ctr.metrics.tasks import names_of_metrics, scored_rows, steering_value
+from tessera.ctr.metrics.steering import higher_is_better, steering_value
+from tessera.ctr.metrics.tasks import scored_rows
 from tessera.ctr.models.calibration import calibration_of
 from tessera.ctr.report.report import write_report
 from tessera.ctr.report.result import PREDICTIONS, begin_result, commit_result
@@ -41,7 +42,7 @@ class Trainer:
         self.config, self.process = config, process
         prepare_device(config, process)
         schema = schema_of(config.data)
-        self.higher_is_better = names_of_metrics(schema.tasks)[config.trainer.early_stop.metric]
+        self.higher_is_better = higher_is_better(schema.tasks, config.trainer.early_stop.metric)
         self.readers = open_splits(config, schema, process)
         check_export(config, process)
         self.engine = Engine(config, schema, process)

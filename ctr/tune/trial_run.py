@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tessera.ctr.metrics.tasks import steering_value
+from tessera.ctr.metrics.steering import steering_value
 
 POLL_SECONDS = 0.5
 LEAVE_SECONDS = 120.0  # for a run that is asked to stop, which saves its state first

@@ -7,7 +7,8 @@ import torch
 from omegaconf import OmegaConf
 
 from tessera.ctr.data.labels import Label
-from tessera.ctr.metrics.tasks import names_of_metrics, steering_value
+from tessera.ctr.metrics.steering import steering_value
+from tessera.ctr.metrics.tasks import names_of_metrics
 from tessera.ctr.models.numeric import ScaledVectors
 from tessera.embedding.errors import ConfigError
 
