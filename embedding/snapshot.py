@@ -139,6 +139,9 @@ class Snapshots:
         """Return how many are being read."""
         return len(self._all)
 
+    def __iter__(self) -> Iterator[Snapshot]:
+        return iter(self._all)  # a list is replaced, never changed
+
     def add(
         self,
         chunks: Sequence[list[Tensor]],

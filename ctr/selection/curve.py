@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,9 @@ def run_curve(
     points = []
     for count in sorted(set(counts)):
         folder = target / f"best-{count}"
-        if not on_first_rank(process, lambda folder=folder: _is_done(folder)):  # type: ignore[misc]
+        if not on_first_rank(process, partial(_is_done, folder)):
             Trainer(with_best(config, ranked, count, folder), process).fit()
-        scores = on_first_rank(process, lambda folder=folder: _scores(folder))  # type: ignore[misc]
+        scores = on_first_rank(process, partial(_scores, folder))
         points.append({"fields": count, "run": str(folder), "splits": scores})
         about = {"version": 1, "method": method, "run": str(run_dir), "metric": config.trainer.early_stop.metric}
         if process.is_main:  # after every run: a curve that is stopped has said something

@@ -25,9 +25,9 @@ def updates_in(trace: Path) -> int:
 @pytest.mark.parametrize(
     ("begins", "ends", "name", "count"),
     [
-        (0, 6, "steps-2-4-rank-0.json.gz", 3),
-        (2, 6, "steps-3-4-rank-0.json.gz", 2),
-        (0, 3, "steps-2-3-rank-0.json.gz", 2),
+        (0, 6, "steps-2-4", 3),
+        (2, 6, "steps-3-4", 2),
+        (0, 3, "steps-2-3", 2),
     ],
     ids=["whole", "goes on among them", "ends among them"],
 )

@@ -13,7 +13,6 @@ import torch
 
 from tessera.ctr import api
 from tessera.ctr.config import load_config
-from tessera.ctr.export.export import Options, export_model
 from tessera.ctr.models.layers import MLP, FieldEmbedding
 from tessera.ctr.models.sequences import mean_of_events
 from tessera.ctr.models.tower import SequenceTower
@@ -252,9 +251,3 @@ def test_scores_of_new_rows_are_those_of_the_report(data, tmp_path):
 def test_what_cannot_serve_events_is_refused(process, data, tmp_path, more, line):
     with pytest.raises(ConfigError, match=line):
         Trainer(config_of(data, tmp_path, *more), process)
-
-
-def test_a_model_that_sees_events_is_not_exported(process, data, tmp_path):
-    config = config_of(data, tmp_path / "run", *MODELS["din"])
-    with pytest.raises(ConfigError, match="pooled features alone, and feature 'seen' has"):
-        export_model(config, process, None, tmp_path / "out", [], Options())
