@@ -15,8 +15,8 @@ from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.config import schema_of
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.instantiate import class_of
-from tessera.ctr.metrics.steering import steering_value
-from tessera.ctr.metrics.tasks import TaskMetrics, names_of_metrics
+from tessera.ctr.metrics.steering import higher_is_better, steering_value
+from tessera.ctr.metrics.tasks import TaskMetrics
 from tessera.ctr.network import Network, fields_of
 from tessera.ctr.selection.field_groups import FieldGroup, field_groups
 from tessera.ctr.selection.field_vectors import FieldVectors
@@ -41,10 +41,7 @@ NORMAL_QUANTILE = 1.96
 
 
 class Ranking:
-    """The model of a run, its fields, and a split to rank them by. All ranks call its methods together.
-
-    Raises ConfigError: a metric that the labels do not have.
-    """
+    """The model of a run, its fields, and a split to rank them by. All ranks call its methods together."""
 
     def __init__(
         self, config: Config, model: DistributedModelParallel, reader: ParquetReader, process: Process, split: str
@@ -54,7 +51,7 @@ class Ranking:
         self.schema = schema_of(config.data)
         self.groups = field_groups(self.schema)
         self.metric = config.trainer.early_stop.metric
-        self.higher_is_better = names_of_metrics(self.schema.tasks)[self.metric]
+        self.higher_is_better = higher_is_better(self.schema.tasks, self.metric)
         self.scores: dict[str, float | None] = {}
         model.eval()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tessera.ctr.config import Config, as_yaml
 from tessera.ctr.data.config import schema_of
+from tessera.ctr.metrics.steering import steering_value
 from tessera.ctr.network import build_model
 from tessera.ctr.output_folders import replacing_on_ranks
 from tessera.ctr.runs.score import load_model_of_run
@@ -76,5 +77,5 @@ def _about(ranking: Ranking, method: str, split: str, repeats: int) -> dict[str,
         "repeats": repeats if permutes else None,
         "seed": ranking.config.trainer.seed if permutes else None,
         "metric": ranking.metric if permutes else None,
-        "value": ranking.scores.get(ranking.metric) if permutes else None,
+        "value": steering_value(ranking.scores, ranking.metric) if permutes else None,
     }

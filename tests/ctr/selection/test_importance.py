@@ -163,6 +163,9 @@ def train_and_rank(process, folder: Path, worlds_run: Path | None) -> dict[str, 
     for method in METHODS:
         output = folder / f"{method}-on-2" if worlds_run else None
         found[method] = rank_run(run_config(run, []), process, run, method, "valid", 2, output)[1]
+    by_sum = run_config(run, ["trainer.early_stop.metric=auc-0.5*logloss"])
+    for one in rank_run(by_sum, process, run, "permutation", "valid", 1, folder / f"by-sum-{process.world_size}")[1]:
+        assert one.importance == pytest.approx(one.metrics["auc"] + 0.5 * one.metrics["logloss"])
     with pytest.raises(ConfigError, match="--method 'taylr'; did you mean 'taylor'"):
         rank_run(run_config(run, []), process, run, "taylr")
     with pytest.raises(ConfigError, match="--repeats is 0"):
