@@ -176,7 +176,7 @@ def names_of_metrics(labels: Sequence[Label]) -> dict[str, bool]:
         if not answer.label.is_number:
             of_label["normalized_entropy"] = False
         names |= {answer.key(name): higher for name, higher in of_label.items()}
-    return names | {f"{name}-logloss": True for name in names if name.split(".")[-1] == "auc"}
+    return names
 
 
 def by_answer(labels: Sequence[Label], metrics: Mapping[str, float | None]) -> dict[str, dict[str, float | None]]:

@@ -6,9 +6,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tessera.ctr.data.labels import Label
-from tessera.ctr.metrics.steering import steering_value
-from tessera.ctr.metrics.tasks import names_of_metrics
 from tessera.ctr.models.numeric import ScaledVectors
 from tessera.embedding.errors import ConfigError
 
@@ -42,14 +39,6 @@ def test_x4_stops_by_auc_less_logloss():
         metric = OmegaConf.load(path).trainer.early_stop.metric
         others = {"criteo_x4_dcn_v2": "auc", "criteo_x4_autoint": "logloss"}
         assert metric == others.get(path.stem, "auc-logloss"), path.name
-
-
-def test_auc_less_logloss():
-    labels = (Label("click"), Label("buy"))
-    assert names_of_metrics(labels)["auc-logloss"] and names_of_metrics(labels)["buy.auc-logloss"]
-    metrics = {"auc": 0.75, "logloss": 0.5, "buy.auc": None, "buy.logloss": 0.1}
-    assert steering_value(metrics, "auc-logloss") == 0.25 and steering_value(metrics, "logloss") == 0.5
-    assert steering_value(metrics, "buy.auc-logloss") is None
 
 
 def test_numeric_vectors_decay_as_a_whole():
