@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.ctr.models.numeric import Raw
+from tessera.ctr.models.sequences import row_of_events
 from tessera.ctr.models.tower import Events, Fields, Tower, drawn_inputs, logits_of
 
 
@@ -106,8 +107,8 @@ class FieldVectors:
             undo()
 
     def _of_events(self, change: Change, events: Events) -> Events:
-        lengths = events.offsets.diff()
-        rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        found = [*events.numbers.values(), *(one for of in events.embeddings.values() for one in of.values())]
+        rows = row_of_events(events.offsets, found[0].shape[0])
         return replace(
             events,
             embeddings={

@@ -98,9 +98,10 @@ class Engine:
         check_gradients(self.network.dense_parameters(), self.step)
         if self.config.optimizer.helen.rho:
             self._train_perturbed(batch, ready.weight, loss_scale)
-        self.optimizers.step()
+        dense_lr = self.optimizers.dense_lr
+        self.optimizers.step()  # and sets the rates of the next step
         if self.gates:
-            self.gates.after_step(self.optimizers.dense_lr)
+            self.gates.after_step(dense_lr)
         if learn_scales:
             self._learn_scales(batch, ready.weight, loss_scale)
         self.progress.step += 1
