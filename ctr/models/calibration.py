@@ -9,6 +9,7 @@ It does nothing while the tower trains, and nothing before it is fitted (`tesser
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ LEAST = 1e-7  # isotonic probabilities end here and at 1 - this, where others wo
 KINDS = ("none", "platt", "isotonic")
 
 
-class Calibration(nn.Module):
+class Calibration(nn.Module, ABC):
     """Base of both kinds: logits [B] or [B, labels] -> the same shape, float32. Each label has a function of its own;
     one that was not fitted leaves its logits as they are, bit for bit."""
 
@@ -41,9 +42,9 @@ class Calibration(nn.Module):
         by_label = raw.reshape(-1, self.labels)
         return torch.where(self.fitted > 0, self.corrected(by_label), by_label).reshape(raw.shape)
 
+    @abstractmethod
     def corrected(self, logits_bt: Tensor) -> Tensor:
         """Return corrected logits [B, labels] of raw ones, float32."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -108,11 +108,10 @@ class Bucketised(nn.Module):
 
 
 class Raw(nn.Module):
-    """No embedding: the values themselves go to the dense layers, beside the embeddings of the id fields."""
+    """No embedding: the values themselves go to the dense layers, beside the embeddings of the id fields.
+
+    It has no `forward`: `FieldEmbedding` and `FirstOrder` read the values instead.
+    """
 
     def __init__(self, fields: int, dim: int) -> None:
         super().__init__()
-
-    def forward(self, numeric_bn: Tensor) -> Tensor:
-        """Raise an error: `FieldEmbedding` and `FirstOrder` read the values instead."""
-        raise NotImplementedError
