@@ -22,7 +22,7 @@ from tessera.embedding.errors import ConfigError
 
 if TYPE_CHECKING:
     from tessera.ctr.config import Config
-    from tessera.ctr.tune.trial_result import TrialResult
+    from tessera.ctr.report.trial_result import TrialResult
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

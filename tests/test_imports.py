@@ -77,6 +77,15 @@ def test_layers_import_one_way(layer):
         assert not wrong, f"{name} imports {wrong}"
 
 
+def test_reports_know_nothing_of_what_is_reported():
+    """Training, search and rankings write reports; so what a report shows is defined by it or by data and metrics."""
+    below = {f"tessera.ctr.{name}" for name in ("data", "metrics", "output_folders", "report", "yaml_errors")}
+    for name, path in modules_of("ctr/report").items():
+        of_ctr = [one for one in imported_by(path, ()) if one.startswith("tessera.ctr.")]
+        wrong = [one for one in of_ctr if ".".join(one.split(".")[:3]) not in below]
+        assert not wrong, f"{name} imports {wrong}"
+
+
 def test_kernels_need_torch_alone():
     """So that their tests run where there is a GPU, torch, Triton and nothing else."""
     for name, path in modules_of("kernels").items():

@@ -12,14 +12,14 @@ from matplotlib.ticker import FuncFormatter
 from tessera.ctr.report.files import json_text
 from tessera.ctr.report.page import render
 from tessera.ctr.report.plot import INK, SERIES, Plot, Table, canvas, inline_svg, legend_above, short_number
+from tessera.ctr.report.rate_curve import RateCurve
 from tessera.ctr.report.steps import evenly
-from tessera.ctr.train.find_lr import Curve
 from tessera.distributed.atomic import write_text
 
 PAGE, NUMBERS = "report.html", "report.json"
 
 
-def write_rates(folder: Path, curves: Sequence[Curve]) -> None:
+def write_rates(folder: Path, curves: Sequence[RateCurve]) -> None:
     """Write report.html and report.json."""
     told = {one.side: _json(one) for one in curves}
     write_text(folder / NUMBERS, json_text(told) + "\n")
@@ -36,7 +36,7 @@ def write_rates(folder: Path, curves: Sequence[Curve]) -> None:
     write_text(folder / PAGE, html)
 
 
-def sentence(one: Curve) -> str:
+def sentence(one: RateCurve) -> str:
     """Return what a curve suggests."""
     why = f" ({one.ended})" if one.ended else ""
     if one.suggested is None:
@@ -47,7 +47,7 @@ def sentence(one: Curve) -> str:
     )
 
 
-def _plot(one: Curve) -> Plot:
+def _plot(one: RateCurve) -> Plot:
     with canvas() as (figure, [axes]):
         axes.plot(one.rate, one.loss - one.still, color=SERIES[1], linewidth=0.6, label="step")
         axes.plot(one.rate, one.smooth, color=SERIES[0], label="smoothed")
@@ -76,7 +76,7 @@ def _plot(one: Curve) -> Plot:
     )
 
 
-def _json(one: Curve) -> dict[str, Any]:
+def _json(one: RateCurve) -> dict[str, Any]:
     columns = {name: np.round(getattr(one, name), 8).tolist() for name in ("loss", "still", "smooth")}
     found = {"key": one.key, "configured": one.configured, "suggested": one.suggested, "ended": one.ended}
     least = one.least if np.isfinite(one.least) else None

@@ -13,7 +13,7 @@ import numpy as np
 from tessera.ctr.report.files import json_text
 from tessera.ctr.report.page import render
 from tessera.ctr.report.plot import INK, SERIES, Plot, Table, canvas, inline_svg, legend_above
-from tessera.ctr.tune.trial_result import TrialResult
+from tessera.ctr.report.trial_result import TrialResult
 from tessera.distributed.atomic import write_text
 
 PAGE, NUMBERS, LINE = "report.html", "report.json", "best.txt"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.config import schema_of
 from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.report.rate_curve import RateCurve
 from tessera.ctr.train.engine import Engine, prepare_device
 from tessera.ctr.train.evaluate import read_split
 from tessera.ctr.train.nonfinite import NonFiniteError
@@ -34,25 +34,7 @@ STILL = 1e-9  # times the configured rate: weights stay as they are
 FEWEST = 20  # steps, of which a slope can be told
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One side. rate, loss, still: float64 [steps]; still: the loss where the rate is next to 0. smooth: loss - still,
-    smoothed. suggested: where that falls most steeply over the logarithm of the rate, None where it does not fall.
-    least: the rate of the least one, from which on rates are too high. ended: why there are fewer steps."""
-
-    side: str
-    key: str
-    configured: float
-    rate: np.ndarray
-    loss: np.ndarray
-    still: np.ndarray
-    smooth: np.ndarray
-    suggested: float | None
-    least: float
-    ended: str = ""
-
-
-def find_rates(config: Config, process: Process, steps: int, low: float, high: float) -> list[Curve]:
+def find_rates(config: Config, process: Process, steps: int, low: float, high: float) -> list[RateCurve]:
     """Return the curve of each side, the same on every rank.
 
     low, high: of the growing rate, as multiples of the configured one.
@@ -141,7 +123,9 @@ def _has_diverged(smooth: np.ndarray) -> bool:
     return len(smooth) >= FEWEST and bool(smooth[-1] > DIVERGED * smooth.min())
 
 
-def curve_of(side: str, configured: float, rate: np.ndarray, loss: np.ndarray, still: np.ndarray, ended: str) -> Curve:
+def curve_of(
+    side: str, configured: float, rate: np.ndarray, loss: np.ndarray, still: np.ndarray, ended: str
+) -> RateCurve:
     """Return a curve with what it suggests. rate, loss, still: float64 [steps]; the finite beginning counts."""
     finite = np.isfinite(loss)
     count = len(loss) if finite.all() else int(np.argmin(finite))
@@ -153,4 +137,4 @@ def curve_of(side: str, configured: float, rate: np.ndarray, loss: np.ndarray, s
         slope = np.gradient(smooth, np.log(rate))[first:]
         steepest = int(np.argmin(slope))
         suggested = float(rate[first + steepest]) if slope[steepest] < 0 else None
-    return Curve(side, SIDES[side], configured, rate, loss, still, smooth, suggested, least, ended)
+    return RateCurve(side, SIDES[side], configured, rate, loss, still, smooth, suggested, least, ended)

@@ -19,8 +19,8 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from tessera.ctr.report.trial_result import TrialResult
 from tessera.ctr.tune.space import Choices, Range, Space, overrides_of
-from tessera.ctr.tune.trial_result import TrialResult
 from tessera.ctr.tune.trial_run import TrialFailed, evaluations_of, run_trial
 from tessera.embedding.errors import ConfigError, TesseraError
 
