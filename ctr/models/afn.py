@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from tessera.ctr.models.batch_norm import BatchNorm
-from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear, need_pairs, need_positive
 from tessera.ctr.models.tower import Fields, Tower
-from tessera.embedding.errors import ConfigError
 
 SMALLEST = 1e-5  # of an absolute value before its logarithm; the paper has 1e-7, public code found this better
 
@@ -37,8 +36,7 @@ class AFN(Tower):
         batch_norm: bool,
     ) -> None:
         super().__init__()
-        if products < 1:
-            raise ConfigError(f"model.products is {products}; expected at least 1")
+        need_positive(products=products)
         self.embedding_dims = {"v": embedding_dim}
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("AFN", self.embed.count)

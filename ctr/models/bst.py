@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.ctr.models.dropout import Dropout
-from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear, need_positive
 from tessera.ctr.models.sequences import EventVectors, Padded, one_group, padded
 from tessera.ctr.models.tower import Events, Fields, SequenceTower
 from tessera.embedding.errors import ConfigError
@@ -44,9 +44,7 @@ class BST(SequenceTower):
         batch_norm: bool,
     ) -> None:
         super().__init__()
-        for key, value in (("width", width), ("layers", layers), ("feed_forward", feed_forward)):
-            if value < 1:
-                raise ConfigError(f"model.{key} is {value}; expected at least 1")
+        need_positive(width=width, layers=layers, feed_forward=feed_forward)
         if heads < 1 or width % heads:
             raise ConfigError(f"model.heads is {heads}; expected a divisor of model.width, {width}")
         if pooling not in POOLINGS:

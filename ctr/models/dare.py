@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, need_positive
 from tessera.ctr.models.sequences import EventVectors, mean_of_events, one_group, padded, row_of_events, sum_of_events
 from tessera.ctr.models.tower import Events, Fields, SequenceTower
-from tessera.embedding.errors import ConfigError
 
 
 class DARE(SequenceTower):
@@ -40,9 +39,7 @@ class DARE(SequenceTower):
         batch_norm: bool,
     ) -> None:
         super().__init__()
-        for key, value in (("attention_dim", attention_dim), ("top_k", top_k)):
-            if value < 1:
-                raise ConfigError(f"model.{key} is {value}; expected at least 1")
+        need_positive(attention_dim=attention_dim, top_k=top_k)
         self.embedding_dims = {"r": embedding_dim, "a": attention_dim}
         self.group, self.top_k, self.attention_dim = one_group("DARE", fields), top_k, attention_dim
         self.embed = FieldEmbedding(fields, embedding_dim)

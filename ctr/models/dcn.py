@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear, need_pairs, need_positive
 from tessera.ctr.models.tower import Fields, Tower
-from tessera.embedding.errors import ConfigError
 
 
 class DCN(Tower):
@@ -31,8 +30,7 @@ class DCN(Tower):
         batch_norm: bool,
     ) -> None:
         super().__init__()
-        if cross_layers < 1:
-            raise ConfigError(f"model.cross_layers is {cross_layers}; expected at least 1")
+        need_positive(cross_layers=cross_layers)
         self.embedding_dims = {"v": embedding_dim}
         self.embed = FieldEmbedding(fields, embedding_dim)
         need_pairs("DCN", self.embed.count)

@@ -2,25 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear, need_pairs, need_positive
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
 STRUCTURES = ("parallel", "stacked")
 
 
-class DCNV2(Tower):
-    """x_{l+1} = x_0 * (W_l x_l + b_l) + x_l   (eq. 1), beside a deep network (parallel) or below it (stacked)
+class CrossNetwork(Tower):
+    """Base of DCN-V2 and GDCN: x_{l+1} = x_0 * f_l(x_l) + x_l, beside a deep network h (parallel) or below it (stacked)
 
-    parallel: y = sigmoid(w^T [x_L, h(x_0)]);  stacked: y = sigmoid(w^T h(x_L))   (section 3.3)
+    parallel: y = sigmoid(w^T [x_L, h(x_0)]);  stacked: y = sigmoid(w^T h(x_L))   (DCN-V2, section 3.3)
     """
 
     has_heads = True
+
+    def __init__(
+        self,
+        fields: Fields,
+        embedding_dim: int,
+        cross_layers: int,
+        make_layer: Callable[[int], nn.Module],
+        structure: str,
+        hidden: Sequence[int],
+        dropout: float,
+        *,
+        batch_norm: bool,
+    ) -> None:
+        """make_layer: the width of x -> an f, [B, width] -> [B, width]."""
+        super().__init__()
+        if structure not in STRUCTURES:
+            raise ConfigError(f"model.structure is {structure!r}; expected {' or '.join(STRUCTURES)}")
+        need_positive(cross_layers=cross_layers)
+        self.embedding_dims = {"v": embedding_dim}
+        self.embed = FieldEmbedding(fields, embedding_dim)
+        need_pairs(type(self).__name__, self.embed.count)
+        inputs = self.embed.inputs
+        self.parallel = structure == "parallel"
+        self.cross = nn.ModuleList(make_layer(inputs) for _ in range(cross_layers))
+        self.mlp = MLP(inputs, hidden, dropout, batch_norm=batch_norm, outputs=None)
+        self.output = linear(self.mlp.width + (inputs if self.parallel else 0), fields.outputs)
+
+    def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
+        first = self.embed.flat(numeric_bn, self.embed(numeric_bn, embeddings["v"]))
+        crossed = first
+        for layer in self.cross:
+            crossed = first * layer(crossed) + crossed
+        if self.parallel:
+            return label_logits(self.output(torch.cat([crossed, self.mlp(first)], 1)))
+        return label_logits(self.output(self.mlp(crossed)))
+
+
+class DCNV2(CrossNetwork):
+    """x_{l+1} = x_0 * (W_l x_l + b_l) + x_l   (eq. 1)"""
 
     def __init__(
         self,
@@ -34,28 +74,8 @@ class DCNV2(Tower):
         *,
         batch_norm: bool,
     ) -> None:
-        super().__init__()
-        if structure not in STRUCTURES:
-            raise ConfigError(f"model.structure is {structure!r}; expected {' or '.join(STRUCTURES)}")
-        if cross_layers < 1:
-            raise ConfigError(f"model.cross_layers is {cross_layers}; expected at least 1")
-        self.embedding_dims = {"v": embedding_dim}
-        self.embed = FieldEmbedding(fields, embedding_dim)
-        need_pairs("DCNV2", self.embed.count)
-        inputs = self.embed.inputs
-        self.parallel = structure == "parallel"
-        self.cross = nn.ModuleList(_cross(inputs, low_rank) for _ in range(cross_layers))
-        self.mlp = MLP(inputs, hidden, dropout, batch_norm=batch_norm, outputs=None)
-        self.output = linear(self.mlp.width + (inputs if self.parallel else 0), fields.outputs)
-
-    def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
-        first = self.embed.flat(numeric_bn, self.embed(numeric_bn, embeddings["v"]))
-        crossed = first
-        for layer in self.cross:
-            crossed = first * layer(crossed) + crossed
-        if self.parallel:
-            return label_logits(self.output(torch.cat([crossed, self.mlp(first)], 1)))
-        return label_logits(self.output(self.mlp(crossed)))
+        make = partial(_cross, low_rank=low_rank)
+        super().__init__(fields, embedding_dim, cross_layers, make, structure, hidden, dropout, batch_norm=batch_norm)
 
 
 def _cross(inputs: int, low_rank: int | None) -> nn.Module:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tessera.ctr.models.layers import MLP, InnerProducts, label_logits, need_pairs
+from tessera.ctr.models.layers import MLP, InnerProducts, label_logits, need_pairs, need_positive
 from tessera.ctr.models.numeric import Raw
 from tessera.ctr.models.tower import Fields, Tower
-from tessera.embedding.errors import ConfigError
 
 
 class DLRM(Tower):
@@ -33,8 +32,7 @@ class DLRM(Tower):
         batch_norm: bool,
     ) -> None:
         super().__init__()
-        if embedding_dim < 1:
-            raise ConfigError(f"model.embedding_dim is {embedding_dim}; expected at least 1")
+        need_positive(embedding_dim=embedding_dim)
         need_pairs("DLRM", len(fields))
         self.embedding_dims = {"v": embedding_dim}
         numbers = len(fields.numeric)

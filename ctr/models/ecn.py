@@ -7,12 +7,35 @@ from torch import Tensor, nn
 
 from tessera.ctr.models.batch_norm import BatchNorm
 from tessera.ctr.models.dropout import Dropout
-from tessera.ctr.models.layers import FieldEmbedding, label_logits, linear, need_pairs
+from tessera.ctr.models.layers import FieldEmbedding, label_logits, linear, need_pairs, need_positive
 from tessera.ctr.models.tower import Fields, Tower
-from tessera.embedding.errors import ConfigError
 
 
-class ECN(Tower):
+class FieldsByHead(Tower):
+    """Base of ECN and FCN, whose heads cross a part of each field's vector. Attributes: inputs: the width of a head."""
+
+    def __init__(self, fields: Fields, embedding_dim: int, heads: int) -> None:
+        super().__init__()
+        need_positive(heads=heads)
+        self.embedding_dims = {"v": embedding_dim * heads}
+        self.heads = heads
+        self.embed = FieldEmbedding(fields, embedding_dim * heads)
+        need_pairs(type(self).__name__, self.embed.count)
+        vectors = self.embed.count * self.embed.dim
+        self.inputs = vectors // heads + self.embed.inputs - vectors
+
+    def by_head(self, numeric_bn: Tensor, emb_bfd: Tensor) -> Tensor:
+        """Return what each head crosses, [B, heads, inputs]: its part of each field's vector, the first halves of all
+        fields before all second ones; raw numbers behind them."""
+        emb_bfd = self.embed(numeric_bn, emb_bfd)
+        parts_bhfd = emb_bfd.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        halves = [half.flatten(2) for half in parts_bhfd.tensor_split(2, dim=3)]
+        if self.embed.raw:
+            halves.append(numeric_bn.to(emb_bfd.dtype).unsqueeze(1).expand(-1, self.heads, -1))
+        return torch.cat(halves, 2)
+
+
+class ECN(FieldsByHead):
     """x_{l+1} = x_l * (c_l + b_l) + x_l: the order of crosses doubles with each layer;  y = sigmoid(mean over heads of
     w^T x_L)
 
@@ -32,27 +55,21 @@ class ECN(Tower):
         layer_norm: bool,
         batch_norm: bool,
     ) -> None:
-        super().__init__()
-        check_heads(heads)
-        self.embedding_dims = {"v": embedding_dim * heads}
-        self.heads = heads
-        self.embed = FieldEmbedding(fields, embedding_dim * heads)
-        need_pairs("ECN", self.embed.count)
-        inputs = width_of_head(self.embed, heads)
+        super().__init__(fields, embedding_dim, heads)
+        need_positive(layers=layers)
         self.cross = CrossStack(
-            "model.layers",
             layers,
-            inputs,
+            self.inputs,
             heads,
             dropout,
             layer_norm=layer_norm,
             batch_norm=batch_norm,
             doubles=True,
         )
-        self.output = linear(inputs, fields.outputs)
+        self.output = linear(self.inputs, fields.outputs)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
-        first_bhi = by_head(self.embed, numeric_bn, self.embed(numeric_bn, embeddings["v"]), self.heads)
+        first_bhi = self.by_head(numeric_bn, embeddings["v"])
         return label_logits(self.output(self.cross(first_bhi)).mean(1))
 
 
@@ -64,7 +81,6 @@ class CrossStack(nn.Module):
 
     def __init__(
         self,
-        key: str,
         layers: int,
         inputs: int,
         heads: int,
@@ -76,8 +92,6 @@ class CrossStack(nn.Module):
         dropout_key: str = "model.dropout",
     ) -> None:
         super().__init__()
-        if layers < 1:
-            raise ConfigError(f"{key} is {layers}; expected at least 1")
         self.doubles = doubles
         self.layers = nn.ModuleList(
             MaskedCross(inputs, heads, layer_norm=layer_norm, batch_norm=batch_norm) for _ in range(layers)
@@ -112,25 +126,3 @@ class MaskedCross(nn.Module):
         half = self.batch_norm(self.weight(state_bhi))
         masked = half * self.layer_norm(half).relu()
         return torch.cat([half, masked], 2)[:, :, : self.inputs] + self.bias
-
-
-def by_head(embed: FieldEmbedding, numeric_bn: Tensor, emb_bfd: Tensor, heads: int) -> Tensor:
-    """Return what each head crosses, [B, heads, width]: its part of each field's vector, the first halves of all fields
-    before all second ones; raw numbers behind them."""
-    parts_bhfd = emb_bfd.unflatten(2, (heads, -1)).transpose(1, 2)
-    halves = [half.flatten(2) for half in parts_bhfd.tensor_split(2, dim=3)]
-    if embed.raw:
-        halves.append(numeric_bn.to(emb_bfd.dtype).unsqueeze(1).expand(-1, heads, -1))
-    return torch.cat(halves, 2)
-
-
-def width_of_head(embed: FieldEmbedding, heads: int) -> int:
-    """Return the width of what `by_head` gives a head."""
-    vectors = embed.count * embed.dim
-    return vectors // heads + embed.inputs - vectors
-
-
-def check_heads(heads: int) -> None:
-    """Raise ConfigError for no heads."""
-    if heads < 1:
-        raise ConfigError(f"model.heads is {heads}; expected at least 1")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tessera.ctr.models.batch_norm import BatchNorm
 from tessera.ctr.models.dcn import RankOneCross
 from tessera.ctr.models.dropout import Dropout
-from tessera.ctr.models.layers import FieldEmbedding, label_logits, linear, need_pairs
+from tessera.ctr.models.layers import FieldEmbedding, label_logits, linear, need_pairs, need_positive
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -41,8 +41,7 @@ class EDCN(Tower):
         super().__init__()
         if bridge not in BRIDGES:
             raise ConfigError(f"model.bridge is {bridge!r}; expected {', '.join(BRIDGES)}")
-        if layers < 1:
-            raise ConfigError(f"model.layers is {layers}; expected at least 1")
+        need_positive(layers=layers)
         if temperature <= 0:
             raise ConfigError(f"model.temperature is {temperature}; expected a number above 0")
         self.embedding_dims = {"v": embedding_dim}

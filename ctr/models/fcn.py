@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tessera.ctr.models.ecn import CrossStack, by_head, check_heads, width_of_head
-from tessera.ctr.models.layers import FieldEmbedding, label_logits, linear, need_pairs
-from tessera.ctr.models.tower import Fields, Tower
+from tessera.ctr.models.ecn import CrossStack, FieldsByHead
+from tessera.ctr.models.layers import label_logits, linear, need_positive
+from tessera.ctr.models.tower import Fields
 
 
-class FCN(Tower):
+class FCN(FieldsByHead):
     """z = (z_E + z_S) / 2,  z_E of exponential crosses (deep), z_S of linear ones (shallow), means over heads;
     y = sigmoid(z)
 
@@ -32,18 +32,12 @@ class FCN(Tower):
         layer_norm: bool,
         batch_norm: bool,
     ) -> None:
-        super().__init__()
-        check_heads(heads)
-        self.embedding_dims = {"v": embedding_dim * heads}
-        self.heads = heads
-        self.embed = FieldEmbedding(fields, embedding_dim * heads)
-        need_pairs("FCN", self.embed.count)
-        inputs = width_of_head(self.embed, heads)
+        super().__init__(fields, embedding_dim, heads)
+        need_positive(deep_layers=deep_layers, shallow_layers=shallow_layers)
         self.deep, self.shallow = (
             CrossStack(
-                f"model.{key}_layers",
                 layers,
-                inputs,
+                self.inputs,
                 heads,
                 dropout,
                 layer_norm=layer_norm,
@@ -56,10 +50,10 @@ class FCN(Tower):
                 ("shallow", shallow_layers, shallow_dropout),
             )
         )
-        self.deep_output, self.shallow_output = linear(inputs, 1), linear(inputs, 1)
+        self.deep_output, self.shallow_output = linear(self.inputs, 1), linear(self.inputs, 1)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
-        first_bhi = by_head(self.embed, numeric_bn, self.embed(numeric_bn, embeddings["v"]), self.heads)
+        first_bhi = self.by_head(numeric_bn, embeddings["v"])
         deep = label_logits(self.deep_output(self.deep(first_bhi)).mean(1))
         shallow = label_logits(self.shallow_output(self.shallow(first_bhi)).mean(1))
         if self.training:

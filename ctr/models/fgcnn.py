@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tessera.ctr.instantiate import instantiate
 from tessera.ctr.models.batch_norm import BatchNorm
-from tessera.ctr.models.layers import FieldEmbedding, linear, need_pairs
+from tessera.ctr.models.layers import FieldEmbedding, linear, need_pairs, need_positive
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -160,6 +160,4 @@ def _check(channels: Sequence[int], kernel: int, pool: int, recombined: int, fie
         raise ConfigError(f"model.kernel is {kernel}; expected an odd number of fields, so that it has a middle")
     if kernel > fields:
         raise ConfigError(f"model.kernel is {kernel}, higher than the {fields} embedded fields; expected at most that")
-    for key, value in {"pool": pool, "recombined": recombined}.items():
-        if value < 1:
-            raise ConfigError(f"model.{key} is {value}; expected at least 1")
+    need_positive(pool=pool, recombined=recombined)

@@ -15,6 +15,7 @@ from tessera.ctr.models.layers import (
     label_logits,
     linear,
     need_pairs,
+    need_positive,
     pairs,
 )
 from tessera.ctr.models.tower import Fields, Tower
@@ -43,8 +44,7 @@ class FiBiNET(Tower):
         super().__init__()
         if bilinear not in BILINEAR:
             raise ConfigError(f"model.bilinear is {bilinear!r}; expected {', '.join(BILINEAR)}")
-        if reduction < 1:
-            raise ConfigError(f"model.reduction is {reduction}; expected at least 1")
+        need_positive(reduction=reduction)
         self.embedding_dims = {"v": embedding_dim, "w": fields.outputs}
         self.first_order = FirstOrder(fields)
         self.embed = FieldEmbedding(fields, embedding_dim)

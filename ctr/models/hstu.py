@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tessera.ctr.models.dropout import Dropout
 from tessera.ctr.models.hstu_attention import HSTUAttention
-from tessera.ctr.models.layers import FieldEmbedding, label_logits, linear
+from tessera.ctr.models.layers import FieldEmbedding, label_logits, linear, need_positive
 from tessera.ctr.models.sequences import EventVectors, one_group, row_of_events
 from tessera.ctr.models.tower import Events, Fields, SequenceTower
 from tessera.embedding.errors import ConfigError
@@ -53,10 +53,8 @@ class HSTU(SequenceTower):
         token_norm: bool,
     ) -> None:
         super().__init__()
-        sizes = {"width": width, "layers": layers, "heads": heads, "qk_dim": qk_dim, "v_dim": v_dim}
-        for key, value in (sizes | {"preprocessor": preprocessor, "head_hidden": head_hidden}).items():
-            if value < 1:
-                raise ConfigError(f"model.{key} is {value}; expected at least 1")
+        need_positive(width=width, layers=layers, heads=heads, qk_dim=qk_dim, v_dim=v_dim)
+        need_positive(preprocessor=preprocessor, head_hidden=head_hidden)
         if form not in FORMS:
             raise ConfigError(f"model.form is {form!r}; expected one of {', '.join(FORMS)}")
         self.embedding_dims = {"v": embedding_dim}

@@ -28,8 +28,7 @@ class FieldEmbedding(nn.Module):
 
     def __init__(self, fields: Fields, dim: int) -> None:
         super().__init__()
-        if dim < 1:
-            raise ConfigError(f"model.embedding_dim is {dim}; expected at least 1")
+        need_positive(embedding_dim=dim)
         # No module without numeric fields: data parallel refuses parameters that get no gradient.
         self.numeric = fields.embed_numeric(len(fields.numeric), dim) if fields.numeric else None
         self.raw = isinstance(self.numeric, Raw)
@@ -218,6 +217,13 @@ def pairs(fields: int) -> tuple[Tensor, Tensor]:
     """Return the pairs i < j of `fields` fields, two int64 vectors of F (F - 1) / 2: (0,1), (0,2), .., (1,2), .."""
     first, second = torch.triu_indices(fields, fields, 1)
     return first, second
+
+
+def need_positive(**values: int) -> None:
+    """Raise ConfigError where the value of a key of the model is below 1."""
+    for key, value in values.items():
+        if value < 1:
+            raise ConfigError(f"model.{key} is {value}; expected at least 1")
 
 
 def need_pairs(model: str, embedded: int) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.ctr.models.dropout import Dropout
-from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear, need_positive
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -46,8 +46,8 @@ class MaskNet(Tower):
             raise ConfigError(f"model.structure is {structure!r}; expected {' or '.join(STRUCTURES)}")
         if structure == "serial" and not hidden:
             raise ConfigError("model.hidden is empty; expected the width of each block, for example [400, 400]")
-        if structure == "parallel" and (blocks < 1 or block_width < 1):
-            raise ConfigError(f"model.blocks is {blocks} and model.block_width {block_width}; expected at least 1 each")
+        if structure == "parallel":
+            need_positive(blocks=blocks, block_width=block_width)
         if mask_ratio <= 0:
             raise ConfigError(f"model.mask_ratio is {mask_ratio}; expected a number above 0")
         self.embedding_dims = {"v": embedding_dim}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, need_pairs, need_positive
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -35,8 +35,7 @@ class RankMixer(Tower):
         dropout: float,
     ) -> None:
         super().__init__()
-        if layers < 1 or expansion < 1:
-            raise ConfigError(f"model.layers is {layers} and model.expansion {expansion}; expected at least 1 each")
+        need_positive(layers=layers, expansion=expansion)
         if tokens < 1 or width < 1 or width % tokens:
             raise ConfigError(f"model.tokens is {tokens}; expected a divisor of model.width, {width}")
         self.embedding_dims = {"v": embedding_dim}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear, need_pairs
+from tessera.ctr.models.layers import MLP, FieldEmbedding, label_logits, linear, need_pairs, need_positive
 from tessera.ctr.models.tower import Fields, Tower
 from tessera.embedding.errors import ConfigError
 
@@ -34,9 +34,7 @@ class Wukong(Tower):
         batch_norm: bool,
     ) -> None:
         super().__init__()
-        for key, count in (("layers", layers), ("fm_vectors", fm_vectors), ("rank", rank)):
-            if count < 1:
-                raise ConfigError(f"model.{key} is {count}; expected at least 1")
+        need_positive(layers=layers, fm_vectors=fm_vectors, rank=rank)
         if linear_vectors < 0:
             raise ConfigError(f"model.linear_vectors is {linear_vectors}; expected at least 0")
         self.embedding_dims = {"v": embedding_dim}

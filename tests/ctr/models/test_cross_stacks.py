@@ -8,9 +8,7 @@ from tessera.ctr.models.ecn import CrossStack
 
 def stack(layers: int, inputs: int, *, doubles: bool, heads: int = 1) -> CrossStack:
     torch.manual_seed(1)
-    made = CrossStack(
-        "model.layers", layers, inputs, heads, 0.0, layer_norm=True, batch_norm=False, doubles=doubles
-    ).double()
+    made = CrossStack(layers, inputs, heads, 0.0, layer_norm=True, batch_norm=False, doubles=doubles).double()
     for layer in made.layers:
         torch.nn.init.normal_(layer.weight.weight)
     return made
