@@ -93,8 +93,8 @@ class ParquetReader:
         listing = list_files(path, days, folders, marker)
         files, self.passed_over = listing.files, listing.passed_over
         replayed = list_files(replay).files if replay else []
-        self.where = None if where is None else filter_of(where)
-        self.groups = read_footers(files + replayed, schema, drop_labels=drop_labels, where=self.where)
+        rows_where = None if where is None else filter_of(where)
+        self.groups = read_footers(files + replayed, schema, drop_labels=drop_labels, where=rows_where)
         if replayed and replay_weight != 1:
             of_file = np.repeat(np.array([1, replay_weight], np.float32), [len(files), len(replayed)])
             self.groups = replace(self.groups, weight=of_file[self.groups.file])
@@ -112,9 +112,9 @@ class ParquetReader:
             numbered=numbered,
             nested=nested,
             negatives=Negatives(negative_rate, seed) if negative_rate < 1 else None,
-            where=self.where,
+            where=rows_where,
         )
-        self.negative_rate = negative_rate
+        self.negative_rate, self.where = negative_rate, where
         self.buffers = Buffers(window_rows)
         self._fingerprint, self._contents = self.groups.fingerprint, self.groups.contents
         self._epoch, self._position = 0, 0
@@ -181,14 +181,16 @@ class ParquetReader:
             "rows": self.rows,
             "order": ORDER,
             "negative_rate": self.negative_rate,
+            "where": self.where,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Let the next call of `epoch(state["epoch"])` continue from this state.
 
-        Raises DataError when the order of rows would not be the one of the state.
+        Raises DataError when the rows or their order would not be those of the state.
         """
-        for key in ("lanes", "window_rows", "seed", "shuffle"):
+        state = {"negative_rate": 1.0, "where": None} | state  # states of earlier versions have neither
+        for key in ("lanes", "window_rows", "seed", "shuffle", "negative_rate", "where"):
             if state.get(key) != getattr(self, key):
                 name = f"trainer.{key}" if key in ("seed", "shuffle") else f"data.{key}"
                 raise DataError(
@@ -198,11 +200,6 @@ class ParquetReader:
         if periods != saved:
             found, expected = (f"time with data.period_days {p:g}" if p else "mixed" for p in (periods, saved))
             raise DataError(f"reader state: data.order found {found}, expected {expected} as saved")
-        if state.get("negative_rate", 1.0) != self.negative_rate:
-            raise DataError(
-                f"reader state: data.negative_rate found {self.negative_rate:g}, expected "
-                f"{state.get('negative_rate', 1.0):g} as saved"
-            )
         self._refuse_other_data(state)
         position = int(sum(state["lane_offsets"]))
         saved_order = state.get("order", 1)

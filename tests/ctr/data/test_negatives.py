@@ -59,7 +59,7 @@ def test_a_state_goes_on_with_the_same_share_alone(tmp_path):
     both = first + [row["ids"]["a"][0] for batch in rest.epoch(0) for row in taken_apart(batch)]
     assert sorted(both) == np.flatnonzero(Negatives(0.5, 0).kept(np.arange(300))).tolist()
     other = ParquetReader(path, features("a"), 50)
-    with pytest.raises(DataError, match="data.negative_rate found 1, expected 0.5 as saved"):
+    with pytest.raises(DataError, match="data.negative_rate found 1.0, expected 0.5 as saved"):
         other.load_state(state)
     del state["negative_rate"]  # of a version that knew no such key
     other.load_state(state)
