@@ -20,8 +20,7 @@ NORMS = ("none", "before_relu", "after_relu")
 class AutoInt(Tower):
     """y = sigmoid(w^T concat_m(out_m) + b), out by a stack of interacting layers over the fields   (section 4)
 
-    AutoInt+ adds the logit of an MLP on the concatenated embeddings: `hidden` not empty. `wide` adds w0 + <w, x>, for
-    one label.
+    AutoInt+ adds the logit of an MLP on the concatenated embeddings: `hidden` not empty. `wide` adds w0 + <w, x>.
     """
 
     has_heads = True

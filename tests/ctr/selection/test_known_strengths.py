@@ -15,7 +15,7 @@ from tessera.ctr.config import load_config
 from tests.ranks import on_ranks
 
 IDS, NUMBERS, VALUES = 9, 4, 60
-#: Of the fields' shares of the logit; i10 and n4 are noise.
+#: Of the fields' shares of the logit; i9 and n4 are noise.
 STRENGTHS = {f"i{k}": 1.1 * 0.75**k for k in range(IDS)} | {f"n{k}": 0.95 * 0.68**k for k in range(NUMBERS)}
 NOISE = ("i9", "n4")
 TRAIN, VALID = 80_000, 20_000
