@@ -29,14 +29,13 @@ import torch
 from torch import Tensor
 
 from tessera.ctr.serving.errors import ExportError
-from tessera.ctr.serving.saved_models import read_safetensors
+from tessera.ctr.serving.saved_models import read_safetensors, safetensors_of
 from tessera.embedding.settings import setting
 from tessera.kernels.pool import sum_by_row
 from tessera.kernels.random import normal
 
 FORMAT = 1  # of saved memories
 FILE = "memory.safetensors"
-NAMED = {torch.float32: "F32", torch.float64: "F64"}
 LARGEST_HEADER = 1 << 20
 ROWS_AT_ONCE = 8192  # that are read together: an array's buckets of them are held in memory
 
@@ -147,11 +146,14 @@ class ErrorMemory:
         with self._lock:
             tensors = {"hidden": self._hidden.clone(), "planes": self._planes, "sums": self._sums.clone()}
             said = {"format": FORMAT, "base": self.base, "rows": self.rows, "settings": asdict(self.settings)}
+        crc32 = 0
+        for value in tensors.values():
+            crc32 = zlib.crc32(value.contiguous().numpy().tobytes(), crc32)
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
         with open(partial, "wb") as file:
-            file.write(_safetensors(tensors, said))
+            file.write(safetensors_of(tensors, {"tessera": json.dumps({**said, "crc32": crc32})}))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -198,23 +200,6 @@ def base_of(state: Mapping[str, Tensor]) -> str:
 
 def _unit(values: Tensor) -> Tensor:
     return torch.nn.functional.normalize(values.float(), dim=1)
-
-
-def _safetensors(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> bytes:
-    """Return a safetensors file, with what is said of it and a checksum of its values in its metadata."""
-    header: dict[str, Any] = {}
-    parts, at = [], 0
-    for name, value in sorted(tensors.items()):
-        part = value.contiguous().numpy().tobytes()
-        shape = list(value.shape)
-        header[name] = {"dtype": NAMED[value.dtype], "shape": shape, "data_offsets": [at, at + len(part)]}
-        parts.append(part)
-        at += len(part)
-    content = b"".join(parts)
-    header["__metadata__"] = {"tessera": json.dumps({**said, "crc32": zlib.crc32(content)})}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + content
 
 
 def _metadata(content: bytes, path: Path) -> dict[str, Any]:

@@ -203,17 +203,18 @@ def read_safetensors(content: bytes, where: str) -> dict[str, Tensor]:
         for name, one in header.items():
             if name != "__metadata__":
                 begin, end = one["data_offsets"]
-                part = torch.frombuffer(bytearray(content[8 + size + begin : 8 + size + end]), dtype=torch.uint8)
+                values = bytearray(content[8 + size + begin : 8 + size + end])
+                part = torch.frombuffer(values, dtype=torch.uint8) if values else torch.zeros(0, dtype=torch.uint8)
                 found[name] = part.view(DTYPES[one["dtype"]]).view(one["shape"])
         return found
     except (struct.error, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ExportError(f"{where} is no safetensors file: {error}") from None
 
 
-def safetensors_of(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return a safetensors file of some tensors."""
+def safetensors_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return a safetensors file of some tensors, one behind the other. metadata: what it says of itself."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     parts, at = [], 0
     for name, value in tensors.items():
         part = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -136,6 +136,8 @@ def test_it_is_saved_and_reads_the_same(tmp_path):
     other = ErrorMemory.load(tmp_path, MemorySettings(arrays=9, bits=1, strength=0.0))
     assert other.settings == MemorySettings(arrays=3, bits=3, seed=4, strength=0.0)
     assert torch.equal(other.corrected(hidden, prediction), prediction)
+    ErrorMemory(WIDTH, MemorySettings(bits=0), "m").save(tmp_path)  # one bucket, without projections
+    assert ErrorMemory.load(tmp_path).settings.bits == 0
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "changed", "other", "version"])
