@@ -31,14 +31,13 @@ from tessera.ctr.export.source import open_source
 from tessera.ctr.export.tower import ServedTower, graph_of
 from tessera.ctr.network import build_tower, fields_of
 from tessera.ctr.runs.score_rows import row_reader
-from tessera.ctr.serving.conversion import Conversion
-from tessera.ctr.serving.description import FEATURES, FORMAT, TOWER, StoredTable
+from tessera.ctr.serving.description import FEATURES, FORMAT, TOWER
 from tessera.ctr.serving.errors import ExportError
 from tessera.ctr.serving.files import SealedWriter
-from tessera.ctr.serving.model_files import TablePlan, save_graph, write_dense, write_static
-from tessera.ctr.serving.saved_models import SavedModel, is_in, newest_rows
+from tessera.ctr.serving.model_files import save_graph, write_dense
+from tessera.ctr.serving.saved_models import SavedModel
 from tessera.ctr.serving.scorer import Scorer, answers_of
-from tessera.ctr.serving.table_writer import TableWriter
+from tessera.ctr.serving.version_files import write_table
 from tessera.ctr.train.step_pipeline import to_device
 from tessera.distributed.atomic import write_text
 from tessera.distributed.collectives import on_first_rank
@@ -134,22 +133,10 @@ class PublishedCheck:
         dims = dict(tower.embedding_dims)
         plans = plans_of(self._model.module.tables, schema, dims, None)
         dense, wanted = write_dense(writer, newest, plans), ids_by_table(golden, schema)
-        tables = [_write_table(writer, plan, models, wanted[plan.name]) for plan in plans]
+        tables = [write_table(writer, plan, models, wanted[plan.name]) for plan in plans]
         described = describe(config, schema, dims, tables, dense)
         writer.write(FEATURES, json.dumps(described.to_json()).encode())
         writer.finish({"format": FORMAT, "kind": "export", "name": "golden", "step": 0, "published": None, "model": {}})
-
-
-def _write_table(writer: SealedWriter, plan: TablePlan, models: list[SavedModel], wanted: np.ndarray) -> StoredTable:
-    if plan.rows is not None:
-        return write_static(writer, plan, models[0], None)
-    table = TableWriter(plan.name, plan.features, plan.groups)
-    conversion = Conversion(plan.stored, plan.groups)
-    for part in newest_rows(models, plan.name):
-        chosen = part.take(is_in(part.ids, wanted))
-        if len(chosen.ids):
-            table.add(conversion.columns(chosen))
-    return table.finish(writer)
 
 
 def problem_of(folder: Path, checksum: str) -> str | None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from tessera.ctr.serving.changes import write_changes
@@ -22,7 +23,7 @@ from tessera.ctr.serving.description import FEATURES, TOWER, WEIGHTS, StoredProj
 from tessera.ctr.serving.errors import ExportError
 from tessera.ctr.serving.files import SealedWriter
 from tessera.ctr.serving.model_files import TablePlan, model_of, write_dense, write_static
-from tessera.ctr.serving.saved_models import SavedModel, newest_rows, safetensors_of
+from tessera.ctr.serving.saved_models import SavedModel, is_in, newest_rows, safetensors_of
 from tessera.ctr.serving.scorer import CHANGES, Scorer
 from tessera.ctr.serving.table_writer import TableWriter
 
@@ -41,7 +42,7 @@ def write_whole(folder: Path, base: Scorer, link: Link, models: list[SavedModel]
     """
     writer = SealedWriter(folder)
     oov, projections = _write_dense(writer, base, models[0])
-    tables = [_write_table(writer, _plan(table, models[0]), models) for table in base.description.tables]
+    tables = [write_table(writer, _plan(table, models[0]), models) for table in base.description.tables]
     described = replace(base.description, tables=tables, oov=oov, projections=projections)
     _finish_whole(writer, base, described.to_json(), _said(base, link, models[0].manifest["step"]))
 
@@ -129,11 +130,17 @@ def _plan(table: StoredTable, newest: SavedModel) -> TablePlan:
     return TablePlan(table.name, table.features, stored, table.groups, None)
 
 
-def _write_table(writer: SealedWriter, plan: TablePlan, models: list[SavedModel]) -> StoredTable:
+def write_table(
+    writer: SealedWriter, plan: TablePlan, models: list[SavedModel], ids: np.ndarray | None = None
+) -> StoredTable:
+    """Write a table of publications. models: newest first, down to a whole one. ids: sorted, those whose rows are
+    written; None: all."""
     if plan.rows is not None:
         return write_static(writer, plan, models[0], None)
     table = TableWriter(plan.name, plan.features, plan.groups, decay=models[0].decay_of(plan.name))
     conversion = Conversion(plan.stored, plan.groups)
     for part in newest_rows(models, plan.name):
-        table.add(conversion.columns(part))
+        chosen = part if ids is None else part.take(is_in(part.ids, ids))
+        if len(chosen.ids):
+            table.add(conversion.columns(chosen))
     return table.finish(writer)

@@ -42,6 +42,7 @@ class Checked(Days):
     [
         ("embedding.oov=learned", "embedding.tables={c: {dim: 2}}", "embedding.formats={d.v: int8}"),
         ("embedding=static",),
+        ("optimizer.sparse.decay=0.5", "optimizer.sparse.decay_count_power=0.5"),
     ],
 )
 def test_publications_of_both_kinds_are_scored_as_evaluation_does_and_others_are_told(process, tmp_path, more):
