@@ -91,6 +91,7 @@ class Scorer:
         Raises ExportError: they are damaged, or none that follow this model; OSError: there is no space.
         """
         changed = copy.copy(self)
+        vars(changed).pop("base", None)  # of the weights before
         changed.manifest = checked_manifest(Place(folder), lambda path: True)
         if changed.manifest.get("kind") != CHANGES or changed.manifest.get("after") != self.manifest["published"]:
             raise ExportError(f"{folder} holds no changes that follow {self.version}")

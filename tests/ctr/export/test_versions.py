@@ -91,17 +91,20 @@ def test_changes_give_the_scores_of_each_day_and_the_tables_of_an_export_made_an
     versions = days.versions()
     scorer = versions.begin()
     assert versions.update(scorer) is None
+    bases = {scorer.base}
     for _ in range(changes):
         days.publish("delta")
         before, scorer = scorer, versions.update(scorer)
         assert scorer is not None and versions.update(scorer) is None
+        assert scorer.base not in bases  # an error memory of the day before is forgotten
+        bases.add(scorer.base)
         assert scorer.folders == [tmp_path / "export", *sorted((tmp_path / "versions").glob("*.changes"))]
         np.testing.assert_allclose(scorer(ROWS), days.scores[-1], rtol=0, atol=1e-6)
         np.testing.assert_allclose(before(ROWS), days.scores[-2], rtol=0, atol=1e-6)
     assert np.abs(days.scores[-1] - days.scores[0]).max() > 0.01  # or nothing has been shown
     export(process, tmp_path, "anew")
     anew = Scorer.load(tmp_path / "anew")
-    assert scorer(ROWS).tolist() == anew(ROWS).tolist()
+    assert scorer(ROWS).tolist() == anew(ROWS).tolist() and scorer.base == anew.base
     again = days.versions().begin()  # a server that starts now
     assert again.version == scorer.version and again(ROWS).tolist() == scorer(ROWS).tolist()
     merged_is_an_export_made_anew(days._last, again, tmp_path)
