@@ -56,13 +56,15 @@ class Feedback:
         self._saved = (memory.base, memory.rows)
         self._begin, self._numbers = secrets.token_hex(4), count()
         self._lock = threading.Lock()
+        self._saving = threading.Lock()
 
     def begin(self, base: str) -> bool:
         """Follow a model: the memory of another one is forgotten. Returns whether it was."""
-        if base == self.memory.base:
-            return False
-        self.memory.clear(base)
-        return True
+        with self._lock:  # so that no label of the model before is written behind it
+            if base == self.memory.base:
+                return False
+            self.memory.clear(base)
+            return True
 
     def answer(self, base: str, prediction: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """Return the corrected probabilities of a request's rows and a key for each; `base` is of their model."""
@@ -98,10 +100,10 @@ class Feedback:
             for key, label in labels:
                 token, _, place = key.rpartition("-")
                 one = self._answered.get(token)
-                if one is None or not (place.isascii() and place.isdigit() and int(place[:9]) < len(one.waits)):
+                row = int(place) if place.isascii() and place.isdigit() and len(place) < 10 else -1
+                if one is None or not 0 <= row < len(one.waits):
                     told["unknown"] += 1
                     continue
-                row = int(place)
                 if not one.waits[row]:
                     told["repeated"] += 1
                     continue
@@ -120,7 +122,8 @@ class Feedback:
 
     def save(self) -> None:
         """Write the memory to its folder, if there is one and anything is new. Raises OSError."""
-        now = (self.memory.base, self.memory.rows)
-        if self._folder is not None and now != self._saved:
-            self.memory.save(self._folder)
-            self._saved = now
+        with self._saving:  # a server that stops saves while it may be saving
+            now = (self.memory.base, self.memory.rows)
+            if self._folder is not None and now != self._saved:
+                self.memory.save(self._folder)
+                self._saved = now

@@ -184,6 +184,8 @@ def test_answers_wait_for_labels_so_long_and_so_many_and_of_one_model(folder):
     _, second = feedback.answer("one", prediction, hidden)
     assert feedback.take([(key, 1) for key in first])["unknown"] == 3, "six rows would wait, five may"
     assert feedback.take([(second[0], 1), (f"{second[0]}9" * 5, 1), (second[0] + "é", 0)])["taken"] == 1
+    zeros = second[1].removesuffix("1") + "0" * 9
+    assert feedback.take([(f"{zeros}9", 1), (zeros + "9" * 5000, 1)])["unknown"] == 2
     now[0] = 11.0
     assert feedback.take([(second[1], 1)])["unknown"] == 1, "it came too late"
     _, third = feedback.answer("one", prediction, hidden)
