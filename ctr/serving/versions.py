@@ -46,7 +46,7 @@ class Versions:
         self.publications = Publications(published)
         self.base = Scorer(base)
         self._merge_share = merge_share
-        self._merging: set[Path] = set()  # folders that a merge reads and writes
+        self._merging: set[Path] = set()  # folders that a merge reads and writes, or has written
         self._static = any(table.kind == "static" for table in self.base.description.tables)
         self._lock: IO[str] | None = None
 
@@ -170,8 +170,11 @@ class Versions:
         """
         path = self._whole(scorer.manifest["published"])
         self._merging = {path, *scorer.folders}
-        if not path.is_dir():
-            self._write(path, write_merged, scorer)
+        try:
+            if not path.is_dir():
+                self._write(path, write_merged, scorer)
+        finally:
+            self._merging = {path}
 
     def _write(self, path: Path, write: Callable[..., None], *of: Any) -> None:
         """Write a folder under its name, whole or not at all."""
