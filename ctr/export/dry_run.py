@@ -1,6 +1,6 @@
 """Before training begins: can the model leave? Its tower is exported untrained, and must answer as it does in training.
 
-Models of Tessera are held to that by its tests, so by default only others are looked at: it takes one to ten seconds,
+Models of Tessera are held to that by its tests, so by default only others are looked at: it takes up to three seconds,
 most of which is torch.export at work. The job's random numbers are left as they were.
 """
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tessera.ctr.config import Config
 from tessera.ctr.daily.day_record import DayRecord, Stage
 from tessera.ctr.daily.publish import Publisher, point
-from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.config import schema_of
 from tessera.ctr.export.export import Options, export_model
 from tessera.ctr.export.source import source_of_run
 from tessera.ctr.network import build_model
@@ -47,7 +47,7 @@ class Days:
 
     def __init__(self, folder: Path, config: Config, rows: int, process: Process) -> None:
         self.folder, self.config, self.known = folder, config, rows // IDS
-        self.model, _ = build_model(config, Schema(config.data.schema), process)
+        self.model, _ = build_model(config, schema_of(config.data), process)
         load_model(self.model, folder / "run" / "best", process)
         self.publisher = Publisher(folder / "run", config, self.model.module, process)
         self.records: list[DayRecord] = []
