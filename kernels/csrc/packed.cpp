@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 
+#include "decay.h"
 #include "merge.h"
 #include "optimizers.h"
 #include "packed.h"
@@ -184,18 +185,14 @@ TESSERA_SIMD void learn(const StepBlock& block, int64_t begin, int64_t end) {
   }
 }
 
-// As decay_block in records.cpp. values: of rows [begin, end), one after the other.
+// Let rows [begin, end) keep what steps without gradients have left of their values, which lie one after the other.
 TESSERA_SIMD void decay(const Batch& batch, int64_t begin, int64_t end, const float* kept, float l1, float* values) {
   const int64_t dim = batch.layout.dim;
+  const bool ftrl = batch.layout.optimizer == Kind::kFtrl;
   for (int64_t i = begin; i < end; ++i, values += dim) {
     if (batch.rows[i] < 0) continue;
-    for (int64_t c = 0; c < dim; ++c) values[c] *= kept[i];
-    if (batch.layout.optimizer != Kind::kFtrl) continue;
-    float* const z = batch.layout.state_of(batch.table[batch.rows[i]]);
-    for (int64_t c = 0; c < dim; ++c) {
-      const float bound = std::copysign(l1, z[c]);
-      z[c] = std::fabs(z[c]) <= l1 ? z[c] : bound + kept[i] * (z[c] - bound);
-    }
+    float* const z = ftrl ? batch.layout.state_of(batch.table[batch.rows[i]]) : nullptr;
+    tessera::decay_row(values, z, dim, kept[i], l1);
   }
 }
 

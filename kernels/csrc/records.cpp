@@ -1,9 +1,6 @@
-// Reading records, and the fused optimizer step on them: gradients of a row are summed, all groups stepped, all written.
-#include "records.h"
-
+// The fused optimizer step on records: gradients of a row are summed, all groups stepped, all written.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -12,10 +9,12 @@
 #include <optional>
 #include <vector>
 
+#include "decay.h"
+#include "decode_record.h"
 #include "optimizers.h"
-#include "positions.h"
 #include "quantise.h"
 #include "random.h"
+#include "records.h"
 
 namespace {
 
@@ -25,130 +24,12 @@ using tessera::Format;
 using tessera::GroupLayout;
 using tessera::Hyper;
 using tessera::kAhead;
+using tessera::kBlock;
 using tessera::Kind;
 using tessera::Layout;
 using tessera::Meta;
-using tessera::Positions;
 using tessera::RecordLayout;
 using tessera::Records;
-
-constexpr int64_t kGrain = 1 << 13;  // numbers per thread below which another thread does not pay
-constexpr int64_t kBlock = 32;       // rows that stay in the cache from reading to writing
-static_assert(kBlock <= kAhead);     // a block's rows have been asked for when it begins
-
-int64_t grain_of(const RecordLayout& layout) { return std::max<int64_t>(kBlock, kGrain / layout.width); }
-
-// ---- gather
-
-struct Source {
-  const Records& records;
-  const RecordLayout& layout;
-  Positions positions;
-  int64_t last;  // positions before it are asked for early
-  Decay decay;
-};
-
-template <int64_t Size, bool Decays>
-TESSERA_INLINE Fault copy_values(const Source& source, int64_t begin, int64_t end, float* out) {
-  const int64_t size = Size > 0 ? Size : 4 * source.layout.width;
-  for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < source.last) source.records.prefetch(source.positions.peek(i + kAhead), 0, Decays ? source.layout.bytes : size);
-    if (source.positions.wrong(i)) return source.positions.fault(i);
-    const int64_t row = source.positions[i];
-    if (source.records.beyond(row)) return source.records.fault(row);
-    float* const to = out + i * (size / 4);
-    if (row < 0) {
-      std::memset(to, 0, size);
-    } else if constexpr (Decays) {
-      const char* const record = source.records[row];
-      const float kept = source.decay.factor_of(record);
-      const auto* const values = reinterpret_cast<const float*>(record);
-      for (int64_t c = 0; c < size / 4; ++c) to[c] = values[c] * kept;
-    } else {
-      std::memcpy(to, source.records[row], size);
-    }
-  }
-  return {};
-}
-
-// Sizes known while compiling become a few moves: dims 8, 16, 32 and 64, alone and with a group of one value.
-template <bool Decays>
-TESSERA_INLINE Fault copy_values_in(const Source& source, int64_t begin, int64_t end, float* out) {
-  switch (source.layout.width) {
-    case 8: return copy_values<32, Decays>(source, begin, end, out);
-    case 9: return copy_values<36, Decays>(source, begin, end, out);
-    case 16: return copy_values<64, Decays>(source, begin, end, out);
-    case 17: return copy_values<68, Decays>(source, begin, end, out);
-    case 32: return copy_values<128, Decays>(source, begin, end, out);
-    case 33: return copy_values<132, Decays>(source, begin, end, out);
-    case 64: return copy_values<256, Decays>(source, begin, end, out);
-    case 65: return copy_values<260, Decays>(source, begin, end, out);
-    default: return copy_values<0, Decays>(source, begin, end, out);
-  }
-}
-
-Fault copy_values_of(const Source& source, int64_t begin, int64_t end, float* out) {
-  return copy_values_in<false>(source, begin, end, out);
-}
-
-TESSERA_SIMD Fault copy_decayed(const Source& source, int64_t begin, int64_t end, float* out) {
-  return copy_values_in<true>(source, begin, end, out);
-}
-
-TESSERA_INLINE void decode_row(const GroupLayout& group, char* record, float* out) {
-  char* const row = record + group.begin;
-  const Layout& layout = group.row;
-  const uint8_t* const stored = layout.values_of(row);
-  switch (layout.format) {
-    case Format::kFp32: return tessera::decode<Format::kFp32>(stored, 1, layout.dim, out);
-    case Format::kFp16: return tessera::decode<Format::kFp16>(stored, 1, layout.dim, out);
-    case Format::kBf16: return tessera::decode<Format::kBf16>(stored, 1, layout.dim, out);
-    case Format::kInt8: return tessera::decode<Format::kInt8>(stored, layout.scale_of(row), layout.dim, out);
-    case Format::kInt4: return tessera::decode<Format::kInt4>(stored, layout.scale_of(row), layout.dim, out);
-    default: return tessera::decode<Format::kInt2>(stored, layout.scale_of(row), layout.dim, out);
-  }
-}
-
-TESSERA_SIMD Fault decode_rows(const Source& source, int64_t begin, int64_t end, float* out) {
-  const int64_t width = source.layout.width;
-  for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < source.last)
-      source.records.prefetch(source.positions.peek(i + kAhead), 0, source.layout.bytes);
-    if (source.positions.wrong(i)) return source.positions.fault(i);
-    const int64_t row = source.positions[i];
-    if (source.records.beyond(row)) return source.records.fault(row);
-    if (row < 0) {
-      std::fill_n(out + i * width, width, 0.0f);
-      continue;
-    }
-    char* const record = source.records[row];
-    for (const GroupLayout& group : source.layout.groups) decode_row(group, record, out + i * width + group.column);
-    if (source.decay.sums == nullptr) continue;
-    const float kept = source.decay.factor_of(record);
-    for (int64_t c = 0; c < width; ++c) out[i * width + c] *= kept;
-  }
-  return {};
-}
-
-at::Tensor records_gather(at::TensorList chunks, const at::Tensor& rows_, at::IntArrayRef numbers,
-                          const std::optional<at::Tensor>& inverse_, const std::optional<at::Tensor>& decayed) {
-  const RecordLayout layout(numbers);
-  const Records records(chunks, layout);
-  const Decay decay(decayed, layout);
-  const at::Tensor rows = rows_.contiguous(), inverse = inverse_.has_value() ? inverse_->contiguous() : at::Tensor();
-  const int64_t count = inverse.defined() ? inverse.numel() : rows.numel();
-  at::Tensor result = at::empty({count, layout.width}, rows.options().dtype(at::kFloat));
-  float* const out = result.mutable_data_ptr<float>();
-  const Positions positions = tessera::positions_of(rows, inverse);
-  at::parallel_for(0, count, grain_of(layout), [&](int64_t begin, int64_t end) {
-    const Source source{records, layout, positions, end, decay};
-    if (!layout.plain) return decode_rows(source, begin, end, out).raise();
-    (decay.sums == nullptr ? copy_values_of(source, begin, end, out) : copy_decayed(source, begin, end, out)).raise();
-  });
-  return result;
-}
-
-// ---- update
 
 // Gradients of the rows of a batch: those of row r are at order[begins[r]] to order[begins[r + 1] - 1], or without an
 // order at r.
@@ -260,7 +141,7 @@ TESSERA_SIMD void open_packed(const GroupLayout& group, const Block& block, floa
     if (block.records[k] == nullptr) continue;
     char* const row = block.records[k] + group.begin;
     opened.values[k] = memory + k * layout.dim;
-    decode_row(group, block.records[k], opened.values[k]);
+    tessera::decode_row(group, block.records[k], opened.values[k]);
     opened.state[k] = layout.moments == 0 ? layout.state_of(row) : states + k * (layout.moments + 1);
     if (layout.moments == 0) continue;
     const auto* const moments = reinterpret_cast<const uint8_t*>(row) + layout.moments_at;
@@ -318,20 +199,12 @@ TESSERA_SIMD void step_block(const GroupLayout& group, const Block& block, const
   }
 }
 
-// Let values keep what steps without gradients have left of them, and this one. Values of FTRL follow from its z: of that
-// what lies beyond l1 is kept in the same measure.
+// Let values keep what steps without gradients have left of them, and this one.
 TESSERA_SIMD void decay_block(const GroupLayout& group, const Block& block, const Opened& opened, float l1) {
-  const int64_t dim = group.row.dim;
+  const bool ftrl = group.row.optimizer == Kind::kFtrl;
   for (int64_t k = 0; k < block.size; ++k) {
     if (opened.values[k] == nullptr) continue;
-    const float kept = block.kept[k];
-    for (int64_t c = 0; c < dim; ++c) opened.values[k][c] *= kept;
-    if (group.row.optimizer != Kind::kFtrl) continue;
-    float* const z = opened.state[k];
-    for (int64_t c = 0; c < dim; ++c) {
-      const float bound = std::copysign(l1, z[c]);
-      z[c] = std::fabs(z[c]) <= l1 ? z[c] : bound + kept * (z[c] - bound);
-    }
+    tessera::decay_row(opened.values[k], ftrl ? opened.state[k] : nullptr, group.row.dim, block.kept[k], l1);
   }
 }
 
@@ -406,12 +279,9 @@ void records_update(at::TensorList chunks, const at::Tensor& rows_, const at::Te
                       mark,
                       Decay(decayed, layout),
                       power};
-  at::parallel_for(0, count, grain_of(layout), [&](int64_t begin, int64_t end) { update_range(update, begin, end); });
+  at::parallel_for(0, count, tessera::grain_of(layout), [&](int64_t begin, int64_t end) { update_range(update, begin, end); });
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(tessera, CPU, m) {
-  m.impl("records_gather", &records_gather);
-  m.impl("records_update", &records_update);
-}
+TORCH_LIBRARY_IMPL(tessera, CPU, m) { m.impl("records_update", &records_update); }
