@@ -8,8 +8,8 @@ from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
 from tessera.distributed.dynamic_tables import DynamicTables
-from tessera.distributed.ownership import owner_of
 from tessera.embedding.set_table import OwnedTable
+from tessera.kernels.message import owner_of
 from tessera.kernels.mix import mix64
 from tessera.kernels.unique import unique_inverse
 

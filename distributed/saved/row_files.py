@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from tessera.distributed.ownership import owner_of
 from tessera.distributed.rank import Process
 from tessera.distributed.saved.checked_parquet import CheckedParquet, Notes, as_rows
 from tessera.distributed.saved.manifest import CheckpointError
@@ -32,6 +31,7 @@ from tessera.embedding.decay import decayed_rows, kept
 from tessera.embedding.errors import TesseraError
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.set_table import OwnedTable
+from tessera.kernels.message import owner_of
 from tessera.kernels.mix import mix64
 
 Columns = dict[str, Tensor]

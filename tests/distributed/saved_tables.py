@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tessera.distributed.ownership import owner_of
 from tessera.distributed.rank import Process
 from tessera.distributed.saved.dense import load_tensors, save_tensors
 from tessera.distributed.saved.states import open_saved, save
@@ -16,6 +15,7 @@ from tessera.distributed.saved.tables import TableSaver, describe_tables, load_p
 from tessera.embedding.config import Admission, DynamicTableConfig, Group
 from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.table import DynamicTable
+from tessera.kernels.message import owner_of
 from tessera.kernels.mix import mix64
 
 GROUPS = (Group("v", 4, 0.5), Group("w", 1, 0.5))

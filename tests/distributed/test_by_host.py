@@ -15,10 +15,10 @@ from tessera.distributed.event_times import packed, unpacked
 from tessera.distributed.host_exchange import HostExchange
 from tessera.distributed.hosts import check_places, described, host_groups
 from tessera.distributed.id_exchange import IdExchange, OutgoingIds
-from tessera.distributed.ownership import owner_of
 from tessera.distributed.torchrec.answers import answer
 from tessera.distributed.torchrec.codecs import codecs
 from tessera.embedding.errors import ConfigError
+from tessera.kernels.message import owner_of
 from tessera.kernels.mix import mix64
 from tessera.kernels.unique import unique_tables
 from tests.distributed.dictionary import Case, Reference, joined, same, train

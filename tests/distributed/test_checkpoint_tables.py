@@ -5,7 +5,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tessera.distributed.ownership import owner_of
 from tessera.distributed.saved import row_files
 from tessera.distributed.saved.compact import compact
 from tessera.distributed.saved.row_files import copied, read_columns, write_columns
@@ -15,6 +14,7 @@ from tessera.distributed.saved.tables import TableSaver
 from tessera.embedding.config import Admission, Group
 from tessera.embedding.errors import TesseraError
 from tessera.embedding.table import DynamicTable
+from tessera.kernels.message import owner_of
 from tessera.kernels.mix import mix64
 from tests.distributed.saved_tables import EXACT, INT8, config, content, load_tables, save_tables, step
 from tests.ranks import on_ranks

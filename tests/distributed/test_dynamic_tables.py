@@ -5,13 +5,13 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 from tessera.distributed.dynamic_tables import DynamicTables
-from tessera.distributed.ownership import owner_of
 from tessera.distributed.saved.states import open_saved, save
 from tessera.distributed.saved.storage import Storage
 from tessera.distributed.saved.tables import TableSaver, describe_tables, load_rows
 from tessera.distributed.sharding import shard
 from tessera.embedding.config import DynamicTableConfig, Group
 from tessera.embedding.optim import RowOptimizer
+from tessera.kernels.message import owner_of
 from tessera.kernels.mix import mix64
 from tessera.kernels.random import normal
 from tests.ranks import on_ranks

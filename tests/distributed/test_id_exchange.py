@@ -15,10 +15,10 @@ from torchrec import KeyedJaggedTensor
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.id_exchange import IdExchange, OutgoingIds
 from tessera.distributed.message_room import RECENT, RecentSizes, message_bytes, room_for
-from tessera.distributed.ownership import owner_of
 from tessera.distributed.sharding import shard
 from tessera.distributed.torchrec.answers import answer
 from tessera.embedding.config import DynamicTableConfig, Group
+from tessera.kernels.message import owner_of
 from tessera.kernels.message_layout import MessageLayout
 from tessera.kernels.mix import mix64
 from tests.ranks import on_ranks
