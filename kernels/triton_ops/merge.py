@@ -153,15 +153,17 @@ def _lists_kernel(given, positions, count, turns, PIECE: tl.constexpr, LONG: tl.
         known_positions(tl.load(given.ordered + ends).to(tl.int64), ends >= 0, count, given.note)
 
 
-def positions_by_row(inverse: Tensor, count: int, note: Tensor) -> tuple[Tensor, Tensor]:
+def positions_by_row(inverse: Tensor, count: int, note: Tensor, pieces: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return (order int64 [n], begins int64 [count + 1]): `inverse` is r at order[begins[r]:begins[r + 1]], ascending.
-    inverse: int64 [n], n > 0; what is not in [0, count) is noted."""
-    n = inverse.numel()
-    # Half the bytes of int64 are half the passes of the sort.
-    ordered, order = torch.sort(inverse.to(torch.int32), stable=True)
-    begins = torch.empty(count + 1, dtype=torch.int64, device=inverse.device)
-    lists, programs = _Lists(ordered, begins, begins, note), -(-(count + 1) // block())
-    launch(_lists_kernel, programs, lists, n, count, turns_of(n), PIECE=PIECE, LONG=False, BLOCK=block())
+    inverse: int64 [n], n > 0; what is not in [0, count) is noted. pieces: int64 [count], takes how many pieces
+    each row's positions make."""
+    n, device, long = inverse.numel(), inverse.device, pieces is not None
+    narrow = torch.empty(n, dtype=torch.int32, device=device)
+    launch(_narrow_kernel, -(-n // block()), inverse.contiguous(), narrow, n, count, BLOCK=block())
+    ordered, order = torch.sort(narrow, stable=True)
+    begins = torch.empty(count + 1, dtype=torch.int64, device=device)
+    lists, programs = _Lists(ordered, begins, begins if pieces is None else pieces, note), -(-(count + 1) // block())
+    launch(_lists_kernel, programs, lists, n, count, turns_of(n), PIECE=PIECE, LONG=long, BLOCK=block())
     return order, begins
 
 
@@ -172,17 +174,11 @@ def merge(grads: Tensor, inverse: Tensor | None, count: int, note: Tensor) -> Me
     if inverse is None or n == 0 or count == 0:
         none = grads if inverse is None else grads.new_zeros((count, dim))
         return Merge(Gradients(none, note, note, note, none), Summing(direct=True, long=False))
-    narrow = torch.empty(n, dtype=torch.int32, device=grads.device)
-    launch(_narrow_kernel, -(-n // block()), inverse.contiguous(), narrow, n, count, BLOCK=block())
-    ordered, order = torch.sort(narrow, stable=True)
-    begins = torch.empty(count + 1, dtype=torch.int64, device=grads.device)
-    lengths = begins if n <= PIECE else torch.empty(count, dtype=torch.int64, device=grads.device)
-    lists = _Lists(ordered, begins, lengths, note)
-    programs, long = -(-(count + 1) // block()), n > PIECE
-    launch(_lists_kernel, programs, lists, n, count, turns_of(n), PIECE=PIECE, LONG=long, BLOCK=block())
-    if not long:
+    of_rows = torch.empty(count, dtype=torch.int64, device=grads.device) if n > PIECE else None
+    order, begins = positions_by_row(inverse, count, note, of_rows)
+    if of_rows is None:
         return Merge(Gradients(grads, order, begins, begins, grads), Summing(direct=False, long=False))
-    ends = lengths.cumsum(0)
+    ends = of_rows.cumsum(0)
     pieces = 2 * n // PIECE  # at most: more than PIECE positions make fewer than 2 / PIECE pieces each
     given, shape = Gradients(grads, order, begins, ends, torch.empty((pieces, dim), device=grads.device)), tile(dim)
     programs, turns = -(-pieces // shape.rows), turns_of(count)

@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tessera.kernels.message_layout import FIXED, MessageLayout, layout_of
+from tessera.kernels.reference.message import WHOLE
 from tessera.kernels.triton_ops.launch import block, kernel, launch
 from tessera.kernels.triton_ops.merge import below, turns_of
 
 _FIXED = tl.constexpr(FIXED)
-_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _COLUMNS = 3  # beside the ids, that a kernel takes
 
 
@@ -280,12 +280,12 @@ def read_ids(message: Tensor, late: Tensor, count: int, layout: Sequence[int]) -
     sums = lengths.cumsum(0)
     ids, arrival, from_ranks = torch.empty((3, count), dtype=torch.int64, device=device).unbind()
     bounds = torch.empty(shape.kinds + 1, dtype=torch.int64, device=device)
-    columns = [torch.empty(count, dtype=_WHOLE[size], device=device) for size in shape.sizes]
+    columns = [torch.empty(count, dtype=WHOLE[size], device=device) for size in shape.sizes]
     first, second, third = [*columns, ids, ids, ids][:_COLUMNS]
     given = _Came(message, late, sums, ids, ids, ids, ids, arrival, from_ranks, bounds, first, second, third)
     more = shape.room, shape.header, shape.words, turns_of(max(count, len(lengths)))
     if shape.numbered:
-        kinds = torch.empty(count, dtype=_WHOLE[shape.number_bytes], device=device)
+        kinds = torch.empty(count, dtype=WHOLE[shape.number_bytes], device=device)
         given = given._replace(kinds=kinds)
         launch(_kinds_kernel, _programs(count), given, count, ranks, *more, SHAPE=_shape(shape), BLOCK=block())
         ordered, order = torch.sort(kinds, stable=True)
