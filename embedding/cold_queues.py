@@ -25,6 +25,7 @@ from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.record_store import RecordStore
 from tessera.embedding.rows_of_tables import RowsOfTables, Victims
 from tessera.kernels import backend
+from tessera.kernels.host_numbers import on_device
 from tessera.kernels.id_map import IdMap
 
 QUEUE_MOST = 1 << 16  # rows of a table, unless one step needs so many: the queue is looked at in every step
@@ -82,7 +83,7 @@ class ColdQueues:
         if min(found) >= batch:
             return None
         if found != self._most[0] or self._most[1] is None:
-            self._most = found, torch.tensor(found, device=self._store.device)
+            self._most = found, on_device(found, self._store.device)
         return self._most[1]
 
     def look(self) -> Tensor:
@@ -118,7 +119,7 @@ class ColdQueues:
         elif self._unsorted or self._others:
             self._sort(self._alive)
         before = [0, *accumulate(missing)]
-        wanted = torch.tensor([list(missing), before[:-1]], device=self._store.device)
+        wanted = on_device([*missing, *before[:-1]], self._store.device).view(2, -1)
         looked = self._entries, self._flags, self._sums, self._begins
         places = self._map.places
         taken = self._ops.cold_take(self._records, places, looked, wanted, before[-1])

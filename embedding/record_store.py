@@ -14,6 +14,7 @@ from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.row_store import RowStore
 from tessera.kernels import records
 from tessera.kernels.chunks import allocate_chunk, touch_pages
+from tessera.kernels.host_numbers import on_device
 from tessera.kernels.record_layout import COUNT, ID, LAST_SEEN, META_BYTES, TABLE, is_plain
 
 MARK, PERIOD = 3, 4  # columns of what `RecordStore.meta` gives, beside LAST_SEEN, COUNT and ID
@@ -130,7 +131,7 @@ class RecordStore:
 
     def set_marks(self, rows: Tensor, table: int, mark: int) -> None:
         """Note that rows of a table changed under this mark."""
-        word = torch.tensor([table | mark << 32], dtype=torch.int64, device=self.device)
+        word = on_device([table | mark << 32], self.device)
         records.write(self.chunks, rows, _bytes_of(word), self.layout, self.layout.meta_at + 8 * TABLE)
 
     def clear(self, rows: Tensor) -> None:

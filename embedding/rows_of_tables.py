@@ -62,9 +62,9 @@ class RowsOfTables:
         # The last freed is taken first: the n-th new id of a table takes its last victim but n.
         last = [first + begin + count - 1 for first, begin, count in zip(firsts, before, counts, strict=False)]
         if not any(more):
-            return victims.rows[torch.tensor(last, device=device)[tables] - torch.arange(len(tables), device=device)]
+            return victims.rows[on_device(last, device)[tables] - torch.arange(len(tables), device=device)]
         ahead = [first + count - of for first, count, of in zip(firsts, counts, [0, *accumulate(more)], strict=False)]
-        numbers = torch.tensor([last, ahead, more], device=device)
+        numbers = on_device([*last, *ahead, *more], device).view(3, -1)
         of = torch.arange(len(counts), device=device).repeat_interleave(numbers[2], output_size=sum(more))
         new = self.take(of, more, limited=limited)
         again = numbers[0][tables] - torch.arange(len(tables), device=device)

@@ -82,8 +82,8 @@ class TableSet:
         self._rows = RowsOfTables(len(tables), self.store)
         self.rows_of = [RowsOfTable(self._rows, self.store, number) for number in range(len(tables))]
         on_gpu = self.device.type == "cuda" and backend.backend("cuda") == "triton"
-        self._queues = ColdQueues(self.tables, self._rows, self.store, self.map) if on_gpu else None
-        self.limits = SetLimits(self.tables, self.rows_of, self._queues)
+        queues = ColdQueues(self.tables, self._rows, self.store, self.map) if on_gpu else None
+        self.limits = SetLimits(self.tables, self.rows_of, queues)
         self._queues = self.limits.queues
         self._optimizer = first.optimizer
         self._keys = keys_of_set(self.tables, device)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tessera.kernels.host_numbers import on_device
 from tessera.kernels.reference.id_map import LINE, SLOTS, TABLE_SHIFT, split_limit
 from tessera.kernels.triton_ops.arithmetic import hash_of, mix64
 from tessera.kernels.triton_ops.faults import note_duplicates
@@ -350,15 +351,15 @@ def _split(found: Map, segments: Tensor, counters: Tensor, full: list[_Full]) ->
     counters[0] += len(full)
     prefixes = [one.entry >> (found.bits - one.depth - 1) for one in full]  # depth + 1 bits, the last one 0
     limits = [split_limit(p + bit, one.depth + 1) for bit in (0, 1) for p, one in zip(prefixes, full, strict=True)]
-    numbers = [[one.number for one in full], list(range(begin, begin + len(full))), [one.depth + 1 for one in full]]
-    old, new, depth = torch.tensor(numbers, device=device)
+    numbers = [*(one.number for one in full), *range(begin, begin + len(full)), *(one.depth + 1 for one in full)]
+    old, new, depth, *limits_of = on_device([*numbers, *limits], device).view(5, -1)
     sibling = torch.full((segments.shape[0],), -1, device=device).scatter_(0, old, new)
     owner, entries = directory.long(), torch.arange(directory.numel(), device=device)
     upper = (entries >> (found.bits - segments[owner, 0].long() - 1).clamp(min=0)) & 1
     directory.copy_(torch.where((sibling[owner] >= 0) & (upper == 1), sibling[owner], owner))
     both = torch.cat([old, new])
     segments[both, 0] = torch.cat([depth, depth]).to(segments.dtype)
-    segments[both, 2] = torch.tensor(limits, dtype=segments.dtype, device=device)
+    segments[both, 2] = torch.cat(limits_of).to(segments.dtype)
     found.take_out(new)  # only to mark its slots empty
     hashes, rows = found.take_out(old)
     upper = (hashes.view(-1, SLOTS) >> (64 - depth)[:, None]) & 1

@@ -3,7 +3,8 @@
 Inside `PretendedGpu`, a tensor made or moved with a CUDA device is marked, says that it is on `cuda:0`, and goes to the
 Triton kernels, which the interpreter runs. What is computed of marked tensors is marked. An op of marked and unmarked
 tensors raises, as it would on a GPU, and so does `numpy()`. Reading numbers of marked tensors on the host is counted:
-`waits` is how often the host would have waited for a GPU (`item`, `tolist`, `int`, `bool`, `nonzero`, boolean masks).
+`waits` is how often the host would have waited for a GPU (`item`, `tolist`, `int`, `bool`, `nonzero`, boolean masks,
+and what is sent to it without `non_blocking`).
 """
 
 from __future__ import annotations
@@ -62,14 +63,15 @@ class PretendedGpu(TorchFunctionMode):
         by_mask = name in ("__getitem__", "__setitem__") and _is_mask(args[1])
         self.waits += on_gpu and (name in _WAITS or by_mask)
         if name == "to":
-            kwargs.pop("non_blocking", None)
-            target = kwargs.pop("device", None)
+            non_blocking, target = kwargs.pop("non_blocking", False), kwargs.pop("device", None)
             if target is None and len(args) > 1 and isinstance(args[1], (str, torch.device)):
                 target, args = args[1], (args[0], *args[2:])
             if target is not None:
+                self.waits += _is_gpu(target) and not on_gpu and not non_blocking
                 on_gpu = _is_gpu(target)
         elif "device" in kwargs:
             on_gpu = _is_gpu(kwargs["device"]) if kwargs["device"] is not None else on_gpu
+            self.waits += on_gpu and name == "tensor"
             kwargs["device"] = "cpu"
         found = func(*args, **kwargs) if name != "to" or len(args) > 1 or kwargs else args[0].clone()
         if name in _TO_HOST:
