@@ -116,7 +116,7 @@ torch.set_num_threads(2)
 folder, known = Path(sys.argv[1]), int(sys.argv[2])
 begun = time.perf_counter(); scorer = Scorer.load(folder); load = time.perf_counter() - begun
 begun = time.perf_counter()
-Embeddings(str(folder), scorer.description, scorer._ids, weighted=False)
+Embeddings(str(folder), scorer.description, scorer._ids, [], weighted=False)
 tables = time.perf_counter() - begun
 before = resident()
 scorer(rows_of(known // 100, 0, known))
