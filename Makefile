@@ -24,8 +24,8 @@ demo: setup data/synthetic/schema.yaml ## train DeepFM on synthetic data over RA
 data/synthetic/schema.yaml: | setup
 	$(PYTHON) scripts/prepare.py synthetic --rows $(DEMO_ROWS) --output data/synthetic
 
-test: setup ## run the tests, two files at a time (ARGS="-k name" selects some)
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile $(ARGS)
+test: setup ## run the tests, three files at a time, of which some only wait (ARGS="-k name" selects some)
+	$(PYTHON) -m pytest -q -n 3 --dist loadfile $(ARGS)
 
 test-slow: setup ## run the tests that take minutes
 	$(PYTHON) -m pytest -q -m slow $(ARGS)

@@ -20,7 +20,7 @@ def coldest_by_sorting(index, policy, wanted, keep):
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4))])
 def test_equals_sorting_the_whole_table(backend, policy, seed, monkeypatch):
     monkeypatch.setattr(cold_rows, "QUEUE_LEAST", 16)
     monkeypatch.setattr(cold_rows, "QUEUE_SHARE", 8)

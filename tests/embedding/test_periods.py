@@ -60,8 +60,9 @@ def content(table: DynamicTable) -> dict[int, tuple]:
     }
 
 
-CASES = [(optimizer, "fp32") for optimizer in ("sgd", "adagrad", "rowwise_adagrad", "adam")]
-CASES += [("adam", "bf16"), ("rowwise_adagrad", "int8"), ("sgd", "alpt"), ("adam", "alpt")]
+CASES = [("rowwise_adagrad", "fp32"), ("adam", "bf16"), ("rowwise_adagrad", "int8"), ("adam", "alpt")]
+MORE = [("sgd", "fp32"), ("adagrad", "fp32"), ("adam", "fp32"), ("sgd", "alpt")]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 
 
 @pytest.mark.parametrize(("optimizer", "kind"), CASES)

@@ -51,7 +51,7 @@ def test_nothing_is_inserted_counted_or_touched_outside_training(backend):
     assert table.expire(10) == 3, "evaluation did not touch"
 
 
-@pytest.mark.parametrize("eviction", ["lru", "lfu"])
+@pytest.mark.parametrize("eviction", ["lru", pytest.param("lfu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl"])
 def test_a_table_made_of_exported_rows_and_state_goes_on_bit_for_bit(backend, optimizer, eviction):
     config = config_of(
