@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _feedback(options: argparse.Namespace, scorer: Scorer) -> Feedback | None:
-    from tessera.ctr.serving.error_memory import FILE, ErrorMemory, MemorySettings
+    from tessera.ctr.serving.error_memory import ErrorMemory, MemorySettings
     from tessera.ctr.serving.errors import ExportError
     from tessera.ctr.serving.feedback import Feedback, Waiting
     from tessera.embedding.settings import check
@@ -91,11 +91,8 @@ def _feedback(options: argparse.Namespace, scorer: Scorer) -> Feedback | None:
         gamma=options.memory_gamma,
     )
     check(settings, "--memory-")
-    memory = ErrorMemory(width, settings, scorer.base)
-    if (options.memory / FILE).exists():
-        found = ErrorMemory.load(options.memory, settings)
-        memory = found if found.width == width else memory
-    return Feedback(memory, options.memory, Waiting(options.feedback_rows, 3600 * options.feedback_hours))
+    empty = ErrorMemory(width, settings, scorer.base)
+    return Feedback.open(options.memory, empty, Waiting(options.feedback_rows, 3600 * options.feedback_hours))
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -16,27 +16,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import struct
 import threading
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tessera.ctr.serving.errors import ExportError
-from tessera.ctr.serving.saved_models import read_safetensors, safetensors_of
+from tessera.ctr.serving.tensor_files import sealed, unsealed, write_whole
 from tessera.embedding.settings import setting
 from tessera.kernels.pool import sum_by_row
 from tessera.kernels.random import normal
 
 FORMAT = 1  # of saved memories
 FILE = "memory.safetensors"
-LARGEST_HEADER = 1 << 20
 ROWS_AT_ONCE = 8192  # that are read together: an array's buckets of them are held in memory
 
 
@@ -61,6 +57,7 @@ class ErrorMemory:
         settings: how it reads; strength, gamma and temperature may be other ones than when it was filled.
         base: names the model whose errors these are; a memory of another one is worth nothing.
         rows: that were written.
+        written: of a memory that was read, whose labels it has (`answers.py`).
     """
 
     def __init__(self, width: int, settings: MemorySettings, base: str) -> None:
@@ -71,6 +68,7 @@ class ErrorMemory:
         self._planes = normal(settings.seed, 0, places, width).view(arrays, bits, width)
         self._powers = 2 ** torch.arange(bits)
         self._lock = threading.Lock()
+        self.written: dict[str, Tensor] = {}
         self._make_empty()
 
     def _make_empty(self) -> None:
@@ -141,22 +139,17 @@ class ErrorMemory:
         """Return the bucket of each row in each array, int64 [n] each."""
         return [((unit @ planes.t() > 0) * self._powers).sum(1) for planes in self._planes]
 
-    def save(self, folder: str | Path) -> None:
-        """Write the memory to `memory.safetensors` in a folder, whole or not at all."""
+    def to_bytes(self, written: Mapping[str, Tensor] | None = None) -> bytes:
+        """Return the content of `memory.safetensors`. written: which answers have their labels in it, as `answers.py`
+        says it."""
         with self._lock:
             tensors = {"hidden": self._hidden.clone(), "planes": self._planes, "sums": self._sums.clone()}
             said = {"format": FORMAT, "base": self.base, "rows": self.rows, "settings": asdict(self.settings)}
-        crc32 = 0
-        for value in tensors.values():
-            crc32 = zlib.crc32(value.contiguous().numpy().tobytes(), crc32)
-        path = Path(folder) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        with open(partial, "wb") as file:
-            file.write(safetensors_of(tensors, {"tessera": json.dumps({**said, "crc32": crc32})}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        return sealed(tensors | dict(written or {}), said)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the memory to `memory.safetensors` in a folder, whole or not at all."""
+        write_whole(Path(folder) / FILE, self.to_bytes())
 
     @classmethod
     def load(cls, folder: str | Path, settings: MemorySettings | None = None) -> ErrorMemory:
@@ -170,8 +163,7 @@ class ErrorMemory:
             content = path.read_bytes()
         except OSError as error:
             raise ExportError(f"{folder} holds no error memory: {error.strerror or error}") from None
-        said = _metadata(content, path)
-        found = read_safetensors(content, str(path))
+        found, said = unsealed(content, path, "error memory", FORMAT)
         try:
             saved = MemorySettings(**said["settings"])
             if settings is not None:
@@ -183,6 +175,7 @@ class ErrorMemory:
                     raise ValueError(f"{name} is {found[name].dtype} {list(found[name].shape)}")
             memory._hidden, memory._planes, memory._sums = found["hidden"], found["planes"], found["sums"]
             memory.rows = int(said["rows"])
+            memory.written = {name: value for name, value in found.items() if name.startswith("written_")}
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise ExportError(f"{path} is no error memory: {' '.join(str(error).split())[:200]}") from None
         return memory
@@ -200,19 +193,3 @@ def base_of(state: Mapping[str, Tensor]) -> str:
 
 def _unit(values: Tensor) -> Tensor:
     return torch.nn.functional.normalize(values.float(), dim=1)
-
-
-def _metadata(content: bytes, path: Path) -> dict[str, Any]:
-    """Return what a file says of itself. Raises ExportError: it is no memory, or its values were changed."""
-    try:
-        (size,) = struct.unpack_from("<Q", content)
-        if size > LARGEST_HEADER:
-            raise ValueError(f"a header of {size:,} bytes")
-        said = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["tessera"])
-        if said["format"] != FORMAT:
-            raise ValueError(f"format {said['format']!r}; this version reads {FORMAT}")
-        if said["crc32"] != zlib.crc32(content[8 + size :]):
-            raise ValueError("it was changed: its checksum does not match")
-    except (struct.error, KeyError, TypeError, ValueError) as error:
-        raise ExportError(f"{path} is no error memory: {' '.join(str(error).split())[:200]}") from None
-    return dict(said)

@@ -10,11 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 
-from tessera.ctr.serving.error_memory import ErrorMemory
+from tessera.ctr.serving.answers import BLOCK_ROWS, Answer, Block, read_blocks, token_of, written_rows
+from tessera.ctr.serving.error_memory import FILE, ErrorMemory
+from tessera.ctr.serving.files import hold
+from tessera.ctr.serving.tensor_files import remove_partial, write_whole
 
 RESULTS = ("taken", "unknown", "repeated", "stale")
 
@@ -27,17 +31,6 @@ class Waiting:
     seconds: float = 86_400.0
 
 
-@dataclass
-class _Answered:
-    """Rows of one request. waits: bool [n], whose labels have not come."""
-
-    base: str
-    at: float
-    hidden: np.ndarray
-    prediction: np.ndarray
-    waits: np.ndarray
-
-
 class Feedback:
     """Corrects what a model says, and learns from labels by the keys that went out with its answers. Any number of
     threads may call it."""
@@ -47,16 +40,55 @@ class Feedback:
         memory: ErrorMemory,
         folder: Path | None = None,
         waiting: Waiting | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """folder: where the memory is saved; None: nowhere."""
+        """folder: where the memory is saved, and what waits for labels; None: nowhere. What waits there is read.
+
+        Raises ExportError: a file in the folder is damaged; OSError.
+        """
         self.memory, self._folder, self._waiting, self._clock = memory, folder, waiting or Waiting(), clock
-        self._answered: OrderedDict[str, _Answered] = OrderedDict()
-        self._rows = 0
+        self._answered: OrderedDict[str, tuple[Block, Answer]] = OrderedDict()
+        self._blocks = [] if folder is None else read_blocks(folder, memory.written)
+        for block in self._blocks:
+            self._answered.update((answer.token, (block, answer)) for answer in block.answers)
+        self._rows = sum(block.rows for block in self._blocks)
         self._saved = (memory.base, memory.rows)
-        self._begin, self._numbers = secrets.token_hex(4), count()
-        self._lock = threading.Lock()
-        self._saving = threading.Lock()
+        self._begin, used = secrets.randbits(32), {block.begin for block in self._blocks}
+        while self._begin in used:
+            self._begin = secrets.randbits(32)
+        self._numbers, self._requests = count(), count()
+        self._open: Block | None = None
+        self._lock, self._saving = threading.Lock(), threading.Lock()
+        self._held: IO[str] | None = None
+        self._forget()
+
+    @classmethod
+    def open(cls, folder: Path, empty: ErrorMemory, waiting: Waiting | None = None) -> Feedback:
+        """Open the folder of an error memory for this process alone, and make it if it is not there. empty: the memory
+        to begin with where there is none, or one of another width.
+
+        Raises ExportError: another server has it, or a file in it is damaged; OSError.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        held, memory = hold(folder, "--memory"), empty
+        try:
+            remove_partial(folder)
+            if (folder / FILE).exists():
+                found = ErrorMemory.load(folder, empty.settings)
+                memory = found if found.width == empty.width else empty
+                memory.written = found.written
+            opened = cls(memory, folder, waiting)
+        except BaseException:
+            held.close()
+            raise
+        opened._held = held
+        return opened
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def begin(self, base: str) -> bool:
         """Follow a model: the memory of another one is forgotten. Returns whether it was."""
@@ -71,24 +103,35 @@ class Feedback:
         found = prediction
         if base == self.memory.base and len(prediction):
             found = self.memory.corrected(torch.from_numpy(hidden), torch.from_numpy(prediction)).numpy()
-        token, rows = f"{self._begin}-{next(self._numbers):x}", len(prediction)
+        token, rows = token_of(self._begin, next(self._requests)), len(prediction)
         with self._lock:
             if rows:
-                waits = np.ones(rows, bool)
-                self._answered[token] = _Answered(base, self._clock(), hidden.copy(), prediction.copy(), waits)
+                if self._open is None or not self._open.has_room(hidden):
+                    self._close_block()
+                    room = max(rows, min(BLOCK_ROWS, self._waiting.rows))
+                    self._open = Block(self._begin, next(self._numbers), room, hidden.shape[1])
+                    self._blocks.append(self._open)
+                answer = self._open.add(token, self._clock(), base, prediction, hidden)
+                self._answered[token] = (self._open, answer)
             self._rows += rows
             self._forget()
         return found, [f"{token}-{row}" for row in range(rows)]
+
+    def _close_block(self) -> None:
+        if self._open is not None:
+            self._open.shrink()
+            self._open = None
 
     def _forget(self) -> None:
         """Give up the oldest answers: too many, or too old."""
         late = self._clock() - self._waiting.seconds
         while self._answered:
-            oldest = next(iter(self._answered.values()))
+            block, oldest = next(iter(self._answered.values()))
             if self._rows <= self._waiting.rows and oldest.at >= late:
                 return
             self._answered.popitem(last=False)
-            self._rows -= len(oldest.waits)
+            self._rows -= oldest.rows
+            block.left -= oldest.rows
 
     def take(self, labels: Sequence[tuple[str, int]]) -> dict[str, int]:
         """Write rows whose labels have come, by key. Returns how many were taken, of keys that nobody waits for
@@ -99,21 +142,22 @@ class Feedback:
             self._forget()
             for key, label in labels:
                 token, _, place = key.rpartition("-")
-                one = self._answered.get(token)
+                block, answer = self._answered.get(token, (None, None))
                 row = int(place) if place.isascii() and place.isdigit() and len(place) < 10 else -1
-                if one is None or not 0 <= row < len(one.waits):
+                if block is None or answer is None or not 0 <= row < answer.rows:
                     told["unknown"] += 1
                     continue
-                if not one.waits[row]:
+                row += answer.first
+                if not block.waits[row]:
                     told["repeated"] += 1
                     continue
-                one.waits[row] = False
-                if one.base != self.memory.base:
+                block.waits[row] = False
+                if answer.base != self.memory.base:
                     told["stale"] += 1
                     continue
                 told["taken"] += 1
-                hidden.append(one.hidden[row])
-                prediction.append(one.prediction[row])
+                hidden.append(block.hidden[row])
+                prediction.append(block.prediction[row])
                 known.append(label)
             if known:
                 rows = torch.from_numpy(np.stack(hidden)), torch.tensor(known), torch.tensor(np.array(prediction))
@@ -121,9 +165,26 @@ class Feedback:
         return told
 
     def save(self) -> None:
-        """Write the memory to its folder, if there is one and anything is new. Raises OSError."""
+        """Write what is new to the folder, if there is one: answers first, then the memory, which says whose labels it
+        has. Raises OSError."""
+        if self._folder is None:
+            return
         with self._saving:  # a server that stops saves while it may be saving
-            now = (self.memory.base, self.memory.rows)
-            if self._folder is not None and now != self._saved:
-                self.memory.save(self._folder)
+            with self._lock:  # the memory and whose labels it has, of one moment
+                self._forget()
+                self._close_block()
+                blocks = list(self._blocks)
+                now, content = (self.memory.base, self.memory.rows), b""
+                if now != self._saved:
+                    content = self.memory.to_bytes(written_rows(blocks))
+            for block in blocks:
+                if block.left and not block.saved:
+                    block.write(self._folder)
+            if content:
+                write_whole(self._folder / FILE, content)
                 self._saved = now
+            for block in blocks:  # behind the memory, which may be the only one to know that they have their labels
+                if not block.left:
+                    (self._folder / block.name).unlink(missing_ok=True)
+            with self._lock:
+                self._blocks = [block for block in self._blocks if block.left or block not in blocks]

@@ -6,6 +6,7 @@ else: nothing that a file says is believed before its checksum is checked, and n
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import zlib
@@ -20,6 +21,7 @@ import pyarrow.fs
 from tessera.ctr.serving.errors import ExportError
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 READ_BYTES = 1 << 22
 LARGEST_JSON = 1 << 28  # bytes of a manifest or of another description
 
@@ -174,6 +176,22 @@ class _Counted:
         self.bytes += view.nbytes
         self._inner.write(view)
         return view.nbytes
+
+
+def hold(folder: Path, option: str) -> IO[str]:
+    """Keep a folder for this process until what is returned is closed. option: of the command, that names the folder.
+
+    Raises ExportError: another one has it.
+    """
+    lock = open(folder / LOCK, "w")  # noqa: SIM115, it is held as long as the server lives
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise ExportError(
+            f"{folder} is in use by another server; expected a folder of its own for each ({option})"
+        ) from None
+    return lock
 
 
 def sync_folder(folder: str | Path) -> None:

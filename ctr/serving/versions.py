@@ -9,7 +9,6 @@ served. What is merged is, file by file of its tables, the export that would be 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -21,14 +20,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from tessera.ctr.serving.errors import ExportError
-from tessera.ctr.serving.files import sync_folder
+from tessera.ctr.serving.files import hold, sync_folder
 from tessera.ctr.serving.saved_models import Publications
 from tessera.ctr.serving.scorer import GOLDEN, PREDICTION, Scorer
 from tessera.ctr.serving.version_files import Link, name_of, write_changed, write_merged, write_whole
 
 PARTIAL = ".partial-"  # begins names of folders that nobody takes for an export
 CHANGED = ".changes"  # ends names of folders of changes
-LOCK = ".lock"
 OF_VERSIONS = re.compile(rf".+-[0-9a-f]{{8}}-[0-9a-f]{{8}}({re.escape(CHANGED)})?")
 MERGE_SHARE = 0.25  # of changed rows beside the export's, from which they are merged
 MOST_CHANGES = 100  # publications over one export
@@ -78,15 +76,7 @@ class Versions:
     def _hold(self) -> None:
         """Keep the folder for this process, which may ask again. Raises ExportError: another one has it."""
         if self._lock is None:
-            lock = open(self.folder / LOCK, "w")  # noqa: SIM115, it is held as long as the server lives
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                lock.close()
-                raise ExportError(
-                    f"{self.folder} is in use by another server; expected a folder of its own for each (--versions)"
-                ) from None
-            self._lock = lock
+            self._lock = hold(self.folder, "--versions")
 
     def close(self) -> None:
         """Let others have the folder."""
