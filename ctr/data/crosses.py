@@ -43,7 +43,8 @@ def pair_ids(a: np.ndarray, b: np.ndarray, number: int, *, symmetric: bool = Fal
 
 
 def crossed(feature: Feature, members: Sequence[Ids]) -> Ids:
-    """Return the pairs of n rows: Singles of two features of one id, else Bags of the first `max_length` pairs.
+    """Return the pairs of n rows: Singles of two features of one id, else Bags of the first `max_length` pairs. Ids of
+    one row may stand beside those of n, as one user's beside those of many items: they are not copied.
 
     A row's pairs are those of its first id of the first feature with each of the second's, then of its second id, and
     so on. Without ids on one side there is none.
@@ -51,19 +52,21 @@ def crossed(feature: Feature, members: Sequence[Ids]) -> Ids:
     a, b = members
     number, symmetric = pair_number(feature), feature.symmetric
     if isinstance(a, Singles) and isinstance(b, Singles):
-        there = a.there if b.there is None else b.there if a.there is None else a.there & b.there
         ids = pair_ids(a.values, b.values, number, symmetric=symmetric)
+        there = a.there if b.there is None else b.there if a.there is None else a.there & b.there
+        there = None if there is None else np.broadcast_to(there, ids.shape)
         return Singles(ids, there, None, lambda row: ids[row])
     first, second = as_bags(a), as_bags(b)
-    seconds = np.diff(second.offsets)
-    pairs = np.diff(first.offsets) * seconds
+    firsts, seconds = np.broadcast_arrays(np.diff(first.offsets), np.diff(second.offsets))
+    starts, others = np.broadcast_arrays(first.offsets[:-1], second.offsets[:-1])
+    pairs = firsts * seconds
     if feature.max_length is not None:
         pairs = np.minimum(pairs, feature.max_length)
     offsets = offsets_of(pairs)
     pair = np.arange(offsets[-1]) - np.repeat(offsets[:-1], pairs)
     row, column = np.divmod(pair, np.repeat(seconds, pairs))
-    left = first.values[np.repeat(first.offsets[:-1], pairs) + row]
-    right = second.values[np.repeat(second.offsets[:-1], pairs) + column]
+    left = first.values[np.repeat(starts, pairs) + row]
+    right = second.values[np.repeat(others, pairs) + column]
     return Bags(pair_ids(left, right, number, symmetric=symmetric), offsets, None)
 
 

@@ -69,10 +69,20 @@ class Embeddings:
         changed._read_dense(folder, description)
         return changed
 
-    def pooled(self, bags: Mapping[str, Bags], count: int) -> dict[str, Tensor]:
-        """Return group -> [count, fields, dim] float32 of the features in `bags`, in their order; zeros for empty
-        bags."""
-        names = [name for name in self._names if name in bags]
+    def pooled(self, bags: Mapping[str, Bags], count: int, once: Mapping[str, Bags] | None = None) -> dict[str, Tensor]:
+        """Return group -> [count, fields, dim] float32 of the features in `bags`, in the model's order; zeros for empty
+        bags. once: of other features the bags of one row, which are looked up once and stand in every row."""
+        names = [name for name in self._names if name in bags or name in (once or {})]
+        if not names:
+            return {group: torch.zeros(count, 0, dim) for group, dim in self._groups.items()}
+        sums = self._sums(bags, [name for name in names if name in bags], count)
+        if once:
+            shared = [name for name in names if name not in bags]
+            sums = self._beside(sums, self._sums(once, shared, 1), [name in bags for name in names], count)
+        return self._projected(sums, names)
+
+    def _sums(self, bags: Mapping[str, Bags], names: Sequence[str], count: int) -> dict[str, Tensor]:
+        """Return group -> [count, fields, dim], the sums or means of the rows of some features, as wide as rows are."""
         if not names:
             return {group: torch.zeros(count, 0, dim) for group, dim in self._groups.items()}
         sizes = [len(bags[name].values) for name in names]
@@ -83,20 +93,34 @@ class Embeddings:
         weights = torch.from_numpy(_weights(bags, names)) if self._weighted else None
         index = torch.arange(len(wide))
         sums = dict(zip(self._groups, pool(wide, index, offsets, weights, len(names), self._dims()), strict=True))
-        return self._projected(self._scaled(sums, bags, names), names)
+        return self._scaled(sums, bags, names)
 
-    def one_by_one(self, bags: Mapping[str, Bags], names: Sequence[str]) -> list[Tensor]:
-        """Return the rows of the ids of some features, float32 [ids, dim], of each group the features in their
-        order."""
+    def _beside(
+        self, own: dict[str, Tensor], once: dict[str, Tensor], is_own: Sequence[bool], count: int
+    ) -> dict[str, Tensor]:
+        """Put fields that were looked up once beside those of each row. is_own: of each field in the model's order."""
+        mine = torch.tensor(is_own)
+        found = {}
+        for group, dim in self._groups.items():
+            found[group] = torch.empty(count, len(is_own), dim)
+            found[group][:, mine], found[group][:, ~mine] = own[group], once[group]
+        return found
+
+    def one_by_one(self, bags: Mapping[str, Bags], names: Sequence[str]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return the rows of the ids of some features, of each group the features in their order, float32 [ids, dim],
+        where a table's rows are narrower than the tower wants [ids, rows' dim], and the matrix that makes them so
+        wide; None for others."""
         begins = np.concatenate([[0], np.cumsum([len(bags[name].values) for name in names])]).astype(np.int64)
         wide = self._rows(bags, names, begins)
-        found = []
+        found, matrices = [], []
         for group, dim in self._groups.items():
             for place, name in enumerate(names):
-                rows = wide[begins[place] : begins[place + 1], self._first[group] : self._first[group] + dim]
                 matrix = self._projections.get((self.tables[self._table_of[name]].table.name, group))
-                found.append(rows if matrix is None else rows[:, : matrix.shape[0]] @ matrix)
-        return found
+                width = dim if matrix is None else matrix.shape[0]
+                first = self._first[group]
+                found.append(wide[begins[place] : begins[place + 1], first : first + width])
+                matrices.append(matrix)
+        return found, matrices
 
     def _dims(self) -> list[int]:
         return list(self._groups.values())

@@ -24,11 +24,12 @@ WHERE = "rows"  # so messages call them
 @dataclass(frozen=True)
 class Rows:
     """Decoded rows. numeric: float32 [n] by name of `Schema.numeric_names`; bags: of the id features, and of sequences
-    of numbers, by name."""
+    of numbers, by name; ids: of features that may be crossed, by name."""
 
     count: int
     numeric: dict[str, np.ndarray]
     bags: dict[str, Bags]
+    ids: dict[str, Ids]
 
 
 class RowDecoder:
@@ -45,10 +46,15 @@ class RowDecoder:
         """Return the columns that a feature reads, and those that it is aligned with."""
         return {*feature.columns, *(one.column for one in self._aligned.get(feature.name, []))}
 
-    def beside(self, columns: set[str]) -> set[str]:
-        """Return the columns of all features that read one of these."""
-        features = [*self.schema.stored, *self.schema.crosses]
-        return set().union(*(self.read_by(one) for one in features if self.read_by(one) & columns))
+    def crossed(self, rows: Rows, user: Rows) -> dict[str, Bags]:
+        """Return the crosses of features of rows with those of one user, the row `user`, by name."""
+        found = {}
+        for feature in self.schema.crosses:
+            if feature.name not in rows.bags and feature.name not in user.bags:
+                sides = [rows if member.name in rows.ids else user for member in feature.members]
+                members = [side.ids[member.name] for side, member in zip(sides, feature.members, strict=True)]
+                found[feature.name] = as_bags(crossed(feature, members))
+        return found
 
     def table(self, rows: Any, *, some: bool = False) -> pa.Table:
         """Return rows as an Arrow table with the columns that the model reads.
@@ -134,7 +140,7 @@ class RowDecoder:
                 decoded, problems = decode_aligned(group, [chunks[feature.column] for feature in group])
                 _fail_of(problems, first)
                 bags |= {feature.name: one for feature, one in zip(group, decoded, strict=True)}
-        return Rows(table.num_rows, numeric, bags)
+        return Rows(table.num_rows, numeric, bags, ids)
 
 
 def one_line(error: BaseException) -> str:

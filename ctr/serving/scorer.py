@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from tessera.ctr.serving.description import FORMAT, TOWER, WEIGHTS, read_descrip
 from tessera.ctr.serving.embeddings import Embeddings
 from tessera.ctr.serving.error_memory import base_of
 from tessera.ctr.serving.errors import ExportError, RowError
-from tessera.ctr.serving.events import EventInputs, joined_events, passes, tensors_of
+from tessera.ctr.serving.events import EventInputs, passes, tensors_of
 from tessera.ctr.serving.files import Place, read_manifest
 from tessera.ctr.serving.rows import RowDecoder, Rows
 from tessera.ctr.serving.saved_models import read_safetensors
@@ -170,23 +169,7 @@ class Scorer:
             read = self._decoder.read_by(feature)
             if not any(read <= side for side in sides):
                 raise RowError(f"columns {' and '.join(map(repr, sorted(read)))} must be on the same side")
-        mine, theirs = self._with_crossed(mine, theirs)
-        user_rows = self._decoder.decode(mine)
-        once = self._embeddings.pooled(user_rows.bags, 1)
-        return self._inputs(self._decoder.decode(theirs), user_rows, once)
-
-    def _with_crossed(self, mine: pa.Table, theirs: pa.Table) -> tuple[pa.Table, pa.Table]:
-        """Give each candidate the user's columns that are crossed with its own, and take them from the user."""
-        moved: set[str] = set()
-        for cross in self._decoder.schema.crosses:
-            columns = self._decoder.read_by(cross)
-            if not columns <= set(mine.column_names):
-                moved |= columns & set(mine.column_names)
-        while more := self._decoder.beside(moved) & set(mine.column_names) - moved:
-            moved |= more
-        for name in sorted(moved):
-            theirs = theirs.append_column(name, mine[name].take(np.zeros(theirs.num_rows, np.int64)))
-        return mine.drop_columns(sorted(moved)), theirs
+        return self._inputs(self._decoder.decode(theirs), self._decoder.decode(mine))
 
     def predict(self, inputs: Sequence[Inputs]) -> list[np.ndarray]:
         """Return the answers for each of some inputs, in one pass of the model."""
@@ -203,8 +186,8 @@ class Scorer:
         with torch.no_grad():
             numeric = _joined([one.numeric for one in inputs])
             groups = [_joined(list(group)) for group in zip(*(one.groups for one in inputs), strict=True)]
-            events = joined_events([one.events for one in inputs])
-            found = [self._tower(*part) for part in passes(numeric, groups, events)]
+            events = list(zip(*(one.events for one in inputs), strict=True))
+            found = [self._tower(*part) for part in passes(numeric, groups, events, BATCH_ROWS)]
             if self.description.hidden is None:
                 logits, hidden = _joined(found), torch.zeros(numeric.shape[0], 0)
             else:
@@ -236,34 +219,31 @@ class Scorer:
         """Return a table, open."""
         return next(table for table in self._embeddings.tables if table.table.name == name)
 
-    def _inputs(self, rows: Rows, user: Rows | None = None, once: dict[str, Tensor] | None = None) -> Inputs:
+    def _inputs(self, rows: Rows, user: Rows | None = None) -> Inputs:
+        """Look up the ids of rows, and of what they do not have those of one user, once for all of them."""
         numeric = np.empty((rows.count, len(self._numeric)), np.float32)
         for place, name in enumerate(self._numeric):
             side = rows if name in rows.numeric else user
             assert side is not None
             numeric[:, place] = side.numeric[name]
+        bags, once = rows.bags, None
+        if user is not None:
+            bags = bags | self._decoder.crossed(rows, user)
+            once = {name: user.bags[name] for name in self._ids if name not in bags}
         with torch.no_grad():
-            groups = self._embeddings.pooled(rows.bags, rows.count)
-        if user is not None and once is not None and any(name in user.bags for name in self._ids):
-            groups = {name: self._beside(group, rows, once[name]) for name, group in groups.items()}
+            groups = self._embeddings.pooled(bags, rows.count, once)
         return Inputs(torch.from_numpy(numeric), list(groups.values()), self._events(rows, user))
 
     def _events(self, rows: Rows, user: Rows | None) -> list[EventInputs]:
         """Return the events of each row; those of the user are looked up once and stand in every row."""
         found = []
         for group in self._decoder.schema.sequences.values():
-            side = rows if group[0].name in rows.bags else user
-            assert side is not None
-            one = tensors_of(group, side.bags, self._embeddings)
-            found.append(one if side is rows else one.repeated(rows.count))
+            if group[0].name in rows.bags:
+                found.append(tensors_of(group, rows.bags, self._embeddings))
+            else:
+                assert user is not None
+                found.append(tensors_of(group, user.bags, self._embeddings, rows.count))
         return found
-
-    def _beside(self, group: Tensor, rows: Rows, once: Tensor) -> Tensor:
-        """Put the user's fields, looked up once, beside those of the candidates, in the order of the model."""
-        both = torch.empty(rows.count, len(self._ids), group.shape[2])
-        both[:, [i for i, name in enumerate(self._ids) if name in rows.bags]] = group
-        both[:, [i for i, name in enumerate(self._ids) if name not in rows.bags]] = once
-        return both
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -59,7 +59,16 @@ def check(process, folder: Path, bound: float = 1e-6, **options) -> Scorer:
     scorer, rows = Scorer.load(folder / "export", check=True), awkward_rows(300, seed=5)
     difference = np.abs(scorer(rows) - evaluated(process, folder, rows)).max()
     assert difference <= bound, difference
+    ranked_as_rows_are(scorer)
     return scorer
+
+
+def ranked_as_rows_are(scorer: Scorer) -> None:
+    """Candidates of one user have, bit for bit, the scores of rows with the user's columns in each."""
+    rows = awkward_rows(30, seed=7).to_pylist()
+    user = {name: rows[0][name] for name in ("x", "y", "s", "h", "words", "c")}
+    candidates = [{name: value for name, value in row.items() if name not in user} for row in rows]
+    assert scorer.rank(user, candidates).tolist() == scorer([row | user for row in rows]).tolist()
 
 
 @pytest.mark.slow

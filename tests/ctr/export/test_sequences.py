@@ -138,7 +138,12 @@ def test_a_users_history_is_looked_up_once_for_many_candidates(process, tmp_path
     user = {name: rows[0][name] for name in ("user", "words", "items", "actions", "ages")}
     candidates = [{name: row[name] for name in ("x", "item")} for row in rows]
     expected = scorer([user | one for one in candidates])
-    np.testing.assert_allclose(scorer.rank(user, candidates), expected, rtol=0, atol=1e-6)
+    assert scorer.rank(user, candidates).tolist() == expected.tolist(), "bit for bit"
+    events = scorer.prepare_ranked(user, candidates).events[0]
+    assert events.count == 5 and len(events.tensors[0]) == int(events.lengths[0]) == len(user["items"][-5:])
+    many = [{"x": 0.1 * place, "item": place % 40} for place in range(300)]
+    monkeypatch.setattr(events_of, "PLACES", 75)
+    assert scorer.rank(user, many).tolist() == scorer([user | one for one in many]).tolist()
     ready = [scorer.prepare_ranked(user, candidates), scorer.prepare_ranked(user, []), scorer.prepare(rows)]
     found = scorer.predict(ready)
     np.testing.assert_allclose(found[0], expected, rtol=0, atol=1e-6)

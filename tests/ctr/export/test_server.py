@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from tessera.ctr.serving import RowError, Scorer
+from tessera.ctr.serving.table_files import TableFiles
 from tests.ctr.export.asgi import Client, running
 from tests.ctr.export.models import awkward_rows, export, make_run, overrides_of
 from tests.distributed.saved_tables import alone
@@ -60,7 +61,14 @@ def stream_of(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def test_rows_of_every_form_score_alike_and_a_user_is_looked_up_once(scorer):
+def ids_asked_for(scorer: Scorer, monkeypatch) -> list[int]:
+    """Return a list to which the number of ids of each look-up is added."""
+    asked, find = [], TableFiles.find
+    monkeypatch.setattr(TableFiles, "find", lambda table, ids: (asked.append(len(ids)), find(table, ids))[1])
+    return asked
+
+
+def test_rows_of_every_form_score_alike_and_a_user_is_looked_up_once(scorer, monkeypatch):
     table = awkward_rows(40, seed=2)
     expected = scorer(table)
     assert np.array_equal(scorer(table.to_batches()[0]), expected)
@@ -71,9 +79,13 @@ def test_rows_of_every_form_score_alike_and_a_user_is_looked_up_once(scorer):
     user = {name: value for name, value in rows_of(40, seed=2)[0].items() if name in USER}
     candidates = [{k: v for k, v in row.items() if k not in USER} for row in rows_of(30, seed=4)]
     together = [{**candidate, **user} for candidate in candidates]
-    np.testing.assert_allclose(scorer.rank(user, candidates), scorer(together), rtol=0, atol=1e-6)
-    assert scorer.rank(user, []).shape == (0,)
-    np.testing.assert_allclose(scorer.rank({}, together), scorer(together), rtol=0, atol=1e-6)
+    asked = ids_asked_for(scorer, monkeypatch)
+    ranked = scorer.rank(user, candidates)
+    of_user, items = sum(asked), sum(len(row["tags"] or []) for row in candidates)
+    assert of_user < 7 * 30 + items + 50, "the user's ids are asked for once, and those of crosses with it for each"
+    assert ranked.tolist() == scorer(together).tolist(), "bit for bit"
+    assert scorer.rank(user, []).shape == (0,) == scorer.rank(user, awkward_rows(0)).shape
+    assert scorer.rank({}, together).tolist() == ranked.tolist()
     np.testing.assert_allclose(scorer.rank(awkward_rows(1), candidates).shape, (30,))
 
 
