@@ -330,10 +330,10 @@ class ExportConfig:
     """What training promises of an export (docs/export.md)."""
 
     check: str = setting(
-        "auto",
+        "always",
         "export the untrained model before the first step, and end where it cannot leave: always | never | "
         "auto: models that are not Tessera's own",
-        choices=("auto", "always", "never"),
+        choices=("always", "auto", "never"),
     )
     published: bool = setting(
         True, "of each day that is published score golden rows by an export, before it is to be served (tessera daily)"

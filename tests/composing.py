@@ -71,6 +71,20 @@ def compose_once() -> None:
     configuration.config_of = compose_or_read
 
 
+def check_no_export() -> None:
+    """Have no job export its model before the first step unless it says `export.check`: a second of each. What users
+    get is the default, which tests of the check take."""
+    compose = configuration.config_of
+
+    def compose_unchecked(options: argparse.Namespace) -> configuration.Config:
+        made = compose(options)
+        if not any(one.startswith("export.check=") for one in options.overrides):
+            made.export.check = "never"
+        return made
+
+    configuration.config_of = compose_unchecked
+
+
 def _without_folder(override: str, folders: list[str]) -> str:
     found = FOLDER.fullmatch(override)
     if found is None:

@@ -36,10 +36,11 @@ def pytest_collection() -> None:
     """What is imported from here on is no garbage; looking for it takes a fifth of the time."""
     gc.disable()
     if importlib.util.find_spec("hydra") is not None:
-        from tests.composing import compose_once, parse_once
+        from tests.composing import check_no_export, compose_once, parse_once
 
         parse_once()
         compose_once()
+        check_no_export()
 
 
 def pytest_collection_finish() -> None:

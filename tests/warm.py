@@ -19,6 +19,7 @@ for name in (
 composing = importlib.import_module("tests.composing")
 composing.parse_once()
 composing.compose_once()
+composing.check_no_export()
 importlib.import_module("tessera.ctr.config").load_config(["trainer.run_dir=/nowhere/a run"], "")
 templates = importlib.import_module("tessera.ctr.report.page")._templates()
 for name in templates.list_templates(["html"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tessera.ctr.config import load_config
+from tessera.ctr.config import Config, load_config
 from tessera.ctr.data.labels import labels_of
 from tessera.ctr.export.dry_run import check_export
 from tessera.ctr.export.tower import ServedTower, graph_of, inputs_of, largest_difference
@@ -92,7 +93,8 @@ def process():
     ],
 )
 def test_a_model_of_ones_own_that_cannot_leave_ends_before_training(process, tmp_path, kind: type[nn.Module], line):
-    options = overrides_of(tmp_path, f"model.target={__name__}.{kind.__name__}")
+    asked = f"export.check={Config().export.check}"  # as users have it; tests pass it over (tests/composing.py)
+    options = overrides_of(tmp_path, f"model.target={__name__}.{kind.__name__}", asked)
     before = torch.random.get_rng_state()
     with pytest.raises(ConfigError, match=line) as error:
         check_export(load_config(options, ""), process)
@@ -100,13 +102,18 @@ def test_a_model_of_ones_own_that_cannot_leave_ends_before_training(process, tmp
     check_export(load_config([*options, "export.check=never"], ""), process)
 
 
-def test_models_of_tessera_are_looked_at_where_it_is_asked_for(process, tmp_path, monkeypatch):
+def test_which_models_are_looked_at(process, tmp_path, monkeypatch):
     looked = []
-    monkeypatch.setattr("tessera.ctr.export.dry_run._check", looked.append)
-    check_export(load_config(overrides_of(tmp_path), ""), process)
-    assert not looked
-    check_export(load_config(overrides_of(tmp_path, "export.check=always"), ""), process)
-    assert len(looked) == 1
+    monkeypatch.setattr("tessera.ctr.export.dry_run._check", lambda config: looked.append(config.export.check))
+    config = load_config(overrides_of(tmp_path), "")
+    check_export(config, process)
+    assert not looked, "jobs of tests are passed over (tests/composing.py)"
+    for check in ("always", "auto", "never"):
+        for target, gates in ((config.model["target"], "none"), (f"{__name__}.Stubborn", "none"), ("", "lpfs")):
+            one = copy.deepcopy(config)
+            one.export.check, one.selection.method, one.model["target"] = check, gates, target
+            check_export(one, process)
+    assert looked == ["always", "always", "auto"] and Config().export.check == "always"
 
 
 @pytest.mark.slow
