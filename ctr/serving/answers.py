@@ -46,9 +46,9 @@ class Block:
     def __init__(self, begin: int, number: int, room: int, width: int) -> None:
         """begin: tells the server's start from others, below 2^32; number: of its blocks."""
         self.begin, self.number = begin, number
-        self.hidden = np.empty((room, width), np.float32)
-        self.prediction = np.empty(room, np.float32)
-        self.waits = np.ones(room, bool)
+        self.hidden: np.ndarray = np.empty((room, width), np.float32)
+        self.prediction: np.ndarray = np.empty(room, np.float32)
+        self.waits: np.ndarray = np.ones(room, bool)
         self.answers: list[Answer] = []
         self.rows = self.left = 0
         self.saved = False

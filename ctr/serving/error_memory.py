@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,17 +140,17 @@ class ErrorMemory:
         """Return the bucket of each row in each array, int64 [n] each."""
         return [((unit @ planes.t() > 0) * self._powers).sum(1) for planes in self._planes]
 
-    def to_bytes(self, written: Mapping[str, Tensor] | None = None) -> bytes:
-        """Return the content of `memory.safetensors`. written: which answers have their labels in it, as `answers.py`
-        says it."""
+    def copied(self, written: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what `memory.safetensors` has now: tensors, and what is said of them. written: which answers have
+        their labels in it, as `answers.py` says it."""
         with self._lock:
             tensors = {"hidden": self._hidden.clone(), "planes": self._planes, "sums": self._sums.clone()}
             said = {"format": FORMAT, "base": self.base, "rows": self.rows, "settings": asdict(self.settings)}
-        return sealed(tensors | dict(written or {}), said)
+        return tensors | dict(written or {}), said
 
     def save(self, folder: str | Path) -> None:
         """Write the memory to `memory.safetensors` in a folder, whole or not at all."""
-        write_whole(Path(folder) / FILE, self.to_bytes())
+        write_whole(Path(folder) / FILE, sealed(*self.copied()))
 
     @classmethod
     def load(cls, folder: str | Path, settings: MemorySettings | None = None) -> ErrorMemory:

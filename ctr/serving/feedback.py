@@ -18,7 +18,7 @@ import torch
 from tessera.ctr.serving.answers import BLOCK_ROWS, Answer, Block, read_blocks, token_of, written_rows
 from tessera.ctr.serving.error_memory import FILE, ErrorMemory
 from tessera.ctr.serving.files import hold
-from tessera.ctr.serving.tensor_files import remove_partial, write_whole
+from tessera.ctr.serving.tensor_files import remove_partial, sealed, write_whole
 
 RESULTS = ("taken", "unknown", "repeated", "stale")
 
@@ -174,14 +174,13 @@ class Feedback:
                 self._forget()
                 self._close_block()
                 blocks = list(self._blocks)
-                now, content = (self.memory.base, self.memory.rows), b""
-                if now != self._saved:
-                    content = self.memory.to_bytes(written_rows(blocks))
+                now = (self.memory.base, self.memory.rows)
+                memory = self.memory.copied(written_rows(blocks)) if now != self._saved else None
             for block in blocks:
                 if block.left and not block.saved:
                     block.write(self._folder)
-            if content:
-                write_whole(self._folder / FILE, content)
+            if memory is not None:
+                write_whole(self._folder / FILE, sealed(*memory))
                 self._saved = now
             for block in blocks:  # behind the memory, which may be the only one to know that they have their labels
                 if not block.left:
