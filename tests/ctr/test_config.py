@@ -248,6 +248,7 @@ def test_every_key_can_be_set_to_what_help_shows():
     shown = [f"{key}={text_of(default_of(field))}" for key, field in SETTINGS.items() if key not in own]
     config, plain = load_config(shown, ""), load_config([], "")
     plain.data.schema.time = None  # which the synthetic data have
+    plain.export.check = "always"  # which tests leave out (tests/composing.py)
     assert config == plain
 
 
