@@ -30,7 +30,7 @@ from tessera.ctr.report.days import write_index
 from tessera.ctr.runs.log import RunLog
 from tessera.ctr.selection.config import refuse_gates
 from tessera.ctr.train.checkpoints import Checkpoints
-from tessera.ctr.train.engine import Engine, prepare_device
+from tessera.ctr.train.engine import Engine, prepare_device, slow_amp
 from tessera.ctr.train.evaluate import evaluate
 from tessera.ctr.train.profiling import StepProfiler
 from tessera.ctr.train.state_parts import BestModel, RandomNumbers
@@ -357,3 +357,5 @@ class Daily:
         }.items():
             if value is not None:
                 self.log.warn(f"{key} is {value} and does nothing here: a run over days scores each day once")
+        if warning := slow_amp(self.config, self.process):
+            self.log.warn(warning)

@@ -202,3 +202,13 @@ def set_tf32(config: Config, process: Process) -> None:
     nothing changes."""
     if process.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.trainer.tf32
+
+
+def slow_amp(config: Config, process: Process) -> str | None:
+    """Return one sentence if a CPU that multiplies no bfloat16 matrices is to run the tower in bfloat16; else None."""
+    if not config.trainer.amp or process.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return (
+        "trainer.amp is true, and this CPU multiplies no bfloat16 matrices (that takes AVX-512): steps take several "
+        "times as long as with trainer.amp=false"
+    )

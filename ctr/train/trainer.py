@@ -20,7 +20,7 @@ from tessera.ctr.selection.gate_result import write_gates
 from tessera.ctr.train.calibrate import calibrate
 from tessera.ctr.train.checkpoints import Checkpoints
 from tessera.ctr.train.clock import ttl_in_vain
-from tessera.ctr.train.engine import Engine, prepare_device
+from tessera.ctr.train.engine import Engine, prepare_device, slow_amp
 from tessera.ctr.train.evaluate import evaluate
 from tessera.ctr.train.profiling import StepProfiler
 from tessera.ctr.train.readers import open_splits
@@ -93,8 +93,9 @@ class Trainer:
     def begin(self) -> None:
         """Prepare the run before the first step: have the teacher's logits, if there is one to learn from."""
         self.process.can_stop_later = True
-        if in_vain := ttl_in_vain(self.config, self.readers.train):
-            self.log.warn(in_vain)
+        for warning in (ttl_in_vain(self.config, self.readers.train), slow_amp(self.config, self.process)):
+            if warning:
+                self.log.warn(warning)
         if self.engine.distil and not self.finished:
             prepare(self.engine, self.readers.train, self.log.folder / "teacher")
 
