@@ -36,9 +36,9 @@ from tessera.ctr.runs.score_rows import row_reader
 from tessera.distributed.process import start
 from tessera.distributed.rank import Process
 from tessera.distributed.tables import as_dynamic
-from tessera.scripts.bench.export import IDS, make_run, rows_of, say
+from tessera.scripts.bench.export import IDS, free_port, make_run, rows_of, say
 
-PORT, CANDIDATES = 18474, 200
+PORT, CANDIDATES = free_port(), 200
 USER = ("x0", "x1", "x2", "c0", "c1", "c2", "c3")
 
 
@@ -91,12 +91,12 @@ class Load:
             took = time.perf_counter() - begun
             self.answers.append((begun, took, answer.status, said.get("version", ""), said.get("scores", [])))
 
-    def line(self, begin: float, end: float) -> str:
-        """Return one line of the table."""
+    def figures(self, begin: float, end: float) -> list[str]:
+        """Return requests, failed ones, requests/s, p50 and p99 in milliseconds."""
         chosen = [one for one in self.answers if begin <= one[0] < end]
         failed = sum(status != 200 for _, _, status, _, _ in chosen)
-        p50, p99 = np.percentile([one[1] for one in chosen], [50, 99]) * 1e3
-        return f"{len(chosen):8,} {failed:6} {len(chosen) / (end - begin):10.0f} {p50:8.1f} {p99:8.1f}"
+        p50, p99 = np.percentile([one[1] for one in chosen] or [np.nan], [50, 99]) * 1e3
+        return [f"{len(chosen):,}", f"{failed}", f"{len(chosen) / (end - begin):.0f}", f"{p50:.1f}", f"{p99:.1f}"]
 
     def mixed(self) -> int:
         """Return how many answers differ from the first one of their version: those of two models."""
@@ -152,11 +152,15 @@ def measure(folder: Path, days: Days, options: argparse.Namespace) -> None:
         load.ended.set()
         for client in clients:
             client.join(timeout=60)
-        say(f"{'':22} requests failed requests/s  p50, ms  p99, ms")
-        say(f"{'no changes':20} {load.line(begun, between)}")
-        say(f"{'changes published':20} {load.line(between, ended)}")
-        say(f"answers of two models: {load.mixed()} of {len(load.answers):,}, {options.deltas + 1} models")
-        say(f"from published to served: {np.median(took):.2f} s, at most {max(took):.2f} s")
+        heads = ["", "no changes", "changes published"]
+        names = ["requests", "of these failed", "requests/s", "p50, ms", "p99, ms"]
+        columns = [load.figures(begun, between), load.figures(between, ended)]
+        lines = [heads, ["---"] * 3, *zip(names, *columns, strict=True)]
+        lines += [
+            ["answers of two models", "", f"{load.mixed()} of {len(load.answers):,}, {options.deltas + 1} models"]
+        ]
+        lines += [["from published to served", "", f"{np.median(took):.2f} s, at most {max(took):.2f} s"]]
+        say("\n".join(f"| {' | '.join(line)} |" for line in lines))
     finally:
         server.terminate()
         server.wait(timeout=60)
@@ -174,7 +178,7 @@ def main() -> None:
     process = start("cpu")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        days = Days(folder, make_run(folder, options.rows, process), options.rows, process)
+        days = Days(folder, make_run(folder, options.rows, process)[0], options.rows, process)
         days.publish("full", options.changed)
         config = run_config(folder / "run", [])
         source = source_of_run(config, folder / "run", process)
