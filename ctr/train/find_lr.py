@@ -19,6 +19,7 @@ from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.config import schema_of
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.report.rate_curve import RateCurve
+from tessera.ctr.table_settings import settings_of_all
 from tessera.ctr.train.engine import Engine, prepare_device
 from tessera.ctr.train.evaluate import read_split
 from tessera.ctr.train.nonfinite import NonFiniteError
@@ -49,7 +50,10 @@ def find_rates(config: Config, process: Process, steps: int, low: float, high: f
     for side in SIDES:
         still, _ = _run(config, process, side, np.full(steps, STILL))
         factors = np.geomspace(low, high, steps)
+        factors = factors[factors < largest_factor(config, side)]
         loss, ended = _run(config, process, side, factors)
+        if not ended and len(factors) < steps:
+            ended = "a larger rate times optimizer.sparse.decay is 1 or more"
         configured = config.optimizer.dense.lr if side == "dense" else config.optimizer.sparse.lr
         curves.append(curve_of(side, configured, factors[: len(loss)] * configured, loss, still[: len(loss)], ended))
     return curves
@@ -61,10 +65,24 @@ def check(config: Config, steps: int, low: float, high: float) -> None:
         raise ConfigError(f"--steps is {steps}; expected {FEWEST} or more")
     if not 0 < low < high:
         raise ConfigError(f"--low is {low:g} and --high is {high:g}; expected low below high, and more than 0")
+    largest = largest_factor(config, "rows")
+    if np.count_nonzero(np.geomspace(low, high, steps) < largest) < FEWEST:
+        raise ConfigError(
+            f"--high is {high:g}, --low {low:g} and --steps {steps}: fewer than {FEWEST} rates are below 1 / decay, "
+            f"{largest:.3g} times the configured one; expected a lower --high, more --steps or a lower "
+            "optimizer.sparse.decay"
+        )
     if config.trainer.warm_start.path is not None:
         raise ConfigError("trainer.warm_start.path is set; expected null, as rates are found from first values")
     if config.trainer.distil.kind != "none":
         raise ConfigError(f"trainer.distil.kind is {config.trainer.distil.kind}; expected none, to find rates")
+
+
+def largest_factor(config: Config, side: str) -> float:
+    """Return the factor at which the rate of a side reaches 1 / decay, where rows would turn their signs; infinity
+    without decay. The tables' rates grow together, so the table with the largest rate x decay says it."""
+    products = [sparse.lr * sparse.decay for _, sparse in settings_of_all(config)]
+    return 1 / max(products) if side == "rows" and max(products) > 0 else math.inf
 
 
 def _run(config: Config, process: Process, side: str, factors: np.ndarray) -> tuple[np.ndarray, str]:

@@ -77,6 +77,14 @@ def table_of(optimizer, groups=GROUPS, **more):
     return DynamicTable(DynamicTableConfig("t", ("f",), groups, optimizer, chunk_rows=16, **more))
 
 
+def tolerance(optimizer):
+    """Of float32 over 500 steps. FTRL is the one that needs more: a difference of roots, divided by the rate, moves z.
+    Against float64 its error reaches 0.7e-6 of (1 + |w|) without any decay, in a dense float32 copy as in the table;
+    with decay 0.73e-6 and 1.12e-6, as z is rounded once more in each step. The others stay below 0.51e-6."""
+    bound = 2e-6 if optimizer.name == "ftrl" else 1e-6
+    return {"atol": bound, "rtol": bound}
+
+
 def run(optimizer, steps, check_every):
     table, dense = table_of(optimizer), Dense(optimizer)
     generator = torch.Generator().manual_seed(1)
@@ -92,14 +100,14 @@ def run(optimizer, steps, check_every):
         fresh = ~known[touched]
         dense.values[touched[fresh]] = read[fresh].double()
         known[touched] = True
-        torch.testing.assert_close(read.double(), dense.values[touched], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(read.double(), dense.values[touched], **tolerance(optimizer))
         grads = torch.randn((N, 6), generator=generator) * 0.3
         table.update(rows, grads[touched], None, rate_of(step, optimizer.lr))
         dense.step(rate_of(step, optimizer.lr), touched, counts, grads)
         if step % check_every == check_every - 1:
             every = table.lookup(IDS, 0, training=False)
             expected = dense.values * known[:, None]
-            torch.testing.assert_close(table.gather(every).double(), expected, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(table.gather(every).double(), expected, **tolerance(optimizer))
     return table, dense
 
 

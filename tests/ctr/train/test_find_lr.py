@@ -9,7 +9,7 @@ import pytest
 
 from tessera.ctr.config_types import Config
 from tessera.ctr.report.find_lr_page import sentence, write_rates
-from tessera.ctr.train.find_lr import check, curve_of, smoothed
+from tessera.ctr.train.find_lr import check, curve_of, largest_factor, smoothed
 from tessera.embedding.errors import ConfigError
 from tests.ctr.report.html_page import Page
 
@@ -48,6 +48,18 @@ def test_smoothing_has_no_bias_at_its_beginning():
 def test_arguments_that_are_none(arguments, said):
     with pytest.raises(ConfigError, match=said):
         check(Config(), *arguments)
+
+
+def test_rates_of_rows_end_below_one_over_decay():
+    config = Config()
+    assert largest_factor(config, "rows") == np.inf
+    config.optimizer.sparse.decay = 0.2
+    config.embedding.tables = {"a": {"lr": 0.5, "decay": 0.1}, "b": {"decay": 0.0}}
+    assert largest_factor(config, "rows") == pytest.approx(20), "table a: 0.5 x 0.1"
+    assert largest_factor(config, "dense") == np.inf
+    check(config, 200, 0.001, 1000)
+    with pytest.raises(ConfigError, match="fewer than 20 rates are below 1 / decay, 20 times the configured one"):
+        check(config, 40, 1, 1000)
 
 
 def test_a_run_that_begins_with_another_model_is_refused():
