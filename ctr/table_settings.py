@@ -41,6 +41,7 @@ class TableOptimizer:
     beta2: float = same_as(RowOptimizer, "beta2")
     weight_decay: float = same_as(RowOptimizer, "weight_decay")
     initial_accumulator: float = same_as(RowOptimizer, "initial_accumulator")
+    clip_norm: float | None = same_as(RowOptimizer, "clip_norm")
     beta: float = same_as(RowOptimizer, "beta")
     l1: float = same_as(RowOptimizer, "l1")
     l2: float = same_as(RowOptimizer, "l2")

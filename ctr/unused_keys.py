@@ -37,7 +37,8 @@ def _check_static(config: Config) -> None:
     for part in ("admission", "alpt"):
         section = getattr(embedding, part)
         _refuse(f"embedding.{part}", section, [field.name for field in fields(section)], dynamic)
-    _refuse("optimizer.sparse", sparse, ["weight_decay", "decay", "decay_count_power", "initial_accumulator"], dynamic)
+    of_rows = ["weight_decay", "decay", "decay_count_power", "initial_accumulator", "clip_norm"]
+    _refuse("optimizer.sparse", sparse, of_rows, dynamic)
     _refuse("optimizer.helen", config.optimizer.helen, ["rho", "xi", "dense"], dynamic)
 
 

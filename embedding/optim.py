@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tessera.embedding.settings import setting
 from tessera.kernels.formats import STATE_FORMATS
 from tessera.kernels.optimizers import OPTIMIZERS, OptimizerSettings
 from tessera.kernels.pool import sum_by_row
+from tessera.kernels.records import Positions
 
 NUMBERS = OptimizerSettings(learning_rate=0.05)  # of rows, where nothing else is said
 
@@ -47,6 +49,12 @@ class RowOptimizer:
     initial_accumulator: float = setting(
         0.0, "adagrad, rowwise_adagrad: first value of the sum of squares (dynamic tables)", at_least=0
     )
+    clip_norm: float | None = setting(
+        None,
+        "largest norm of the gradient of one row, summed over the whole batch, all ranks; null: no clipping "
+        "(dynamic tables)",
+        above=0,
+    )
     beta: float = setting(NUMBERS.beta, "ftrl: a larger one makes the first updates smaller", at_least=0)
     l1: float = setting(NUMBERS.l1, "ftrl: pulls weights that say little to exactly 0", at_least=0)
     l2: float = setting(NUMBERS.l2, "ftrl: pulls all weights towards 0", at_least=0)
@@ -81,11 +89,31 @@ def by_age(
     """Split rows by learning rate; return the parts with their rates, and the gradients and inverse for them.
 
     All rows with one rate, `lr` or the configured one; or, with `old` (bool [u]), the old ones and the others, -1 in
-    place of those of the other part. Then gradients are merged here, once for both.
+    place of those of the other part. Then gradients are merged here, once for both, as they are to be clipped.
     """
     lr = optimizer.lr if lr is None else lr
+    if inverse is not None and (old is not None or optimizer.clip_norm is not None):
+        grads, inverse = sum_by_row(grads, inverse, rows.numel()), None
+    if optimizer.clip_norm is not None:
+        grads = clipped(grads, optimizer.clip_norm)
     if old is None:
         return [(rows, lr)], grads, inverse
-    if inverse is not None:
-        grads = sum_by_row(grads, inverse, rows.numel())
     return [(rows.masked_fill(~old, -1), lr * optimizer.old_rows_factor), (rows.masked_fill(old, -1), lr)], grads, None
+
+
+def clipped(grads: Tensor, norm: float) -> Tensor:
+    """Return gradients of rows, float32 [u, width], each of which is merged: those with a larger L2 norm scaled down to
+    it. All groups of a row are one vector. The norm is summed in float64, so that no finite gradient overflows it."""
+    norms = torch.linalg.vector_norm(grads, dim=1, dtype=torch.float64)
+    factors: Tensor = (norm / norms.clamp(min=norm)).float()
+    return grads * factors.unsqueeze(1)
+
+
+def merged(grads: Tensor, positions: Positions | None, rows: int) -> Tensor:
+    """Return the gradient of each row, float32 [rows, width], its positions summed in order."""
+    if positions is None:
+        return grads
+    order, begins = positions
+    places = torch.arange(rows, device=order.device)
+    of_row = torch.repeat_interleave(places, begins.diff(), output_size=order.numel())  # so that no GPU is waited for
+    return sum_by_row(grads[order], of_row, rows)

@@ -17,6 +17,7 @@ from tessera.embedding import decay, growth
 from tessera.embedding.cold_queues import ColdQueues
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.evicted import EvictedIds
+from tessera.embedding.optim import clipped, merged
 from tessera.embedding.record_store import RecordStore
 from tessera.embedding.rows_of_tables import RowsOfTable, RowsOfTables, Victims
 from tessera.embedding.set_admission import SetAdmission
@@ -305,6 +306,9 @@ class TableSet:
         now = None if self.decayed is None else self.decayed + decay.of_step(rates, self._decays)
         self._save_old(rows)
         self._unchanged = False
+        if self._optimizer.clip_norm is not None:
+            grads = clipped(merged(grads, positions, rows.numel()), self._optimizer.clip_norm)
+            positions = None
         parts = [(rows, rates)]
         if self.store.with_periods and self.store.chunks:
             old = self.old(rows)

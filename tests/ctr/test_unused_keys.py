@@ -119,7 +119,16 @@ def test_optimizers_refuse_each_others_keys(override, name):
 
 
 def test_every_key_of_one_optimizer_alone_is_looked_at():
-    common = {"name", "lr", "weight_decay", "warmup_steps", "old_rows_factor", "decay", "decay_count_power"}
+    common = {
+        "name",
+        "lr",
+        "weight_decay",
+        "warmup_steps",
+        "old_rows_factor",
+        "decay",
+        "decay_count_power",
+        "clip_norm",
+    }
     common.add("schedule")
     own = {override.partition("=")[0] for override in OF_OPTIMIZERS}
     assert own | common == {field.name for field in fields(SparseConfig)}

@@ -1,5 +1,7 @@
 """Every optimizer on rows of a table against torch.optim or its formula on a dense copy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -124,3 +126,33 @@ def test_ids_without_a_row_take_no_gradient(backend):
     after = table.gather(table.lookup(IDS, 0, training=False))
     torch.testing.assert_close(after[1::2], before[1::2] - 0.1)
     assert torch.equal(after[::2], before[::2])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl"])
+@pytest.mark.parametrize("format", ["fp32", "low"])
+def test_gradients_of_rows_are_clipped_once_they_are_merged(name, format):
+    """Positions of one row add up before its norm counts: the bits are those of a table that is given the sums, each
+    scaled by hand, in float64, and rows below the bound are left alone. Old rows and decay are no exception."""
+    format = {"low": "fp16" if name == "ftrl" else "int8"}.get(format, format)
+    optimizer = RowOptimizer(name, lr=0.05, decay=0.1, old_rows_factor=1.0 if name == "ftrl" else 0.5)
+    groups = (Group("v", 5, 0.3, format, scale=0.01), Group("w", 1, 0.1))
+    kinds = (replace(optimizer, clip_norm=1.5), optimizer)
+    clips, plain = (DynamicTable(DynamicTableConfig("t", ("f",), groups, one, chunk_rows=16)) for one in kinds)
+    generator = torch.Generator().manual_seed(3)
+    shares = []
+    for step in range(6):
+        if step == 3:
+            for table in (clips, plain):
+                table.begin_period()
+        touched = some_rows(step)
+        inverse = torch.cat([torch.arange(len(touched)), torch.randint(len(touched), (9,), generator=generator)])
+        grads = torch.randn((len(inverse), 6), generator=generator) * 0.5
+        clips.update(clips.lookup(IDS[touched], step), grads, inverse)
+        sums = torch.zeros(len(touched), 6).index_add_(0, inverse, grads)
+        norms = sums.double().norm(dim=1)
+        shares.append((norms > 1.5).float().mean())
+        scaled = torch.where(norms[:, None] > 1.5, sums * (1.5 / norms[:, None]).float(), sums)
+        plain.update(plain.lookup(IDS[touched], step), scaled)
+    assert 0.05 < torch.stack(shares).mean() < 0.95
+    found, expected = (table.gather(table.lookup(IDS, 0, training=False)) for table in (clips, plain))
+    assert found.equal(expected)

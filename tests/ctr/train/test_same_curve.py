@@ -25,6 +25,8 @@ MODELS = {
     "fgcnn": ["model=fgcnn", "model.channels=[3]", "model.kernel=3", "model.conv_batch_norm=true"]
     + ["model.classifier.hidden=[8]", "model.classifier.dropout=0.2"],
     "bfloat16": ["model=dnn", *MLP, "trainer.amp=true"],
+    "clipped rows": ["model=dnn", *MLP, "optimizer.sparse.name=sgd", "optimizer.sparse.lr=50"]
+    + ["optimizer.sparse.clip_norm=0.001"],
     "bad rows": ["model=dnn", *MLP, "data.bad_rows=skip"],
 }
 # One row in all, or one on each rank of two, is left for the last batch.
