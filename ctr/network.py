@@ -8,7 +8,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
-from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.schema import Schema, length_of
 from tessera.ctr.instantiate import class_of, instantiate
 from tessera.ctr.models.batch_norm import BatchNorm
 from tessera.ctr.models.calibration import attach_calibration
@@ -131,7 +131,7 @@ def build_tower(config: Config, schema: Schema) -> Tower:
             f"model.target is {config.model['target']}, which reads no sequence event by event (feature "
             f"{fields.sequences[0].ids[0]!r} has pooling: none); set a model that does, as din, or pooling: mean"
         )
-    if fields.numeric and isinstance(fields.embed_numeric(len(fields.numeric), 1), Raw):
+    if fields.columns and isinstance(fields.embed_numeric(fields.columns, 1), Raw):
         _check_raw(tower, fields, config)
     gates = make_gates(config.selection, field_groups(schema))
     if gates:
@@ -148,8 +148,9 @@ def fields_of(config: Config, schema: Schema) -> Fields:
         return instantiate(config.numeric, "numeric", fields, dim)
 
     sequences = tuple(_sequence_group(schema, name) for name in schema.sequences)
-    labels, numeric = schema.tasks, tuple(schema.numeric_names)
-    return Fields(numeric, tuple(schema.pooled_names), embed_numeric, labels, len(labels), sequences)
+    vectors = {feature.name: length_of(feature) for feature in schema.vectors}
+    labels, numeric = schema.tasks, tuple(schema.scalar_names)
+    return Fields(numeric, tuple(schema.pooled_names), embed_numeric, labels, len(labels), sequences, vectors)
 
 
 def _sequence_group(schema: Schema, name: str) -> SequenceGroup:
@@ -171,8 +172,9 @@ def _check_raw(tower: Tower, fields: Fields, config: Config) -> None:
     numeric, embeddings, events = drawn_inputs(tower, fields, 4, length=1)
     logits = logits_of(tower.eval(), numeric, embeddings, events)
     tower.train()
+    first = [*fields.numeric, *fields.vectors][0]
     if not logits.requires_grad or torch.autograd.grad(logits.sum(), numeric, allow_unused=True)[0] is None:
         raise ConfigError(
             f"numeric.target is {config.numeric['target']}, but {config.model['target']} never reads numbers "
-            f"without a vector ({fields.numeric[0]!r} and all others would be dropped); set another numeric=, as scaled"
+            f"without a vector ({first!r} and all others would be dropped); set another numeric=, as scaled"
         )

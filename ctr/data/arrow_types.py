@@ -57,7 +57,7 @@ def advice(found: pa.DataType) -> str:
     if types.is_map(found):
         return "; write its keys as a list column, and its values as another one"
     if types.is_list(found) or types.is_large_list(found) or types.is_fixed_size_list(found):
-        return "; lists are read by features of kind ids and sequence"
+        return "; lists are read by features of kind ids, sequence and vector"
     if types.is_string(found) or types.is_large_string(found) or types.is_binary(found):
         return "; text is read by features of kind id with dtype string or hex, or cast it to a number"
     return ""

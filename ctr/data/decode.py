@@ -18,6 +18,7 @@ from tessera.ctr.data.decode_features import (
     decode_numeric,
     decode_only_crossed,
     decode_single,
+    decode_vector,
 )
 from tessera.ctr.data.decode_rows import (
     decode_filter,
@@ -34,7 +35,7 @@ from tessera.ctr.data.footers import RowGroups
 from tessera.ctr.data.lanes import Span
 from tessera.ctr.data.negatives import Negatives
 from tessera.ctr.data.row_groups import RowGroup, Unreadable
-from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.schema import Schema, length_of
 from tessera.ctr.data.window import GOOD, REASONS, Buffers, Window
 
 
@@ -126,6 +127,7 @@ class WindowDecoder:
         for feature in schema.numeric:
             add((feature.column,), lambda chunk, arrays, row=row, f=feature: decode_numeric(chunk, arrays, row, f))
             row += 1 + feature.indicator
+        self._add_vectors(add)
         for row, feature in enumerate(self.singles):
             if feature.members:
                 continue
@@ -147,6 +149,16 @@ class WindowDecoder:
             place = rows[feature.name] if feature.name in rows else places[feature.name]
             add((), lambda chunk, place=place, f=feature: decode_cross(chunk, place, f))
         return list(steps.items())
+
+    def _add_vectors(self, add: Callable[[tuple[str, ...], Callable], None]) -> None:
+        names, row = self.schema.numeric_names, len(self.schema.scalar_names)
+        for feature in self.schema.vectors:
+            at = names.index(f"{feature.name}_missing") if feature.indicator else None
+            add(
+                (feature.column,),
+                lambda chunk, arrays, row=row, f=feature, at=at: decode_vector(chunk, arrays, row, f, at),
+            )
+            row += length_of(feature)
 
 
 class _Delivery:
@@ -229,6 +241,12 @@ class Chunk:
                 values[here].take(delivery.order, out=out, mode="clip")
             else:
                 out[:] = values[here][delivery.order]
+
+    def deliver_vectors(self, values: np.ndarray, row: int) -> None:
+        """Write decoded vectors [n, length] to the windows' numeric rows from `row` on."""
+        for _, _, here, delivery in self.windows:
+            part = values[here] if delivery.order is None else values[here][delivery.order]
+            delivery.numeric[row : row + values.shape[1]] = part.T
 
     def deliver_known(self, there: np.ndarray, row: int) -> None:
         """Write which labels of one task are known, bool [decoded], where some are not."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tessera.ctr.data import single_values
+from tessera.ctr.data import single_values, vectors
 from tessera.ctr.data.bags import Bags, decode_bags, is_bag
 from tessera.ctr.data.columns import Arrays, finder
 from tessera.ctr.data.crosses import crossed
@@ -23,6 +23,18 @@ def decode_numeric(chunk: Chunk, arrays: Arrays, row: int, feature: Feature) -> 
     chunk.deliver(decoded.values, "numeric", row)
     if feature.indicator:
         chunk.deliver(decoded.absent(), "numeric", row + 1)
+
+
+def decode_vector(chunk: Chunk, arrays: Arrays, row: int, feature: Feature, indicator: int | None) -> None:
+    """Decode a vector into the rows from `row` on, and its indicator into another one."""
+    if not arrays:
+        return
+    decoded = vectors.vectors(feature, arrays)
+    if decoded.bad is not None:
+        chunk.mark(decoded.bad, "numeric", feature.column, vectors.expected(feature), decoded.found)
+    chunk.deliver_vectors(decoded.values, row)
+    if indicator is not None:
+        chunk.deliver(decoded.absent(), "numeric", indicator)
 
 
 def decode_single(chunk: Chunk, arrays: Arrays, row: int, feature: Feature) -> None:

@@ -10,9 +10,10 @@ from tessera.ctr.data.errors import SchemaError
 from tessera.ctr.data.labels import MISSING
 from tessera.embedding.errors import did_you_mean
 
-KINDS = ("numeric", "id", "ids", "sequence", "cross")
+KINDS = ("numeric", "vector", "id", "ids", "sequence", "cross")
 DTYPES = ("int", "hex", "string", "float")
 POOLINGS = ("mean", "sum", "none")
+LONGEST_VECTOR = 65_536
 LARGEST = 1e18  # of numbers that models read and of weights; the square of a larger one overflows float32
 OF_NUMBERS = "transform mean std min max boundaries clip clip_quantiles fitted quantiles"  # keys that ids do not have
 TRANSFORMS = ("none", "log1p", "log2_square", "log2_square_floor", "standardise", "min_max", "bucketise")
@@ -23,7 +24,8 @@ class FeatureConfig:
     """One feature. Two features may read one column, and two categorical features may share a table."""
 
     name: str = MISSING  # of the feature, in reports, in the plan and in the model
-    # numeric | id (one per row) | ids (any number per row) | sequence (ordered, newest last) | cross (of two features)
+    # numeric | vector (a list of numbers) | id (one per row) | ids (any number per row) |
+    # sequence (ordered, newest last) | cross (of two features)
     kind: str = "id"
     column: str | None = None  # default: the name
     # How ids are stored. int: integers of any width, the 64 bits are kept; hex: at most 16 hex digits;
@@ -35,8 +37,9 @@ class FeatureConfig:
     max_length: int | None = None
     # mean | sum: of a bag's rows, for the model | none: a sequence reaches a model that reads sequences event by event
     pooling: str = "mean"
+    length: int | None = None  # vector: how many numbers it has, in every row
     align: str | None = None  # pooling none: sequences of one name here have the same events; default: the name
-    missing: float = 0.0  # numeric null: the value the model sees, after the transform
+    missing: float = 0.0  # numeric null: the value the model sees, after the transform; vector: each of its numbers
     # categorical null: this id; None gives an empty bag, and takes an event out of all aligned sequences
     missing_id: int | None = None
     indicator: bool = False  # numeric: one more numeric column <name>_missing, 1 where the value was null
@@ -87,7 +90,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def gives_ids(feature: FeatureConfig) -> bool:
     """Return whether a feature gives ids, which have a table; others give numbers."""
-    return feature.transform == "bucketise" or (feature.kind != "numeric" and feature.dtype != "float")
+    of_numbers = feature.kind in ("numeric", "vector") or feature.dtype == "float"
+    return feature.transform == "bucketise" or not of_numbers
 
 
 def resolved(feature: FeatureConfig) -> Feature:
@@ -101,6 +105,8 @@ def resolved(feature: FeatureConfig) -> Feature:
         _refuse_set_keys(where, feature, "of symmetric", "only kind: cross reads it")
     if feature.kind == "numeric":
         _check_numeric(where, feature)
+    elif feature.kind == "vector":
+        _check_vector(where, feature)
     elif feature.dtype == "float":
         _check_numbers(where, feature)
     else:
@@ -131,7 +137,7 @@ def resolved_cross(feature: FeatureConfig, features: Mapping[str, Feature]) -> F
     """
     where = f"schema.features: {feature.name!r}"
     why = "a cross has the ids of the features that it crosses"
-    others = "column dtype delimiter weights align missing missing_id indicator"
+    others = "column dtype delimiter weights length align missing missing_id indicator"
     _refuse_set_keys(where, feature, f"{others} {OF_NUMBERS}", why)
     if len(feature.of) != 2:
         raise SchemaError(f"{where}: of is {feature.of}, expected the names of two features, as of: [user, item]")
@@ -181,7 +187,19 @@ def _refuse_set_keys(where: str, feature: FeatureConfig, keys: str, why: str) ->
 
 
 def _check_numeric(where: str, feature: FeatureConfig) -> None:
-    _refuse_set_keys(where, feature, "dtype delimiter weights max_length align", "a numeric feature has none")
+    _refuse_set_keys(where, feature, "dtype delimiter weights max_length length align", "a numeric feature has none")
+    _check_transform(where, feature, "table missing_id pooling")
+
+
+def _check_vector(where: str, feature: FeatureConfig) -> None:
+    none = "dtype delimiter weights max_length align table missing_id pooling"
+    _refuse_set_keys(where, feature, none, "a vector has none")
+    if feature.length is None or not 1 <= feature.length <= LONGEST_VECTOR:
+        raise SchemaError(
+            f"{where}: length is {feature.length}, expected how many numbers the vector has, 1 to {LONGEST_VECTOR:,}"
+        )
+    if feature.transform == "bucketise":
+        raise SchemaError(f"{where}: transform bucketise makes ids of numbers, and a vector has none; expected another")
     _check_transform(where, feature, "table missing_id pooling")
 
 
@@ -189,7 +207,7 @@ def _check_numbers(where: str, feature: FeatureConfig) -> None:
     """Check a sequence of numbers, bucketised ones among them."""
     if feature.kind != "sequence":
         raise SchemaError(f"{where}: dtype float, expected kind: sequence; kind is {feature.kind}")
-    _refuse_set_keys(where, feature, "weights indicator delimiter", "a sequence of numbers has none")
+    _refuse_set_keys(where, feature, "weights indicator delimiter length", "a sequence of numbers has none")
     if feature.pooling != "none" and feature.transform != "bucketise":
         raise SchemaError(f"{where}: a sequence of numbers has pooling {feature.pooling}, expected pooling: none")
     _check_transform(where, feature, "table missing_id")
@@ -242,7 +260,7 @@ def _check_transform(where: str, feature: FeatureConfig, only_ids: str) -> None:
 
 def _check_categorical(where: str, feature: FeatureConfig) -> None:
     why = f"a feature of kind {feature.kind} is not numeric"
-    _refuse_set_keys(where, feature, f"missing indicator {OF_NUMBERS}", why)
+    _refuse_set_keys(where, feature, f"missing indicator length {OF_NUMBERS}", why)
     if feature.kind != "ids":
         _refuse_set_keys(where, feature, "weights", f"only kind ids has weights; kind is {feature.kind}")
     if feature.kind == "id":

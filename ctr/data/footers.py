@@ -16,7 +16,7 @@ from tessera.ctr.data.arrow_types import advice, plain_type
 from tessera.ctr.data.errors import DataError, SchemaError
 from tessera.ctr.data.expressions import Expression, check_filter
 from tessera.ctr.data.files import DataFile
-from tessera.ctr.data.schema import Feature, Schema, nearest
+from tessera.ctr.data.schema import Feature, Schema, length_of, nearest
 from tessera.ctr.data.seals import SMALL_BYTES, TAIL_BYTES, read_seal
 from tessera.ctr.data.times import TimeRule, times_of
 
@@ -141,6 +141,7 @@ def _read_footer(
     metadata, arrow = sealed.metadata, sealed.schema
     for want in wanted:
         check_column(file.path, arrow, want)
+    _refuse_nulls_of_fixed_size(file.path, metadata, arrow, wanted)
     if where is not None:
         check_filter(where, file.path, arrow)
     columns = {want.column for want in wanted}
@@ -161,6 +162,22 @@ def _read_footer(
 def _top(metadata: pq.FileMetaData, leaf: int, columns: set[str]) -> bool:
     path = metadata.schema.column(leaf).path
     return path in columns or path.split(".")[0] in columns
+
+
+def _refuse_nulls_of_fixed_size(path: str, metadata: pq.FileMetaData, arrow: pa.Schema, wanted: list[Wanted]) -> None:
+    """Raise SchemaError for lists of a fixed size with nulls among them: Arrow writes and cannot read them again."""
+    fixed = {want.column: want for want in wanted if types.is_fixed_size_list(arrow.field(want.column).type)}
+    if not fixed:
+        return
+    leaves = {i: fixed.get(metadata.schema.column(i).path.split(".")[0]) for i in range(metadata.num_columns)}
+    for i, want in leaves.items():
+        groups = (metadata.row_group(g).column(i).statistics for g in range(metadata.num_row_groups))
+        if want is not None and any(one is not None and one.has_null_count and one.null_count for one in groups):
+            stored = arrow.field(want.column).type
+            raise SchemaError(
+                f"{path}: column {want.column!r} (read by {want.reader}) found nulls in {stored}, which Arrow "
+                f"writes and cannot read from parquet; write it as list<{stored.value_type}>"
+            )
 
 
 def check_column(where: str, arrow: pa.Schema, want: Wanted) -> None:
@@ -252,6 +269,18 @@ def _listed(accepts: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], b
     return _or_null(lambda found: is_list(found) and _or_null(accepts)(found.value_type))
 
 
+def _vector_of(length: int) -> tuple[Callable[[pa.DataType], bool], str]:
+    """Return which types hold vectors of a length, and what to call them. Lists of no fixed size are looked at row by
+    row."""
+
+    def fits(found: pa.DataType) -> bool:
+        found = value_type(found)
+        return not types.is_fixed_size_list(found) or found.list_size == length
+
+    listed = _listed(is_number)
+    return lambda found: listed(found) and fits(found), f"a list of {length:,} numbers (length: {length})"
+
+
 def wanted_columns(schema: Schema, *, drop_labels: bool) -> list[Wanted]:
     """Return the columns that a schema reads; one that two features read stands there twice."""
     wanted = []
@@ -276,6 +305,9 @@ def _wanted_by(feature: Feature) -> list[Wanted]:
     reader = f"feature {feature.name!r}"
     if feature.kind == "numeric":
         return [Wanted(feature.column, reader, _or_null(is_number), "a number")]
+    if feature.kind == "vector":
+        accepts, expected = _vector_of(length_of(feature))
+        return [Wanted(feature.column, reader, accepts, expected)]
     if feature.dtype == "float":
         return [Wanted(feature.column, reader, _listed(is_number), "a list of numbers (dtype: float)")]
     if feature.delimiter is not None:

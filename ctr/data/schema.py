@@ -48,11 +48,14 @@ class Schema:
         crosses: the crosses, in order; they are among the categorical ones
         only_crossed: features that are dropped, but for the crosses that they are in
         numeric: the numeric features in order, without bucketised ones
+        vectors: the vector features in order
         categorical: the features that give ids, in order, bucketised numerics among them
         sequences: group -> its aligned sequences with pooling none, in order; cut to the same length
         number_sequences: those of them that are numbers, keys of `Batch.numbers`, in order
         pooled_names: keys of `Batch.ids` whose rows are pooled, in order
-        numeric_names: columns of `Batch.numeric`; an indicator follows its feature
+        scalar_names: columns of `Batch.numeric` that are one number: an indicator follows its feature, those of vectors
+            come last
+        numeric_names: all columns of `Batch.numeric`: the numbers of vectors, name[0], name[1], .., behind the others
         id_names: keys of `Batch.ids`
         tables: embedding table -> names of the categorical features that look into it
         pooling: categorical feature -> 'sum' | 'mean'
@@ -82,11 +85,17 @@ class Schema:
         self.only_crossed = [member for member in members.values() if member.name not in names]
         self.numeric = [f for f in features if f.kind == "numeric" and not gives_ids(f)]
         self.categorical = [f for f in features if gives_ids(f)]
-        self.number_sequences = [f for f in features if f.kind != "numeric" and not gives_ids(f)]
+        self.vectors = [f for f in features if f.kind == "vector"]
+        self.number_sequences = [f for f in features if f.kind == "sequence" and not gives_ids(f)]
         self.sequences = _aligned(features)
-        self.numeric_names: list[str] = []
-        for feature in self.numeric:
-            self.numeric_names += [feature.name] + [f"{feature.name}_missing"] * feature.indicator
+        self.scalar_names: list[str] = []
+        for feature in [*self.numeric, *self.vectors]:
+            own = [feature.name] * (feature.kind != "vector")
+            self.scalar_names += own + [f"{feature.name}_missing"] * feature.indicator
+        self.numeric_names = [
+            *self.scalar_names,
+            *(f"{f.name}[{i}]" for f in self.vectors for i in range(length_of(f))),
+        ]
         self.id_names = [f.name for f in self.categorical]
         self.pooled_names = [f.name for f in self.categorical if f.pooling != "none"]
         self.tables: dict[str, list[str]] = {}
@@ -95,6 +104,7 @@ class Schema:
         self.pooling = {f.name: f.pooling for f in self.categorical}
         self.weighted = any(f.weights for f in self.categorical)
         of_numbers = [f.name for f in self.number_sequences]
+        of_numbers += [f.name for f in self.vectors]
         _refuse_duplicates("features", self.numeric_names + self.id_names + of_numbers)
         self.stored = [f for f in features if not f.members] + self.only_crossed
         for feature in self.stored:
@@ -123,6 +133,12 @@ class Schema:
         except OmegaConfBaseException as error:
             where = error.full_key or "schema"
             raise SchemaError(f"schema key {where}: {str(error).splitlines()[0]}") from None
+
+
+def length_of(feature: Feature) -> int:
+    """Return how many numbers a vector has."""
+    assert feature.length is not None  # `resolved` refuses vectors without
+    return feature.length
 
 
 def _aligned(features: list[Feature]) -> dict[str, list[Feature]]:

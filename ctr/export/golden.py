@@ -16,7 +16,7 @@ from tessera.ctr.config import Config
 from tessera.ctr.data.config import SPLITS, paths_of, schema_of
 from tessera.ctr.data.footers import value_type
 from tessera.ctr.data.listing import Listing
-from tessera.ctr.data.schema import Feature, Schema
+from tessera.ctr.data.schema import Feature, Schema, length_of
 from tessera.ctr.runs.score_rows import row_reader
 from tessera.ctr.serving.rows import RowDecoder
 from tessera.ctr.serving.scorer import answers_of
@@ -91,6 +91,9 @@ def _made_up(name: str, schema: Schema) -> pa.Array:
         return pa.array([[0.5] * (i % 3) for i in range(8)], pa.list_(pa.float32()))
     if any(feature.column == name for feature in schema.number_sequences):
         return pa.array([[i - 2.5] * (i % 3) for i in range(8)], pa.list_(pa.float32()))
+    lengths = [length_of(feature) for feature in readers if feature.kind == "vector"]
+    if lengths:
+        return pa.array([[i - 2.5 + k / 4 for k in range(lengths[0])] for i in range(8)], pa.list_(pa.float32()))
     ids = [feature for feature in readers if feature.kind != "numeric"]
     if not ids:
         return pa.array(numbers - 2.5)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tessera.ctr.models.layers import MLP, InnerProducts, label_logits, need_pairs, need_positive
+from tessera.ctr.models.layers import MLP, InnerProducts, label_logits, need_pairs, need_positive, scalars_of
 from tessera.ctr.models.numeric import Raw
 from tessera.ctr.models.tower import Fields, Tower
 
@@ -16,7 +16,7 @@ class DLRM(Tower):
     """y = sigmoid(top([z, {<v_i, v_j> : i < j}])),  z = ReLU(bottom(numbers)) one more vector beside those of the ids
 
     The bottom net makes one vector of all numeric fields: of their values with `numeric=raw`, as in the paper, else of
-    their vectors. Without numeric fields there is no z.
+    their vectors. Vector fields are in it as they are. Without numeric fields there is no z.
     """
 
     has_heads = True
@@ -35,11 +35,11 @@ class DLRM(Tower):
         need_positive(embedding_dim=embedding_dim)
         need_pairs("DLRM", len(fields))
         self.embedding_dims = {"v": embedding_dim}
-        numbers = len(fields.numeric)
-        embedded = fields.embed_numeric(numbers, embedding_dim) if numbers else None
+        self.scalars, numbers = len(fields.numeric), fields.columns
+        embedded = fields.embed_numeric(self.scalars, embedding_dim) if self.scalars else None
         raw = isinstance(embedded, Raw)
         self.numeric = None if raw else embedded
-        width = numbers * (1 if raw else embedding_dim)
+        width = self.scalars * (1 if raw else embedding_dim) + sum(fields.vectors.values())
         self.bottom = MLP(width, bottom, dropout, batch_norm=batch_norm, outputs=embedding_dim) if numbers else None
         vectors = len(fields.ids) + (1 if numbers else 0)
         self.products = InnerProducts(vectors) if vectors > 1 else None
@@ -50,10 +50,17 @@ class DLRM(Tower):
         emb_bfd = embeddings["v"]
         parts = []
         if self.bottom is not None:
-            numbers = numeric_bn if self.numeric is None else self.numeric(numeric_bn).flatten(1)
-            z_bd = self.bottom(numbers).relu()
+            z_bd = self.bottom(self._numbers(numeric_bn)).relu()
             emb_bfd = torch.cat([z_bd.unsqueeze(1), emb_bfd.to(z_bd.dtype)], 1)
             parts.append(z_bd)
         if self.products is not None:
             parts.append(self.products(emb_bfd))
         return label_logits(self.mlp(torch.cat(parts, 1)))
+
+    def _numbers(self, numeric_bn: Tensor) -> Tensor:
+        if self.numeric is None:
+            return numeric_bn
+        embedded = self.numeric(scalars_of(numeric_bn, self.scalars)).flatten(1)
+        return (
+            embedded if numeric_bn.shape[1] == self.scalars else torch.cat([embedded, numeric_bn[:, self.scalars :]], 1)
+        )

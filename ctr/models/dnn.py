@@ -20,7 +20,7 @@ class DNN(Tower):
     ) -> None:
         super().__init__()
         self.embedding_dims = {"v": embedding_dim}
-        self.embed = FieldEmbedding(fields, embedding_dim)
+        self.embed = FieldEmbedding(fields, embedding_dim, side_by_side=True)
         self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:

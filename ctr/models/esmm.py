@@ -39,7 +39,7 @@ class ESMM(Tower):
         self.embedding_dims = {"v": embedding_dim}
         self.towers = body is not None
         if body is None:
-            self.embed = FieldEmbedding(fields, embedding_dim)
+            self.embed = FieldEmbedding(fields, embedding_dim, side_by_side=True)
             nets: list[nn.Module] = [
                 MLP(self.embed.inputs, hidden, dropout, batch_norm=batch_norm) for _ in fields.labels
             ]

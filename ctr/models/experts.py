@@ -41,7 +41,8 @@ class Experts(nn.Module):
         super().__init__()
         check_count("model.experts", count)
         check_widths("the net", hidden)
-        self.embed = FieldEmbedding(fields, embedding_dim) if is_gated or body is None else None
+        embedded = is_gated or body is None
+        self.embed = FieldEmbedding(fields, embedding_dim, side_by_side=True) if embedded else None
         self.inputs, self.width = 0 if self.embed is None else self.embed.inputs, hidden[-1]
         self.embedding_dims = {"v": embedding_dim}
         self.towers = body is not None

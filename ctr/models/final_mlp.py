@@ -41,7 +41,7 @@ class FinalMLP(Tower):
         super().__init__()
         self.embedding_dims = {"v": embedding_dim}
         self.embed = FieldEmbedding(fields, embedding_dim)
-        names = fields.ids if self.embed.raw else fields.numeric + fields.ids
+        names = fields.ids if self.embed.raw else (*fields.numeric, *fields.vectors, *fields.ids)
         inputs = self.embed.inputs
         self.gate1 = Gate("gate1_fields", gate1_fields, names, embedding_dim, gate_hidden, inputs)
         self.gate2 = Gate("gate2_fields", gate2_fields, names, embedding_dim, gate_hidden, inputs)

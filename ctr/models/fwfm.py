@@ -35,7 +35,7 @@ class FwFM(Tower):
         elif linear_part == "FeLV":
             self.embedding_dims["u"] = embedding_dim * fields.outputs
             self.of_features = FieldEmbedding(fields, embedding_dim * fields.outputs)
-            self.of_numbers = linear(len(fields.numeric), fields.outputs, bias=False) if self.embed.raw else None
+            self.of_numbers = linear(fields.columns, fields.outputs, bias=False) if self.embed.raw else None
         else:
             self.embedding_dims["w"] = fields.outputs
             self.first_order = FirstOrder(fields)

@@ -80,7 +80,7 @@ def _wide(state: Tensor) -> Tensor:
 
 
 class _Side(nn.Module):
-    """The fields of one side, side by side: [B, numeric fields], [B, id fields, dim] -> [B, inputs]."""
+    """The fields of one side, side by side: [B, columns], [B, id fields, dim] -> [B, inputs]."""
 
     numeric: Tensor
     ids: Tensor
@@ -88,12 +88,18 @@ class _Side(nn.Module):
     def __init__(self, fields: Fields, chosen: Sequence[str], dim: int) -> None:
         super().__init__()
         numeric = [name for name in fields.numeric if name in chosen]
+        vectors = {name: length for name, length in fields.vectors.items() if name in chosen}
         ids = [name for name in fields.ids if name in chosen]
-        self.register_buffer(
-            "numeric", torch.tensor([fields.numeric.index(name) for name in numeric]).long(), persistent=False
-        )
+        columns = [fields.numeric.index(name) for name in numeric]
+        first = len(fields.numeric)
+        for name, length in fields.vectors.items():
+            columns += range(first, first + length) if name in vectors else ()
+            first += length
+        self.register_buffer("numeric", torch.tensor(columns).long(), persistent=False)
         self.register_buffer("ids", torch.tensor([fields.ids.index(name) for name in ids]).long(), persistent=False)
-        self.embed = FieldEmbedding(Fields(tuple(numeric), tuple(ids), fields.embed_numeric), dim)
+        self.embed = FieldEmbedding(
+            Fields(tuple(numeric), tuple(ids), fields.embed_numeric, vectors=vectors), dim, side_by_side=True
+        )
 
     def forward(self, numeric_bn: Tensor, emb_bfd: Tensor) -> Tensor:
         numeric = numeric_bn.index_select(1, self.numeric)
@@ -102,7 +108,7 @@ class _Side(nn.Module):
 
 def _split(fields: Fields, user: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the names of the fields of both sides."""
-    names = [*fields.numeric, *fields.ids]
+    names = [*fields.numeric, *fields.vectors, *fields.ids]
     for name in user:
         if name not in names:
             raise ConfigError(f"model.user names {name!r}, which is no feature{did_you_mean(name, names)}")

@@ -72,7 +72,7 @@ class HSTU(SequenceTower):
         self.dropout = Dropout(input_dropout, "model.input_dropout")
         self.layers = nn.ModuleList(HSTULayer(width, heads, qk_dim, v_dim, dropout, form) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        raw = len(fields.numeric) if self.embed.raw else 0
+        raw = fields.columns if self.embed.raw else 0
         self.head = nn.Sequential(
             linear(width + raw, head_hidden), SwishNorm(head_hidden), linear(head_hidden, fields.outputs)
         )

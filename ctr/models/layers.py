@@ -18,34 +18,65 @@ from tessera.embedding.errors import ConfigError
 ROWS_AT_ONCE = 128
 
 
+class VectorProjections(nn.Module):
+    """One matrix for each vector field, e_i = W_i x_i."""
+
+    def __init__(self, lengths: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.lengths = list(lengths)
+        self.matrices = nn.ModuleList(linear(length, dim, bias=False) for length in lengths)
+
+    def forward(self, vectors_bn: Tensor) -> Tensor:
+        """Map vectors side by side, [B, sum of lengths], to [B, vector fields, dim]."""
+        parts = zip(self.matrices, vectors_bn.split(self.lengths, 1), strict=True)
+        return torch.stack([matrix(part) for matrix, part in parts], 1)
+
+
 class FieldEmbedding(nn.Module):
-    """All fields of a row as vectors of one length: numeric ones first, then ids.
+    """All fields of a row as vectors of one length: numeric ones first, then vector fields, each by a matrix of its
+    own, then ids.
 
     Attributes:
         count: number F of vectors per row; with `numeric=raw` the id fields alone.
-        inputs: width of `flat`, F * dim and with `numeric=raw` one more per numeric field.
+        inputs: width of `flat`, F * dim and with `numeric=raw` the numeric input's.
     """
 
-    def __init__(self, fields: Fields, dim: int) -> None:
+    def __init__(self, fields: Fields, dim: int, *, side_by_side: bool = False) -> None:
+        """side_by_side: the tower reads `flat` alone. Vector fields are then in it as they are, and not among the F."""
         super().__init__()
         need_positive(embedding_dim=dim)
         # No module without numeric fields: data parallel refuses parameters that get no gradient.
         self.numeric = fields.embed_numeric(len(fields.numeric), dim) if fields.numeric else None
-        self.raw = isinstance(self.numeric, Raw)
-        self.count = len(fields.ids) if self.raw else len(fields)
+        self.raw = isinstance(fields.embed_numeric(1, dim) if fields.vectors else self.numeric, Raw)
+        self.scalars = len(fields.numeric)
+        whole = bool(fields.vectors) and not (self.raw or side_by_side)
+        self.vectors = VectorProjections(list(fields.vectors.values()), dim) if whole else None
+        self.count = len(fields.ids) if self.raw else len(fields) - (0 if whole else len(fields.vectors))
         self.dim = dim
-        self.inputs = self.count * dim + (len(fields.numeric) if self.raw else 0)
+        # Numbers that `flat` has as they are begin here.
+        self._raw_from = 0 if self.raw else self.scalars if fields.vectors and not whole else None
+        self.inputs = self.count * dim + (0 if self._raw_from is None else fields.columns - self._raw_from)
 
     def forward(self, numeric_bn: Tensor, emb_bfd: Tensor) -> Tensor:
-        """Map [B, numeric fields], [B, id fields, dim] to [B, F, dim]."""
-        if self.raw or self.numeric is None:
+        """Map [B, columns], [B, id fields, dim] to [B, F, dim]."""
+        if self.raw or (self.numeric is None and self.vectors is None):
             return emb_bfd
-        return torch.cat([self.numeric(numeric_bn), emb_bfd], 1)
+        parts = [] if self.numeric is None else [self.numeric(scalars_of(numeric_bn, self.scalars))]
+        parts += [] if self.vectors is None else [self.vectors(numeric_bn[:, self.scalars :])]
+        return torch.cat([*parts, emb_bfd], 1)
 
     def flat(self, numeric_bn: Tensor, emb_bfd: Tensor) -> Tensor:
         """Return the input of dense layers, [B, inputs]: `emb_bfd` (as `forward` returns it) side by side, and raw
         values."""
-        return torch.cat([emb_bfd.flatten(1), numeric_bn], 1) if self.raw else emb_bfd.flatten(1)
+        if self._raw_from is None:
+            return emb_bfd.flatten(1)
+        return torch.cat([emb_bfd.flatten(1), numeric_bn[:, self._raw_from :] if self._raw_from else numeric_bn], 1)
+
+
+def scalars_of(numeric_bn: Tensor, count: int) -> Tensor:
+    """Return the first `count` columns, those of one number each; the tensor itself where there are no others, so that
+    an exported graph has no slice."""
+    return numeric_bn if numeric_bn.shape[1] == count else numeric_bn[:, :count]
 
 
 class FirstOrder(nn.Module):
@@ -53,7 +84,7 @@ class FirstOrder(nn.Module):
     each of T outputs.
 
     A numeric field's weight is its embedding of dim T, so that bucketised values have one weight per bucket; raw
-    values have one each.
+    values have one each, and so have the numbers of a vector field.
     """
 
     def __init__(self, fields: Fields) -> None:
@@ -61,13 +92,17 @@ class FirstOrder(nn.Module):
         self.outputs = fields.outputs
         numeric = fields.embed_numeric(len(fields.numeric), self.outputs) if fields.numeric else None
         self.numeric = ScaledVectors(len(fields.numeric), self.outputs) if isinstance(numeric, Raw) else numeric
+        self.scalars, lengths = len(fields.numeric), list(fields.vectors.values())
+        self.vectors = VectorProjections(lengths, self.outputs) if lengths else None
         self.bias = nn.Parameter(torch.zeros(self.outputs if self.outputs > 1 else ()))
 
     def forward(self, numeric_bn: Tensor, weight_bft: Tensor) -> Tensor:
-        """Map [B, numeric fields], [B, id fields, T] to [B, T]; to [B] of one output."""
+        """Map [B, columns], [B, id fields, T] to [B, T]; to [B] of one output."""
         over = (1, 2) if self.outputs == 1 else (1,)
-        sum_of_ids = self.bias + weight_bft.sum(over)
-        return sum_of_ids if self.numeric is None else sum_of_ids + self.numeric(numeric_bn).sum(over)
+        total = self.bias + weight_bft.sum(over)
+        if self.numeric is not None:
+            total = total + self.numeric(scalars_of(numeric_bn, self.scalars)).sum(over)
+        return total if self.vectors is None else total + self.vectors(numeric_bn[:, self.scalars :]).sum(over)
 
 
 class FactorizationMachine(nn.Module):

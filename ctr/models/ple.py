@@ -50,7 +50,7 @@ class PLE(Tower):
             raise ConfigError(f"model.shared_gate is {shared_gate!r}; expected all or shared")
         self.embedding_dims = {"v": embedding_dim}
         self.fields = fields
-        self.embed = FieldEmbedding(fields, embedding_dim)
+        self.embed = FieldEmbedding(fields, embedding_dim, side_by_side=True)
         extraction, inputs = [], self.embed.inputs
         for layer in range(layers):
             nets = _Nets(inputs, expert, dropout, batch_norm=batch_norm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -47,8 +47,9 @@ class Events:
 class Fields:
     """The fields a tower sees, in the order of its input tensors, how numeric ones become vectors, and its labels.
 
-    labels: one is one task. outputs: units of the tower's last layer; as many as labels, but for a tower that is a part
-    of another one, an expert say.
+    numeric: of one number each. vectors: fields of several numbers, with how many; they stand behind the numeric fields
+    and before the ids. labels: one is one task. outputs: units of the tower's last layer; as many as labels, but for a
+    tower that is a part of another one, an expert say.
     `embed_numeric(fields, dim)` makes a module [B, fields] -> [B, fields, dim]; the configuration's `numeric` chooses.
     """
 
@@ -58,16 +59,22 @@ class Fields:
     labels: tuple[Label, ...] = (Label(),)
     outputs: int = 1
     sequences: tuple[SequenceGroup, ...] = ()
+    vectors: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.numeric) + len(self.ids)
+        return len(self.numeric) + len(self.vectors) + len(self.ids)
+
+    @property
+    def columns(self) -> int:
+        """Width of the numeric input: one for each numeric field, then the numbers of each vector."""
+        return len(self.numeric) + sum(self.vectors.values())
 
 
 class Tower(nn.Module):
     """Base of every model.
 
     `forward(numeric_bn, embeddings)` returns logits: [B], or [B, outputs] where there are several; that of a label in
-    its own space. numeric_bn: [B, numeric fields] float32; embeddings: group -> [B, id fields, dim].
+    its own space. numeric_bn: [B, fields.columns] float32; embeddings: group -> [B, id fields, dim].
 
     Attributes:
         embedding_dims: the groups of embeddings that it wants for each id field, with their dims.
@@ -114,7 +121,7 @@ def drawn_inputs(
 
     length: events of each row and group; None: as many as they may have.
     """
-    numeric = torch.rand(rows, len(fields.numeric), requires_grad=True)
+    numeric = torch.rand(rows, fields.columns, requires_grad=True)
     dims = tower.embedding_dims
     embeddings = {group: torch.rand(rows, len(fields.ids), dim, requires_grad=True) for group, dim in dims.items()}
     events = {}

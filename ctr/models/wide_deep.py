@@ -21,7 +21,7 @@ class WideDeep(Tower):
         super().__init__()
         self.embedding_dims = {"v": embedding_dim, "w": fields.outputs}
         self.wide = FirstOrder(fields)
-        self.embed = FieldEmbedding(fields, embedding_dim)
+        self.embed = FieldEmbedding(fields, embedding_dim, side_by_side=True)
         self.mlp = MLP(self.embed.inputs, hidden, dropout, batch_norm=batch_norm, outputs=fields.outputs)
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:

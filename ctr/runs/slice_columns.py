@@ -29,8 +29,8 @@ class SliceColumn:
     def __init__(self, schema: Schema, feature: str, unsigned: Collection[str] = ()):
         self.feature = feature
         categorical = {one.name: one for one in schema.categorical}
-        if feature not in categorical and feature not in schema.numeric_names:
-            known = nearest(feature, [*schema.id_names, *schema.numeric_names])
+        if feature not in categorical and feature not in schema.scalar_names:
+            known = nearest(feature, [*schema.id_names, *schema.scalar_names])
             raise ConfigError(f"slice {feature!r} is no feature of the schema; {known}")
         if feature in categorical:
             config = categorical[feature]

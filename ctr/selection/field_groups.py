@@ -27,26 +27,25 @@ class FieldGroup:
 
 
 def field_names(schema: Schema) -> list[str]:
-    """Return all inputs of a model in one order: numbers, pooled ids, sequences of ids, sequences of numbers."""
+    """Return all inputs of a model in one order: numbers, vectors, pooled ids, sequences of ids, those of numbers."""
     unpooled = [feature.name for group in schema.sequences.values() for feature in group]
     ids = [name for name in unpooled if name in schema.id_names]
-    return [*schema.numeric_names, *schema.pooled_names, *ids, *(name for name in unpooled if name not in ids)]
+    numbers = [*schema.scalar_names, *(feature.name for feature in schema.vectors)]
+    return [*numbers, *schema.pooled_names, *ids, *(name for name in unpooled if name not in ids)]
 
 
 def field_groups(schema: Schema) -> list[FieldGroup]:
     """Return the groups of a schema; each field is in one of them. Order: as the first feature stands in the model."""
     names = field_names(schema)
     owner = {name: name for name in names}
-    for feature in schema.numeric:
-        if feature.indicator:
-            owner[f"{feature.name}_missing"] = feature.name
+    indicators = {f"{f.name}_missing": f.name for f in [*schema.numeric, *schema.vectors] if f.indicator}
+    owner |= indicators
     sets = [*schema.tables.values(), *([one.name for one in group] for group in schema.sequences.values())]
     for together in sets:
         _unite(owner, together)
     groups: dict[str, list[int]] = {}
     for place, name in enumerate(names):
         groups.setdefault(owner[name], []).append(place)
-    indicators = {f"{feature.name}_missing" for feature in schema.numeric if feature.indicator}
     return [
         FieldGroup(tuple(names[at] for at in places if names[at] not in indicators), tuple(places))
         for places in groups.values()

@@ -1,7 +1,8 @@
 """Reach into any tower where it reads its fields: the vectors that were looked up, and those that numbers become.
 
 A tower reads a field in several places: its vectors of each group of embeddings (those of dim 1 are the first-order
-weights), and for a number the outputs of each of the modules that `Fields.embed_numeric` made for it.
+weights), and for a number the outputs of each of the modules that `Fields.embed_numeric` made for it. A vector field is
+read where it comes in, once.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class FieldVectors:
     def __init__(self, tower: Tower, fields: Fields, numeric_class: type | None) -> None:
         self._tower = tower
         self._numeric = numeric_modules(tower, fields, numeric_class)
-        self._count = (len(fields.numeric), len(fields.ids))
+        self._scalars, self._vectors = len(fields.numeric), dict(fields.vectors)
+        self._count = (self._scalars + len(self._vectors), len(fields.ids))
         ids = [name for group in fields.sequences for name in group.ids]
         numbers = [name for group in fields.sequences for name in group.numbers]
         after = sum(self._count)
@@ -76,8 +78,11 @@ class FieldVectors:
 
         def of_inputs(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             numeric, embeddings, *events = inputs
-            if self._count[0] and not self._numeric:
-                numeric = change("values", 0, numeric.unsqueeze(2), None).squeeze(2)
+            if self._scalars and not self._numeric:
+                values = change("values", 0, numeric[:, : self._scalars].unsqueeze(2), None).squeeze(2)
+                numeric = torch.cat([values, numeric[:, self._scalars :]], 1) if self._vectors else values
+            if self._vectors:
+                numeric = self._of_vectors(change, numeric)
             found = {
                 group: change(group, self._count[0], vectors, None) if vectors.shape[1] else vectors
                 for group, vectors in embeddings.items()
@@ -96,6 +101,15 @@ class FieldVectors:
                 hook.remove()
 
         return undo
+
+    def _of_vectors(self, change: Change, numeric: Tensor) -> Tensor:
+        """Change vector fields where they come in: what towers make of them is linear."""
+        scalars, *parts = numeric.split([self._scalars, *self._vectors.values()], 1)
+        changed = [
+            change(f"vector {name}", self._scalars + place, part.unsqueeze(1), None).squeeze(1)
+            for place, (name, part) in enumerate(zip(self._vectors, parts, strict=True))
+        ]
+        return torch.cat([scalars, *changed], 1)
 
     @contextmanager
     def changed(self, change: Change) -> Iterator[None]:

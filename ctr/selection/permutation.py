@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.counter_random import bits, key
-from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.schema import Schema, length_of
 from tessera.ctr.selection.field_groups import FieldGroup, field_names
 from tessera.embedding.config import key_of
 
@@ -43,9 +43,10 @@ def permuted(
             of sequences.
         order: int64 [B], as `row_order`.
     """
-    names, numeric, pooled = field_names(schema), len(schema.numeric_names), len(schema.pooled_names)
+    names, pooled = field_names(schema), len(schema.pooled_names)
+    numeric = len(schema.scalar_names) + len(schema.vectors)
     order = order.to(batch.numeric.device)
-    columns = [at for at in group.fields if at < numeric]
+    columns = _numeric_columns(schema, group)
     places = [at - numeric for at in group.fields if numeric <= at < numeric + pooled]
     unpooled = [names[at] for at in group.fields if at >= numeric + pooled]
     found = dict(embeddings)
@@ -58,6 +59,16 @@ def permuted(
     for one in unpooled:
         batch, found = _events_in_order(schema, one, batch, found, order)
     return batch, found
+
+
+def _numeric_columns(schema: Schema, group: FieldGroup) -> list[int]:
+    """Return the columns of `Batch.numeric` that are the group's."""
+    scalars = len(schema.scalar_names)
+    columns, first = [at for at in group.fields if at < scalars], scalars
+    for number, feature in enumerate(schema.vectors, scalars):
+        columns += range(first, first + length_of(feature)) if number in group.fields else ()
+        first += length_of(feature)
+    return columns
 
 
 def _columns_in_order(values: Tensor, columns: list[int], order: Tensor) -> Tensor:

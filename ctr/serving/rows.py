@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pyarrow as pa
 
-from tessera.ctr.data import columns, single_values
+from tessera.ctr.data import columns, single_values, vectors
 from tessera.ctr.data.aligned import decode_aligned
 from tessera.ctr.data.bags import BagProblem, Bags, decode_bags, is_bag
 from tessera.ctr.data.crosses import Ids, as_bags, crossed
@@ -23,11 +23,12 @@ WHERE = "rows"  # so messages call them
 
 @dataclass(frozen=True)
 class Rows:
-    """Decoded rows. numeric: float32 [n] by name of `Schema.numeric_names`; bags: of the id features, and of sequences
-    of numbers, by name; ids: of features that may be crossed, by name."""
+    """Decoded rows. numeric: float32 [n] by name of `Schema.scalar_names`; vectors: float32 [n, length] by name; bags:
+    of the id features, and of sequences of numbers, by name; ids: of features that may be crossed, by name."""
 
     count: int
     numeric: dict[str, np.ndarray]
+    vectors: dict[str, np.ndarray]
     bags: dict[str, Bags]
     ids: dict[str, Ids]
 
@@ -39,7 +40,7 @@ class RowDecoder:
         self.schema = schema
         self._wanted = wanted_columns(schema, drop_labels=True)
         self.columns = sorted({want.column for want in self._wanted})
-        self._lists = {f.column for f in schema.stored if f.kind in ("ids", "sequence") and f.delimiter is None}
+        self._lists = {f.column for f in schema.stored if f.kind in ("ids", "sequence", "vector") and not f.delimiter}
         self._aligned = {one.name: group for group in schema.sequences.values() for one in group}
 
     def read_by(self, feature: Feature) -> set[str]:
@@ -129,6 +130,11 @@ class RowDecoder:
         for feature in self.schema.numeric:
             if self.read_by(feature) <= there:
                 numeric |= _numeric(feature, chunks[feature.column], first)
+        found: dict[str, np.ndarray] = {}
+        for feature in self.schema.vectors:
+            if self.read_by(feature) <= there:
+                found[feature.name], indicator = _vector(feature, chunks[feature.column], first)
+                numeric |= indicator
         categorical = [*self.schema.categorical, *self.schema.only_crossed]
         pooled = [feature for feature in categorical if feature.name not in self._aligned]
         read = [feature for feature in pooled if self.read_by(feature) <= there]
@@ -140,7 +146,7 @@ class RowDecoder:
                 decoded, problems = decode_aligned(group, [chunks[feature.column] for feature in group])
                 _fail_of(problems, first)
                 bags |= {feature.name: one for feature, one in zip(group, decoded, strict=True)}
-        return Rows(table.num_rows, numeric, bags, ids)
+        return Rows(table.num_rows, numeric, found, bags, ids)
 
 
 def one_line(error: BaseException) -> str:
@@ -177,6 +183,15 @@ def _numeric(feature: Feature, arrays: list[pa.Array], first: int) -> dict[str, 
         _fail(decoded.bad, first, feature.column, found, single_values.expected_number(feature))
     found = {feature.name: decoded.values}
     return found | ({f"{feature.name}_missing": decoded.absent()} if feature.indicator else {})
+
+
+def _vector(feature: Feature, arrays: list[pa.Array], first: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the vectors and, by its name, their indicator."""
+    decoded = vectors.vectors(feature, arrays)
+    if decoded.bad is not None:
+        found = decoded.found(int(np.flatnonzero(decoded.bad)[0]))
+        _fail(decoded.bad, first, feature.column, found, vectors.expected(feature))
+    return decoded.values, {f"{feature.name}_missing": decoded.absent()} if feature.indicator else {}
 
 
 def _ids(feature: Feature, chunks: Mapping[str, list[pa.Array]], first: int) -> Ids:

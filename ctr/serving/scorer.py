@@ -72,7 +72,8 @@ class Scorer:
         self._numbers = [place for place, label in enumerate(description.labels) if label.is_number]
         schema = description.schema()
         self._decoder = RowDecoder(schema)
-        self._numeric, self._ids = list(schema.numeric_names), list(schema.pooled_names)
+        self._scalars, self._ids = list(schema.scalar_names), list(schema.pooled_names)
+        self._width = len(schema.numeric_names)
         sequences = [name for name in schema.id_names if name not in self._ids]
         self._embeddings = Embeddings(str(self.folder), description, self._ids, sequences, weighted=schema.weighted)
         has_weights = WEIGHTS in self.manifest["files"]
@@ -153,7 +154,7 @@ class Scorer:
             dims = list(self.description.groups.values())
             empty = [torch.zeros(0, len(self._ids), dim) for dim in dims]
             events = [EventInputs.empty(group, dims) for group in self._decoder.schema.sequences.values()]
-            return Inputs(torch.zeros(0, len(self._numeric)), empty, events)
+            return Inputs(torch.zeros(0, self._width), empty, events)
         theirs = self._decoder.table(candidates, some=True)
         mine = self._decoder.table(user, some=True)
         if not mine.column_names:
@@ -221,11 +222,18 @@ class Scorer:
 
     def _inputs(self, rows: Rows, user: Rows | None = None) -> Inputs:
         """Look up the ids of rows, and of what they do not have those of one user, once for all of them."""
-        numeric = np.empty((rows.count, len(self._numeric)), np.float32)
-        for place, name in enumerate(self._numeric):
+        numeric = np.empty((rows.count, self._width), np.float32)
+        for place, name in enumerate(self._scalars):
             side = rows if name in rows.numeric else user
             assert side is not None
             numeric[:, place] = side.numeric[name]
+        first = len(self._scalars)
+        for feature in self._decoder.schema.vectors:
+            side = rows if feature.name in rows.vectors else user
+            assert side is not None
+            found = side.vectors[feature.name]
+            numeric[:, first : first + found.shape[1]] = found
+            first += found.shape[1]
         bags, once = rows.bags, None
         if user is not None:
             bags = bags | self._decoder.crossed(rows, user)

@@ -239,6 +239,8 @@ def _feature(field: pa.Field) -> dict:
     kind = field.type.value_type if types.is_dictionary(field.type) else field.type
     if types.is_floating(kind) or types.is_decimal(kind):
         return {"name": field.name, "kind": "numeric"}
+    if types.is_fixed_size_list(kind) and types.is_floating(kind.value_type):
+        return {"name": field.name, "kind": "vector", "length": kind.list_size}
     is_list = types.is_list(kind) or types.is_large_list(kind)
     item = kind.value_type if is_list else kind
     text = types.is_string(item) or types.is_large_string(item)

@@ -32,6 +32,7 @@ FEATURES = (
     "{name: words, kind: ids, dtype: string}, "
     "{name: last, kind: sequence, delimiter: '|', pooling: sum, max_length: 2, table: d}, "
     "{name: c_s, kind: cross, of: [c, s]}, {name: e_words, kind: cross, of: [e, words], max_length: 3, table: pairs}, "
+    "{name: v, kind: vector, length: 3, indicator: true, transform: standardise, mean: 0.5, std: 2, missing: -0.25}, "
     "{name: last_z, kind: cross, of: [last, z], max_length: 4, pooling: sum, table: pairs}]"
 )
 USER = {"gnolr": ["model.user=[x, s, h]"]}  # models that are told which fields are the user's
@@ -62,6 +63,7 @@ def awkward_rows(count: int, seed: int = 0) -> pa.Table:
             "tags": pa.array(tags, pa.list_(pa.int64())),
             "tag_weights": pa.array(weights, pa.list_(pa.float32())),
             "words": pa.array([[f"w{i}" for i in draw.integers(0, 9, n)] for n in lengths], pa.list_(pa.string())),
+            "v": pa.array(some(draw.normal(size=(count, 3)).tolist()), pa.list_(pa.float32())),
             "last": pa.array(some(["|".join(map(str, draw.integers(0, 9, n))) for n in lengths])),
         }
     )

@@ -98,7 +98,9 @@ def test_every_kind_of_table(process, tmp_path, case):
 def test_a_dropped_feature_is_in_no_part_of_an_export(process, tmp_path):
     make_run(process, tmp_path, overrides_of(tmp_path, "data.drop=[e,y,tags,c]", model="fm"))
     scorer = check(process, tmp_path)
-    assert scorer.columns == ["c", "d", "e", "h", "last", "s", "words", "x", "y"], "crosses read c and e, and z reads y"
+    assert scorer.columns == ["c", "d", "e", "h", "last", "s", "v", "words", "x", "y"], (
+        "crosses read c and e, and z reads y"
+    )
     assert not [one.name for one in scorer.description.features if one.name in ("y", "tags")]
 
 
@@ -107,7 +109,7 @@ BOUNDS = {"fp16": 2e-3, "bf16": 2e-2, "int8": 2e-2, "int4": 3e-1}
 
 @pytest.mark.slow
 def test_other_formats_stay_within_their_errors_and_are_told(process, tmp_path):
-    make_run(process, tmp_path, overrides_of(tmp_path, "model.embedding_dim=16", model="fm"))
+    make_run(process, tmp_path, overrides_of(tmp_path, "model.embedding_dim=16", "data.drop=[v]", model="fm"))
     rows = awkward_rows(200, seed=3)
     expected = evaluated(process, tmp_path, rows)
     for format in BOUNDS:

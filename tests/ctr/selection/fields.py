@@ -32,7 +32,9 @@ def schema_with(sequences: bool) -> Schema:
 
 def fields_with(schema: Schema, embed_numeric) -> Fields:
     groups = tuple(_sequence_group(schema, name) for name in schema.sequences)
-    return Fields(tuple(schema.numeric_names), tuple(schema.pooled_names), embed_numeric, sequences=groups)
+    vectors = {one.name: one.length for one in schema.vectors}
+    names = tuple(schema.scalar_names), tuple(schema.pooled_names)
+    return Fields(*names, embed_numeric, sequences=groups, vectors=vectors)
 
 
 def batch_of(schema: Schema, seed: int = 0) -> Batch:
