@@ -24,6 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("export", type=Path, help="a folder that `tessera export` wrote")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument("--check", action="store_true", help="read all of the export first and compare every checksum")
     parser.add_argument("--follow", metavar="PUBLISHED", help="`published` of a run over days, a folder or URI")
     parser.add_argument(
         "--versions", type=Path, help="folder for the models that are followed (default: beside the export)"
@@ -101,6 +102,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     from tessera.ctr.serving.app import Server, Settings
     from tessera.ctr.serving.batches import Limits
+    from tessera.ctr.serving.connections import protocol_with_a_limit
     from tessera.ctr.serving.scorer import Scorer
     from tessera.ctr.serving.versions import Versions
 
@@ -109,6 +111,8 @@ def _serve(options: argparse.Namespace) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # of each table some files are mapped
     folder = options.export
     versions = None
+    if options.check:
+        Scorer.load(folder, check=True)
     if options.follow:
         beside = folder.resolve().with_name(f"{folder.resolve().name}.versions")
         versions = Versions(folder, options.follow, options.versions or beside, options.merge_share)
@@ -128,6 +132,8 @@ def _serve(options: argparse.Namespace) -> int:
         host=options.host,
         port=options.port,
         log_level="warning",
+        http=protocol_with_a_limit(2 * options.timeout_seconds + 5),
+        ws="none",
         timeout_graceful_shutdown=int(options.timeout_seconds) + 1,
     )
     return 0

@@ -7,12 +7,13 @@ import json
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -70,7 +71,7 @@ class Server:
         ]
         if self.settings.feedback is not None:
             routes.append(Route("/feedback", self._answering("/feedback", self._feedback), methods=["POST"]))
-        return Starlette(routes=routes, lifespan=self._lifespan)
+        return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={HTTPException: _no_route})
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -108,9 +109,10 @@ class Server:
             return False
         try:
             scorer = versions.update(batches.scorer)
-        except (ExportError, OSError) as error:
+        except Exception as error:  # also one of ours, of a publication that nobody thought of: the server goes on
             self.metrics.updates.labels("failed").inc()
-            problem = " ".join(str(error).split())
+            kind = "" if isinstance(error, (ExportError, OSError)) else f"{type(error).__name__}: "
+            problem = kind + " ".join(str(error).split())
             if problem != self._problem:
                 self._say(f"still serving {batches.scorer.version}: {problem}")
             self._problem = problem
@@ -234,8 +236,14 @@ class Server:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _error(status: int, message: str) -> Response:
-    return Response(json.dumps({"error": message}), status, media_type=JSON)
+async def _no_route(request: Request, error: Exception) -> Response:
+    """Answer a path or a method that the server has not, as other errors are answered."""
+    assert isinstance(error, HTTPException)
+    return _error(error.status_code, f"{request.method} {request.url.path[:80]}: {error.detail}", error.headers)
+
+
+def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(json.dumps({"error": message}), status, headers, JSON)
 
 
 async def _body(request: Request, most: int) -> bytes:

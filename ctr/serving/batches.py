@@ -152,7 +152,15 @@ class Batches:
             places.append(place)
         for place, (scores, hidden) in zip(places, scorer.predict_with_hidden(inputs), strict=True):
             keys = None
+            if not np.isfinite(scores).all():
+                answers[place] = RowError(_not_finite(scores))
+                continue
             if self._feedback is not None:
                 scores, keys = self._feedback.answer(scorer.base, scores, hidden)
             answers[place] = Answer(scores, scorer.version, keys)
         return answers
+
+
+def _not_finite(scores: np.ndarray) -> str:
+    row = int(np.argmin(np.isfinite(scores.reshape(len(scores), -1)).all(1)))
+    return f"row {row}: the model's answer is {np.ravel(scores[row])[0]}, no number: its values are too large"

@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from tessera.ctr.serving.batches import Answer, Limits, Request
+from tessera.ctr.serving.plain_bytes import plain_bytes
 
 ARROW = "application/vnd.apache.arrow.stream"
 JSON = "application/json"
 #: Begins of zstd and lz4 frames, which stand behind the size of what they decompress to.
 COMPRESSED = re.compile(rb"\x28\xb5\x2f\xfd|\x04\x22\x4d\x18")
-LARGEST_FACTOR = 8  # by which an Arrow body may grow when it is decompressed
+LARGEST_FACTOR = 8  # by which an Arrow body may grow when it is decompressed or decoded
 
 
 class BadRequest(Exception):
@@ -76,6 +77,8 @@ def _counted(rows: int, limits: Limits) -> int:
 
 
 def json_of(body: bytes) -> Any:
+    """Return what a body holds. Raises BadRequest: it is no JSON."""
+
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON")
 
@@ -96,9 +99,13 @@ def _arrow(body: bytes, limits: Limits) -> pa.Table:
     try:
         with pa.ipc.open_stream(body) as stream:
             table = stream.read_all()
+        table.validate()
+        grown = sum(plain_bytes(chunk) for column in table.columns for chunk in column.chunks)
+        if grown > LARGEST_FACTOR * limits.body_bytes:
+            raise BadRequest(413, "the body's dictionaries and views stand for more than is allowed")
         table.validate(full=True)  # offsets that lead elsewhere would be followed
         return table
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+    except (pa.ArrowException, OSError, ValueError, IndexError, MemoryError) as error:
         raise BadRequest(400, f"the body is no Arrow stream: {' '.join(str(error).split())[:120]}") from None
 
 

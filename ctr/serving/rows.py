@@ -108,6 +108,7 @@ class RowDecoder:
         """Return a column of Python values. Integers may be of 64 bits with or without sign."""
         if not values and name in self._lists:
             return pa.array([], pa.list_(pa.null()))
+        _refuse_nested(name, values)
         problem = ""
         for kind in (None, pa.uint64(), pa.list_(pa.uint64())):
             try:
@@ -161,8 +162,21 @@ def _check(arrow: pa.Schema, wanted: Sequence[Wanted]) -> None:
         raise RowError(str(error)) from None
 
 
+def _refuse_nested(name: str, values: list[Any]) -> None:
+    """Raise RowError for a value that is more than a list: Arrow would take long to tell what it is."""
+    nested = {list, tuple, dict}
+    if not nested & set(map(type, values)):
+        return
+    for number, value in enumerate(values):
+        if type(value) is dict or (type(value) in nested and nested & set(map(type, value))):
+            raise RowError(f"row {number}: column {name!r} found {_shown(value)}, expected a value or a list of values")
+
+
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} of many levels"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -91,21 +91,26 @@ def mixed(ids: np.ndarray) -> np.ndarray:
     return mix64(torch.from_numpy(np.array(ids, np.int64))).numpy().view(np.uint64)
 
 
-def opened(path: str, *, in_order: bool = False) -> np.ndarray:
+def opened(
+    path: str, *, in_order: bool = False, dtype: np.dtype | None = None, shape: tuple[int, ...] | None = None
+) -> np.ndarray:
     """Memory-map a .npy file; nothing of it is read yet. in_order: it will be read from its begin to its end, and not
-    here and there.
+    here and there. dtype, shape: what it must have; None: any.
 
-    Raises ExportError: it is none.
+    Raises ExportError: it is none, or holds something else.
     """
     try:
         header = np.load(path, mmap_mode="r", allow_pickle=False)
         if not header.size:
-            return np.load(path, allow_pickle=False)
-        if not in_order:
-            read_here_and_there(header)
-        return header
-    except (OSError, ValueError) as error:
+            header = np.load(path, allow_pickle=False)
+    except Exception as error:  # its header is Python, and numpy raises what Python's parsers do
         raise ExportError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if (dtype is not None and header.dtype != dtype) or (shape is not None and header.shape != shape):
+        found = f"{header.dtype.str} {header.shape}"
+        raise ExportError(f"{path} is damaged: it holds {found}, and the description says {dtype} {shape}")
+    if header.size and not in_order:
+        read_here_and_there(header)
+    return header
 
 
 def read_here_and_there(mapped: np.ndarray) -> None:
@@ -126,18 +131,24 @@ class TableFiles:
 
     def __init__(self, folder: str, table: StoredTable) -> None:
         self.table, self._folder = table, folder
-        self._values = [opened(f"{folder}/{group.values}") for group in table.groups]
-        self._scales = [opened(f"{folder}/{group.scales}") if group.scales else None for group in table.groups]
-        self._decay = opened(f"{folder}/{table.folder}/{DECAY}") if table.decay_floats else None
+        rows = table.rows
+        columns = {one.path: one for one in columns_of(table.folder, table.groups, table.decay_floats)}
+
+        def of(path: str) -> np.ndarray:
+            column = columns[path]
+            shape = (rows, column.width) if column.width else (rows,)
+            return opened(f"{folder}/{path}", dtype=column.dtype, shape=shape)
+
+        self._values = [of(group.values) for group in table.groups]
+        self._scales = [of(group.scales) if group.scales else None for group in table.groups]
+        self._decay = of(f"{table.folder}/{DECAY}") if table.decay_floats else None
         self._dynamic = table.kind == "dynamic"
         if self._dynamic:
-            self._starts = opened(f"{folder}/{table.folder}/{STARTS}")
-            self._ids = opened(f"{folder}/{table.folder}/{IDS}")
+            self._starts = opened(f"{folder}/{table.folder}/{STARTS}", shape=((1 << table.bits) + 1,))
+            self._ids = of(f"{table.folder}/{IDS}")
             self._shift = np.uint64(64 - table.bits)
-            if len(self._ids) != table.rows or len(self._starts) != (1 << table.bits) + 1:
-                raise ExportError(f"{folder}/{table.folder} holds another index than the description says")
-        if any(len(values) != table.rows for values in self._values):
-            raise ExportError(f"{folder}/{table.folder} holds other rows than the description says")
+            if self._starts.dtype.kind not in "iu" or not self._starts.dtype.isnative:
+                raise ExportError(f"{folder}/{table.folder}/{STARTS} is damaged: it holds {self._starts.dtype.str}")
 
     @property
     def changed(self) -> int:
@@ -154,6 +165,8 @@ class TableFiles:
             return found
         bucket = (mixed(ids) >> self._shift).astype(np.int64) if table.bits else np.zeros(len(ids), np.int64)
         row, end = self._starts[bucket].astype(np.int64), self._starts[bucket + 1].astype(np.int64)
+        if (row < 0).any() or (end > table.rows).any():
+            raise ExportError(f"{self._folder}/{table.folder}/{STARTS} is damaged: it leads to rows that are not there")
         asked = np.flatnonzero(row < end)
         while len(asked):
             same = self._ids[row[asked]] == ids[asked]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -118,3 +119,12 @@ def export(process: Process, folder: Path, name: str = "export", **options) -> E
     config = run_config(folder / "run", [])
     source = source_of_run(config, folder / "run", process)
     return export_model(config, process, source, folder / name, [folder / "run"], Options(**options))
+
+
+@contextmanager
+def damaged(path: Path, content: bytes | None):
+    """Have a file hold something else for a while; None: not be there."""
+    whole = path.read_bytes()
+    path.unlink() if content is None else path.write_bytes(content)
+    yield
+    path.write_bytes(whole)

@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +29,8 @@ from tests.ranks import PYTHONPATH
 
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
+
+from tessera.ctr.serving.app import Server, Settings
 
 REQUESTS, DELTAS, CANDIDATES = 1000, 10, 200
 USER = ("x", "y", "s", "h", "words", "c")
@@ -97,6 +101,20 @@ def touch_a_little(process, config, model, path: Path, seed: int = 0, now: int =
     with torch.no_grad():
         for value, had in zip(dense, before, strict=True):
             value.copy_(had + (torch.rand(had.shape, generator=draw) - 0.5) * 0.2)
+
+
+def test_an_update_that_fails_as_nobody_thought_leaves_what_is_served():
+    def update(current) -> None:
+        raise KeyError("tables")
+
+    said: list[str] = []
+    serving: Any = SimpleNamespace(version="model-1")
+    versions: Any = SimpleNamespace(update=update)
+    server = Server(serving, Settings(versions=versions), say=said.append)
+    server.batches = SimpleNamespace(scorer=serving)  # type: ignore[assignment]
+    assert not server.update() and not server.update()
+    assert said == ["still serving model-1: KeyError: 'tables'"]
+    assert b'tessera_model_updates_total{result="failed"} 2.0' in server.metrics.text()
 
 
 @pytest.mark.slow

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
+import struct
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch.distributed as dist
 
-from tessera.ctr.serving import RowError, Scorer
+from tessera.ctr.serving import ExportError, RowError, Scorer
 from tessera.ctr.serving.table_files import TableFiles
 from tests.ctr.export.asgi import Client, running
 from tests.ctr.export.models import awkward_rows, export, make_run, overrides_of
@@ -244,3 +246,139 @@ def test_arrow_with_turned_bits_never_ends_the_server(scorer):
             assert reply.status < 500, reply.body
 
     serve(scorer, test)
+
+
+def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, column)
+
+
+def amplified() -> dict[str, pa.Table]:
+    """Small tables whose columns are large when they are decoded: one value stands in each row."""
+    rows = 900
+    table = awkward_rows(1).drop_columns(["label", "buy", "price"]).take([0] * rows)
+    codes = pa.array(np.zeros(rows, np.int8))
+
+    def repeated(value: pa.Array) -> pa.Array:
+        return pa.DictionaryArray.from_arrays(codes, value)
+
+    begins, lengths = pa.array(np.zeros(rows, np.int32)), pa.array(np.full(rows, 5000, np.int32))
+    view = struct.pack("<i4sii", 30_000, b"1|1|", 0, 0) * rows
+    texts = pa.Array.from_buffers(pa.string_view(), rows, [None, pa.py_buffer(view), pa.py_buffer(b"1|" * 15_000)])
+    lists = pa.ListViewArray.from_arrays(begins, lengths, pa.array(np.ones(5000, np.int64)))
+    return {
+        "text": with_column(table, "last", repeated(pa.array(["1|" * 20_000]))),
+        "list": with_column(table, "words", repeated(pa.array([["w" * 10] * 3000]))),
+        "views of lists": with_column(table, "tags", lists),
+        "views of text": with_column(table, "last", texts),
+    }
+
+
+@pytest.mark.parametrize("kind", ["text", "list", "views of lists", "views of text"])
+def test_a_value_that_stands_in_many_rows_counts_in_each(scorer, kind):
+    body = stream_of(amplified()[kind])
+
+    async def test(client: Client) -> None:
+        reply = await client.send("POST", "/score", body, {"content-type": ARROW})
+        assert reply.status == 413 and "stand for more than is allowed" in reply.json()["error"], reply.body
+        small = stream_of(with_column(awkward_rows(3), "last", pa.array(["1|2", None, "1|2"]).dictionary_encode()))
+        assert (await client.send("POST", "/score", small, {"content-type": ARROW})).status == 200
+
+    serve(scorer, test, body_bytes=len(body))
+
+
+def test_columns_of_many_types_are_read_or_refused(scorer):
+    """Missing, null, twice, of other types: each is an answer or one line."""
+    table, kinds = awkward_rows(5).drop_columns(["label", "buy", "price"]), [pa.null(), pa.large_string(), pa.binary()]
+    kinds += [pa.float16(), pa.decimal256(60, 2), pa.duration("s"), pa.timestamp("ns"), pa.list_(pa.list_(pa.int64()))]
+    kinds += [pa.map_(pa.string(), pa.int64()), pa.struct([("a", pa.int64())]), pa.list_(pa.float64(), 3), pa.uuid()]
+    kinds += [pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int8(), pa.null()), pa.list_view(pa.int64())]
+    kinds += [pa.run_end_encoded(pa.int32(), pa.int64()), pa.list_(pa.string_view()), pa.large_list(pa.string())]
+    found = set()
+
+    async def test(client: Client) -> None:
+        for name in ("x", "c", "s", "tags", "last"):
+            changed = [with_column(table, name, pa.nulls(5, kind)) for kind in kinds]
+            for one in (*changed, table.drop_columns([name]), table.append_column(name, table[name])):
+                reply = await client.send("POST", "/score", stream_of(one), {"content-type": ARROW})
+                found.add(reply.status)
+                assert reply.status in (200, 422), (reply.body, one.schema.field(name) if name in one.schema else name)
+        for one in (
+            pa.table({}),
+            pa.table({"x": pa.nulls(3)}),
+            table.append_column("more", pa.array([{"a": [1]}] * 5)),
+        ):
+            found.add((await client.send("POST", "/score", stream_of(one), {"content-type": ARROW})).status)
+
+    serve(scorer, test)
+    assert found == {200, 422}
+
+
+@pytest.mark.parametrize("depth", [3, 900])
+def test_values_of_many_levels_are_refused_before_they_are_read(scorer, depth):
+    async def test(client: Client) -> None:
+        for name in ("x", "tags"):
+            for value in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth):
+                body = json.dumps({"rows": [{**rows_of(1)[0], name: 12345}]}).replace("12345", value).encode()
+                reply = await client.post("/score", body)
+                assert reply.status == 422 and f"row 0: column '{name}' found" in reply.json()["error"], reply.body
+        reply = await client.post("/score", b'{"rows": [' + b"[" * depth + b"]" * depth + b"]}")
+        assert reply.status == 422 and "row 0 is" in reply.json()["error"]
+
+    serve(scorer, test)
+
+
+def test_an_answer_that_is_no_number_is_told_and_others_are_answered(scorer, monkeypatch):
+    predict = Scorer.predict_with_hidden
+
+    def overflowing(self, inputs):
+        found = predict(self, inputs)
+        for one, (scores, _) in zip(inputs, found, strict=True):
+            scores[one.numeric[:, 0].numpy() == 123] = np.nan
+        return found
+
+    monkeypatch.setattr(Scorer, "predict_with_hidden", overflowing)
+
+    async def test(client: Client) -> None:
+        rows = rows_of(3)
+        bad = [rows[0], {**rows[1], "x": 123}]
+        replies = await asyncio.gather(*(client.post("/score", {"rows": some}) for some in (rows, bad)))
+        assert [reply.status for reply in replies] == [200, 422]
+        assert replies[1].json()["error"].startswith("row 1: the model's answer is nan, no number")
+
+    serve(scorer, test)
+
+
+def test_another_path_or_method_is_one_line_too(scorer):
+    async def test(client: Client) -> None:
+        assert (await client.post("/nothing", {})).json() == {"error": "POST /nothing: Not Found"}
+        reply = await client.send("GET", "/score")
+        assert reply.status == 405 and reply.headers["allow"] == "POST" and "error" in reply.json()
+
+    serve(scorer, test)
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_flipped_bit_of_any_file_is_found_or_changes_a_value_alone(scorer, tmp_path, times):
+    """Without reading all tables, a damaged one is told where it leads nowhere; nothing else is raised."""
+    draw, folder, rows = random.Random(5), tmp_path / "export", awkward_rows(60)
+    shutil.copytree(scorer.folder, folder)
+    ids = [np.arange(-40, 60), draw.getrandbits(63) + np.arange(9)]
+    for path in (one for one in [*scorer.manifest["files"], "manifest.json"]):
+        content, is_table = (folder / path).read_bytes(), path.startswith("tables/")
+        for number in range(times * 3 if is_table else times):
+            damaged = bytearray(content)
+            damaged[draw.randrange(len(damaged) if number % 2 else min(128, len(damaged)))] ^= 1 << draw.randrange(8)
+            (folder / path).write_bytes(damaged)
+            with pytest.raises(ExportError):
+                Scorer.load(folder, check=True)
+            if is_table:
+                table = next(one for one in scorer.description.tables if path.startswith(one.folder + "/"))
+                try:
+                    opened = TableFiles(str(folder), table)
+                    for some in ids:
+                        found = opened.find(some)
+                        opened.read(found[found >= 0], 0)
+                except ExportError as error:
+                    assert "\n" not in str(error)
+        (folder / path).write_bytes(content)
+    assert Scorer.load(folder, check=True)(rows).tolist() == scorer(rows).tolist()
