@@ -58,6 +58,7 @@ def check(config: Config) -> None:
         )
     check_unused(config)
     _check_helen(config)
+    _check_accumulate(config)
     _check_labels(config)
     config.selection.check()
     if config.selection.method != "none" and trainer.compile:
@@ -139,6 +140,32 @@ def _check_helen(config: Config) -> None:
                 f"{found}{key} is {getattr(embedding, key)}: tables with a cache have no pass over perturbed rows; "
                 f"set rho=0 or {key}=null"
             )
+
+
+def _check_accumulate(config: Config) -> None:
+    """Raise ConfigError for what updates something with each batch, or weighs a batch by itself."""
+    accumulate, trainer = config.trainer.accumulate, config.trainer
+    if accumulate == 1:
+        return
+    found = f"trainer.accumulate is {accumulate}, and "
+    if config.embedding.kind == "static":
+        raise ConfigError(
+            f"{found}static tables update rows in each batch; expected embedding=dynamic, or accumulate=1"
+        )
+    if config.embedding.alpt.every is not None or config.optimizer.helen.rho:
+        twice = "optimizer.helen.rho" if config.optimizer.helen.rho else "embedding.alpt.every"
+        raise ConfigError(
+            f"{found}{twice} makes steps of two passes over one batch; expected {twice} unset, or accumulate=1"
+        )
+    if trainer.loss_divisor != "batch":
+        raise ConfigError(
+            f"{found}trainer.loss_divisor is {trainer.loss_divisor}, which divides by the rows of one batch; expected "
+            "batch, or accumulate=1"
+        )
+    for embedding, _ in settings_of_all(config):
+        key = next((key for key in ("cache_rows", "cache_bytes") if getattr(embedding, key) is not None), None)
+        if key is not None:
+            raise ConfigError(f"{found}{key} is {getattr(embedding, key)}; expected null, or accumulate=1")
 
 
 def _check_embedding(embedding: EmbeddingConfig, state_format: str) -> None:

@@ -277,7 +277,10 @@ class TrainerConfig:
         below=2**63,
         expected="a whole number from 0 to 2^63 - 1",
     )
-    batch_size: int = setting(4096, "rows of one step over all ranks", at_least=1)
+    batch_size: int = setting(4096, "rows of one batch over all ranks", at_least=1)
+    accumulate: int = setting(
+        1, "batches of one step, whose gradients add up before anything is updated (docs/training.md)", at_least=1
+    )
     epochs: int = setting(1, "passes over the training rows", at_least=1)
     max_steps: int | None = setting(None, "stop after this many steps", at_least=1)
     shuffle: bool = setting(True, "of the training rows: row groups, then rows inside a window")

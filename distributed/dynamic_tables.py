@@ -38,6 +38,7 @@ from tessera.distributed.torchrec.configs import torchrec_config
 from tessera.distributed.torchrec.ids_prefetch import IdsPrefetch, PrefetchedBatch
 from tessera.distributed.torchrec.kernel import Counted, DynamicTableKernel, Pass
 from tessera.distributed.torchrec.row_sharding import DYNAMIC, AskedRows, DynamicSharder
+from tessera.distributed.window import WHOLE, Window
 from tessera.embedding.cached_table import CachedTable
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.set_table import OwnedTable
@@ -178,9 +179,9 @@ class DynamicTables(nn.Module):
         the same place; `bring` follows.
 
         times: int64 [B] of the events in its rows; told: float64 [n], what this rank tells all others, where `tells`.
-        Batches are begun in the order of their steps, whose forward pass takes the same `ids`; that of the next step at
-        the earliest when this step begins. With `prefetches` nothing may be asked of the tables from then on,
-        evaluation and saving included, until that step has begun. Returns what holds the memory that the step will use.
+        Batches are begun in the order of their steps, whose forward pass takes the same `ids`; the next one at the
+        earliest when this step begins. With `prefetches` nothing may be asked of the tables until that step has begun,
+        evaluation and saving included. Returns what holds the memory that the step will use.
         """
         assert self.training
         begun = PrefetchedBatch(ids, times)
@@ -299,21 +300,25 @@ class DynamicTables(nn.Module):
         return self._by_table([kernel.tables for kernel in self._kernels()])
 
     def begin_step(
-        self, now: int, *, learn_scales: bool = False, perturbs: bool = False, times: Tensor | None = None
+        self,
+        now: int,
+        *,
+        learn_scales: bool = False,
+        perturbs: bool = False,
+        times: Tensor | None = None,
+        window: Window = WHOLE,
     ) -> None:
-        """Set the time of the coming training step, in seconds, with which its rows are touched.
+        """Set the time of the coming batch, in seconds, with which its rows are touched.
 
-        times: int64 [B], of the events in the rows of this rank's batch, which then has as many rows as those of other
-        ranks. Rows of ids are touched with the time of their latest event in all ranks' batches, at most `now`. Of a
-        batch that was begun the times are known already.
-        learn_scales: the step has a second pass in which scales are learned. Rows are stored at its end.
-        perturbs: it has one that reads perturbed rows (`perturb`), whose gradients update them; without a cache only.
-        """
-        assert not (perturbs and (learn_scales or self.cached))
+        times: int64 [B], of events in this rank's rows, as many as on others: the latest one of an id on all ranks, at
+        most `now`, touches its row. learn_scales: the step has a second pass, for scales; rows are stored at its end.
+        perturbs: it has one that reads perturbed rows (`perturb`), whose gradients update them. window: what the batch
+        is to its step. Of the three at most one; the last two without a cache."""
+        assert not ((perturbs and learn_scales) or ((perturbs or window != WHOLE) and self.cached))
         self._times = None if self._prefetched else times
         self._two_passes = learn_scales or perturbs
         for kernel in self._kernels():
-            kernel.now = now
+            kernel.now, kernel.window = now, window
             kernel.phase = Pass.FIRST if learn_scales else Pass.MEASURING if perturbs else Pass.ONLY
         if self._init_from_oov and self.oov is not None:
             for table, oov, columns in zip(self.owned().values(), self.oov.detach(), self._columns, strict=True):
@@ -325,17 +330,14 @@ class DynamicTables(nn.Module):
             table.begin_period()
 
     def perturb(self, rho: float, xi: float) -> None:
-        """Between two passes, with `perturbs`: perturb the rows of the batch for the second one (`embedding/helen.py`),
-        by gradients of the first. Collective."""
+        """Between two passes perturb the batch's rows by gradients of the first (`embedding/helen.py`). Collective."""
         perturb([one for kernel in self._kernels() for one in kernel.perturbations()], rho, xi)
 
     @contextmanager
     def second_pass(self, *, dense: bool = False) -> Iterator[None]:
-        """Run forward and backward in this block as the second pass of a step, on the batch of the first.
-
-        Look-ups give the updated rows as they would be stored, and gradients go to the scales alone; or perturbed rows,
-        which gradients update. dense: OOV rows and projections get gradients, too.
-        """
+        """Run forward and backward in this block as the second pass of a step, on the batch of the first: look-ups give
+        the updated rows as they would be stored, and gradients go to the scales alone; or perturbed rows, which
+        gradients update. dense: OOV rows and projections get gradients, too."""
         self._second, self._frozen = True, not dense
         for kernel in self._kernels():
             kernel.begin_second_pass()
@@ -353,8 +355,7 @@ class DynamicTables(nn.Module):
                 table.expire(now, budget_rows=None if everywhere else EXPIRE_ROWS)
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """Return this rank's counts by table: rows, bytes, new, admitted, rejected, expired, evicted. They may be read
-        at any time: a batch that is prefetched does not count before its step."""
+        """Return this rank's counts by table, at any time: a batch that is prefetched counts from its step on."""
         return {name: counted.stats for name, counted in self._counted().items()}
 
     def _counted(self) -> dict[str, Counted]:
@@ -367,8 +368,7 @@ class DynamicTables(nn.Module):
         return {table.name: found[module_name(table.name)] for table in self.tables}
 
     def cache_stats(self) -> CacheStats | None:
-        """Return this rank's cache counts since the last call; None if tables have no cache. Allowed at any time, as
-        `stats`."""
+        """Return this rank's cache counts since the last call, at any time; None if tables have no cache."""
         if not self.cached:
             return None
         counted = self._counted()

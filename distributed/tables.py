@@ -16,6 +16,7 @@ from torchrec import KeyedJaggedTensor
 
 from tessera.distributed.host_manager import CacheStats
 from tessera.distributed.plan import TableSize
+from tessera.distributed.window import WHOLE, Window
 from tessera.embedding.set_table import OwnedTable
 
 
@@ -98,10 +99,16 @@ class DynamicTablesProtocol(ShardedTables, Protocol):
         ...
 
     def begin_step(
-        self, now: int, *, learn_scales: bool = False, perturbs: bool = False, times: Tensor | None = None
+        self,
+        now: int,
+        *,
+        learn_scales: bool = False,
+        perturbs: bool = False,
+        times: Tensor | None = None,
+        window: Window = WHOLE,
     ) -> None:
-        """Set the time of the coming training step, in seconds, with which its rows are touched, and whether it has a
-        second pass, for scales or over perturbed rows. times: int64 [B]."""
+        """Set the time of the coming batch, in seconds, with which its rows are touched, whether it has a second pass,
+        for scales or over perturbed rows, and what it is to its step. times: int64 [B]."""
         ...
 
     def bring(self, now: int) -> None:

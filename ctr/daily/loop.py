@@ -226,6 +226,8 @@ class Daily:
                 engine.expire_if_due()
                 self.log.train(engine, batch, loss_sum, weight)
                 record.stage, record.train_seconds = Stage.TRAINING, before + time.perf_counter() - began
+                if engine.inside_step:
+                    continue
                 is_last = self.progress.epoch >= epochs - 1 and reader.steps_done == reader.steps_per_epoch
                 self.checkpoints.after_step(save_follows=is_last)
             self.progress.epoch += 1

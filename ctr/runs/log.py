@@ -148,11 +148,11 @@ class RunLog:
                 self._bar.update()
 
     def train(self, engine: Engine, batch: Batch, loss_sum: Tensor, weight: Tensor) -> None:
-        """Add one step of this rank. Every `log_every` steps log them, which alone waits for the device."""
+        """Add one batch of this rank. Every `log_every` steps log them, which alone waits for the device."""
         rows = torch.full_like(weight, batch.rows)
         self.sums += torch.stack([loss_sum.double(), weight.double(), rows.double()])
         self._epoch = engine.progress.epoch
-        if engine.step % self._config.trainer.log_every == 0:
+        if not engine.inside_step and engine.step % self._config.trainer.log_every == 0:
             self.interval(engine)
 
     def interval(self, engine: Engine) -> None:

@@ -21,6 +21,7 @@ from tessera.ctr.train.step_pipeline import StepPipeline
 from tessera.ctr.train.task_loss import TaskLoss
 from tessera.distributed.rank import Process
 from tessera.distributed.tables import Tables, as_dynamic, as_sharded
+from tessera.distributed.window import WHOLE, Window
 from tessera.embedding.errors import ConfigError
 
 
@@ -35,6 +36,7 @@ class Engine:
         loss: that to the labels; distil: the teacher's part of it, if there is one.
         progress: where training stands; its step and clock move with each step.
         pipeline: gets batches ready for their steps.
+        inside_step: more batches of the step follow (`trainer.accumulate`): nothing has been updated yet.
 
     Raises:
         ConfigError: a model or tables that cannot be built as configured.
@@ -55,6 +57,8 @@ class Engine:
         self.distil = None if distil.kind == "none" else Distillation(distil, process.device)
         self.progress = Progress()
         self.pipeline = StepPipeline(config, self.tables, process, self.progress)
+        self._batches = 0  # of the step that has begun
+        self._weight = 0.0  # of these
 
     def parts(self) -> dict[str, Stateful]:
         """Return the parts of a saved state that the engine has, by name."""
@@ -72,29 +76,38 @@ class Engine:
         """Number of steps done."""
         return self.progress.step
 
+    @property
+    def inside_step(self) -> bool:
+        return self._batches > 0
+
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Run one update. Returns this rank's summed loss and summed sample weight, on the device, for the log."""
+        """Run one batch and, if it is the last one of its step, one update. Returns this rank's summed loss and summed
+        sample weight, on the device, for the log."""
         ready = self.pipeline.take(batch)
         batch, learn_scales = ready.on_device, self._learns_scales()
+        accumulate, number = self.config.trainer.accumulate, self._batches
+        loss_scale, window = self._begin_batch(ready.weight)
         if self.dynamic:
             perturbs = self.config.optimizer.helen.rho > 0
-            self.dynamic.begin_step(ready.now, learn_scales=learn_scales, perturbs=perturbs, times=ready.times)
-        self.network.step = self.step  # of which dropout draws its masks
+            how = {"learn_scales": learn_scales, "perturbs": perturbs}
+            self.dynamic.begin_step(ready.now, **how, times=ready.times, window=window)
+        self.network.step = self.step * accumulate + number  # of which dropout draws its masks
         with self.pipeline.next_begun():
             logits, embeddings = self.model(batch)
         loss_sum = self.loss(logits, batch, ready.weight)
         teacher_loss = self.distil.loss(logits, batch) if self.distil else 0.0
         check_loss(loss_sum + teacher_loss, self.network, batch, embeddings, self.step)
         watch_gradients(self.network, embeddings)
-        # Ranks hold different numbers of rows and data parallel averages over ranks. With this factor the update is
-        # that of the mean over the global batch, however its rows are spread.
-        loss_scale = self.process.world_size / max(ready.weight, 1e-12)
-        self.process.stage = f"step {self.step}: backward"
-        self.optimizers.zero_grad()
+        self.process.stage = f"step {self.step}: backward" + f", batch {number + 1}" * (number > 0)
+        if not number:
+            self.optimizers.zero_grad()
         # This updates the rows of tables, too, but in a step of Helen: kernels/pool.py,
         # distributed/torchrec/answers.py, `_LookUp.backward` in distributed/torchrec/kernel.py, parts.py beside it,
         # `TableSet.update`, kernels/records.py.
-        ((loss_sum + teacher_loss + self._added(embeddings)) * loss_scale).backward()
+        ((loss_sum + teacher_loss + self._added(embeddings, number)) * loss_scale).backward()
+        if window.keeps:
+            return loss_sum.detach(), batch.weight.sum()
+        self.optimizers.scale_gradients(window.factor)
         check_gradients(self.network.dense_parameters(), self.step)
         if self.config.optimizer.helen.rho:
             self._train_perturbed(batch, ready.weight, loss_scale)
@@ -110,13 +123,37 @@ class Engine:
     def expire_if_due(self) -> None:
         """Remove rows that no batch has touched for their table's TTL, every `embedding.expire_every` steps, among the
         next EXPIRE_ROWS rows of each table."""
-        if self.dynamic and self.step % self.config.embedding.expire_every == 0:
+        if self.dynamic and not self.inside_step and self.step % self.config.embedding.expire_every == 0:
             self.dynamic.expire(self.progress.now)
 
-    def _added(self, embeddings: dict[str, Tensor]) -> Tensor | float:
-        """Return what is added to this rank's summed loss: L2 of rows, and its part of the penalty of gates."""
+    def _begin_batch(self, weight: float) -> tuple[float, Window]:
+        """Return by what the loss of the next batch is multiplied, and what the batch is to its step. weight: of the
+        global batch.
+
+        Ranks hold different numbers of rows and data parallel averages over ranks. With world size / weight the update
+        is that of the mean over the global batch, however its rows are spread. Of several batches the weight of all is
+        known with the last one: gradients are then multiplied by what is still missing. A step does not reach over
+        the end of an epoch.
+        """
+        accumulate, ranks, nominal = (
+            self.config.trainer.accumulate,
+            self.process.world_size,
+            self.config.trainer.batch_size,
+        )
+        if accumulate == 1:
+            return ranks / max(weight, 1e-12), WHOLE
+        self._batches, self._weight = self._batches + 1, self._weight * self.inside_step + weight
+        if self._batches < accumulate and not self.pipeline.at_end():
+            return ranks / nominal, Window(keeps=True)
+        window = Window(factor=nominal / max(self._weight, 1e-12))
+        self._batches = 0
+        return ranks / nominal, window
+
+    def _added(self, embeddings: dict[str, Tensor], number: int = 0) -> Tensor | float:
+        """Return what is added to this rank's summed loss: L2 of rows and, with the first batch of a step, its part of
+        the penalty of gates."""
         l2 = self._l2(embeddings)
-        return l2 + self.gates.penalty() / self.process.world_size if self.gates else l2
+        return l2 + self.gates.penalty() / self.process.world_size if self.gates and not number else l2
 
     def _l2(self, embeddings: dict[str, Tensor]) -> Tensor | float:
         """Return l2/2 times the squares of rows, summed over all look-ups of the batch, those of each id of a bag: rows

@@ -74,6 +74,12 @@ def check(config: Config, steps: int, low: float, high: float) -> None:
         )
     if config.trainer.warm_start.path is not None:
         raise ConfigError("trainer.warm_start.path is set; expected null, as rates are found from first values")
+    if config.trainer.accumulate != 1:
+        rows = config.trainer.batch_size * config.trainer.accumulate
+        raise ConfigError(
+            f"trainer.accumulate is {config.trainer.accumulate}; expected 1, to find rates: "
+            f"trainer.batch_size={rows} trainer.accumulate=1 has as many rows in a step"
+        )
     if config.trainer.distil.kind != "none":
         raise ConfigError(f"trainer.distil.kind is {config.trainer.distil.kind}; expected none, to find rates")
 

@@ -51,6 +51,12 @@ class Optimizers:
     def zero_grad(self) -> None:
         self._dense.zero_grad()
 
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the gradients of the dense weights."""
+        grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if factor != 1 and grads:
+            torch._foreach_mul_(grads, factor)
+
     def step(self) -> None:
         if self._config.dense.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._config.dense.clip_norm)

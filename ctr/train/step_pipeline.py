@@ -107,6 +107,10 @@ class StepPipeline:
         finally:
             self._coming = None  # the reader's threads end
 
+    def at_end(self) -> bool:
+        """Return whether the batch that was passed on last is the last one of an epoch. Reads the next one."""
+        return self._coming is not None and self._coming.peek() is None
+
     def take(self, batch: Batch) -> ReadyBatch:
         """Return the batch of the step that begins now, ready; set the clock to its time."""
         self._process.stage = f"step {self._progress.step}: forward"

@@ -73,6 +73,8 @@ class Trainer:
                 self.profiler.at(engine.step)
                 engine.expire_if_due()
                 self.log.train(engine, batch, loss_sum, weight)
+                if engine.inside_step:
+                    continue
                 if every and engine.step % every == 0:
                     self.evaluate()
                 self.checkpoints.after_step()

@@ -43,6 +43,7 @@ from tessera.distributed.torchrec.parts import (
     SetPart,
     numbers_of_sets,
 )
+from tessera.distributed.window import WHOLE
 from tessera.embedding.cached_table import CachedTable
 from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.errors import CacheFull, TableFull
@@ -122,7 +123,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
 
     Attributes:
         tables: in the order of torchrec's grouped config, each as one that can be asked by itself.
-        now: time of the batch in seconds, set by the caller before each training step, as phase is.
+        now: time of the batch in seconds, set by the caller before each training step, as phase and window are.
     """
 
     def __init__(self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None):
@@ -141,6 +142,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         self._counted: list[Counted] = []
         self.now = 0
         self.phase = Pass.ONLY
+        self.window = WHOLE
         self._first: Request | None = None  # between the two passes
         self._optim = RowLearningRates([table.optimizer.lr for table in self._configs])
         # Autograd runs a function's backward only if some input wants a gradient, and it does not track rows.
@@ -262,8 +264,10 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
             rates = [self._optim.rates[number] for number in part.numbers]
             if phase is Pass.FIRST:
                 part.begin_update(piece, found, rates)
+            elif self.window.keeps:
+                part.keep(piece, found)
             else:
-                part.update(piece, found, rates)
+                part.update(piece, found, rates, self.window.factor)
 
     def perturbations(self) -> list[Perturbation]:
         """Return those that the first pass has measured gradients for, of the rows of each part."""

@@ -89,6 +89,15 @@ class FoundInSet:
     often: Tensor
 
 
+class Kept(NamedTuple):
+    """What one batch of a step leaves for its last one. rows: int64 [u], -1 for none; grads: float32 [u, width];
+    ids: int64 [u], None where no row can be given up before the step ends."""
+
+    rows: Tensor
+    grads: Tensor
+    ids: Tensor | None
+
+
 class SetPart:
     """numbers: of the tables among those of the kernel. perturbation: of the rows of a batch, between two passes."""
 
@@ -99,6 +108,8 @@ class SetPart:
         self.tables: list[SetTable | CachedTable] = [SetTable(self.set, number) for number in range(len(configs))]
         self._updates: list[tuple[RecordsUpdate, Tensor, Tensor | None, slice]] = []
         self._rates: tuple[float, ...] = ()
+        self._kept: list[Kept] = []
+        self._evicts = any(config.row_limit is not None for config in configs)
         self.perturbation: Perturbation | None = None
         self._dims = [group.dim for group in configs[0].groups]
 
@@ -120,13 +131,37 @@ class SetPart:
         """Return what was asked for, [n, columns], in the order in which it came."""
         return self._answers.made_of(self.set.gather(found.rows, found.inverse), found.rows, found.inverse)
 
-    def update(self, grads: Tensor, found: FoundInSet, rates: Sequence[float]) -> None:
-        """Train the rows by the gradients of `answers`. rates: learning rates of the tables."""
-        grads, positions = self._answers.gradients_of(grads), None
+    def update(self, grads: Tensor, found: FoundInSet, rates: Sequence[float], factor: float = 1.0) -> None:
+        """Train the rows by the gradients of `answers`, and those of batches before that `keep` has kept, times a
+        factor. rates: learning rates of the tables."""
+        if self._kept:
+            self.keep(grads, found)
+            rows, grads, positions = self._of_window()
+        else:
+            rows, grads, positions = found.rows, self._answers.gradients_of(grads), None
+            if found.inverse is not None:
+                assert found.counts is not None
+                positions = Positions(*positions_of(found.inverse, found.counts))
+        grads = grads if factor == 1 else grads * factor
+        self.set.update(rows, grads, positions, self._rates_of(rates))
+
+    def keep(self, grads: Tensor, found: FoundInSet) -> None:
+        """Keep the gradients of `answers` for the update of the last batch of the step."""
+        grads = self._answers.gradients_of(grads)
         if found.inverse is not None:
-            assert found.counts is not None
-            positions = Positions(*positions_of(found.inverse, found.counts))
-        self.set.update(found.rows, grads, positions, self._rates_of(rates))
+            grads = sum_by_row(grads, found.inverse, found.rows.numel())
+        self._kept.append(Kept(found.rows, grads, self.set.store.ids_of(found.rows) if self._evicts else None))
+
+    def _of_window(self) -> tuple[Tensor, Tensor, Positions]:
+        """Return the distinct rows of all kept batches, their gradients, and which belong to each; nothing is kept any
+        more. A row that was given up since to make room for another id has no part."""
+        kept, self._kept = self._kept, []
+        every = torch.cat([one.rows for one in kept])
+        if self._evicts:
+            ids = torch.cat([one.ids for one in kept if one.ids is not None])
+            every = every.masked_fill(self.set.store.ids_of(every) != ids, -1)
+        rows, inverse, counts = unique_inverse(every)
+        return rows, torch.cat([one.grads for one in kept]), Positions(*positions_of(inverse, counts))
 
     def _rates_of(self, rates: Sequence[float]) -> Tensor:
         if tuple(rates) != self._rates:
@@ -225,8 +260,10 @@ class CachedPart:
         values = found.where.gather(found.rows).to(found.ids.device)
         return values if found.inverse is None else values[found.inverse]
 
-    def update(self, grads: Tensor, found: FoundInCache, rates: Sequence[float]) -> None:
-        """Train the rows by the gradients of `answers`. rates: the learning rate of the table."""
+    def update(self, grads: Tensor, found: FoundInCache, rates: Sequence[float], factor: float = 1.0) -> None:
+        """Train the rows by the gradients of `answers`. rates: the learning rate of the table. A batch is a step by
+        itself here."""
+        assert factor == 1
         if grads.numel():
             grads = self._answers.gradients_of(grads)
             found.where.update(found.rows, grads, found.inverse, rates[0], found.ids)
