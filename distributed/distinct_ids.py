@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -24,15 +24,15 @@ ALL_TABLES = "tables"  # the key; names of single tables begin otherwise (`modul
 @dataclass(frozen=True)
 class DistinctIds:
     """mixed: int64 [u], those of table t at bounds[t] to bounds[t + 1] - 1; counts: int64 [u]; times: int64 [u], of the
-    latest event of each, or None. index: int64 [values of the batch], the place of each. of_tables: how many are of
-    each table."""
+    latest event of each, or None. index: int64 [values of the batch], the place of each. On a GPU u is the number of
+    values of the batch, so that the host need not wait for a smaller one: what is there from bounds[-1] on has count 0
+    and is no id."""
 
     mixed: Tensor
     bounds: Tensor
     counts: Tensor
     times: Tensor | None
     index: Tensor
-    of_tables: list[int]
 
 
 class FieldsOfTables:
@@ -56,10 +56,6 @@ def distinct_ids(ids: KeyedJaggedTensor, times: Tensor | None, tables: FieldsOfT
         bounds = [begins[end] for end in tables.ends]
         flat = torch.cat([flat[ends[field] : ends[field + 1]] for field in tables.flat])
     unique, index, counts, found = unique_tables(flat, on_device(bounds, flat.device), padded=True, mixed=True)
-    ends_of_tables = found.tolist()  # on a GPU the host waits here, and nowhere else
-    of_tables = [end - begin for begin, end in pairwise(ends_of_tables)]
-    if unique.numel() > ends_of_tables[-1]:  # padded, on a GPU
-        unique, counts = unique[: ends_of_tables[-1]], counts[: ends_of_tables[-1]]
     if not tables.in_order:
         of_fields = index.split(sizes)
         index = torch.empty_like(index)
@@ -67,4 +63,4 @@ def distinct_ids(ids: KeyedJaggedTensor, times: Tensor | None, tables: FieldsOfT
             index[ends[field] : ends[field + 1]] = places
     if times is not None:
         times = latest(times_of_values(ids, times), index, unique.numel())
-    return DistinctIds(unique, found, counts, times, index, of_tables)
+    return DistinctIds(unique, found, counts, times, index)

@@ -27,6 +27,7 @@ from tessera.distributed.distinct_ids import ALL_TABLES, FieldsOfTables, distinc
 from tessera.distributed.fields import OnDevice, chosen, scale_to_mean
 from tessera.distributed.host_manager import CacheStats, HostManager
 from tessera.distributed.module_names import module_name
+from tessera.distributed.oov_rows import with_oov, with_oov_of_tables
 from tessera.distributed.perturbation import perturb
 from tessera.distributed.plan import TableSize
 from tessera.distributed.projections import Projections, columns_in
@@ -115,6 +116,7 @@ class DynamicTables(nn.Module):
         self._averaged = OnDevice([name in averaged for name in id_names]) if averaged else None
         self._row_tables = [i for i, table in enumerate(tables) if table.name not in bag_tables]
         self._bag_tables = [i for i, table in enumerate(tables) if table.name in bag_tables]
+        self._row_numbers = OnDevice(self._row_tables)
         self.collection: Any = None  # torchrec puts a sharded module in its place, as in that of bags
         self.bags: Any = None
         if self._row_tables:
@@ -228,8 +230,7 @@ class DynamicTables(nn.Module):
         assert asked is not None and sent is not None
         rows: Tensor = sent.answer().wait()
         if self.oov is not None:
-            of_tables = zip(rows.split(asked.of_tables), self._row_tables, strict=True)
-            rows = torch.cat([self._with_oov(answered, table) for answered, table in of_tables])
+            rows = with_oov_of_tables(rows, asked.bounds, self._oov_rows(self.oov), self._row_numbers)
         if self._keeps_squares and self.training:
             self._squares.append((rows.square().sum(1) * asked.counts.to(rows)).sum())
         return pool_or_keep(rows, asked.index, ids, self._row_sequences, self.groups)
@@ -247,8 +248,7 @@ class DynamicTables(nn.Module):
         squares, missing = kernel.squares()
         if self.oov is None:
             return squares
-        oov = self.oov[self._bag_tables]
-        return squares + ((oov.detach() if self._frozen else oov).square().sum(1) * missing).sum()
+        return squares + (self._oov_rows(self.oov)[self._bag_tables].square().sum(1) * missing).sum()
 
     def squares_looked_up(self, embeddings: dict[str, Tensor]) -> Tensor:
         """Return the sum of squares of all rows, each as often as the batch looked it up: float32 [], differentiable,
@@ -260,11 +260,11 @@ class DynamicTables(nn.Module):
 
     def _with_oov(self, answered: Tensor, table: int) -> Tensor:
         """Map the owners' answer [n, columns] to [n, width]; ids without a row get the table's OOV row."""
-        if self.oov is None:
-            return answered
+        return answered if self.oov is None else with_oov(answered, self._oov_rows(self.oov)[table])
+
+    def _oov_rows(self, oov: Tensor) -> Tensor:
         # In a second pass for rows alone data parallel, which counts gradients, must not see a second one.
-        oov = self.oov[table].detach() if self._frozen else self.oov[table]
-        return torch.addcmul(answered[:, :-1], answered[:, -1:].detach(), oov)
+        return oov.detach() if self._frozen else oov
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the dense optimizer by name."""

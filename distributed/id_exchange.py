@@ -25,7 +25,7 @@ _layout = lru_cache(maxsize=64)(MessageLayout)
 class Route:
     """How what is sent for ids and what is answered go between the ranks of a group. asked, owned: how many ids went to
     and came from each rank; order: int64, the places of this rank's ids in the order in which they went; places: int64,
-    where each of them stands in that order."""
+    where each of them stands in that order, 0 for what is padded."""
 
     asked: list[int]
     owned: list[int]
@@ -60,8 +60,9 @@ class ReceivedIds:
 
 @dataclass(frozen=True)
 class OutgoingIds:
-    """ids: int64 [n], mixed, those of kind k from bounds[k] on, int64 [kinds + 1]. columns: [n] each, those of larger
-    numbers first. told: float64, as many numbers on every rank; None: none."""
+    """ids: int64 [n], mixed, those of kind k from bounds[k] on, int64 [kinds + 1]; on a GPU what is there from
+    bounds[-1] on is not sent. columns: [n] each, those of larger numbers first. told: float64, as many numbers on every
+    rank; None: none."""
 
     ids: Tensor
     bounds: Tensor
@@ -122,9 +123,13 @@ class SentIds:
         if self._headers is not None:
             return self._headers
         self._work.wait()
-        self._headers = self._came[:, : FIXED + self._layout.told].cpu()
+        end, headers, parts = FIXED + self._layout.told, self._came, self._packed.parts
+        if parts.device.type != "cpu":  # the host waits once for both
+            both = torch.cat([headers[:, :end], parts.unsqueeze(1)], 1).cpu()
+            headers, parts = both, both[:, end]
+        self._headers = headers[:, :end]
         numbers = self._headers.numpy()  # which takes a fraction of what torch's operations do
-        self._asked, self._owned = self._packed.parts.tolist(), numbers[:, PART].tolist()
+        self._asked, self._owned = parts.tolist(), numbers[:, PART].tolist()
         largest, room = int(numbers[:, LARGEST].max()), self._layout.room
         self._exchange.recent.note(int(numbers[:, TOTAL].sum()) / self._exchange.ranks**2, largest)
         if largest > room:  # the same on all ranks
@@ -133,15 +138,16 @@ class SentIds:
 
     def _send_late(self, room: int) -> None:
         ids, kinds = self._outgoing.ids, self._layout.kinds
-        order = self._packed.order
+        total = sum(self._asked)
+        order = self._packed.order[:total]
         columns = [ids, *self._outgoing.columns]
         if self._layout.numbered:
             numbers = torch.arange(kinds, dtype=torch.int32, device=ids.device)
-            columns.append(torch.repeat_interleave(numbers, self._outgoing.bounds.diff(), output_size=ids.numel()))
+            columns.append(torch.repeat_interleave(numbers, self._outgoing.bounds.diff(), output_size=total))
         if room:
             parts = self._packed.parts
-            ranks = torch.repeat_interleave(parts, output_size=ids.numel())
-            place = torch.arange(ids.numel(), device=ids.device) - (parts.cumsum(0) - parts)[ranks]
+            ranks = torch.repeat_interleave(parts, output_size=total)
+            place = torch.arange(total, device=ids.device) - (parts.cumsum(0) - parts)[ranks]
             order = order[place >= room]
         sent = torch.cat([_units(column.index_select(0, order)) for column in columns], 1)
         owned, asked = ([max(0, count - room) for count in counts] for counts in (self._owned, self._asked))
@@ -164,7 +170,9 @@ class SentIds:
         came = read_ids(self._came, late, sum(self._owned), self._layout)
         given = zip(came.columns, self._outgoing.columns, strict=True)
         columns = [one if one.dtype == sent.dtype else one.view(sent.dtype) for one, sent in given]
-        route = Route(self._asked, self._owned, self._packed.order, self._packed.places, self._exchange.group)
+        order, asked = self._packed.order, sum(self._asked)
+        order = order if asked == order.numel() else order[:asked]
+        route = Route(self._asked, self._owned, order, self._packed.places, self._exchange.group)
         return ReceivedIds(came.ids, tuple(columns), came.bounds, came.order, came.ranks, route)
 
 

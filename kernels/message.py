@@ -60,7 +60,9 @@ def pack_ids(
 
     ids: int64 [n], those of kind k at bounds[k] to bounds[k + 1] - 1, int64 [kinds + 1]; columns: [n] each, of the
     layout's sizes; told: float64 [layout.told], for all ranks. Ids beyond the layout's room are counted in the header
-    alone; what lies in room that no id takes is undefined. Raises ValueError for wrong arguments.
+    alone; what lies in room that no id takes is undefined. On a GPU there may be ids from bounds[-1] on, as
+    `unique_tables(..., padded=True)` leaves them: they go to no rank, are last in `order`, and have place 0. Raises
+    ValueError for wrong arguments.
     """
     check_index("ids", ids)
     check_index("bounds", bounds)

@@ -20,10 +20,16 @@ def answer(rows: Tensor, route: Route | HostRoute, codecs: QuantizedCommCodecs |
     for, [asked, dim] in the order of its ids. Differentiable. Collective."""
     if isinstance(route, HostRoute):
         of_host = answer(rows, route.between, codecs)
-        repeated: Tensor = apply(_Repeated, of_host, route.index)
-        return answer(repeated, route.inside, codecs)
+        return answer(repeated(of_host, route.index), route.inside, codecs)
     answered: Tensor = apply(_Answer, rows, route, codecs)
     return answered
+
+
+def repeated(rows: Tensor, index: Tensor) -> Tensor:
+    """Return rows[index], whose gradients are summed by row in the order of `index`, with no race. rows: float32
+    [u, dim]; index: int64 [n]."""
+    found: Tensor = apply(_Repeated, rows, index)
+    return found
 
 
 class _Answer(Function):
@@ -31,7 +37,7 @@ class _Answer(Function):
     def forward(ctx: Any, rows: Tensor, route: Route, codecs: QuantizedCommCodecs | None) -> Tensor:
         ctx.route, ctx.codecs, ctx.owned = route, codecs, rows.shape[0]
         sent = rows.contiguous() if codecs is None else codecs.forward.encode(rows).contiguous()
-        came = sent.new_empty(route.order.numel(), sent.shape[1])
+        came = sent.new_empty(route.order.numel(), sent.shape[1])  # what is padded reads its first row
         dist.all_to_all_single(came, sent, route.asked, route.owned, group=route.group)
         answered = came.index_select(0, route.places)
         return answered if codecs is None else codecs.forward.decode(answered)
@@ -49,8 +55,6 @@ class _Answer(Function):
 
 
 class _Repeated(Function):
-    """rows [u, dim] -> rows[index]; the gradients of a row are summed in the order of `index`, with no race."""
-
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
         ctx.index, ctx.rows = index, rows.shape[0]

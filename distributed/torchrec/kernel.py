@@ -241,7 +241,7 @@ class DynamicTableKernel(BaseBatchedEmbedding[Tensor], FusedOptimizerModule):
         answers: list[Tensor] = [_answers_of(part, found, phase) for part, found in parts]
         if request.at is None:
             return answers[0]
-        whole = answers[0].new_empty((request.mixed.numel(), answers[0].shape[1]))
+        whole = answers[0].new_zeros((request.mixed.numel(), answers[0].shape[1]))
         for at, answer in zip(request.at, answers, strict=True):
             whole.index_copy_(0, at, answer)
         return whole

@@ -32,7 +32,8 @@ from tessera.kernels.unique import merge_look_ups, positions_of, unique_inverse
 
 class LookUps(NamedTuple):
     """Look-ups of one batch in the tables of a part. ids: int64 [n]; counts: int64 or int32 [n]; seen: the time of
-    each, in seconds, one number or int64 [n]; bounds: int64 [T + 1], those of table t from bounds[t] on; order:
+    each, in seconds, one number or int64 [n]; bounds: int64 [T + 1], those of table t from bounds[t] on, behind them
+    no look-ups; order:
     int64 [n], the place of each among those that came, None: the same. repeats: whether an id may be there twice;
     mixed: whether ids are mixed, as they may be where they repeat."""
 
@@ -200,8 +201,10 @@ class SetPart:
     def second_answers(self, found: FoundInSet) -> Tensor:
         """Return the answers of the second pass: rows as they will be stored."""
         parts = [self._answers.made_of(update.gather(own), rows, own) for update, rows, own, _ in self._updates]
-        flat, order = torch.cat(parts), found.asked.order
-        return flat if order is None else torch.empty_like(flat).index_copy_(0, order, flat)
+        flat, order, padded = torch.cat(parts), found.asked.order, found.asked.ids.numel()
+        if order is not None:
+            return torch.empty_like(flat).index_copy_(0, order, flat)
+        return flat if len(flat) == padded else torch.cat([flat, flat.new_zeros(padded - len(flat), flat.shape[1])])
 
     def learn(self, grads: Tensor, found: FoundInSet) -> None:
         """Do the second pass: learn scales by the gradients of `second_answers`, and store the rows."""

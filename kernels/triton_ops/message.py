@@ -42,11 +42,13 @@ def _shape(layout: MessageLayout) -> _Shape:
 
 @kernel
 def _owner_kernel(
-    ids, owners, count, RANKS: tl.constexpr, WORLD: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr
+    ids, bounds, owners, count, kinds, RANKS: tl.constexpr, WORLD: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """Write which rank each id goes to; RANKS, none, for what lies behind the ids of all kinds."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     bits = tl.load(ids + at, mask=at < count, other=0).to(tl.uint64, bitcast=True)
     owner = (bits % tl.full([BLOCK], WORLD, tl.uint64)).to(tl.int64) // EACH % RANKS
+    owner = tl.where(at < tl.load(bounds + kinds), owner, RANKS)
     tl.store(owners + at, owner.to(tl.int32), mask=at < count)
 
 
@@ -84,11 +86,12 @@ def _pack_kernel(
     given, count, ranks, kinds, told, room, header, words, turns, SHAPE: tl.constexpr, BLOCK: tl.constexpr
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    id_place = tl.load(given.order + at, mask=inside, other=0)
+    total = tl.load(given.begins + ranks)  # of ids that go to a rank
+    inside = at < total
+    id_place = tl.load(given.order + at, mask=at < count, other=0)
     rank = tl.load(given.ordered + at, mask=inside, other=0).to(tl.int64)
     place = at - tl.load(given.begins + rank, mask=inside, other=0)
-    tl.store(given.places + id_place, at, mask=inside)
+    tl.store(given.places + id_place, tl.where(inside, at, 0), mask=at < count)
     fits = inside & (place < room)
     row = rank * words + header
     _write(given.ids, given.message, row, place, id_place, fits)
@@ -128,7 +131,7 @@ def _pack_kernel(
         tl.store(given.parts + at, part, mask=is_rank)
         to = given.message + at * words
         tl.store(to, part, mask=is_rank)
-        tl.store(to + 1, zero + count, mask=is_rank)
+        tl.store(to + 1, zero + total, mask=is_rank)
         tl.store(to + 2, largest, mask=is_rank)
         for number in range(0, told):
             value = tl.load(given.told + number).to(tl.int64, bitcast=True)
@@ -148,14 +151,16 @@ def pack_ids(
     ids, device = ids.contiguous(), ids.device
     message = torch.empty((ranks, shape.words), dtype=torch.int64, device=device)
     of_ids = torch.empty(n, dtype=torch.int32, device=device)
-    launch(_owner_kernel, _programs(n), ids, of_ids, n, RANKS=ranks, WORLD=world, EACH=each, BLOCK=block())
+    bounds = bounds.contiguous()
+    how = {"RANKS": ranks, "WORLD": world, "EACH": each, "BLOCK": block()}
+    launch(_owner_kernel, _programs(n), ids, bounds, of_ids, n, shape.kinds, **how)
     ordered, order = torch.sort(of_ids, stable=True)
     begins = torch.empty(ranks + 1, dtype=torch.int64, device=device)
     launch(_begins_kernel, _programs(ranks + 1), ordered, begins, n, ranks, turns_of(n), BLOCK=block())
     places, parts = torch.empty_like(ids), torch.empty(ranks, dtype=torch.int64, device=device)
     first, second, third = [*(column.contiguous() for column in columns), ids, ids, ids][:_COLUMNS]
     by_owner = ordered, order, begins
-    given = _Packed(ids, bounds.contiguous(), told, *by_owner, first, second, third, message, places, parts)
+    given = _Packed(ids, bounds, told, *by_owner, first, second, third, message, places, parts)
     programs = _programs(max(n, ranks if shape.numbered else ranks * shape.kinds))
     sizes = (n, ranks, shape.kinds, shape.told, shape.room, shape.header, shape.words, turns_of(max(n, shape.kinds)))
     launch(_pack_kernel, programs, given, *sizes, SHAPE=_shape(shape), BLOCK=block())

@@ -3,8 +3,8 @@
 Inside `PretendedGpu`, a tensor made or moved with a CUDA device is marked, says that it is on `cuda:0`, and goes to the
 Triton kernels, which the interpreter runs. What is computed of marked tensors is marked. An op of marked and unmarked
 tensors raises, as it would on a GPU, and so does `numpy()`. Reading numbers of marked tensors on the host is counted:
-`waits` is how often the host would have waited for a GPU (`item`, `tolist`, `int`, `bool`, `nonzero`, boolean masks,
-and what is sent to it without `non_blocking`).
+`waits` is how often the host would have waited for a GPU (`item`, `tolist`, `int`, `bool`, `cpu`, `nonzero`, boolean
+masks, and what is sent to it or from it without `non_blocking`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MARK = "_on_pretended_gpu"
 # Index tensors may be on the CPU, and whole tensors may be copied from there; nothing else may.
 _MAY_MIX = {"__getitem__", "__setitem__", "copy_", "index_put_"}
 _TO_HOST = {"cpu", "tolist", "item", "__int__", "__bool__", "__float__", "__index__", "equal", "is_nonzero"}
-_WAITS = (_TO_HOST - {"cpu"}) | {"nonzero", "masked_select", "unique"}
+_WAITS = _TO_HOST | {"nonzero", "masked_select", "unique"}
 
 
 def marked(tensor: torch.Tensor) -> bool:
@@ -67,7 +67,7 @@ class PretendedGpu(TorchFunctionMode):
             if target is None and len(args) > 1 and isinstance(args[1], (str, torch.device)):
                 target, args = args[1], (args[0], *args[2:])
             if target is not None:
-                self.waits += _is_gpu(target) and not on_gpu and not non_blocking
+                self.waits += _is_gpu(target) != on_gpu and not non_blocking
                 on_gpu = _is_gpu(target)
         elif "device" in kwargs:
             on_gpu = _is_gpu(kwargs["device"]) if kwargs["device"] is not None else on_gpu

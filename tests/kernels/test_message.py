@@ -98,6 +98,25 @@ def test_ids_go_to_ranks_of_a_host_and_between_hosts(backend):
         assert expected[packed.order].diff().min() >= 0
 
 
+@pytest.mark.parametrize(("kinds", "count"), [(3, 90), (200, 90), (3, 2)])
+@pytest.mark.skipif("triton" not in available_backends(), reason="Triton is not installed")
+def test_what_lies_behind_the_ids_of_all_kinds_goes_to_no_rank(kinds, count):
+    ids, _, bounds, columns = given(0, kinds, count)
+    told, layout = torch.rand(1, dtype=torch.float64), MessageLayout(24, kinds, 1, (8, 4, 4))
+    longer = [torch.cat([one, one.new_full((50,), 7)]) for one in (ids, *columns)]
+    with use_backend("triton"):
+        alone = pack_ids(ids, bounds, columns, told, Owners(2, 2), layout)
+        padded = pack_ids(longer[0], bounds, longer[1:], told, Owners(2, 2), layout)
+    assert padded.parts.equal(alone.parts) and padded.order[:count].equal(alone.order)
+    assert padded.places.equal(torch.cat([alone.places, torch.zeros(50, dtype=torch.int64)]))
+    none = torch.zeros((0, sum(layout.late_units)), dtype=torch.int32)
+    for one, other in zip(padded.message, alone.message, strict=True):
+        if one[LARGEST] <= layout.room:
+            came, expected = (read_ids(m.unsqueeze(0), none, int(one[PART]), layout) for m in (one, other))
+            assert came.ids.equal(expected.ids) and came.bounds.equal(expected.bounds)
+        assert one[: FIXED + 1].equal(other[: FIXED + 1])
+
+
 def test_columns_may_be_strided_and_absent(backend):
     ids = torch.arange(40)
     both = torch.stack([ids, ids + 1], 1)
