@@ -209,6 +209,9 @@ class Server:
 
     async def _body(self, request: Request) -> bytes:
         limits = self.settings.limits
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding != "identity":
+            raise BadRequest(415, f"content encoding {encoding[:80]!r}; expected none")
         try:
             return await asyncio.wait_for(_body(request, limits.body_bytes), limits.timeout_seconds)
         except asyncio.TimeoutError:

@@ -348,9 +348,11 @@ def test_an_answer_that_is_no_number_is_told_and_others_are_answered(scorer, mon
     serve(scorer, test)
 
 
-def test_another_path_or_method_is_one_line_too(scorer):
+def test_another_path_method_or_encoding_is_one_line_too(scorer):
     async def test(client: Client) -> None:
         assert (await client.post("/nothing", {})).json() == {"error": "POST /nothing: Not Found"}
+        reply = await client.post("/score", b"", **{"content-encoding": "gzip"})
+        assert (reply.status, reply.json()["error"]) == (415, "content encoding 'gzip'; expected none")
         reply = await client.send("GET", "/score")
         assert reply.status == 405 and reply.headers["allow"] == "POST" and "error" in reply.json()
 
