@@ -18,7 +18,7 @@ from tests.ctr.train.states import arguments, assert_same_end, metrics_of, write
 from tests.ranks import on_ranks
 
 ROWS = 1000  # of 240 in a step: the last one of an epoch has 40 rows, in one batch of the three
-PLAIN = ["trainer.shuffle=false", "data.lanes=1", "trainer.epochs=2", "data.valid=null", "data.test=null"]
+PLAIN = ["trainer.shuffle=false", "data.lanes=2", "trainer.epochs=2", "data.valid=null", "data.test=null"]
 SETTINGS = {
     "adam": ["optimizer.sparse.name=adam", "optimizer.dense.name=adamw", "optimizer.dense.weight_decay=0.1"],
     "decayed and clipped": [
@@ -130,5 +130,5 @@ def test_a_run_that_ends_inside_a_step_goes_on_from_whole_ones(ranks, tmp_path, 
 def test_what_a_step_of_several_batches_cannot_have(overrides_, said):
     with pytest.raises(ConfigError, match=f"trainer.accumulate is 2, {said}"):
         load_config(["data=synthetic", "trainer.accumulate=2", *overrides_], "")
-    with pytest.raises(ConfigError, match="trainer.accumulate is 0; expected 1 or more"):
+    with pytest.raises(ConfigError, match="trainer.accumulate is 0; expected at least 1"):
         load_config(["data=synthetic", "trainer.accumulate=0"], "")
