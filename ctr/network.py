@@ -40,6 +40,7 @@ class Network(nn.Module):
         self.amp = amp
         self.seed, self.step = seed, 0
         self._dropout = dropout_layers(tower)
+        self._towers = [module for module in tower.modules() if isinstance(module, Tower)]
         self._batch_norm = [module for module in tower.modules() if isinstance(module, BatchNorm)]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -69,6 +70,8 @@ class Network(nn.Module):
     def _tell(self, batch: Batch) -> None:
         """Tell layers that treat rows differently which rows these are."""
         draw_masks(self._dropout, self.seed, self.step, batch.place)
+        for tower in self._towers:
+            tower.begin_step(self.step)
         gates = self.field_gates
         if gates:
             gates.begin_step(self.seed, self.step, batch.place)
@@ -150,7 +153,9 @@ def fields_of(config: Config, schema: Schema) -> Fields:
     sequences = tuple(_sequence_group(schema, name) for name in schema.sequences)
     vectors = {feature.name: length_of(feature) for feature in schema.vectors}
     labels, numeric = schema.tasks, tuple(schema.scalar_names)
-    return Fields(numeric, tuple(schema.pooled_names), embed_numeric, labels, len(labels), sequences, vectors)
+    crosses = tuple((one.name, one.of[0], one.of[1]) for one in schema.crosses)
+    ids = tuple(schema.pooled_names)
+    return Fields(numeric, ids, embed_numeric, labels, len(labels), sequences, vectors, crosses)
 
 
 def _sequence_group(schema: Schema, name: str) -> SequenceGroup:

@@ -49,7 +49,8 @@ class Fields:
 
     numeric: of one number each. vectors: fields of several numbers, with how many; they stand behind the numeric fields
     and before the ids. labels: one is one task. outputs: units of the tower's last layer; as many as labels, but for a
-    tower that is a part of another one, an expert say.
+    tower that is a part of another one, an expert say. crosses: each of ids that is a cross, with the names of the two
+    features that it crosses.
     `embed_numeric(fields, dim)` makes a module [B, fields] -> [B, fields, dim]; the configuration's `numeric` chooses.
     """
 
@@ -60,6 +61,7 @@ class Fields:
     outputs: int = 1
     sequences: tuple[SequenceGroup, ...] = ()
     vectors: dict[str, int] = field(default_factory=dict)
+    crosses: tuple[tuple[str, str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.numeric) + len(self.vectors) + len(self.ids)
@@ -98,6 +100,9 @@ class Tower(nn.Module):
     loss_weights: tuple[float, ...] | None = None
     branches: tuple[Tensor, ...] = ()
     branch_loss: ClassVar[str] = "none"
+
+    def begin_step(self, step: int) -> None:
+        """Take the number of the step that is trained next; for towers that change with it."""
 
     def gates(self) -> dict[str, Tensor]:
         """Return the mean gate of each mixture of experts over the last batch, float [experts] by name, for the log."""

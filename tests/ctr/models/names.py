@@ -13,7 +13,7 @@ OVER_LABELS = ["dbmtl", "mmoe", "ple", "shared_bottom", *OF_FUNNELS]
 OF_ONE_LABEL = [name for name in MODELS if name not in OVER_LABELS]
 # Their default tests are one case each, the others slow: all share layers with the models above.
 MORE = ["afn", "afn_plus", "dcn", "dlrm", "ecn", "edcn", "fcn", "fibinet", "final_net", "fmfm", "fwfm", "gdcn"]
-MORE += ["mask_net", "rank_mixer", "wukong"]
+MORE += ["mask_net", "optinter", "rank_mixer", "wukong"]
 # Keys of the widths of hidden layers, where they are not `hidden` alone.
 HIDDEN = {
     **dict.fromkeys(("lr", "fm", "autoint", "ecn", "edcn", "fcn", "fmfm", "fwfm", "rank_mixer"), []),

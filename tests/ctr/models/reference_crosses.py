@@ -57,6 +57,15 @@ def gdcn(t, x, emb):
     return last @ t.output.weight[0] + t.output.bias
 
 
+def optinter(t, x, emb):
+    """Without crosses: half of each pair is its product, half nothing."""
+    e = vectors(t.embed, x, emb["v"])
+    s = vectors(t.embed_pairs, x, emb["s"]) if "s" in emb else e
+    p = torch.exp(t.alpha[:, 1]) / (torch.exp(t.alpha[:, 1]) + torch.exp(t.alpha[:, 2]))
+    pairs = [p[number] * s[i] * s[j] for number, (i, j) in enumerate(ordered_pairs(s))]
+    return mlp(t.mlp, torch.cat([side_by_side(t.embed, x, e), *pairs], 1))[:, 0]
+
+
 def fwfm(t, x, emb):
     e = vectors(t.embed, x, emb["v"])
     logit = t.pairs.bias
@@ -277,6 +286,7 @@ BY_CLASS |= {
     "DCN": dcn,
     "GDCN": gdcn,
     "FwFM": fwfm,
+    "OptInter": optinter,
     "FmFM": fmfm,
     "EDCN": edcn,
     "DLRM": dlrm,

@@ -47,6 +47,7 @@ CROSSING = [
     "rank_mixer",
     "ecn",
     "fcn",
+    "optinter",
 ]
 
 

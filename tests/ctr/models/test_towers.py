@@ -33,6 +33,7 @@ SMALL = {
     "subnet": [3, 2],
     "bottom": [5],
     "products": 4,
+    "pair_dim": 3,
     "deep_hidden": [6],
     "fm_hidden": [5],
     "fm_vectors": 2,
@@ -64,6 +65,7 @@ VARIANTS = {
     "gdcn": [{"structure": "stacked"}],
     "fwfm": [{"linear_part": "FeLV"}, {"linear_part": "LW"}],
     "fmfm": [{"kernel": "vec"}],
+    "optinter": [{"pair_dim": None}],
     "mask_net": [
         {"structure": "parallel", "blocks": 2},
         {"norm_embeddings": False, "norm_blocks": False, "mask_ratio": 0.3},
@@ -183,7 +185,7 @@ def test_raw_values_alone(model):
     check(make(model, fields), fields)
 
 
-@pytest.mark.parametrize("classifier", quick([m for m in MODELS if m not in ("fgcnn", "lr", "afn_plus")]))
+@pytest.mark.parametrize("classifier", quick([m for m in MODELS if m not in ("fgcnn", "lr", "afn_plus", "optinter")]))
 def test_fgcnn_before_any_classifier(classifier):
     fields = named(2, 4)
     config = OmegaConf.to_container(yaml_of(classifier))
