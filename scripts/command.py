@@ -19,6 +19,10 @@ COMMANDS = {
     "evaluate": ("evaluate", "score a data set with a trained run"),
     "score": ("score", "predict for rows without labels"),
     "importance": ("importance", "rank the fields of a trained run"),
+    "select-interactions": (
+        "select_interactions",
+        "search which pairs of fields to memorise, to multiply, to leave out",
+    ),
     "export": ("export", "make one folder that serves a model without the system that trained it"),
     "serve": ("serve", "serve an export over HTTP, up to date with what is published"),
     "plan": ("plan", "bytes, traffic and time of a job on 1 to 1,024 ranks, before it runs"),

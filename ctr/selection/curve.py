@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,11 @@ from tessera.ctr.data.config import schema_of
 from tessera.ctr.output_folders import claim
 from tessera.ctr.report.curve_page import curve_page
 from tessera.ctr.report.files import json_text
-from tessera.ctr.report.result import settle_result
 from tessera.ctr.selection.config import SelectionConfig
 from tessera.ctr.selection.field_groups import field_groups
+from tessera.ctr.selection.kept_runs import train_or_keep
 from tessera.ctr.selection.ranked_run import rank_run
 from tessera.ctr.selection.result import IMPORTANCE, PLACE
-from tessera.ctr.train.trainer import Trainer
 from tessera.distributed.atomic import write_text
 from tessera.distributed.collectives import on_first_rank
 from tessera.distributed.rank import Process
@@ -71,9 +69,7 @@ def run_curve(
     points = []
     for count in sorted(set(counts)):
         folder = target / f"best-{count}"
-        if not on_first_rank(process, partial(_is_done, folder)):
-            Trainer(with_best(config, ranked, count, folder), process).fit()
-        scores = on_first_rank(process, partial(_scores, folder))
+        scores = train_or_keep(with_best(config, ranked, count, folder), process, folder)
         points.append({"fields": count, "run": str(folder), "splits": scores})
         about = {"version": 1, "method": method, "run": str(run_dir), "metric": config.trainer.early_stop.metric}
         if process.is_main:  # after every run: a curve that is stopped has said something
@@ -110,18 +106,3 @@ def _ranked(path: Path) -> list[tuple[str, ...]]:
         return [tuple(one["features"]) for one in json.loads(path.read_text())["fields"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{path} cannot be read as a ranking; expected one that `tessera importance` wrote") from None
-
-
-def _is_done(folder: Path) -> bool:
-    if folder.exists():
-        settle_result(folder)
-    return (folder / "report.json").exists()
-
-
-def _scores(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the metrics of each split by the best model, which a run scores last."""
-    found: dict[str, dict[str, Any]] = {}
-    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
-        if line["kind"] == "eval":
-            found[line["split"]] = {key: value for key, value in line.items() if key not in ("kind", "split")}
-    return found
