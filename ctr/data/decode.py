@@ -19,6 +19,7 @@ from tessera.ctr.data.decode_features import (
     decode_only_crossed,
     decode_single,
     decode_vector,
+    of_expression,
 )
 from tessera.ctr.data.decode_rows import (
     decode_filter,
@@ -35,7 +36,7 @@ from tessera.ctr.data.footers import RowGroups
 from tessera.ctr.data.lanes import Span
 from tessera.ctr.data.negatives import Negatives
 from tessera.ctr.data.row_groups import RowGroup, Unreadable
-from tessera.ctr.data.schema import Schema, length_of
+from tessera.ctr.data.schema import Feature, Schema, length_of
 from tessera.ctr.data.window import GOOD, REASONS, Buffers, Window
 
 
@@ -123,15 +124,22 @@ class WindowDecoder:
             add((schema.group,), decode_group)
         if schema.time:
             add((schema.time,), decode_time)
+
+        def of_column(feature: Feature, step: Callable) -> None:
+            if feature.expression:
+                add(feature.expression.columns, of_expression(step, feature))
+            else:
+                add((feature.column,), step)
+
         row = 0
         for feature in schema.numeric:
-            add((feature.column,), lambda chunk, arrays, row=row, f=feature: decode_numeric(chunk, arrays, row, f))
+            of_column(feature, lambda chunk, arrays, row=row, f=feature: decode_numeric(chunk, arrays, row, f))
             row += 1 + feature.indicator
         self._add_vectors(add)
         for row, feature in enumerate(self.singles):
             if feature.members:
                 continue
-            add((feature.column,), lambda chunk, arrays, row=row, f=feature: decode_single(chunk, arrays, row, f))
+            of_column(feature, lambda chunk, arrays, row=row, f=feature: decode_single(chunk, arrays, row, f))
         for i, feature in enumerate(bags_of(schema)):
             if feature.pooling == "none" or feature.members:
                 continue
@@ -143,7 +151,7 @@ class WindowDecoder:
             step = AlignedStep(group, names, [places[feature.name] for feature in group])
             add(names, step)
         for feature in schema.only_crossed:
-            add((feature.column,), lambda chunk, arrays, f=feature: decode_only_crossed(chunk, arrays, f))
+            of_column(feature, lambda chunk, arrays, f=feature: decode_only_crossed(chunk, arrays, f))
         rows = {feature.name: row for row, feature in enumerate(self.singles)}
         for feature in schema.crosses:  # behind all columns, which their members are read from
             place = rows[feature.name] if feature.name in rows else places[feature.name]

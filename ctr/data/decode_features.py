@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pyarrow as pa
 
 from tessera.ctr.data import single_values, vectors
 from tessera.ctr.data.bags import Bags, decode_bags, is_bag
 from tessera.ctr.data.columns import Arrays, finder
 from tessera.ctr.data.crosses import crossed
 from tessera.ctr.data.decode_rows import Chunk
+from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.expressions import computed
+from tessera.ctr.data.files import one_line
 from tessera.ctr.data.schema import Feature
 
 
@@ -23,6 +27,21 @@ def decode_numeric(chunk: Chunk, arrays: Arrays, row: int, feature: Feature) -> 
     chunk.deliver(decoded.values, "numeric", row)
     if feature.indicator:
         chunk.deliver(decoded.absent(), "numeric", row + 1)
+
+
+def of_expression(step: Callable[..., None], feature: Feature) -> Callable[..., None]:
+    """Return what computes the column that a decoding step takes. step: of a chunk and that column."""
+    expression = feature.expression
+    assert expression is not None
+
+    def decode(chunk: Chunk, *arrays: Arrays) -> None:
+        try:
+            step(chunk, [computed(expression, arrays)] if all(arrays) else [])
+        except (pa.ArrowException, TypeError) as error:
+            where = f"{chunk.where(0)} and behind it: feature {feature.name!r}: {expression.text}"
+            raise DataError(f"{where}: {one_line(error)}") from None
+
+    return decode
 
 
 def decode_vector(chunk: Chunk, arrays: Arrays, row: int, feature: Feature, indicator: int | None) -> None:

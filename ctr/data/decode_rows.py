@@ -13,6 +13,7 @@ from tessera.ctr.data.bags import Bags
 from tessera.ctr.data.columns import Arrays, finder
 from tessera.ctr.data.crosses import Ids
 from tessera.ctr.data.errors import DataError
+from tessera.ctr.data.expressions import computed
 from tessera.ctr.data.files import one_line
 from tessera.ctr.data.labels import Label
 from tessera.ctr.data.schema import LARGEST
@@ -53,20 +54,11 @@ def decode_filter(chunk: Chunk, *arrays: Arrays) -> None:
     if not all(arrays):  # there are no rows
         return
     try:
-        found = where.of(dict(zip(where.columns, map(_together, arrays), strict=True)))
+        found = computed(where, arrays)
     except (pa.ArrowException, TypeError) as error:
         raise DataError(f"{chunk.where(0)} and behind it: data.where: {one_line(error)}") from None
     chunk.passes = found.fill_null(fill_value=False).to_numpy(zero_copy_only=False).astype(bool)
     chunk.leave_out(~chunk.passes, "where")
-
-
-def _together(arrays: Arrays) -> pa.Array:
-    """Return a column as one array, of the widest of the types that files give it."""
-    plain = [array.dictionary_decode() if pa.types.is_dictionary(array.type) else array for array in arrays]
-    if all(array.type == plain[0].type for array in plain):
-        return pa.concat_arrays(plain)
-    tables = [pa.table({"column": array}) for array in plain]
-    return pa.concat_tables(tables, promote_options="permissive")["column"].combine_chunks()
 
 
 def decode_label(chunk: Chunk, arrays: Arrays, i: int, task: Label) -> None:

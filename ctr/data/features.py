@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tessera.ctr.data.errors import SchemaError
+from tessera.ctr.data.errors import SchemaError, nearest
+from tessera.ctr.data.expressions import Expression, parse
 from tessera.ctr.data.labels import MISSING
-from tessera.embedding.errors import did_you_mean
 
 KINDS = ("numeric", "vector", "id", "ids", "sequence", "cross")
 DTYPES = ("int", "hex", "string", "float")
@@ -28,6 +28,8 @@ class FeatureConfig:
     # sequence (ordered, newest last) | cross (of two features)
     kind: str = "id"
     column: str | None = None  # default: the name
+    # numeric and id: in the place of a column, what is computed of several, as log1p(price / quantity) or hour(time)
+    expr: str | None = None
     # How ids are stored. int: integers of any width, the 64 bits are kept; hex: at most 16 hex digits;
     # string: XXH64 with seed 0 of the bytes; float: a sequence of numbers, such as prices or seconds since.
     dtype: str = "int"
@@ -66,26 +68,23 @@ class FeatureConfig:
 class Feature(FeatureConfig):
     """One feature of a validated schema: `column` is filled in and, where the feature gives ids, `table`.
 
-    A cross has the two features that it crosses as `members`, no column, and the kind of what it gives: `id` of two
+    A feature of an expression has it as `expression`, and its text as `column`, by which messages call it. A cross has
+    the two features that it crosses as `members`, no column, and the kind of what it gives: `id` of two
     features with one id per row, else `ids`.
     """
 
     column: str = ""
     members: tuple[Feature, ...] = ()
+    expression: Expression | None = None
 
     @property
     def columns(self) -> list[str]:
         """The columns that the feature reads, each once."""
         if self.members:
             return list(dict.fromkeys(column for member in self.members for column in member.columns))
+        if self.expression:
+            return list(self.expression.columns)
         return [self.column] + ([self.weights] if self.weights else [])
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the end of an error message: the known word that is probably meant, or all known words."""
-    known = list(known)
-    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-    return did_you_mean(word, known, f"known: {shown or 'none'}", lead="")
 
 
 def gives_ids(feature: FeatureConfig) -> bool:
@@ -114,6 +113,7 @@ def resolved(feature: FeatureConfig) -> Feature:
     if feature.table == "":
         raise SchemaError(f"{where}: table is empty, expected a name, or null for that of the feature")
     _check_pooling(where, feature)
+    expression = None if feature.expr is None else _expression_of(where, feature)
     categorical = gives_ids(feature)
     missing_id = feature.missing_id
     if missing_id is not None:
@@ -121,13 +121,21 @@ def resolved(feature: FeatureConfig) -> Feature:
             raise SchemaError(f"{where}: missing_id {missing_id} does not fit 64 bits")
         missing_id = missing_id - 2**64 if missing_id >= 2**63 else missing_id
     filled_in = {
-        "column": feature.name if feature.column is None else feature.column,
+        "column": feature.expr or (feature.name if feature.column is None else feature.column),
+        "expression": expression,
         "table": (feature.table or feature.name) if categorical else None,
         "missing_id": missing_id,
         "boundaries": list(feature.boundaries),
         "clip": list(feature.clip),
     }
     return Feature(**(vars(feature) | filled_in))
+
+
+def _expression_of(where: str, feature: FeatureConfig) -> Expression:
+    _refuse_set_keys(where, feature, "column", "expr is, too: columns are named in it")
+    if feature.kind not in ("numeric", "id"):
+        raise SchemaError(f"{where}: expr is set, but only kinds numeric and id read it; kind is {feature.kind}")
+    return parse(feature.expr or "", f"{where}: expr")
 
 
 def resolved_cross(feature: FeatureConfig, features: Mapping[str, Feature]) -> Feature:
@@ -137,7 +145,7 @@ def resolved_cross(feature: FeatureConfig, features: Mapping[str, Feature]) -> F
     """
     where = f"schema.features: {feature.name!r}"
     why = "a cross has the ids of the features that it crosses"
-    others = "column dtype delimiter weights length align missing missing_id indicator"
+    others = "column expr dtype delimiter weights length align missing missing_id indicator"
     _refuse_set_keys(where, feature, f"{others} {OF_NUMBERS}", why)
     if len(feature.of) != 2:
         raise SchemaError(f"{where}: of is {feature.of}, expected the names of two features, as of: [user, item]")

@@ -14,11 +14,11 @@ from pyarrow import types
 
 from tessera.ctr.data.arrow_types import advice, plain_type
 from tessera.ctr.data.errors import DataError, SchemaError
-from tessera.ctr.data.expressions import Expression, check_filter
-from tessera.ctr.data.files import DataFile
+from tessera.ctr.data.expressions import Expression, check_filter, stored_types
+from tessera.ctr.data.files import DataFile, one_line
 from tessera.ctr.data.schema import Feature, Schema, length_of, nearest
 from tessera.ctr.data.seals import SMALL_BYTES, TAIL_BYTES, read_seal
-from tessera.ctr.data.times import TimeRule, times_of
+from tessera.ctr.data.times import times_of
 
 CONTENTS = 1024  # checksums in a reader's state, at most
 WHOLE_BYTES = 256 << 20  # of small files that are read whole for their seals; with more of them fewer are small
@@ -86,7 +86,7 @@ def read_footers(
     sealed_groups = min(4, LABEL_READS // len(files)) if files[0].remote else 4
     with ThreadPoolExecutor(min(THREADS, len(files)), "footer") as pool:
         footers = list(
-            pool.map(lambda file: _read_footer(file, wanted, small_bytes, sealed_groups, schema.times, where), files)
+            pool.map(lambda file: _read_footer(file, wanted, small_bytes, sealed_groups, schema, where), files)
         )
     _refuse_mixed_groups(files, [footer.group_is_text for footer in footers], schema.group)
     numbers = [np.concatenate([getattr(footer, key) for footer in footers]) for key in ("rows", "bytes")]
@@ -133,7 +133,7 @@ def _read_footer(
     wanted: list[Wanted],
     small_bytes: int,
     groups: int,
-    times: TimeRule | None,
+    schema: Schema,
     where: Expression | None,
 ) -> _Footer:
     labels = {want.column for want in wanted if want.reader == "labels"}
@@ -142,6 +142,7 @@ def _read_footer(
     for want in wanted:
         check_column(file.path, arrow, want)
     _refuse_nulls_of_fixed_size(file.path, metadata, arrow, wanted)
+    check_expressions(file.path, arrow, schema)
     if where is not None:
         check_filter(where, file.path, arrow)
     columns = {want.column for want in wanted}
@@ -155,13 +156,46 @@ def _read_footer(
         small_dictionaries=_small_dictionaries(row_groups[0], leaves, arrow) if row_groups else set(),
         group_is_text=None if group is None else is_text(value_type(plain_type(arrow.field(group).type))),
         unsigned={field.name for field in arrow if field.name in columns and is_unsigned(field.type)},
-        times=None if times is None else times_of(metadata, times),
+        times=None if schema.times is None else times_of(metadata, schema.times),
     )
 
 
 def _top(metadata: pq.FileMetaData, leaf: int, columns: set[str]) -> bool:
     path = metadata.schema.column(leaf).path
     return path in columns or path.split(".")[0] in columns
+
+
+def check_expressions(where: str, arrow: pa.Schema, schema: Schema) -> None:
+    """Raise SchemaError for features whose expressions cannot be computed of the columns, or give another type than the
+    feature reads. where: the begin of a message. Those whose columns are not all there are passed over."""
+    for feature in schema.stored:
+        expression = feature.expression
+        if expression is None or not set(expression.columns) <= set(arrow.names):
+            continue
+        what = f"{where}: feature {feature.name!r}: {expression.text}"
+        try:
+            found = expression.type_of(stored_types(expression, arrow))
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise SchemaError(f"{what}: {one_line(error)[:200]}") from None
+        accepts, expected = _value_of(feature)
+        if not accepts(found):
+            hint = "; integer(..) rounds down" if types.is_floating(found) else ""
+            raise SchemaError(f"{what}: found {found}, expected {expected}{hint}")
+
+
+def _computes(found: pa.DataType) -> bool:
+    found = value_type(found)
+    return (
+        is_number(found) or is_text(found) or types.is_null(found) or types.is_timestamp(found) or types.is_date(found)
+    )
+
+
+def _value_of(feature: Feature) -> tuple[Callable[[pa.DataType], bool], str]:
+    """Return which types the one value of a row may have."""
+    if feature.kind == "numeric":
+        return _or_null(is_number), "a number"
+    accepts, item = (is_whole, "an integer") if feature.dtype == "int" else (is_text, "a string")
+    return _or_null(accepts), f"{item} (dtype: {feature.dtype})"
 
 
 def _refuse_nulls_of_fixed_size(path: str, metadata: pq.FileMetaData, arrow: pa.Schema, wanted: list[Wanted]) -> None:
@@ -303,6 +337,9 @@ def wanted_columns(schema: Schema, *, drop_labels: bool) -> list[Wanted]:
 
 def _wanted_by(feature: Feature) -> list[Wanted]:
     reader = f"feature {feature.name!r}"
+    if feature.expression:
+        expected = "numbers, text or times, which an expression computes with"
+        return [Wanted(name, reader, _computes, expected) for name in feature.columns]
     if feature.kind == "numeric":
         return [Wanted(feature.column, reader, _or_null(is_number), "a number")]
     if feature.kind == "vector":

@@ -87,6 +87,10 @@ def _made_up(name: str, schema: Schema) -> pa.Array:
     """Return values of a column without data to take them from."""
     numbers = np.arange(8)
     readers = [f for f in schema.stored if name in f.columns]
+    kinds = [feature.expression.kinds[name] for feature in readers if feature.expression]
+    if len(kinds) == len(readers):
+        texts = pa.array([f"2026-01-0{1 + i}" for i in range(8)])
+        return pa.array(numbers - 2.5) if pa.types.is_floating(kinds[0]) else texts.cast(kinds[0])
     if any(name == feature.weights for feature in readers):
         return pa.array([[0.5] * (i % 3) for i in range(8)], pa.list_(pa.float32()))
     if any(feature.column == name for feature in schema.number_sequences):

@@ -14,7 +14,8 @@ from tessera.ctr.data.aligned import decode_aligned
 from tessera.ctr.data.bags import BagProblem, Bags, decode_bags, is_bag
 from tessera.ctr.data.crosses import Ids, as_bags, crossed
 from tessera.ctr.data.errors import SchemaError
-from tessera.ctr.data.footers import Wanted, check_column, wanted_columns
+from tessera.ctr.data.expressions import computed
+from tessera.ctr.data.footers import Wanted, check_column, check_expressions, wanted_columns
 from tessera.ctr.data.schema import Feature, Schema
 from tessera.ctr.serving.errors import RowError
 
@@ -67,7 +68,7 @@ class RowDecoder:
         """
         table = self._as_table(rows, some=some)
         wanted = [want for want in self._wanted if not some or want.column in table.column_names]
-        _check(table.schema, wanted)
+        _check(table.schema, wanted, self.schema)
         return table.select(sorted({want.column for want in wanted}))
 
     def _as_table(self, rows: Any, *, some: bool) -> pa.Table:
@@ -130,7 +131,7 @@ class RowDecoder:
         numeric: dict[str, np.ndarray] = {}
         for feature in self.schema.numeric:
             if self.read_by(feature) <= there:
-                numeric |= _numeric(feature, chunks[feature.column], first)
+                numeric |= _numeric(feature, _column(feature, chunks), first)
         found: dict[str, np.ndarray] = {}
         for feature in self.schema.vectors:
             if self.read_by(feature) <= there:
@@ -154,10 +155,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _check(arrow: pa.Schema, wanted: Sequence[Wanted]) -> None:
+def _check(arrow: pa.Schema, wanted: Sequence[Wanted], schema: Schema) -> None:
     try:
         for want in wanted:
             check_column(WHERE, arrow, want)
+        check_expressions(WHERE, arrow, schema)
     except SchemaError as error:
         raise RowError(str(error)) from None
 
@@ -190,6 +192,16 @@ def _fail_of(problems: Sequence[BagProblem], first: int) -> None:
         _fail(problem.rows, first, problem.column, problem.found, problem.expected)
 
 
+def _column(feature: Feature, chunks: Mapping[str, list[pa.Array]]) -> list[pa.Array]:
+    """Return the column of a feature, or what its expression gives of several."""
+    if feature.expression is None:
+        return chunks[feature.column]
+    try:
+        return [computed(feature.expression, [chunks[name] for name in feature.columns])]
+    except (pa.ArrowException, TypeError) as error:
+        raise RowError(f"{WHERE}: feature {feature.name!r}: {feature.expression.text}: {one_line(error)}") from None
+
+
 def _numeric(feature: Feature, arrays: list[pa.Array], first: int) -> dict[str, np.ndarray]:
     decoded = single_values.numeric(feature, arrays)
     if decoded.bad is not None:
@@ -209,7 +221,7 @@ def _vector(feature: Feature, arrays: list[pa.Array], first: int) -> tuple[np.nd
 
 
 def _ids(feature: Feature, chunks: Mapping[str, list[pa.Array]], first: int) -> Ids:
-    arrays = chunks[feature.column]
+    arrays = _column(feature, chunks)
     if is_bag(feature):
         bags, problems = decode_bags(feature, arrays, chunks[feature.weights] if feature.weights else None)
         _fail_of(problems, first)

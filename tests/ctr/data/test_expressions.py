@@ -31,6 +31,9 @@ DATA = {
         ("is_valid(country) and true_(a)", None),
         ("a + -1 < 2.5", [1, 2, 3]),
         ("label == 1", [2, 4, 6]),
+        ("a / 2 == 1.5 or a / 4 > 1.4", [3, 6]),
+        ("a / (views * 0) > 0", [1, 2, 4, 5, 6]),
+        ("integer(a / 2) == 2", [4, 5]),
     ],
 )
 def test_rows_of_which_it_is_true_are_read(tmp_path, where, kept):
@@ -105,7 +108,7 @@ def test_a_mistake_is_one_line(tmp_path, where, words):
 
 def test_a_value_that_cannot_be_computed_is_one_line(tmp_path):
     with pytest.raises(DataError, match="data.where: divide by zero"):
-        read_in_order(write(tmp_path, DATA), features("a"), where="a / views > 0")
+        read_in_order(write(tmp_path, DATA), features("a"), where="divide(a, views) > 0")
 
 
 def test_a_state_goes_on_with_the_same_filter_alone(tmp_path):

@@ -32,6 +32,7 @@ FEATURES = (
     "{name: tags, kind: ids, weights: tag_weights, pooling: mean, max_length: 3}, "
     "{name: words, kind: ids, dtype: string}, "
     "{name: last, kind: sequence, delimiter: '|', pooling: sum, max_length: 2, table: d}, "
+    "{name: ratio, kind: numeric, expr: 'x / (y * y + 1)', missing: 2}, {name: band, expr: 'integer(x * 3)'}, "
     "{name: c_s, kind: cross, of: [c, s]}, {name: e_words, kind: cross, of: [e, words], max_length: 3, table: pairs}, "
     "{name: v, kind: vector, length: 3, indicator: true, transform: standardise, mean: 0.5, std: 2, missing: -0.25}, "
     "{name: last_z, kind: cross, of: [last, z], max_length: 4, pooling: sum, table: pairs}]"
