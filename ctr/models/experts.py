@@ -124,7 +124,8 @@ def perceptron(inputs: int, hidden: Sequence[int], dropout: float, *, batch_norm
 def body_of(body: Mapping[str, Any], fields: Fields, embedding_dim: int, outputs: int) -> Tower:
     """Return a model of the project as a part of another one, with so many outputs.
 
-    Raises ConfigError: it answers one logit alone, or its `embedding_dim` is another one.
+    Raises ConfigError: it answers one logit alone, its parts have losses of their own, or its `embedding_dim` is
+        another one.
     """
     tower = instantiate(body, "model.body", replace(fields, outputs=outputs), embedding_dim=embedding_dim)
     assert isinstance(tower, Tower)
@@ -132,6 +133,11 @@ def body_of(body: Mapping[str, Any], fields: Fields, embedding_dim: int, outputs
         raise ConfigError(
             f"model.body.target is {body['target']}, which answers one logit and cannot be a part of another model; "
             "expected one such as tessera.ctr.models.dcn_v2.DCNV2"
+        )
+    if tower.branch_loss != "none":
+        raise ConfigError(
+            f"model.body.target is {body['target']}, whose parts have losses to the labels and which cannot be a part "
+            "of another model; expected one such as tessera.ctr.models.dcn_v2.DCNV2"
         )
     return tower
 

@@ -14,9 +14,11 @@ class FCN(FieldsByHead):
     y = sigmoid(z)
 
     L = BCE(z) + v_E BCE(z_E) + v_S BCE(z_S),  v_. = max(0, BCE(z_.) - BCE(z)) over the global batch: the part that is
-    worse than both together learns by itself, too. v is not detached, as in the authors' code.
+    worse than both together learns by itself, too. v is not detached, as in the authors' code. Of several labels each
+    has this loss, with logits of its own over the same crosses.
     """
 
+    has_heads = True
     branch_loss = "worse"
 
     def __init__(
@@ -50,7 +52,7 @@ class FCN(FieldsByHead):
                 ("shallow", shallow_layers, shallow_dropout),
             )
         )
-        self.deep_output, self.shallow_output = linear(self.inputs, 1), linear(self.inputs, 1)
+        self.deep_output, self.shallow_output = (linear(self.inputs, fields.outputs) for _ in range(2))
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         first_bhi = self.by_head(numeric_bn, embeddings["v"])

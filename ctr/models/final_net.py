@@ -25,9 +25,11 @@ class FinalNet(Tower):
     reads the fields' vectors and what a linear gate over the fields makes of them.
 
     L = BCE(z; y) + BCE(z_1; p) + BCE(z_2; p) with p = sigmoid(z) held fixed: each stack learns from both together.
-    Without a second stack (`hidden2` empty, 1B) z = z_1 and L is plain.
+    Without a second stack (`hidden2` empty, 1B) z = z_1 and L is plain. Of several labels each has this loss, with
+    logits of its own over the same stacks.
     """
 
+    has_heads = True
     branch_loss = "agreement"
 
     def __init__(
@@ -63,8 +65,8 @@ class FinalNet(Tower):
         stack = partial(_stack, residual=residual, relu=relu, batch_norm=batch_norm)
         self.first = stack(wide, hidden1, dropout1, "model.dropout1")
         self.second = stack(inputs, hidden2, dropout2, "model.dropout2") if hidden2 else None
-        self.first_output = linear(hidden1[-1], 1)
-        self.second_output = linear(hidden2[-1], 1) if hidden2 else None
+        self.first_output = linear(hidden1[-1], fields.outputs)
+        self.second_output = linear(hidden2[-1], fields.outputs) if hidden2 else None
 
     def forward(self, numeric_bn: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
         emb_bfd = self.embed(numeric_bn, embeddings["v"])

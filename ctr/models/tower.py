@@ -85,7 +85,8 @@ class Tower(nn.Module):
         trains_joint: labels with a space (`where`) are trained by their joint probability, over all rows.
         is_nested: a row where a label is 1 and its space is 0 is a bad one.
         loss_weights: of the labels, beside those of the schema; None: 1 each.
-        branches: logits [B] of its parts in the last forward pass of training, where they have losses of their own.
+        branches: logits, [B] or [B, outputs], of its parts in the last forward pass of training, where they have losses
+            of their own.
         branch_loss: what these are, L_s the loss of branch s (`tessera.ctr.train.branch_loss`): worse: L_s where
             it is above that of the logit, times how far; agreement: the cross-entropy with the logit's probability,
             held fixed.

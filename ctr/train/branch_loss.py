@@ -10,20 +10,22 @@ from torch import Tensor
 from tessera.distributed.collectives import sum_over_ranks
 
 
-def worse_branches(loss: Tensor, branches: Sequence[Tensor], weight: float) -> Tensor:
-    """Return L + sum_s v_s L_s with v_s = max(0, L_s - L), as this rank's part of a sum over all ranks. Collective.
+def worse_branches(losses: Tensor, weights: Sequence[float], weight: float) -> Tensor:
+    """Return sum_t w_t (L_t + sum_s v_st L_st) with v_st = max(0, L_st - L_t), as this rank's part of a sum over all
+    ranks. Collective.
 
-    loss, branches: this rank's summed losses of the logit and of each branch; weight: that of the global batch, so that
-    L and L_s are means over it. v_s has a gradient, too; that of the whole is
-    (1 - sum_s [v_s > 0] L_s) dL + sum_s (v_s + [v_s > 0] L_s) dL_s, with the means as factors, which all ranks share.
+    losses: [1 + branches, labels], this rank's summed losses of the logits to each label, then those of each branch;
+    weights: of the labels; weight: that of the global batch, so that L and L_s are means over it. v_st has a gradient,
+    too; that of a label's whole is (1 - sum_s [v_s > 0] L_s) dL + sum_s (v_s + [v_s > 0] L_s) dL_s, with the means as
+    factors, which all ranks share.
     """
-    own = torch.stack([loss, *branches])
-    means = own.detach().clone()
+    means = losses.detach().clone()
     sum_over_ranks(means)
     means = means / max(weight, 1e-12)
     excess = (means[1:] - means[0]).clamp(min=0)
     counted = (excess > 0) * means[1:]
     factors = torch.cat([1 - counted.sum(0, keepdim=True), excess + counted])
-    value = own[0] + (excess * own[1:]).sum()
-    pulled = (factors * own).sum()
-    return pulled + (value - pulled).detach()
+    value = losses[0] + (excess * losses[1:]).sum(0)
+    pulled = (factors * losses).sum(0)
+    by_label = pulled + (value - pulled).detach()
+    return torch.stack([one * by_label[number] for number, one in enumerate(weights)]).sum()

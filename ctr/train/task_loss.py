@@ -44,8 +44,7 @@ class TaskLoss:
         self._tower = tower
         self._soft: TaskLoss | None = None
         if tower.branch_loss == "agreement":
-            plain = [replace(one, loss="mse" if one.is_number else "cross_entropy", smoothing=0.0) for one in labels]
-            self._soft = TaskLoss(plain, Tower(), rank, divisor)
+            self._soft = TaskLoss([soft_label(one) for one in labels], Tower(), rank, divisor)
         self._by_task = divisor == "task"
         of_tower = tower.loss_weights or (1.0,) * len(self._labels)
         self._weights = [label.weight * factor for label, factor in zip(self._labels, of_tower, strict=True)]
@@ -58,16 +57,15 @@ class TaskLoss:
 
         logits: [B], or [B, T]. weight: of the global batch, by which the caller divides.
         """
-        loss = self._summed(logits, batch, weight)
         branches, self._tower.branches = self._tower.branches, ()
         if not branches:
-            return loss
+            return self._summed(logits, batch, weight)
         parts = [branch.float() if branch.dtype == torch.bfloat16 else branch for branch in branches]
         if self._tower.branch_loss == "worse":
-            return worse_branches(loss, [self._summed(part, batch, weight) for part in parts], weight)
+            losses = torch.stack([self._by_label(part, batch, weight) for part in (logits, *parts)])
+            return worse_branches(losses, self._weights, weight)
         assert self._soft is not None
-        answer = logits.detach() if self._labels[0].is_number else logits.detach().sigmoid()
-        soft = replace(batch, labels=answer.unsqueeze(1))
+        loss, soft = self._summed(logits, batch, weight), soft_batch(self._labels, logits, batch)
         return loss + torch.stack([self._soft._summed(part, soft, weight) for part in parts]).sum()
 
     def _summed(self, logits: Tensor, batch: Batch, weight: float) -> Tensor:
@@ -76,16 +74,24 @@ class TaskLoss:
             logits = logits + self._of_sample
         if self._plain and batch.known is None:
             return F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
+        return self._of_labels(logits, batch, weight, self._weights).sum()
+
+    def _by_label(self, logits: Tensor, batch: Batch, weight: float) -> Tensor:
+        """Return the loss to each label without the label's weight, [T]."""
+        if self._plain and batch.known is None:
+            return self._summed(logits, batch, weight).unsqueeze(0)
+        logits = logits + self._of_sample if self._of_sample else logits
+        return self._of_labels(logits, batch, weight, [1.0] * len(self._labels))
+
+    def _of_labels(self, logits: Tensor, batch: Batch, weight: float, factors: Sequence[float]) -> Tensor:
         logits_bt = logits.unsqueeze(1) if logits.dim() == 1 else logits
         parts = [self._masked(number, logits_bt, batch) for number in range(len(self._labels))]
-        losses = torch.stack(
-            [self._weights[number] * self._of(number, *part, batch) for number, part in enumerate(parts)]
-        )
+        losses = torch.stack([factors[number] * self._of(number, *part, batch) for number, part in enumerate(parts)])
         if self._by_task:
             sums = torch.stack([mask_weight.sum() for _, _, mask_weight in parts]).detach()
             sum_over_ranks(sums)
             losses = losses * torch.where(sums > 0, weight / sums, 0.0)
-        return losses.sum()
+        return losses
 
     def _masked(self, number: int, logits_bt: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logit, label and weight of a label, [B] each; the weight is 0 where it does not count."""
@@ -122,3 +128,23 @@ class TaskLoss:
         )
         total, own = losses.sum(), losses.view(-1, rows)[rank].sum()
         return total + (own - total).detach()
+
+
+def soft_label(label: Label) -> Label:
+    """Return the label whose loss compares two answers to this one: squares of numbers, or cross-entropy. It counts
+    where a batch of `soft_batch` says."""
+    loss = "mse" if label.is_number else "cross_entropy"
+    return replace(label, loss=loss, smoothing=0.0, parent=None, nulls="unknown")
+
+
+def soft_batch(labels: Sequence[Label], logits: Tensor, batch: Batch) -> Batch:
+    """Return the batch with answers in the place of its labels: numbers, or probabilities. They have no gradient, and
+    count where the labels do. logits: [B], or [B, T]."""
+    logits_bt = logits.detach().unsqueeze(1) if logits.dim() == 1 else logits.detach()
+    answers = [logits_bt[:, i] if one.is_number else logits_bt[:, i].sigmoid() for i, one in enumerate(labels)]
+    masks = [known_in_space(labels, number, batch.labels, batch.known) for number in range(len(labels))]
+    known = None
+    if any(mask is not None for mask in masks):
+        everywhere = torch.ones_like(batch.weight, dtype=torch.bool)
+        known = torch.stack([everywhere if mask is None else mask for mask in masks], 1)
+    return replace(batch, labels=torch.stack(answers, 1), known=known)

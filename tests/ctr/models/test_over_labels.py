@@ -159,12 +159,7 @@ def test_settings_of_gnolr_that_cannot_be_are_refused(changes, line):
 
 QUICK = ("deepfm", "fgcnn", "final_mlp", "xdeepfm")
 CLASSIFIER = {**DNN, "target": "tessera.ctr.models.wide_deep.WideDeep"}
-NO_HEADS = ["fcn", "final_net"]  # whose branches have losses of their own
-HEADED = [
-    (model, {"kernel": 3, "classifier": CLASSIFIER} if model == "fgcnn" else {})
-    for model in OF_ONE_LABEL
-    if model not in NO_HEADS
-]
+HEADED = [(model, {"kernel": 3, "classifier": CLASSIFIER} if model == "fgcnn" else {}) for model in OF_ONE_LABEL]
 HEADED += [("fwfm", {"linear_part": "FeLV"}), ("fwfm", {"linear_part": "LW"}), ("final_mlp", {"heads": 2})]
 HEADED += [("autoint", {"wide": True})]
 WIDTHS = {"hidden1": [6, 4], "hidden2": [4, 6], "maps": [3, 2], "channels": [2, 3], "subnet": [3, 2], "bottom": [5]}
@@ -230,3 +225,6 @@ def test_a_model_of_one_logit_is_refused():
         build_tower(config, Schema(config.data.schema))
     with pytest.raises(ConfigError, match="model.body.target is .*OneLogit, which answers one logit and cannot"):
         make("mmoe", fields_of(APART), body={"target": f"{__name__}.OneLogit"})
+    fcn = OmegaConf.to_container(yaml_of("fcn")) | {"embedding_dim": 4}
+    with pytest.raises(ConfigError, match="FCN, whose parts have losses to the labels and which cannot be a part"):
+        make("mmoe", fields_of(APART), body=fcn)

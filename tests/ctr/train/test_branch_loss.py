@@ -91,6 +91,63 @@ def test_branches_that_are_no_worse_leave_the_plain_loss():
     assert torch.equal(*(torch.autograd.grad(one, logits)[0] for one in (found, plain)))
 
 
+LABELS = ["click", {"name": "buy", "where": "click", "weight": 3.0}, {"name": "minutes", "loss": "mse", "weight": 0.1}]
+
+
+def several(kind: str, rows: slice, rank: int = 0):
+    """This rank's part of the loss to three labels, of which rows are unknown or out of their space, and gradients."""
+    generator = torch.Generator().manual_seed(5)
+    values = (torch.rand(ROWS, 3, generator=generator) < 0.4).double()
+    known = torch.rand(ROWS, 3, generator=generator) < 0.8
+    weight = torch.rand(ROWS, generator=generator, dtype=torch.float64)
+    logits = torch.randn(2, ROWS, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    tower, values = Worse() if kind == "worse" else Agreement(), torch.where(known, values, 0.0)
+    tower.branches = tuple(logits[:, rows])
+    batch = batch_of(values[rows], known[rows], weight[rows])
+    found = TaskLoss(labels_of(LABELS), tower, rank)(logits[:, rows].mean(0), batch, float(weight.sum()))
+    gradient = torch.autograd.grad(found, logits)[0]
+    return found.detach(), gradient, (logits, values, known, weight)
+
+
+def check_several(kind: str, found: torch.Tensor, gradient: torch.Tensor, drawn) -> None:
+    """By hand: each label's loss by itself, of the rows in which it counts, times its weight."""
+    logits, values, known, weight = drawn
+    total = torch.zeros((), dtype=torch.float64)
+    for label, factor in enumerate((1.0, 3.0, 0.1)):
+        mask = known[:, label] & (values[:, 0] == 1) if label == 1 else known[:, label]
+
+        def mean(logit, target, of_number=label == 2, counted=weight * mask):
+            each = F.mse_loss if of_number else F.binary_cross_entropy_with_logits
+            return (counted * each(logit, target, reduction="none")).sum() / weight.sum()
+
+        together, target = logits[..., label].mean(0), values[:, label]
+        plain, parts = mean(together, target), logits[..., label]
+        if kind == "worse":
+            whole = plain + sum((mean(one, target) - plain).clamp(min=0) * mean(one, target) for one in parts)
+        else:
+            answer = together.detach() if label == 2 else together.detach().sigmoid()
+            whole = plain + sum(mean(one, answer) for one in parts)
+        total = total + factor * whole
+    torch.testing.assert_close(found / weight.sum(), total.detach())
+    torch.testing.assert_close(gradient / weight.sum(), torch.autograd.grad(total, logits)[0])
+
+
+@pytest.mark.parametrize("kind", ["worse", "agreement"])
+def test_each_of_several_labels_has_the_papers_loss_where_it_counts(kind):
+    check_several(kind, *several(kind, slice(None)))
+
+
+def several_of_rank(process, kind: str):
+    return several(kind, slice(0, 15) if process.rank == 0 else slice(15, None), process.rank)[:2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["worse", "agreement"])
+def test_ranks_add_up_to_the_whole_with_several_labels(kind):
+    parts = on_ranks(2, several_of_rank, kind)
+    check_several(kind, *(sum(one) for one in zip(*parts, strict=True)), several(kind, slice(None))[2])
+
+
 def test_towers_tell_their_branches_in_training_alone():
     fields = Fields((), ("a", "b"))
     fcn = FCN(fields, 4, 1, 1, 1, 0.0, 0.0, layer_norm=True, batch_norm=False)
