@@ -124,12 +124,15 @@ class SentIds:
             return self._headers
         self._work.wait()
         end, headers, parts = FIXED + self._layout.told, self._came, self._packed.parts
+        self._sent = self._packed.order.numel()
         if parts.device.type != "cpu":  # the host waits once for both
             both = torch.cat([headers[:, :end], parts.unsqueeze(1)], 1).cpu()
             headers, parts = both, both[:, end]
-        self._headers = headers[:, :end]
+            self._sent = int(parts.sum())
+        self._headers = headers[:, :end].contiguous()  # columns are read one by one
         numbers = self._headers.numpy()  # which takes a fraction of what torch's operations do
         self._asked, self._owned = parts.tolist(), numbers[:, PART].tolist()
+        self._count = int(numbers[:, PART].sum())
         largest, room = int(numbers[:, LARGEST].max()), self._layout.room
         self._exchange.recent.note(int(numbers[:, TOTAL].sum()) / self._exchange.ranks**2, largest)
         if largest > room:  # the same on all ranks
@@ -138,8 +141,7 @@ class SentIds:
 
     def _send_late(self, room: int) -> None:
         ids, kinds = self._outgoing.ids, self._layout.kinds
-        total = sum(self._asked)
-        order = self._packed.order[:total]
+        total, order = self._sent, self._packed.order[: self._sent]
         columns = [ids, *self._outgoing.columns]
         if self._layout.numbered:
             numbers = torch.arange(kinds, dtype=torch.int32, device=ids.device)
@@ -167,11 +169,11 @@ class SentIds:
         if self._late_work is not None:
             self._late_work.wait()
         late = self._exchange.nothing(self._came.device)[1] if self._late is None else self._late
-        came = read_ids(self._came, late, sum(self._owned), self._layout)
+        came = read_ids(self._came, late, self._count, self._layout)
         given = zip(came.columns, self._outgoing.columns, strict=True)
         columns = [one if one.dtype == sent.dtype else one.view(sent.dtype) for one, sent in given]
-        order, asked = self._packed.order, sum(self._asked)
-        order = order if asked == order.numel() else order[:asked]
+        order = self._packed.order
+        order = order if self._sent == order.numel() else order[: self._sent]
         route = Route(self._asked, self._owned, order, self._packed.places, self._exchange.group)
         return ReceivedIds(came.ids, tuple(columns), came.bounds, came.order, came.ranks, route)
 

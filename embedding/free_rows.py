@@ -35,11 +35,6 @@ class FreeRows:
         self._count -= taken
         return self._stack[self._count : self._count + taken].flip(0)
 
-    def untake(self, count: int) -> None:
-        """Undo `take`s since there were `count` rows, if none was given back meanwhile."""
-        assert self._count <= count <= self._stack.numel(), (self._count, count)
-        self._count = count
-
     def give_back(self, rows: Tensor) -> None:
         """Put rows (int64 [n]) on the stack."""
         count = self._count + rows.numel()
@@ -49,3 +44,75 @@ class FreeRows:
             self._stack = grown
         self._stack[self._count : count] = rows
         self._count = count
+
+
+class FreeRowsOfTables:
+    """A stack for each of many tables, all in one tensor, so that rows of all are taken by a few operations.
+
+    A stack that is full goes on, twice as long, behind all others.
+
+    Attributes:
+        counts: of rows on each stack. flat: int64, what stacks lie in. begins: where each does.
+    """
+
+    def __init__(self, tables: int, device: torch.device | str = "cpu") -> None:
+        self.flat = torch.empty(0, dtype=torch.int64, device=device)
+        self.counts, self.begins, self._rooms, self._end = [0] * tables, [0] * tables, [0] * tables, 0
+
+    def tops(self) -> list[int]:
+        """Return the place of each table's last freed row in `flat`."""
+        return [begin + count - 1 for begin, count in zip(self.begins, self.counts, strict=True)]
+
+    def rows(self, table: int) -> Tensor:
+        """Return a table's free rows: int64 [k]."""
+        begin = self.begins[table]
+        return self.flat[begin : begin + self.counts[table]]
+
+    def nbytes(self, table: int) -> int:
+        return self._rooms[table] * 8
+
+    def replace(self, table: int, rows: Tensor) -> None:
+        """Take over a table's stack: rows int64 [k], which are copied."""
+        self.counts[table] = 0
+        self.give_back(table, rows)
+
+    def give_back(self, table: int, rows: Tensor) -> None:
+        """Put rows (int64 [n]) on a table's stack."""
+        count = self.counts[table] + rows.numel()
+        if count > self._rooms[table]:
+            self._move(table, max(count, 2 * self._rooms[table]))
+        begin = self.begins[table]
+        self.flat[begin + self.counts[table] : begin + count] = rows
+        self.counts[table] = count
+
+    def _move(self, table: int, room: int) -> None:
+        """Let a stack go on behind all others, with room for so many rows."""
+        kept, begin = self.rows(table), self._end
+        end = begin + room
+        if end > self.flat.numel():
+            grown = self.flat.new_empty(max(end, 2 * self.flat.numel()))
+            grown[:begin] = self.flat[:begin]
+            self.flat = grown
+        self.flat[begin : begin + kept.numel()] = kept
+        self.begins[table], self._rooms[table], self._end = begin, room, end
+
+
+class FreeRowsOfTable:
+    """The stack of one table, as `FreeRows`."""
+
+    def __init__(self, all_tables: FreeRowsOfTables, table: int) -> None:
+        self._all, self._table = all_tables, table
+
+    @property
+    def rows(self) -> Tensor:
+        return self._all.rows(self._table)
+
+    @property
+    def nbytes(self) -> int:
+        return self._all.nbytes(self._table)
+
+    def replace(self, rows: Tensor) -> None:
+        self._all.replace(self._table, rows)
+
+    def give_back(self, rows: Tensor) -> None:
+        self._all.give_back(self._table, rows)

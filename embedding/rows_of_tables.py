@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tessera.embedding.extents import Extents
-from tessera.embedding.free_rows import FreeRows
+from tessera.embedding.free_rows import FreeRowsOfTable, FreeRowsOfTables
 from tessera.embedding.record_store import MARK, RecordStore
 from tessera.kernels.host_numbers import on_device
 from tessera.kernels.touch import COUNT, LAST_SEEN
@@ -39,7 +39,7 @@ class RowsOfTables:
     def __init__(self, tables: int, store: RecordStore) -> None:
         self.extents = Extents(tables, store.device)
         self.ends = [0] * tables
-        self.free = [FreeRows(store.device) for _ in range(tables)]
+        self.free = FreeRowsOfTables(tables, store.device)
         self._store = store
 
     def provide(self, ends: dict[int, int], *, limited: bool) -> None:
@@ -73,7 +73,7 @@ class RowsOfTables:
 
     def take(self, tables: Tensor, wanted: Sequence[int], *, limited: bool) -> Tensor:
         """Return rows int64 [k] for tables int64 [k], ascending, so many of each. Raises as `provide`."""
-        reused = [min(want, len(free)) for want, free in zip(wanted, self.free, strict=True)]
+        reused = [min(want, free) for want, free in zip(wanted, self.free.counts, strict=True)]
         ends = [end + want - again for end, want, again in zip(self.ends, wanted, reused, strict=True)]
         short = {t: end for t, (end, has) in enumerate(zip(ends, self.extents.capacity, strict=True)) if end > has}
         if short:
@@ -81,24 +81,26 @@ class RowsOfTables:
         firsts = [0, *accumulate(wanted)]
         # A new row's place is end + (rank - reused), the rank being that among the rows of its table.
         shifts = [end - again - first for end, again, first in zip(self.ends, reused, firsts, strict=False)]
-        shift = on_device(shifts, tables.device)[tables]
-        places = shift + torch.arange(tables.numel(), device=tables.device)
-        rows = self.extents.rows(tables, places.clamp_(min=0))
-        for table, again in enumerate(reused):
-            if again:
-                rows[firsts[table] : firsts[table] + again] = self.free[table].take(again)
+        device = tables.device
+        numbers = [shifts, firsts[:-1], reused, self.free.tops()] if any(reused) else [shifts]
+        of_ids = on_device([number for one in numbers for number in one], device).view(len(numbers), -1)[:, tables]
+        at = torch.arange(tables.numel(), device=device)
+        rows = self.extents.rows(tables, (of_ids[0] + at).clamp_(min=0))
+        if any(reused):
+            rank = at - of_ids[1]
+            freed = self.free.flat[(of_ids[3] - rank).clamp_(min=0)]  # the last freed first
+            rows = torch.where(rank < of_ids[2], freed, rows)
+            self.free.counts = [free - again for free, again in zip(self.free.counts, reused, strict=True)]
         self.ends = ends
         return rows
 
     def state(self) -> tuple[list[int], list[int]]:
         """Return what `restore` takes to undo `take`s."""
-        return list(self.ends), [len(free) for free in self.free]
+        return list(self.ends), list(self.free.counts)
 
     def restore(self, state: tuple[list[int], list[int]]) -> None:
         """Undo all `take`s since `state`, if nothing was freed meanwhile."""
-        self.ends = state[0]
-        for free, count in zip(self.free, state[1], strict=True):
-            free.untake(count)
+        self.ends, self.free.counts = state
 
 
 class RowsOfTable:
@@ -118,8 +120,8 @@ class RowsOfTable:
         self._rows.ends[self._table] = end
 
     @property
-    def free(self) -> FreeRows:
-        return self._rows.free[self._table]
+    def free(self) -> FreeRowsOfTable:
+        return FreeRowsOfTable(self._rows.free, self._table)
 
     def numbers(self, places: Tensor) -> Tensor:
         """Return the rows at places: int64 [n]. -1 stays."""

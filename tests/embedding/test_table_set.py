@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import random
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tessera.embedding.config import Admission, DynamicTableConfig, Group, ScaleOptimizer
 from tessera.embedding.errors import ConfigError, TableFull
 from tessera.embedding.optim import RowOptimizer
+from tessera.embedding.rows_of_tables import RowsOfTables
 from tessera.embedding.set_table import SetTable
 from tessera.embedding.table import COUNTERS, DynamicTable
 from tessera.embedding.table_set import TableSet
@@ -322,3 +324,32 @@ def test_a_step_takes_as_many_operations_for_any_number_of_tables(tables):
             found.update(rows, values, Positions(*positions_of(inverse, counts)))
         counted.append(count.ops)
     assert counted[1] <= 10 and counted[2] <= 80, counted  # growth of map and chunks included
+
+
+@pytest.mark.parametrize("tables", [1, 40])
+def test_freed_rows_are_taken_by_as_many_operations_for_any_number_of_tables(tables):
+    """Of each table its last freed first, as by a list; then new ones. An undone take gives them again."""
+    store = TableSet([DynamicTableConfig("t", ("f",), *LAYOUTS["plain"])]).store
+    rows, stacks, draw = RowsOfTables(tables, store), [[] for _ in range(tables)], random.Random(tables)
+    taken, ops = [[] for _ in range(tables)], []
+    for turn in range(12):
+        wanted = [draw.randrange(6) for _ in range(tables)]
+        of = torch.arange(tables).repeat_interleave(torch.tensor(wanted))
+        if turn % 3 == 0:
+            before = rows.state()
+            rows.take(of, wanted, limited=False)
+            rows.restore(before)
+        with Count() as count:
+            found = rows.take(of, wanted, limited=False)
+        ops.append(count.ops)
+        for table, own in enumerate(part.tolist() for part in found.split(wanted)):
+            again = min(len(stacks[table]), len(own))
+            assert own[:again] == [stacks[table].pop() for _ in range(again)]
+            taken[table] += own
+            gone = [taken[table].pop(draw.randrange(len(taken[table]))) for _ in range(len(taken[table]) // 2)]
+            rows.free.give_back(table, torch.tensor(gone, dtype=torch.int64))
+            stacks[table] += gone
+        assert [rows.free.rows(table).tolist() for table in range(tables)] == stacks
+        everywhere = [row for rows_of in (*taken, *stacks) for row in rows_of]
+        assert len(set(everywhere)) == len(everywhere) == sum(rows.ends)
+    assert max(ops[1:]) <= 32, ops
