@@ -168,13 +168,13 @@ while True:
 def test_kill_9_at_any_moment_loses_what_was_not_saved_alone(tmp_path):
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     known, keys = 0, []
-    for attempt in range(8):
+    for attempt in range(4):
         with subprocess.Popen(
             [sys.executable, "-c", WORK, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
         ) as child:
             assert child.stdout is not None
             keys += child.stdout.readline().split()
-            time.sleep(0.05 + 0.07 * attempt)
+            time.sleep(0.05 + 0.15 * attempt)
             child.send_signal(signal.SIGKILL)
             said = child.stdout.read().splitlines()
             keys += [key for line in said for key in line.split() if key.count("-") == 2]
@@ -185,4 +185,4 @@ def test_kill_9_at_any_moment_loses_what_was_not_saved_alone(tmp_path):
         assert told["repeated"] == rows and not told["stale"], (told, rows)
         assert told["unknown"] <= len(keys) - known
         known = told["repeated"] + told["taken"]
-    assert known > 100
+    assert known > 50
