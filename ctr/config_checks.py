@@ -63,6 +63,16 @@ def check(config: Config) -> None:
     config.selection.check()
     if config.selection.method != "none" and trainer.compile:
         raise ConfigError(f"selection.method is {config.selection.method}; expected trainer.compile=false, or none")
+    if config.selection.method == "autofield":
+        if config.data.valid is None:
+            raise ConfigError("selection.method is autofield, which learns on data.valid, and it is null")
+        if config.data.negative_rate != 1:
+            raise ConfigError(
+                f"selection.method is autofield and data.negative_rate is {config.data.negative_rate:g}; expected 1: "
+                "it learns on the valid split, which has all negatives"
+            )
+    if config.selection.method == "optfs" and trainer.accumulate > 1:
+        raise ConfigError(f"selection.method is optfs and trainer.accumulate is {trainer.accumulate}; expected 1")
 
 
 def _check_labels(config: Config) -> None:

@@ -15,8 +15,9 @@ class SelectionConfig:
     method: str = setting(
         "none",
         "none | dropout: each field is dropped with a probability that is learned (concrete dropout) | "
-        "lpfs: learned factors, pulled towards 0 (LPFS)",
-        choices=("none", "dropout", "lpfs"),
+        "lpfs: learned factors, pulled towards 0 (LPFS) | autofield: keep or drop, learned on the valid split "
+        "(AutoField) | optfs: a factor for each id (OptFS)",
+        choices=("none", "dropout", "lpfs", "autofield", "optfs"),
     )
     penalty: float = setting(
         0.01, "dropout: added to the summed loss of a batch for each field that is kept, times its share", at_least=0
@@ -27,6 +28,18 @@ class SelectionConfig:
     )
     eps: float = setting(0.1, "lpfs: the gate x^2 / (x^2 + eps) begins with this one", above=0)
     eps_decay: float = setting(0.9978, "lpfs: eps is multiplied by this every 100 steps", above=0, at_most=1)
+    every: int = setting(10, "autofield: steps from one batch of the valid split to the next", at_least=1)
+    lr: float = setting(0.001, "autofield: learning rate of keeping and dropping, by Adam", above=0)
+    cooling: float = setting(
+        0.00005, "autofield: the temperature of draws is 1 less this times the step, at least 0.01", at_least=0
+    )
+    l1: float = setting(
+        0.0001, "optfs: added to the loss per look-up, times the absolute value of the weight", at_least=0
+    )
+    sharpest: float = setting(
+        2000.0, "optfs: gates are sigmoid(weight x sharpness), sharpness from 1 to this", at_least=1
+    )
+    sharpening_steps: int = setting(10_000, "optfs: steps until gates are sharpest", at_least=1)
 
     def check(self) -> None:
         """Raise ConfigError for a key that the method does not read."""

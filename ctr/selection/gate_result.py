@@ -11,6 +11,8 @@ MEANINGS = {
     "none": "gates that are 1",
     "dropout": "1 - p, p the probability to drop the field that the run has learned",
     "lpfs": "the absolute value of the field's gate, which begins at 1",
+    "autofield": "the probability to keep the field, learned on the valid split",
+    "optfs": "the mean weight of the ids that rows have, 0 for those that are dropped, over about the last 100 steps",
 }
 
 

@@ -7,13 +7,13 @@ to the vectors of every group of embeddings, first-order weights among them, and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tessera.ctr.models.tower import Fields, Tower
-from tessera.ctr.selection.config import SelectionConfig
 from tessera.ctr.selection.field_groups import FieldGroup, places_of
 from tessera.ctr.selection.field_vectors import FieldVectors, per_field
 from tessera.embedding.config import key_of
@@ -30,9 +30,11 @@ class FieldGates(nn.Module):
 
     Attributes:
         groups: the fields, in the order of the gates.
+        embedding_dims: groups of embeddings that the gates want beside the tower's.
     """
 
     method = "none"
+    embedding_dims: Mapping[str, int] = {}
 
     def __init__(self, groups: Sequence[FieldGroup]) -> None:
         super().__init__()
@@ -46,10 +48,14 @@ class FieldGates(nn.Module):
         factor = per_field(self._now, self._places, first, vectors.shape[1], rows)
         return vectors * factor.to(vectors.dtype)
 
-    def begin_pass(self, device: torch.device) -> None:
-        """Make the gates of a forward pass."""
-        self._places = self._places.to(device)
+    def begin_pass(self, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Make the gates of a forward pass. Return other inputs for the tower, or None for these.
+
+        inputs: those of `Tower.forward`.
+        """
+        self._places = self._places.to(inputs[0].device)
         self._now = self.now()
+        return None
 
     def begin_step(self, seed: int, step: int, place: Tensor | None) -> None:
         """Say which step of training the next pass is of, and where in the epoch's order its rows stand."""
@@ -140,20 +146,12 @@ def _smoothed(x: Tensor, eps: Tensor) -> Tensor:
     return x.sign() * square / (square + eps) + ALPHA * eps ** (1 / TAU) * torch.atan(x)
 
 
-def make_gates(config: SelectionConfig, groups: Sequence[FieldGroup]) -> FieldGates | None:
-    """Return the gates that the configuration asks for."""
-    if config.method == "dropout":
-        return ConcreteDropout(groups, config.penalty, config.temperature)
-    if config.method == "lpfs":
-        return LPFS(groups, config.threshold, config.eps, config.eps_decay)
-    return None
-
-
 def attach(gates: FieldGates, tower: Tower, fields: Fields, numeric_class: type | None) -> None:
     """Have a tower read its fields through gates, which become a part of it, `field_gates`."""
     vectors = FieldVectors(tower, fields, numeric_class)
     tower.field_gates = gates
-    tower.register_forward_pre_hook(lambda _, inputs: gates.begin_pass(inputs[0].device))
+    tower.embedding_dims = {**tower.embedding_dims, **gates.embedding_dims}
+    tower.register_forward_pre_hook(lambda _, inputs: gates.begin_pass(inputs))
     vectors.change(gates)
 
 

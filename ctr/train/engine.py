@@ -12,13 +12,15 @@ from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.distil.distillation import Distillation
 from tessera.ctr.network import Network, build_model
+from tessera.ctr.selection.autofield import AutoField
 from tessera.ctr.train.nonfinite import check_gradients, check_loss, watch_gradients
 from tessera.ctr.train.optimizers import Optimizers
 from tessera.ctr.train.perturbed import perturbed
 from tessera.ctr.train.progress import Progress
 from tessera.ctr.train.state_parts import ModelState, Stateful
-from tessera.ctr.train.step_pipeline import StepPipeline
+from tessera.ctr.train.step_pipeline import StepPipeline, to_device
 from tessera.ctr.train.task_loss import TaskLoss
+from tessera.distributed.collectives import sum_over_ranks
 from tessera.distributed.rank import Process
 from tessera.distributed.tables import Tables, as_dynamic, as_sharded
 from tessera.distributed.window import WHOLE, Window
@@ -119,6 +121,28 @@ class Engine:
             self._learn_scales(batch, ready.weight, loss_scale)
         self.progress.step += 1
         return loss_sum.detach(), batch.weight.sum()
+
+    def learn_gates(self, batch: Batch) -> None:
+        """Update the gates that learn on the valid split by one batch of it, and nothing else. Collective."""
+        gates, network = self.gates, self.network
+        assert isinstance(gates, AutoField)
+        self.process.stage = f"step {self.step}: gates"
+        batch = to_device(batch, self.process.device)
+        weight = batch.weight.sum()
+        sum_over_ranks(weight)
+        network.eval()
+        try:
+            with torch.no_grad():
+                embeddings = network.tables(batch.ids)
+            with gates.learning(self.config.trainer.seed, self.step) as logits_of_gates:
+                with torch.autocast(batch.numeric.device.type, torch.bfloat16, enabled=network.amp):
+                    logits = network.of_tower(batch, embeddings)
+                loss = self.loss(logits.float(), batch, float(weight))
+                (gradient,) = torch.autograd.grad(loss, logits_of_gates)
+        finally:
+            network.train()
+        sum_over_ranks(gradient)
+        gates.learn(gradient / weight)
 
     def expire_if_due(self) -> None:
         """Remove rows that no batch has touched for their table's TTL, every `embedding.expire_every` steps, among the

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tessera.ctr.config import Config
+from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.config import schema_of
 from tessera.ctr.distil.teacher_logits import prepare
 from tessera.ctr.export.dry_run import check_export
@@ -16,12 +19,13 @@ from tessera.ctr.report.report import write_report
 from tessera.ctr.report.result import PREDICTIONS, begin_result, commit_result
 from tessera.ctr.runs.log import RunLog
 from tessera.ctr.runs.saved_model import load_model, save_model
+from tessera.ctr.selection.autofield import AutoField
 from tessera.ctr.selection.gate_result import write_gates
 from tessera.ctr.train.calibrate import calibrate
 from tessera.ctr.train.checkpoints import Checkpoints
 from tessera.ctr.train.clock import ttl_in_vain
 from tessera.ctr.train.engine import Engine, prepare_device, slow_amp
-from tessera.ctr.train.evaluate import evaluate
+from tessera.ctr.train.evaluate import evaluate, read_split
 from tessera.ctr.train.profiling import StepProfiler
 from tessera.ctr.train.readers import open_splits
 from tessera.ctr.train.state_parts import BEST, BestModel, RandomNumbers
@@ -67,6 +71,7 @@ class Trainer:
         engine, every = self.engine, self.config.trainer.eval_every
         self.begin()
         self.profiler.at(engine.step)
+        held_out = self._held_out()
         while not self.finished:
             for batch in self.readers.train_batches(engine, self.log):
                 loss_sum, weight = engine.train_step(batch)
@@ -75,6 +80,8 @@ class Trainer:
                 self.log.train(engine, batch, loss_sum, weight)
                 if engine.inside_step:
                     continue
+                if held_out and engine.step % self.config.selection.every == 0:
+                    engine.learn_gates(next(held_out))
                 if every and engine.step % every == 0:
                     self.evaluate()
                 self.checkpoints.after_step()
@@ -100,6 +107,17 @@ class Trainer:
                 self.log.warn(warning)
         if self.engine.distil and not self.finished:
             prepare(self.engine, self.readers.train, self.log.folder / "teacher")
+
+    def _held_out(self) -> Iterator[Batch] | None:
+        """Return the batches of the valid split, again and again, from where the run stands, for gates that learn on
+        them; None without such gates."""
+        if not isinstance(self.engine.gates, AutoField):
+            return None
+        reader = read_split(self.config, self.engine.schema, self.process, "valid")
+        assert reader is not None and reader.steps_per_epoch  # as `check` has it
+        batches = itertools.chain.from_iterable(reader.epoch(0) for _ in itertools.count())
+        done = self.engine.step // self.config.selection.every
+        return itertools.islice(batches, done % reader.steps_per_epoch, None)
 
     def end(self) -> None:
         """Finish the run after the last step: save the state, then score the kept model and write the report."""
