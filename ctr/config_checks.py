@@ -61,18 +61,30 @@ def check(config: Config) -> None:
     _check_accumulate(config)
     _check_labels(config)
     config.selection.check()
-    if config.selection.method != "none" and trainer.compile:
-        raise ConfigError(f"selection.method is {config.selection.method}; expected trainer.compile=false, or none")
-    if config.selection.method == "autofield":
-        if config.data.valid is None:
-            raise ConfigError("selection.method is autofield, which learns on data.valid, and it is null")
-        if config.data.negative_rate != 1:
+    _check_selection(config)
+
+
+def _check_selection(config: Config) -> None:
+    """Raise ConfigError where gates are asked for that other keys leave no way to learn."""
+    method, data = config.selection.method, config.data
+    found = f"selection.method is {method}"
+    if method != "none" and config.trainer.compile:
+        raise ConfigError(f"{found}; expected trainer.compile=false, or none")
+    if method in ("autofield", "dnis"):
+        if data.valid is None:
+            raise ConfigError(f"{found}, which learns on data.valid, and it is null")
+        if data.negative_rate != 1:
             raise ConfigError(
-                f"selection.method is autofield and data.negative_rate is {config.data.negative_rate:g}; expected 1: "
-                "it learns on the valid split, which has all negatives"
+                f"{found} and data.negative_rate is {data.negative_rate:g}; expected 1: it learns on the valid split, "
+                "which has all negatives"
             )
-    if config.selection.method == "optfs" and trainer.accumulate > 1:
-        raise ConfigError(f"selection.method is optfs and trainer.accumulate is {trainer.accumulate}; expected 1")
+    if method == "dnis":
+        own = next((name for name, one in (config.embedding.tables or {}).items() if "dim" in one), None)
+        if config.embedding.kind != "dynamic" or own is not None:
+            other = f"embedding.tables.{own}.dim is set" if own else f"embedding.kind is {config.embedding.kind}"
+            raise ConfigError(f"{found} and {other}; expected dynamic tables of the tower's dim")
+    if method == "optfs" and config.trainer.accumulate > 1:
+        raise ConfigError(f"{found} and trainer.accumulate is {config.trainer.accumulate}; expected 1")
 
 
 def _check_labels(config: Config) -> None:

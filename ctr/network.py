@@ -15,7 +15,6 @@ from tessera.ctr.models.calibration import attach_calibration
 from tessera.ctr.models.dropout import draw_masks, dropout_layers
 from tessera.ctr.models.numeric import Raw
 from tessera.ctr.models.tower import Events, Fields, SequenceGroup, Tower, drawn_inputs, logits_of
-from tessera.ctr.selection.field_groups import field_groups
 from tessera.ctr.selection.gate_methods import make_gates
 from tessera.ctr.selection.gates import FieldGates, attach, gates_of
 from tessera.ctr.tables import build_tables
@@ -137,7 +136,7 @@ def build_tower(config: Config, schema: Schema) -> Tower:
         )
     if fields.columns and isinstance(fields.embed_numeric(fields.columns, 1), Raw):
         _check_raw(tower, fields, config)
-    gates = make_gates(config.selection, field_groups(schema), fields)
+    gates = make_gates(config.selection, schema, fields, tower.embedding_dims)
     if gates:
         attach(gates, tower, fields, class_of(config.numeric))
     if config.trainer.calibration != "none":

@@ -16,8 +16,8 @@ class SelectionConfig:
         "none",
         "none | dropout: each field is dropped with a probability that is learned (concrete dropout) | "
         "lpfs: learned factors, pulled towards 0 (LPFS) | autofield: keep or drop, learned on the valid split "
-        "(AutoField) | optfs: a factor for each id (OptFS)",
-        choices=("none", "dropout", "lpfs", "autofield", "optfs"),
+        "(AutoField) | optfs: a factor for each id (OptFS) | dnis: masks over columns, for the dims of tables (DNIS)",
+        choices=("none", "dropout", "lpfs", "autofield", "optfs", "dnis"),
     )
     penalty: float = setting(
         0.01, "dropout: added to the summed loss of a batch for each field that is kept, times its share", at_least=0
@@ -28,8 +28,8 @@ class SelectionConfig:
     )
     eps: float = setting(0.1, "lpfs: the gate x^2 / (x^2 + eps) begins with this one", above=0)
     eps_decay: float = setting(0.9978, "lpfs: eps is multiplied by this every 100 steps", above=0, at_most=1)
-    every: int = setting(10, "autofield: steps from one batch of the valid split to the next", at_least=1)
-    lr: float = setting(0.001, "autofield: learning rate of keeping and dropping, by Adam", above=0)
+    every: int = setting(10, "autofield, dnis: steps from one batch of the valid split to the next", at_least=1)
+    lr: float = setting(0.001, "autofield, dnis: learning rate of what learns on the valid split, by Adam", above=0)
     cooling: float = setting(
         0.00005, "autofield: the temperature of draws is 1 less this times the step, at least 0.01", at_least=0
     )
@@ -41,14 +41,20 @@ class SelectionConfig:
     )
     sharpening_steps: int = setting(10_000, "optfs: steps until gates are sharpest", at_least=1)
 
+    block: int = setting(4, "dnis: columns that are kept or dropped together", at_least=1)
+    pull: float = setting(0.00001, "dnis: L1 on masks, added to the loss of the valid split", at_least=0)
+    keep_above: float = setting(
+        0.5, "dnis: a block is kept whose mask is above this share of the largest one", at_least=0, below=1
+    )
+
     def check(self) -> None:
         """Raise ConfigError for a key that the method does not read."""
         for field in fields(self):
-            reader = field.metadata["comment"].partition(":")[0]
+            readers = field.metadata["comment"].partition(":")[0].split(", ")
             value = getattr(self, field.name)
-            if field.name != "method" and reader != self.method and value != field.default:
+            if field.name != "method" and self.method not in readers and value != field.default:
                 raise ConfigError(
-                    f"selection.{field.name} is {value}, which only selection.method={reader} reads; "
+                    f"selection.{field.name} is {value}, which only selection.method={' or '.join(readers)} reads; "
                     f"it is {self.method}"
                 )
 

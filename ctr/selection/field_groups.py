@@ -54,7 +54,7 @@ def field_groups(schema: Schema) -> list[FieldGroup]:
 
 def places_of(groups: Sequence[FieldGroup]) -> Tensor:
     """Return the number of the group of each field, int64 [fields]."""
-    places = torch.empty(sum(len(group.fields) for group in groups), dtype=torch.int64)
+    places = torch.zeros(1 + max(at for group in groups for at in group.fields), dtype=torch.int64)
     for number, group in enumerate(groups):
         places[list(group.fields)] = number
     return places

@@ -13,6 +13,7 @@ MEANINGS = {
     "lpfs": "the absolute value of the field's gate, which begins at 1",
     "autofield": "the probability to keep the field, learned on the valid split",
     "optfs": "the mean weight of the ids that rows have, 0 for those that are dropped, over about the last 100 steps",
+    "dnis": "the mean mask over the columns of the table, which begins at 1",
 }
 
 

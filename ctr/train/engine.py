@@ -12,7 +12,7 @@ from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.distil.distillation import Distillation
 from tessera.ctr.network import Network, build_model
-from tessera.ctr.selection.autofield import AutoField
+from tessera.ctr.selection.held_out import HeldOutGates
 from tessera.ctr.train.nonfinite import check_gradients, check_loss, watch_gradients
 from tessera.ctr.train.optimizers import Optimizers
 from tessera.ctr.train.perturbed import perturbed
@@ -125,7 +125,7 @@ class Engine:
     def learn_gates(self, batch: Batch) -> None:
         """Update the gates that learn on the valid split by one batch of it, and nothing else. Collective."""
         gates, network = self.gates, self.network
-        assert isinstance(gates, AutoField)
+        assert isinstance(gates, HeldOutGates)
         self.process.stage = f"step {self.step}: gates"
         batch = to_device(batch, self.process.device)
         weight = batch.weight.sum()
@@ -134,11 +134,11 @@ class Engine:
         try:
             with torch.no_grad():
                 embeddings = network.tables(batch.ids)
-            with gates.learning(self.config.trainer.seed, self.step) as logits_of_gates:
+            with gates.learning(self.config.trainer.seed, self.step) as learned:
                 with torch.autocast(batch.numeric.device.type, torch.bfloat16, enabled=network.amp):
                     logits = network.of_tower(batch, embeddings)
                 loss = self.loss(logits.float(), batch, float(weight))
-                (gradient,) = torch.autograd.grad(loss, logits_of_gates)
+                (gradient,) = torch.autograd.grad(loss, learned)
         finally:
             network.train()
         sum_over_ranks(gradient)

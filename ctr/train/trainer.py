@@ -19,8 +19,10 @@ from tessera.ctr.report.report import write_report
 from tessera.ctr.report.result import PREDICTIONS, begin_result, commit_result
 from tessera.ctr.runs.log import RunLog
 from tessera.ctr.runs.saved_model import load_model, save_model
-from tessera.ctr.selection.autofield import AutoField
+from tessera.ctr.selection.dim_masks import DimMasks
 from tessera.ctr.selection.gate_result import write_gates
+from tessera.ctr.selection.held_out import HeldOutGates
+from tessera.ctr.selection.table_sizes import write_sizes
 from tessera.ctr.train.calibrate import calibrate
 from tessera.ctr.train.checkpoints import Checkpoints
 from tessera.ctr.train.clock import ttl_in_vain
@@ -29,8 +31,9 @@ from tessera.ctr.train.evaluate import evaluate, read_split
 from tessera.ctr.train.profiling import StepProfiler
 from tessera.ctr.train.readers import open_splits
 from tessera.ctr.train.state_parts import BEST, BestModel, RandomNumbers
-from tessera.distributed.collectives import on_first_rank, wait_for_all
+from tessera.distributed.collectives import gather_objects, on_first_rank, wait_for_all
 from tessera.distributed.rank import Process
+from tessera.distributed.tables import owned_tables
 from tessera.kernels import backend
 
 
@@ -111,7 +114,7 @@ class Trainer:
     def _held_out(self) -> Iterator[Batch] | None:
         """Return the batches of the valid split, again and again, from where the run stands, for gates that learn on
         them; None without such gates."""
-        if not isinstance(self.engine.gates, AutoField):
+        if not isinstance(self.engine.gates, HeldOutGates):
             return None
         reader = read_split(self.config, self.engine.schema, self.process, "valid")
         assert reader is not None and reader.steps_per_epoch  # as `check` has it
@@ -188,11 +191,21 @@ class Trainer:
         report = on_first_rank(process, lambda: self._write_report(new, scored))
         if gates := self.engine.gates:
             written = on_first_rank(process, lambda: write_gates(gates, folder, step, which))
+            if isinstance(gates, DimMasks):
+                self._write_sizes(gates, written)
             self.log.say(f"importance of fields by selection.method={gates.method}: {written}")
         if not scored:
             self.log.say("nothing was scored: data.valid and data.test are null")
         self.log.say(report)
         self.log.close()
+
+    def _write_sizes(self, gates: DimMasks, folder: Path) -> None:
+        """Write what the masks of tables say of their dims. Collective."""
+        counts = gather_objects({name: len(table) for name, table in owned_tables(self.engine.tables).items()})
+        rows = {name: sum(one.get(name, 0) for one in counts) for name in gates.tables}
+        same = sum(dim == gates.width for dim in self.engine.network.tower.embedding_dims.values())
+        keep = self.config.selection.keep_above
+        on_first_rank(self.process, lambda: write_sizes(gates, folder, rows, keep, same))
 
     def _write_report(self, new: Path, scored: dict[str, dict[str, int]]) -> str:
         """Write the report, on the first rank. Returns its summary."""

@@ -19,7 +19,7 @@ IDS, NUMBERS, VALUES = 9, 4, 60
 STRENGTHS = {f"i{k}": 1.1 * 0.75**k for k in range(IDS)} | {f"n{k}": 0.95 * 0.68**k for k in range(NUMBERS)}
 NOISE = ("i9", "n4")
 #: The runs, with what 160 steps need: AutoField's p moves with every second of them.
-GATES = {
+GATES: dict[str, list[str]] = {
     "none": [],
     "dropout": [],
     "lpfs": [],
