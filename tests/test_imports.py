@@ -16,7 +16,7 @@ LAYERS = ("kernels", "embedding", "distributed", "ctr", "scripts")  # each may i
 #: Modules of ctr/data that turn columns of Arrow into numbers and ids, for training and serving alike.
 DECODING = (
     *("aligned", "arrow_types", "bags", "columns", "crosses", "errors", "expressions", "features", "footers", "labels"),
-    *("schema", "single_values", "transforms", "vectors"),
+    *("row_group_filter", "schema", "single_values", "transforms", "vectors"),
 )
 WITHOUT_CIRCLES = ("kernels", "embedding", "distributed", "ctr")
 

@@ -211,7 +211,7 @@ class Chunk:
         self.members: dict[str, Ids] = {}  # of crosses, as decoded
         self.scheduled = sum(source.span.stop - source.span.first for source in sources)
         assert self.scheduled == sum(rows for rows, _ in windows)
-        readable = self._readable()
+        self.readable = readable = self._readable()
         self.numbers = None if readable is None else np.flatnonzero(readable)  # decoded -> scheduled
         # Per window: scheduled rows, scheduled order, decoded rows, and the arrays to fill.
         self.windows: list[tuple[slice, np.ndarray | None, slice, _Delivery]] = []
@@ -231,7 +231,7 @@ class Chunk:
         """Return the decoded rows of some columns, each as arrays one after the other."""
         arrays: list[Arrays] = [[] for _ in names]
         for source in self.sources:
-            if source.group.error is None:
+            if source.group.is_read:
                 parts = source.group.read(names, source.span.first, source.span.stop)
                 for column, part in zip(arrays, parts, strict=True):
                     column += [columns.plain(array) for array in part]
@@ -280,7 +280,7 @@ class Chunk:
 
     def group_weights(self) -> np.ndarray:
         """Return float32 [decoded]: the weight of the row group of each row."""
-        spans = [source.span for source in self.sources if source.group.error is None]
+        spans = [source.span for source in self.sources if source.group.is_read]
         groups = np.array([span.group for span in spans], np.int64)
         weight = self.decoder.groups.weight
         assert weight is not None
@@ -288,7 +288,7 @@ class Chunk:
 
     def row_numbers(self, first: np.ndarray) -> np.ndarray:
         """Return the numbers of the decoded rows, int64, where row groups begin with the numbers `first`."""
-        spans = [source.span for source in self.sources if source.group.error is None]
+        spans = [source.span for source in self.sources if source.group.is_read]
         numbers = [np.arange(first[s.group] + s.first, first[s.group] + s.stop) for s in spans]
         return np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
 
@@ -332,22 +332,30 @@ class Chunk:
         if self.reasons is None:
             return window
         reasons = self.reasons[here] if order is None else self.reasons[here][order]
-        decoded = reasons != REASONS.index("corrupt_row_group")
-        good = window.take(np.flatnonzero(reasons[decoded] == GOOD))
+        good_rows = reasons == GOOD
+        if self.readable is not None:
+            good_rows = good_rows[self.readable[here] if order is None else self.readable[here][order]]
+        good = window.take(np.flatnonzero(good_rows))
         good.reasons = reasons
         good.good_before = np.concatenate([[0], np.cumsum(reasons == GOOD)])
         return good
 
     def _readable(self) -> np.ndarray | None:
-        """Return bool [scheduled], None if all rows can be read. Unreadable rows are marked."""
-        fine = [source.group.error is None for source in self.sources]
-        if all(fine):
+        """Return bool [scheduled], None if all rows are read. Others are marked."""
+        if all(source.group.is_read for source in self.sources):
             return None
-        if not self.decoder.skip_bad_rows:
-            raise DataError(self.sources[fine.index(False)].group.error)
-        readable = np.repeat(fine, [source.span.stop - source.span.first for source in self.sources])
-        self.reasons = np.where(readable, GOOD, REASONS.index("corrupt_row_group")).astype(np.uint8)
-        return readable
+        why = [GOOD] * len(self.sources)
+        for number, source in enumerate(self.sources):
+            if source.group.outside:
+                why[number] = REASONS.index("where")
+            elif source.group.error is not None:
+                if not self.decoder.skip_bad_rows:
+                    raise DataError(source.group.error)
+                why[number] = REASONS.index("corrupt_row_group")
+        self.reasons = np.repeat(why, [source.span.stop - source.span.first for source in self.sources]).astype(
+            np.uint8
+        )
+        return self.reasons == GOOD
 
     def where(self, row: int) -> str:
         """Return the file, row group and row of a decoded row as text."""

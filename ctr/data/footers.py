@@ -16,6 +16,7 @@ from tessera.ctr.data.arrow_types import advice, plain_type
 from tessera.ctr.data.errors import DataError, SchemaError
 from tessera.ctr.data.expressions import Expression, check_filter, stored_types
 from tessera.ctr.data.files import DataFile, one_line
+from tessera.ctr.data.row_group_filter import is_outside
 from tessera.ctr.data.schema import Feature, Schema, length_of, nearest
 from tessera.ctr.data.seals import SMALL_BYTES, TAIL_BYTES, read_seal
 from tessera.ctr.data.times import times_of
@@ -39,6 +40,7 @@ class RowGroups:
     seals: list[str]  # of each file, what tells it from another one of its name and rows (seals.py)
     unsigned: frozenset[str] = frozenset()  # columns whose integers, or those of their lists, are uint64
     times: np.ndarray | None = None  # int64 [groups, 2], smallest and largest time (seconds); (1, 0) where not known
+    outside: np.ndarray | None = None  # bool [groups]: no row passes `data.where`; None without one
     weight: np.ndarray | None = None  # float32 [groups], on the weights of their rows; None: 1 each
 
     @property
@@ -104,6 +106,7 @@ def read_footers(
         seals=[footer.seal for footer in footers],
         unsigned=frozenset(set.intersection(*(footer.unsigned for footer in footers))),
         times=np.concatenate([footer.times for footer in footers]) if schema.times else None,
+        outside=None if where is None else np.array([one for footer in footers for one in footer.outside], bool),
     )
 
 
@@ -115,6 +118,7 @@ class _Footer:
     small_dictionaries: set[str]
     group_is_text: bool | None
     unsigned: set[str]
+    outside: list[bool]  # of each row group, where there is a filter
     times: np.ndarray | None
 
 
@@ -156,6 +160,7 @@ def _read_footer(
         small_dictionaries=_small_dictionaries(row_groups[0], leaves, arrow) if row_groups else set(),
         group_is_text=None if group is None else is_text(value_type(plain_type(arrow.field(group).type))),
         unsigned={field.name for field in arrow if field.name in columns and is_unsigned(field.type)},
+        outside=[] if where is None else [is_outside(where, g) for g in row_groups],
         times=None if schema.times is None else times_of(metadata, schema.times),
     )
 

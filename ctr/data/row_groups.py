@@ -52,6 +52,8 @@ class RowGroupReader:
         """Set the row group in which each of the lanes begins, before any of them reads."""
         budget = SHARED_BYTES
         for group, users in Counter(first_groups).items():
+            if self.is_outside(group):
+                continue
             budget -= int(self.groups.bytes[group]) if users > 1 else 0
             if users > 1 and budget >= 0:
                 self._shared[group] = _Shared(users)
@@ -65,6 +67,10 @@ class RowGroupReader:
         if shared is not None:
             shared.give(opened)
         return opened
+
+    def is_outside(self, group: int) -> bool:
+        """Return whether no row of a row group passes the filter, so that it is not read."""
+        return self.groups.outside is not None and bool(self.groups.outside[group])
 
     def parquet(self, group: int) -> pq.ParquetFile:
         number = int(self.groups.file[group])
@@ -104,11 +110,17 @@ class RowGroup:
         # Over a network one request for all columns is quicker than one after the other.
         self.together = reader.groups.files[reader.groups.file[group]].remote
         self.error: str | None = None  # where and why it cannot be decoded
+        self.outside = reader.is_outside(group)
         self._parquet: pq.ParquetFile | None = None
         self._key: tuple[str, ...] = ()  # columns of _chunk
         self._chunk: pa.Table | pa.RecordBatch | None = None
         self._streams: dict[tuple[str, ...], Iterator[tuple[int, pa.RecordBatch]]] = {}
         self._chunk_first = 0
+
+    @property
+    def is_read(self) -> bool:
+        """Whether rows of it are decoded: it is not outside of the filter, and no page of it was broken so far."""
+        return self.error is None and not self.outside
 
     def read(self, columns: tuple[str, ...], first: int, stop: int) -> list[list[pa.Array]]:
         """Return the rows [first, stop) of some columns, each as one or several arrays.
