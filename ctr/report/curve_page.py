@@ -28,6 +28,7 @@ def curve_page(told: Mapping[str, Any], numbers: str) -> str:
     table = Table(["fields", *(f"{metric} on {split}" for split in splits)], rows)
     return render(
         "data.html",
+        heading="Curve",
         title=f"{metric} over the number of fields",
         subtitle=told["run"],
         lead=f"Trained again on the best {', '.join(map(str, counts))} fields by {told['method']}.",

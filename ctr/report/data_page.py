@@ -54,9 +54,10 @@ def page(told: dict[str, Any]) -> str:
     plots = [_null_rates(columns), _distinct(columns), _drift(columns)]
     return render(
         "data.html",
+        heading="Columns",
         title=", ".join(told["data"]),
         subtitle="statistics of a data set",
-        lead=f"{told['rows']:,} rows and {len(columns)} columns in {told['files']:,} files.",
+        lead=f"{told['rows']:,} rows and {len(columns)} columns in {_files(told['files'])}.",
         remarks=remarks,
         numbers=STATISTICS,
         plots=[plot for plot in plots if plot is not None],
@@ -154,6 +155,10 @@ def _bars(
         axes.barh(places, [value for _, value in shown], color=SERIES[0], height=0.7, log=log)
         axes.set_yticks(places, [one if len(one) <= 22 else f"{one[:21]}…" for one, _ in shown])
         axes.grid(visible=False, axis="y")
+        if log:  # by default as powers of ten in TeX, which a page shows as it is written
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axes.xaxis.set_minor_formatter("")
+            axes.set_xlim(left=0.8)
         if mark is not None:
             axes.axvline(mark, color=SERIES[1], linestyle="--")
         said = f"{title}: {shown[0][0]} has the most, {text(shown[0][1])}"
@@ -164,6 +169,10 @@ def _bars(
         "value": [value for _, value in ordered],
     }
     return Plot(name, title, caption, svg, table, {title: points})
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count:,} files"
 
 
 def _percent(share: float) -> str:

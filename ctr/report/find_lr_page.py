@@ -25,6 +25,7 @@ def write_rates(folder: Path, curves: Sequence[RateCurve]) -> None:
     write_text(folder / NUMBERS, json_text(told) + "\n")
     html = render(
         "data.html",
+        heading="Loss while rates grow",
         title=folder.name,
         subtitle="learning rates",
         lead=" ".join(sentence(one) for one in curves),

@@ -28,6 +28,7 @@ def importance_page(told: Mapping[str, Any], numbers: str) -> str:
         remarks.append("Features that share a table or are aligned are one field.")
     return render(
         "data.html",
+        heading="Ranking",
         title="Importance of fields",
         subtitle=told.get("run", ""),
         lead=_lead(told),
@@ -54,6 +55,7 @@ def _chart(fields: Sequence[Mapping[str, Any]]) -> Plot:
         axes.barh(places, values, color=SERIES[0], height=0.7)
         axes.hlines(places, low, high, color=INK, linewidth=1)
         axes.set_yticks(places, [_short(one["name"]) for one in shown])
+        axes.set_ylim(-0.8, len(shown) - 0.2)
         axes.grid(visible=False, axis="y")
         axes.locator_params(axis="x", nbins=5)
         said = f"Importance of fields: {shown[0]['name']} has the most, {_number(shown[0]['importance'])}"

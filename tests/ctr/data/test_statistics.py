@@ -81,6 +81,7 @@ def test_drift(tmp_path):
     written = json.loads((tmp_path / "out" / "statistics.json").read_text())
     assert written["columns"]["y"]["drift"]["psi"] == pytest.approx(drift["y"]["psi"], rel=1e-4)
     page = (tmp_path / "out" / "statistics.html").read_text()
+    assert "mathdefault" not in page, "numbers of a logarithmic axis in TeX"
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "") and "Drift" in page
     assert page.index(">y<") < page.rindex(">x<")
 
