@@ -9,7 +9,7 @@ from tessera.ctr.config_types import Config, EmbeddingConfig
 from tessera.ctr.data.config import check_splits
 from tessera.ctr.data.errors import SchemaError
 from tessera.ctr.data.labels import Label, labels_of
-from tessera.ctr.metrics.steering import higher_is_better
+from tessera.ctr.metrics.steering import higher_is_better, is_gauc, terms_of
 from tessera.ctr.metrics.tasks import is_single, names_of_metrics
 from tessera.ctr.table_settings import settings_of_all, shortest_ttl_days
 from tessera.ctr.unused_keys import check_unused
@@ -103,6 +103,11 @@ def _check_labels(config: Config) -> None:
     try:
         if labels:
             higher_is_better(labels, metric)
+            if config.data.schema.group is None and any(is_gauc(term) for _, term in terms_of(metric, known)):
+                raise ConfigError(
+                    f"trainer.early_stop.metric is {metric}, and data.schema.group is null; expected the column that "
+                    "names the groups of gauc, as a user"
+                )
     except ValueError as error:
         if "rewards" in str(error):
             raise ConfigError(

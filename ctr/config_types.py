@@ -221,8 +221,8 @@ class OptimizerConfig:
 class EarlyStopConfig:
     metric: str = setting(
         "auc",
-        "auc | logloss | normalized_entropy | a sum, as auc-0.5*logloss; on the valid split; the best model by it is "
-        "kept. Of several labels buy.auc is that of one, and auc the mean over all",
+        "auc | gauc | logloss | normalized_entropy | a sum, as auc-0.5*logloss; on the valid split; the best model by "
+        "it is kept. Of several labels buy.auc is that of one, and auc the mean over all",
     )
     patience: int | None = setting(None, "stop after this many evaluations without a new best; null: never", at_least=1)
 

@@ -31,7 +31,8 @@ class GroupAuc:
 
     gauc: mean over the scored groups, each with the weight of its rows; None without any scored group.
     mean_auc: the same mean with every scored group counting once (torchrec's GAUC).
-    groups, scored_groups: all groups, and those with both classes; scored_rows: rows of the latter.
+    groups, scored_groups: all groups, and those with both classes; scored_rows, scored_weight: rows of the latter,
+    and their weight.
     """
 
     gauc: float | None
@@ -39,6 +40,7 @@ class GroupAuc:
     groups: int
     scored_groups: int
     scored_rows: int
+    scored_weight: float
 
     def counts(self) -> dict[str, Any]:
         return {
@@ -108,7 +110,7 @@ def group_auc(rows: Rows) -> GroupAuc:
     wins = sum_runs(tie_positive * beaten, first_tie)
     scored = (group_positive > 0) & (group_negative > 0)
     if not scored.any():
-        return GroupAuc(None, None, len(group_starts), 0, 0)
+        return GroupAuc(None, None, len(group_starts), 0, 0, 0.0)
     aucs = wins[scored] / (group_positive[scored] * group_negative[scored])
     rows_in_group = np.diff(group_starts, append=len(positive))
     return GroupAuc(
@@ -117,6 +119,7 @@ def group_auc(rows: Rows) -> GroupAuc:
         groups=len(group_starts),
         scored_groups=int(scored.sum()),
         scored_rows=int(rows_in_group[scored].sum()),
+        scored_weight=float((group_positive + group_negative)[scored].sum()),
     )
 
 

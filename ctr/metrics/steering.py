@@ -43,6 +43,11 @@ def higher_is_better(labels: Sequence[Label], name: str) -> bool:
     return better[0]
 
 
+def is_gauc(metric: str) -> bool:
+    """Return whether a metric is that of groups, of one label or of the only one."""
+    return metric.rpartition(".")[2] == "gauc"
+
+
 def steering_value(metrics: Mapping[str, float | None], name: str) -> float | None:
     """Return the value of a metric or of a sum; None where a metric of it is undefined."""
     total = 0.0

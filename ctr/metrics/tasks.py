@@ -12,6 +12,7 @@ from torch import Tensor
 from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.label_spaces import joint_label, joint_logit, known_in_space
 from tessera.ctr.data.labels import Label, joint_name
+from tessera.ctr.metrics.grouped import StreamingGauc
 from tessera.ctr.metrics.streaming import StreamingMetrics, rows_of
 from tessera.distributed.collectives import sum_over_ranks
 
@@ -124,20 +125,33 @@ class TaskMetrics:
     """Metrics of every answer of a model. Of a single label they are those of `StreamingMetrics`, by their own names;
     of several each has the name of its label in front, beside the means of auc and logloss over the labels."""
 
-    def __init__(self, labels: Sequence[Label], device: torch.device | str) -> None:
+    def __init__(self, labels: Sequence[Label], device: torch.device | str, *, grouped: bool = False) -> None:
+        """grouped: measure GAUC, too, of labels of 0 and 1; batches then come with the groups of their rows."""
         self.labels, self.answers = tuple(labels), answers_of(labels)
         self._of = [
             NumberMetrics().to(device) if answer.label.is_number else StreamingMetrics().to(device)
             for answer in self.answers
         ]
+        self._groups = [StreamingGauc() if grouped and not one.label.is_number else None for one in self.answers]
         self._rows = torch.zeros((), dtype=torch.int64, device=device)
 
-    def update(self, logits: Tensor, values_bt: Tensor, known_bt: Tensor | None, weight_b: Tensor) -> None:
+    def update(
+        self,
+        logits: Tensor,
+        values_bt: Tensor,
+        known_bt: Tensor | None,
+        weight_b: Tensor,
+        group_b: Tensor | None = None,
+    ) -> None:
         """Add a batch. logits: [B] or [B, T]; the others as in `Batch`."""
         self._rows += (weight_b > 0).sum()
-        for answer, metrics in zip(self.answers, self._of, strict=True):
+        for answer, metrics, groups in zip(self.answers, self._of, self._groups, strict=True):
             value, weight = label_of(answer, self.labels, values_bt, known_bt, weight_b)
-            metrics.update(logit_of(answer, self.labels, logits), value, weight)
+            logit = logit_of(answer, self.labels, logits)
+            metrics.update(logit, value, weight)
+            if groups is not None:
+                assert group_b is not None
+                groups.update(logit, value, weight, group_b)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Add the other ranks' rows."""
@@ -147,11 +161,14 @@ class TaskMetrics:
 
     def compute(self) -> dict[str, float | None]:
         """Return the metrics by name: those of one label as they are, of several `buy.auc`; auc and logloss alone are
-        then means over the labels, None where one is undefined; rows: of positive weight.
+        then means over the labels, None where one is undefined; rows: of positive weight. Collective where grouped.
 
         Raises DataError: as `StreamingMetrics.compute`.
         """
-        found = [metrics.compute() for metrics in self._of]
+        found = [metrics.compute() for metrics in self._of]  # which raises on all ranks before a GAUC is computed
+        for one, groups in zip(found, self._groups, strict=True):
+            if groups is not None:
+                one["gauc"] = groups.compute()
         if is_single(self.labels):
             return found[0]
         own = [one for answer, one in zip(self.answers, found, strict=True) if not answer.joint and "auc" in one]
@@ -169,12 +186,13 @@ def mean_of(values: Sequence[float | None]) -> float | None:
 
 
 def names_of_metrics(labels: Sequence[Label]) -> dict[str, bool]:
-    """Return the metrics that training can be steered by, and whether the higher one is the better."""
+    """Return the metrics that training can be steered by, and whether the higher one is the better; gauc takes a group
+    column."""
     names = {"auc": True, "logloss": False} if any(not label.is_number for label in labels) else {}
     for answer in answers_of(labels):
         of_label = {"mse": False, "mae": False} if answer.label.is_number else {"auc": True, "logloss": False}
         if not answer.label.is_number:
-            of_label["normalized_entropy"] = False
+            of_label |= {"normalized_entropy": False, "gauc": True}
         names |= {answer.key(name): higher for name, higher in of_label.items()}
     return names
 
@@ -198,11 +216,12 @@ def in_words(labels: Sequence[Label], metrics: Mapping[str, float | None]) -> st
     """Return the metrics in one line for a log, label by label where there are several."""
     if is_single(labels):
         return _line(metrics)
-    return " · ".join(f"{name} {_line(one)}" for name, one in by_answer(labels, metrics).items())
+    lines = {name: _line(one) for name, one in by_answer(labels, metrics).items()}
+    return " · ".join(f"{name} {line}" for name, line in lines.items() if line)
 
 
 def _line(metrics: Mapping[str, float | None]) -> str:
-    names = ("auc", "logloss", "normalized_entropy", "calibration", "mse", "mae")
+    names = ("auc", "gauc", "logloss", "normalized_entropy", "calibration", "mse", "mae")
     parts = [f"{name} {shown(metrics[name])}" for name in names if name in metrics]
     return " · ".join(parts)
 

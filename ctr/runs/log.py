@@ -161,7 +161,8 @@ class RunLog:
         Raises what a kernel on a GPU skipped in these steps (`backend.check`): the host waits for the GPU here anyway.
         """
         backend.check(self._process.device)
-        sum_over_ranks(self.sums)
+        sum_over_ranks(self.sums, engine.rates.make_sums())
+        rates = engine.rates.take()
         total_loss, total_weight, total_rows = self.sums.tolist()
         self.sums.zero_()
         if not total_rows:
@@ -174,6 +175,7 @@ class RunLog:
             "epoch": self._epoch,
             "rows": int(total_rows),
             "loss": total_loss / total_weight if total_weight else None,
+            **rates,
             "samples_per_second": total_rows / seconds,
             "reader_wait": min(1.0, self._waited / seconds),
             "dense_lr": optimizers.dense_lr,
@@ -183,8 +185,8 @@ class RunLog:
         self._window_started, self._waited = now, 0.0
         self.write(line)
         self.say(
-            f"step {engine.step} · loss {shown(line['loss'])} · {line['samples_per_second']:,.0f} samples/s · "
-            f"reader {line['reader_wait']:.0%}"
+            f"step {engine.step} · loss {shown(line['loss'])} · {in_words(self._labels, rates)}{' · ' * bool(rates)}"
+            f"{line['samples_per_second']:,.0f} samples/s · reader {line['reader_wait']:.0%}"
         )
         self.gates(engine.step, engine.network.tower.gates())
         if engine.dynamic:

@@ -11,13 +11,14 @@ from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.distil.distillation import Distillation
+from tessera.ctr.metrics.windowed import WindowedRates
 from tessera.ctr.network import Network, build_model
 from tessera.ctr.selection.held_out import HeldOutGates
 from tessera.ctr.train.nonfinite import check_gradients, check_loss, watch_gradients
 from tessera.ctr.train.optimizers import Optimizers
 from tessera.ctr.train.perturbed import perturbed
 from tessera.ctr.train.progress import Progress
-from tessera.ctr.train.state_parts import ModelState, Stateful
+from tessera.ctr.train.state_parts import ModelState, Rates, Stateful
 from tessera.ctr.train.step_pipeline import StepPipeline, to_device
 from tessera.ctr.train.task_loss import TaskLoss
 from tessera.distributed.collectives import sum_over_ranks
@@ -36,6 +37,7 @@ class Engine:
         dynamic: the tables once more if they are dynamic ones, which have steps, expiry and scales; else None.
         gates: those of the fields, if `selection` asks for them.
         loss: that to the labels; distil: the teacher's part of it, if there is one.
+        rates: of the rows since the last log line.
         progress: where training stands; its step and clock move with each step.
         pipeline: gets batches ready for their steps.
         inside_step: more batches of the step follow (`trainer.accumulate`): nothing has been updated yet.
@@ -57,6 +59,7 @@ class Engine:
         self.loss = TaskLoss(schema.tasks, self.network.tower, process.rank, divisor, rate)
         distil = config.trainer.distil
         self.distil = None if distil.kind == "none" else Distillation(distil, process.device)
+        self.rates = WindowedRates(schema.tasks, self.loss.shift, process.device)
         self.progress = Progress()
         self.pipeline = StepPipeline(config, self.tables, process, self.progress)
         self._batches = 0  # of the step that has begun
@@ -68,6 +71,7 @@ class Engine:
             "model": ModelState(self.model, self.process),
             "optimizers": self.optimizers,
             "progress": self.progress,
+            "rates": Rates(self.rates),
         }
         if self.distil:
             parts["distil"] = self.distil
@@ -99,6 +103,7 @@ class Engine:
         loss_sum = self.loss(logits, batch, ready.weight)
         teacher_loss = self.distil.loss(logits, batch) if self.distil else 0.0
         check_loss(loss_sum + teacher_loss, self.network, batch, embeddings, self.step)
+        self.rates.add(logits, batch)
         watch_gradients(self.network, embeddings)
         self.process.stage = f"step {self.step}: backward" + f", batch {number + 1}" * (number > 0)
         if not number:

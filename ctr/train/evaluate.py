@@ -136,7 +136,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    metrics = TaskMetrics(reader.schema.tasks, process.device)
+    metrics = TaskMetrics(reader.schema.tasks, process.device, grouped=reader.schema.group is not None)
     columns = [SliceColumn(reader.schema, name, reader.groups.unsigned) for name in slices]
     answers = metrics.answers if predictions else []
     writers = []
@@ -149,7 +149,7 @@ def evaluate(
         process.stage = f"evaluation of {split}, batch {number}"
         batch = to_device(batch, process.device)
         logits, _ = model(batch)
-        metrics.update(logits, batch.labels, batch.known, batch.weight)
+        metrics.update(logits, batch.labels, batch.known, batch.weight, batch.group)
         if watch:
             watch(batch, logits)
         new_ids = rows_with_new_ids(model.module.tables, batch.ids) if mark_new_ids and writers else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from tessera.ctr.metrics.windowed import WindowedRates
 from tessera.ctr.runs.saved_model import fill_model, link_model, take_out
 from tessera.distributed.rank import Process
 from tessera.distributed.saved.dense import Tensors, load_tensors
@@ -169,6 +170,19 @@ class RandomNumbers:
                 torch.cuda.set_rng_state(found.rank_tensors["cuda_rng"], device)
         else:  # two ranks must not draw the same numbers
             torch.manual_seed(torch.initial_seed() + found.training["progress"]["step"] * 65536 + rank)
+
+
+class Rates:
+    """What was predicted since the last log line, `WindowedRates`."""
+
+    def __init__(self, rates: WindowedRates) -> None:
+        self._rates = rates
+
+    def state(self) -> PartState:
+        return PartState(rank_tensors={"rates": self._rates.make_sums()})
+
+    def load(self, found: FoundState) -> None:
+        found.take_sums("rates", self._rates.sums)
 
 
 class BestModel:

@@ -27,7 +27,11 @@ from tessera.distributed.collectives import gather, sum_over_ranks
 
 
 class TaskLoss:
-    """The loss of a batch to its labels, as this rank's part of a sum over all ranks."""
+    """The loss of a batch to its labels, as this rank's part of a sum over all ranks.
+
+    Attributes:
+        shift: what is added to logits, as batches lack some of the rows with label 0.
+    """
 
     def __init__(
         self,
@@ -39,7 +43,7 @@ class TaskLoss:
     ) -> None:
         """divisor: batch | task, see `trainer.loss_divisor`. negative_rate: the share of rows with label 0 that are in
         the batches, where odds are higher than those of all rows, by 1 / that (`ctr/data/negatives.py`)."""
-        self._of_sample = -math.log(negative_rate)
+        self.shift = -math.log(negative_rate)
         self._labels, self._joint, self._rank = tuple(labels), tower.trains_joint, rank
         self._tower = tower
         self._soft: TaskLoss | None = None
@@ -70,8 +74,8 @@ class TaskLoss:
 
     def _summed(self, logits: Tensor, batch: Batch, weight: float) -> Tensor:
         """Return the loss of logits [B] or [B, T] to the labels."""
-        if self._of_sample:
-            logits = logits + self._of_sample
+        if self.shift:
+            logits = logits + self.shift
         if self._plain and batch.known is None:
             return F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
         return self._of_labels(logits, batch, weight, self._weights).sum()
@@ -80,7 +84,7 @@ class TaskLoss:
         """Return the loss to each label without the label's weight, [T]."""
         if self._plain and batch.known is None:
             return self._summed(logits, batch, weight).unsqueeze(0)
-        logits = logits + self._of_sample if self._of_sample else logits
+        logits = logits + self.shift if self.shift else logits
         return self._of_labels(logits, batch, weight, [1.0] * len(self._labels))
 
     def _of_labels(self, logits: Tensor, batch: Batch, weight: float, factors: Sequence[float]) -> Tensor:

@@ -50,3 +50,10 @@ def test_what_is_no_such_metric_is_one_line(metric, said):
     with pytest.raises(ConfigError) as error:
         load_config([f"trainer.early_stop.metric={metric}"], "")
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_gauc_takes_a_group_column():
+    schema = "data.schema.group=user"
+    load_config(["data=synthetic", "trainer.early_stop.metric=gauc-logloss", schema], "")
+    with pytest.raises(ConfigError, match=r"metric is auc\+gauc, and data.schema.group is null; expected the column"):
+        load_config(["data=synthetic", "trainer.early_stop.metric=auc+gauc", "data.schema.group=null"], "")
