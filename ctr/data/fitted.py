@@ -52,6 +52,8 @@ def _columns(path: str) -> dict[str, Any]:
 def _found(feature: FeatureConfig, columns: dict[str, Any], path: str) -> np.ndarray:
     """Return the quantiles of a feature's column; [0] and [-1] are its smallest and largest value."""
     where, name = f"data.schema.features: {feature.name!r}", feature.column or feature.name
+    if feature.expr is not None:
+        raise SchemaError(f"{where}: {path} has statistics of columns, and expr is none; set the numbers themselves")
     if name not in columns:
         raise SchemaError(f"{where}: {path} knows no column {name!r}; {nearest(name, columns)}")
     quantiles = columns[name].get("quantiles")
