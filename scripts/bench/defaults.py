@@ -90,6 +90,7 @@ SETS = {
 
 ROWWISE, ADAM = "optimizer.sparse.name=rowwise_adagrad", "optimizer.sparse.name=adam"
 LR = "optimizer.sparse.lr="
+FIRST_SUM = "optimizer.sparse.initial_accumulator="
 ADMITTED = ["embedding.admission.kind=exact", "embedding.oov=learned", "embedding.init=oov"]
 SETTINGS: dict[str, list[str]] = {
     "rowwise 0.05": [ROWWISE, f"{LR}0.05"],
@@ -101,6 +102,10 @@ SETTINGS: dict[str, list[str]] = {
     "adam 0.001": [ADAM, f"{LR}0.001"],
     "adam 0.002": [ADAM, f"{LR}0.002"],
     "adam 0.0005": [ADAM, f"{LR}0.0005"],
+    "rowwise 0.05, first sum 0.3": [ROWWISE, f"{LR}0.05", FIRST_SUM + "{batch:0.3}"],
+    "rowwise 0.05, first sum 0.1": [ROWWISE, f"{LR}0.05", FIRST_SUM + "{batch:0.1}"],
+    "rowwise 0.1, first sum 1": [ROWWISE, f"{LR}0.1", FIRST_SUM + "{batch:1}"],
+    "rowwise 0.02, first sum 0.1": [ROWWISE, f"{LR}0.02", FIRST_SUM + "{batch:0.1}"],
     "rowwise 0.02, dropout 0.2": [ROWWISE, f"{LR}0.02", "model.dropout=0.2"],
     "rowwise 0.02, batch norm": [ROWWISE, f"{LR}0.02", "model.batch_norm=true"],
     "rowwise 0.02, dense 0.0005": [ROWWISE, f"{LR}0.02", "optimizer.dense.lr=0.0005"],
@@ -120,9 +125,19 @@ SETTINGS: dict[str, list[str]] = {
     "rowwise 0.02, dropout 0.2, decay 0.05": [
         *(ROWWISE, f"{LR}0.02", "model.dropout=0.2", "optimizer.sparse.decay=0.05"),
     ],
+    "adam 0.002, dropout 0.2": [ADAM, f"{LR}0.002", "model.dropout=0.2"],
+    "adam 0.002, decay 1": [ADAM, f"{LR}0.002", "optimizer.sparse.decay=1.0"],
     "adam 0.001, dropout 0.2": [ADAM, f"{LR}0.001", "model.dropout=0.2"],
     "adam 0.001, dropout 0.2, decay 1": [ADAM, f"{LR}0.001", "model.dropout=0.2", "optimizer.sparse.decay=1.0"],
 }
+
+
+class Batch(int):
+    """A batch size. `{batch:0.1}` in an override is (0.1 / batch size)^2: gradients are of the mean over a batch, so
+    that is the first sum of squares that counts as a gradient of 0.1 from a single row."""
+
+    def __format__(self, gradient: str) -> str:
+        return repr((float(gradient) / self) ** 2)
 
 
 class Experiment:
@@ -133,7 +148,8 @@ class Experiment:
 
     def fit(self, data_set: str, setting: str, seed: int) -> Result | None:
         """Return {split: {metric: value}}; None if it is not there and nothing may be trained."""
-        of_set, own = SETS[data_set], [*SETTINGS[setting], f"trainer.seed={seed}"]
+        of_set = SETS[data_set]
+        own = [*(one.format(batch=Batch(of_set.batch)) for one in SETTINGS[setting]), f"trainer.seed={seed}"]
         made_of = {"overrides": own, "batch": of_set.batch, "epochs": of_set.epochs, "patience": of_set.patience}
         if not self.fits.read_only and of_set.needs and (self.logs is None or not (self.logs / of_set.needs).is_dir()):
             return None

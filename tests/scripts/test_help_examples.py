@@ -33,12 +33,12 @@ def test_the_scripts_that_take_arguments_have_an_example():
 
 
 @pytest.mark.parametrize(("script", "line"), EXAMPLES, ids=[f"{name} {line}" for name, line in EXAMPLES])
-def test_it_is_understood(script, line):
+def test_it_is_understood(tmp_path, script, line):
     arguments = shlex.split(line)
     if script in ("train", "daily"):  # they would make a folder
         assert load_config([one.replace("data=mine", "data=criteo") for one in arguments], "").data.path
         return
-    done = run_script(f"scripts/{script}.py", *arguments)
+    done = run_script(str(ROOT / "scripts" / f"{script}.py"), *arguments, place=tmp_path)  # some make a folder first
     # The paths of the example are not there: the script says so in its own line, and has understood the rest.
     assert done.returncode == 2 and "usage:" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
