@@ -102,6 +102,14 @@ def test_a_model_of_ones_own_that_cannot_leave_ends_before_training(process, tmp
     check_export(load_config([*options, "export.check=never"], ""), process)
 
 
+def test_what_is_wrong_with_a_model_is_said_without_a_word_of_exports(process, tmp_path):
+    config = load_config(overrides_of(tmp_path, "export.check=always"), "")
+    config.model["hiden"] = [8]
+    with pytest.raises(ConfigError, match="hiden") as error:
+        check_export(config, process)
+    assert "export" not in str(error.value)
+
+
 def test_which_models_are_looked_at(process, tmp_path, monkeypatch):
     looked = []
     monkeypatch.setattr("tessera.ctr.export.dry_run._check", lambda config: looked.append(config.export.check))
