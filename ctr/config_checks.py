@@ -119,12 +119,6 @@ def _check_labels(config: Config) -> None:
             f"trainer.early_stop.metric is {metric!r}; expected {listed}, or a sum of them with factors"
             f"{did_you_mean(metric, known, form='{}')}"
         ) from None
-    if config.trainer.distil.kind != "none" and not is_single(labels):
-        names = ", ".join(label.name for label in labels)
-        raise ConfigError(
-            f"trainer.distil.kind is {config.trainer.distil.kind}, and data.schema.labels has {names}; expected one "
-            "label of 0 and 1, as a teacher tells one logit for each row"
-        )
 
 
 def _check_negatives(config: Config, labels: Sequence[Label]) -> None:

@@ -17,7 +17,7 @@ from tessera.ctr.daily.records import day_dir
 from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.data.reservoir import add_to_reservoir
 from tessera.ctr.data.schema import Schema
-from tessera.ctr.distil.teacher_logits import read_logits, score_teacher
+from tessera.ctr.distil.teacher_logits import logits_folder, read_logits, score_teacher
 from tessera.ctr.train.engine import Engine
 from tessera.distributed.collectives import on_first_rank, wait_for_all
 from tessera.distributed.rank import Process
@@ -44,14 +44,15 @@ def ask_teacher(engine: Engine, days: Days, reader: ParquetReader, rows: int, ru
     """
     assert engine.distil is not None and days.current is not None
     distil, process, key = engine.distil, engine.process, days.current.partition
-    kind, folder = distil.config.kind, day_dir(run_dir, key)
+    kind, folder, labels = distil.config.kind, day_dir(run_dir, key), engine.schema.tasks
     if kind == "self" and not days.trained and engine.config.trainer.warm_start.path is None:
-        logits = torch.full((rows,), float("nan"))
+        logits = torch.full((rows, len(labels)) if len(labels) > 1 else (rows,), float("nan"))
     else:
+        told = folder / "predictions" if kind == "self" else logits_folder(folder / "teacher", labels)
         if kind == "batch":
-            score_teacher(engine.config, engine.model, reader, process, folder / "teacher", key)
+            score_teacher(engine.config, engine.model, reader, process, told, key)
             wait_for_all()
-        logits = read_logits(folder / ("predictions" if kind == "self" else "teacher"), key, rows)
+        logits = read_logits(told, key, rows, labels)
     if goes_on:
         distil.logits = logits
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from tessera.ctr.config import Config
 from tessera.ctr.data.config import schema_of
+from tessera.ctr.data.labels import Label
 from tessera.ctr.data.reader import ParquetReader
+from tessera.ctr.metrics.tasks import answers_of, is_single
 from tessera.ctr.network import build_model
+from tessera.ctr.report.result import answer_folder
 from tessera.ctr.runs.saved_model import load_model
 from tessera.ctr.runs.score import run_config
 from tessera.ctr.train.engine import Engine
@@ -59,7 +63,7 @@ def prepare(engine: Engine, reader: ParquetReader, folder: Path) -> None:
         wait_for_all()
         scored = read_split(engine.config, engine.schema, process, SPLIT)
         assert scored is not None  # `reader` reads the same split
-        score_teacher(engine.config, engine.model, scored, process, folder)
+        score_teacher(engine.config, engine.model, scored, process, logits_folder(folder, engine.schema.tasks))
         wait_for_all()
         if process.is_main:
             _seal(folder, made_of)
@@ -67,7 +71,8 @@ def prepare(engine: Engine, reader: ParquetReader, folder: Path) -> None:
     elif found != made_of:
         key = next(key for key in made_of if found.get(key) != made_of[key])
         raise TesseraError(f"{folder}: {key} is {found.get(key)!r}; the run has {made_of[key]!r}")
-    logits = read_logits(folder, SPLIT, reader.rows)
+    labels = engine.schema.tasks
+    logits = read_logits(logits_folder(folder, labels), SPLIT, reader.rows, labels)
     _check_shared(folder, logits, process)
     distil.logits = logits
 
@@ -85,7 +90,8 @@ def score_teacher(
     model: the one in training, which is the teacher of KD-self as it is.
 
     Raises:
-        ConfigError, TesseraError: KD-batch, and `teacher` is no run folder with a model, or reads other columns.
+        ConfigError, TesseraError: KD-batch, and `teacher` is no run folder with a model, reads other columns, or has
+            other labels.
     """
     distil = config.trainer.distil
     if distil.kind == "self":
@@ -97,17 +103,42 @@ def score_teacher(
     schema = schema_of(theirs.data)
     if schema.id_names != reader.schema.id_names or schema.numeric_names != reader.schema.numeric_names:
         raise ConfigError(f"trainer.distil.teacher {distil.teacher} reads other features; expected those of this run")
+    _check_labels(distil.teacher, schema.tasks, reader.schema.tasks)
     with torch.random.fork_rng():  # dropout and first values of the run do not depend on its teacher
         teacher, _ = build_model(theirs, schema, process)
     load_model(teacher, Path(distil.teacher) / "best", process)
     evaluate(teacher, reader, process, folder, split)
 
 
-def read_logits(folder: Path, split: str, rows: int) -> Tensor:
-    """Return logits by row number, float32 [rows], of the predictions of all ranks; NaN where there is none.
+def _check_labels(teacher: str, theirs: Sequence[Label], own: Sequence[Label]) -> None:
+    """Raise ConfigError unless both have the same labels in the same spaces. A single one may be called otherwise."""
+    told, wanted = ([(one.name, one.parent, one.is_number) for one in labels] for labels in (theirs, own))
+    if told != wanted and not (is_single(theirs) and is_single(own)):
+        names, expected = (", ".join(one.name for one in labels) for labels in (theirs, own))
+        raise ConfigError(
+            f"trainer.distil.teacher {teacher} answers {names}; expected the labels of this run, {expected}, each with "
+            "the same where and loss"
+        )
+
+
+def logits_folder(folder: Path, labels: Sequence[Label]) -> Path:
+    """Return where, in the teacher's folder, its predictions are written as `evaluate` does: those of several labels in
+    folders beside that one, which must not be those of the run's own result."""
+    return folder if is_single(labels) else folder / "logits"
+
+
+def read_logits(folder: Path, split: str, rows: int, labels: Sequence[Label] = (Label(),)) -> Tensor:
+    """Return logits by row number, float32 [rows] or of several labels [rows, T], of the predictions of all ranks; NaN
+    where there is none. folder: as `evaluate` was told.
 
     Raises TesseraError: no such predictions, or numbers of rows beyond `rows`.
     """
+    own = [answer for answer in answers_of(labels) if not answer.joint]
+    columns = [_read_logits(answer_folder(folder, answer.name), split, rows) for answer in own]
+    return torch.stack(columns, 1) if len(columns) > 1 else columns[0]
+
+
+def _read_logits(folder: Path, split: str, rows: int) -> Tensor:
     logits = torch.full((rows,), float("nan"))
     files = sorted(folder.glob(f"{split}-*.parquet"))
     if not files:
@@ -132,7 +163,7 @@ def _described(folder: Path, process: Process) -> dict[str, Any] | None:
 
 def _seal(folder: Path, made_of: dict[str, Any]) -> None:
     """Make the files durable, then say that they are complete: states of the run count on them."""
-    for path in folder.glob("*.parquet"):
+    for path in folder.rglob("*.parquet"):
         sync_file(path)
     write_text(folder / COMPLETE, json.dumps(made_of))
 

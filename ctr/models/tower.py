@@ -90,6 +90,8 @@ class Tower(nn.Module):
         branch_loss: what these are, L_s the loss of branch s (`tessera.ctr.train.branch_loss`): worse: L_s where
             it is above that of the logit, times how far; agreement: the cross-entropy with the logit's probability,
             held fixed.
+        extra_loss: of each row, [B], beside those of the labels, of the last forward pass of training; None: there is
+            none.
     """
 
     forward: Callable[..., Tensor]
@@ -101,6 +103,7 @@ class Tower(nn.Module):
     loss_weights: tuple[float, ...] | None = None
     branches: tuple[Tensor, ...] = ()
     branch_loss: ClassVar[str] = "none"
+    extra_loss: Tensor | None = None
 
     def begin_step(self, step: int) -> None:
         """Take the number of the step that is trained next; for towers that change with it."""

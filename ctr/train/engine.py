@@ -11,6 +11,7 @@ from tessera.ctr.config import Config
 from tessera.ctr.data.batch import Batch
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.distil.distillation import Distillation
+from tessera.ctr.metrics.tasks import is_single
 from tessera.ctr.metrics.windowed import WindowedRates
 from tessera.ctr.network import Network, build_model
 from tessera.ctr.selection.held_out import HeldOutGates
@@ -20,7 +21,7 @@ from tessera.ctr.train.perturbed import perturbed
 from tessera.ctr.train.progress import Progress
 from tessera.ctr.train.state_parts import ModelState, Rates, Stateful
 from tessera.ctr.train.step_pipeline import StepPipeline, to_device
-from tessera.ctr.train.task_loss import TaskLoss
+from tessera.ctr.train.task_loss import TaskLoss, soft_loss
 from tessera.distributed.collectives import sum_over_ranks
 from tessera.distributed.rank import Process
 from tessera.distributed.tables import Tables, as_dynamic, as_sharded
@@ -58,7 +59,12 @@ class Engine:
         divisor, rate = config.trainer.loss_divisor, config.data.negative_rate
         self.loss = TaskLoss(schema.tasks, self.network.tower, process.rank, divisor, rate)
         distil = config.trainer.distil
-        self.distil = None if distil.kind == "none" else Distillation(distil, process.device)
+        self.distil = None
+        if distil.kind != "none" and is_single(schema.tasks) and schema.tasks[0].nulls == "bad":
+            self.distil = Distillation(distil, process.device)
+        elif distil.kind != "none":
+            soft = soft_loss(schema.tasks, self.network.tower, process.rank, divisor)
+            self.distil = Distillation(distil, process.device, schema.tasks, soft)
         self.rates = WindowedRates(schema.tasks, self.loss.shift, process.device)
         self.progress = Progress()
         self.pipeline = StepPipeline(config, self.tables, process, self.progress)
@@ -101,7 +107,7 @@ class Engine:
         with self.pipeline.next_begun():
             logits, embeddings = self.model(batch)
         loss_sum = self.loss(logits, batch, ready.weight)
-        teacher_loss = self.distil.loss(logits, batch) if self.distil else 0.0
+        teacher_loss = self.distil.loss(logits, batch, ready.weight) if self.distil else 0.0
         check_loss(loss_sum + teacher_loss, self.network, batch, embeddings, self.step)
         self.rates.add(logits, batch)
         watch_gradients(self.network, embeddings)
@@ -236,7 +242,7 @@ class Engine:
 
     def _second_loss(self, logits: Tensor, embeddings: dict[str, Tensor], batch: Batch, weight: float) -> Tensor:
         loss_sum = self.loss(logits, batch, weight)
-        loss_sum = loss_sum + (self.distil.loss(logits, batch, count=False) if self.distil else 0.0)
+        loss_sum = loss_sum + (self.distil.loss(logits, batch, weight, count=False) if self.distil else 0.0)
         check_loss(loss_sum, self.network, batch, embeddings, self.step)
         watch_gradients(self.network, embeddings)
         return loss_sum

@@ -48,7 +48,7 @@ class TaskLoss:
         self._tower = tower
         self._soft: TaskLoss | None = None
         if tower.branch_loss == "agreement":
-            self._soft = TaskLoss([soft_label(one) for one in labels], Tower(), rank, divisor)
+            self._soft = soft_loss(labels, tower, rank, divisor)
         self._by_task = divisor == "task"
         of_tower = tower.loss_weights or (1.0,) * len(self._labels)
         self._weights = [label.weight * factor for label, factor in zip(self._labels, of_tower, strict=True)]
@@ -56,11 +56,16 @@ class TaskLoss:
         self._plain = one and self._labels[0].is_plain and not self._by_task
 
     def __call__(self, logits: Tensor, batch: Batch, weight: float) -> Tensor:
-        """Return the loss of this rank's rows, summed by their weights. Collective where rows of a group are compared,
-        with divisor task, and where a tower's branches learn by how much they are worse.
+        """Return the loss of this rank's rows, summed by their weights, and what the tower adds. Collective where
+        rows of a group are compared, with divisor task, and where a tower's branches learn by how much they are worse.
 
         logits: [B], or [B, T]. weight: of the global batch, by which the caller divides.
         """
+        extra, self._tower.extra_loss = self._tower.extra_loss, None
+        loss = self._with_branches(logits, batch, weight)
+        return loss if extra is None else loss + (batch.weight * extra).sum()
+
+    def _with_branches(self, logits: Tensor, batch: Batch, weight: float) -> Tensor:
         branches, self._tower.branches = self._tower.branches, ()
         if not branches:
             return self._summed(logits, batch, weight)
@@ -134,11 +139,16 @@ class TaskLoss:
         return total + (own - total).detach()
 
 
-def soft_label(label: Label) -> Label:
-    """Return the label whose loss compares two answers to this one: squares of numbers, or cross-entropy. It counts
-    where a batch of `soft_batch` says."""
-    loss = "mse" if label.is_number else "cross_entropy"
-    return replace(label, loss=loss, smoothing=0.0, parent=None, nulls="unknown")
+def soft_loss(labels: Sequence[Label], tower: Tower, rank: int, divisor: str) -> TaskLoss:
+    """Return the loss to answers in the place of labels, in batches that `soft_batch` makes: squares of numbers, and
+    cross-entropy to probabilities, with the weights of the labels."""
+    soft = []
+    for label in labels:
+        loss = "mse" if label.is_number else "cross_entropy"
+        soft.append(replace(label, loss=loss, smoothing=0.0, parent=None, nulls="unknown"))
+    plain = Tower()
+    plain.loss_weights = tower.loss_weights
+    return TaskLoss(soft, plain, rank, divisor)
 
 
 def soft_batch(labels: Sequence[Label], logits: Tensor, batch: Batch) -> Batch:

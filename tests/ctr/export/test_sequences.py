@@ -34,6 +34,7 @@ FEATURES = (
 OTHERS = ", {name: seen, kind: sequence, pooling: none, table: item, max_length: 3, delimiter: '|'}"
 SMALL = {
     "bst": ["model.hidden=[8]", "model.width=6", "model.heads=2", "model.feed_forward=5"],
+    "dien": ["model.hidden=[8]", "model.attention_hidden=[6]"],
     "din": ["model.hidden=[8]", "model.attention_hidden=[6]", "model.softmax=true"],
     "dare": ["model.hidden=[8]", "model.attention_dim=3", "model.top_k=2"],
     "hstu": ["model.width=8", "model.heads=2", "model.qk_dim=3", "model.v_dim=3", "model.layers=2"]
@@ -42,6 +43,7 @@ SMALL = {
 CASES = {
     "bst": ("bst", ()),
     "bst, the target alone": ("bst", ("model.pooling=target",)),
+    "dien": ("dien", ()),
     "din": ("din", ()),
     "din of two groups": ("din", ("model.softmax=false", "embedding.oov=learned")),
     "dare": ("dare", ("embedding.formats={actions.a: int8}",)),

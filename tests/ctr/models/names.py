@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-SEQUENCE_MODELS = ["bst", "dare", "din", "hstu"]
+SEQUENCE_MODELS = ["bst", "dare", "dien", "din", "hstu"]
 MODELS = sorted({path.stem for path in (ROOT / "conf/model").glob("*.yaml")} - set(SEQUENCE_MODELS))
 OF_FUNNELS = ["esmm", "gnolr"]  # labels that lead to each other
 OVER_LABELS = ["dbmtl", "mmoe", "ple", "shared_bottom", *OF_FUNNELS]

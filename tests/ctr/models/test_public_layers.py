@@ -1,5 +1,5 @@
-"""Models against layers of public packages with the same weights: deepctr-torch 0.3.0 (MMoE, PLE, ESMM, DIN) and the
-authors' code of HSTU's attention. They are found where `TESSERA_PEERS` says, a folder made by
+"""Models against layers of public packages with the same weights: deepctr-torch 0.3.0 (MMoE, PLE, ESMM, DIN, DIEN) and
+the authors' code of HSTU's attention. They are found where `TESSERA_PEERS` says, a folder made by
 `pip install --no-deps --target FOLDER deepctr-torch` and, of HSTU, with `generative_recommenders` of
 github.com/meta-recsys/generative-recommenders in it; without them these tests are skipped.
 
@@ -122,6 +122,58 @@ def test_esmm_is_that_of_deepctr_torch(peer):
     logits, found = given_to(model, tower)
     ours = torch.sigmoid(torch.stack([logits[:, 0], joint_logit(fields.labels, 1, logits)], 1))
     torch.testing.assert_close(ours, found, rtol=1e-4, atol=1e-6)
+
+
+def test_both_units_of_dien_and_its_next_events_are_those_of_deepctr_torch(peer):
+    from tessera.ctr.models.dien import DIEN
+
+    theirs_of, dim, length = peer("deepctr_torch.models.dien"), 4, 5
+    torch.manual_seed(3)
+    ids, group = ("item", "other"), SequenceGroup("h", ("items", "others"), (), (0, None), length)
+    fields = Fields((), ids, Raw, sequences=(group,))
+    ours = DIEN(fields, dim, [3], [6, 3], {"items": "others"}, 1.0, [100, 50], 0.0, batch_norm=False)
+    extractor = theirs_of.InterestExtractor(dim, use_neg=True, init_std=0.3)
+    of_evolution = {"att_hidden_size": (6, 3), "att_activation": "sigmoid", "att_weight_normalization": True}
+    evolution = theirs_of.InterestEvolving(dim, "AUGRU", use_neg=True, init_std=0.3, **of_evolution)
+    with torch.no_grad():
+        for parameter in (*extractor.parameters(), *evolution.parameters()):
+            parameter.copy_(torch.randn_like(parameter) * 0.4)
+        copy_unit(ours.extractor, extractor.gru, "_l0", turned=True)
+        copy_unit(ours.evolution, evolution.interest_evolution.rnn, "", turned=False)
+        pairs = [(ours.next_event, extractor.auxiliary_net), (ours.score, evolution.attention)]
+        for mine, other in pairs:
+            both = ([one for one in side.modules() if isinstance(one, nn.Linear)] for side in (mine, other))
+            for one, two in zip(*both, strict=True):
+                one.weight.copy_(two.weight)
+                if one.bias is not None:  # the last one of scores, which a softmax follows
+                    one.bias.copy_(two.bias)
+    lengths = torch.tensor([2, 5, 3, 4])
+    e, n = torch.randn(2, 4, length, dim)
+    query, there = torch.randn(4, dim), torch.arange(length) < lengths[:, None]
+    interests, loss = extractor(e, lengths, n)
+    h = ours.extractor(e, there)
+    torch.testing.assert_close(h[there], interests[there], rtol=1e-4, atol=1e-6)
+    # Their mean is over all events and both answers, ours over a row's.
+    own = ours._next_events(h, e, n, there) * (lengths - 1)
+    torch.testing.assert_close(own.sum() / (2 * (lengths - 1).sum()), loss, rtol=1e-4, atol=1e-6)
+    q = query[:, None].expand_as(h)
+    a = ours.score(torch.cat([q, h, q - h, q * h], 2)).squeeze(2).masked_fill(~there, -torch.inf).softmax(1)
+    torch.testing.assert_close(
+        ours.evolution(h, there, a)[:, -1], evolution(query, interests, lengths), rtol=1e-4, atol=1e-6
+    )
+
+
+def copy_unit(unit, theirs, suffix: str, *, turned: bool) -> None:
+    """Their rows are (reset, update, new) and torch's update gate is 1 - ours; they have a second bias, 0 for `new`."""
+    size = unit.of_input.weight.shape[1]
+    sign = torch.ones(3 * size, 1)
+    sign[:size] = -1.0 if turned else 1.0
+    order = [*range(size, 2 * size), *range(size), *range(2 * size, 3 * size)]
+    getattr(theirs, f"bias_hh{suffix}")[2 * size :] = 0
+    for name, target in (("ih", unit.of_input), ("hh", unit.of_state)):
+        target.weight.copy_(getattr(theirs, f"weight_{name}{suffix}")[order] * sign)
+    bias = getattr(theirs, f"bias_ih{suffix}") + getattr(theirs, f"bias_hh{suffix}")
+    unit.of_input.bias.copy_(bias[order] * sign[:, 0])
 
 
 @pytest.mark.parametrize("softmax", [False, True])

@@ -1,6 +1,7 @@
 """Models of sequences against slow float64 versions, row by row, and what must not change their logits."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ FIELDS = Fields(("x",), ("user", "item"), ScaledVectors, sequences=(GROUP,))
 LENGTHS = [0, 1, 2, LENGTH, 3]
 SMALL = {
     "bst": {"embedding_dim": 3, "width": 6, "heads": 2, "feed_forward": 5, "layers": 2, "hidden": [5]},
+    "dien": {"embedding_dim": 3, "hidden": [5], "attention_hidden": [4], "auxiliary_hidden": [3]},
     "din": {"embedding_dim": 3, "hidden": [5], "attention_hidden": [4]},
     "dare": {"embedding_dim": 3, "attention_dim": 2, "hidden": [5], "top_k": 20},
     "hstu": {"embedding_dim": 3, "width": 6, "heads": 2, "qk_dim": 2, "v_dim": 3, "preprocessor": 4, "head_hidden": 4},
@@ -175,10 +177,34 @@ def hstu_layer(layer, x, prefix, divisor):
     return x + layer.output(torch.cat([u, av, y], 1) if layer.is_dlrm else y)
 
 
-REFERENCE = {"bst": bst, "din": din, "dare": dare, "hstu": hstu}
+def dien_unit(unit, x, h, a=1.0):
+    u_x, r_x, n_x = unit.of_input(x).chunk(3)
+    u_h, r_h, n_h = unit.of_state(h).chunk(3)
+    u, r = torch.sigmoid(u_x + u_h), torch.sigmoid(r_x + r_h)
+    return (1 - a * u) * h + a * u * torch.tanh(n_x + r * n_h)
+
+
+def dien(tower, numeric, embeddings, events):
+    logits = []
+    for b in range(len(numeric)):
+        x, emb, of, prices = row_of(numeric, embeddings, events, b)
+        k, q = vectors(emb["v"], of["v"], prices)
+        states = []
+        for one in k:
+            states.append(dien_unit(tower.extractor, one, states[-1] if states else torch.zeros_like(q)))
+        score = [tower.score(torch.cat([q, h, q - h, q * h]))[0] for h in states]
+        s = torch.zeros_like(q)
+        for place, h in enumerate(states):
+            s = dien_unit(tower.evolution, h, s, score[place].exp() / sum(one.exp() for one in score))
+        logits.append(tower.mlp(torch.cat([flat(tower, x, emb["v"]), s])))
+    return torch.cat(logits)
+
+
+REFERENCE = {"bst": bst, "dien": dien, "din": din, "dare": dare, "hstu": hstu}
 CASES = [
     ("bst", {}),
     ("bst", {"pooling": "target"}),
+    ("dien", {}),
     ("din", {}),
     ("din", {"softmax": True}),
     ("dare", {}),
@@ -238,6 +264,39 @@ def test_a_layer_of_bst_is_torchs_transformer_layer():
     theirs.load_state_dict(of_qkv | same)
     x, there = torch.randn(3, 4, 6, dtype=torch.float64), torch.arange(4) < torch.tensor([[4], [1], [3]])
     torch.testing.assert_close(layer(x, there)[there], theirs(x, src_key_padding_mask=~there)[there])
+
+
+OTHERS = replace(GROUP, ids=("items", "ages", "others"), targets=(*GROUP.targets, None))
+
+
+def test_dien_learns_to_tell_the_next_event_from_another():
+    """The loss by hand, of rows with none, one and more events; not in evaluation, where negatives change nothing."""
+    torch.manual_seed(1)
+    config = dict(load_config(["model=dien"], "").model) | SMALL["dien"]
+    config |= {"negatives": {"items": "others"}, "auxiliary": 0.7}
+    fields = replace(FIELDS, sequences=(OTHERS,))
+    tower = instantiate(config, "model", fields).double()
+    numeric, embeddings, events = inputs(tower)
+    others = torch.randn_like(events["h"].embeddings["v"]["items"]).requires_grad_()
+    events["h"].embeddings["v"]["others"] = others
+    tower(numeric, embeddings, events)
+    expected = []
+    for b in range(len(numeric)):
+        _, emb, of, prices = row_of(numeric, embeddings, events, b)
+        k, q = vectors(emb["v"], of["v"], prices)
+        n, _ = vectors(emb["v"], {"items": of["v"]["others"], "ages": of["v"]["ages"]}, prices)
+        h, row = torch.zeros_like(q), []
+        for place in range(len(k) - 1):
+            h = dien_unit(tower.extractor, k[place], h)
+            yes, no = (torch.sigmoid(tower.next_event(torch.cat([h, one[place + 1]]))) for one in (k, n))
+            row.append(-(yes.log() + (1 - no).log())[0])
+        expected.append(0.7 * torch.stack(row).mean() if row else torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(tower.extra_loss, torch.stack(expected))
+    assert torch.autograd.grad(tower.extra_loss.sum(), others)[0].abs().sum() > 0
+    tower.extra_loss = None
+    found = tower.eval()(numeric, embeddings, events)
+    others.data.zero_()
+    assert tower.extra_loss is None and torch.equal(found, tower(numeric, embeddings, events))
 
 
 def test_din_whose_weights_are_one_sums_its_events():
@@ -351,6 +410,10 @@ def test_sums_and_means_of_events(kind):
         ("din", {}, (SequenceGroup("h", ("items",), (), (None,), 3),), "no field has the table of a sequence of 'h'"),
         ("bst", {"heads": 4}, (GROUP,), "model.heads is 4; expected a divisor of model.width, 6"),
         ("bst", {"pooling": "mean"}, (GROUP,), "model.pooling is 'mean'; expected concat or target"),
+        ("dien", {"negatives": {"item": "ages"}}, (GROUP,), "negatives names 'item', .* of 'h'; did you mean 'items'"),
+        ("dien", {"negatives": {"items": "items"}}, (GROUP,), "model.negatives: 'items' stands for 'items' and else"),
+        ("dien", {"negatives": ["items"]}, (GROUP,), r"model.negatives is \['items'\]; expected sequences by name"),
+        ("dien", {"auxiliary": -1}, (GROUP,), "model.auxiliary is -1; expected 0 or more"),
         ("dare", {"top_k": 0}, (GROUP,), "model.top_k is 0"),
         ("hstu", {"form": "other"}, (GROUP,), "model.form is 'other'; expected one of dlrm, research"),
         ("hstu", {"heads": 0}, (GROUP,), "model.heads is 0"),

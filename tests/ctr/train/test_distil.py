@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +15,16 @@ from torchrec import KeyedJaggedTensor
 
 from tessera.ctr.config import load_config
 from tessera.ctr.data.batch import Batch
+from tessera.ctr.data.labels import labels_of
 from tessera.ctr.distil.config import DistilConfig
 from tessera.ctr.distil.distillation import Distillation
 from tessera.ctr.distil.teacher_logits import prepare
+from tessera.ctr.models.tower import Tower
 from tessera.ctr.train.state_parts import FoundState
+from tessera.ctr.train.task_loss import soft_loss
 from tessera.ctr.train.trainer import Trainer
 from tessera.embedding.errors import ConfigError
+from tests.ctr.train.funnel import options, write_funnel
 from tests.ctr.train.states import (
     arguments,
     assert_same_end,
@@ -88,6 +93,71 @@ def test_the_loss_and_its_gradient_in_closed_form():
     same = teacher.clone().requires_grad_()
     distil.loss(same, batch).backward()
     assert same.grad.abs().max() < 1e-15
+
+
+def test_the_loss_of_several_labels_in_closed_form():
+    """In the rows in which each counts, by its weight; a number has the square, without a temperature."""
+    labels = labels_of(["a", {"name": "b", "where": "a", "weight": 3.0}, {"name": "c", "loss": "mse"}])
+    generator = torch.Generator().manual_seed(1)
+    z, teacher = (2 * torch.randn(64, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    known = torch.rand(64, 3, generator=generator) < 0.8
+    values = (torch.rand(64, 3, generator=generator) < 0.5).double() * known
+    weight, tau, factor = torch.rand(64, generator=generator, dtype=torch.float64), 3.0, 0.4
+    unscored = torch.arange(64) % 9 == 0
+    distil = Distillation(
+        DistilConfig("self", temperature=tau, weight=factor), "cpu", labels, soft_loss(labels, Tower(), 0, "batch")
+    )
+    distil.begin_period(torch.where(unscored[:, None], float("nan"), teacher).flip(0))
+    loss = distil.loss(z.requires_grad_(), replace(batch_of(64, weight), labels=values, known=known), 64.0)
+    (gradient,) = torch.autograd.grad(loss, z)
+    counts = known & ~unscored[:, None]
+    counts[:, 1] &= values[:, 0] == 1
+    p, q = torch.sigmoid(z.detach() / tau), torch.sigmoid(teacher / tau)
+    each = -(q * p.log() + (1 - q) * (1 - p).log()) * torch.tensor([1.0, 3.0, 0.0])
+    pull = (p - q) / tau * torch.tensor([1.0, 3.0, 0.0])
+    each[:, 2], pull[:, 2] = (z.detach() - teacher)[:, 2].square(), 2 * (z.detach() - teacher)[:, 2]
+    scale = factor * weight[:, None] * counts
+    torch.testing.assert_close(loss.detach(), (scale * each).sum())
+    torch.testing.assert_close(gradient, scale * pull)
+
+
+def distilled(process, data: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Train on a funnel by a teacher of another kind, then by the model itself; the tower's weights at the end."""
+    teacher, name = folder / "teacher", f"{process.world_size}"
+    weights = {}
+    batch = [*SELF[1:], "trainer.distil.kind=batch", f"trainer.distil.teacher={teacher}"]
+    for run, more in (("batch", batch), ("self", [*SELF, f"trainer.warm_start.path={teacher}"]), ("none", [])):
+        model = "mmoe" if run == "self" else "shared_bottom"
+        small = [] if model == "mmoe" else ["model.bottom=[8]", "model.head=[4]"]
+        command = [one for one in options(data, folder / f"{run}-{name}", model, *more) if "model.hidden" not in one]
+        trainer = Trainer(load_config([*command, *small], ""), process)
+        trainer.fit()
+        weights |= {f"{run}.{k}": v.detach().clone() for k, v in trainer.engine.network.dense_parameters().items()}
+    return weights
+
+
+@pytest.mark.slow
+def test_several_labels_learn_from_a_teacher_of_theirs_on_1_and_2_ranks(tmp_path):
+    data, teacher = write_funnel(tmp_path / "data"), tmp_path / "teacher"
+    on_ranks(1, fit, options(data, teacher))
+    (one,), (two, _) = on_ranks(1, distilled, data, tmp_path), on_ranks(2, distilled, data, tmp_path)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+    pairs = [(one[name.replace("none.", "batch.")], value) for name, value in one.items() if name.startswith("none.")]
+    assert any((a - b).abs().max() > 1e-4 for a, b in pairs), "the teacher matters"
+    kept = sorted(path.parent.parent.name for path in (tmp_path / "self-2" / "teacher").rglob("train-00000.parquet"))
+    assert kept == ["buy", "click", "click_and_buy"]
+    other = [*options(data, tmp_path / "other"), "trainer.distil.kind=batch", f"trainer.distil.teacher={teacher}"]
+    with pytest.raises(ConfigError, match="teacher .* answers click, buy; expected the labels of this run, click, b"):
+        on_ranks(1, fit_begun, [*other, "data.schema.labels=[click, buy]"])
+
+
+def fit(process, overrides: list[str]) -> None:
+    Trainer(load_config(overrides, ""), process).fit()
+
+
+def fit_begun(process, overrides: list[str]) -> None:
+    Trainer(load_config(overrides, ""), process).begin()
 
 
 def test_one_more_epoch_while_the_loss_to_the_teacher_falls():

@@ -190,7 +190,6 @@ def test_each_label_has_its_bands():
             ["trainer.early_stop.metric=bye.auc"],
             "trainer.early_stop.metric is 'bye.auc'; expected auc, .* buy.auc?",
         ),
-        (["trainer.distil.kind=self"], "trainer.distil.kind is self, and data.schema.labels has click, buy; expected"),
         (
             ["data.schema.labels=[{name: click, loss: jrc}]", "data.schema.group=null"],
             "the loss of 'click' is jrc, which compares rows of a group; expected data.schema.group",

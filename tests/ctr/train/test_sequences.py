@@ -32,6 +32,8 @@ FEATURES = (
 PRICE = f", {{name: price, dtype: float, {SEQUENCE}}}"
 MODELS = {
     "din": ["model=din", "model.hidden=[8]", "model.attention_hidden=[4]", "model.dropout=0.3"],
+    "dien": ["model=dien", "model.hidden=[8]", "model.attention_hidden=[4]", "model.auxiliary_hidden=[4]"]
+    + ["model.negatives={seen: shops}", "model.dropout=0.3"],
     "bst": [
         "model=bst",
         "model.width=4",
