@@ -177,9 +177,9 @@ class Life(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in available_backends()])
-@pytest.mark.parametrize("lives", [25, pytest.param(75, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lives", [10, pytest.param(75, marks=pytest.mark.slow)])
 def test_life_of_rows(name, lives):
-    examples = lives if name == "cpp" else lives // 3
+    examples = lives if name == "cpp" else max(5, lives // 3)
     limits = settings(
         max_examples=examples, stateful_step_count=40, deadline=None, derandomize=True,
         suppress_health_check=list(HealthCheck), phases=[Phase.generate],
