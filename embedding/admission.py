@@ -25,10 +25,17 @@ def admission_filter(
     admission: Admission, seed: int, key: int, ttl_seconds: int | None, device: torch.device | str
 ) -> ExactCounter | SlidingHashFilter | ProbabilisticFilter | None:
     """Return the configured filter; None if every id passes."""
-    if admission.kind == "none" or admission.threshold == 1:
-        return None
-    if admission.kind == "exact":
+    if admission.kind == "exact" and admission.threshold > 1:
         return ExactCounter(admission.threshold, ttl_seconds, device)
+    return other_filter(admission, seed, key, device)
+
+
+def other_filter(
+    admission: Admission, seed: int, key: int, device: torch.device | str
+) -> SlidingHashFilter | ProbabilisticFilter | None:
+    """Return the configured filter if it is none that counts exactly."""
+    if admission.kind in ("none", "exact") or admission.threshold == 1:
+        return None
     if admission.kind == "sliding":
         return SlidingHashFilter(admission.threshold, admission.capacity, admission.splits, device)
     return ProbabilisticFilter(admission.threshold, seed, key)

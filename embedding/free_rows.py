@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import Tensor
+
+from tessera.kernels.host_numbers import on_device
 
 
 class FreeRows:
@@ -84,6 +89,17 @@ class FreeRowsOfTables:
         begin = self.begins[table]
         self.flat[begin + self.counts[table] : begin + count] = rows
         self.counts[table] = count
+
+    def give_back_all(self, rows: Tensor, tables: Tensor, of_tables: Sequence[int]) -> None:
+        """Put rows on the stacks of tables (int64 [n] each, tables ascending, so many of each)."""
+        for table, more in enumerate(of_tables):
+            if self.counts[table] + more > self._rooms[table]:
+                self._move(table, max(self.counts[table] + more, 2 * self._rooms[table]))
+        firsts = [0, *accumulate(of_tables)]
+        shifts = [top + 1 - first for top, first in zip(self.tops(), firsts, strict=False)]
+        at = torch.arange(rows.numel(), device=rows.device)
+        self.flat.index_copy_(0, on_device(shifts, rows.device)[tables] + at, rows)
+        self.counts = [count + more for count, more in zip(self.counts, of_tables, strict=True)]
 
     def _move(self, table: int, room: int) -> None:
         """Let a stack go on behind all others, with room for so many rows."""

@@ -15,28 +15,33 @@ from tessera.embedding.row_store import RowStore
 from tessera.kernels import records
 from tessera.kernels.chunks import allocate_chunk, touch_pages
 from tessera.kernels.host_numbers import on_device
-from tessera.kernels.record_layout import COUNT, ID, LAST_SEEN, META_BYTES, TABLE, is_plain
+from tessera.kernels.layout import plain_layout
+from tessera.kernels.record_layout import COUNT, ID, LAST_SEEN, META_BYTES, TABLE, is_plain, record_layout
 
 MARK, PERIOD = 3, 4  # columns of what `RecordStore.meta` gives, beside LAST_SEEN, COUNT and ID
 _TABLE_BITS = (1 << 32) - 1
 
 
 class RecordStore:
-    """config: of any table of the set. Row numbers are the set's; -1 is skipped, and reads zeros.
+    """Row numbers are the set's; -1 is skipped, and reads zeros.
+
+    config: of any table of the set; None: only time, count, id and table of a record are of use (ops want one value,
+    and it is there).
 
     Attributes:
         layout: of a record. chunks: of records. with_periods: whether rows keep the period in which they were added.
         decay_floats: numbers by which rows know how far they are decayed.
     """
 
-    def __init__(self, config: DynamicTableConfig, device: torch.device | str) -> None:
+    def __init__(self, config: DynamicTableConfig | None, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self.with_periods = config.knows_periods
-        self.layout = config.record
-        self.decay_floats = config.decay_floats
+        self.with_periods = config is not None and config.knows_periods
+        self.layout = record_layout([plain_layout(1, "sgd")]) if config is None else config.record
+        self.decay_floats = 0 if config is None else config.decay_floats
         self.chunks: list[Tensor] = []
         self.reserved = 0  # rows
-        self._codec = RowStore(config, device)  # holds no rows: it knows what a group's bytes mean
+        # Holds no rows: it knows what a group's bytes mean.
+        self._codec = None if config is None else RowStore(config, device)
         self._first = self.layout.meta_at - PERIOD_BYTES * self.with_periods  # of what `meta` gives
 
     def grow_to(self, end: int, *, limited: bool = True) -> None:
@@ -147,6 +152,7 @@ class RecordStore:
         """Return a batch of records as they lie in memory, uint8 [n, bytes], on any device. places: int64 [n]."""
         begin, end = self.meta_span
         meta = self.meta_from(stored[:, begin:end])
+        assert self._codec is not None
         values, state, scales = self._codec.decode(self.groups_of(stored))
         ids, last_seen, count = (meta[:, column].contiguous() for column in (ID, LAST_SEEN, COUNT))
         period = meta[:, PERIOD].contiguous() if self.with_periods else None
