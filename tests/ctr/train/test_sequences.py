@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -190,6 +191,57 @@ def test_rows_that_only_events_have_are_saved_and_expire(process, data, tmp_path
         found.append(len(ids()))
     trainer.log.close()
     assert max(found) == 20 and found[-1] == 0
+
+
+def write_days_of_events(folder: Path, days: int = 4, rows: int = 60) -> Path:
+    """Ten items are targets; each day has 20 items of its own, which occur in histories alone and never again."""
+    draw, count = np.random.default_rng(5), days * rows
+    day, sizes = np.repeat(np.arange(days), rows), draw.integers(0, 8, count)
+
+    def lists(high, type_):
+        return pa.array([list(draw.integers(0, high, n)) for n in sizes], pa.list_(type_))
+
+    seen = [list(1000 + 20 * one + draw.integers(0, 20, n)) for one, n in zip(day, sizes, strict=True)]
+    table = {
+        "label": draw.integers(0, 2, count).astype(np.int8),
+        "time": NOW + day * DAY,
+        "x": draw.normal(size=count).astype(np.float32),
+        **{name: draw.integers(0, 10, count) for name in ("user", "item", "shop")},
+        "seen": pa.array(seen, pa.list_(pa.int64())),
+        **{name: lists(10, pa.int64()) for name in ("shops", "age")},
+        "price": lists(3, pa.float32()),
+    }
+    (folder / "train").mkdir(parents=True)
+    pq.write_table(pa.table(table), folder / "train" / "part-0.parquet", row_group_size=20, write_page_checksum=True)
+    return folder
+
+
+def test_rows_that_only_events_have_are_evicted_by_size(process, tmp_path):
+    """A table that holds the events of two days loses the oldest first. Nobody asks for those again: all else, and what
+    is saved in deltas, is as without a limit, bit for bit."""
+    data = write_days_of_events(tmp_path / "data")
+    more = ["data.order=time", "data.valid=null", "data.lanes=1", "trainer.batch_size=8", "trainer.epochs=1"]
+    more += ["trainer.checkpoint.every=7", "trainer.checkpoint.full_every=9"]
+    limit = ["embedding.tables.item.max_rows=50", "embedding.tables.item.eviction=lru"]
+    losses, states = {}, {}
+    for name, setting in (("all", []), ("some", limit)):
+        trainer = Trainer(config_of(data, tmp_path / name, *MODELS["din"], *more, *setting), process)
+        losses[name] = []
+        for batch in trainer.readers.train_batches(trainer.engine, trainer.log):
+            losses[name].append(float(trainer.engine.train_step(batch)[0]))
+            trainer.checkpoints.after_step()
+        trainer.checkpoints.save()
+        trainer.checkpoints.close()
+        trainer.log.close()
+        states[name] = newest(tmp_path / name)
+    assert len(json.loads((states["some"] / "manifest.json").read_text())["chain"]) == 4, "a whole state, then deltas"
+    whole, kept = (rows_of_state(state, numbers=False) for state in states.values())
+    assert kept["item"].keys() <= whole["item"].keys() and len(whole["item"]) == 90 and len(kept["item"]) == 50
+    assert kept["item"].keys() >= {*range(10), *range(1060, 1080)} and not kept["item"].keys() & {*range(1000, 1040)}
+    for name, rows in kept.items():
+        assert name == "item" or rows.keys() == whole[name].keys()
+        assert all(row == whole[name][one] for one, row in rows.items()), name
+    assert losses["all"] == losses["some"] and len(losses["all"]) == 32
 
 
 def job(data: Path, run_dir: Path) -> list[str]:
