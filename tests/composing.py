@@ -1,6 +1,7 @@
 """Compose configurations with less work: tests make thousands, most of them as another one but for its folders.
 
 Hydra parses all yaml of conf/ again for each, merges it and has types checked, a quarter of what a small job takes.
+That these ways give what it gives is what tests/test_composing.py finds.
 """
 
 from __future__ import annotations
@@ -11,17 +12,28 @@ import os
 import pickle
 import re
 import tempfile
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
 
 from tessera import conf
 from tessera.ctr import config as configuration
+from tessera.ctr import overrides as command_line
 from tests import COMPOSED
 
 ALWAYS_THERE = {f"file://{Path(conf.__file__).parent.resolve()}", "pkg://hydra.conf", "structured://"}
+GROUPS = {path.name for path in Path(conf.__file__).parent.iterdir()}
+#: An override of a value, as `compose_overrides` writes it for hydra: it names no group and no package.
+VALUE = re.compile(r"(\+\+|\+)?(?P<key>[^=@~+][^=@]*)=(?!\{)", re.ASCII)
 FOLDER = re.compile(r"(?P<key>[a-z_.]+=)(?P<path>/[\w./-]+)", re.ASCII)
 
 
@@ -39,34 +51,120 @@ def parse_once() -> None:
     ConfigRepository.load_config = load_once
 
 
+def values_last() -> None:
+    """Compose what a command line chooses of groups once, and set its values in a copy, as hydra does afterwards.
+
+    Once with the types of all keys, too, and once without, for values that are set in both.
+    """
+    compose, merge = command_line.compose, OmegaConf.unsafe_merge
+
+    @wraps(compose)
+    def compose_choices_once(name: str, overrides: Sequence[str]) -> DictConfig:
+        values = [one for one in overrides if is_value(one)]
+        choices = tuple(one for one in overrides if not is_value(one))
+        if any(one.startswith("hydra.") for one in overrides):
+            return compose(name, overrides=list(overrides))
+        try:
+            made = pickle.loads(_chosen(compose, name, choices))
+            ConfigLoaderImpl._apply_overrides_to_config([_parsed(one) for one in values], made)
+        except Exception:  # which words it has is hydra's
+            return compose(name, overrides=list(overrides))
+        made.__dict__["_tests_values"] = name, choices, values, _tables_of(made)
+        return made
+
+    @wraps(merge)
+    def merge_choices_once(*configs: DictConfig) -> DictConfig:
+        composed = configs[-1]
+        name, choices, values, tables = composed.__dict__.get("_tests_values", (None, (), (), None))
+        if name is None or _tables_of(composed) is not tables or not {_key(one) for one in values} <= _keys():
+            return merge(*configs)  # tables are set in what is composed, and some keys are of no dataclass
+        try:
+            made = pickle.loads(_merged(compose, merge, name, choices))
+            ConfigLoaderImpl._apply_overrides_to_config([_parsed(one) for one in values], made)
+        except Exception:
+            return merge(*configs)
+        return made
+
+    command_line.compose = compose_choices_once
+    OmegaConf.unsafe_merge = staticmethod(merge_choices_once)
+
+
+def is_value(override: str) -> bool:
+    found = VALUE.match(override)
+    return found is not None and found["key"] not in GROUPS
+
+
+def _key(override: str) -> str:
+    found = VALUE.match(override)
+    assert found is not None
+    return found["key"]
+
+
+@cache
+def _keys() -> set[str]:
+    return {key for key, _ in command_line.keys_of(configuration.Config)}
+
+
+@cache
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
+
+
+@cache
+def _chosen(compose: Callable, name: str, choices: tuple[str, ...]) -> bytes:
+    return _kept(("chosen", name, choices), lambda: compose(name, overrides=list(choices)))
+
+
+@cache
+def _merged(compose: Callable, merge: Callable, name: str, choices: tuple[str, ...]) -> bytes:
+    def made() -> DictConfig:
+        return merge(deepcopy(configuration._schema()), pickle.loads(_chosen(compose, name, choices)))
+
+    return _kept(("merged", name, choices), made)
+
+
+def _kept(key: object, make: Callable[[], Any]) -> bytes:
+    """What `make` gives, pickled; made once by all processes of this run of pytest."""
+    shared = Path(os.environ.get(COMPOSED, os.devnull))
+    path = shared / hashlib.sha256(repr(key).encode()).hexdigest()
+    if path.exists():
+        return path.read_bytes()
+    made = pickle.dumps(make())
+    if shared.is_dir():
+        with tempfile.NamedTemporaryFile(dir=shared, delete=False) as file:
+            file.write(made)
+        os.replace(file.name, path)
+    return made
+
+
+def _tables_of(composed: DictConfig) -> Any:
+    embedding = composed.__dict__["_content"].get("embedding")
+    return embedding.__dict__["_content"].get("tables") if isinstance(embedding, DictConfig) else None
+
+
 def compose_once() -> None:
     """Keep each configuration that is composed, for all processes of this run of pytest.
 
     A command line that differs from an earlier one only in folders is that one with other folders, whose names no key
     but their own depends on. What is refused is composed again each time.
     """
-    compose, shared = configuration.config_of, Path(os.environ.get(COMPOSED, os.devnull))
+    compose = configuration.config_of
 
+    @wraps(compose)
     def compose_or_read(options: argparse.Namespace) -> configuration.Config:
-        if options.config_dir or options.cfg or not shared.is_dir():
+        if options.config_dir or options.cfg or not Path(os.environ.get(COMPOSED, os.devnull)).is_dir():
             return compose(options)
         folders: list[str] = []
         keyed = [_without_folder(one, folders) for one in options.overrides]
-        path = shared / hashlib.sha256(repr(keyed).encode()).hexdigest()
-        if not path.exists():
-            given = options.overrides
-            options.overrides = keyed
-            try:
-                made = compose(options)
-            except Exception:
-                if not folders:
-                    raise
-                options.overrides = given
-                return compose(options)
-            with tempfile.NamedTemporaryFile(dir=shared, delete=False) as file:
-                pickle.dump(made, file)
-            os.replace(file.name, path)
-        return _with_folders(pickle.loads(path.read_bytes()), folders)
+        given, options.overrides = options.overrides, keyed
+        try:
+            made = _kept(keyed, lambda: compose(options))
+        except Exception:
+            if not folders:
+                raise
+            options.overrides = given
+            return compose(options)
+        return _with_folders(pickle.loads(made), folders)
 
     configuration.config_of = compose_or_read
 
@@ -76,6 +174,7 @@ def check_no_export() -> None:
     get is the default, which tests of the check take."""
     compose = configuration.config_of
 
+    @wraps(compose)
     def compose_unchecked(options: argparse.Namespace) -> configuration.Config:
         made = compose(options)
         if not any(one.startswith("export.check=") for one in options.overrides):

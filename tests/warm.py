@@ -18,6 +18,7 @@ for name in (
     importlib.import_module(name)
 composing = importlib.import_module("tests.composing")
 composing.parse_once()
+composing.values_last()
 composing.compose_once()
 composing.check_no_export()
 importlib.import_module("tessera.ctr.config").load_config(["trainer.run_dir=/nowhere/a run"], "")
