@@ -10,7 +10,7 @@ from torch import Tensor
 from tessera.distributed.collectives import sum_over_ranks
 
 
-def worse_branches(losses: Tensor, weights: Sequence[float], weight: float) -> Tensor:
+def worse_branches(losses: Tensor, weights: Sequence[float], weight: float | Tensor) -> Tensor:
     """Return sum_t w_t (L_t + sum_s v_st L_st) with v_st = max(0, L_st - L_t), as this rank's part of a sum over all
     ranks. Collective.
 
@@ -21,7 +21,7 @@ def worse_branches(losses: Tensor, weights: Sequence[float], weight: float) -> T
     """
     means = losses.detach().clone()
     sum_over_ranks(means)
-    means = means / max(weight, 1e-12)
+    means = means / (weight.clamp(min=1e-12) if isinstance(weight, Tensor) else max(weight, 1e-12))
     excess = (means[1:] - means[0]).clamp(min=0)
     counted = (excess > 0) * means[1:]
     factors = torch.cat([1 - counted.sum(0, keepdim=True), excess + counted])

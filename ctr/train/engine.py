@@ -148,7 +148,7 @@ class Engine:
             with gates.learning(self.config.trainer.seed, self.step) as learned:
                 with torch.autocast(batch.numeric.device.type, torch.bfloat16, enabled=network.amp):
                     logits = network.of_tower(batch, embeddings)
-                loss = self.loss(logits.float(), batch, float(weight))
+                loss = self.loss(logits.float(), batch, weight)
                 (gradient,) = torch.autograd.grad(loss, learned)
         finally:
             network.train()

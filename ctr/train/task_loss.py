@@ -55,17 +55,18 @@ class TaskLoss:
         one = len(self._labels) == 1 and self._weights == [1]
         self._plain = one and self._labels[0].is_plain and not self._by_task
 
-    def __call__(self, logits: Tensor, batch: Batch, weight: float) -> Tensor:
+    def __call__(self, logits: Tensor, batch: Batch, weight: float | Tensor) -> Tensor:
         """Return the loss of this rank's rows, summed by their weights, and what the tower adds. Collective where
         rows of a group are compared, with divisor task, and where a tower's branches learn by how much they are worse.
 
-        logits: [B], or [B, T]. weight: of the global batch, by which the caller divides.
+        logits: [B], or [B, T]. weight: of the global batch, by which the caller divides; a scalar of the device spares
+        the host waiting for it.
         """
         extra, self._tower.extra_loss = self._tower.extra_loss, None
         loss = self._with_branches(logits, batch, weight)
         return loss if extra is None else loss + (batch.weight * extra).sum()
 
-    def _with_branches(self, logits: Tensor, batch: Batch, weight: float) -> Tensor:
+    def _with_branches(self, logits: Tensor, batch: Batch, weight: float | Tensor) -> Tensor:
         branches, self._tower.branches = self._tower.branches, ()
         if not branches:
             return self._summed(logits, batch, weight)
@@ -77,7 +78,7 @@ class TaskLoss:
         loss, soft = self._summed(logits, batch, weight), soft_batch(self._labels, logits, batch)
         return loss + torch.stack([self._soft._summed(part, soft, weight) for part in parts]).sum()
 
-    def _summed(self, logits: Tensor, batch: Batch, weight: float) -> Tensor:
+    def _summed(self, logits: Tensor, batch: Batch, weight: float | Tensor) -> Tensor:
         """Return the loss of logits [B] or [B, T] to the labels."""
         if self.shift:
             logits = logits + self.shift
@@ -85,14 +86,14 @@ class TaskLoss:
             return F.binary_cross_entropy_with_logits(logits, batch.labels[:, 0], batch.weight, reduction="sum")
         return self._of_labels(logits, batch, weight, self._weights).sum()
 
-    def _by_label(self, logits: Tensor, batch: Batch, weight: float) -> Tensor:
+    def _by_label(self, logits: Tensor, batch: Batch, weight: float | Tensor) -> Tensor:
         """Return the loss to each label without the label's weight, [T]."""
         if self._plain and batch.known is None:
             return self._summed(logits, batch, weight).unsqueeze(0)
         logits = logits + self.shift if self.shift else logits
         return self._of_labels(logits, batch, weight, [1.0] * len(self._labels))
 
-    def _of_labels(self, logits: Tensor, batch: Batch, weight: float, factors: Sequence[float]) -> Tensor:
+    def _of_labels(self, logits: Tensor, batch: Batch, weight: float | Tensor, factors: Sequence[float]) -> Tensor:
         logits_bt = logits.unsqueeze(1) if logits.dim() == 1 else logits
         parts = [self._masked(number, logits_bt, batch) for number in range(len(self._labels))]
         losses = torch.stack([factors[number] * self._of(number, *part, batch) for number, part in enumerate(parts)])

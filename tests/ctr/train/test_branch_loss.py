@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tessera.ctr.data.labels import labels_of
 from tessera.ctr.models.fcn import FCN
@@ -68,6 +69,27 @@ def check(kind: str, found: torch.Tensor, gradient: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", ["worse", "agreement"])
 def test_the_loss_is_the_papers(kind, divisor):
     check(kind, *of_rows(kind, slice(None), divisor=divisor))
+
+
+class NoWaits(TorchDispatchMode):
+    """Refuses what makes the host wait for a number of the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("divisor", ["batch", "task"])
+@pytest.mark.parametrize("kind", ["worse", "agreement"])
+def test_a_weight_on_the_device_spares_the_host_waiting(kind, divisor):
+    logits, values, weight = drawn()
+    tower, batch = Worse() if kind == "worse" else Agreement(), batch_of(values[:, None], weight=weight)
+    loss, found = TaskLoss(labels_of(["click"]), tower, 0, divisor), []
+    for total in (weight.sum(), float(weight.sum())):
+        tower.branches = tuple(logits)
+        with NoWaits():
+            found.append(loss(logits.mean(0), batch, total).detach())
+    torch.testing.assert_close(found[0], found[1])
 
 
 def of_rank(process, kind: str):
