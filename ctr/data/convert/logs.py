@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 from pyarrow import types
@@ -81,7 +82,7 @@ def convert_log(
     with complete_folder(output, list(paths), overwrite=overwrite) as folder:
         stored = pq.read_schema(log.files[0][1])
         summary = add_histories(log, folder, rule, how, (valid, test), writing)
-        write_description(folder, _schema(paths, stored, rule, labels), {"kind": "parquet"} | summary)
+        write_description(folder, _schema(paths, log.files[0][1], stored, rule, labels), {"kind": "parquet"} | summary)
     return summary
 
 
@@ -215,8 +216,9 @@ def _check_columns(log: Log, stored: pa.Schema, rule: HistoryRule) -> None:
         raise SchemaError(f"{log.files[0][1]}: column {rule.time!r} is {time}, expected an integer, timestamp or date")
 
 
-def _schema(paths: Sequence[Path], stored: pa.Schema, rule: HistoryRule, labels: Sequence[str]) -> dict:
-    """Return the reader's block: that beside the input, or one by the types of the columns, and the histories."""
+def _schema(paths: Sequence[Path], first: Path, stored: pa.Schema, rule: HistoryRule, labels: Sequence[str]) -> dict:
+    """Return the reader's block: that beside the input, or one by the types of the columns, and the histories. first:
+    a file, whose lists of floats say how long they are."""
     beside = paths[0] / "schema.yaml"
     if beside.is_file():
         plain: Any = OmegaConf.to_container(OmegaConf.load(beside))
@@ -225,23 +227,39 @@ def _schema(paths: Sequence[Path], stored: pa.Schema, rule: HistoryRule, labels:
         schema = {"labels": list(labels), "time": rule.time, "time_unit": rule.time_unit, "features": []}
         for field in stored:
             if field.name not in (*labels, rule.time):
-                schema["features"].append(_feature(field))
+                schema["features"] += _features(field, first)
     return with_features(schema, rule, stored)
 
 
 def with_features(schema: dict, rule: HistoryRule, stored: pa.Schema) -> dict:
     """Return a reader's block with the histories' features at its end."""
-    tables = [one.get("table") or one["name"] for one in schema["features"] if one.get("kind", "id") != "numeric"]
+    tables = [
+        one.get("table") or one["name"]
+        for one in schema["features"]
+        if one.get("kind", "id") not in ("numeric", "vector")
+    ]
     return schema | {"features": [*schema["features"], *features(rule, stored, tables)]}
 
 
-def _feature(field: pa.Field) -> dict:
+def _features(field: pa.Field, first: Path) -> list[dict]:
+    """Return the feature that a column is by its type; none for lists of floats of several lengths."""
     kind = field.type.value_type if types.is_dictionary(field.type) else field.type
     if types.is_floating(kind) or types.is_decimal(kind):
-        return {"name": field.name, "kind": "numeric"}
-    if types.is_fixed_size_list(kind) and types.is_floating(kind.value_type):
-        return {"name": field.name, "kind": "vector", "length": kind.list_size}
+        return [{"name": field.name, "kind": "numeric"}]
     is_list = types.is_list(kind) or types.is_large_list(kind)
-    item = kind.value_type if is_list else kind
+    item = kind.value_type if is_list or types.is_fixed_size_list(kind) else kind
+    if item is not kind and types.is_floating(item):
+        length = _length_of_lists(first, field.name) if is_list else kind.list_size
+        return [] if length is None else [{"name": field.name, "kind": "vector", "length": length}]
     text = types.is_string(item) or types.is_large_string(item)
-    return {"name": field.name, "kind": "ids" if is_list else "id", "dtype": "string" if text else "int"}
+    return [{"name": field.name, "kind": "id" if item is kind else "ids", "dtype": "string" if text else "int"}]
+
+
+def _length_of_lists(path: Path, name: str) -> int | None:
+    """Return the length that all lists of a column have in the first rows of a file; None if they differ or are
+    empty."""
+    for batch in pq.ParquetFile(path).iter_batches(BATCH_ROWS, columns=[name]):
+        lengths = pc.unique(pc.list_value_length(columns.plain(batch.column(0)))).drop_null().to_pylist()
+        if lengths:
+            return lengths[0] if len(lengths) == 1 and lengths[0] > 0 else None
+    return None

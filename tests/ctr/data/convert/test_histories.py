@@ -152,3 +152,21 @@ def test_labels_are_no_features_of_the_schema_that_is_made(tmp_path):
     schema = OmegaConf.load(tmp_path / "out" / "schema.yaml").schema
     assert schema.labels == ["label", "line"]
     assert [one.name for one in schema.features] == ["user", "item_id", "tags", "price", "history_item_id"]
+
+
+def test_lists_of_floats_are_vectors_where_they_have_one_length(tmp_path):
+    stored = pa.list_(pa.float32())
+    columns = {
+        "picture": pa.array([None, [0.5, 1.5], [0.1, 0.2]], stored),
+        "fixed": pa.array([[1.0, 2.0, 3.0]] * 3, pa.list_(pa.float64(), 3)),
+        "shares": pa.array([[0.5], [0.5, 0.5], []], stored),
+        "pair": pa.array([[1, 2]] * 3, pa.list_(pa.int64(), 2)),
+        "tags": pa.array([["a"], [], ["b", "c"]]),
+    }
+    shared = {"label": pa.array([0, 1, 0], pa.int8()), "user": ["u", "u", "v"], "item": [1, 2, 3], "time": [0, 1, 2]}
+    pq.write_table(pa.table(shared | columns), tmp_path / "log.parquet")
+    rule = HistoryRule("user", ("item",), 5, "time")
+    convert_log([tmp_path / "log.parquet"], tmp_path / "out", rule, "day", 0, 0, Writing())
+    made = {one.name: one for one in OmegaConf.load(tmp_path / "out" / "schema.yaml").schema.features}
+    assert [(made[name].kind, made[name].length) for name in ("picture", "fixed")] == [("vector", 2), ("vector", 3)]
+    assert "shares" not in made and (made["pair"].kind, made["tags"].kind) == ("ids", "ids")
