@@ -27,18 +27,19 @@ def admission_filter(
     """Return the configured filter; None if every id passes."""
     if admission.kind == "exact" and admission.threshold > 1:
         return ExactCounter(admission.threshold, ttl_seconds, device)
-    return other_filter(admission, seed, key, device)
-
-
-def other_filter(
-    admission: Admission, seed: int, key: int, device: torch.device | str
-) -> SlidingHashFilter | ProbabilisticFilter | None:
-    """Return the configured filter if it is none that counts exactly."""
-    if admission.kind in ("none", "exact") or admission.threshold == 1:
-        return None
-    if admission.kind == "sliding":
+    if slides(admission):
         return SlidingHashFilter(admission.threshold, admission.capacity, admission.splits, device)
-    return ProbabilisticFilter(admission.threshold, seed, key)
+    return ProbabilisticFilter(admission.threshold, seed, key) if admits_by_chance(admission) else None
+
+
+def slides(admission: Admission) -> bool:
+    """Return whether ids are counted by a sliding filter."""
+    return admission.kind == "sliding" and admission.threshold > 1
+
+
+def admits_by_chance(admission: Admission) -> bool:
+    """Return whether ids are admitted by lot."""
+    return admission.kind == "probabilistic" and admission.threshold > 1
 
 
 class ExactCounter:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from tessera.embedding.admission import ProbabilisticFilter, other_filter
+from tessera.embedding.admission import ProbabilisticFilter, admits_by_chance, slides
 from tessera.embedding.config import DynamicTableConfig, key_of
 from tessera.embedding.exact_counters import ExactCounterOfTable, ExactCounters
-from tessera.embedding.sliding import SlidingHashFilter
+from tessera.embedding.sliding import SlidingFilterOfTable, SlidingFilters
 from tessera.kernels.random import half_stream, uniform_of_tables
 
-Filter = ExactCounterOfTable | SlidingHashFilter | ProbabilisticFilter
+Filter = ExactCounterOfTable | SlidingFilterOfTable | ProbabilisticFilter
 
 
 class SetAdmission:
@@ -24,15 +23,21 @@ class SetAdmission:
         rules = [table.admission for table in tables]
         exact = [rule.threshold if rule.kind == "exact" and rule.threshold > 1 else None for rule in rules]
         self._exact: ExactCounters | None = None
-        counters: list[ExactCounterOfTable | None] = [None] * len(tables)
+        self._sliding: SlidingFilters | None = None
+        self.filters: list[Filter | None] = [
+            ProbabilisticFilter(rule.threshold, table.seed, key_of(table.name)) if admits_by_chance(rule) else None
+            for table, rule in zip(tables, rules, strict=True)
+        ]
         if any(exact):
             self._exact = ExactCounters(exact, [table.ttl_seconds for table in tables], device)
-            counters = self._exact.filters
-        self.filters: list[Filter | None] = [
-            counter or other_filter(table.admission, table.seed, key_of(table.name), device)
-            for table, counter in zip(tables, counters, strict=True)
-        ]
-        self._sliding = [table for table, one in enumerate(self.filters) if isinstance(one, SlidingHashFilter)]
+            self.filters = [counter or one for counter, one in zip(self._exact.filters, self.filters, strict=True)]
+        rings = [(rule.threshold, rule.capacity, rule.splits) if slides(rule) else None for rule in rules]
+        if any(rings):
+            self._sliding = SlidingFilters(rings, device)
+            for table, ring in enumerate(rings):
+                self.filters[table] = (
+                    self.filters[table] if ring is None else SlidingFilterOfTable(self._sliding, table)
+                )
         self.admits_all = not any(one is not None for one in self.filters)
         chances = [one for one in self.filters if isinstance(one, ProbabilisticFilter)]
         self._halves: Tensor | None = None
@@ -54,7 +59,7 @@ class SetAdmission:
         """Return which unknown ids get a row, bool [k]; None if all do.
 
         ids, tables: int64 [k], of_tables[t] of table t, one behind the other; counts: int64 [k] (None: 1 each); now:
-        one time or int64 [k]. Tables that admit by chance take one call together, so do those that count exactly.
+        one time or int64 [k]. All tables that admit by the same kind of rule take one call together.
         """
         if self.admits_all:
             return None
@@ -67,10 +72,6 @@ class SetAdmission:
             passed = lots < 1 - self._missed[tables] ** often.to(torch.float64)
         if self._exact is not None:
             passed &= self._exact.admit(ids, tables, of_tables, often, now)
-        ends = [0, *accumulate(of_tables)] if self._sliding else []
-        for table in self._sliding:
-            own, one = slice(ends[table], ends[table + 1]), self.filters[table]
-            assert isinstance(one, SlidingHashFilter)
-            if of_tables[table]:
-                passed[own] = one.admit(ids[own], often[own], now, step)
+        if self._sliding is not None:
+            passed &= self._sliding.admit(ids, tables, of_tables, often)
         return passed

@@ -16,6 +16,9 @@ One batch, which defines what a sequence of insertions would leave open:
    ahead, and so on.
 5. An id passes if its new count reaches the threshold, or if it found no place (the filter fails open).
 
+The filters of many tables are one (`SlidingFilters`): their cells lie one table's behind the other's, and a batch of
+all takes one call. Each table has its own ring, with its own size and head, and does what it would alone.
+
 Foreign ids may share a cell: with P parts in use and buckets nearly full, about 13 P of 4095 unknown ids find the
 count of another. The filter errs towards admission only.
 """
@@ -23,10 +26,13 @@ count of another. The filter errs towards admission only.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from tessera.kernels.host_numbers import on_device
 from tessera.kernels.mix import mix64
 from tessera.kernels.unique import unique_inverse
 
@@ -38,55 +44,98 @@ SIGNATURES = 4095
 _HASH_OFFSET = 0x243F6A8885A308D3  # apart from the hashes that choose the rank and the place in the id map
 
 
-class SlidingHashFilter:
-    """capacity: ids remembered at least, in splits - AHEAD - 1 full parts. Cells take 2 bytes each."""
+class SlidingFilters:
+    """The filters of tables. rules: of each table threshold, capacity and splits, as `SlidingHashFilter` has them; None
+    for a table without one."""
 
-    def __init__(self, threshold: int, capacity: int, splits: int = 7, device: torch.device | str = "cpu") -> None:
-        assert 1 <= threshold <= COUNTER_MAX and splits > AHEAD + 1 and capacity >= 1
-        self._threshold = threshold
-        self._splits = splits
-        self._buckets = math.ceil(capacity * FILL / (splits - AHEAD - 1) / WAYS)
-        self._cells = torch.zeros((splits * self._buckets, WAYS), dtype=torch.int16, device=device)
-        self._used = [0] * splits
-        self._head = 0
+    def __init__(self, rules: Sequence[tuple[int, int, int] | None], device: torch.device | str = "cpu") -> None:
+        self._tables = [table for table, rule in enumerate(rules) if rule is not None]
+        thresholds, capacities, self.splits = ([(rule or (0, 0, 0))[place] for rule in rules] for place in range(3))
+        for table in self._tables:
+            assert 1 <= thresholds[table] <= COUNTER_MAX and self.splits[table] > AHEAD + 1 and capacities[table] >= 1
+        sizes = zip(capacities, self.splits, strict=True)
+        self.buckets = [math.ceil(size * FILL / max(1, parts - AHEAD - 1) / WAYS) for size, parts in sizes]
+        self._begins = [0, *accumulate(s * b for s, b in zip(self.splits, self.buckets, strict=True))]  # in `_cells`
+        self._ends = on_device(list(accumulate(self.buckets)), torch.device(device))  # of numbers of buckets
+        self._thresholds = on_device(thresholds, self._ends.device)
+        self._sizes = on_device([max(1, many) for many in self.buckets], self._ends.device)
+        self._cells = torch.zeros((self._begins[-1], WAYS), dtype=torch.int16, device=device)
+        self._alike = len({self.splits[table] for table in self._tables}) == 1
+        self.used = [[0] * parts for parts in self.splits]
+        self.heads = [0] * len(rules)
+        self.moved()
 
-    @property
-    def nbytes(self) -> int:
-        return self._cells.numel() * 2
+    def cells(self, table: int) -> Tensor:
+        """Return the cells of a table in place: int16 [splits * buckets, WAYS]."""
+        return self._cells[self._begins[table] : self._begins[table + 1]]
 
-    def admit(self, ids: Tensor, counts: Tensor, now: int | Tensor, step: int) -> Tensor:
-        """Return which ids pass, bool [u], as described in `embedding/admission.py`; `now` and `step` are ignored."""
-        self._slide()
-        bucket, signature = self._place_of(ids)
+    def moved(self) -> None:
+        """Note where the parts of each table lie by age, once a head has moved."""
+        ages = range(max(self.splits))
+        self._order = [
+            [(head + AHEAD - age) % max(1, splits) for age in ages]
+            for head, splits in zip(self.heads, self.splits, strict=True)
+        ]
+        # A bucket's number counts those of the tables before it once, its row in `_cells` all their parts.
+        shifts = [begin - sum(self.buckets[:table]) for table, begin in enumerate(self._begins[:-1])]
+        rows = [
+            shifts[table] + order[age] * self.buckets[table] for age in ages for table, order in enumerate(self._order)
+        ]
+        has = [int(age < splits) for age in ages for splits in self.splits]
+        numbers = on_device([*rows, *has], self._cells.device).view(2, len(ages), -1)
+        self._rows, self._has = numbers[0], numbers[1].to(torch.uint8)
+
+    def admit(self, ids: Tensor, tables: Tensor, of_tables: Sequence[int], counts: Tensor) -> Tensor:
+        """Return which ids pass, bool [k], and all of tables without a filter.
+
+        ids, tables: int64 [k], of_tables[t] of table t, one behind the other, distinct; counts: int64 [k].
+        """
+        asked = [table for table in self._tables if of_tables[table]]
+        if not asked:
+            return torch.ones(ids.numel(), dtype=torch.bool, device=ids.device)
+        self._slide(asked)
+        own = None
+        if sum(of_tables[table] for table in asked) < ids.numel():
+            own = (self._thresholds[tables] > 0).nonzero().flatten()
+            ids, tables, counts = ids[own], tables[own], counts[own]
+        bucket, signature = self._place_of(ids, tables)
         key, inverse, _ = unique_inverse(bucket * (SIGNATURES + 1) + signature)
         counts = torch.zeros_like(key).index_add_(0, inverse, counts)
         bucket, signature = key // (SIGNATURES + 1), key % (SIGNATURES + 1)
-        passed = self._add(bucket, signature, counts)
-        return passed[inverse]
+        passed = self._add(bucket, signature, counts)[inverse]
+        if own is None:
+            return passed
+        whole = torch.ones(sum(of_tables), dtype=torch.bool, device=ids.device)
+        return whole.index_copy_(0, own, passed)
 
-    def _slide(self) -> None:
-        if self._used[self._head] * FILL < self._buckets * WAYS:
-            return
-        self._head = (self._head + 1) % self._splits
-        emptied = (self._head + AHEAD) % self._splits
-        self._cells[emptied * self._buckets : (emptied + 1) * self._buckets] = 0
-        self._used[emptied] = 0
+    def _slide(self, asked: Sequence[int]) -> None:
+        full = [t for t in asked if self.used[t][self.heads[t]] * FILL >= self.buckets[t] * WAYS]
+        for table in full:
+            self.heads[table] = (self.heads[table] + 1) % self.splits[table]
+            emptied = (self.heads[table] + AHEAD) % self.splits[table]
+            begin = emptied * self.buckets[table]
+            self.cells(table)[begin : begin + self.buckets[table]] = 0
+            self.used[table][emptied] = 0
+        if full:
+            self.moved()
 
-    def _place_of(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (bucket, signature 1..4095) of ids: from the lower 40 and the upper 24 bits of a hash."""
-        hashes = mix64(ids + _HASH_OFFSET)
-        bucket = (hashes & ((1 << 40) - 1)) % self._buckets
+    def _place_of(self, ids: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (number of the bucket, signature 1..4095) of ids: from the lower 40 and the upper 24 bits of a
+        hash."""
+        hashes, sizes = mix64(ids + _HASH_OFFSET), self._sizes[tables]
+        bucket = (hashes & ((1 << 40) - 1)) % sizes + (self._ends[tables] - sizes)
         return bucket, ((hashes >> 40) & ((1 << 24) - 1)) % SIGNATURES + 1
 
     def _add(self, bucket: Tensor, signature: Tensor, counts: Tensor) -> Tensor:
         """Run steps 3 to 5 for distinct pairs. Returns bool [m]."""
-        order = [(self._head + AHEAD - age) % self._splits for age in range(self._splits)]
-        rows_sm = torch.tensor(order, device=bucket.device)[:, None] * self._buckets + bucket
+        tables = torch.bucketize(bucket, self._ends, right=True)
+        rows_sm = self._rows[:, tables] + bucket
         cells_smw = self._cells.index_select(0, rows_sm.flatten()).view(*rows_sm.shape, WAYS)
         # 16 bits as int16: the upper 12 come out of the shift with a sign.
         signed = torch.where(signature < 2048, signature, signature - 4096).to(torch.int16)
         match_sm = ((cells_smw >> 4) == signed[:, None]).view(torch.uint8).max(dim=2)
-        part = match_sm.values.max(dim=0)
+        matched = match_sm.values if self._alike else match_sm.values & self._has[:, tables]
+        part = matched.max(dim=0)
         known, age = part.values.bool(), part.indices
         way = match_sm.indices.gather(0, age[None])[0]
         cell = rows_sm.gather(0, age[None])[0] * WAYS + way
@@ -98,42 +147,74 @@ class SlidingHashFilter:
         here = known & (age <= AHEAD)
         flat[cell[here]] = value[here]
         left = (~here).nonzero().flatten()
-        for ahead in range(AHEAD + 1):
+        for age_of_part in range(AHEAD, -1, -1):
             if left.numel() == 0:
                 break
-            left = self._fill(cells_smw[AHEAD - ahead], rows_sm[AHEAD - ahead], value, left, order[AHEAD - ahead])
-        passed = new >= self._threshold
+            left = self._fill(cells_smw[age_of_part], rows_sm[age_of_part], value, left, tables, age_of_part)
+        passed = new >= self._thresholds[tables]
         passed[left] = True
         return passed
 
-    def _fill(self, cells_mw: Tensor, rows: Tensor, value: Tensor, left: Tensor, split: int) -> Tensor:
-        """Put the pairs `left` into empty cells of one part. Returns those that found none."""
+    def _fill(self, cells_mw: Tensor, rows: Tensor, value: Tensor, left: Tensor, tables: Tensor, age: int) -> Tensor:
+        """Put the pairs `left` into empty cells of the tables' parts of one age. Returns those that found none."""
         rank = _rank_in_bucket(rows[left])
         empty = cells_mw[left] == 0
         chosen = empty & (empty.cumsum(dim=1) == rank[:, None] + 1)
         placed, way = chosen.nonzero().unbind(1)
         at = left[placed]
         self._cells.view(-1)[rows[at] * WAYS + way] = value[at]
-        self._used[split] += placed.numel()
+        many = torch.bincount(tables[at], minlength=len(self.splits)).tolist()
+        for table in self._tables:
+            self.used[table][self._order[table][age]] += many[table]
         missed = torch.ones_like(left, dtype=torch.bool)
         missed[placed] = False
         return left[missed]
+
+
+class SlidingFilterOfTable:
+    """The filter of one table of a set: what is saved of it."""
+
+    def __init__(self, filters: SlidingFilters, table: int) -> None:
+        self.filters, self._table = filters, table
+
+    @property
+    def nbytes(self) -> int:
+        return self._cells.numel() * 2
+
+    @property
+    def _cells(self) -> Tensor:
+        return self.filters.cells(self._table)
 
     def expire(self, now: int, budget_rows: int | None = None) -> None:
         """Do nothing: the ring forgets by itself."""
 
     def export_state(self) -> dict[str, Tensor]:
         """Return cells int16 [splits * buckets, 16], used int64 [splits], head int64 []. It cannot be cut by id."""
-        return {"cells": self._cells.clone(), "used": torch.tensor(self._used), "head": torch.tensor(self._head)}
+        used, head = (torch.tensor(one[self._table]) for one in (self.filters.used, self.filters.heads))
+        return {"cells": self._cells.clone(), "used": used, "head": head}
 
     def import_state(self, state: dict[str, Tensor]) -> None:
         """Continue as the exporting filter, which must have had the same size. Raises ValueError for another."""
-        if state["cells"].shape != self._cells.shape or len(state["used"]) != self._splits:
+        splits = self.filters.splits[self._table]
+        if state["cells"].shape != self._cells.shape or len(state["used"]) != splits:
             found, expected = list(state["cells"].shape), list(self._cells.shape)
-            raise ValueError(f"sliding filter: expected {self._splits} parts, cells {expected}, found {found}")
+            raise ValueError(f"sliding filter: expected {splits} parts, cells {expected}, found {found}")
         self._cells.copy_(state["cells"])
-        self._used = state["used"].tolist()
-        self._head = int(state["head"])
+        self.filters.used[self._table] = state["used"].tolist()
+        self.filters.heads[self._table] = int(state["head"])
+        self.filters.moved()
+
+
+class SlidingHashFilter(SlidingFilterOfTable):
+    """That of a table by itself. capacity: ids remembered at least, in splits - AHEAD - 1 full parts. Cells take 2
+    bytes each."""
+
+    def __init__(self, threshold: int, capacity: int, splits: int = 7, device: torch.device | str = "cpu") -> None:
+        super().__init__(SlidingFilters([(threshold, capacity, splits)], device), 0)
+
+    def admit(self, ids: Tensor, counts: Tensor, now: int | Tensor, step: int) -> Tensor:
+        """Return which ids pass, bool [u], as described in `embedding/admission.py`; `now` and `step` are ignored."""
+        return self.filters.admit(ids, torch.zeros_like(ids), [ids.numel()], counts)
 
 
 def _rank_in_bucket(rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from tessera.embedding import sliding
 from tessera.embedding.admission import ExactCounter, ProbabilisticFilter, admission_filter
 from tessera.embedding.config import Admission, DynamicTableConfig, Group, key_of
 from tessera.embedding.set_admission import SetAdmission
-from tessera.embedding.sliding import SlidingHashFilter
+from tessera.embedding.sliding import SlidingFilterOfTable, SlidingFilters, SlidingHashFilter
 from tessera.embedding.table import DynamicTable
 from tessera.kernels.reference.mix import mix64_number
 from tests.embedding.conftest import both_kinds
@@ -81,12 +81,13 @@ def test_sliding_filter_equals_the_slow_one(backend, capacity):
         passed = fast.admit(torch.tensor(ids), torch.tensor(counts), step, step)
         assert passed.tolist() == slow.admit(ids, counts)
         slid += slow.head != 0
-        cells = fast._cells.view(7, -1, 16).tolist()
+        state = fast.export_state()
+        cells = state["cells"].view(7, -1, 16).tolist()
         for part in range(7):
             for bucket, slow_cells in enumerate(slow.parts[part]):
                 expected = [s << 4 | n for s, n in slow_cells] + [0] * (16 - len(slow_cells))
                 assert [cell % 2**16 for cell in cells[part][bucket]] == expected
-        assert (fast._used, fast._head) == (slow.used, slow.head)
+        assert (state["used"].tolist(), int(state["head"])) == (slow.used, slow.head)
     assert slid > 0
 
 
@@ -109,7 +110,7 @@ def test_sliding_filter_forgets_what_does_not_come_back_and_carries_over_what_do
             assert not filter_.admit(kept, torch.tensor([1]), 0, 0)
         elif step == 4:
             assert filter_.admit(kept, torch.tensor([1]), 0, 0)
-    assert filter_.nbytes == filter_._cells.numel() * 2 < 2 * 2 * capacity * 1.2 * 2
+    assert filter_.nbytes == filter_.export_state()["cells"].numel() * 2 < 2 * 2 * capacity * 1.2 * 2
     assert not filter_.admit(gone, torch.tensor([2]), 0, 0)
 
 
@@ -129,7 +130,7 @@ def test_sliding_filter_errs_by_the_stated_share():
     for begin in range(0, 100_000, 10_000):
         ids = torch.arange(begin, begin + 10_000)
         early += int(filter_.admit(ids, torch.ones_like(ids), 0, 0).sum())
-    parts = 100_000 * 1.2 / (filter_._buckets * sliding.WAYS)
+    parts = 100_000 * 1.2 / (filter_.filters.buckets[0] * sliding.WAYS)
     assert early / 100_000 < 13 * parts / 4095
 
 
@@ -227,3 +228,27 @@ def test_tables_of_a_set_admit_together_what_each_admits_alone(backend):
             for one, own, often in zip(alone, ids.split(sizes), counts.split(sizes), strict=True)
         ]
         assert found.equal(torch.cat(parts)) and 0 < found[:300].sum() < 300
+
+
+def test_sliding_filters_of_a_set_are_cell_by_cell_what_each_is_alone(backend):
+    """Of several sizes and thresholds, beside a table without one and one that some batches have nothing of."""
+    rules = [(3, 60, 7), None, (2, 200, 5), (15, 1, 4), (4, 60, 7)]
+    together, alone = SlidingFilters(rules), [rule and SlidingHashFilter(*rule) for rule in rules]
+    parts = [rule and SlidingFilterOfTable(together, table) for table, rule in enumerate(rules)]
+    draw, passed, slid = torch.Generator().manual_seed(4), 0, 0
+    for step in range(60):
+        sizes = [*torch.randint(1, 40, (4,), generator=draw).tolist(), 0 if step % 3 else 9]
+        ids = torch.cat([torch.randperm(150, generator=draw)[:size] * 2**50 + step // 9 for size in sizes])
+        counts = torch.randint(1, 4, ids.shape, generator=draw)
+        found = together.admit(ids, torch.arange(5).repeat_interleave(torch.tensor(sizes)), sizes, counts)
+        each = zip(alone, ids.split(sizes), counts.split(sizes), found.split(sizes), strict=True)
+        for one, own, often, mine in each:
+            assert bool(mine.all()) if one is None else mine.equal(one.admit(own, often, 0, step))
+        passed += int((~found).sum())
+        slid += sum(together.heads)
+        if step == 30:  # one table goes on from what another run has saved
+            parts[0].import_state(alone[0].export_state())
+    assert passed > 100 and slid > 100
+    for part, one in zip(parts, alone, strict=True):
+        if one is not None:
+            assert all(value.equal(part.export_state()[name]) for name, value in one.export_state().items())
