@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from tessera.embedding.settings import setting
 from tessera.kernels.formats import STATE_FORMATS
+from tessera.kernels.host_numbers import on_device
 from tessera.kernels.optimizers import OPTIMIZERS, OptimizerSettings
 from tessera.kernels.pool import sum_by_row
 from tessera.kernels.records import Positions
@@ -96,9 +98,32 @@ def by_age(
         grads, inverse = sum_by_row(grads, inverse, rows.numel()), None
     if optimizer.clip_norm is not None:
         grads = clipped(grads, optimizer.clip_norm)
+    return _of_age(rows, old, optimizer, lr), grads, inverse
+
+
+def _of_age(rows: Tensor, old: Tensor | None, optimizer: RowOptimizer, lr: float) -> list[tuple[Tensor, float]]:
     if old is None:
-        return [(rows, lr)], grads, inverse
-    return [(rows.masked_fill(~old, -1), lr * optimizer.old_rows_factor), (rows.masked_fill(old, -1), lr)], grads, None
+        return [(rows, lr)]
+    return [(rows.masked_fill(~old, -1), lr * optimizer.old_rows_factor), (rows.masked_fill(old, -1), lr)]
+
+
+def by_rate_and_age(
+    rows: Tensor,
+    tables: Tensor,
+    old: Tensor | None,
+    grads: Tensor,
+    inverse: Tensor | None,
+    optimizer: RowOptimizer,
+    rates: Sequence[float],
+) -> tuple[list[tuple[Tensor, float]], Tensor, Tensor | None]:
+    """Do `by_age` for rows of many tables, int64 [u], whose learning rates are `rates`: a part for each rate."""
+    _, grads, inverse = by_age(rows, old, grads, inverse, optimizer, None)
+    distinct = sorted(set(rates))
+    if len(distinct) == 1:
+        return _of_age(rows, old, optimizer, distinct[0]), grads, inverse
+    of_rows = on_device(list(rates), rows.device, torch.float64)[tables]
+    own = [(rows.masked_fill(of_rows != lr, -1), lr) for lr in distinct]
+    return [part for of_rate, lr in own for part in _of_age(of_rate, old, optimizer, lr)], grads, inverse
 
 
 def clipped(grads: Tensor, norm: float) -> Tensor:

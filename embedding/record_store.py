@@ -14,7 +14,6 @@ from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.row_store import RowStore
 from tessera.kernels import records
 from tessera.kernels.chunks import allocate_chunk, touch_pages
-from tessera.kernels.host_numbers import on_device
 from tessera.kernels.layout import plain_layout
 from tessera.kernels.record_layout import COUNT, ID, LAST_SEEN, META_BYTES, TABLE, is_plain, record_layout
 
@@ -134,10 +133,10 @@ class RecordStore:
     def _decay_span(self) -> tuple[int, int]:
         return self.layout.decay_at, self.layout.decay_at + 8 * self.decay_floats
 
-    def set_marks(self, rows: Tensor, table: int, mark: int) -> None:
-        """Note that rows of a table changed under this mark."""
-        word = on_device([table | mark << 32], self.device)
-        records.write(self.chunks, rows, _bytes_of(word), self.layout, self.layout.meta_at + 8 * TABLE)
+    def set_marks(self, rows: Tensor, tables: Tensor, mark: int) -> None:
+        """Note that rows changed under this mark. tables: int64 [n], of each row, or [1], of all."""
+        words = tables | (mark << 32)
+        records.write(self.chunks, rows, _bytes_of(words), self.layout, self.layout.meta_at + 8 * TABLE)
 
     def clear(self, rows: Tensor) -> None:
         """Set rows to zero: no id has them."""

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from tessera.embedding import growth
-from tessera.embedding.alpt import TwoPassUpdate
 from tessera.embedding.decay import noted_now
-from tessera.embedding.optim import by_age
 from tessera.embedding.row_batch import RowBatch
 from tessera.embedding.set_admission import Filter
 from tessera.embedding.set_snapshot import TableSnapshot
+from tessera.embedding.set_update import RecordsUpdate
 from tessera.embedding.table import BEFORE, COUNTERS, DynamicTable
 from tessera.embedding.table_set import TableSet
+from tessera.kernels.host_numbers import on_device
 from tessera.kernels.records import Positions
 from tessera.kernels.unique import positions_of
 
@@ -96,7 +96,8 @@ class SetTable:
         self, rows: Tensor, grads: Tensor, inverse: Tensor | None = None, lr: float | None = None, ids: object = None
     ) -> RecordsUpdate:
         """Do `update` where scales are learned, as `DynamicTable.begin_update`."""
-        return RecordsUpdate(self, self._rows.numbers(rows), grads, inverse, lr)
+        rates = self.set.rates.tolist() if lr is None else [lr] * len(self.set.tables)
+        return RecordsUpdate(self.set, self._rows.numbers(rows), grads, inverse, rates)
 
     def begin_period(self) -> None:
         """Count the rows that exist now as old from here on: the optimizer's `old_rows_factor` slows them."""
@@ -136,7 +137,7 @@ class SetTable:
         """Take over changes that another table had noted, as `DynamicTable.restore_changes`."""
         mark, rows = self.mark(), self._find(touched)
         self.set.changing(rows)
-        self.set.store.set_marks(rows, self.number, mark)
+        self.set.store.set_marks(rows, on_device([self.number], self.device), mark)
         self._evicted.take(reader)
         self._evicted.add_for(reader, evicted)
         return mark
@@ -280,43 +281,6 @@ class SetTable:
     def reset_interval(self) -> None:
         """Begin a new interval of the statistics."""
         self._at_interval = self.set.counters[:, self.number].tolist()
-
-
-class RecordsUpdate:
-    """`TwoPassUpdate` of rows of a set: they are held in a store of their own between the two passes.
-
-    rows: of the set. Arguments as `DynamicTable.begin_update`.
-    """
-
-    def __init__(self, table: SetTable, rows: Tensor, grads: Tensor, inverse: Tensor | None, lr: float | None) -> None:
-        self._set, self._rows, self._table = table.set, rows, table
-        places = torch.arange(rows.numel(), device=rows.device)
-        self._places = torch.where(rows < 0, -1, places)
-        self._held = table.set.store.store_for(rows.numel(), table.config)
-        table.set.changing(rows)
-        self._held.store(places, table.set.store.groups_of(table.set.store.read(rows)))
-        self._update = TwoPassUpdate(self._held, self._places, table.set.store.ids_of(rows), table.set.step)
-        old = table.set.old(rows) if table.config.knows_periods and table.set.store.chunks else None
-        parts, grads, inverse = by_age(self._places, old, grads, inverse, table.config.optimizer, lr)
-        kept = table.set.pass_step(table.number, rows, lr) if table.config.decay_floats else None
-        self._update.update(grads, inverse, parts, kept)
-        self._store()
-        if table.set.mark:
-            table.set.store.set_marks(rows, table.number, table.set.mark)
-
-    def gather(self, inverse: Tensor | None = None) -> Tensor:
-        """Return values for the second pass, as `TwoPassUpdate.gather`."""
-        return self._update.gather(inverse)
-
-    def learn(self, grads: Tensor, inverse: Tensor | None = None) -> None:
-        """Run the second pass, as `TwoPassUpdate.learn`; then values are stored."""
-        self._update.learn(grads, inverse)
-        self._set.changing(self._rows)
-        self._store()
-
-    def _store(self) -> None:
-        held = [group.stored(self._places) for group in self._held.groups]
-        self._set.store.write_groups(self._rows, held)
 
 
 OwnedTable = SetTable | DynamicTable  # a rank's part of a table: of a set, or by itself

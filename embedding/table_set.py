@@ -27,6 +27,7 @@ from tessera.embedding.set_snapshot import KeptRows, TableSnapshot
 from tessera.embedding.table import COUNTERS
 from tessera.kernels import backend, records
 from tessera.kernels.id_map import IdMap
+from tessera.kernels.random import stream_at
 from tessera.kernels.record_layout import COUNT, RecordLayout
 from tessera.kernels.records import FirstValues, Positions, Unknown
 
@@ -320,18 +321,21 @@ class TableSet:
             records.update(self.store.chunks, part, grads, *how, power=self._optimizer.decay_count_power)
         self.decayed = now
 
-    def pass_step(self, table: int, rows: Tensor, lr: float | None) -> Tensor:
-        """Let a step pass for the decay of one table, of which these rows (int64 [u], -1 skipped) are updated by the
-        caller. Returns the part of its values that each keeps before: float32 [u]."""
+    def pass_step(self, rows: Tensor, rates: Tensor) -> Tensor:
+        """Let a step of these rates, float64 [T], pass for the decay of all tables, of which these rows (int64 [u], -1
+        skipped) are updated by the caller. Returns the part of its values that each keeps before: float32 [u]."""
         assert self.decayed is not None
-        rates = self.rates if lr is None else torch.full_like(self.rates, lr)
-        before = self.decayed
-        self.decayed = before.clone()
-        self.decayed[table] += decay.of_step(rates, self._decays)[table]
-        kept = decay.kept(self.store.decay_of(rows), self.decayed[table], before[table])
+        before, tables = self.decayed, self.store.tables_of(rows)
+        self.decayed = before + decay.of_step(rates, self._decays)
+        now = self.decayed[tables]
+        kept = decay.kept(self.store.decay_of(rows), now, before[tables])
         counts = self.store.meta(rows)[:, COUNT]
-        self.store.set_decay(rows, decay.noted_now(self.decayed[table], counts, self._optimizer))
+        self.store.set_decay(rows, decay.noted_now(now, counts, self._optimizer))
         return kept
+
+    def streams_of_rounding(self) -> Tensor:
+        """Return what random rounding in this step is seeded by besides ids: int64 [T, groups]."""
+        return stream_at(self._keys.numbers[:, :, 1], self.step)
 
     def old(self, rows: Tensor) -> Tensor:
         """Return bool [n], True for rows that were added before the period of their table began."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tessera.kernels import backend
-from tessera.kernels.mix import mix64
+from tessera.kernels.mix import mix64, unmix64
 from tessera.kernels.reference import random as reference
 from tessera.kernels.reference.bits import shift_right, signed
 
@@ -86,6 +86,20 @@ def row_keys(seed: int, table: int, ids: Tensor, step: int = 0) -> Tensor:
     """Return row(id) of the formulas above, int64 [n]: the key of all numbers of an id, itself fit to be an id."""
     _check(ids, 1)
     return reference.row_key(stream(seed, table, step), ids)
+
+
+def stream_at(halves: Tensor, step: int) -> Tensor:
+    """Return the streams of a step, of the same shape as what `half_stream` gave: int64."""
+    return reference.stream_at(halves, step)
+
+
+def ids_of_stream(ids: Tensor, streams: Tensor, stream: Tensor) -> Tensor:
+    """Return ids whose random numbers in one stream are those of `ids` in their own: int64 [n].
+
+    ids, streams: int64 [n]; stream: int64 []. So rows of many tables can be rounded at random by one call.
+    """
+    golden = signed(reference.GOLDEN)
+    return unmix64(mix64(ids + golden) ^ streams ^ stream) - golden
 
 
 def _check(ids: Tensor, dim: int) -> None:

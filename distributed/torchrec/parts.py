@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,8 @@ from tessera.embedding.config import DynamicTableConfig
 from tessera.embedding.helen import Perturbation
 from tessera.embedding.row_cache import CachedRows
 from tessera.embedding.set_layout import layout_key
-from tessera.embedding.set_table import RecordsUpdate, SetTable
+from tessera.embedding.set_table import SetTable
+from tessera.embedding.set_update import RecordsUpdate
 from tessera.embedding.table_set import TableSet
 from tessera.kernels.host_numbers import on_device
 from tessera.kernels.pool import sum_by_row
@@ -107,7 +107,7 @@ class SetPart:
     ) -> None:
         self.set, self.numbers, self._answers = TableSet(configs, device), tuple(numbers), answers
         self.tables: list[SetTable | CachedTable] = [SetTable(self.set, number) for number in range(len(configs))]
-        self._updates: list[tuple[RecordsUpdate, Tensor, Tensor | None, slice]] = []
+        self._update: RecordsUpdate | None = None
         self._rates: tuple[float, ...] = ()
         self._kept: list[Kept] = []
         self._evicts = any(config.row_limit is not None for config in configs)
@@ -185,38 +185,22 @@ class SetPart:
 
     def begin_update(self, grads: Tensor, found: FoundInSet, rates: Sequence[float]) -> None:
         """Do the first pass of a step that learns scales."""
-        grads = self._answers.gradients_of(grads)
-        asked, order = found.asked.bounds.tolist(), found.asked.order
-        inverse = found.inverse if order is None or found.inverse is None else found.inverse[order]
-        grads = grads if order is None else grads[order]
-        spans = zip(self.tables, pairwise(asked), pairwise(found.bounds.tolist()), rates, strict=True)
-        self._updates = []
-        for table, (begin, end), (first, last), rate in spans:
-            assert isinstance(table, SetTable)
-            own = None if inverse is None else inverse[begin:end] - first
-            rows = found.rows[first:last]
-            update = RecordsUpdate(table, rows, grads[begin:end], own, rate)
-            self._updates.append((update, rows, own, slice(begin, end)))
+        self._update = RecordsUpdate(self.set, found.rows, self._answers.gradients_of(grads), found.inverse, rates)
 
     def second_answers(self, found: FoundInSet) -> Tensor:
         """Return the answers of the second pass: rows as they will be stored."""
-        parts = [self._answers.made_of(update.gather(own), rows, own) for update, rows, own, _ in self._updates]
-        flat, order, padded = torch.cat(parts), found.asked.order, found.asked.ids.numel()
-        if order is not None:
-            return torch.empty_like(flat).index_copy_(0, order, flat)
-        return flat if len(flat) == padded else torch.cat([flat, flat.new_zeros(padded - len(flat), flat.shape[1])])
+        assert self._update is not None
+        return self._answers.made_of(self._update.gather(found.inverse), found.rows, found.inverse)
 
     def learn(self, grads: Tensor, found: FoundInSet) -> None:
         """Do the second pass: learn scales by the gradients of `second_answers`, and store the rows."""
-        grads, order = self._answers.gradients_of(grads), found.asked.order
-        grads = grads if order is None else grads[order]
-        for update, _, own, span in self._updates:
-            update.learn(grads[span], own)
-        self._updates = []
+        assert self._update is not None
+        self._update.learn(self._answers.gradients_of(grads), found.inverse)
+        self._update = None
 
     def end_second_pass(self) -> None:
         """Forget what the first pass left."""
-        self._updates, self.perturbation = [], None
+        self._update = self.perturbation = None
 
 
 @dataclass
