@@ -10,11 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tessera.distributed.message_room import RecentSizes
+from tessera.kernels.host_numbers import HostCopy
 from tessera.kernels.message import Owners, PackedIds, pack_ids, read_ids
 from tessera.kernels.message_layout import FIXED, LARGEST, PART, TOTAL, MessageLayout
 
@@ -108,29 +111,36 @@ class SentIds:
         self._exchange, self._layout, self._outgoing, self._packed = exchange, layout, outgoing, packed
         self._came = torch.empty_like(packed.message)
         self._work = dist.all_to_all_single(self._came, packed.message, group=exchange.group, async_op=True)
-        self._headers: Tensor | None = None  # on the host
+        self._copy = None if self._came.device.type == "cpu" else self._copied()
+        self._headers: NDArray[np.int64] | None = None
         self._late: Tensor | None = None
         self._late_work: dist.Work | None = None
         self._received: ReceivedIds | None = None
 
     @property
     def told(self) -> Tensor:
-        headers = self._arrived()
-        return headers[:, FIXED:].contiguous().view(torch.float64)
+        return torch.from_numpy(self._arrived()[:, FIXED:].copy().view(np.float64))
 
-    def _arrived(self) -> Tensor:
+    def _copied(self) -> HostCopy:
+        """Begin to copy headers, and how many ids went to each rank, to the host. On a GPU only its stream waits."""
+        self._work.wait()
+        headers = self._came[:, : FIXED + self._layout.told]
+        return HostCopy(torch.cat([headers, self._packed.parts.unsqueeze(1)], 1))
+
+    def _arrived(self) -> NDArray[np.int64]:
         """Return the headers that came but for ends of kinds, on the host, which waits; send what had no room."""
         if self._headers is not None:
             return self._headers
-        self._work.wait()
-        end, headers, parts = FIXED + self._layout.told, self._came, self._packed.parts
-        self._sent = self._packed.order.numel()
-        if parts.device.type != "cpu":  # the host waits once for both
-            both = torch.cat([headers[:, :end], parts.unsqueeze(1)], 1).cpu()
-            headers, parts = both, both[:, end]
+        end = FIXED + self._layout.told
+        if self._copy is None:
+            self._work.wait()
+            headers, parts = self._came.numpy(), self._packed.parts.numpy()
+            self._sent = self._packed.order.numel()
+        else:
+            headers = self._copy.read().numpy()
+            parts = headers[:, end]
             self._sent = int(parts.sum())
-        self._headers = headers[:, :end].contiguous()  # columns are read one by one
-        numbers = self._headers.numpy()  # which takes a fraction of what torch's operations do
+        numbers = self._headers = headers[:, :end].copy()  # numpy takes a fraction of what torch's operations do
         self._asked, self._owned = parts.tolist(), numbers[:, PART].tolist()
         self._count = int(numbers[:, PART].sum())
         largest, room = int(numbers[:, LARGEST].max()), self._layout.room

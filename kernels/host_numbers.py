@@ -1,4 +1,4 @@
-"""Send a few numbers of the host to the device of a step, which is not waited for."""
+"""Send a few numbers of the host to the device of a step, and some of the device to the host; neither waits."""
 
 from __future__ import annotations
 
@@ -27,3 +27,18 @@ def on_device(
     if torch.cuda.is_available():
         host = host.pin_memory()
     return host.to(device, non_blocking=True)
+
+
+class HostCopy:
+    """Numbers of a GPU that are copied to the host behind what their stream has been given so far."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._host = numbers.to("cpu", non_blocking=True)  # to pinned memory
+        on_gpu = numbers.device.type == "cuda" and torch.cuda.is_available()
+        self._copied = torch.cuda.current_stream(numbers.device).record_event() if on_gpu else None
+
+    def read(self) -> Tensor:
+        """Return them. The host waits until they have come, but for nothing that was queued after them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host

@@ -4,7 +4,8 @@ Inside `PretendedGpu`, a tensor made or moved with a CUDA device is marked, says
 Triton kernels, which the interpreter runs. What is computed of marked tensors is marked. An op of marked and unmarked
 tensors raises, as it would on a GPU, and so does `numpy()`. Reading numbers of marked tensors on the host is counted:
 `waits` is how often the host would have waited for a GPU (`item`, `tolist`, `int`, `bool`, `cpu`, `nonzero`, boolean
-masks, and what is sent to it or from it without `non_blocking`).
+masks, and what is sent to it or from it without `non_blocking`). What a `HostCopy` reads has come if the host has
+waited since the copy began; otherwise that is a wait, too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tessera.kernels.host_numbers import HostCopy
 from tessera.kernels.triton_ops import launch
 
 GPU = torch.device("cuda", 0)
@@ -43,14 +45,35 @@ class PretendedGpu(TorchFunctionMode):
         self.waits = 0
         # Inside a launch the tensors are what they are: memory of the CPU.
         self._patch = mock.patch.object(launch, "_device", lambda tensor: torch._C.DisableTorchFunction())
+        self._begun: dict[HostCopy, int] = {}  # waits before each copy
+        self._patches = [
+            mock.patch.object(HostCopy, "__init__", self._counted_copy(HostCopy.__init__)),
+            mock.patch.object(HostCopy, "read", self._counted_read(HostCopy.read)),
+        ]
 
     def __enter__(self):
-        self._patch.start()
+        for patch in (self._patch, *self._patches):
+            patch.start()
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self._patch.stop()
+        for patch in (self._patch, *self._patches):
+            patch.stop()
+
+    def _counted_copy(self, begin):
+        def begin_counted(copy, numbers):
+            begin(copy, numbers)
+            self._begun[copy] = self.waits
+
+        return begin_counted
+
+    def _counted_read(self, read):
+        def read_counted(copy):
+            self.waits += self._begun.pop(copy, -1) == self.waits
+            return read(copy)
+
+        return read_counted
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
