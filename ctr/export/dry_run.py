@@ -18,13 +18,13 @@ from tessera.ctr.data.config import schema_of
 from tessera.ctr.export.tower import ServedTower, graph_of, largest_difference
 from tessera.ctr.instantiate import is_own
 from tessera.ctr.network import build_tower, fields_of
+from tessera.ctr.serving.graph import load_graph
 from tessera.ctr.serving.model_files import save_graph
-from tessera.ctr.serving.scorer import load_tower
 from tessera.distributed.collectives import on_first_rank
 from tessera.distributed.rank import Process
 from tessera.embedding.errors import ConfigError
 
-EQUAL, EQUAL_AMP = 1e-4, 0.1  # logits of random rows, whose size is about 1
+EQUAL, EQUAL_AMP = 1e-4, 0.1  # logits of random rows (`difference_of`)
 
 
 def check_export(config: Config, process: Process) -> None:
@@ -62,7 +62,7 @@ def _check(config: Config) -> None:
         path = Path(folder) / "tower.pt2"
         try:
             save_graph(graph_of(served, numeric, ids), path)
-            difference = largest_difference(served, load_tower(path), numeric, ids)
+            difference = largest_difference(served, load_graph(path), numeric, ids)
         except ConfigError as error:
             raise ConfigError(f"{error}; export.check=never trains it all the same") from None
     if not difference <= (EQUAL_AMP if config.trainer.amp else EQUAL):

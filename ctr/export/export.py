@@ -220,6 +220,12 @@ class _Job:
 
     def _write_golden(self) -> None:
         scores = scores_of(self.model, self.config, self.golden)
+        odd = np.flatnonzero(~np.isfinite(scores.reshape(len(scores), -1)).all(1))
+        if len(odd):
+            raise ExportError(
+                f"evaluation gives {scores[odd[0]]} for golden row {odd[0]}, expected finite scores: weights or values "
+                f"of features are too large for the model; nothing was written. The row: {_shown(self.golden, odd[0])}"
+            )
         golden = self.golden.append_column(PREDICTION, pa.array(list(scores)))
         pq.write_table(golden, self.writer.folder / GOLDEN)
         self.writer.seal_file(GOLDEN)
@@ -236,6 +242,10 @@ class _Job:
             self.writer.seal_file(write_compiled(program, self.writer.folder))
         if self.options.onnx:
             self.writer.seal_file(write_onnx(self._tower(), self.writer.folder, numeric, ids))
+
+
+def _shown(rows: pa.Table, number: int) -> str:
+    return str(rows.slice(number, 1).to_pylist()[0])[:200]
 
 
 def ids_by_table(golden: pa.Table, schema: Schema) -> dict[str, np.ndarray]:

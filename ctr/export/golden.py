@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from tessera.ctr.config import Config
 from tessera.ctr.data.config import SPLITS, paths_of, schema_of
 from tessera.ctr.data.footers import value_type
 from tessera.ctr.data.listing import Listing
-from tessera.ctr.data.schema import Feature, Schema, length_of
+from tessera.ctr.data.schema import Feature, Schema, gives_ids, length_of
 from tessera.ctr.runs.score_rows import row_reader
 from tessera.ctr.serving.rows import RowDecoder
 from tessera.ctr.serving.scorer import answers_of
@@ -39,7 +39,9 @@ def golden_rows(config: Config, schema: Schema, paths: Sequence[str | Listing] |
     one = found.slice(0, 1)
     together = [sorted(decoder.read_by(feature)) for feature in (*schema.stored, *schema.crosses)]
     awkward = [_with_nulls(one, names) for names in [*together, decoder.columns]]
-    return pa.concat_tables([found, *awkward, _unknown(one)]).combine_chunks()
+    numbers = {f.weights for f in schema.stored if f.weights}
+    numbers |= {c for f in schema.stored if f.kind in ("numeric", "vector") or not gives_ids(f) for c in f.columns}
+    return pa.concat_tables([found, *awkward, _unknown(one, numbers)]).combine_chunks()
 
 
 def _of_data(config: Config, decoder: RowDecoder, chosen: Sequence[str | Listing] | None) -> pa.Table | None:
@@ -67,13 +69,16 @@ def _with_nulls(one: pa.Table, names: Sequence[str]) -> pa.Table:
     return pa.table(columns, schema=one.schema.remove_metadata()).cast(one.schema)
 
 
-def _unknown(one: pa.Table) -> pa.Table:
-    """Return a row whose ids no table knows, where the column's type can hold one."""
+def _unknown(one: pa.Table, numbers: Container[str]) -> pa.Table:
+    """Return a row whose ids no table knows, where the column's type can hold one. numbers: columns that are read as
+    numbers too, which stay: crosses of high degree would make of such a number one that no float holds."""
     columns = {}
     for name, column in zip(one.column_names, one.columns, strict=True):
         kind = column.type
         value = value_type(kind)
-        if pa.types.is_int64(value) or pa.types.is_uint64(value):
+        if name in numbers:
+            pass
+        elif pa.types.is_int64(value) or pa.types.is_uint64(value):
             column = pa.chunked_array([pa.array([UNKNOWN], value).cast(kind)])
         elif pa.types.is_list(kind) and pa.types.is_integer(kind.value_type) and kind.value_type.bit_width == 64:
             column = pa.chunked_array([pa.array([[UNKNOWN] * len(one or []) for one in column.to_pylist()], kind)])

@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from tessera.ctr.export.tower import ServedTower, inputs_of
+from tessera.ctr.export.tower import ServedTower, difference_of, inputs_of
 from tessera.ctr.serving.errors import ExportError
 from tessera.embedding.errors import ConfigError
 
@@ -69,7 +68,7 @@ def write_onnx(served: ServedTower, folder: Path, numeric: int, ids: int) -> str
     for count in (1, 300):
         inputs = inputs_of(served.tower.embedding_dims, numeric, ids, count, seed=count)
         fed = {n: one.numpy() for n, one in zip(["numeric", *groups], inputs, strict=True) if n in names}
-        difference = float(np.abs(session.run(None, fed)[0] - served(*inputs).numpy()).max())
+        difference = difference_of(torch.from_numpy(session.run(None, fed)[0]), served(*inputs))
         if not difference <= EQUAL:
             raise ExportError(
                 f"--onnx: onnxruntime's logits lie {difference:.1e} from the tower's, expected {EQUAL:.0e}"

@@ -37,6 +37,9 @@ class TablePlan:
 def save_graph(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write torch.export's archive: a zip of JSON and raw tensors, nothing of it pickled."""
     program.example_inputs = None  # would be pickled
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # names folders of the machine that trained the model
     torch.export.save(program, path)
 
 

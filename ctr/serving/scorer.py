@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +21,7 @@ from tessera.ctr.serving.error_memory import base_of
 from tessera.ctr.serving.errors import ExportError, RowError
 from tessera.ctr.serving.events import EventInputs, passes, tensors_of
 from tessera.ctr.serving.files import Place, read_manifest
+from tessera.ctr.serving.graph import AnyGraph, load_graph
 from tessera.ctr.serving.rows import RowDecoder, Rows
 from tessera.ctr.serving.saved_models import read_safetensors
 from tessera.ctr.serving.table_files import TableFiles
@@ -77,8 +77,8 @@ class Scorer:
         sequences = [name for name in schema.id_names if name not in self._ids]
         self._embeddings = Embeddings(str(self.folder), description, self._ids, sequences, weighted=schema.weighted)
         has_weights = WEIGHTS in self.manifest["files"]
-        tower: Any = graph._tower if graph and has_weights else load_tower(self.folder / TOWER)
-        self._tower: Any = reweighted(tower, self.folder) if has_weights else tower
+        tower: AnyGraph = graph._tower if graph and has_weights else load_graph(self.folder / TOWER)
+        self._tower: AnyGraph = reweighted(tower, self.folder) if has_weights else tower
 
     @classmethod
     def load(cls, folder: str | Path, *, check: bool = False) -> Scorer:
@@ -287,24 +287,10 @@ def checked_manifest(place: Place, chosen: Callable[[str], bool]) -> dict[str, A
     return manifest
 
 
-def reweighted(tower: Any, folder: Path) -> Any:
-    """Return a copy of a tower with the weights in a folder. Raises ExportError: they are of another graph."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about what copying calls
-        made = copy.deepcopy(tower)
+def reweighted(tower: AnyGraph, folder: Path) -> AnyGraph:
+    """Return a tower with the weights in a folder. Raises ExportError: they are of another graph."""
     try:
-        made.load_state_dict(read_safetensors((folder / WEIGHTS).read_bytes(), f"{folder}/{WEIGHTS}"))
-    except (RuntimeError, OSError) as error:
+        return tower.with_weights(read_safetensors((folder / WEIGHTS).read_bytes(), f"{folder}/{WEIGHTS}"))
+    except (RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ExportError(f"{folder}/{WEIGHTS} does not hold the weights of the graph: {reason}") from None
-    return made
-
-
-def load_tower(path: Path) -> Any:
-    """Return the tower of an export, a module. Raises ExportError: the file cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's loader, about memory that it maps
-            return torch.export.load(path).module()
-    except Exception as error:  # torch raises what its parsers do
-        raise ExportError(f"{path} cannot be loaded: {' '.join(str(error).split())[:200]}") from None

@@ -11,15 +11,15 @@ import torch.distributed as dist
 
 from tessera.ctr.config import load_config
 from tessera.ctr.export.dry_run import check_export
-from tessera.ctr.export.tower import ServedTower, graph_of, largest_difference
+from tessera.ctr.export.tower import ServedTower, graph_of
 from tessera.ctr.serving import RowError, Scorer
 from tessera.ctr.serving import events as events_of
-from tessera.ctr.serving.model_files import save_graph
-from tessera.ctr.serving.scorer import load_tower
 from tessera.embedding.errors import ConfigError
 from tests.ctr.export import models
+from tests.ctr.export.graphs import check_graph
 from tests.ctr.export.models import export, make_run
 from tests.ctr.export.test_parity import evaluated
+from tests.ctr.models.names import SEQUENCE_MODELS
 from tests.ctr.models.test_sequence_models import FIELDS, tower_of
 from tests.distributed.saved_tables import alone
 
@@ -102,6 +102,10 @@ def make(process, folder: Path, model: str, monkeypatch, *more: str, others: boo
     )
 
 
+def test_no_model_of_sequences_is_forgotten():
+    assert {model for model, _ in CASES.values()} == set(SMALL) == set(SEQUENCE_MODELS)
+
+
 def check(process, folder: Path, bound: float = 1e-6) -> Scorer:
     exported = export(process, folder)
     assert exported.difference <= bound, exported.difference
@@ -168,8 +172,7 @@ def test_every_graph_answers_as_its_tower(tmp_path, model, changes):
     one = ServedTower(tower_of(model, **changes).float().eval(), amp=False, sequences=FIELDS.sequences)
     program = graph_of(one, 1, 2)
     assert not [node for node in program.graph.nodes if "tessera" in str(node.target)], "operations are torch's alone"
-    save_graph(program, tmp_path / "tower.pt2")
-    assert largest_difference(one, load_tower(tmp_path / "tower.pt2"), 1, 2) <= 1e-5
+    check_graph(one, tmp_path / "tower.pt2", 1, 2)
 
 
 @pytest.mark.slow

@@ -18,12 +18,11 @@ from torch import nn
 from tessera.ctr.config import Config, load_config
 from tessera.ctr.data.labels import labels_of
 from tessera.ctr.export.dry_run import check_export
-from tessera.ctr.export.tower import ServedTower, graph_of, inputs_of, largest_difference
+from tessera.ctr.export.tower import ServedTower, graph_of, inputs_of
 from tessera.ctr.models.deepfm import DeepFM
 from tessera.ctr.models.tower import Fields
-from tessera.ctr.serving.model_files import save_graph
-from tessera.ctr.serving.scorer import load_tower
 from tessera.embedding.errors import ConfigError
+from tests.ctr.export.graphs import check_graph
 from tests.ctr.export.models import overrides_of
 from tests.ctr.models.names import OF_ONE_LABEL, OVER_LABELS
 from tests.ctr.models.test_towers import CASES, NUMERIC, make, named
@@ -41,20 +40,17 @@ def served(model: str, kind: str = "scaled", **changes) -> ServedTower:
 @pytest.mark.parametrize(("model", "changes"), CASES)
 def test_every_model_with_every_numeric_kind_leaves_and_answers_alike(tmp_path, model, changes):
     for kind in NUMERIC:
-        one = served(model, kind, **changes)
-        save_graph(graph_of(one, 3, 4), tmp_path / "tower.pt2")
-        assert largest_difference(one, load_tower(tmp_path / "tower.pt2"), 3, 4) <= 1e-5
+        check_graph(served(model, kind, **changes), tmp_path / "tower.pt2", 3, 4)
 
 
 @pytest.mark.parametrize(("numeric", "ids"), [pytest.param(0, 3, marks=pytest.mark.slow), (2, 0)])
 def test_a_model_of_one_kind_of_fields_alone(tmp_path, numeric, ids):
     one = ServedTower(make("dnn", named(numeric, ids)).float().eval(), amp=False)
-    program = graph_of(one, numeric, ids)
-    save_graph(program, tmp_path / "tower.pt2")
-    assert largest_difference(one, load_tower(tmp_path / "tower.pt2"), numeric, ids) <= 1e-5
+    check_graph(one, tmp_path / "tower.pt2", numeric, ids)
     with zipfile.ZipFile(tmp_path / "tower.pt2") as archive:
         names = archive.namelist()
         assert names and not any(archive.read(name).startswith((b"\x80", b"PK")) for name in names), "it is pickled"
+        assert b"File " not in archive.read("tower/models/model.json"), "it names files of this machine"
 
 
 class Stubborn(DeepFM):
