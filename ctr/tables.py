@@ -6,22 +6,29 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 
+import torch
+
 from tessera.ctr.config import Config
 from tessera.ctr.config_types import EmbeddingConfig, SparseConfig
 from tessera.ctr.data.schema import Schema
+from tessera.ctr.data.vocabularies import Vocabulary
 from tessera.ctr.models.tower import Tower
 from tessera.ctr.table_settings import check_named, dims_of, settings_of
 from tessera.distributed.dynamic_tables import DynamicTables
 from tessera.distributed.no_tables import NoTables
 from tessera.distributed.plan import sums_are_smaller
+from tessera.distributed.rank import Process
 from tessera.distributed.saved.row_files import folder_name
 from tessera.distributed.static_tables import StaticTables
-from tessera.distributed.tables import Tables
+from tessera.distributed.tables import Tables, owned_tables
+from tessera.embedding.admission import VocabularyFilter
 from tessera.embedding.config import DynamicTableConfig, Group, TableConfig, scale_of_range
 from tessera.embedding.errors import ConfigError, did_you_mean
 from tessera.embedding.optim import RowOptimizer, ScaleOptimizer
 from tessera.kernels.formats import code_range, is_int
 from tessera.kernels.layout import packed_layout
+from tessera.kernels.message import owner_of
+from tessera.kernels.mix import mix64
 
 LONGEST_NAME = 255  # bytes of one part of a path, on all usual file systems
 BAGS = ("ids", "sequence")  # kinds of features that hold several ids
@@ -48,6 +55,27 @@ def build_tables(config: Config, schema: Schema, tower: Tower, ranks: int) -> Ta
     if kind == "static":
         return _static_tables(config, schema, tower)
     return _dynamic_tables(config, schema, tower, ranks)
+
+
+def give_vocabularies(config: Config, schema: Schema, tables: Tables, process: Process) -> None:
+    """Have this rank's tables admit the ids of their vocabularies, where admission asks for one. For training alone:
+    no other use of a model adds rows.
+
+    Raises SchemaError: a vocabulary that is not there, or that does not have a table's columns.
+    """
+    read: dict[str, Vocabulary] = {}
+    features = {feature.name: feature for feature in schema.categorical}
+    for name, table in owned_tables(tables).items():
+        rule = settings_of(config, name)[0].admission
+        if rule.kind != "vocabulary":
+            continue
+        folder = str(rule.vocabulary)
+        if folder not in read:
+            read[folder] = Vocabulary(folder)
+        own = [features[one] for one in schema.tables[name]]
+        ids = torch.from_numpy(read[folder].ids_of(name, own, rule.threshold))
+        assert isinstance(table.admission, VocabularyFilter)
+        table.admission.give(ids[owner_of(mix64(ids), process.world_size) == process.rank])
 
 
 def _static_tables(config: Config, schema: Schema, tower: Tower) -> StaticTables:

@@ -84,6 +84,12 @@ def _rules(embedding: EmbeddingConfig) -> list[Rule]:
             kind == "sliding",
             f"only embedding.admission.kind=sliding reads; it is {kind}",
         ),
+        Rule(
+            "admission",
+            ["vocabulary"],
+            kind == "vocabulary",
+            f"only embedding.admission.kind=vocabulary reads; it is {kind}",
+        ),
         Rule("alpt", ["lr", "weight_decay", "gradient_scale"], learns, needs),
         Rule(
             None,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tessera.embedding.config import Admission
+from tessera.embedding.errors import TesseraError
 from tessera.embedding.row_index import ID, RowIndex
 from tessera.embedding.sliding import SlidingHashFilter
 from tessera.kernels.gather import gather
@@ -23,12 +24,14 @@ SURE = 0.95  # with this probability the probabilistic filter has let an id pass
 
 def admission_filter(
     admission: Admission, seed: int, key: int, ttl_seconds: int | None, device: torch.device | str
-) -> ExactCounter | SlidingHashFilter | ProbabilisticFilter | None:
+) -> ExactCounter | SlidingHashFilter | ProbabilisticFilter | VocabularyFilter | None:
     """Return the configured filter; None if every id passes."""
     if admission.kind == "exact" and admission.threshold > 1:
         return ExactCounter(admission.threshold, ttl_seconds, device)
     if slides(admission):
         return SlidingHashFilter(admission.threshold, admission.capacity, admission.splits, device)
+    if admission.kind == "vocabulary":
+        return VocabularyFilter(device)
     return ProbabilisticFilter(admission.threshold, seed, key) if admits_by_chance(admission) else None
 
 
@@ -113,6 +116,43 @@ class ProbabilisticFilter:
 
     def expire(self, now: int, budget_rows: int | None = None) -> None:
         """Do nothing: there is nothing to forget."""
+
+    def export_state(self) -> dict[str, Tensor]:
+        return {}
+
+    def import_state(self, state: dict[str, Tensor]) -> None:
+        """Do nothing: there is nothing to restore."""
+
+
+class VocabularyFilter:
+    """Admits the ids of a vocabulary, and no others. It counts nothing, and whoever trains gives it the vocabulary; it
+    takes part in no saved state.
+
+    Raises TesseraError when it is asked without a vocabulary.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = device
+        self._ids: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._ids is None else self._ids.nbytes
+
+    def give(self, ids: Tensor) -> None:
+        """Admit these ids from now on: int64 [n], distinct, ascending."""
+        self._ids = ids.to(self._device)
+
+    def admit(self, ids: Tensor, counts: Tensor, now: int | Tensor, step: int) -> Tensor:
+        if self._ids is None:
+            raise TesseraError("admission.kind is vocabulary, and the table was given none")
+        if not len(self._ids):
+            return torch.zeros_like(ids, dtype=torch.bool)
+        place = torch.searchsorted(self._ids, ids).clamp(max=len(self._ids) - 1)
+        return self._ids[place] == ids
+
+    def expire(self, now: int, budget_rows: int | None = None) -> None:
+        """Do nothing: a vocabulary stays."""
 
     def export_state(self) -> dict[str, Tensor]:
         return {}

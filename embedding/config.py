@@ -24,7 +24,7 @@ from tessera.kernels.optimizers import state_width
 from tessera.kernels.record_layout import RecordLayout, record_layout
 from tessera.kernels.reference.id_map import LIMIT, SPREAD
 
-ADMISSIONS = ("none", "exact", "sliding", "probabilistic")
+ADMISSIONS = ("none", "exact", "sliding", "probabilistic", "vocabulary")
 EVICTIONS = ("lru", "lfu", "raise")
 SLIDING_MAX = 15  # the counters of the sliding filter have 4 bits
 META_BYTES = 32  # time, count, id and mark of a row
@@ -88,15 +88,18 @@ class Admission:
     """Rule by which an unknown id gets a row; `embedding/admission.py` has the filters.
 
     The sliding filter errs towards admission. The probabilistic rule has no memory at all: it admits after `threshold`
-    times with probability 95 %.
+    times with probability 95 %. A vocabulary is counted beforehand: its ids have rows from their first batch on, others
+    never.
     """
 
     kind: str = setting(
         "none",
-        "none: all | exact: seen threshold times | sliding: so, in bounded memory | probabilistic",
+        "none: all | exact: seen threshold times | sliding: so, in bounded memory | probabilistic | "
+        "vocabulary: counted threshold times beforehand",
         choices=ADMISSIONS,
     )
     threshold: int = setting(1, "occurrences before an id gets its row", at_least=1)
+    vocabulary: str | None = setting(None, "vocabulary: folder that tessera prepare stats --vocabulary has written")
     capacity: int = setting(1 << 20, "sliding: ids that the filter of one table remembers", at_least=1)
     splits: int = setting(7, "sliding: parts in which it forgets them", at_least=4)
 
@@ -296,6 +299,9 @@ class DynamicTableConfig:
         admission = self.admission
         if admission.kind == "sliding" and admission.threshold > SLIDING_MAX:
             self._fail("admission.threshold", admission.threshold, f"at most {SLIDING_MAX} for the sliding filter")
+        if admission.kind == "vocabulary" and not admission.vocabulary:
+            expected = "the folder that `tessera prepare stats --vocabulary` writes"
+            self._fail("admission.vocabulary", admission.vocabulary, expected)
 
     def _check_limits(self) -> None:
         if self.max_bytes is not None and self.max_bytes < self.bytes_per_row:

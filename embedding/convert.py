@@ -75,6 +75,13 @@ def convert_rows(
     )
 
 
+def values_of(batch: RowBatch, config: DynamicTableConfig, number: int) -> Tensor:
+    """Return the values of one group of rows, float32 [n, dim], as they are stored."""
+    columns = [config.values_columns(group) for group in config.groups]
+    scales = None if batch.scale is None else batch.scale[:, number].contiguous()
+    return _values(batch.values.split(columns, 1)[number], config.groups[number], scales)
+
+
 def _values(stored: Tensor, group: Group, scales: Tensor | None) -> Tensor:
     return dequantise(_in_its_dtype(stored, group), scales if is_int(group.format) else None, group.format, group.dim)
 

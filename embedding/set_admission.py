@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from tessera.embedding.admission import ProbabilisticFilter, admits_by_chance, slides
+from tessera.embedding.admission import ProbabilisticFilter, VocabularyFilter, admits_by_chance, slides
 from tessera.embedding.config import DynamicTableConfig, key_of
 from tessera.embedding.exact_counters import ExactCounterOfTable, ExactCounters
 from tessera.embedding.sliding import SlidingFilterOfTable, SlidingFilters
 from tessera.kernels.random import half_stream, uniform_of_tables
 
-Filter = ExactCounterOfTable | SlidingFilterOfTable | ProbabilisticFilter
+Filter = ExactCounterOfTable | SlidingFilterOfTable | ProbabilisticFilter | VocabularyFilter
 
 
 class SetAdmission:
@@ -38,6 +39,11 @@ class SetAdmission:
                 self.filters[table] = (
                     self.filters[table] if ring is None else SlidingFilterOfTable(self._sliding, table)
                 )
+        self._vocabularies: list[tuple[int, VocabularyFilter]] = []
+        for table, rule in enumerate(rules):
+            if rule.kind == "vocabulary":
+                self.filters[table] = one = VocabularyFilter(device)
+                self._vocabularies.append((table, one))
         self.admits_all = not any(one is not None for one in self.filters)
         chances = [one for one in self.filters if isinstance(one, ProbabilisticFilter)]
         self._halves: Tensor | None = None
@@ -59,7 +65,8 @@ class SetAdmission:
         """Return which unknown ids get a row, bool [k]; None if all do.
 
         ids, tables: int64 [k], of_tables[t] of table t, one behind the other; counts: int64 [k] (None: 1 each); now:
-        one time or int64 [k]. All tables that admit by the same kind of rule take one call together.
+        one time or int64 [k]. All tables that admit by the same kind of rule take one call together, but each of those
+        with a vocabulary one of its own.
         """
         if self.admits_all:
             return None
@@ -74,4 +81,9 @@ class SetAdmission:
             passed &= self._exact.admit(ids, tables, of_tables, often, now)
         if self._sliding is not None:
             passed &= self._sliding.admit(ids, tables, of_tables, often)
+        ends = [0, *accumulate(of_tables)] if self._vocabularies else []
+        for table, vocabulary in self._vocabularies:
+            own = slice(ends[table], ends[table + 1])
+            if of_tables[table]:
+                passed[own] = vocabulary.admit(ids[own], often[own], now, step)
         return passed

@@ -60,7 +60,8 @@ class SetTable:
             self.set.decayed[self.number] = value
 
     @property
-    def _filter(self) -> Filter | None:
+    def admission(self) -> Filter | None:
+        """The filter of unknown ids; None where all pass."""
         return self.set.admission.filters[self.number]
 
     def _bounds(self, ids: int) -> Tensor:
@@ -117,8 +118,8 @@ class SetTable:
                 self.set.free(self.number, rows)
                 removed += rows.numel()
         self.set.counters[COUNTERS.index("expired"), self.number] += removed
-        if self._filter is not None:
-            self._filter.expire(now, budget_rows)
+        if self.admission is not None:
+            self.admission.expire(now, budget_rows)
         return removed
 
     def take_evicted(self, reader: str = "serving") -> Tensor:
@@ -238,8 +239,8 @@ class SetTable:
         free = self._rows.places(self._rows.free.rows)
         state |= {"rows/free": free.clone(), "rows/end": torch.tensor(self._rows.end)}
         state["rows/cursor"] = torch.tensor(self._rows.cursor)
-        if self._filter is not None:
-            state |= {f"admission/{name}": value for name, value in self._filter.export_state().items()}
+        if self.admission is not None:
+            state |= {f"admission/{name}": value for name, value in self.admission.export_state().items()}
         return state
 
     def import_state(self, state: dict[str, Tensor]) -> None:
@@ -256,8 +257,8 @@ class SetTable:
             self._rows.free.replace(self._rows.numbers(state["rows/free"].to(self.device)))
             self._rows.cursor = int(state["rows/cursor"])
         of_filter = {key.partition("/")[2]: value for key, value in state.items() if key.startswith("admission/")}
-        if of_filter and self._filter is not None:
-            self._filter.import_state(of_filter)
+        if of_filter and self.admission is not None:
+            self.admission.import_state(of_filter)
 
     @property
     def nbytes(self) -> int:
@@ -266,7 +267,7 @@ class SetTable:
         rows = self._rows.end * self.set.layout.bytes + self._rows.free.nbytes
         ends = [rows.end + 1 for rows in self.set.rows_of]
         share = self.set.map.nbytes * ends[self.number] // sum(ends)
-        return rows + share + (0 if self._filter is None else self._filter.nbytes) + self._evicted.nbytes
+        return rows + share + (0 if self.admission is None else self.admission.nbytes) + self._evicted.nbytes
 
     def stats(self, *, interval: bool = False) -> dict[str, float]:
         """Return the table's current size, and its counts since start or (interval) since `reset_interval`, as

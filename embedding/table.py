@@ -43,7 +43,8 @@ class DynamicTable:
         self.device = torch.device(device)
         self._index = RowIndex(config.chunk_rows, device, with_periods=config.knows_periods)
         self._store = RowStore(config, device, DecaySum(config.optimizer) if config.decay_floats else None)
-        self._filter = admission_filter(config.admission, config.seed, key_of(config.name), config.ttl_seconds, device)
+        key = key_of(config.name)
+        self.admission = admission_filter(config.admission, config.seed, key, config.ttl_seconds, device)
         self._limit = config.row_limit
         self._cold = None if config.eviction == "raise" else ColdRows(self._index, config.eviction)
         self._evicted = EvictedIds(config.evicted_kept, device)
@@ -88,10 +89,10 @@ class DynamicTable:
         if counts is not None and counts.device.type == "cpu" and int(counts[unknown].min()) < 1:
             raise ValueError(f"table {self.config.name}: counts must be 1 or more")
         passed = unknown
-        if self._filter is not None:
+        if self.admission is not None:
             often = torch.ones_like(unknown) if counts is None else counts[unknown]
             times = now[unknown] if isinstance(now, Tensor) else now
-            passed = unknown[self._filter.admit(ids[unknown], often, times, self._step)]
+            passed = unknown[self.admission.admit(ids[unknown], often, times, self._step)]
         rejected = unknown.numel() - passed.numel()
         self._count(new=unknown.numel(), admitted=passed.numel(), rejected=rejected)
         return passed
@@ -206,8 +207,8 @@ class DynamicTable:
             if rows.numel():
                 self._free(rows)
                 self._count(expired=rows.numel())
-        if self._filter is not None:
-            self._filter.expire(now, budget_rows)
+        if self.admission is not None:
+            self.admission.expire(now, budget_rows)
         return self._total["expired"] - before
 
     def _free(self, rows: Tensor) -> None:
@@ -346,8 +347,8 @@ class DynamicTable:
         if self.config.knows_periods:
             state["period"] = torch.tensor(self._period)
         state |= {f"rows/{name}": value for name, value in self._index.export_state().items()}
-        if self._filter is not None:
-            state |= {f"admission/{name}": value for name, value in self._filter.export_state().items()}
+        if self.admission is not None:
+            state |= {f"admission/{name}": value for name, value in self.admission.export_state().items()}
         return state
 
     def import_state(self, state: dict[str, Tensor]) -> None:
@@ -370,14 +371,14 @@ class DynamicTable:
         if parts["rows"]:
             self._index.import_state(parts["rows"])
             self._store.grow_to(self._index.end)
-        if parts["admission"] and self._filter is not None:
-            self._filter.import_state(parts["admission"])
+        if parts["admission"] and self.admission is not None:
+            self.admission.import_state(parts["admission"])
 
     @property
     def nbytes(self) -> int:
         """Bytes in use: rows, times and counts, id map, admission filter; not what is reserved but untouched."""
         rows = self._index.nbytes + self._index.end * self._store.bytes_per_row
-        return rows + (0 if self._filter is None else self._filter.nbytes) + self._evicted.nbytes
+        return rows + (0 if self.admission is None else self.admission.nbytes) + self._evicted.nbytes
 
     def stats(self, *, interval: bool = False) -> dict[str, float]:
         """Return the table's current size, and its counts since start or (interval) since `reset_interval`.

@@ -8,7 +8,7 @@ VLDB 2001). Columns with fewer values or ids are described exactly. The same fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from tessera.ctr.data.arrow_types import plain_type
 from tessera.ctr.data.errors import DataError
 from tessera.ctr.data.files import DataFile, one_line
 from tessera.ctr.data.footers import is_list, is_number, is_text, is_whole, value_type
+from tessera.ctr.data.vocabularies import ValueCounts
 from tessera.kernels.mix import mix64
 
 VERSION = 1
@@ -193,8 +194,11 @@ class ColumnStatistics:
         return found
 
 
-def statistics_of(files: Sequence[DataFile]) -> dict[str, ColumnStatistics]:
-    """Read files and return the statistics of their columns by name, in the order of the first file.
+def statistics_of(
+    files: Sequence[DataFile], counted: Mapping[str, ValueCounts] | None = None
+) -> dict[str, ColumnStatistics]:
+    """Read files and return the statistics of their columns by name, in the order of the first file. counted: columns
+    whose values are counted meanwhile.
 
     Raises DataError: a file that cannot be read, or whose columns are others than those of the first.
     """
@@ -209,6 +213,8 @@ def statistics_of(files: Sequence[DataFile]) -> dict[str, ColumnStatistics]:
             for name, one in found.items():
                 try:
                     one.add(batch.column(name))
+                    if counted and name in counted:
+                        counted[name].add(batch.column(name))
                 except (pa.ArrowException, TypeError) as error:
                     raise DataError(f"{file.path}: column {name!r}: {one_line(error)}") from None
     return found

@@ -10,25 +10,39 @@ import numpy as np
 
 from tessera.ctr.data.column_statistics import KEPT, VERSION, statistics_of
 from tessera.ctr.data.convert.output import complete_folder
+from tessera.ctr.data.errors import SchemaError, nearest
+from tessera.ctr.data.files import DataFile
 from tessera.ctr.data.listing import list_files
+from tessera.ctr.data.vocabularies import ValueCounts, holds_ids, write_of_columns
 from tessera.ctr.report.files import json_text
 from tessera.ctr.report.page import render
 from tessera.ctr.report.plot import SERIES, Plot, Table, canvas, inline_svg
 
-STATISTICS, PAGE = "statistics.json", "statistics.html"
+STATISTICS, PAGE, VOCABULARY = "statistics.json", "statistics.html", "vocabulary"
 SHOWN = 24  # columns of a figure
 DRIFTED = 0.2  # the usual threshold of the population stability index
 
 
 def write_statistics(
-    data: Sequence[str], against: Sequence[str] | None, target: Path, *, overwrite: bool = False
+    data: Sequence[str],
+    against: Sequence[str] | None,
+    target: Path,
+    *,
+    overwrite: bool = False,
+    vocabulary: Sequence[str] | None = None,
+    min_count: int = 2,
 ) -> dict[str, Any]:
     """Read a data set, and one that it is compared with, and write both files to a folder; return what JSON says.
 
-    Raises DataError: files that cannot be read; ConfigError: the folder is in the way.
+    vocabulary: columns of which the folder also gets one, `ctr/data/vocabularies.py`, of the values that occur at least
+    `min_count` times; none named: of all that hold ids.
+
+    Raises DataError: files that cannot be read; SchemaError: a column that is not there or holds no ids; ConfigError:
+    the folder is in the way.
     """
     files = list_files(list(data)).files
-    found = statistics_of(files)
+    counted = {name: ValueCounts() for name in columns_of_ids(files, vocabulary)} if vocabulary is not None else {}
+    found = statistics_of(files, counted)
     columns = {name: one.described() for name, one in found.items()}
     rows = next((one.rows for one in found.values()), 0)
     told: dict[str, Any] = {"version": VERSION, "data": list(map(str, data)), "files": len(files), "rows": rows}
@@ -42,7 +56,21 @@ def write_statistics(
     with complete_folder(target, sources, overwrite=overwrite) as folder:
         (folder / STATISTICS).write_text(json_text(told) + "\n")
         (folder / PAGE).write_text(page(told), encoding="utf-8")
+        if vocabulary is not None:
+            told["vocabulary"] = write_of_columns(folder / VOCABULARY, counted, min_count)
     return told
+
+
+def columns_of_ids(files: Sequence[DataFile], wanted: Sequence[str]) -> list[str]:
+    """Return the columns of which a vocabulary can be made: those wanted, or all. Raises SchemaError: others."""
+    with files[0].open() as parquet:
+        schema = parquet.schema_arrow
+    able = [field.name for field in schema if holds_ids(field.type)]
+    for name in wanted:
+        if name not in able:
+            why = f"holds {schema.field(name).type}, no ids" if name in schema.names else "is not there"
+            raise SchemaError(f"--vocabulary: column {name!r} {why}; {nearest(name, able)}")
+    return list(wanted) or able
 
 
 def page(told: dict[str, Any]) -> str:

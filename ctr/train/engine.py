@@ -15,6 +15,7 @@ from tessera.ctr.metrics.tasks import is_single
 from tessera.ctr.metrics.windowed import WindowedRates
 from tessera.ctr.network import Network, build_model
 from tessera.ctr.selection.held_out import HeldOutGates
+from tessera.ctr.tables import give_vocabularies
 from tessera.ctr.train.nonfinite import check_gradients, check_loss, watch_gradients
 from tessera.ctr.train.optimizers import Optimizers
 from tessera.ctr.train.perturbed import perturbed
@@ -53,6 +54,7 @@ class Engine:
         self.model, self.plan = build_model(config, schema, process)
         self.network: Network = self.model.module
         self.tables: Tables = self.network.tables
+        give_vocabularies(config, schema, self.tables, process)
         self.gates = self.network.field_gates
         self.sharded, self.dynamic = as_sharded(self.tables), as_dynamic(self.tables)
         self.optimizers = Optimizers(config.optimizer, self.model)

@@ -22,6 +22,8 @@ from tessera.ctr.runs.saved_model import load_model, save_model
 from tessera.ctr.selection.dim_masks import DimMasks
 from tessera.ctr.selection.gate_result import write_gates
 from tessera.ctr.selection.held_out import HeldOutGates
+from tessera.ctr.selection.kept_ids import write_kept_ids
+from tessera.ctr.selection.optfs import OptFS
 from tessera.ctr.selection.table_sizes import write_sizes
 from tessera.ctr.train.calibrate import calibrate
 from tessera.ctr.train.checkpoints import Checkpoints
@@ -193,6 +195,8 @@ class Trainer:
             written = on_first_rank(process, lambda: write_gates(gates, folder, step, which))
             if isinstance(gates, DimMasks):
                 self._write_sizes(gates, written)
+            if isinstance(gates, OptFS):
+                self.log.say(write_kept_ids(owned_tables(self.engine.tables), folder, process))
             self.log.say(f"importance of fields by selection.method={gates.method}: {written}")
         if not scored:
             self.log.say("nothing was scored: data.valid and data.test are null")

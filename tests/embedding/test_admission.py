@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tessera.embedding import sliding
-from tessera.embedding.admission import ExactCounter, ProbabilisticFilter, admission_filter
+from tessera.embedding.admission import ExactCounter, ProbabilisticFilter, VocabularyFilter, admission_filter
 from tessera.embedding.config import Admission, DynamicTableConfig, Group, key_of
+from tessera.embedding.errors import ConfigError, TesseraError
 from tessera.embedding.set_admission import SetAdmission
 from tessera.embedding.sliding import SlidingFilterOfTable, SlidingFilters, SlidingHashFilter
 from tessera.embedding.table import DynamicTable
@@ -212,22 +213,40 @@ def test_table_rejects_counts_and_goes_on_from_its_state(backend, kind):
 
 
 def test_tables_of_a_set_admit_together_what_each_admits_alone(backend):
-    """By chance and by counts, beside tables that admit all."""
+    """By chance, by counts and by a vocabulary, beside tables that admit all."""
     kinds = [Admission("probabilistic", 3), Admission(), Admission("exact", 2), Admission("probabilistic", 8)]
+    kinds += [Admission("vocabulary", vocabulary="its folder")]
     groups = (Group("v", 2, 0.1),)
     configs = [DynamicTableConfig(f"t{i}", ("f",), groups, seed=5, admission=kind) for i, kind in enumerate(kinds)]
-    generator, sizes = torch.Generator().manual_seed(2), [300, 50, 50, 300]
+    generator, sizes = torch.Generator().manual_seed(2), [300, 50, 50, 200, 100]
     together = SetAdmission(configs, torch.device("cpu"))
     alone = [admission_filter(c.admission, c.seed, key_of(c.name), None, "cpu") for c in configs]
+    for one in (together.filters[4], alone[4]):
+        one.give(torch.arange(-5, 1000, 3) * 2**40 + 1)
     for step in range(3):
         ids, counts = torch.arange(700) * 2**40 + step, torch.randint(1, 9, (700,), generator=generator)
-        tables = torch.arange(4).repeat_interleave(torch.tensor(sizes))
+        tables = torch.arange(5).repeat_interleave(torch.tensor(sizes))
         found = together.admit(ids, tables, sizes, counts, 7, step)
         parts = [
             torch.ones(len(own), dtype=torch.bool) if one is None else one.admit(own, often, 7, step)
             for one, own, often in zip(alone, ids.split(sizes), counts.split(sizes), strict=True)
         ]
         assert found.equal(torch.cat(parts)) and 0 < found[:300].sum() < 300
+        assert found[600:].equal((ids[600:] // 2**40 % 3 == 1) & torch.tensor(step == 1))
+
+
+def test_a_vocabulary_admits_its_ids_from_their_first_batch_on_and_no_others(backend):
+    one = VocabularyFilter("cpu")
+    with pytest.raises(TesseraError, match="admission.kind is vocabulary, and the table was given none"):
+        one.admit(torch.tensor([1]), torch.tensor([1]), 0, 0)
+    ids = torch.tensor([9, -(2**63), 4, 2**63 - 1, 0])
+    for vocabulary, expected in (([], []), ([4], [4]), ([-(2**63), 0, 9], [9, -(2**63), 0])):
+        one.give(torch.tensor(vocabulary, dtype=torch.int64))
+        assert ids[one.admit(ids, torch.ones_like(ids), 0, 0)].tolist() == expected
+    with pytest.raises(
+        ConfigError, match="admission.vocabulary is None; expected the folder that `tessera prepare stats"
+    ):
+        DynamicTableConfig("t", ("f",), (Group("v", 2, 0.1),), admission=Admission("vocabulary"))
 
 
 def test_sliding_filters_of_a_set_are_cell_by_cell_what_each_is_alone(backend):

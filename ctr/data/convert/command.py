@@ -96,6 +96,13 @@ def add_kinds(parser: ArgumentParser) -> None:
     stats = kinds.add_parser("stats", help="statistics of a data set, as a page and as the file of data.statistics")
     stats.add_argument("data", nargs="+", metavar="DATA", help="folders, files, patterns or URIs of parquet")
     stats.add_argument("--against", nargs="+", help="another set, from which drift is measured: an earlier day")
+    stats.add_argument(
+        "--vocabulary",
+        nargs="*",
+        metavar="COLUMN",
+        help="also count every value of these columns, for embedding.admission.kind=vocabulary; none named: of all ids",
+    )
+    stats.add_argument("--min-count", type=int, default=2, help="least occurrences of a value of a vocabulary")
     stats.add_argument("--output", type=Path, help="folder to make")
     stats.add_argument("--overwrite", action="store_true", help="replace statistics of an earlier call")
     semantic_ids.add_kinds(kinds, written)
@@ -172,15 +179,23 @@ def prepare(options: Namespace) -> str:
 
 
 def _statistics(options: Namespace) -> str:
-    from tessera.ctr.report.data_page import PAGE, STATISTICS, write_statistics  # it draws, which takes long to import
+    # It draws, which takes long to import.
+    from tessera.ctr.report.data_page import PAGE, STATISTICS, VOCABULARY, write_statistics
 
-    told = write_statistics(options.data, options.against, options.output, overwrite=options.overwrite)
+    if options.min_count < 1:
+        raise ConfigError(f"--min-count: found {options.min_count}, expected at least 1")
+    counted = {"vocabulary": options.vocabulary, "min_count": options.min_count}
+    told = write_statistics(options.data, options.against, options.output, overwrite=options.overwrite, **counted)
     columns = told["columns"]
     drifts = {name: one["drift"]["psi"] for name, one in columns.items() if "psi" in one.get("drift", {})}
     lines = [f"stats: {told['rows']:,} rows, {len(columns)} columns: {options.output}/{STATISTICS} and {PAGE}"]
     if drifts:
         most = max(drifts, key=lambda name: drifts[name])
         lines.append(f"drift: {most} has moved most, population stability index {drifts[most]:.3f}")
+    if "vocabulary" in told:
+        values = sum(told["vocabulary"].values())
+        often = f"that occur at least {options.min_count} times"
+        lines.append(f"vocabulary: {values:,} values {often}: {options.output}/{VOCABULARY}")
     return "\n".join(lines)
 
 
