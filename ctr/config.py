@@ -20,7 +20,7 @@ from tessera.ctr.data.fitted import fill_fitted
 from tessera.ctr.data.schema import FeatureConfig
 from tessera.ctr.overrides import compose_overrides, keys_of
 from tessera.ctr.renamed_keys import refuse_all_renamed
-from tessera.ctr.table_settings import typed_tables
+from tessera.ctr.table_settings import fill_row_optimizer, typed_tables
 from tessera.embedding.errors import ConfigError, did_you_mean
 
 #: Other names of keys on the command line. `from` cannot be the name of an attribute.
@@ -91,6 +91,7 @@ def typed(composed: DictConfig) -> Config:
         raise ConfigError(_explain_type(error, composed)) from None
     assert isinstance(config, Config)
     fill_fitted(config.data)
+    fill_row_optimizer(config, given=OmegaConf.select(composed, "optimizer.sparse") or {})
     config.embedding.tables = typed_tables(config.embedding.tables)
     check(config)
     return config

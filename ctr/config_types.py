@@ -173,10 +173,28 @@ class DenseConfig:
     schedule: ScheduleConfig = section(ScheduleConfig, "how the rate falls after warm-up (docs/training.md)")
 
 
+#: Learning rates of rows by optimizer, where none is given (docs/optimizers.md says what they were chosen by).
+ROW_RATES = {"adam": 0.0015, "rowwise_adagrad": 0.02, "adagrad": 0.02, "sgd": 0.05, "ftrl": 0.05}
+
+
 @dataclass
 class SparseConfig(RowOptimizer):
     """That of rows, and what changes its rate from step to step."""
 
+    name: str = same_as(
+        RowOptimizer,
+        "name",
+        "adam | rowwise_adagrad | adagrad | sgd | ftrl (static tables: rowwise_adagrad, adagrad or sgd, and unless one "
+        "is given, the first)",
+        default="adam",
+    )
+    lr: float = same_as(
+        RowOptimizer,
+        "lr",
+        "learning rate of the rows; unless given, that of the optimizer: "
+        + ", ".join(f"{name} {rate}" for name, rate in ROW_RATES.items()),
+        default=ROW_RATES["adam"],
+    )
     warmup_steps: int = setting(0, WARMUP, at_least=0)
     schedule: ScheduleConfig = section(ScheduleConfig, "how the rate falls after warm-up (docs/training.md)")
 

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tessera.ctr.config_types import Config, EmbeddingConfig, SparseConfig
+from tessera.ctr.config_types import ROW_RATES, Config, EmbeddingConfig, SparseConfig
 from tessera.embedding import settings
 from tessera.embedding.config import Admission
 from tessera.embedding.errors import ConfigError, did_you_mean
@@ -130,6 +130,19 @@ def _mapping(where: str, given: Any, kind: type, example: str) -> dict[str, Any]
     return dict(given)
 
 
+def fill_row_optimizer(config: Config, given: Collection[str]) -> None:
+    """Set what `optimizer.sparse` has where the user gave no name or no rate: static tables know no Adam, and what is a
+    good rate for one optimizer is none for another.
+
+    given: the keys of `optimizer.sparse` that yaml or command line name.
+    """
+    sparse = config.optimizer.sparse
+    if "name" not in given and config.embedding.kind == "static":
+        sparse.name = "rowwise_adagrad"
+    if "lr" not in given:
+        sparse.lr = ROW_RATES.get(sparse.name, sparse.lr)  # a name that no optimizer has is refused by the checks
+
+
 def settings_of(config: Config, table: str) -> tuple[EmbeddingConfig, SparseConfig]:
     """Return `embedding` and `optimizer.sparse` as they are for one table, with or without settings of its own."""
     embedding, sparse = config.embedding, config.optimizer.sparse
@@ -142,6 +155,8 @@ def settings_of(config: Config, table: str) -> tuple[EmbeddingConfig, SparseConf
     name = own.get("name", sparse.name)
     first = SparseConfig()
     unread = {key: getattr(first, key) for key, names in READ_BY.items() if name != sparse.name and name not in names}
+    if name != sparse.name:
+        own["lr"] = ROW_RATES[name]
     own |= {key: given[key] for key in ("lr", "decay") if key in given}
     return replace(embedding, admission=admission, **plain), replace(sparse, **(unread | own))
 
@@ -158,6 +173,18 @@ def dims_of(config: Config, table: str, dims: Mapping[str, int]) -> dict[str, in
     if dim > widest:
         raise ConfigError(f"embedding.tables.{table}.dim is {dim}; expected at most {widest}, the dim of the tower")
     return {group: dim if of_tower == widest else of_tower for group, of_tower in dims.items()}
+
+
+def large_row_rate(config: Config) -> str | None:
+    """Return a warning about rates of Adam that are usual for Adagrad, as jobs have that were written when row-wise
+    Adagrad was the default; None if there is none."""
+    rate = max((sparse.lr for _, sparse in settings_of_all(config) if sparse.name == "adam"), default=0.0)
+    if rate <= 0.02:
+        return None
+    return (
+        f"rows learn by Adam at a rate of {rate:g}, where {ROW_RATES['adam']:g} is usual; a rate that was chosen for "
+        "row-wise Adagrad, the default of earlier versions, wants optimizer.sparse.name=rowwise_adagrad"
+    )
 
 
 def settings_of_all(config: Config) -> Iterator[tuple[EmbeddingConfig, SparseConfig]]:

@@ -25,6 +25,7 @@ from tessera.ctr.selection.held_out import HeldOutGates
 from tessera.ctr.selection.kept_ids import write_kept_ids
 from tessera.ctr.selection.optfs import OptFS
 from tessera.ctr.selection.table_sizes import write_sizes
+from tessera.ctr.table_settings import large_row_rate
 from tessera.ctr.train.calibrate import calibrate
 from tessera.ctr.train.checkpoints import Checkpoints
 from tessera.ctr.train.clock import ttl_in_vain
@@ -107,7 +108,12 @@ class Trainer:
     def begin(self) -> None:
         """Prepare the run before the first step: have the teacher's logits, if there is one to learn from."""
         self.process.can_stop_later = True
-        for warning in (ttl_in_vain(self.config, self.readers.train), slow_amp(self.config, self.process)):
+        config = self.config
+        for warning in (
+            ttl_in_vain(config, self.readers.train),
+            slow_amp(config, self.process),
+            large_row_rate(config),
+        ):
             if warning:
                 self.log.warn(warning)
         if self.engine.distil and not self.finished:

@@ -122,6 +122,8 @@ def bench(config: Config, process: Process) -> None:
 def load(data: str, run_dir: str) -> tuple[Config, str, float]:
     overrides = [
         "data=synthetic",
+        "optimizer.sparse.name=rowwise_adagrad",
+        "optimizer.sparse.lr=0.05",
         f"data.path={data}",
         f"trainer.run_dir={run_dir}",
         f"trainer.batch_size={options.batch}",

@@ -1,6 +1,6 @@
 """Measure the cost of collisions: the same model and table, with every id its own row, and with ids taken modulo m.
 
-    python scripts/bench/collisions.py --seeds 3 experiment=demo data.path=data/synthetic
+    python scripts/bench/collisions.py --seeds 3 experiment=demo optimizer=adam_adagrad data.path=data/synthetic
 
 m is a fraction of a feature's distinct ids in the training split. Both sides run on dynamic tables, so that nothing
 but the ids differs: `id % m` is what a hashed table of m rows sees. Mean ± standard deviation over the seeds, on the

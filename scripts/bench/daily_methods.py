@@ -61,7 +61,8 @@ class Method:
 
 
 def rates(sparse: float, dense: float, *more: str) -> list[str]:
-    return [f"optimizer.sparse.lr={sparse}", f"optimizer.dense.lr={dense}", *more]
+    adagrad = ["optimizer.sparse.name=rowwise_adagrad", f"optimizer.sparse.lr={sparse}"]
+    return [*adagrad, f"optimizer.dense.lr={dense}", *more]
 
 
 def both(*more: str) -> dict[str, list[str]]:

@@ -34,7 +34,7 @@ from tessera.distributed.rank import Process
 COMMON = ["data=synthetic", "model.hidden=[64,64]", "model.embedding_dim=8", "embedding.rows=100000"]
 COMMON += ["trainer.device=cpu", "trainer.threads=1", "trainer.batch_size=512", "embedding.init_std=0.0001"]
 COMMON += ["data.train=.", "data.valid=null", "data.test=null", "trainer.log_every=1000000"]
-COMMON += ["optimizer.sparse.lr=0.006", "optimizer.dense.lr=0.004"]
+COMMON += ["optimizer.sparse.name=rowwise_adagrad", "optimizer.sparse.lr=0.006", "optimizer.dense.lr=0.004"]
 HOUR = 3600
 
 

@@ -43,6 +43,7 @@ def main() -> int:
         ttl = options.ttl_days or "null"
         fixed = [
             "experiment=demo",
+            "optimizer=adam_adagrad",
             f"data.path={data}",
             "data.train=.",
             "data.valid=null",

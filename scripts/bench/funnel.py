@@ -90,6 +90,7 @@ class Experiment:
             fixed = ["data=synthetic_funnel", f"data.path={data}", "data.test=null", f"trainer.run_dir={run_dir}"]
             fixed += ["model.embedding_dim=8", "embedding.rows=10000", "trainer.batch_size=1024"]
             fixed += [f"trainer.epochs={self.epochs}", "trainer.early_stop.patience=1"]
+            fixed += ["optimizer.sparse.name=rowwise_adagrad"]
             fixed += ["trainer.device=cpu", "trainer.threads=1", "trainer.log_every=1000"]
             best = trained([*fixed, *own], self.process).progress.best
             assert best is not None  # a valid split has clicks and purchases

@@ -41,6 +41,7 @@ from tessera.distributed.rank import Process
 from tessera.scripts.bench.fits import Fits, Result, Setting, in_words, mean_and_spread, trained
 
 COMMON = [
+    "optimizer.sparse.name=rowwise_adagrad",
     *("trainer.device=cpu", "trainer.threads=1", "embedding.rows=100000", "trainer.log_every=1000000"),
     "model.embedding_dim=8",
 ]

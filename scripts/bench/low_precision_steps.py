@@ -131,6 +131,7 @@ def bench_training(config: Config, process: Process) -> None:
 
 def config_of(path: str, run_dir: Path, *overrides: str) -> Config:
     fixed = ["data=synthetic", f"data.path={path}", f"trainer.run_dir={run_dir}", "trainer.threads=1"]
+    fixed += ["optimizer.sparse.name=rowwise_adagrad", "optimizer.sparse.lr=0.05"]
     return load_config([*fixed, "trainer.device=cpu", "trainer.log_every=1000000", *overrides], "")
 
 

@@ -119,6 +119,7 @@ def load(data: str, model: str) -> Config:
     # Two lanes with a row group each: one is decoded per four steps. With the usual ones the reader would decode all of
     # so small a data set before the first step, and no step would pay for it.
     reader = ["data.lanes=2", "data.window_rows=16384"]
+    plus += ["optimizer.sparse.name=rowwise_adagrad", "optimizer.sparse.lr=0.05"]
     return load_config([*fixed, *plus, *reader], "")
 
 

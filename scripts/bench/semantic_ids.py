@@ -43,6 +43,7 @@ FEATURES = {
 MODELS = {"item id": ["item"], "prefixes": ["sid"], "both": ["item", "sid"]}
 COMMON = ["data=synthetic", "data.schema.time=null", "data.valid=null", "data.test=null", "data.lanes=4"]
 COMMON += ["model.hidden=[32]", "model.embedding_dim=8", "embedding.rows=20000", "embedding.init_std=0.001"]
+COMMON += ["optimizer.sparse.name=rowwise_adagrad"]
 COMMON += ["trainer.device=cpu", "trainer.threads=1", "trainer.log_every=1000000", "trainer.batch_size=512"]
 SPLITS = ("train", "old", "new")
 

@@ -91,6 +91,7 @@ def bench(config: Config, process: Process) -> None:
 def load(folder: str) -> Config:
     fixed = ["data=synthetic", f"data.path={folder}/data", f"trainer.run_dir={folder}/run", "model=deepfm"]
     plus = ["trainer.log_every=1000000", f"trainer.batch_size={BATCH}", f"trainer.threads={options.threads}"]
+    plus += ["optimizer.sparse.name=rowwise_adagrad", "optimizer.sparse.lr=0.05"]
     return load_config([*fixed, *plus], "")
 
 

@@ -148,6 +148,8 @@ def main() -> int:
             config = load_config(
                 [
                     "data=synthetic",
+                    "optimizer.sparse.name=rowwise_adagrad",
+                    "optimizer.sparse.lr=0.05",
                     f"data.path={folder}/data",
                     f"trainer.run_dir={folder}/run",
                     f"embedding.rows={options.rows}",

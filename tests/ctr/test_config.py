@@ -240,7 +240,7 @@ def test_a_users_own_yaml_may_leave_everything_out(tmp_path):
         (tmp_path / group / "mine.yaml").write_text("")
     mine = load_config(["--config-dir", str(tmp_path), *(f"{group}=mine" for group in groups)], "")
     assert mine == load_config([], "")
-    assert (mine.embedding.kind, mine.optimizer.sparse.lr, mine.trainer.batch_size) == ("dynamic", 0.05, 4096)
+    assert (mine.embedding.kind, mine.optimizer.sparse.name, mine.trainer.batch_size) == ("dynamic", "adam", 4096)
 
 
 def test_every_key_can_be_set_to_what_help_shows():

@@ -58,4 +58,4 @@ def test_what_cannot_work_is_one_line():
     with pytest.raises(ConfigError, match="embedding.alpt.every is 1, but no group has a scale to learn"):
         tables_of("embedding.alpt.every=1")
     with pytest.raises(ConfigError, match="optimizer.sparse.state_format is bf16, which only adam reads"):
-        tables_of("optimizer.sparse.state_format=bf16")
+        tables_of("optimizer.sparse.name=sgd", "optimizer.sparse.state_format=bf16")

@@ -6,10 +6,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from tessera.ctr.config import load_config, typed
-from tessera.ctr.config_types import EmbeddingConfig
+from tessera.ctr.config_types import ROW_RATES, EmbeddingConfig, SparseConfig
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.network import build_tower
-from tessera.ctr.table_settings import OWN, TableOptimizer, TableSettings, settings_of
+from tessera.ctr.table_settings import OWN, TableOptimizer, TableSettings, large_row_rate, settings_of
 from tessera.ctr.tables import build_tables
 from tessera.embedding.config import Admission
 from tessera.embedding.errors import ConfigError
@@ -37,6 +37,7 @@ def test_a_table_has_what_it_names_and_the_rest_of_all():
         "embedding.max_rows=100000",
         "embedding.eviction=lru",
         "embedding.init_std=0.5",
+        "optimizer.sparse.name=rowwise_adagrad",
         "optimizer.sparse.lr=0.2",
         "embedding.tables.user_id={ttl_days: 30, max_rows: 5000, admission: {kind: exact, threshold: 3}}",
         "embedding.tables.item_id.ttl_days=null",
@@ -73,8 +74,32 @@ def test_every_key_of_one_table_is_that_of_all_but_for_null():
 def test_another_optimizer_leaves_out_what_it_does_not_read():
     whole = ["optimizer.sparse.name=adam", "optimizer.sparse.state_format=bf16", "optimizer.sparse.beta1=0.5"]
     tables = tables_of(*whole, "embedding.tables.user_id.optimizer=ftrl", "embedding.tables.user_id.optimizer.l1=0.1")
-    assert tables["user_id"].optimizer == RowOptimizer("ftrl", l1=0.1)
-    assert tables["age"].optimizer == RowOptimizer("adam", state_format="bf16", beta1=0.5)
+    assert tables["user_id"].optimizer == RowOptimizer("ftrl", lr=ROW_RATES["ftrl"], l1=0.1)
+    assert tables["age"].optimizer == RowOptimizer("adam", lr=ROW_RATES["adam"], state_format="bf16", beta1=0.5)
+
+
+def test_a_rate_that_nobody_gave_is_that_of_the_optimizer():
+    """What is a good rate for one is none for another; so a table of another optimizer than the rest has its own."""
+    assert load_config(COMMON, "").optimizer.sparse == SparseConfig(name="adam", lr=ROW_RATES["adam"])
+    for name, rate in ROW_RATES.items():
+        tables = tables_of(f"optimizer.sparse.name={name}", "embedding.tables.user_id.optimizer=sgd")
+        assert (tables["age"].optimizer.name, tables["age"].optimizer.lr) == (name, rate)
+        assert (tables["user_id"].optimizer.name, tables["user_id"].optimizer.lr) == ("sgd", ROW_RATES["sgd"])
+    tables = tables_of(
+        "optimizer.sparse.lr=0.3", "embedding.tables={user_id: {optimizer: ftrl, lr: 0.4}, age: {lr: 1}}"
+    )
+    assert [tables[name].optimizer.lr for name in ("user_id", "age", "gender")] == [0.4, 1, 0.3]
+    static = load_config([*COMMON, "embedding=static"], "").optimizer.sparse
+    assert (static.name, static.lr) == ("rowwise_adagrad", ROW_RATES["rowwise_adagrad"])
+    saved = load_config([*COMMON, "optimizer=adam_adagrad"], "").optimizer.sparse
+    assert (saved.name, saved.lr) == ("rowwise_adagrad", ROW_RATES["rowwise_adagrad"])
+
+
+def test_a_rate_that_was_chosen_for_adagrad_is_warned_of():
+    assert large_row_rate(load_config(COMMON, "")) is None
+    said = large_row_rate(load_config([*COMMON, "optimizer.sparse.lr=0.05"], ""))
+    assert said is not None and said.startswith("rows learn by Adam at a rate of 0.05, where 0.0015 is usual")
+    assert large_row_rate(load_config([*COMMON, "optimizer=adam_adagrad", "optimizer.sparse.lr=0.05"], "")) is None
 
 
 def test_formats():
@@ -194,8 +219,9 @@ def test_rows_that_expire_in_one_table_need_times_as_well():
 def test_a_key_of_all_that_some_table_reads_is_no_mistake():
     tables = tables_of("embedding.eviction=lru", "embedding.tables.user_id.max_rows=5000")
     assert tables["user_id"].eviction == "lru" and tables["age"].row_limit is None
-    tables_of("optimizer.sparse.beta1=0.5", "embedding.tables.user_id.optimizer=adam")
-    assert refused("optimizer.sparse.beta1=0.5").startswith("optimizer.sparse.beta1 is 0.5, which only adam reads")
+    tables_of("optimizer.sparse.name=sgd", "optimizer.sparse.beta1=0.5", "embedding.tables.user_id.optimizer=adam")
+    said = refused("optimizer.sparse.name=sgd", "optimizer.sparse.beta1=0.5")
+    assert said.startswith("optimizer.sparse.beta1 is 0.5, which only adam reads")
 
 
 def test_one_table_alone_is_as_all_with_the_same_keys():

@@ -33,7 +33,13 @@ def options(model: str, data: Path, run_dir: Path, *more: str) -> list[str]:
         small.append("model.embedding_dim=4")
     return [
         *("data=synthetic", f"data.path={data}", f"trainer.run_dir={run_dir}", f"model={model}", *small),
-        *("embedding.rows=500", "optimizer.sparse.lr=0.05", "optimizer.dense.lr=0.01", "trainer.batch_size=250"),
+        *(
+            "embedding.rows=500",
+            "optimizer.sparse.name=rowwise_adagrad",
+            "optimizer.sparse.lr=0.05",
+            "optimizer.dense.lr=0.01",
+            "trainer.batch_size=250",
+        ),
         *("trainer.epochs=4", "trainer.log_every=1", "trainer.device=cpu", "trainer.threads=1", *more),
     ]
 

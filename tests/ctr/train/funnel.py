@@ -36,6 +36,12 @@ def options(data: Path, run_dir: Path, model: str = "mmoe", *more: str) -> list[
         *("data=movielens", "data.name=funnel", f"data.path={data}", SCHEMA, f"trainer.run_dir={run_dir}"),
         *(f"model={model}", "model.embedding_dim=4", *(f"model.{one}" for one in small)),
         *("data.train=train", "data.valid=valid", "data.test=test"),
-        *("embedding.rows=500", "optimizer.sparse.lr=0.05", "optimizer.dense.lr=0.01", "trainer.batch_size=120"),
+        *(
+            "embedding.rows=500",
+            "optimizer.sparse.name=rowwise_adagrad",
+            "optimizer.sparse.lr=0.05",
+            "optimizer.dense.lr=0.01",
+            "trainer.batch_size=120",
+        ),
         *("trainer.log_every=5", "trainer.device=cpu", "trainer.threads=1", *more),
     ]

@@ -84,7 +84,13 @@ def test_the_last_steps_are_logged_once_by_a_run_that_goes_on(ranks, data, tmp_p
 
 def test_what_the_best_model_scores_stands_at_its_step(ranks, data, tmp_path):
     folder = tmp_path / "run"
-    wild = ["optimizer.sparse.lr=0.5", "optimizer.dense.lr=0.1", "trainer.epochs=3", "trainer.eval_every=3"]
+    wild = [
+        "optimizer.sparse.name=rowwise_adagrad",
+        "optimizer.sparse.lr=0.5",
+        "optimizer.dense.lr=0.1",
+        "trainer.epochs=3",
+        "trainer.eval_every=3",
+    ]
     output = trained(ranks, 1, job(data, folder, *wild, "data.test=valid"), tmp_path)
     *during, valid, test = lines(folder, "eval")
     best = max(during, key=lambda line: line["auc"])["step"]

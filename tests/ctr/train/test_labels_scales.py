@@ -18,7 +18,7 @@ from tests.ctr.train.funnel import funnel_table, options
 
 STEPS = 6
 # A dense side that stays: its gradients would be those of other heads.
-STILL = ["optimizer.dense.lr=1e-30", "optimizer.sparse.lr=0.05"]
+STILL = ["optimizer.dense.lr=1e-30", "optimizer.sparse.name=rowwise_adagrad", "optimizer.sparse.lr=0.05"]
 INT8 = ["embedding.format=int8", "embedding.alpt.every=1", "embedding.alpt.lr=0.05", "embedding.init_std=0.1"]
 
 

@@ -71,7 +71,12 @@ def test_reports_are_calibrated_as_without(process, tmp_path):
             "data.schema.features=[{name: x, kind: numeric}, {name: c}]",
             *("numeric=raw", f"data.negative_rate={rate}", f"trainer.run_dir={tmp_path}/run{rate:g}"),
             *("trainer.epochs=3", "trainer.batch_size=500", "trainer.device=cpu", "trainer.threads=1"),
-            *("optimizer.dense.lr=0.02", "optimizer.sparse.lr=0.05", "embedding.rows=400"),
+            *(
+                "optimizer.dense.lr=0.02",
+                "optimizer.sparse.name=rowwise_adagrad",
+                "optimizer.sparse.lr=0.05",
+                "embedding.rows=400",
+            ),
         ]
         Trainer(load_config(overrides, ""), process).fit()
         reports[rate] = json.loads((tmp_path / f"run{rate:g}" / "report.json").read_text())

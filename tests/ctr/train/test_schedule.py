@@ -31,7 +31,11 @@ def rates(optimizers, count: int) -> list[tuple[float, float]]:
 def test_both_rates_are_those_of_torch_after_warm_up(kind):
     schedule = f"{{kind: {kind}, steps: 10, floor: 0.05{'' if kind == 'cosine' else ', factor: 0.3'}}}"
     keys = ["optimizer.dense.lr=0.02", f"optimizer.dense.schedule={schedule}", "optimizer.dense.warmup_steps=4"]
-    keys += ["optimizer.sparse.lr=0.02", f"optimizer.sparse.schedule={schedule}"]
+    keys += [
+        "optimizer.sparse.name=rowwise_adagrad",
+        "optimizer.sparse.lr=0.02",
+        f"optimizer.sparse.schedule={schedule}",
+    ]
     dense, sparse = zip(*rates(optimizers_of(*keys)[0], 31), strict=True)
     peer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
     scheduler, expected = TORCH[kind](peer), []

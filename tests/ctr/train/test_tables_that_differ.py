@@ -100,6 +100,7 @@ def test_schedules_scale_the_rate_of_each_table(process):
     config = load_config(
         [
             "data=ml100k",
+            "optimizer.sparse.name=rowwise_adagrad",
             "optimizer.sparse.lr=0.1",
             "optimizer.sparse.warmup_steps=4",
             "optimizer.plateau={factor: 0.5, floor: 0.0375}",

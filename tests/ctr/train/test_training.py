@@ -111,7 +111,14 @@ def rows_with_new_ids(best: Path, data: Path) -> int:
 
 
 def test_training_learns(tmp_path, data):
-    done = train(tmp_path / "run", data, "trainer.epochs=2", "trainer.eval_every=null", "optimizer.sparse.lr=0.02")
+    done = train(
+        tmp_path / "run",
+        data,
+        "trainer.epochs=2",
+        "trainer.eval_every=null",
+        "optimizer.sparse.name=rowwise_adagrad",
+        "optimizer.sparse.lr=0.02",
+    )
     assert done.returncode == 0, done.stderr
     aucs = [line["auc"] for line in lines(tmp_path / "run", "eval")]
     assert max(aucs) > 0.6
@@ -120,7 +127,13 @@ def test_training_learns(tmp_path, data):
 @pytest.mark.slow
 def test_early_stopping_ends_the_run_and_the_best_model_is_scored(tmp_path, data):
     folder = tmp_path / "run"
-    stop = ["trainer.epochs=50", "trainer.early_stop.patience=2", "optimizer.sparse.lr=0.3", "optimizer.dense.lr=0.02"]
+    stop = [
+        "trainer.epochs=50",
+        "trainer.early_stop.patience=2",
+        "optimizer.sparse.name=rowwise_adagrad",
+        "optimizer.sparse.lr=0.3",
+        "optimizer.dense.lr=0.02",
+    ]
     done = train(folder, data, *stop)
     assert done.returncode == 0, done.stderr
     during, (valid, _test) = lines(folder, "eval")[:-2], lines(folder, "eval")[-2:]
