@@ -15,6 +15,7 @@ from tests.ctr.train.states import arguments, newest, rows_of_state, tensors_of_
 from tests.ranks import run_script
 
 OWN = [
+    "optimizer=adam_adagrad",
     "embedding.oov=learned",
     "embedding.tables.row={dim: 2, optimizer: adam, lr: 0.01}",
     "embedding.tables.c={format: int8, lr: 0.2}",
