@@ -247,7 +247,12 @@ def test_weight_zero_is_training_without_a_teacher_bit_for_bit(ranks, first, tmp
 def test_two_ranks_learn_what_one_does_and_the_teacher_matters(ranks, first, tmp_path):
     folders = {world: tmp_path / str(world) for world in (0, 1, 2)}
     for world, folder in folders.items():
-        trained(ranks, max(1, world), job(first, folder, FREE, "optimizer.sparse.lr=0.05", *(SELF if world else [])), tmp_path)
+        trained(
+            ranks,
+            max(1, world),
+            job(first, folder, FREE, "optimizer.sparse.lr=0.05", *(SELF if world else [])),
+            tmp_path,
+        )
     none, one, two = ({k: v for k, v in floats(newest(f)).items() if k.startswith("tower/")} for f in folders.values())
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
