@@ -2,7 +2,7 @@
 
 import ast
 import copy
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from functools import reduce
 from pathlib import Path
 from typing import get_type_hints
@@ -10,7 +10,7 @@ from typing import get_type_hints
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from tessera.ctr.config import Config, load_config
+from tessera.ctr.config import Config, as_yaml, load_config
 from tessera.ctr.config_checks import check
 from tessera.ctr.config_help import choices, choices_and_keys, text_of
 from tessera.embedding.errors import ConfigError
@@ -104,6 +104,31 @@ TEXTS = [
     "/data/dt=2026-11-01", "/data/a,b", "/data/日本/é", "/data/a b", "/d/$x", "it's", 'say "a"', "/d/[a]", "[a", "{a",
     "(a)", "s3://b/x?y=1&z=2", "1_000", "1e3", "true", "2026", "a#b", "~/x", "a\\'b", "c:\\d\\", "range(1,3)", "%x*y!",
 ]  # fmt: skip
+
+
+def test_a_configuration_is_written_as_omegaconf_writes_it():
+    config = load_config(["data=ml100k", "data.test=null", "embedding.formats={w: int8}"], "")
+    texts = [
+        *TEXTS,
+        "",
+        "y",
+        "No",
+        "on",
+        "null",
+        "~",
+        "0x1F",
+        "1:30",
+        ".5",
+        "nan",
+        "-inf",
+        " a ",
+        "a: b",
+        "- a",
+        "é\n",
+        "x " * 99,
+    ]
+    config.model |= {"texts": texts, **{text: text for text in texts if text}, "numbers": [1, 1e-7, float("inf"), None]}
+    assert as_yaml(config) == OmegaConf.to_yaml(asdict(config), resolve=True)
 
 
 @pytest.mark.parametrize("text", TEXTS)
