@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import signal
@@ -95,6 +96,7 @@ class _Undrawn:
 
 def draw_nothing() -> None:
     """Leave the drawing of a report's plots out: it takes as long as all else of a small job."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     def savefig(_figure: Figure, stream: IO[str], **_options: Any) -> None:
@@ -106,6 +108,7 @@ def draw_nothing() -> None:
         return axes
 
     Figure.savefig, Figure.subplots = savefig, subplots
+    matplotlib.rc_context = lambda *_arguments: contextlib.nullcontext()  # else all settings are copied for each plot
 
 
 def run_script(

@@ -5,6 +5,7 @@ frozen here is no garbage that a rank looks through when it ends, for which the 
 While it is imported nothing of it is garbage, which looking through it again and again would not find out.
 """
 
+import functools
 import gc
 import importlib
 
@@ -16,15 +17,15 @@ for name in (
     "torch.distributed.run",
 ):
     importlib.import_module(name)
-composing = importlib.import_module("tests.composing")
-composing.parse_once()
-composing.values_last()
-composing.compose_once()
-composing.check_no_export()
+importlib.import_module("tests.composing").compose_with_less_work()
 importlib.import_module("tessera.ctr.config").load_config(["trainer.run_dir=/nowhere/a run"], "")
 templates = importlib.import_module("tessera.ctr.report.page")._templates()
 for name in templates.list_templates(["html"]):
     templates.get_template(name)
+# Versions of packages, which each job writes down, are looked for in all that is installed.
+metadata = importlib.import_module("importlib.metadata")
+metadata.version = functools.cache(metadata.version)
+importlib.import_module("tessera.ctr.runs.log").versions()
 gc.collect()
 gc.freeze()
 gc.enable()
