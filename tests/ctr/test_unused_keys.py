@@ -1,14 +1,11 @@
 """Every key of embedding and optimizer that is set and does nothing ends the job in one line that names it."""
 
 from dataclasses import MISSING, fields
-from functools import cache
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
 
-from tessera.ctr.config import typed
+from tessera.ctr.config import load_config
 from tessera.ctr.config_types import AlptConfig, Config, EmbeddingConfig, SparseConfig
-from tessera.ctr.overrides import compose_overrides
 from tessera.ctr.unused_keys import OF_STATIC
 from tessera.embedding.config import Admission
 from tessera.embedding.errors import ConfigError
@@ -76,16 +73,8 @@ DYNAMIC = {
 }
 
 
-@cache
-def composed(kind: str) -> DictConfig:
-    found = compose_overrides([f"embedding={kind}"], [], Config)
-    OmegaConf.set_struct(found, value=False)  # not every yaml names every key
-    return found
-
-
 def load(*overrides: str, kind: str = "dynamic") -> Config:
-    """As `load_config`, which takes five times as long: tests/ctr/test_config.py looks at how it reads a command."""
-    return typed(OmegaConf.merge(composed(kind), OmegaConf.from_dotlist(list(overrides))))
+    return load_config([f"embedding={kind}", *overrides], "")
 
 
 def refused(*overrides: str, kind: str = "dynamic") -> str:

@@ -77,8 +77,15 @@ def open_page(browser: str, page: Path, *options: str) -> subprocess.CompletedPr
     return done
 
 
-@pytest.mark.parametrize("scheme", ["dark", "light"])
-@pytest.mark.parametrize("name", PAGES)
+# Pages share colours and rules: each in one scheme, each second one on paper; the rest are slow tests.
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        pytest.param(name, scheme, marks=[pytest.mark.slow] if (place + alternate) % 2 else [])
+        for place, name in enumerate(PAGES)
+        for alternate, scheme in enumerate(("dark", "light"))
+    ],
+)
 def test_the_console_is_silent_and_the_colours_are_those_asked_for(pages, browser, name, scheme):
     picture = pages[name].with_name(f"{name}-{scheme}.png")
     preferred = f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}"
@@ -104,7 +111,9 @@ def test_no_page_is_wider_than_a_phone(pages, browser, tmp_path):
     assert [int(width) for width in widths[1].split()] == list(PHONES) * len(pages)
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("day", "index") else []) for name in PAGES]
+)
 def test_it_prints(pages, browser, name):
     paper = pages[name].with_suffix(".pdf")
     done = open_page(browser, pages[name], "--no-pdf-header-footer", f"--print-to-pdf={paper}")
