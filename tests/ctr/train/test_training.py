@@ -1,4 +1,7 @@
-"""A run from parquet to report, as users start it: with torchrun on 1 and 2 ranks, and what the folder then holds."""
+"""A run from parquet to report, as users start it: with torchrun on 1 and 2 ranks, and what the folder then holds.
+
+That torch's launcher starts new interpreters just as well is what the slow tests of test_resume_torchrun.py find.
+"""
 
 import json
 import subprocess
@@ -10,7 +13,7 @@ import pytest
 from tessera.ctr.data.synthetic import write_synthetic
 from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.report.comparison import compare_runs
-from tests.ranks import run_script, torchrun
+from tests.ranks import run_script, warm_torchrun
 
 SMALL = [
     "data=synthetic",
@@ -36,7 +39,7 @@ def data(tmp_path_factory) -> Path:
 
 def train(run_dir: Path, data: Path, *overrides: str, world: int = 1) -> subprocess.CompletedProcess:
     arguments = ["scripts/train.py", *SMALL, f"data.path={data}", f"trainer.run_dir={run_dir}", *overrides]
-    return torchrun(world, *arguments) if world == 2 else run_script(*arguments, world=world)
+    return warm_torchrun(world, *arguments, timeout=180) if world == 2 else run_script(*arguments, world=world)
 
 
 @pytest.fixture(scope="module")
