@@ -6,7 +6,7 @@ RANKS ?= 2
 DEMO_ROWS ?= 400000
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup demo test test-slow lint doctor bench docs wheel clean
+.PHONY: help install setup demo test test-slow lint doctor bench claims docs wheel clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,6 +42,9 @@ bench: setup ## measure reader, training step and tables
 	$(PYTHON) scripts/bench/reader.py
 	$(PYTHON) scripts/bench/train_step.py
 	$(PYTHON) scripts/bench/tables.py
+
+claims: setup ## show what the papers claim and write docs/claims.md; DATA=FOLDER holds ml-100k and ml-100k-random (an hour)
+	$(PYTHON) -m tessera.scripts.bench.claims $(if $(DATA),--data $(DATA)) $(ARGS)
 
 docs: setup ## build the documentation's site into build/site, which opens without a network
 	@$(PYTHON) -c "import mkdocs" 2>/dev/null || { echo "make docs needs Python 3.11 or later in $(VENV)" >&2; exit 1; }
