@@ -30,7 +30,7 @@ from tessera.distributed.rank import Process
 from tessera.scripts.bench.fits import Fits, Result, Setting, mean_and_spread, trained
 
 ADAM = ["optimizer.sparse.name=adam", "model.embedding_dim=8", "model.hidden=[64,32]", "embedding.rows=100000"]
-RATES, RHOS = (0.0003, 0.001, 0.003), (0.01, 0.05, 0.2)
+RATES, RHOS = (0.0003, 0.001, 0.003, 0.01), (0.01, 0.05, 0.2)
 EPOCHS = {"synthetic": 2, "movielens": 15}
 
 

@@ -37,6 +37,7 @@ parser.add_argument("--models", default="deepfm,ipnn,autoint_plus,pin,fgcnn,dcn_
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--steps", type=int, default=4, help="steps per round")
+parser.add_argument("--fp32", action="store_true", help="leave bfloat16 out")
 parser.add_argument("--data", type=Path, help="prepared synthetic data (default: 200,000 rows made for this run)")
 parser.add_argument("--peer", type=Path, help="environment of deepctr-torch")
 parser.add_argument("--peer-ids", type=int, default=2_700_000, help="rows of the peer's tables together")
@@ -82,13 +83,14 @@ def whole(trainer: Trainer) -> Callable[..., None]:
 def bench(config: Config, process: Process) -> None:
     heading = f"{'':<14}{'':>6}{'whole, ms':>11}{'samples/s':>12}{'tower, ms':>11}{'samples/s':>12}{'whole/tower':>13}"
     print(heading + (f"{'/ its DeepFM':>14}{'/ its own':>11}" if options.peer else ""))
+    precisions = (False,) if options.fp32 else (False, True)
     for model in options.models.split(","):
         config = load(config.data.path, model)
         trainer = Trainer(config, process)
         from_parquet, alone = whole(trainer), tower_alone(config)
         contenders: dict[tuple[str, object], Callable[[], object]] = {
             (side, amp): partial(step, amp=amp)
-            for amp in (False, True)
+            for amp in precisions
             for side, step in (("whole", from_parquet), ("tower", alone))
         }
         with contextlib.ExitStack() as stack:
@@ -97,7 +99,7 @@ def bench(config: Config, process: Process) -> None:
                 contenders["peer", name] = peer.step
             medians = {name: 1e3 * s for name, s in alternate(contenders, options.rounds, options.steps).items()}
         trainer.log.close()
-        for amp in (False, True):
+        for amp in precisions:
             show(model, medians, amp=amp)
 
 

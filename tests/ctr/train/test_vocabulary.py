@@ -58,8 +58,9 @@ def test_rows_are_those_of_the_vocabulary_on_one_rank_and_two(folder):
 
 
 def search_and_train_again(process, folder: Path) -> None:
-    optfs = ["selection.method=optfs", "selection.l1=0.02", "selection.sharpest=10", "optimizer.sparse.lr=0.3"]
-    train(process, folder, "optfs", *optfs, "trainer.epochs=2")
+    optfs = ["selection.method=optfs", "selection.l1=0.02", "selection.sharpest=10", "trainer.epochs=2"]
+    optfs += ["optimizer.sparse.name=rowwise_adagrad", "optimizer.sparse.lr=0.3"]
+    train(process, folder, "optfs", *optfs)
     train(process, folder, "again", *admission(folder / "optfs/importance/optfs/vocabulary"))
 
 
