@@ -42,7 +42,8 @@ def draw_table(name: str, draw: random.Random, *, exact: bool) -> DynamicTableCo
     format, dim = draw.choice(formats), draw.randint(1, 4)
     rounding = draw.choice(["nearest", "stochastic"])
     groups = (Group("v", dim, draw.choice([0.1, 0.5]), format, rounding, 0.02), Group("w", 1, 0.3))
-    admission = Admission("exact", draw.randint(1, 3)) if exact or draw.random() < 0.5 else Admission()
+    rule = "exact" if exact else draw.choice(["none", "exact", "sliding", "probabilistic"])
+    admission = Admission(rule, draw.randint(1, 3), capacity=40)
     full = {} if exact or draw.random() < 0.5 else {"max_rows": 60, "eviction": draw.choice(["lru", "lfu"])}
     ttl = draw.choice([None, 2, 3])
     return DynamicTableConfig(name, FEATURES[name], groups, optimizer, SEED, admission, ttl, chunk_rows=64, **full)
