@@ -1,4 +1,5 @@
-"""Measure a dynamic table on one thread beside fbgemm's static one, a dict and torchrec's MCH: one table of figures.
+"""Measure a dynamic table, and a set of them, on one thread beside fbgemm's static ones, a dict and torchrec's MCH: one
+table of figures.
 
     python scripts/bench/tables.py [--only step map growth bandwidth] [--repeat 30] [--growth 50]
 
@@ -15,6 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -23,9 +25,11 @@ import torch
 from tessera.embedding.config import DynamicTableConfig, Group
 from tessera.embedding.optim import RowOptimizer
 from tessera.embedding.table import DynamicTable
+from tessera.embedding.table_set import TableSet
 from tessera.kernels.backend import backend
 from tessera.kernels.id_map import IdMap
-from tessera.kernels.unique import unique_inverse
+from tessera.kernels.records import Positions
+from tessera.kernels.unique import positions_of, unique_inverse, unique_tables
 from tessera.scripts.bench.timing import alternate, seconds
 
 FEATURES, BATCH, DIM = 26, 4096, 16
@@ -99,6 +103,23 @@ def table_step(
     return step
 
 
+def set_step(ids: torch.Tensor, grads: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """Return the same for a table of each feature, all in one set, that know their part of `ids`."""
+    config = DynamicTableConfig("t", ("f",), (Group("v", DIM, 0.0),), RowOptimizer("rowwise_adagrad"))
+    tables, order = TableSet([replace(config, name=f"t{i}") for i in range(FEATURES)]), torch.arange(FEATURES + 1)
+    for table, known in enumerate(ids.split(ROWS // FEATURES)):
+        for part in known.split(IDS):
+            tables.lookup(part, (order > table) * part.numel(), 0)
+
+    def step(asked: torch.Tensor) -> None:
+        unique, inverse, counts, bounds = unique_tables(asked, order * BATCH)
+        rows = tables.lookup(unique, bounds, 1, counts)
+        tables.gather(rows, inverse)
+        tables.update(rows, grads, Positions(*positions_of(inverse, counts)))
+
+    return step
+
+
 def fbgemm_step(tables: int) -> Callable[[torch.Tensor], object]:
     """Return forward and backward of fbgemm's static table(s) with SUM pooling; it is given row numbers."""
     import fbgemm_gpu.split_table_batched_embeddings_ops_training as training
@@ -119,21 +140,26 @@ def fbgemm_step(tables: int) -> Callable[[torch.Tensor], object]:
 def bench_step(repeat: int) -> None:
     ids, steps = distinct_ids(ROWS), power_law_rows(ROWS)
     parts: dict[str, list[float]] = {name: [] for name in ("merge duplicates", "look up, touch", "gather", "update")}
+    asked, grads = [ids[step] for step in steps], torch.randn(IDS, DIM)
     works = {
-        "tessera, dynamic table with id map": in_turn(
-            [ids[step] for step in steps], table_step(filled_table(ids), torch.randn(IDS, DIM), parts)
-        ),
+        "tessera, dynamic table with id map": in_turn(asked, table_step(filled_table(ids), grads, parts)),
+        f"tessera, set of {FEATURES} dynamic tables": in_turn(asked, set_step(ids, grads)),
         "fbgemm static SUM, 1 table": in_turn(steps, fbgemm_step(1)),
         f"fbgemm static SUM, {FEATURES} tables": in_turn(steps, fbgemm_step(FEATURES)),
     }
     found = alternate(works, repeat)
-    ours = next(iter(found.values()))
+    one, together, *_ = found.values()
     distinct = statistics.mean(step.unique().numel() for step in steps) / IDS
-    show(f"(a) step of {IDS:,} ids ({distinct:.0%} distinct), {ROWS / MILLION} M rows", "ms", "ours / this")
+    show(
+        f"(a) step of {IDS:,} ids ({distinct:.0%} distinct), {ROWS / MILLION} M rows",
+        "ms",
+        "table / this",
+        "set / this",
+    )
     for name, time_ in found.items():
-        show(f"  {name}", f"{time_ * 1e3:.2f}", f"{ours / time_:.2f}")
+        show(f"  {name}", f"{time_ * 1e3:.2f}", f"{one / time_:.2f}", f"{together / time_:.2f}")
     for name, values in parts.items():
-        show(f"    of ours: {name}", f"{statistics.median(values) * 1e3:.2f}")
+        show(f"    of the table: {name}", f"{statistics.median(values) * 1e3:.2f}")
 
 
 def mch_remap(ids: torch.Tensor) -> Callable[[torch.Tensor], object]:
