@@ -1,13 +1,15 @@
 """Conversion rates of models over several labels on the synthetic funnel, on clicked rows and on all.
 
-    python -m tessera.scripts.bench.funnel                # tunes, trains and prints a table; 12 minutes on one core
+    python -m tessera.scripts.bench.funnel                # tunes, trains and prints a table; 5 minutes on one core
     python -m tessera.scripts.bench.funnel --seeds 4 5    # what is in build/bench/funnel is not done again
     python -m tessera.scripts.bench.funnel --table        # of what is there
 
 Models of one label are the same net without the other label's loss: of purchases, it learns from clicked rows alone.
-All have the same widths and the epoch that was best on the valid split. The learning rates of each are those that are
-best on the valid split of another draw of the data (`--tune-seed`), by what a log knows: the mean AUC of its labels,
-purchases on clicked rows and, of a funnel, the product over all.
+All have the same widths, Adam for weights and rows, and the epoch that was best on the valid split. Each has four
+settings, of which the one counts that is best on the valid split of another draw of the data (`--tune-seed`), by what
+a log knows: the mean AUC of its labels, purchases on clicked rows. They are two learning rates of rows and, of nets
+whose labels share a loss, two weights of purchases, which count in a tenth of the rows, so that they are learnt later
+than clicks, and one epoch has to do for both. The others have dropout in the place of that weight.
 """
 
 from __future__ import annotations
@@ -49,7 +51,12 @@ MODELS = {
 WATCHED = {CLICKS: "click.auc", PURCHASES: "buy.auc"}  # of the others: auc, the mean
 COLUMNS = {"click": "CTR", "buy": "CVR, clicked rows", "buy_on_all_rows": "CVR, all rows", "click_and_buy": "CTCVR"}
 NOT_LEARNT = {CLICKS: ("buy", "buy_on_all_rows", "click_and_buy"), PURCHASES: ("click", "click_and_buy")}
-GRID = {"optimizer.sparse.lr": (0.02, 0.05, 0.1), "optimizer.dense.lr": (0.001, 0.003)}
+RATES: dict[str, tuple[float, ...]] = {"optimizer.sparse.lr": (0.001, 0.002)}
+BUY_WEIGHT = "weight of buy"
+WEIGHED = ("shared bottom", "MMoE", "PLE", "DBMTL")
+GRID: dict[str, dict[str, tuple[float, ...]]] = {
+    model: RATES | ({BUY_WEIGHT: (1.0, 5.0)} if model in WEIGHED else {"model.dropout": (0.0, 0.2)}) for model in MODELS
+}
 
 
 class Experiment:
@@ -57,13 +64,14 @@ class Experiment:
 
     def __init__(self, fits: Fits, scratch: Path, process: Process, chosen: argparse.Namespace) -> None:
         self.fits, self.scratch, self.process = fits, scratch, process
-        self.rows, self.epochs = chosen.rows, chosen.epochs
+        self.made_of = {name: getattr(chosen, name) for name in ("rows", "users", "items")}
+        self.epochs = chosen.epochs
 
     def data(self, seed: int) -> Path:
         """Return the folder of a seed's data, and have its ceilings among the results."""
         folder = self.scratch / f"data-{seed}"
         if not folder.exists():
-            config = FunnelConfig(rows=self.rows, valid=0.2, test=0.2, seed=seed)
+            config = FunnelConfig(**self.made_of, valid=0.2, test=0.3, seed=seed)
             write_funnel(config, folder, Writing(row_group_rows=4096))
         return folder
 
@@ -74,13 +82,14 @@ class Experiment:
             splits = json.loads((self.data(seed) / "teacher.json").read_text())["splits"]
             return {name: one["auc"] for name, one in splits["test"]["tasks"].items()}
 
-        return self.fits.once(f"seed-{seed}/ceilings", {"rows": self.rows}, of_teacher)
+        return self.fits.once(f"seed-{seed}/ceilings", self.made_of, of_teacher)
 
     def fit(self, name: str, model: str, seed: int, setting: Setting, *, test: bool) -> Result | None:
         """Return a model's fit: `watched`, by which settings are chosen, and AUC on the test split by column."""
         own = [*MODELS[model], f"trainer.early_stop.metric={WATCHED.get(model, 'auc')}", f"trainer.seed={seed}"]
-        own += [f"{key}={value}" for key, value in setting.items()]
-        made_of = {"overrides": own, "rows": self.rows, "epochs": self.epochs, "seed": seed}
+        for key, value in setting.items():
+            own.append(LABELS.format(click=1, buy=value) if key == BUY_WEIGHT else f"{key}={value}")
+        made_of = self.made_of | {"overrides": own, "epochs": self.epochs, "seed": seed}
         return self.fits.once(name, made_of, partial(self._fitted, own, seed, test=test))
 
     def _fitted(self, own: list[str], seed: int, *, test: bool) -> Result:
@@ -88,9 +97,9 @@ class Experiment:
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             run_dir = Path(folder) / "run"
             fixed = ["data=synthetic_funnel", f"data.path={data}", "data.test=null", f"trainer.run_dir={run_dir}"]
-            fixed += ["model.embedding_dim=8", "embedding.rows=10000", "trainer.batch_size=1024"]
-            fixed += [f"trainer.epochs={self.epochs}", "trainer.early_stop.patience=1"]
-            fixed += ["optimizer.sparse.name=rowwise_adagrad"]
+            fixed += ["model.embedding_dim=8", "embedding.rows=10000", "trainer.batch_size=256"]
+            fixed += ["optimizer.sparse.name=adam", "optimizer.dense.lr=0.001"]
+            fixed += [f"trainer.epochs={self.epochs}", "trainer.early_stop.patience=2"]
             fixed += ["trainer.device=cpu", "trainer.threads=1", "trainer.log_every=1000"]
             best = trained([*fixed, *own], self.process).progress.best
             assert best is not None  # a valid split has clicks and purchases
@@ -99,7 +108,7 @@ class Experiment:
     def of_model(self, model: str, tune_seed: int, seeds: Sequence[int]) -> tuple[Setting | None, list[Result]]:
         """Return the best setting of a model and the results of the seeds that are there."""
         setting = self.fits.best_setting(
-            file_name(model), GRID, lambda name, one: self.fit(name, model, tune_seed, one, test=False)
+            file_name(model), GRID[model], lambda name, one: self.fit(name, model, tune_seed, one, test=False)
         )
         if setting is None:
             return None, []
@@ -142,10 +151,12 @@ def table(results: dict[str, tuple[str, list[Result]]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("build/bench/funnel"), help="folder of the results")
-    parser.add_argument("--rows", type=int, default=240_000, help="a fifth of them for each of valid and test")
+    parser.add_argument("--rows", type=int, default=60_000, help="a fifth of them for valid, three tenths for test")
+    parser.add_argument("--users", type=int, default=300)
+    parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of data and models")
     parser.add_argument("--tune-seed", type=int, default=0, help="of the data on which learning rates are chosen")
-    parser.add_argument("--epochs", type=int, default=4, help="at most; a model stops after one that is not better")
+    parser.add_argument("--epochs", type=int, default=6, help="at most; a model stops after two that are not better")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
     chosen = parser.parse_args(arguments)

@@ -3,7 +3,7 @@
     python -m tessera.scripts.bench.histories synthetic                          # beside the ceiling of teacher.json
     python -m tessera.scripts.bench.histories movielens --input FOLDER           # GroupLens or RecBole files, by time
     python -m tessera.scripts.bench.histories movielens --input FOLDER --table   # of what is there
-    python -m tessera.scripts.bench.histories speed --length 200                 # rows/s, and the share of the tower
+    python -m tessera.scripts.bench.histories speed --length 200 --threads 2     # rows/s, and the share of the tower
 
 Each of the first two takes less than 15 minutes on one core. Results lie in build/bench/histories, and what is there is
 not done again. The settings of each model are those of `GRID` that are best on valid, with a seed of their own.
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from tessera.ctr import api
 from tessera.ctr.data.batch import Batch
@@ -34,10 +35,12 @@ from tessera.ctr.data.convert.pipeline import Options, schema_from_conf
 from tessera.ctr.data.synthetic_histories import HistoriesConfig, write_histories
 from tessera.ctr.network import Network
 from tessera.ctr.runs.saved_model import load_model
+from tessera.ctr.train.engine import set_threads
 from tessera.ctr.train.evaluate import evaluate
 from tessera.ctr.train.trainer import Trainer
 from tessera.distributed import process as processes
 from tessera.distributed.rank import Process
+from tessera.distributed.threads import restart_with_idle_threads_asleep
 from tessera.scripts.bench.fits import Fits, Result, Setting, in_words, mean_and_spread, trained
 
 COMMON = [
@@ -53,6 +56,10 @@ MODELS = {
     "hstu": ["model=hstu", "model.width=32", "model.layers=1", "model.heads=1", "model.preprocessor=32"]
     + ["model.qk_dim=32", "model.v_dim=32", "model.head_hidden=32"],
 }
+WIDE = "hstu-wide"  # of `speed`: two layers of width 64
+SPEED_MODELS = MODELS | {
+    WIDE: [*MODELS["hstu"], "model.width=64", "model.layers=2", "model.qk_dim=64", "model.v_dim=64"]
+}
 DROPOUT = {"hstu": "model.input_dropout"}  # of the others: model.dropout
 GRID = {
     "synthetic": {"optimizer.sparse.lr": (0.02, 0.05), "optimizer.dense.lr": (0.001, 0.003), "dropout": (0.0,)},
@@ -61,6 +68,7 @@ GRID = {
 EPOCHS = {"synthetic": 2, "movielens": 4}
 LENGTH = {"synthetic": 50, "movielens": 20, "speed": 50}
 BATCH = SPEED_ROWS = 256
+SPEED_STEPS = 12
 SHOWN = list(itertools.product(("valid", "test"), ("auc", "logloss")))
 
 
@@ -69,14 +77,20 @@ def main() -> int:
     parser.add_argument("data", choices=("synthetic", "movielens", "speed"))
     parser.add_argument("--input", type=Path, help="folder of MovieLens' files")
     parser.add_argument("--output", type=Path, default=Path("build/bench/histories"), help="folder of the results")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=list(SPEED_MODELS), help=f"{WIDE}: of speed alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the models")
     parser.add_argument("--tune-seed", type=int, default=0, help="of the models whose settings are compared")
     parser.add_argument("--rows", type=int, default=100_000, help="of the synthetic data")
     parser.add_argument("--length", type=int, help="of histories; without it 50, of MovieLens 20")
+    parser.add_argument("--threads", type=int, default=1, help="of speed; beyond 1 the clock's time is taken")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
     options = parser.parse_args()
     options.length = options.length or LENGTH[options.data]
+    options.models = options.models or list(SPEED_MODELS if options.data == "speed" else MODELS)
+    if options.data == "speed":
+        restart_with_idle_threads_asleep()  # as training runs
+    elif WIDE in options.models:
+        parser.error(f"{WIDE} is a model of speed alone")
     process = processes.start("cpu", 300.0)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -207,27 +221,39 @@ def pooled(feature: dict[str, Any]) -> dict[str, Any]:
 
 
 def speed(options: argparse.Namespace, folder: Path, process: Process) -> None:
-    """Print rows per second of one core's time in training steps, the tower's share of it, and what the tower keeps of
-    a batch for its backward pass. The processor's time and not the clock's: it does not depend on what else runs."""
-    torch.set_num_threads(1)
+    """Print rows per second in training steps, the tower's share of their time, and what the tower keeps of a batch for
+    its backward pass. With one thread it is the processor's time, which does not depend on what else runs; with more
+    the clock's, of the fastest step: nothing else should run."""
     options.data, options.rows = "synthetic", 4000
     features = make_data(options, folder / "data")
+    clock, of_all = (time.process_time, statistics.median) if options.threads == 1 else (time.perf_counter, min)
     for model in options.models:
-        overrides = [*MODELS[model], *data_of("synthetic", folder / "data", features, model)]
+        overrides = [*SPEED_MODELS[model], *data_of("synthetic", folder / "data", features, model)]
         fixed = [f"trainer.batch_size={SPEED_ROWS}", "data.test=null", "data.valid=null"]
-        config = api.load_config(*COMMON, *fixed, *overrides, f"trainer.run_dir={folder / model}")
+        fixed += [f"trainer.threads={options.threads}", f"trainer.run_dir={folder / model}"]
+        config = api.load_config(*COMMON, *overrides, *fixed)
+        set_threads(config)
         trainer = Trainer(config, process)
         reader = trainer.readers["train"]
         assert reader is not None
-        batches = list(itertools.islice(reader.epoch(0), 7))
-        whole = seconds([partial(trainer.engine.train_step, batch) for batch in batches])
+        batches = list(itertools.islice(reader.epoch(0), SPEED_STEPS))
+        whole = seconds([partial(trainer.engine.train_step, batch) for batch in batches], clock, of_all)
         network = trainer.engine.model.module
         inputs = [(batch, looked_up(network, batch)) for batch in batches]
-        alone = seconds([partial(tower_step, network, *one) for one in inputs])
+        alone = seconds([partial(tower_step, network, *one) for one in inputs], clock, of_all)
         kept = bytes_kept(partial(tower_step, network, *inputs[-1]))
         rate, share = SPEED_ROWS / whole, alone / whole
-        print(f"{model:8} {rate:8,.0f} rows/s, tower {share:4.0%}, keeps {kept / SPEED_ROWS / 1024:,.1f} KiB a row")
+        events = sum(int(one.lengths().sum()) for batch in batches for one in histories_of(batch)) / len(batches)
+        print(
+            f"{model:9} {rate:8,.0f} rows/s, {events / whole:10,.0f} events/s, tower {share:4.0%}, keeps "
+            f"{kept / SPEED_ROWS / 1024:,.1f} KiB a row, {kept / 2**20:,.1f} MiB a batch"
+        )
         trainer.log.close()
+
+
+def histories_of(batch: Batch) -> list[JaggedTensor]:
+    """Return the sequence of items of a batch, if it has one."""
+    return [batch.ids[name] for name in batch.ids.keys() if name == "history_item_id"]  # noqa: SIM118
 
 
 def looked_up(network: Network, batch: Batch) -> dict[str, torch.Tensor]:
@@ -257,14 +283,16 @@ def bytes_kept(step: Callable[[], None]) -> int:
     return sum(kept.values())
 
 
-def seconds(calls: list[Callable[[], Any]]) -> float:
-    """Return the median of the processor's time of calls, without the first two."""
+def seconds(
+    calls: list[Callable[[], Any]], clock: Callable[[], float], of_all: Callable[[list[float]], float]
+) -> float:
+    """Return the median or the least time of calls, without the first two."""
     times = []
     for call in calls:
-        begin = time.process_time()
+        begin = clock()
         call()
-        times.append(time.process_time() - begin)
-    return statistics.median(times[2:])
+        times.append(clock() - begin)
+    return of_all(times[2:])
 
 
 if __name__ == "__main__":

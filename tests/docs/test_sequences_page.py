@@ -56,4 +56,6 @@ def test_it_goes_from_a_log_to_a_daily_job(reader):
             assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     days = [json.loads(line) for line in (reader / "runs/shop/days.jsonl").read_text().splitlines()]
     assert len(days) == 4 and all(day["status"] == "trained" for day in days)
+    assert days[0]["tasks"]["clicked"]["auc"] == 0.5 and days[-1]["tasks"]["clicked"]["auc"] > 0.6
+    assert days[-1]["tasks"]["bought"]["rows"] == days[-1]["tasks"]["clicked"]["positives"]
     assert (reader / "runs/shop/index.html").exists()
