@@ -17,6 +17,8 @@ import torch
 
 from tests import COMPOSED
 
+LONGEST = ("tests/test_types.py", "tests/test_import_effects.py", "tests/ctr/train/", "tests/scripts/")
+
 if importlib.util.find_spec("tessera") is None:
     sys.modules["tessera"] = types.ModuleType("tessera")
     sys.modules["tessera"].__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
@@ -39,6 +41,12 @@ def pytest_collection() -> None:
         from tests.composing import compose_with_less_work
 
         compose_with_less_work()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the longest single tests first: none of several processes then works on alone at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 def pytest_collection_finish() -> None:

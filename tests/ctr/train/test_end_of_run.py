@@ -54,7 +54,9 @@ def test_a_run_that_goes_on_with_other_ranks_scores_each_row_once(ranks, data, t
         assert not [path.name for path in folder.iterdir() if path.name.endswith("-result")]
 
 
-@pytest.mark.parametrize(("log_every", "steps"), [(1000, [15]), (4, [4, 8, 12, 15]), (5, [5, 10, 15])])
+@pytest.mark.parametrize(
+    ("log_every", "steps"), [pytest.param(1000, [15], marks=pytest.mark.slow), (4, [4, 8, 12, 15]), (5, [5, 10, 15])]
+)
 def test_the_last_steps_are_logged(ranks, data, tmp_path, log_every, steps):
     folder = tmp_path / "run"
     output = trained(ranks, 2, job(data, folder, f"trainer.log_every={log_every}"), tmp_path)
@@ -116,7 +118,7 @@ def test_nothing_to_score_is_a_run_all_the_same(ranks, data, tmp_path):
     assert report_of(folder)["split"] is None and not (folder / "predictions").exists()
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_split_without_rows_is_undefined(ranks, data, tmp_path, world):
     """All its rows are bad ones, and these are passed over."""
     (tmp_path / "none").mkdir()
@@ -132,7 +134,8 @@ def test_a_split_without_rows_is_undefined(ranks, data, tmp_path, world):
     assert "AUC undefined and logloss undefined on 0 rows of test" in output
 
 
-def test_a_model_scored_on_any_number_of_ranks_gives_the_same_numbers(ranks, tmp_path):
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_a_model_scored_on_any_number_of_ranks_gives_the_same_numbers(ranks, tmp_path, world):
     """Calibration, which shifts first where two models differ, to as many digits as AUC and logloss; with weights."""
     data = write_data(tmp_path / "data", 400, VALID)
     weights = pa.array(10.0 ** np.random.default_rng(5).uniform(-3, 3, VALID).astype(np.float32), pa.float32())
@@ -145,16 +148,15 @@ def test_a_model_scored_on_any_number_of_ranks_gives_the_same_numbers(ranks, tmp
     trained(ranks, 1, job(data, base, *weighted), tmp_path)
     expected = lines(base, "eval")[-1]
     found = predictions(base)
-    for world in (2, 3):
-        folder = tmp_path / str(world)
-        again = ["trainer.resume=" + str(max((base / "checkpoints").glob("step-*"))), *weighted]
-        trained(ranks, world, [*job(data, folder)[:-1], *again], tmp_path)
-        last = lines(folder, "eval")[-1]
-        for name in ("auc", "logloss", "normalized_entropy", "calibration"):
-            assert last[name] == pytest.approx(expected[name], rel=1e-6), (world, name)
-            assert report_of(folder)[name] == pytest.approx(report_of(base)[name], rel=1e-6), (world, name)
-        other = predictions(folder)
-        order, places = np.argsort(found["row"]), np.argsort(other["row"])
-        np.testing.assert_allclose(other["prediction"][places], found["prediction"][order], rtol=1e-5)
-    same = compare_runs(base, tmp_path / "3", tmp_path / "compared", "valid", replicates=0).values
+    folder = tmp_path / str(world)
+    again = ["trainer.resume=" + str(max((base / "checkpoints").glob("step-*"))), *weighted]
+    trained(ranks, world, [*job(data, folder)[:-1], *again], tmp_path)
+    last = lines(folder, "eval")[-1]
+    for name in ("auc", "logloss", "normalized_entropy", "calibration"):
+        assert last[name] == pytest.approx(expected[name], rel=1e-6), name
+        assert report_of(folder)[name] == pytest.approx(report_of(base)[name], rel=1e-6), name
+    other = predictions(folder)
+    order, places = np.argsort(found["row"]), np.argsort(other["row"])
+    np.testing.assert_allclose(other["prediction"][places], found["prediction"][order], rtol=1e-5)
+    same = compare_runs(base, folder, tmp_path / "compared", "valid", replicates=0).values
     assert same["first"]["rows"] == VALID

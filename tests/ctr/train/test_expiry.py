@@ -16,13 +16,13 @@ from tessera.ctr.train.clock import ttl_in_vain
 from tessera.ctr.train.trainer import Trainer
 from tests.ranks import on_ranks
 
-DAYS, ROWS, DAY, NOW = 40, 60, 86_400, 20_454 * 86_400
+DAYS, ROWS, DAY, NOW = 20, 60, 86_400, 20_454 * 86_400
 TTL = 2
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Forty days. `row` is different in every row, `often` comes on all days, `daily` is new on each day."""
+    """Twenty days. `row` is different in every row, `often` comes on all days, `daily` is new on each day."""
     folder, draw = tmp_path_factory.mktemp("days"), np.random.default_rng(1)
     for day in range(DAYS):
         table = {
@@ -78,7 +78,7 @@ def rows_by_step(process, data, run_dir, *more):
 
 
 def test_rows_expire_where_every_batch_holds_rows_of_all_days(tmp_path, data):
-    """16 lanes over 40 days and a TTL of 2: what is left are the ids of the last two days, on 1 and 2 ranks."""
+    """16 lanes over 20 days and a TTL of 2: what is left are the ids of the last two days, on 1 and 2 ranks."""
     ends = {}
     for world in (1, 2):
         results = on_ranks(world, rows_by_step, data, tmp_path / str(world), "data.lanes=16")
@@ -166,13 +166,13 @@ def two_epochs_in_order(process, data, run_dir):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ([], "a batch holds rows of 40.0 days: ids of the first expire as soon as they are trained; data.order=time"),
+        ([], "a batch holds rows of 20.0 days: ids of the first expire as soon as they are trained; data.order=time"),
         (
             ["data.order=time", "data.period_days=4"],
             "rows of 4.0 days: ids of the first expire while their days are read",
         ),
         (["data.order=time"], None),
-        (["embedding.ttl_days=41"], None),
+        (["embedding.ttl_days=21"], None),
         (["embedding.clock=wall"], None),
         (["embedding.ttl_days=null"], None),
     ],

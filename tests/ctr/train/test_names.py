@@ -58,9 +58,10 @@ def settings(data: Path, features: list[dict], *more: str) -> list[str]:
 
 def train_and_resume(process, data: Path, run_dir: Path) -> list[bool]:
     """By kind of table: whether a state that was saved after an epoch gives the same rows and dense weights back."""
-    features = [{"name": name} for name in NAMES] + [{"name": f"number {name}", "kind": "numeric"} for name in NAMES]
     same = []
-    for kind in ("dynamic", "static"):
+    for kind, names in (("dynamic", NAMES), ("static", ["keys", "a.b", "a/b", "", "é"])):  # names of modules are common
+        features = [{"name": name} for name in names]
+        features += [{"name": f"number {name}", "kind": "numeric"} for name in names]
         config = load_config(settings(data, features, f"embedding={kind}", f"trainer.run_dir={run_dir / kind}"), "")
         trainers = []
         for resume in (None, "auto"):

@@ -110,11 +110,13 @@ def data(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_ids_rows_and_dense_weights_agree(tmp_path, data):
-    trained = {world: joined(on_ranks(world, train, data, str(tmp_path / str(world)), ())) for world in (1, 2, 3)}
+@pytest.mark.parametrize("worlds", [(3,), pytest.param((2, 4), marks=pytest.mark.slow)])
+def test_ids_rows_and_dense_weights_agree(tmp_path, data, worlds):
+    """By default on three ranks, among which no batch divides."""
+    trained = {world: joined(on_ranks(world, train, data, str(tmp_path / str(world)), ())) for world in (1, *worlds)}
     for (_, key), number in trained[1][2].items():
         assert number > 0, key  # rows are admitted, refused and expired
-    for world in (2, 3):
+    for world in worlds:
         agree(trained[world], trained[1])
 
 

@@ -102,7 +102,7 @@ def check(tmp_path: Path, rows: int, epochs: int, least_kills: int, seed: int, s
 
 
 def test_a_few_kills_change_nothing(tmp_path):
-    check(tmp_path, rows=420, epochs=2, least_kills=2, seed=1, save_every=4)
+    check(tmp_path, rows=300, epochs=2, least_kills=2, seed=1, save_every=4)
 
 
 @pytest.mark.slow
