@@ -24,7 +24,12 @@ demo: setup data/synthetic/schema.yaml ## train DeepFM on synthetic data over RA
 data/synthetic/schema.yaml: | setup
 	$(PYTHON) scripts/prepare.py synthetic --rows $(DEMO_ROWS) --output data/synthetic
 
+# Processes of the tests share what Python compiles, also where the environment has it write nothing beside the sources.
+test test-slow: export PYTHONDONTWRITEBYTECODE =
+test test-slow: export PYTHONPYCACHEPREFIX = $(CURDIR)/build/pycache
+
 test: setup ## run the tests, three files at a time, of which some only wait (ARGS="-k name" selects some)
+	@$(PYTHON) -m compileall -q ctr distributed embedding kernels scripts
 	$(PYTHON) -m pytest -q -n 3 --dist loadfile $(ARGS)
 
 test-slow: setup ## run the tests that take minutes

@@ -6,6 +6,7 @@ Where nothing is installed, as on a machine that has a GPU, torch and Triton alo
 import gc
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -13,7 +14,6 @@ import types
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from tests import COMPOSED
 
@@ -23,8 +23,14 @@ if importlib.util.find_spec("tessera") is None:
     sys.modules["tessera"] = types.ModuleType("tessera")
     sys.modules["tessera"].__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+#: Whether this process of xdist hands tests out and runs none, so that it needs no library.
+HANDS_OUT = "PYTEST_XDIST_WORKER" not in os.environ and re.search(r"\s-n ?[1-9]", " ".join(sys.argv)) is not None
+
+if not HANDS_OUT:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection() -> None:
     """What is imported from here on is no garbage; looking for it takes a fifth of the time."""
     gc.disable()
-    if importlib.util.find_spec("hydra") is not None:
+    if not HANDS_OUT and importlib.util.find_spec("hydra") is not None:
         from tests.composing import compose_with_less_work
 
         compose_with_less_work()
