@@ -71,6 +71,16 @@ class Place:
             raise ExportError(f"{self.name}/{path} is no object")
         return found
 
+    def size_problem(self, path: str, sealed: Mapping[str, int]) -> str | None:
+        """Return the problem of a file that is not read (missing, wrong size), or None."""
+        try:
+            found = self._fs.get_file_info(f"{self._root}/{path}")
+        except OSError as error:
+            return f"{path} cannot be read: {' '.join(str(error).split())}"
+        if found.type != pa.fs.FileType.File:
+            return f"{path} is missing" if found.type == pa.fs.FileType.NotFound else f"{path} is no file"
+        return None if found.size == sealed["bytes"] else _other_size(path, found.size, sealed)
+
     def problem(self, path: str, sealed: Mapping[str, int]) -> str | None:
         """Read a whole file and return its problem (missing, wrong size or checksum), or None."""
         size = crc = 0
@@ -83,8 +93,12 @@ class Place:
         except OSError as error:
             return f"{path} cannot be read: {' '.join(str(error).split())}"
         if size != sealed["bytes"]:
-            return f"{path} has {size:,} bytes; the manifest says {sealed['bytes']:,}"
+            return _other_size(path, size, sealed)
         return None if crc == sealed["crc32"] else f"{path} has another checksum than the manifest says"
+
+
+def _other_size(path: str, size: int, sealed: Mapping[str, int]) -> str:
+    return f"{path} has {size:,} bytes; the manifest says {sealed['bytes']:,}"
 
 
 def checksum(manifest: Mapping[str, Any]) -> str:

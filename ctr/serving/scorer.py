@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tessera.ctr.serving.changes import ChangedTable
-from tessera.ctr.serving.description import FORMAT, TOWER, WEIGHTS, read_description
+from tessera.ctr.serving.description import FEATURES, FORMAT, TOWER, WEIGHTS, Description, read_description
 from tessera.ctr.serving.embeddings import Embeddings
 from tessera.ctr.serving.error_memory import base_of
 from tessera.ctr.serving.errors import ExportError, RowError
@@ -24,7 +24,7 @@ from tessera.ctr.serving.files import Place, read_manifest
 from tessera.ctr.serving.graph import AnyGraph, load_graph
 from tessera.ctr.serving.rows import RowDecoder, Rows
 from tessera.ctr.serving.saved_models import read_safetensors
-from tessera.ctr.serving.table_files import TableFiles
+from tessera.ctr.serving.table_files import IDS, STARTS, TableFiles
 
 BATCH_ROWS = 8192  # rows that are scored at once: what they look up is held in memory
 CHANGES = "changes"  # kind of folders that hold changes
@@ -59,15 +59,22 @@ class Scorer:
 
         Raises ExportError: it is no export of this version, or a file is missing or was changed.
         """
+        if "://" in str(folder):
+            raise ExportError(f"{folder}: tables are mapped into memory; expected a folder on this machine")
         self.folder = Path(os.path.abspath(os.path.expanduser(folder)))
         self.folders = [self.folder]
         place = Place(self.folder)
         self.manifest = checked_manifest(place, lambda path: check or not path.startswith("tables/"))
         if self.manifest.get("kind") == CHANGES:
             raise ExportError(f"{self.folder} holds changes of an export, which a server lays over it; expected one")
+        if self.manifest.get("kind") != "export":
+            raise ExportError(f"{self.folder} is of kind {self.manifest.get('kind')!r}; expected an export")
         self.version = version_of(self.manifest)
         description = read_description(place)
         self.description = description
+        unlisted = [path for path in files_of(description) if path not in self.manifest["files"]]
+        if unlisted:
+            raise ExportError(f"{self.folder} is damaged: its manifest does not list {unlisted[0]}")
         self.labels = [label.name for label in description.labels]
         self._numbers = [place for place, label in enumerate(description.labels) if label.is_number]
         schema = description.schema()
@@ -275,16 +282,27 @@ def version_of(manifest: dict[str, Any]) -> str:
 
 
 def checked_manifest(place: Place, chosen: Callable[[str], bool]) -> dict[str, Any]:
-    """Return the manifest of a folder. chosen: which files are compared with it.
+    """Return the manifest of a folder. chosen: which files are compared with it; of others the size alone.
 
     Raises ExportError: it is none of this version, or a file is missing or was changed.
     """
     manifest = read_manifest(place, FORMAT)
     for path, sealed in manifest["files"].items():
-        problem = place.problem(path, sealed) if chosen(path) else None
+        problem = (place.problem if chosen(path) else place.size_problem)(path, sealed)
         if problem:
             raise ExportError(f"{place.name} is damaged: {problem}")
     return manifest
+
+
+def files_of(description: Description) -> list[str]:
+    """Return the files that a scorer reads of an export, which its manifest must list."""
+    found = [FEATURES, TOWER, *([description.oov] if description.oov else [])]
+    found += [projection.file for projection in description.projections]
+    for table in description.tables:
+        found += [path for group in table.groups for path in (group.values, group.scales) if path is not None]
+        if table.kind != "static":
+            found += [f"{table.folder}/{name}" for name in (STARTS, IDS)]
+    return found
 
 
 def reweighted(tower: AnyGraph, folder: Path) -> AnyGraph:

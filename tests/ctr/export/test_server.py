@@ -47,6 +47,7 @@ def rows_of(count: int, seed: int = 0) -> list[dict]:
 
 def serve(scorer: Scorer, test, **limits) -> None:
     """Run a test, a coroutine of a client, on a server of the scorer."""
+    limits = {"timeout_seconds": 120.0} | limits  # on a machine with much else to do
     server = Server(scorer, Settings(Limits(**limits)), say=lambda line: None)
 
     async def run() -> None:
