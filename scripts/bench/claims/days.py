@@ -34,7 +34,7 @@ def monolith(bench: Bench, logs: Path | None) -> list[Row]:
 
 def _collisions(bench: Bench, logs: Path | None) -> list[Row]:
     """Every id in a row of its own beside ids that share rows, as `collisions.py` has them."""
-    arms = [name for name, divisor in FRACTIONS.items() if divisor in (None, 2, 4)]
+    arms = [name for name, divisor in FRACTIONS.items() if divisor in (None, 4)]
     found = []
     for where in (synthetic("as Criteo", 80_000, 2),):
         claim, paper = "a row for every id above ids hashed into", "above from the first epoch on (figure)"
@@ -108,7 +108,7 @@ def _expired(bench: Bench, ttl: int | None, seed: int) -> Result | None:
 def _online(bench: Bench, logs: Path | None) -> list[Row]:
     """A model trained on the first 5/7 of a stream, beside itself going on with the rest in pieces."""
     found = []
-    for data in ("movielens", "synthetic"):
+    for data in ("movielens",):
         folder = None if data == "synthetic" else (logs or Path("data")) / "ml-100k"
         where = "synthetic stream that drifts" if folder is None else "MovieLens by time"
         if folder is not None and not (bench.fits.read_only or folder.is_dir()):

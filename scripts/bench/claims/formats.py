@@ -16,19 +16,18 @@ from tessera.ctr.data.synthetic_rows import SyntheticConfig
 from tessera.ctr.train.evaluate import evaluate
 from tessera.ctr.train.trainer import Trainer
 from tessera.scripts.bench.claims.bench import COMMON, Arm, Bench, Row, Rows, absent
-from tessera.scripts.bench.claims.towers import HIDDEN, movielens
+from tessera.scripts.bench.claims.towers import HIDDEN
 from tessera.scripts.bench.fits import Result, trained
-from tessera.scripts.bench.low_precision import FAST, INT8
+from tessera.scripts.bench.low_precision import ALPT, INT8
 
 DEEPFM = ("model=deepfm", HIDDEN)
-RANGES = {"embedding.range": (0.1, 0.3)}
 INT4 = "embedding.format=int4"
 FP32 = Arm("fp32", DEEPFM, {})
-LPT8 = Arm("int8 LPT", (*DEEPFM, *INT8), RANGES)
-NEAREST8 = Arm("int8 LPT to nearest", (*DEEPFM, *INT8, "embedding.rounding=nearest"), RANGES)
-ALPT8 = Arm("int8 ALPT", (*DEEPFM, *INT8, "embedding.alpt.every=1"), RANGES)
-LPT4 = Arm("int4 LPT", (*DEEPFM, INT4), RANGES)
-ALPT4 = Arm("int4 ALPT", (*DEEPFM, INT4, *FAST), RANGES)
+LPT8 = Arm("int8 LPT", (*DEEPFM, *INT8), {})
+NEAREST8 = Arm("int8 LPT to nearest", (*DEEPFM, *INT8, "embedding.rounding=nearest"), {})
+ALPT8 = Arm("int8 ALPT", (*DEEPFM, *INT8, *ALPT), {})
+LPT4 = Arm("int4 LPT", (*DEEPFM, INT4), {"embedding.range": (0.1, 0.3)})
+ALPT4 = Arm("int4 ALPT", (*DEEPFM, INT4, "embedding.range=0.1", *ALPT), {"embedding.alpt.lr": (2e-5, 1e-3)})
 CACHE_ROWS = (1_000, 2_500)
 CACHE_BATCH = "trainer.batch_size=256"  # the cache holds what two batches look up, at least
 
@@ -45,15 +44,13 @@ def synthetic(name: str, rows: int, epochs: int, zipf: float = 1.05) -> Rows:
 
 
 def low_precision(bench: Bench, logs: Path | None) -> list[Row]:
-    found = []
-    for where in (synthetic("as Criteo", 80_000, 2), movielens(logs)):
-        found += [
-            bench.compared("LPT: int8 near fp32", "near", where, LPT8, FP32, 0.001),
-            bench.compared("LPT: stochastic rounding above nearest", "faster, smaller error", where, LPT8, NEAREST8),
-            bench.compared("ALPT: int8 loses nothing", "no loss", where, ALPT8, FP32, 0.001),
-            bench.compared("ALPT above LPT at int4", "clearly better", where, ALPT4, LPT4),
-        ]
-    return found
+    where = synthetic("as Criteo", 80_000, 2)
+    return [
+        bench.compared("LPT: int8 near fp32", "near", where, LPT8, FP32, 0.001),
+        bench.compared("LPT: stochastic rounding above nearest", "faster, smaller error", where, LPT8, NEAREST8),
+        bench.compared("ALPT: int8 loses nothing", "no loss", where, ALPT8, FP32, 0.001),
+        bench.compared("ALPT above LPT at int4", "clearly better", where, ALPT4, LPT4),
+    ]
 
 
 def cache(bench: Bench, logs: Path | None) -> list[Row]:
