@@ -38,6 +38,7 @@ def test_the_interval_is_that_of_students_t():
         ([-0.003, -0.004, -0.005], None, "the other way"),
         ([-0.0003, -0.0004, -0.0005], 0.001, "holds"),
         ([-0.003, -0.004, -0.005], 0.001, "the other way"),
+        ([0.0013, -0.0010, -0.0016], 0.001, "on the mean"),
         ([0.003], None, "in every seed"),
     ],
 )

@@ -30,7 +30,7 @@ COMMON = [
     *("model.embedding_dim=8", "embedding.rows=100000", "trainer.early_stop.metric=auc"),
 ]
 #: What every arm may choose from, on the valid split.
-GRID: Mapping[str, Sequence[float]] = {"optimizer.sparse.lr": (0.001, 0.003)}
+GRID: Mapping[str, Sequence[float]] = {"optimizer.sparse.lr": (0.003, 0.01)}
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def paired(better: Sequence[float], worse: Sequence[float]) -> Paired:
 def verdict(found: Paired, margin: float | None = None) -> str:
     """Return whether the difference is above 0, or with `margin` whether it is not below -margin: `holds` if the whole
     interval is so, `in every seed` if each difference is but the interval is not, `the other way` if the whole interval
-    says the opposite, and otherwise `not told apart`."""
+    says the opposite, and otherwise `not told apart`, or with `margin` and a mean inside of it `on the mean`."""
     least = 0.0 if margin is None else -margin
     if found.mean - found.half > least:
         return "holds"
@@ -41,6 +41,8 @@ def verdict(found: Paired, margin: float | None = None) -> str:
         return "in every seed"
     if found.mean + found.half < least:
         return "the other way"
+    if margin is not None and found.mean > least:
+        return "on the mean"
     return "not told apart"
 
 
