@@ -106,7 +106,7 @@ def values_last() -> None:
         if any(one.startswith("hydra.") for one in overrides):
             return compose(name, overrides=list(overrides))
         try:
-            made = pickle.loads(_chosen(compose, name, choices))
+            made = _with_plain_choices(choices, lambda rest: _chosen(compose, name, rest))
             ConfigLoaderImpl._apply_overrides_to_config([_parsed(one) for one in values], made)
         except Exception:  # which words it has is hydra's
             return compose(name, overrides=list(overrides))
@@ -120,7 +120,7 @@ def values_last() -> None:
         if name is None or _tables_of(composed) is not tables or not {_key(one) for one in values} <= _keys():
             return merge(*configs)  # tables are set in what is composed, and some keys are of no dataclass
         try:
-            made = pickle.loads(_merged(compose, merge, name, choices))
+            made = _with_plain_choices(choices, lambda rest: _merged(compose, merge, name, rest))
             ConfigLoaderImpl._apply_overrides_to_config([_parsed(one) for one in values], made)
         except Exception:
             return merge(*configs)
@@ -144,6 +144,33 @@ def _key(override: str) -> str:
 @cache
 def _keys() -> set[str]:
     return {key for key, _ in command_line.keys_of(configuration.Config)}
+
+
+def _with_plain_choices(choices: tuple[str, ...], made: Callable[[tuple[str, ...]], bytes]) -> DictConfig:
+    """What is made of the choices: of all but a model and a numeric, which then take the place of the default's."""
+    plain = (
+        {}
+        if any("@" in one or "experiment" in one for one in choices)
+        else {
+            group: path
+            for group, path in ((one.partition("=")[0], _plain_yaml(one)) for one in choices)
+            if path and sum(one.startswith(f"{group}=") for one in choices) == 1
+        }
+    )
+    config = pickle.loads(made(tuple(one for one in choices if one.partition("=")[0] not in plain)))
+    for group, path in plain.items():
+        OmegaConf.update(config, group, OmegaConf.to_container(OmegaConf.load(path)), merge=False, force_add=True)
+    return config
+
+
+@cache
+def _plain_yaml(choice: str) -> Path | None:
+    """The yaml of a model or of a numeric if that is all that the choice brings."""
+    found = re.fullmatch(r"(model|numeric)=(\w+)", choice)
+    path = Path(conf.__file__).parent / found[1] / f"{found[2]}.yaml" if found else None
+    if path is None or not path.is_file() or re.search("^defaults:|@package", path.read_text(), re.MULTILINE):
+        return None
+    return path
 
 
 @cache

@@ -19,6 +19,9 @@ LINES = [
     [*JOB, "embedding.tables.user_id.dim=4", "trainer.eval_every=3", "daily.skip=[2026-11-01,dt=é]"],
     [*JOB, "trainer.checkpoint.every=3", "trainer.checkpoint.every=5", "model.hidden=[8]", "trainer.amp=true"],
     ["model={target: a.B}", "trainer.batch_size=7"],
+    [*JOB, "model=fgcnn", "model@model.classifier=dnn", "numeric=autodis", "model.classifier.hidden=[8]"],
+    ["experiment=avazu_x1_deepfm", "model=ipnn", "model.embedding_dim=3"],
+    [*JOB, "model=autoint_plus", "numeric=bucketised", "numeric.buckets=7", "+model.more={a: [1, {b: null}]}"],
 ]
 WRONG = [["trainer.epochs=1=2"], ["data.days.nothing=3"], ["model.hiden=[1]"], ["embedding.init=${a.b}"], ["model=x"]]
 

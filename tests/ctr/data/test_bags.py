@@ -12,7 +12,7 @@ from tessera.ctr.data.reader import ParquetReader
 from .rows import features, ids_of, read_in_order, taken_apart, write
 
 quick = settings(
-    max_examples=40,
+    max_examples=20,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -84,7 +84,7 @@ quick = settings(
 
 
 @given(data=st.data(), data_set=data_sets(), batch_sizes=st.tuples(st.integers(1, 50), st.integers(1, 50)))
-@settings(quick, max_examples=60)
+@settings(quick, max_examples=30)
 def test_rows_before_a_stop_and_after_it_are_all_rows_once(tmp_path_factory, data, data_set, batch_sizes):
     files, group_rows, options = data_set
     path = build(tmp_path_factory.mktemp("d"), files, group_rows)
@@ -97,7 +97,7 @@ def test_rows_before_a_stop_and_after_it_are_all_rows_once(tmp_path_factory, dat
 
 
 @given(data=st.data(), data_set=data_sets(), batch_size=st.integers(1, 50))
-@settings(quick, max_examples=40)
+@settings(quick, max_examples=20)
 def test_a_global_batch_does_not_depend_on_the_ranks(tmp_path_factory, data, data_set, batch_size):
     files, group_rows, options = data_set
     path = build(tmp_path_factory.mktemp("d"), files, group_rows)
@@ -109,7 +109,7 @@ def test_a_global_batch_does_not_depend_on_the_ranks(tmp_path_factory, data, dat
 
 
 @given(data=st.data(), data_set=data_sets(), batch_size=st.integers(1, 50))
-@settings(quick, max_examples=30)
+@settings(quick, max_examples=15)
 def test_a_continued_epoch_is_bit_identical(tmp_path_factory, data, data_set, batch_size):
     files, group_rows, options = data_set
     path = build(tmp_path_factory.mktemp("d"), files, group_rows)

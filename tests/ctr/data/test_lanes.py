@@ -8,7 +8,7 @@ from tessera.ctr.data.lanes import lane_offsets, lane_starts, rank_bounds, sched
 
 
 @given(st.integers(1, 300), st.integers(1, 20), st.integers(1, 40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_rounds_over_lanes_deliver_every_row_once(rows, lanes, batch_size):
     starts = lane_starts(rows, lanes)
     sizes = np.diff(starts)
@@ -27,7 +27,7 @@ def test_rounds_over_lanes_deliver_every_row_once(rows, lanes, batch_size):
 
 
 @given(st.integers(0, 500), st.integers(1, 100), st.integers(1, 24), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_scheduled_rows_are_those_of_the_ranks_lanes(position, rows, lanes, data):
     world_size = data.draw(st.integers(1, lanes))
     bounds = rank_bounds(world_size, lanes)

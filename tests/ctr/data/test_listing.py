@@ -209,7 +209,7 @@ TREES = st.dictionaries(
 
 
 @given(tree=TREES, remote=st.booleans())
-@settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 def test_rows_of_a_random_tree_are_delivered_or_the_entry_is_named(tmp_path_factory, tree, remote):
     root = tmp_path_factory.mktemp("tree")
     expected, refused, first = [], [], 0
