@@ -166,7 +166,7 @@ def two_epochs_in_order(process, data, run_dir):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ([], "a batch holds rows of 20.0 days: ids of the first expire as soon as they are trained; data.order=time"),
+        ([], "a batch holds rows of 19.9 days: ids of the first expire as soon as they are trained; data.order=time"),
         (
             ["data.order=time", "data.period_days=4"],
             "rows of 4.0 days: ids of the first expire while their days are read",

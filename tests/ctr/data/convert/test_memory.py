@@ -25,8 +25,8 @@ print(*peaks)
 
 
 def test_peak_does_not_grow_with_the_input(tmp_path):
-    lines = ["1" + "\t5" * 13 + f"\t{i:08x}" * 26 + "\n" for i in range(20_000)]
-    small = gzip.compress("".join(lines).encode(), 1)  # 5 MB of text
+    lines = ["1" + "\t5" * 13 + f"\t{i:08x}" * 26 + "\n" for i in range(12_000)]
+    small = gzip.compress("".join(lines).encode(), 1)  # 3 MB of text
     for name, times in (("warm", 1), ("small", 1), ("large", 10)):
         (tmp_path / f"{name}.gz").write_bytes(small * times)
     done = subprocess.run(
@@ -39,4 +39,4 @@ def test_peak_does_not_grow_with_the_input(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     _, small_peak, large_peak = map(int, done.stdout.split())
-    assert large_peak - small_peak < 25, f"MB: {done.stdout}"  # the text is 50 MB longer
+    assert large_peak - small_peak < 15, f"MB: {done.stdout}"  # the text is 30 MB longer
