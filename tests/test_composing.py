@@ -57,7 +57,10 @@ def equal(expected: Config | str, overrides: list[str]) -> bool:
     return found == expected
 
 
-@pytest.mark.parametrize("overrides", [*LINES, *WRONG])
+SLOW = [pytest.param(one, marks=pytest.mark.slow) for one in (*LINES[1::2], *WRONG[3:])]
+
+
+@pytest.mark.parametrize("overrides", [*LINES[::2], *WRONG[:3], *SLOW])
 def test_they_are_what_hydra_composes(by_hydra, overrides):
     expected = by_hydra(overrides)
     assert isinstance(expected, str) == (overrides in WRONG)

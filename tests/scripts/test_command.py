@@ -78,10 +78,10 @@ def test_what_a_script_returns_is_the_status(capsys):
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("tessera tr", {"train"}),
+        pytest.param("tessera tr", {"train"}, marks=pytest.mark.slow),
         ("tessera evaluate --sp", {"--split"}),
         ("tessera train model=deep", {"model=deepfm", "model=deepfm_p"}),
-        ("tessera train trainer.epo", {"trainer.epochs="}),
+        pytest.param("tessera train trainer.epo", {"trainer.epochs="}, marks=pytest.mark.slow),
     ],
 )
 def test_a_shell_completes(typed, offered, tmp_path):
