@@ -40,6 +40,7 @@ MODELS = {
     PURCHASES: ["model=dnn", f"model.hidden={NET}", LABELS.format(click=0, buy=1)],
     "shared bottom": ["model=shared_bottom", f"model.bottom={NET}", f"model.head={HEAD}"],
     "MMoE": ["model=mmoe", f"model.expert={NET}", f"model.head={HEAD}", "model.gate=[]"],
+    "MMoE, labels weighed alike": ["model=mmoe", f"model.expert={NET}", f"model.head={HEAD}", "model.gate=[]"],
     "PLE": ["model=ple", f"model.expert={NET}", f"model.head={HEAD}", "model.gate=[]"],
     "DBMTL": ["model=dbmtl", f"model.bottom={NET}", f"model.head={HEAD}", f"model.relation={HEAD}"],
     "ESMM": ["model=esmm", f"model.hidden={NET}"],
@@ -57,6 +58,7 @@ WEIGHED = ("shared bottom", "MMoE", "PLE", "DBMTL")
 GRID: dict[str, dict[str, tuple[float, ...]]] = {
     model: RATES | ({BUY_WEIGHT: (1.0, 5.0)} if model in WEIGHED else {"model.dropout": (0.0, 0.2)}) for model in MODELS
 }
+GRID["MMoE, labels weighed alike"] = RATES  # a single model has no other label to weigh
 
 
 class Experiment:
