@@ -103,8 +103,8 @@ def values_last() -> None:
     def compose_choices_once(name: str, overrides: Sequence[str]) -> DictConfig:
         values = [one for one in overrides if is_value(one)]
         choices = tuple(one for one in overrides if not is_value(one))
-        if any(one.startswith("hydra.") for one in overrides):
-            return compose(name, overrides=list(overrides))
+        if any(one.startswith(("hydra.", "~")) or "={" in one for one in overrides):
+            return compose(name, overrides=list(overrides))  # what is taken away, or a mapping over what is none
         try:
             made = _with_plain_choices(choices, lambda rest: _chosen(compose, name, rest))
             ConfigLoaderImpl._apply_overrides_to_config([_parsed(one) for one in values], made)

@@ -23,7 +23,7 @@ MISTAKES = {
     "groups is ['v', 'v']; expected one or more groups with different": {"groups": (Group("v", 1, 0),) * 2},
     "groups.v.dim is 0; expected at least 1": {"groups": (Group("v", 0, 0.1),)},
     "groups.v.init_std is nan; expected a finite number": {"groups": (Group("v", 1, float("nan")),)},
-    "admission.kind is 'exacct'; expected none, exact, sliding or probabilistic; did you mean exact?": {
+    "admission.kind is 'exacct'; expected none, exact, sliding, probabilistic or vocabulary; did you mean exact?": {
         "admission": Admission("exacct", 2)
     },
     "admission.threshold is 0; expected at least 1": {"admission": Admission("exact", 0)},
