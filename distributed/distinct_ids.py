@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
-from tessera.distributed.event_times import latest, times_of_values
+from tessera.distributed.event_times import MIN_TIME
 from tessera.kernels.host_numbers import on_device
+from tessera.kernels.latest import latest_of_bags
 from tessera.kernels.unique import unique_tables
 
 ALL_TABLES = "tables"  # the key; names of single tables begin otherwise (`module_name`)
@@ -62,5 +63,5 @@ def distinct_ids(ids: KeyedJaggedTensor, times: Tensor | None, tables: FieldsOfT
         for field, places in zip(tables.flat, of_fields, strict=True):
             index[ends[field] : ends[field + 1]] = places
     if times is not None:
-        times = latest(times_of_values(ids, times), index, unique.numel())
+        times = latest_of_bags(times, ids.offsets().long(), index, unique.numel(), MIN_TIME)
     return DistinctIds(unique, found, counts, times, index)

@@ -39,7 +39,18 @@ struct Gradients {
   const int64_t* begins;
   int64_t n;
 
+  TESSERA_INLINE bool wrong(int64_t position) const {
+    return __builtin_expect(static_cast<uint64_t>(position) >= static_cast<uint64_t>(n), 0);
+  }
   Fault fault(int64_t position) const { return {"order", position, n}; }
+
+  // Ask for the gradient of a place of `order` that is needed soon, if there is such a place.
+  TESSERA_INLINE void prefetch(int64_t place, int64_t width) const {
+    if (place >= n || wrong(order[place])) return;
+    const char* const at = reinterpret_cast<const char*>(grads + order[place] * width);
+    for (int64_t offset = 0; offset < std::min(4 * width, tessera::kMostAhead); offset += 64) __builtin_prefetch(at + offset);
+    __builtin_prefetch(at + 4 * width - 1);
+  }
 };
 
 struct Update {
@@ -68,6 +79,29 @@ struct Block {
   float kept[kBlock];  // of values, where tables decay
 };
 
+// Sum the gradients at order[from] to order[to - 1], in this order. Sums of a width known while compiling stay in
+// registers.
+template <int64_t Width>
+TESSERA_INLINE Fault add_up(const Gradients& given, int64_t width, int64_t from, int64_t to, float* __restrict sum) {
+  float registers[Width > 0 ? Width : 1];
+  float* __restrict const to_sum = Width > 0 ? registers : sum;
+  const int64_t columns = Width > 0 ? Width : width;
+  for (int64_t c = 0; c < columns; ++c) to_sum[c] = 0.0f;
+  for (int64_t p = from; p < to; ++p) {
+    given.prefetch(p + kAhead, columns);
+    const int64_t position = given.order[p];
+    if (given.wrong(position)) return given.fault(position);
+    const float* __restrict const grad = given.grads + position * columns;
+    if (p == from)  // not added to zero, which would lose the sign of a gradient -0
+      for (int64_t c = 0; c < columns; ++c) to_sum[c] = grad[c];
+    else
+      for (int64_t c = 0; c < columns; ++c) to_sum[c] += grad[c];
+  }
+  if (Width > 0)
+    for (int64_t c = 0; c < columns; ++c) sum[c] = to_sum[c];
+  return {};
+}
+
 // Sum the gradients of rows [begin, begin + block.size), in order of position; a row's only gradient is not copied.
 template <int64_t Width>
 TESSERA_INLINE Fault sum_rows(const Update& update, int64_t begin, int64_t last, float* sums, Block& block) {
@@ -78,31 +112,21 @@ TESSERA_INLINE Fault sum_rows(const Update& update, int64_t begin, int64_t last,
     if (i + kAhead < last) update.records.prefetch(update.rows[i + kAhead], 0, update.layout.bytes);
     if (update.records.beyond(row)) return update.records.fault(row);
     block.records[k] = row < 0 ? nullptr : update.records[row];
-    block.tables[k] = row < 0 ? 0 : update.table_of(block.records[k]);
-    if (update.decay.sums != nullptr && row >= 0) block.kept[k] = update.decay.factor_of(block.records[k]);
     if (given.order == nullptr) {
       block.grads[k] = given.grads + i * width;
       continue;
     }
-    float* __restrict const sum = sums + k * width;
     const int64_t from = given.begins[i], to = given.begins[i + 1];
     if (from < 0 || to > given.n) return given.fault(to);
-    for (int64_t p = from; p < to; ++p) {
-      const int64_t position = given.order[p];
-      if (__builtin_expect(static_cast<uint64_t>(position) >= static_cast<uint64_t>(given.n), 0))
-        return given.fault(position);
-      const float* __restrict const grad = given.grads + position * width;
-      if (to == from + 1) {
-        block.grads[k] = grad;
-        break;
-      }
-      if (p == from)
-        for (int64_t c = 0; c < width; ++c) sum[c] = grad[c];
-      else
-        for (int64_t c = 0; c < width; ++c) sum[c] += grad[c];
+    if (to == from + 1) {
+      given.prefetch(from + kAhead, width);
+      if (given.wrong(given.order[from])) return given.fault(given.order[from]);
+      block.grads[k] = given.grads + given.order[from] * width;
+      continue;
     }
-    if (to == from) std::fill_n(sum, width, 0.0f);
-    if (to != from + 1) block.grads[k] = sum;
+    float* const sum = sums + k * width;
+    if (const Fault fault = add_up<Width>(given, width, from, to, sum); fault.name != nullptr) return fault;
+    block.grads[k] = sum;
   }
   return {};
 }
@@ -115,6 +139,15 @@ TESSERA_SIMD Fault sum_block(const Update& update, int64_t begin, int64_t last, 
     case 32: return sum_rows<32>(update, begin, last, sums, block);
     case 33: return sum_rows<33>(update, begin, last, sums, block);
     default: return sum_rows<0>(update, begin, last, sums, block);
+  }
+}
+
+// Note which tables the rows of a block belong to, and what decay has left of their values.
+TESSERA_SIMD void read_meta(const Update& update, Block& block) {
+  for (int64_t k = 0; k < block.size; ++k) {
+    const char* const record = block.records[k];
+    block.tables[k] = record == nullptr ? 0 : update.table_of(record);
+    if (update.decay.sums != nullptr && record != nullptr) block.kept[k] = update.decay.factor_of(record);
   }
 }
 
@@ -243,6 +276,7 @@ void update_range(const Update& update, int64_t first, int64_t last) {
     Block block;
     block.size = std::min(kBlock, last - begin);
     sum_block(update, begin, last, memory.data(), block).raise();
+    read_meta(update, block);
     step_groups(update, block, memory.data() + kBlock * update.layout.width);
     if (update.mark > 0) set_marks(block, update);
     if (update.decay.sums != nullptr) set_decayed(block, update);

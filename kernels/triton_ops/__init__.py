@@ -2,10 +2,12 @@
 
 The functions take what the ops of `torch.ops.tessera` take (`kernels/schemas.py`). What no
 training step calls on a GPU is the definition in torch: the reader's string ops, `coldest`, and
-`copy_rows`, `take_places`, `records_read` and `records_write`, of saved states and eviction.
+`copy_rows`, `take_places`, `records_read` and `records_write`, of saved states and eviction; so is `latest_of_bags`,
+which is few operations.
 """
 
 from tessera.kernels.reference.copy_rows import copy_rows
+from tessera.kernels.reference.latest import latest_of_bags
 from tessera.kernels.reference.records import records_read, records_write
 from tessera.kernels.reference.string_hash import hex_to_int64, xxh64
 from tessera.kernels.reference.take_places import take_places
@@ -61,6 +63,7 @@ __all__ = [
     "id_map_insert",
     "id_map_place",
     "init_rows",
+    "latest_of_bags",
     "merge_look_ups",
     "mix64",
     "normal",
