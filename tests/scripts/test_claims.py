@@ -13,7 +13,7 @@ from tessera.scripts.bench.claims import bench as claims
 from tessera.scripts.bench.claims import teachers
 from tessera.scripts.bench.claims.__main__ import CLAIMS
 from tessera.scripts.bench.claims.bench import Arm, Bench, Row, Rows
-from tessera.scripts.bench.claims.page import HEAD, System, page
+from tessera.scripts.bench.claims.page import HEAD, Shown, System, page
 from tessera.scripts.bench.claims.paired import paired, verdict, written
 from tessera.scripts.bench.claims.teachers import Teacher
 from tessera.scripts.bench.claims.text import SYSTEMS
@@ -51,7 +51,7 @@ def test_the_page_has_a_line_for_each_claim_and_says_what_was_not_run():
         Row("A above B", "+0.01", "here", "A 0.8, B 0.7", "+0.1", "holds"),
         claims.absent("C", "", "there", "not run"),
     ]
-    text = page({System("Name (paper)", "Before.", "After."): (rows, 120.0)}, "# Claims")
+    text = page({System("Name (paper)", "Before.", "After."): Shown(rows, 120.0, 9, 2)}, "# Claims")
     assert text.split("\n\n") == [
         "# Claims",
         "## Name (paper)",
@@ -60,7 +60,8 @@ def test_the_page_has_a_line_for_each_claim_and_says_what_was_not_run():
         "| A above B | +0.01 | here | A 0.8, B 0.7 | +0.1 | **holds** |\n"
         "| C |  | there |  |  | not run |",
         "After.",
-        "Fits: 2 min of one core.\n",
+        "Fits: 2 min of one core. Of 9 that could stop early, 2 used all of their passes.",
+        "All fits together: 2 min of one core.\n",
     ]
     assert set(SYSTEMS) == set(CLAIMS)
 
@@ -73,17 +74,25 @@ def test_a_stopped_run_goes_on_with_what_is_missing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         made.append((seed, before, own[-2:]))
         rate = [float(one.split("=")[1]) for one in own if one.startswith("optimizer.sparse.lr=")][-1]
-        return {"watched": -abs(rate - 0.02), "auc": 0.7 + 0.01 * ("model=b" in own) + 0.001 * seed}
+        return {
+            "watched": -abs(rate - 0.02),
+            "epochs": 3 + ("model=b" in own),
+            "auc": 0.7 + 0.01 * ("model=b" in own) + 0.001 * seed,
+        }
 
     monkeypatch.setattr(Bench, "_fitted", fitted)
-    rows = Rows("drawn", lambda seed, folder: None, (), {"rows": 5})
+    rows = Rows("drawn", lambda seed, folder: None, ("trainer.epochs=4",), {"rows": 5})
     grid = {"optimizer.sparse.lr": (0.01, 0.02)}
     first = Arm("A", ("model=a",), grid)
     second = Arm("B", ("model=b",), grid, after=first)
 
+    ended: list[bool] = []
+
     def compared(*, read_only: bool = False) -> Row:
-        fits = Fits(tmp_path / "fits", read_only=read_only)
-        return Bench(fits, None, tmp_path, [1, 2]).compared("B above A", "", rows, second, first)
+        bench = Bench(Fits(tmp_path / "fits", read_only=read_only), None, tmp_path, [1, 2])
+        row = bench.compared("B above A", "", rows, second, first)
+        ended[:] = bench.to_the_end.values()
+        return row
 
     with pytest.raises(KeyboardInterrupt):
         compared()
@@ -96,6 +105,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     assert all(one[1] == ["model=a", "optimizer.sparse.lr=0.02"] for one in made if one[1])
     assert row.difference == "+0.0100 ± 0.0000 (+0.0100, +0.0100)" and row.holds == "holds"
     assert compared(read_only=True) == row and len(made) == 8
+    assert sorted(ended) == [False] * 4 + [True] * 4  # A could have had one pass more
 
 
 def test_a_data_set_that_is_not_there_is_said_on_its_line(tmp_path):
@@ -124,3 +134,15 @@ def test_three_neighbours_say_nothing_two_at_a_time():
         of_pair = ids[i] * teacher.ids + ids[j]
         means = np.bincount(of_pair, part) / np.bincount(of_pair)
         assert means.std() < 0.1 * part.std()
+
+
+def test_steps_say_nothing_one_id_at_a_time_and_leave_the_other_parts_as_they_are():
+    plain, stepped = Teacher(rows=20_000, ids=10), Teacher(rows=20_000, ids=10, shares={"first": 0.5, "steps": 0.5})
+    ids = np.random.default_rng(0).integers(0, plain.ids, (plain.fields, plain.rows))
+    parts = [teachers._parts(one, ids, np.random.default_rng([1, 77])) for one in (plain, stepped)]
+    assert all((parts[0][name] == parts[1][name]).all() for name in parts[0] if name != "steps")
+    steps = parts[1]["steps"]
+    assert not parts[0]["steps"].any() and steps.std() > 0.5
+    for column in ids:
+        means = np.bincount(column, steps) / np.bincount(column)
+        assert means.std() < 0.1 * steps.std()

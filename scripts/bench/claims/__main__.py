@@ -21,13 +21,13 @@ from pathlib import Path
 from tessera.distributed import process as processes
 from tessera.scripts.bench.claims import days, formats, towers
 from tessera.scripts.bench.claims.bench import Bench, Row
-from tessera.scripts.bench.claims.page import System, page
+from tessera.scripts.bench.claims.page import Shown, System, page
 from tessera.scripts.bench.claims.text import HEADING, SYSTEMS
 from tessera.scripts.bench.fits import Fits
 
 CLAIMS: dict[str, Callable[[Bench, Path | None], list[Row]]] = {
     "DeepFM": towers.deepfm,
-    "AutoInt": towers.autoint,
+    "AutoInt": towers.attention,
     "PNN": towers.products,
     "FGCNN": towers.fgcnn,
     "ALPT": formats.low_precision,
@@ -61,12 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     process = processes.start("cpu", 300.0)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            found: dict[System, tuple[list[Row], float]] = {}
+            found: dict[System, Shown] = {}
             for name, shown in CLAIMS.items():
                 fits = Fits(chosen.output, read_only=chosen.table or name not in chosen.only)
                 bench = Bench(fits, process, Path(scratch), chosen.seeds)
                 rows = shown(bench, chosen.data)
-                found[SYSTEMS[name]] = rows, sum(bench.seconds.values())
+                ended = bench.to_the_end.values()
+                found[SYSTEMS[name]] = Shown(rows, sum(bench.seconds.values()), len(ended), sum(ended))
                 chosen.page.write_text(page(found, HEADING))
     finally:
         processes.stop(process)

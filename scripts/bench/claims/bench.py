@@ -75,6 +75,7 @@ class Bench:
     def __init__(self, fits: Fits, process: Process, scratch: Path, seeds: Sequence[int]) -> None:
         self.fits, self.process, self.scratch, self.seeds = fits, process, scratch, list(seeds)
         self.seconds: dict[str, float] = {}  # of one core, by fit
+        self.to_the_end: dict[str, bool] = {}  # by fit that could stop early: whether it used all of its passes
 
     def once(self, name: str, made_of: Mapping[str, Any], make: Callable[[], Result]) -> Result | None:
         """Return the result of a fit, made now if it is not there, as `Fits.once`; its seconds are kept."""
@@ -143,7 +144,11 @@ class Bench:
             before = [*arm.after.overrides, *_as_overrides(chosen)]
         own = [*COMMON, *rows.overrides, *arm.overrides, *_as_overrides(setting), f"trainer.seed={seed}"]
         made_of = {"rows": dict(rows.made_of), "overrides": own, "after": before}
-        return self.once(name, made_of, partial(self._fitted, rows, own, before, seed))
+        result = self.once(name, made_of, partial(self._fitted, rows, own, before, seed))
+        if result is not None and "epochs" in result:
+            most = int([one for one in own if one.startswith("trainer.epochs=")][-1].split("=")[1])
+            self.to_the_end[name] = result["epochs"] >= most
+        return result
 
     def _fitted(self, rows: Rows, own: list[str], before: list[str] | None, seed: int) -> Result:
         data = f"data.path={self.folder_of(rows, seed)}"

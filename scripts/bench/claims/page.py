@@ -27,17 +27,31 @@ class System(NamedTuple):
     after: str = ""
 
 
-def page(found: Mapping[System, tuple[Sequence[Row], float]], head: str) -> str:
-    """Return the whole page as markdown: `head`, then each system with its lines and seconds of one core."""
+class Shown(NamedTuple):
+    """What was found of a system: its lines, the seconds of one core that its fits took, how many of them could stop by
+    themselves, and how many of these did not."""
+
+    rows: Sequence[Row]
+    seconds: float = 0.0
+    stoppable: int = 0
+    to_the_end: int = 0
+
+
+def page(found: Mapping[System, Shown], head: str) -> str:
+    """Return the whole page as markdown: `head`, then each system with its lines and what its fits took."""
     parts = [head]
-    for system, (rows, seconds) in found.items():
-        lines = [HEAD, "|---" * 6 + "|", *(_line(row) for row in rows)]
-        took = f"Fits: {seconds / 60:.0f} min of one core." if seconds else ""
+    for system, shown in found.items():
+        lines = [HEAD, "|---" * 6 + "|", *(_line(row) for row in shown.rows)]
+        took = f"Fits: {shown.seconds / 60:.0f} min of one core." if shown.seconds else ""
+        if shown.stoppable:
+            took += f" Of {shown.stoppable} that could stop early, {shown.to_the_end} used all of their passes."
         parts.append(
             "\n\n".join(
                 one for one in (f"## {system.title}", system.before, "\n".join(lines), system.after, took) if one
             )
         )
+    seconds = sum(shown.seconds for shown in found.values())
+    parts.append(f"All fits together: {seconds / 60:.0f} min of one core.")
     return "\n\n".join(parts) + "\n"
 
 

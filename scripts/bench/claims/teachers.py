@@ -4,6 +4,7 @@
     first:      sum_m w(id_m)
     pairs:      sum_{i<j} <v(id_i), v(id_j)>, v of length 3                 what a factorization machine says
     own:        sum_{i<j} a_ij cos(p_ij . z(id_i) - q_ij . z(id_j) + c_ij)  each pair of fields in its own way
+    steps:      sum_{i<j} a_ij sign(p_ij . z(id_i) - q_ij . z(id_j) + c_ij)   less what either id says alone
     neighbours: sum_m b_m u(id_m) u(id_m+1) u(id_m+2), u of mean 0          three fields beside each other
     far:        the same of fields m, m + 3 and m + 6 (in a circle)         three fields far from each other
 
@@ -103,13 +104,30 @@ def _parts(teacher: Teacher, ids: np.ndarray, random: np.random.Generator) -> di
             phase = random.uniform(0, 2 * np.pi)
             own += random.normal() * np.cos(latent[i] @ left - latent[j] @ right + phase)
     factors = random.normal(size=fields)
+    steps = _steps(teacher, ids, latent, random.spawn(1)[0]) if "steps" in teacher.shares else np.zeros(teacher.rows)
     total = vectors.sum(0)
     return {
         "first": weights.sum(0),
         "pairs": 0.5 * ((total**2).sum(1) - (vectors**2).sum((0, 2))),
         "own": own,
+        "steps": steps,
         "neighbours": sum(factors[m] * signs[m] * signs[m + 1] * signs[m + 2] for m in range(fields - 2)),
         "far": sum(
             factors[m] * signs[m] * signs[(m + 3) % fields] * signs[(m + 6) % fields] for m in range(fields - 2)
         ),
     }
+
+
+def _steps(teacher: Teacher, ids: np.ndarray, latent: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return which of two ids is ahead, for each pair of fields along directions of its own, float64 [rows]. Unlike a
+    cosine of a difference, which is two products, a step is a sum of many: its matrix over ids has a high rank."""
+    found = np.zeros(teacher.rows)
+    for i in range(teacher.fields):
+        for j in range(i + 1, teacher.fields):
+            left, right = (random.normal(size=LATENT) for _ in range(2))
+            step = np.sign(latent[i] @ left - latent[j] @ right + 0.5 * random.normal())
+            for column in (ids[i], ids[j]):
+                counts = np.maximum(1, np.bincount(column, minlength=teacher.ids))
+                step -= (np.bincount(column, step, teacher.ids) / counts)[column]
+            found += random.normal() * step
+    return found
