@@ -3,6 +3,7 @@
     python -m tessera.scripts.bench.defaults [--data FOLDER] [--sets synthetic ...] [--settings lr-0.02 ...]
     python -m tessera.scripts.bench.defaults --table           # of what is there
     python -m tessera.scripts.bench.defaults --final NAME ...  # these and each set's best, on three seeds
+    python -m tessera.scripts.bench.defaults --write OUTPUT    # the data sets, for peers/fuxictr.sh
 
 Every setting is trained on every data set: DeepFM as it comes, the epoch that is best on the valid split by AUC minus
 logloss, one seed. The loss of a setting on a set is how far its valid AUC and logloss are from the best of all settings
@@ -15,6 +16,7 @@ build/bench/defaults, a file each, and what is there is not done again.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tessera.ctr.config import load_config
 from tessera.ctr.data.convert.avazu import convert_avazu
 from tessera.ctr.data.convert.criteo import convert_criteo
 from tessera.ctr.data.convert.movielens import convert_movielens
@@ -164,7 +167,7 @@ class Experiment:
         return self.fits.once(name, made_of, partial(self._fitted, data_set, own))
 
     def _fitted(self, data_set: str, own: Sequence[str]) -> Result:
-        of_set, folder = SETS[data_set], self.scratch / data_set.replace(" ", "_").replace(",", "").replace("'", "")
+        of_set, folder = SETS[data_set], self.scratch / file_name(data_set)
         if not folder.exists():
             of_set.make(self.logs or Path(), folder)
         with tempfile.TemporaryDirectory(dir=self.scratch) as run_dir:
@@ -180,6 +183,23 @@ class Experiment:
                 found = evaluate(trainer.engine.model, reader, self.process)
                 result[split] = {metric: found[metric] for metric in METRICS}
         return result
+
+
+def write_sets(names: Sequence[str], logs: Path | None, output: Path) -> None:
+    """Write data sets, and in `set.json` of each the kinds of its features, its splits and its batch size."""
+    for name in names:
+        of_set, folder = SETS[name], output / file_name(name)
+        if (folder / "set.json").exists() or (of_set.needs and (logs is None or not (logs / of_set.needs).is_dir())):
+            continue
+        of_set.make(logs or Path(), folder)
+        data = load_config([f"data={of_set.name}", f"data.path={folder}"], "").data
+        kinds = {one.name: one.kind for one in data.schema.features}
+        described = {"features": kinds, "splits": {split: getattr(data, split) for split in ("train", *SPLITS)}}
+        (folder / "set.json").write_text(json.dumps(described | {"batch": of_set.batch}, indent=1) + "\n")
+
+
+def file_name(name: str) -> str:
+    return name.replace(" ", "_").replace(",", "").replace("'", "")
 
 
 def losses(results: dict[str, Result]) -> dict[str, tuple[float, float]]:
@@ -233,7 +253,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of --final")
     parser.add_argument("--final", nargs="+", choices=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
+    parser.add_argument("--write", type=Path, metavar="OUTPUT", help="write the data sets there and train nothing")
     options = parser.parse_args()
+    if options.write:
+        write_sets(options.sets, options.data, options.write)
+        return 0
     process = processes.start("cpu", 300.0)
     try:
         with tempfile.TemporaryDirectory() as scratch:
