@@ -30,7 +30,7 @@ PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, sys.path)])  # other proc
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(process, *arguments)` on `world` ranks; their results in rank order. It must be importable."""
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with _context().Pool(world) as pool:
         jobs = [pool.apply_async(_rank, (rank, world, environment, function, arguments)) for rank in range(world)]
         return [job.get(timeout=300) for job in jobs]
@@ -123,7 +123,7 @@ def run_script(
     command, environments = [script, *arguments], [dict(os.environ)]
     if world > 1:
         numbers = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
         environments = [{**os.environ, **numbers, **meeting, **rank} for rank in ranks]
     with tempfile.TemporaryDirectory() as folder:
@@ -250,7 +250,8 @@ def _as_rank(script: list[str], environment: dict[str, str]) -> None:
     runpy.run_path(script[0], run_name="__main__")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

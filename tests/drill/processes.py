@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests.ranks import ROOT, _free_port
+from tests.ranks import ROOT, free_port
 
 #: A rank that died is found sooner than in a real job.
 QUICK = {"STALE_SECONDS": 4.0, "HEARTBEAT_SECONDS": 0.1, "LEAVE_SECONDS": 0.5}
@@ -23,7 +23,7 @@ class Started:
     def __init__(self, command: list[str], ranks: int, output: Path) -> None:
         self._output = output
         output.unlink(missing_ok=True)
-        port = _free_port()
+        port = free_port()
         sys.stdout.flush()
         self._statuses: dict[int, int] = {}
         self._pids = [_fork(command, rank, ranks, port, output) for rank in range(ranks)]

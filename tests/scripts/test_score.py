@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.ctr.train.states import arguments, write_data
-from tests.ranks import run_script
+from tests.ranks import PYTHONPATH, ROOT, free_port, run_script
 
 NEEDED_BY_TRAINING_ALONE = ("label", "weight", "group", "time")
 
@@ -150,3 +154,40 @@ def test_mistakes_are_one_line(run, tmp_path, options, line):
 def test_the_result_never_lies_in_what_is_read(run):
     status, said = score(run, run / "requests" / "out")
     assert status == 2 and "which is read; expected another place, nothing was written" in said.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_job_killed_on_two_ranks_is_finished_by_one(run, tmp_path):
+    table = rows_of(run / "requests")
+    (tmp_path / "big").mkdir()
+    for name, copies in (("a", 60), ("b", 300), ("c", 60), ("d", 300)):
+        pq.write_table(pa.concat_tables([table] * copies), tmp_path / "big" / f"{name}.parquet", row_group_size=2000)
+    data = str(tmp_path / "big")
+    status, said = score(run, tmp_path / "whole", "--keep", "request", world=2, data=data)
+    assert status == 0, said
+    command = [
+        "scripts/score.py",
+        str(run / "run"),
+        "--data",
+        data,
+        "--output",
+        str(tmp_path / "cut"),
+        "--keep",
+        "request",
+    ]
+    numbers = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    places = [{**os.environ, **numbers, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": PYTHONPATH} for rank in "01"]
+    ranks = [subprocess.Popen([sys.executable, *command], cwd=ROOT, env=one) for one in places]
+    while not [one for one in (tmp_path / "cut").glob("*.parquet") if not one.name.startswith(".")]:
+        assert all(rank.poll() is None for rank in ranks), "the job ended before it was killed"
+        time.sleep(0.01)
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    assert not (tmp_path / "cut" / "_SUCCESS").exists()
+    status, said = score(run, tmp_path / "cut", "--keep", "request", data=data)
+    assert status == 0 and "from an earlier start" in said, said
+    found, whole = rows_of(tmp_path / "cut"), rows_of(tmp_path / "whole")
+    assert found["request"].equals(whole["request"])
+    # Ranks cut batches elsewhere, and sums of another size of batch are rounded otherwise.
+    np.testing.assert_allclose(found["prediction"], whole["prediction"], rtol=0, atol=1e-6)

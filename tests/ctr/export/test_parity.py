@@ -17,7 +17,7 @@ from tessera.ctr.runs.saved_model import load_model
 from tessera.ctr.runs.score import run_config
 from tessera.ctr.serving import Scorer
 from tests.ctr.export.models import awkward_rows, export, make_run, overrides_of
-from tests.ctr.models.names import OF_ONE_LABEL, OVER_LABELS
+from tests.ctr.models.names import MODELS, OF_ONE_LABEL, OVER_LABELS
 from tests.distributed.saved_tables import alone
 from tests.ranks import on_ranks
 
@@ -79,9 +79,10 @@ def test_every_model(process, tmp_path, model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [*OVER_LABELS, "dnn"])
+@pytest.mark.parametrize("model", MODELS)
 def test_several_labels(process, tmp_path, model):
-    labels = "[label, {name: price, loss: mse}, buy]" if model == "dnn" else "[label, {name: buy, where: label}]"
+    funnel = model in OVER_LABELS
+    labels = "[label, {name: buy, where: label}]" if funnel else "[label, {name: price, loss: mse}, buy]"
     make_run(process, tmp_path, overrides_of(tmp_path, f"data.schema.labels={labels}", model=model))
     scorer = check(process, tmp_path)
     found = scorer(awkward_rows(9))

@@ -24,7 +24,7 @@ from tessera.ctr.models.tower import Fields
 from tessera.embedding.errors import ConfigError
 from tests.ctr.export.graphs import check_graph
 from tests.ctr.export.models import overrides_of
-from tests.ctr.models.names import OF_ONE_LABEL, OVER_LABELS
+from tests.ctr.models.names import MODELS, OF_ONE_LABEL
 from tests.ctr.models.test_towers import CASES, NUMERIC, make, named
 from tests.distributed.saved_tables import alone
 
@@ -133,7 +133,7 @@ def test_onnx_gives_the_same(tmp_path, model):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("model", [*OVER_LABELS, "dnn", "deepfm", "fibinet"])
+@pytest.mark.parametrize("model", MODELS)
 def test_onnx_gives_the_same_of_several_labels(tmp_path, model):
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")

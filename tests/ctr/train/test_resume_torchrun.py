@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.ctr.train.states import arguments, assert_same_end, write_data
-from tests.ranks import PYTHONPATH, ROOT, _free_port, torchrun
+from tests.ranks import PYTHONPATH, ROOT, free_port, torchrun
 
 OPTIONS = ["trainer.batch_size=100", "trainer.eval_every=6", "trainer.checkpoint.every=4", "trainer.epochs=2"]
 
@@ -81,14 +81,14 @@ def agent(node: int, port: int, log: Path, job: list[str]) -> subprocess.Popen:
 def test_one_of_two_hosts_dies_and_the_job_is_started_again(data, whole, tmp_path, victim):
     run_dir, log = tmp_path / "run", tmp_path / "log"
     job = ["scripts/train.py", *arguments(data, run_dir, *OPTIONS, "trainer.resume=auto", "data.lanes=12")]
-    port = _free_port()
+    port = free_port()
     agents = [agent(node, port, log, job) for node in range(2)]
     end = time.monotonic() + 120
     while not any((run_dir / "checkpoints").glob("step-*")) and time.monotonic() < end:
         time.sleep(0.01)
     _switch_off(agents[victim])
     assert agents[1 - victim].wait(120) != 0, log.read_text()  # it notices by itself
-    port = _free_port()
+    port = free_port()
     agents = [agent(node, port, log, job) for node in range(2)]
     assert [one.wait(180) for one in agents] == [0, 0], log.read_text()
     assert "goes on from" in log.read_text()

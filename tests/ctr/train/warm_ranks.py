@@ -17,7 +17,7 @@ from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.ranks import ROOT, _context, _free_port, draw_nothing
+from tests.ranks import ROOT, _context, draw_nothing, free_port
 
 
 @cache
@@ -56,7 +56,7 @@ class WarmRanks:
         killed before it ends the file of this path, which may lie behind a URI. plots: draw those of the report, which
         takes longer than all else. constants: of distributed/heartbeat.py.
         """
-        port = _free_port()
+        port = free_port()
         command = {"script": self._script, "world": world, "arguments": arguments, "output": str(output), "port": port}
         command |= {"end": end, "overlap": overlap, "hang": hang, "at": at, "die": die, "plots": plots}
         self._pids = self._ask(**command, environment=dict(os.environ), constants=constants)
