@@ -47,7 +47,8 @@ from tessera.embedding.set_table import OwnedTable
 
 COMMAND = "export.py"
 EXAMPLE = "example.json"  # a body for `tessera serve`
-EQUAL, EQUAL_AMP = 1e-6, 2e-2  # how far a score may lie from evaluation's where no row is rounded anew
+EQUAL, EQUAL_AMP = 1e-6, 2e-2  # of `differences`, where no row is rounded anew
+EQUAL_NUMBERS = 1e-5  # where labels are numbers: sums in which large products cancel out, and no sigmoid behind them
 GOLDEN_BATCH = 256
 
 
@@ -65,7 +66,7 @@ class Options:
 @dataclass
 class Exported:
     """What was made. errors: of each table and group that was rounded. difference: largest one between the scores of
-    golden rows and evaluation's."""
+    golden rows and evaluation's, as `differences` counts it."""
 
     folder: Path
     name: str
@@ -82,6 +83,13 @@ class Exported:
         size = f"{self.rows:,} rows, {self.bytes / 1e6:,.1f} MB, {self.seconds:.1f} s"
         checked = f"{self.golden} golden rows lie within {self.difference:.1e} of evaluation"
         return [*rounded, f"{self.name}: {size}; {checked}: {self.folder}"]
+
+
+def bound_of(config: Config, schema: Schema) -> float:
+    """Return how far an export's scores may lie from evaluation's on a CPU, as `differences` counts it."""
+    if config.trainer.amp:
+        return EQUAL_AMP
+    return EQUAL_NUMBERS if any(task.is_number for task in schema.tasks) else EQUAL
 
 
 def export_model(
@@ -108,7 +116,7 @@ def export_model(
     with replacing_on_ranks(process, output, "--output", COMMAND, sources, []) as folder:
         job = _Job(config, schema, model, source, SealedWriter(folder), options)
         job.run(exported)
-        bound = EQUAL_AMP if config.trainer.amp else EQUAL
+        bound = bound_of(config, schema)
         if not exported.errors and not exported.difference <= bound:
             raise ExportError(
                 f"the export scores golden rows {exported.difference:.1e} away from evaluation, expected at most "

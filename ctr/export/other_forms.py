@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tessera.ctr.export.tower import ServedTower, difference_of, inputs_of
 from tessera.ctr.serving.errors import ExportError
@@ -13,6 +16,7 @@ from tessera.embedding.errors import ConfigError
 
 COMPILED, ONNX = "tower.aoti.pt2", "tower.onnx"
 EQUAL = 1e-4  # of logits, beside the graph's: other kernels add in another order
+MOST_ROUNDINGS = 4  # so often may they lie as far apart as the tower lies from itself in float64
 
 
 def write_compiled(program: torch.export.ExportedProgram, folder: Path) -> str:
@@ -68,9 +72,18 @@ def write_onnx(served: ServedTower, folder: Path, numeric: int, ids: int) -> str
     for count in (1, 300):
         inputs = inputs_of(served.tower.embedding_dims, numeric, ids, count, seed=count)
         fed = {n: one.numpy() for n, one in zip(["numeric", *groups], inputs, strict=True) if n in names}
-        difference = difference_of(torch.from_numpy(session.run(None, fed)[0]), served(*inputs))
-        if not difference <= EQUAL:
+        logits = served(*inputs)
+        difference = difference_of(torch.from_numpy(session.run(None, fed)[0]), logits)
+        # Crosses of high degree cancel out so that the tower itself is farther than that from what it would be exactly.
+        bound = max(EQUAL, MOST_ROUNDINGS * difference_of(logits.double(), _exact(served, inputs)))
+        if not difference <= bound:
             raise ExportError(
-                f"--onnx: onnxruntime's logits lie {difference:.1e} from the tower's, expected {EQUAL:.0e}"
+                f"--onnx: onnxruntime's logits lie {difference:.1e} from the tower's, expected {bound:.0e}"
             )
     return ONNX
+
+
+def _exact(served: ServedTower, inputs: Sequence[Tensor]) -> Tensor:
+    """Return logits computed in float64."""
+    logits: Tensor = copy.deepcopy(served).double()(*(one.double() for one in inputs))
+    return logits

@@ -25,7 +25,7 @@ from tessera.ctr.data.listing import Listing
 from tessera.ctr.data.padding import padded
 from tessera.ctr.data.schema import Schema
 from tessera.ctr.export.describe import describe, plans_of
-from tessera.ctr.export.export import EQUAL, EQUAL_AMP, GOLDEN_BATCH, ids_by_table
+from tessera.ctr.export.export import GOLDEN_BATCH, bound_of, ids_by_table
 from tessera.ctr.export.golden import golden_rows
 from tessera.ctr.export.source import open_source
 from tessera.ctr.export.tower import ServedTower, graph_of
@@ -36,7 +36,7 @@ from tessera.ctr.serving.errors import ExportError
 from tessera.ctr.serving.files import SealedWriter
 from tessera.ctr.serving.model_files import save_graph, write_dense
 from tessera.ctr.serving.saved_models import SavedModel
-from tessera.ctr.serving.scorer import Scorer, answers_of
+from tessera.ctr.serving.scorer import Scorer, answers_of, differences
 from tessera.ctr.serving.version_files import write_table
 from tessera.ctr.train.step_pipeline import to_device
 from tessera.distributed.atomic import write_text
@@ -95,7 +95,7 @@ class PublishedCheck:
         with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as mine:
             self._write(Path(mine), source.models, golden)
             scores = Scorer(mine)(golden)
-        away, bound = np.abs(scores - expected), self._bound()
+        away, bound = differences(scores, expected), self._bound()
         difference = float(np.nan_to_num(away, nan=np.inf).max(initial=0.0))
         said: dict[str, Any] = {"publication": source.models[0].manifest["checksum"], "rows": golden.num_rows}
         said |= {"difference": difference if np.isfinite(difference) else None, "bound": bound}
@@ -116,10 +116,8 @@ class PublishedCheck:
 
     def _bound(self) -> float:
         trainer = self._config.trainer
-        if trainer.amp:
-            return EQUAL_AMP
-        if self._process.device.type == "cpu":
-            return EQUAL
+        if trainer.amp or self._process.device.type == "cpu":
+            return bound_of(self._config, self._schema)
         return EQUAL_TF32 if trainer.tf32 else EQUAL_GPU
 
     def _write(self, folder: Path, models: list[SavedModel], golden: pa.Table) -> None:

@@ -210,8 +210,8 @@ class Scorer:
         return base_of(self._tower.state_dict())
 
     def check_golden(self) -> float:
-        """Return the largest difference between the scores of the export's golden rows and those that training's own
-        evaluation gave; 0 where it has none.
+        """Return the largest difference, as `differences` counts it, between the scores of the export's golden rows and
+        those that training's own evaluation gave; 0 where it has none.
 
         Raises ExportError: the rows cannot be read.
         """
@@ -221,7 +221,7 @@ class Scorer:
             return 0.0
         table = pq.read_table(self.folder / GOLDEN, partitioning=None)
         expected = np.array(table[PREDICTION].to_pylist(), np.float32)
-        return float(np.abs(self(table) - expected).max(initial=0.0))
+        return float(differences(self(table), expected).max(initial=0.0))
 
     def table(self, name: str) -> TableFiles | ChangedTable:
         """Return a table, open."""
@@ -259,6 +259,13 @@ class Scorer:
                 assert user is not None
                 found.append(tensors_of(group, user.bags, self._embeddings, rows.count))
         return found
+
+
+def differences(scores: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Return how far each score lies from the expected one: of those above 1, as labels that are numbers may have, as a
+    share of them, for their last bits are as large."""
+    apart: np.ndarray = np.abs(scores - expected) / np.maximum(np.abs(expected), 1)
+    return apart
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
