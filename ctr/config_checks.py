@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tessera.ctr.config_types import Config, EmbeddingConfig
+from tessera.ctr.config_types import LOGGERS, Config, EmbeddingConfig
 from tessera.ctr.data.config import check_splits
 from tessera.ctr.data.errors import SchemaError
 from tessera.ctr.data.labels import Label, labels_of
@@ -42,6 +42,7 @@ def check(config: Config) -> None:
             )
     for number, group in enumerate(optimizer.dense.groups):
         settings.check(group, f"optimizer.dense.groups[{number}].")
+    _check_loggers(trainer.loggers)
     check_splits(config.data)
     _check_incremental(config)
     steered = {
@@ -62,6 +63,16 @@ def check(config: Config) -> None:
     _check_labels(config)
     config.selection.check()
     _check_selection(config)
+
+
+def _check_loggers(names: Sequence[str]) -> None:
+    for number, name in enumerate(names):
+        if name not in LOGGERS:
+            raise ConfigError(
+                f"trainer.loggers has {name!r}{did_you_mean(name, LOGGERS, 'expected ' + ', '.join(LOGGERS))}"
+            )
+        if name in names[:number]:
+            raise ConfigError(f"trainer.loggers has {name} twice; expected each once")
 
 
 def _check_selection(config: Config) -> None:

@@ -17,6 +17,8 @@ from tessera.embedding.optim import RowOptimizer, ScaleOptimizer
 from tessera.embedding.settings import same_as, section, setting
 from tessera.kernels.formats import FORMATS
 
+LOGGERS = ("tensorboard", "mlflow", "wandb")  # of ctr/runs/loggers.py, which has a class for each
+
 
 @dataclass
 class AlptConfig:
@@ -317,6 +319,9 @@ class TrainerConfig:
         False, "on a GPU, with compile: launch the compiled tower as CUDA graphs, one for each size of batch"
     )
     log_every: int = setting(50, "steps between log lines; the host waits for the device only then", at_least=1)
+    loggers: list[str] = setting(
+        ["tensorboard"], "get the numbers of metrics.jsonl, too: tensorboard, mlflow, wandb (docs/training.md)"
+    )
     eval_every: int | None = setting(None, "steps between evaluations; null: at the end of each epoch", at_least=1)
     profile: ProfileConfig = section(ProfileConfig, "trace some steps into profile/ in the run folder")
     early_stop: EarlyStopConfig = section(EarlyStopConfig, "end a run that gets no better")

@@ -20,8 +20,9 @@ from tessera.distributed.saved.storage import Storage
 from tessera.embedding.errors import ConfigError
 
 # What a run has written before its first log line, evaluation or saved state. `.lock` says that it is a run's folder.
-LOCK, AT_START = ".lock", ("config.yaml", "plan.txt", "versions.json", "teacher.json", "train.log", "metrics.jsonl")
-FOLDERS_AT_START = ("tensorboard", "checkpoints")
+LOCK = ".lock"
+AT_START = ("config.yaml", "plan.txt", "versions.json", "teacher.json", "train.log", "metrics.jsonl", "loggers.json")
+FOLDERS_AT_START = ("tensorboard", "wandb", "checkpoints")
 RESTART_WAIT_SECONDS = 30.0  # after a restart the ranks before may still be on their way out
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: resolved config, versions, plan, log, metrics.jsonl and TensorBoard events. Rank 0 writes."""
+"""A run's folder: resolved config, versions, plan, log, metrics.jsonl, whose numbers loggers get. Rank 0 writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from tessera.ctr.config import Config, as_yaml
@@ -24,10 +23,11 @@ from tessera.ctr.data.reader import ParquetReader
 from tessera.ctr.metrics.tasks import in_words, shown
 from tessera.ctr.report.about import installed_versions
 from tessera.ctr.runs.folder import RunFolder
+from tessera.ctr.runs.loggers import Logger, check_installed, named_values, open_loggers
 from tessera.ctr.train.engine import Engine
 from tessera.ctr.train.state_parts import FoundState, PartState
 from tessera.distributed.atomic import sync_file
-from tessera.distributed.collectives import gather_objects, sum_over_ranks
+from tessera.distributed.collectives import gather_objects, on_first_rank, sum_over_ranks
 from tessera.distributed.host_manager import CacheStats
 from tessera.distributed.plan import size
 from tessera.distributed.rank import Process
@@ -43,12 +43,13 @@ class RunLog:
     def __init__(self, config: Config, process: Process, plan: str) -> None:
         self._config, self._process, self._plan = config, process, plan
         self._labels = labels_of(config.data.schema.labels)
+        on_first_rank(process, lambda: check_installed(config.trainer.loggers))
         model = config.model["target"].rpartition(".")[2].lower()
         default = f"runs/{config.data.name}-{model}-{datetime.now():%Y%m%d-%H%M%S}"
         run = RunFolder(config, default, process)
         self.folder, self.may_go_on, self._lock = run.path, run.may_go_on, run.lock
         self._logger = logging.getLogger("tessera")
-        self._tensorboard: SummaryWriter | None = None
+        self._loggers: list[Logger] = []
         if process.is_main:
             self._open()
         self.sums = torch.zeros(3, dtype=torch.float64, device=process.device)
@@ -89,8 +90,8 @@ class RunLog:
             metrics, size = self.folder / "metrics.jsonl", state.get("metrics_bytes", 0)
             if metrics.exists():
                 os.truncate(metrics, min(size, metrics.stat().st_size))
-            purge = {"purge_step": step + 1} if self.may_go_on else {}
-            self._tensorboard = SummaryWriter(self.folder / "tensorboard", **purge)
+            names, values, after = self._config.trainer.loggers, named_values(self._config), step
+            self._loggers = open_loggers(names, self.folder, values, self.warn, after if self.may_go_on else None)
 
     def state(self) -> PartState:
         """Return the state from which `begin` continues (only rank 0's counts), and each rank's sums since the last log
@@ -201,10 +202,8 @@ class RunLog:
         sum_over_ranks(*sums)
         shares = {name: one.tolist() for name, one in zip(gates, sums, strict=True)}
         self.write({"kind": "gates", "step": step, "gates": shares})
-        if self._tensorboard:
-            for name, of_gate in shares.items():
-                for expert, share in enumerate(of_gate):
-                    self._tensorboard.add_scalar(f"gates/{name}/{expert}", share, step)
+        each = ((name, expert, share) for name, one in shares.items() for expert, share in enumerate(one))
+        self._scalars({f"gates/{name}/{expert}": share for name, expert, share in each}, step)
         parts = [f"{name} {' '.join(f'{share:.2f}' for share in one)}" for name, one in shares.items()]
         self.say(f"step {step} · gates · {' · '.join(parts)}")
 
@@ -223,10 +222,8 @@ class RunLog:
         total = dict(zip(keys, map(int, counts.sum(0)), strict=True))
         before, self._tables_before = self._tables_before, total
         self.write({"kind": "tables", "step": step, **total, "tables": by_table})
-        if self._tensorboard:
-            for name, table in by_table.items():
-                for key in ("rows", "bytes", "rejected", "expired", "evicted"):
-                    self._tensorboard.add_scalar(f"tables/{name}/{key}", table[key], step)
+        drawn = ("rows", "bytes", "rejected", "expired", "evicted")
+        self._scalars({f"tables/{name}/{key}": one[key] for name, one in by_table.items() for key in drawn}, step)
         gone = total["expired"] + total["evicted"] - before["expired"] - before["evicted"]
         self.say(
             f"step {step} · rows {total['rows']:,} (+{total['admitted'] - before['admitted']:,}, "
@@ -261,9 +258,7 @@ class RunLog:
             "tables": by_table,
         }
         self.write(line)
-        if self._tensorboard:
-            for name, table in by_table.items():
-                self._tensorboard.add_scalar(f"tables/{name}/hit_rate", _hit_rate(table), step)
+        self._scalars({f"tables/{name}/hit_rate": _hit_rate(table) for name, table in by_table.items()}, step)
         self.say(
             f"step {step} · cache {line['hit_rate']:.1%} hits · {total['misses']:,} rows in, "
             f"{total['written_back']:,} out · host manager busy {busy:.2f} s, waited for {waited:.2f} s"
@@ -276,34 +271,38 @@ class RunLog:
 
     def final_evaluation(self, step: int, model: str, split: str, metrics: dict) -> None:
         """Log the evaluation at the end of a run, of its `model` ("best" or "last"), which is that of `step`."""
-        watched = split == "valid" and model == "best"  # its numbers of that step are in TensorBoard already
+        watched = split == "valid" and model == "best"  # loggers have its numbers of that step
         self.write({"kind": "eval", "split": split, "step": step, "model": model, **metrics}, scalars=not watched)
         self.say(f"{model} model, of step {step} · {split} · {in_words(self._labels, metrics)}")
 
     def day(self, number: int, step: int, record: dict) -> None:
-        """One partition of a run over days (`DayRecord.to_json`), the `number`-th: that is the step in TensorBoard."""
+        """One partition of a run over days (`DayRecord.to_json`), the `number`-th: that is the step for loggers."""
         self.write({**record, "kind": "day", "step": step, "number": number}, scalars=False)
-        if not self._tensorboard:
-            return
-        for name, value in _numbers_in(record, "day"):
-            self._tensorboard.add_scalar(name, value, number)
+        self._scalars(dict(_numbers_in(record, "day")), number)
 
     def published(self, number: int, size: int | None) -> None:
         """Bytes of what the `number`-th partition published, which are known after the rest of its record."""
-        if self._tensorboard and size is not None:
-            self._tensorboard.add_scalar("day/published_bytes", size, number)
+        if size is not None:
+            self._scalars({"day/published_bytes": size}, number)
+
+    def _scalars(self, values: Mapping[str, float], step: int) -> None:
+        for logger in self._loggers:
+            logger.scalars(values, step)
 
     def write(self, line: dict, *, scalars: bool = True) -> None:
-        """Append to metrics.jsonl, and (scalars) its numbers to TensorBoard."""
+        """Append to metrics.jsonl, and (scalars) give its numbers to loggers."""
         if not self._process.is_main:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         prefix = line.get("split", line["kind"])
-        for name, value in line.items() if scalars else ():
-            if isinstance(value, int | float) and name not in ("step", "epoch"):
-                assert self._tensorboard is not None  # from the beginning of the run to its end
-                self._tensorboard.add_scalar(f"{prefix}/{name.replace('.', '/')}", value, line["step"])
+        if scalars:
+            numbers = {
+                f"{prefix}/{name.replace('.', '/')}": value
+                for name, value in line.items()
+                if isinstance(value, int | float) and name not in ("step", "epoch")
+            }
+            self._scalars(numbers, line["step"])
 
     def bad_rows(self, readers: dict[str, ParquetReader | None]) -> None:
         """Sum over ranks the rows that each split left out, and say how many for which reason."""
@@ -320,9 +319,9 @@ class RunLog:
 
     def close(self) -> None:
         """Let the folder go. A second call does nothing."""
-        if self._tensorboard:
-            self._tensorboard.close()
-            self._tensorboard = None
+        for logger in self._loggers:
+            logger.close()
+        self._loggers = []
         for handler in list(self._logger.handlers):
             self._logger.removeHandler(handler)
             handler.close()
